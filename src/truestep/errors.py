@@ -1,0 +1,148 @@
+"""Everything truestep raises on purpose.
+
+::
+
+    TruestepError                 exit 2
+    ├── UsageError                exit 2   an option, a case or an argument that cannot mean anything
+    │   ├── CaseError             exit 2   a case or a case file
+    │   └── MissingExtraError     exit 2   an optional dependency is not installed
+    ├── FileFormatError           exit 2   a file that is unreadable, damaged or hostile
+    ├── WriteError                exit 2   a file that could not be written (nothing was replaced)
+    ├── ModelLoadError            exit 2   a model that could not be loaded
+    ├── ReferenceNotFoundError    exit 3   no reference for a case
+    └── EquivalenceError          exit of its verdict; also an AssertionError
+
+Every message has up to five parts in one order: what, where, measured against allowed, likely cause,
+hint with the command to run next.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from truestep.verdict import Comparison
+
+_WIDTH = 100
+_MAX_LINES = 25
+
+
+def _block(label: str, text: str) -> list[str]:
+    """Indent `text` under a label, wrapping single-line text and keeping tables as they are."""
+    lead = f"  {label:<8} "
+    if "\n" in text:
+        return [lead.rstrip(), *("  " + line for line in text.splitlines())]
+    return textwrap.wrap(
+        text,
+        width=_WIDTH,
+        initial_indent=lead,
+        subsequent_indent=" " * len(lead),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+class TruestepError(Exception):
+    """A failure that tells the reader what to do.
+
+    Args:
+        what: One sentence: what went wrong.
+        where: The file, key, tensor or option concerned.
+        measured: What was found against what is allowed; may be a table of several lines.
+        likely: The likely cause.
+        hint: The exact command (or change) that comes next.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        measured: str = "",
+        likely: str = "",
+        hint: str = "",
+    ) -> None:
+        super().__init__(what)
+        self.what, self.where, self.measured = what, where, measured
+        self.likely, self.hint = likely, hint
+
+    def __str__(self) -> str:
+        body: list[str] = []
+        for label, text in (("where", self.where), ("measured", self.measured)):
+            if text:
+                body += _block(label, text)
+        if self.likely:
+            body += _block("likely", self.likely)
+        tail = ["", f"hint: {self.hint}"] if self.hint else []
+        room = _MAX_LINES - len(tail) - 2
+        if len(body) > room:
+            cut = len(body) - room + 1
+            body = [*body[: room - 1], f"  ... {cut} more lines"]
+        return "\n".join([self.what, *([""] if body else []), *body, *tail])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.__dict__.copy()))
+
+
+def _rebuild(cls: type[TruestepError], state: dict[str, object]) -> TruestepError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, state.get("what", ""))
+    error.__dict__.update(state)
+    return error
+
+
+class UsageError(TruestepError):
+    """An option, an argument or a combination of them that cannot mean anything."""
+
+
+class CaseError(UsageError):
+    """A case or case file that is not valid."""
+
+
+class MissingExtraError(UsageError):
+    """An optional dependency that is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed",
+            hint=f"pip install 'truestep[{extra}]'",
+        )
+
+
+class FileFormatError(TruestepError):
+    """A file that cannot be read: absent, truncated, damaged, hostile or of an unknown version."""
+
+
+class WriteError(TruestepError):
+    """A file that could not be written; what was there before is untouched."""
+
+
+class ModelLoadError(TruestepError):
+    """A model that could not be loaded."""
+
+
+class ReferenceNotFoundError(TruestepError):
+    """No reference exists for a case."""
+
+    exit_code = 3
+
+
+class EquivalenceError(TruestepError, AssertionError):
+    """The candidate is not the same model as the reference, or nothing could be said.
+
+    Attributes:
+        comparison: The whole comparison, with its verdict and its rows.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        what, where, measured, likely, hint = comparison.explain()
+        super().__init__(what, where=where, measured=measured, likely=likely, hint=hint)
+        self.comparison = comparison
+
+    @property
+    def verdict_exit_code(self) -> int:
+        """Exit code of the verdict that raised this error."""
+        return self.comparison.verdict.exit_code

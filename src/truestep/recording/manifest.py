@@ -1,0 +1,56 @@
+"""What a recording says about itself: the JSON manifest in the safetensors header. No torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from truestep.noise import NoiseFloor
+from truestep.verdict import Float, Record
+
+FORMAT_VERSION = 1
+METADATA_KEY = "truestep"
+DIGEST_KEY = "truestep_digest"
+
+Level = Literal["stats", "full"]
+
+
+class TensorEntry(Record):
+    """One row of the tensor table.
+
+    `digest` is xxh3_64 of the stored bytes, hexadecimal. `dtype` and `shape` are of the recorded
+    tensor, also where only its moments (`stats/<name>`, float64) are stored.
+    """
+
+    name: str
+    kind: str
+    order: int
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+    step: int | None = None
+    branch: str | None = None
+    fqn: str | None = None
+
+
+class Manifest(Record):
+    """Everything a reader may want to know before it touches a tensor."""
+
+    format_version: int = FORMAT_VERSION
+    tool_version: str
+    created: str = Field(description="UTC, ISO 8601")
+    level: Level
+    case_id: str | None = None
+    case: dict[str, Any] | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, str] = Field(default_factory=dict)
+    tensors: tuple[TensorEntry, ...] = ()
+    timings_s: dict[str, tuple[Float, ...]] = Field(default_factory=dict)
+    forwards: int = 0
+    noise_floor: NoiseFloor | None = None
+    notes: tuple[str, ...] = ()
+
+
+STATS = ("count", "nonfinite", "mean", "abs_mean", "std", "rms", "min", "max")
+"""Order of the moments in a `stats/<name>` tensor (float64). `std` is the population's."""

@@ -1,0 +1,379 @@
+"""Verdicts, and the result of a comparison as one JSON-able record.
+
+Pure: no I/O, no torch. `docs/schema/comparison-1.json` is generated from these models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from enum import Enum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+SCHEMA_VERSION = 1
+
+
+class Verdict(str, Enum):
+    """Outcome of a comparison. Has no truth value: compare with a member or read `exit_code`."""
+
+    IDENTICAL = "identical"
+    EQUIVALENT = "equivalent"
+    DRIFTED = "drifted"
+    INVALID = "invalid"
+    MISSING = "missing"
+    INCOMPARABLE = "incomparable"
+    INCONCLUSIVE = "inconclusive"
+
+    __str__ = str.__str__
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a Verdict has no truth value: compare it (verdict is Verdict.EQUIVALENT), "
+            "read verdict.exit_code, or call assert_equivalent()"
+        )
+
+    @property
+    def exit_code(self) -> int:
+        """Process exit code: 0 same, 1 different or invalid, 3 not comparable, 4 inconclusive."""
+        return _EXIT[self]
+
+    @property
+    def passed(self) -> bool:
+        """True for `identical` and `equivalent`."""
+        return self.exit_code == 0
+
+    @classmethod
+    def worst(cls, verdicts: Iterable[Verdict]) -> Verdict:
+        """The verdict that stands for several: by exit code 1, 3, 4, 0; no verdicts is `invalid`."""
+        found = set(verdicts)
+        return next((v for v in _SEVERITY if v in found), cls.INVALID)
+
+
+_EXIT = {
+    Verdict.IDENTICAL: 0,
+    Verdict.EQUIVALENT: 0,
+    Verdict.DRIFTED: 1,
+    Verdict.INVALID: 1,
+    Verdict.MISSING: 3,
+    Verdict.INCOMPARABLE: 3,
+    Verdict.INCONCLUSIVE: 4,
+}
+_SEVERITY = (
+    Verdict.INVALID,
+    Verdict.DRIFTED,
+    Verdict.INCOMPARABLE,
+    Verdict.MISSING,
+    Verdict.INCONCLUSIVE,
+    Verdict.EQUIVALENT,
+    Verdict.IDENTICAL,
+)
+
+
+def _float_out(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+
+
+def _float_in(value: object) -> object:
+    return float(value) if isinstance(value, str) and value in {"nan", "inf", "-inf"} else value
+
+
+Float = Annotated[
+    float,
+    BeforeValidator(_float_in),
+    PlainSerializer(_float_out, return_type=float | str, when_used="json"),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["nan", "inf", "-inf"]}]}),
+]
+"""A float that survives strict JSON: NaN and infinities are written as strings."""
+
+
+class Record(BaseModel):
+    """Base of every record here: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class Difference(Record):
+    """One key whose value differs between the two sides."""
+
+    key: str
+    actual: str
+    reference: str
+
+
+class TensorInfo(Record):
+    """Shape and dtype of one side of a row."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Metrics(Record):
+    """Distances of one tensor pair, relative to the reference (see `truestep.compare.distance`)."""
+
+    count: int
+    rel_l2: Float
+    max_abs: Float
+    max_abs_index: tuple[int, ...]
+    cosine_distance: Float
+    norm_ratio: Float
+    gain: Float
+    rms_reference: Float
+    nonfinite_actual: int = 0
+    nonfinite_reference: int = 0
+
+
+class FloorUsed(Record):
+    """The noise floor that a row was judged with.
+
+    `rel_l2` is the floor of that metric; `max_abs` is relative to the reference's rms. `bound` is the
+    multiple of the floor above which a result is `drifted`; between 1 and `bound` it is
+    `inconclusive`. `source` is `measured`, `analytic` or `tolerance`.
+    """
+
+    rel_l2: Float
+    max_abs: Float
+    bound: Float
+    source: str
+    pair: str
+    runs: int = 0
+    detail: str = ""
+
+
+class Row(Record):
+    """One tensor of a comparison."""
+
+    name: str
+    verdict: Verdict
+    stage: str = ""
+    step: int | None = None
+    branch: str | None = None
+    fqn: str | None = None
+    actual: TensorInfo | None = None
+    reference: TensorInfo | None = None
+    metrics: Metrics | None = None
+    floor: FloorUsed | None = None
+    ratio: Float | None = Field(default=None, description="largest metric / floor")
+    ratio_metric: str | None = Field(default=None, description="the metric that `ratio` is of")
+    note: str = ""
+
+    @property
+    def detectable(self) -> float | None:
+        """Smallest rel_l2 that would have been called `drifted` here; None without a floor."""
+        return self.floor.rel_l2 * self.floor.bound if self.floor else None
+
+
+class Divergence(Record):
+    """The first place whose output differs beyond the floor while its input does not."""
+
+    name: str
+    stage: str = ""
+    step: int | None = None
+    branch: str | None = None
+    fqn: str | None = None
+    kind: str | None = None
+
+    def __str__(self) -> str:
+        parts = [f"`{self.fqn or self.name}`"]
+        parts += [f"step {self.step}"] if self.step is not None else []
+        parts += [self.branch] if self.branch else []
+        return ", ".join(parts)
+
+
+class Side(Record):
+    """What one side of the comparison was."""
+
+    label: str
+    path: str | None = None
+    sha256: str | None = None
+    environment: dict[str, str] = Field(default_factory=dict)
+
+
+class Rule(Record):
+    """The rule that judged, printed with every verdict."""
+
+    name: str
+    text: str
+
+
+class GateResult(Record):
+    """Outcome of another tool's gate, reproduced as one named rule beside ours."""
+
+    name: str
+    passed: bool
+    metrics: dict[str, Float]
+    thresholds: dict[str, Float]
+    note: str = ""
+
+
+class Cost(Record):
+    """What the check cost, beside one full generation of the same case."""
+
+    forwards: int = Field(description="transformer forwards run by the check (batch 1)")
+    forwards_generation: int
+    seconds: Float
+    seconds_generation: Float | None = Field(
+        default=None, description="of the recorded reference, on its own machine"
+    )
+
+    @property
+    def share(self) -> float:
+        """Forwards of the check as a share of a full generation."""
+        return self.forwards / self.forwards_generation if self.forwards_generation else math.nan
+
+
+class FrameTriple(Record):
+    """One video frame on both sides and their difference; each a `data:image/png;base64,` URI."""
+
+    index: int
+    actual: str
+    reference: str
+    difference: str
+
+
+class Media(Record):
+    """Frames to look at. `gain` is the factor by which the differences were multiplied."""
+
+    name: str
+    width: int
+    height: int
+    gain: Float
+    frames: tuple[FrameTriple, ...]
+
+
+class Comparison(Record):
+    """Result of `compare`, `check` and `check_latent`.
+
+    Attributes:
+        verdict: The outcome; its `exit_code` is the process's.
+        sentence: What a person would repeat.
+        rows: Every tensor of both sides, in execution order.
+        missing: Tensors that only the reference has. unexpected: only the actual side has.
+        first_divergence: Where it broke, or None.
+        looked_at, not_looked_at: Coverage in words.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    tool_version: str = ""
+    verdict: Verdict
+    sentence: str
+    rows: tuple[Row, ...] = ()
+    rule: Rule
+    first_divergence: Divergence | None = None
+    case_id: str | None = None
+    case: dict[str, Any] | None = None
+    actual: Side
+    reference: Side
+    case_differences: tuple[Difference, ...] = ()
+    environment_differences: tuple[Difference, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    looked_at: tuple[str, ...] = ()
+    not_looked_at: tuple[str, ...] = ()
+    gates: tuple[GateResult, ...] = ()
+    cost: Cost | None = None
+    media: tuple[Media, ...] = ()
+    notes: tuple[str, ...] = ()
+    hint: str = ""
+    repeat: str = Field(default="", description="the command that repeats this comparison")
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a Comparison has no truth value: read .verdict or call assert_equivalent()"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able dictionary; NaN and infinities are strings."""
+        result: dict[str, Any] = json.loads(self.to_json())
+        return result
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """Strict JSON (no NaN literals) that `docs/schema/comparison-1.json` describes."""
+        return self.model_dump_json(indent=indent)
+
+    @property
+    def failing(self) -> tuple[Row, ...]:
+        """Rows that did not pass, in execution order."""
+        return tuple(row for row in self.rows if not row.verdict.passed)
+
+    @property
+    def detectable(self) -> float | None:
+        """Smallest rel_l2 that every judged row would have called `drifted`."""
+        seen = [d for row in self.rows if (d := row.detectable) is not None]
+        return max(seen, default=None)
+
+    def explain(self) -> tuple[str, str, str, str, str]:
+        """The five parts of an error message: what, where, measured, likely, hint."""
+        where = f"first divergence: {self.first_divergence}" if self.first_divergence else ""
+        return self.sentence, where, self.table(limit=8), "", self.hint
+
+    def table(self, *, limit: int = 20) -> str:
+        """Failing rows as an aligned text table, with one line that accounts for the rest."""
+        shown = self.failing[:limit]
+        if not self.rows:
+            return "no tensors were compared"
+        lines = [("tensor", "verdict", "rel_l2", "floor", "ratio", "note")] if shown else []
+        for row in shown:
+            metrics, floor = row.metrics, row.floor
+            lines.append(
+                (
+                    row.name,
+                    row.verdict.value,
+                    f"{metrics.rel_l2:.1e}" if metrics else "-",
+                    f"{floor.rel_l2:.1e}" if floor else "-",
+                    f"{row.ratio:.3g}" if row.ratio is not None else "-",
+                    row.note,
+                )
+            )
+        widths = [max(len(line[i]) for line in lines) for i in range(6)] if lines else []
+        text = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
+        more = len(self.failing) - len(shown)
+        within = [row for row in self.rows if row.verdict.passed]
+        worst = max((row.ratio for row in within if row.ratio is not None), default=None)
+        nonfinite = sum(
+            1
+            for row in self.rows
+            if row.metrics and (row.metrics.nonfinite_actual or row.metrics.nonfinite_reference)
+        )
+        text.append(
+            (f"{more} more failed; " if more else "")
+            + f"{len(within)} within the floor"
+            + (f" (worst ratio {worst:.2g})" if worst is not None else "")
+            + f"; {len(self.missing)} missing, {len(self.unexpected)} unexpected, "
+            + f"{nonfinite} non-finite"
+        )
+        return "\n".join(text)
+
+    def __str__(self) -> str:
+        what, where, measured, _, hint = self.explain()
+        head = f"{self.verdict.value}: {what}"
+        return "\n".join(
+            [head]
+            + ([f"  {where}"] if where else [])
+            + [f"  {line}" for line in measured.splitlines()]
+            + [f"  rule: {self.rule.text}"]
+            + ([f"hint: {hint}"] if hint else [])
+        )
+
+
+def assert_equivalent(comparison: Comparison) -> Comparison:
+    """Raise unless the verdict is `identical` or `equivalent`.
+
+    Args:
+        comparison: What `check`, `compare` or `check_latent` returned.
+
+    Returns:
+        The same comparison, so that calls can be chained.
+
+    Raises:
+        EquivalenceError: With the failing rows, for any other verdict.
+    """
+    from truestep.errors import EquivalenceError
+
+    if not comparison.verdict.passed:
+        raise EquivalenceError(comparison)
+    return comparison

@@ -1,0 +1,1 @@
+"""Train, export and judge the text-to-video demo model on real handwritten digits."""
