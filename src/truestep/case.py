@@ -1,0 +1,322 @@
+"""Cases: what to generate. Case files, tiers and stable case ids. No torch.
+
+A case file (`truestep.toml`) holds many cases; a table below a case is a quality tier, that is the
+same case with other parameters::
+
+    [case.red-three]
+    model = "builtin:digits"
+    prompt = "a red three moving left"
+    steps = 20
+
+    [case.red-three.full]
+    steps = 50
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from truestep.errors import CaseError
+from truestep.verdict import Difference
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CASE_FILE = "truestep.toml"
+DEFAULT_TIER = "default"
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Settings(BaseModel):
+    """Controls beyond those every text-to-video case has. `None` means: as the model folder says.
+
+    Attributes:
+        text_recipe: How the prompt becomes embeddings. `pad_trim_zero`: pad to
+            `max_sequence_length`, encode with mask, cut to the real length, pad with exact zeros.
+        scheduler: diffusers scheduler class built from the folder's scheduler configuration.
+        flow_shift: Timestep shift (`shift` of FlowMatchEuler, `flow_shift` of UniPC); above 0.
+        device: `cpu`, `cuda`, `cuda:N`; None is CUDA where there is one. Not part of the case id.
+        attention_backend: diffusers attention backend (`native`, `flash`, ...); None is diffusers'
+            default. Not part of the case id: references are stored per backend really used.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    text_recipe: Literal["pad_trim_zero"] = "pad_trim_zero"
+    scheduler: Literal["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"] | None = None
+    flow_shift: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$")
+    attention_backend: str | None = None
+
+
+class Generation(BaseModel):
+    """The controls that every text-to-video case has; defaults are those of diffusers.WanPipeline.
+
+    Attributes:
+        height, width: Pixels; multiples of the model's patch times its VAE factor.
+        num_frames: Frames; 1 more than a multiple of the VAE's temporal factor.
+        steps: Denoise iterations.
+        guidance_scale: Classifier-free guidance; off (one forward a step) at 1 or below.
+        guidance_scale_2: Scale of the low-noise expert of a two-expert model; None is
+            `guidance_scale`.
+        max_sequence_length: Text length in tokens, padding included.
+        dtype: What `from_pretrained(torch_dtype=...)` is given.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1)
+    negative_prompt: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    steps: int = Field(default=50, ge=1, le=10_000)
+    guidance_scale: float = Field(default=5.0, allow_inf_nan=False)
+    guidance_scale_2: float | None = Field(default=None, allow_inf_nan=False)
+    height: int = Field(default=480, ge=1)
+    width: int = Field(default=832, ge=1)
+    num_frames: int = Field(default=81, ge=1)
+    max_sequence_length: int = Field(default=512, ge=1)
+    dtype: DType = "float32"
+
+    @property
+    def guided(self) -> bool:
+        """Whether a second, unconditional forward runs (diffusers: `guidance_scale > 1`)."""
+        return self.guidance_scale > 1.0
+
+
+class RunSettings(Generation, Settings):
+    """Every control that a stage reads, flat and mutable: `pipeline.settings`."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+_DIGITS: dict[str, Any] = {
+    "guidance_scale": 3.0,
+    "height": 32,
+    "max_sequence_length": 8,
+    "num_frames": 9,
+    "steps": 25,
+    "width": 32,
+}
+"""Defaults of `builtin:digits`: the values its model card states."""
+
+BUILTIN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"builtin:digits": _DIGITS}
+
+
+class Case(Generation):
+    """What to generate: model, prompt, seed, size, steps, guidance and settings.
+
+    `model` is `builtin:digits`, a diffusers folder, or a hub id (with `revision`). Defaults are
+    those of `diffusers.WanPipeline`, or the builtin model's own. Two cases with the same content
+    have the same `id`; where and on which attention backend a case runs is not part of it.
+
+    Raises:
+        CaseError: A key is unknown or a value is out of range.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(min_length=1)
+    revision: str | None = None
+    settings: Settings = Field(default_factory=Settings)
+
+    def __init__(self, **data: Any) -> None:
+        merged = {**BUILTIN_DEFAULTS.get(str(data.get("model")), {}), **data}
+        try:
+            super().__init__(**merged)
+        except ValidationError as error:
+            raise case_error(error, where="case") from None
+
+    @field_validator("model")
+    @classmethod
+    def _known_builtin(cls, value: str) -> str:
+        if value.startswith("builtin:") and value not in BUILTIN_DEFAULTS:
+            raise ValueError(f"unknown builtin model; there is {', '.join(BUILTIN_DEFAULTS)}")
+        return value
+
+    @property
+    def id(self) -> str:
+        """Readable, collision-free and safe as a file name: slugs plus 12 digits of a SHA-256."""
+        content = json.dumps(self.canonical(), sort_keys=True, ensure_ascii=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        model = self.model.removeprefix("builtin:").rstrip("/").rsplit("/", 1)[-1]
+        slugs = [s for s in (_slug(model, 24), _slug(self.prompt, 40)) if s]
+        return "-".join([*slugs, digest])
+
+    def canonical(self) -> dict[str, Any]:
+        """Content that the id hashes: everything but device and attention backend."""
+        content = self.model_dump(mode="json")
+        for key in ("device", "attention_backend"):
+            del content["settings"][key]
+        return content
+
+    def run_settings(self) -> RunSettings:
+        """The flat, mutable settings object that the runtime's stages read."""
+        own = self.model_dump(exclude={"model", "revision", "settings"})
+        return RunSettings(**own, **self.settings.model_dump())
+
+    def replace(self, **changes: Any) -> Case:
+        """A copy with other values; names may be those of the case or of its settings.
+
+        Raises:
+            CaseError: A name is neither, or a value is out of range.
+        """
+        own = {k: v for k, v in changes.items() if k in type(self).model_fields}
+        inner = {k: v for k, v in changes.items() if k in Settings.model_fields}
+        for key in changes:
+            if key not in own and key not in inner:
+                raise CaseError(
+                    f"unknown setting {key!r}",
+                    where="--set" if key else "",
+                    likely=_closest(key, [*type(self).model_fields, *Settings.model_fields]),
+                    hint="the settings are: "
+                    + ", ".join(sorted({*type(self).model_fields, *Settings.model_fields})),
+                )
+        data = self.model_dump()
+        data.update(own)
+        settings = data["settings"]
+        data["settings"] = {
+            **(settings if isinstance(settings, dict) else settings.model_dump()),
+            **inner,
+        }
+        return Case(**data)
+
+    def differences(self, reference: Mapping[str, Any]) -> tuple[Difference, ...]:
+        """Keys whose canonical value differs from a recorded case's."""
+        return mapping_differences(_flat(self.canonical()), _flat(dict(reference)))
+
+
+def mapping_differences(
+    actual: Mapping[str, Any], reference: Mapping[str, Any]
+) -> tuple[Difference, ...]:
+    """Keys of both mappings whose values differ, sorted; an absent key reads `(absent)`."""
+    keys = sorted({*actual, *reference})
+    absent = "(absent)"
+    return tuple(
+        Difference(
+            key=key, actual=str(actual.get(key, absent)), reference=str(reference.get(key, absent))
+        )
+        for key in keys
+        if actual.get(key, absent) != reference.get(key, absent)
+    )
+
+
+def load_cases(path: Path, *, tier: str = DEFAULT_TIER) -> dict[str, Case]:
+    """Read a case file.
+
+    Args:
+        path: A TOML file with `[case.NAME]` tables.
+        tier: `default`, or a table below the cases (`[case.NAME.TIER]`) laid over them.
+
+    Returns:
+        Name to case, in file order. A relative model folder counts from the file's folder.
+
+    Raises:
+        CaseError: The file is unreadable, holds no case, or a case in it is not valid.
+    """
+    try:
+        text = path.read_text("utf-8")
+        tables = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CaseError(
+            "the case file cannot be read",
+            where=str(path),
+            measured=str(error),
+            hint="write one with a table [case.NAME] that has model and prompt",
+        ) from None
+    unknown = sorted(set(tables) - {"case"})
+    if unknown or not isinstance(tables.get("case"), dict) or not tables["case"]:
+        raise CaseError(
+            f"unknown table {unknown[0]!r} in the case file" if unknown else "no case in the file",
+            where=str(path),
+            hint="a case file holds [case.NAME] tables only",
+        )
+    return {
+        name: _case_of(name, table, path=path, tier=tier) for name, table in tables["case"].items()
+    }
+
+
+def _case_of(name: str, table: object, *, path: Path, tier: str) -> Case:
+    where = f"{path}: [case.{name}]"
+    if not isinstance(table, dict):
+        raise CaseError("a case must be a table", where=where)
+    tiers = {k: v for k, v in table.items() if isinstance(v, dict) and k != "settings"}
+    base = {k: v for k, v in table.items() if k not in tiers}
+    if tier != DEFAULT_TIER and tier not in tiers:
+        raise CaseError(
+            f"the case has no tier {tier!r}",
+            where=where,
+            measured=f"tiers: {', '.join([DEFAULT_TIER, *tiers])}",
+            hint=f"add a table [case.{name}.{tier}] with the values that differ",
+        )
+    over = tiers.get(tier, {})
+    merged = {**base, **over, "settings": {**base.get("settings", {}), **over.get("settings", {})}}
+    model = merged.get("model")
+    if isinstance(model, str) and model.startswith("."):
+        merged["model"] = str((path.parent / model).resolve())
+    try:
+        return Case(**merged)
+    except CaseError as error:
+        error.where = where
+        raise
+
+
+def case_error(error: ValidationError, *, where: str) -> CaseError:
+    """One clear error from pydantic's list: every key, what it holds and what is allowed."""
+    lines = []
+    likely = ""
+    fields = [*Case.model_fields, *Settings.model_fields]
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key")
+            likely = likely or _closest(key.rsplit(".", 1)[-1], fields)
+        elif item["type"] == "missing":
+            lines.append(f"{key}: required, not given")
+        else:
+            given = repr(item["input"])
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{key} = {given[:60]}: {message[:1].lower()}{message[1:]}")
+    what = f"the case is not valid: {lines[0]}"
+    measured = "\n".join(lines) if len(lines) > 1 else ""
+    return CaseError(what, where=where, measured=measured, likely=likely)
+
+
+def _closest(key: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def _slug(text: str, limit: int) -> str:
+    """Lower-case letters and digits of any script, joined by dashes, cut at `limit` characters."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text[: 8 * limit]).casefold())
+    slug = ""
+    for word in words:
+        if slug and len(slug) + 1 + len(word) > limit:
+            break
+        slug = f"{slug}-{word}" if slug else word[:limit]
+    return slug
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    for key in ("settings.device", "settings.attention_backend"):
+        flat.pop(key, None)
+    return flat
