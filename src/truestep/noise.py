@@ -168,6 +168,8 @@ def judge(metrics: Metrics, floor: FloorUsed) -> tuple[Verdict, float, str, str]
     }
     metric = max(ratios, key=lambda key: ratios[key])
     ratio = ratios[metric]
+    if any(math.isnan(value) for value in ratios.values()):
+        return Verdict.INVALID, math.nan, metric, "a metric is not a number"
     if ratio <= 1.0:
         return Verdict.EQUIVALENT, ratio, metric, ""
     if ratio > floor.bound:
@@ -208,3 +210,20 @@ def size_rule(floors: list[FloorUsed]) -> Rule:
             "between is inconclusive"
         ),
     )
+
+
+FREE_RUN = "run/final"
+"""Name under which a run keeps the metrics of the final latent of a free generation."""
+
+
+def free_running(floor: NoiseFloor | None) -> NoiseFloor | None:
+    """The floor of free generations: what the runs measured of `latent/final` without replay."""
+    if floor is None:
+        return None
+    runs = []
+    for run in floor.runs:
+        found = [m for m in run.tensors if m.name == FREE_RUN]
+        if found:
+            renamed = tuple(m.model_copy(update={"name": "latent/final"}) for m in found)
+            runs.append(run.model_copy(update={"tensors": renamed}))
+    return NoiseFloor(runs=tuple(runs)) if runs else None

@@ -377,3 +377,19 @@ def assert_equivalent(comparison: Comparison) -> Comparison:
     if not comparison.verdict.passed:
         raise EquivalenceError(comparison)
     return comparison
+
+
+class Results(Record):
+    """Several comparisons as one result file; what `--json` writes."""
+
+    schema_version: int = SCHEMA_VERSION
+    verdict: Verdict
+    exit_code: int
+    comparisons: tuple[Comparison, ...]
+
+    @classmethod
+    def of(cls, comparisons: Iterable[Comparison]) -> Results:
+        """Bundle comparisons; the verdict is the worst of them."""
+        found = tuple(comparisons)
+        verdict = Verdict.worst(c.verdict for c in found)
+        return cls(verdict=verdict, exit_code=verdict.exit_code, comparisons=found)

@@ -67,10 +67,7 @@ def judged_captions() -> list[Caption]:
     return [
         caption
         for caption in all_captions()
-        if (
-            caption.digit + colours.index(caption.colour) + directions.index(caption.direction)
-        )
-        % 2
+        if (caption.digit + colours.index(caption.colour) + directions.index(caption.direction)) % 2
         == 0
     ]
 

@@ -1,0 +1,49 @@
+# make demo | test | lint | bench. Each sets up .venv first; everything installed is pinned.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help demo test test-fast lint format bench clean
+
+help:
+	@echo "make demo   run the main job on the builtin model (under 3 minutes)"
+	@echo "make test   all tests    make test-fast   without the slow ones"
+	@echo "make lint   ruff and mypy    make format   fix what ruff can"
+	@echo "make bench  speed and memory, as JSON lines"
+
+# torch comes first and alone: its pin decides between a CPU and a GPU build.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[diffusers,media,bench,dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/truestep demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m bench.bench_compare
+	$(BIN)/python -m bench.bench_memory
+	$(BIN)/python -m bench.bench_check
+	$(BIN)/python -m bench.bench_startup
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output

@@ -1,0 +1,60 @@
+"""Is it still the same model? Record a trusted run, replay it, judge against measured noise.
+
+Importing this package imports no torch; the names below load what they need when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from truestep.case import Case
+    from truestep.checking import check
+    from truestep.comparison.api import compare
+    from truestep.comparison.latent_gate import check_latent
+    from truestep.environment import Environment
+    from truestep.errors import EquivalenceError
+    from truestep.recording.format import Recording
+    from truestep.recording.record import record
+    from truestep.verdict import Comparison, Verdict, assert_equivalent
+
+__all__ = [
+    "Case",
+    "Comparison",
+    "Environment",
+    "EquivalenceError",
+    "Recording",
+    "Verdict",
+    "assert_equivalent",
+    "check",
+    "check_latent",
+    "compare",
+    "record",
+]
+
+_HOMES = {
+    "Case": "truestep.case",
+    "Comparison": "truestep.verdict",
+    "Environment": "truestep.environment",
+    "EquivalenceError": "truestep.errors",
+    "Recording": "truestep.recording.format",
+    "Verdict": "truestep.verdict",
+    "assert_equivalent": "truestep.verdict",
+    "check": "truestep.checking",
+    "check_latent": "truestep.comparison.latent_gate",
+    "compare": "truestep.comparison.api",
+    "record": "truestep.recording.record",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'truestep' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,289 @@
+"""Check a candidate against a reference: replay its stages on recorded inputs, or generate anew."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from truestep.case import Case
+from truestep.environment import library_version
+from truestep.errors import ReferenceNotFoundError, UsageError
+from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+    from truestep.recording.capture import Progress
+    from truestep.recording.format import Recording
+    from truestep.recording.replay import Replay
+    from truestep.runtime.pipeline import Apply, Pipeline
+
+Depth = Literal["steps", "final"]
+
+
+def check(
+    case: Case,
+    reference: Recording | str | Path,
+    *,
+    depth: Depth = "steps",
+    apply: Apply | None = None,
+    settings: Mapping[str, Any] | None = None,
+    steps: tuple[int, ...] | None = None,
+    tolerance: float | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Say whether a candidate is still the same model as a recorded reference.
+
+    Args:
+        case: The reference's case.
+        reference: A full recording of it, or its path.
+        depth: `steps` feeds every stage the reference's recorded inputs and judges its output
+            (a few forwards); `final` generates freely and compares the latents.
+        apply: The change under test: receives the pipeline and changes it or returns another.
+        settings: Values that differ from the case (`guidance_scale`, `model`, `dtype`, ...).
+        steps: At `steps`: where predictions are made; default first, middle, last and both sides
+            of an expert switch.
+        tolerance: Judge rel_l2 by this limit instead of the noise floor.
+        progress: Told (what, done, total).
+
+    Returns:
+        The comparison. Only `assert_equivalent` raises on failure.
+
+    Raises:
+        CaseError, ModelLoadError, FileFormatError: Case, model or reference cannot be used.
+        UsageError: The change raised, or the reference holds no tensors to replay.
+    """
+    from truestep.recording.format import Recording
+    from truestep.runtime.loading import load
+    from truestep.runtime.pipeline import apply_change
+
+    recording = reference if isinstance(reference, Recording) else Recording.open(reference)
+    candidate = case.replace(**dict(settings or {}))
+    refused = _refuse(case, recording)
+    if refused is not None:
+        return refused
+    pipe = apply_change(load(candidate), apply)
+    return check_pipeline(
+        pipe,
+        recording,
+        case=case,
+        candidate=candidate,
+        depth=depth,
+        steps=steps,
+        tolerance=tolerance,
+        label=_label(case, candidate, apply),
+        progress=progress,
+    )
+
+
+def check_pipeline(
+    pipe: Pipeline,
+    recording: Recording,
+    *,
+    case: Case,
+    candidate: Case | None = None,
+    depth: Depth = "steps",
+    steps: tuple[int, ...] | None = None,
+    tolerance: float | None = None,
+    label: str = "candidate",
+    progress: Progress | None = None,
+) -> Comparison:
+    """Check a loaded pipeline; see `check`."""
+    from truestep.comparison.matching import build_comparison, compare_tensors
+    from truestep.environment import Environment
+    from truestep.noise import free_running, pair_of
+    from truestep.recording.capture import attention_observed, run_environment
+    from truestep.recording.names import address
+    from truestep.recording.replay import Replay, chosen_steps, replay, steps_recorded
+    from truestep.runtime.loading import fingerprint, resolve
+    from truestep.runtime.pipeline import generate
+
+    candidate = candidate or case
+    manifest = recording.manifest
+    before, start = pipe.forwards, time.perf_counter()
+    with attention_observed(pipe) as kernels:
+        if depth == "final":
+            replayed = Replay()
+            try:
+                replayed.outputs["latent/final"] = generate(pipe).to("cpu")
+            except RuntimeError as error:
+                replayed.failures["latent/final"] = f"{type(error).__name__}: {error}"
+            wanted = ("latent/final",)
+            floor = free_running(manifest.noise_floor)
+        else:
+            chosen = chosen_steps(recording, steps)
+            replayed = replay(pipe, recording, steps=chosen, progress=progress, label="check")
+            wanted = _looked_at(recording, chosen)
+            floor = manifest.noise_floor
+    seconds = time.perf_counter() - start
+    expected = {name: recording[name] for name in wanted}
+    rows, missing, unexpected = compare_tensors(
+        {k: v for k, v in replayed.outputs.items() if k in expected or k.startswith("text/")},
+        expected,
+        floor=floor,
+        pair=pair_of(candidate.dtype, case.dtype),
+        tolerance=tolerance,
+        describe=address,
+    )
+    environment = run_environment(
+        pipe, attention=kernels(), weights=fingerprint(resolve(candidate))[:16]
+    )
+    looked, not_looked = _coverage(recording, depth, wanted, steps_recorded(recording))
+    return build_comparison(
+        [_failed(row, replayed) for row in rows],
+        missing=missing,
+        unexpected=unexpected,
+        case_id=case.id,
+        case=case.canonical(),
+        actual=Side(label=label, environment=dict(environment)),
+        reference=Side(
+            label="reference",
+            path=str(recording.path) if recording.path else None,
+            environment=dict(manifest.environment),
+        ),
+        environment_differences=Environment(dict(environment)).differences(manifest.environment),
+        looked_at=looked,
+        not_looked_at=not_looked,
+        media=_frames(replayed, expected),
+        cost=Cost(
+            forwards=pipe.forwards - before,
+            forwards_generation=manifest.forwards,
+            seconds=seconds,
+            seconds_generation=sum(sum(times) for times in manifest.timings_s.values()) or None,
+        ),
+    )
+
+
+def _refuse(case: Case, recording: Recording) -> Comparison | None:
+    """An `incomparable` result where the reference is of another case; errors where it is unusable."""
+    manifest = recording.manifest
+    where = str(recording.path or "reference")
+    if manifest.case is None:
+        raise UsageError(
+            "the reference is not a recording of a case",
+            where=where,
+            hint="truestep compare ACTUAL REFERENCE judges plain tensors",
+        )
+    if manifest.level != "full":
+        raise UsageError(
+            f"the reference holds level {manifest.level!r} only: there are no tensors to replay",
+            where=where,
+            hint="truestep record CASE --level full --update",
+        )
+    differences = case.differences(manifest.case)
+    if not differences:
+        return None
+    keys = ", ".join(d.key for d in differences)
+    return Comparison(
+        tool_version=library_version("truestep") or "",
+        verdict=Verdict.INCOMPARABLE,
+        sentence=f"incomparable: the reference is of another case ({keys} differ)",
+        rule=Rule(name="case", text="a reference judges its own case only"),
+        case_id=case.id,
+        case=case.canonical(),
+        actual=Side(label=case.id),
+        reference=Side(
+            label=manifest.case_id or "", path=where, environment=dict(manifest.environment)
+        ),
+        case_differences=differences,
+        hint="truestep record CASE seeds a reference of this case; "
+        "--set KEY=VALUE tests a change of it",
+    )
+
+
+def _label(case: Case, candidate: Case, apply: Apply | None) -> str:
+    parts = [
+        f"{key}={value}"
+        for difference in candidate.differences(case.canonical())
+        for key, value in [(difference.key.removeprefix("settings."), difference.actual)]
+    ]
+    if apply is not None:
+        parts.append(f"apply {getattr(apply, '__name__', 'change')}")
+    return ", ".join(parts) or "unchanged"
+
+
+def _looked_at(recording: Mapping[str, torch.Tensor], chosen: tuple[int, ...]) -> tuple[str, ...]:
+    """Names of the recorded tensors that a replay at these steps answers to, in order."""
+    from truestep.recording.names import address
+
+    names = []
+    for name in recording:
+        place = address(name)
+        if place.stage == "prediction" and place.step not in chosen:
+            continue
+        if name == "step/0000/latent":  # the initial latent once more
+            continue
+        names.append(name)
+    return tuple(names)
+
+
+def _coverage(
+    recording: Recording, depth: Depth, wanted: tuple[str, ...], total: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if depth == "final":
+        return (
+            ("final latent of a free run",),
+            ("each stage on its own (--depth steps)", "decoding"),
+        )
+    from truestep.recording.names import STAGES, address
+
+    places = [address(name) for name in wanted]
+    looked = []
+    for stage in STAGES:
+        steps = sorted({p.step for p in places if p.stage == stage and p.step is not None})
+        branches = sorted({p.branch for p in places if p.stage == stage and p.branch})
+        if not any(p.stage == stage for p in places):
+            continue
+        detail = f" at steps {', '.join(map(str, steps))} of {total}" if steps else ""
+        if len(steps) >= total - 1 and steps:
+            detail = " at every step"
+        looked.append(f"{stage}{detail}" + (f" ({', '.join(branches)})" if branches else ""))
+    predicted = {p.step for p in places if p.stage == "prediction"}
+    unseen = (
+        [f"prediction at the other {total - len(predicted)} steps"]
+        if total > len(predicted)
+        else []
+    )
+    if "video/frames" not in recording:
+        unseen.append("decoding (the reference holds no frames)")
+    return tuple(looked), (*unseen, "accumulation over a free run (--depth final)")
+
+
+def _failed(row: Row, replayed: Replay) -> Row:
+    """A stage that raised is `invalid`, with what it raised; a tensor it took along likewise."""
+    text = replayed.failures.get(row.name)
+    if text is None and row.verdict is Verdict.MISSING:
+        stage = row.name.split("/")[0]
+        text = next((t for n, t in replayed.failures.items() if n.split("/")[0] == stage), None)
+    return (
+        row
+        if text is None
+        else row.model_copy(update={"verdict": Verdict.INVALID, "note": f"the stage raised {text}"})
+    )
+
+
+def _frames(replayed: Replay, expected: Mapping[str, torch.Tensor]) -> tuple[Media, ...]:
+    from truestep.comparison.media import frame_media
+
+    actual, reference = replayed.outputs.get("video/frames"), expected.get("video/frames")
+    if actual is None or reference is None or actual.shape != reference.shape:
+        return ()
+    return (frame_media(actual, reference, name="video/frames"),)
+
+
+def missing_reference(case: Case, error: ReferenceNotFoundError) -> Comparison:
+    """The result for a case that has no reference: verdict `missing`, with where it was looked for."""
+    return Comparison(
+        tool_version=library_version("truestep") or "",
+        verdict=Verdict.MISSING,
+        sentence=error.what,
+        rule=Rule(name="reference", text="a case is judged against its own reference"),
+        case_id=case.id,
+        case=case.canonical(),
+        actual=Side(label=case.id),
+        reference=Side(label="(none)"),
+        notes=tuple(part for part in (error.where, error.measured, error.likely) if part),
+        hint=error.hint,
+    )

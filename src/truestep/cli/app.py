@@ -1,0 +1,45 @@
+"""The verbs, imported when they are called or listed."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+VERBS = {
+    "demo": "Tell the whole story on the builtin digits model, in about two minutes.",
+    "run": "Generate a case and save its latent and video.",
+    "record": "Record a case as its reference, with its measured noise floor.",
+    "check": "Say whether a changed model is still the same as its reference.",
+    "compare": "Compare two files of tensors: recordings, safetensors, npy, npz, pt.",
+    "show": "Show what a recording or safetensors file holds (reads the header only).",
+    "doctor": "Show machine, libraries, attention kernel and what is missing.",
+}
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"truestep.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 identical or equivalent, 1 drifted or invalid, 2 usage or unreadable file, "
+    "3 missing or incomparable, 4 inconclusive.",
+)
+@click.version_option(package_name="truestep", prog_name="truestep")
+def app() -> None:
+    """Is it still the same model? Record a trusted run, replay it on the candidate, and judge the
+    difference against a measured noise floor."""

@@ -1,0 +1,259 @@
+"""What the verbs share: choosing cases, parsing changes, progress, writing results."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from truestep.case import Case
+    from truestep.verdict import Comparison
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def case_options(function: Command) -> Command:
+    """Arguments and options that choose cases."""
+    for option in (
+        click.option("--tier", default="default", show_default=True, help="Tier of the cases."),
+        click.option("--prompt", help="Prompt of an ad-hoc case, where CASES names a model."),
+        click.option(
+            "--file",
+            "case_file",
+            type=click.Path(path_type=Path),
+            default=Path("truestep.toml"),
+            show_default=True,
+            help="Case file.",
+        ),
+        click.argument("names", nargs=-1, metavar="[CASES]..."),
+    ):
+        function = option(function)
+    return function
+
+
+def output_options(function: Command) -> Command:
+    """`--json [PATH]` and `--report PATH`."""
+    for option in (
+        click.option("--report", type=click.Path(path_type=Path), help="Write an HTML report."),
+        click.option(
+            "--json",
+            "json_path",
+            is_flag=False,
+            flag_value="-",
+            metavar="[PATH]",
+            help="Write the result as JSON; without a path, or with -, to stdout alone.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+set_option = click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value of the case or its settings.",
+)
+
+
+def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` options as a dictionary; `none` is None. The case validates them.
+
+    Raises:
+        UsageError: An option has no `=`.
+    """
+    from truestep.errors import UsageError
+
+    parsed: dict[str, Any] = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not key:
+            raise UsageError(
+                f"--set needs KEY=VALUE, got {change!r}", hint="e.g. --set guidance_scale=3.1"
+            )
+        parsed[key] = None if value.lower() == "none" else value
+    return parsed
+
+
+def choose_cases(
+    names: Sequence[str], *, case_file: Path, prompt: str | None, tier: str
+) -> dict[str, Case]:
+    """Cases by name, from a case file given as a name, or ad hoc from a model and `--prompt`.
+
+    No names (or `all`) means every case of the case file.
+
+    Raises:
+        CaseError: A name is none of these, or a case is not valid.
+    """
+    from truestep.case import Case, load_cases
+
+    if prompt is not None:
+        if len(names) > 1:
+            raise click.UsageError("--prompt makes one case: give one model (or none)")
+        case = Case(model=names[0] if names else "builtin:digits", prompt=prompt)
+        return {case.id: case}
+    chosen: dict[str, Case] = {}
+    wanted = [name for name in names if name != "all"]
+    files = [Path(name) for name in wanted if name.endswith(".toml")]
+    for path in files or [case_file]:
+        if files or not wanted or case_file.exists():
+            chosen.update(load_cases(path, tier=tier))
+    picked = [name for name in wanted if not name.endswith(".toml")]
+    if not picked:
+        return chosen
+    return {name: _picked(name, chosen, case_file) for name in picked}
+
+
+def _picked(name: str, cases: dict[str, Case], case_file: Path) -> Case:
+    import difflib
+
+    from truestep.errors import CaseError
+
+    if name in cases:
+        return cases[name]
+    by_id = {case.id: case for case in cases.values()}
+    if name in by_id:
+        return by_id[name]
+    near = difflib.get_close_matches(name, cases, n=1)
+    raise CaseError(
+        f"no case named {name!r}",
+        where=str(case_file),
+        measured=f"it holds: {', '.join(cases)}" if cases else "there is no such file",
+        likely=f"did you mean {near[0]!r}?" if near else "",
+        hint=f'for a case without a file: truestep VERB {name} --prompt "..."',
+    )
+
+
+def load_change(spec: str | None) -> Callable[[Any], Any] | None:
+    """The function that `--apply file.py:function` names.
+
+    Raises:
+        UsageError: The file cannot be imported or has no such function.
+    """
+    import difflib
+
+    from truestep.errors import UsageError
+
+    if spec is None:
+        return None
+    file, colon, name = spec.rpartition(":")
+    if not colon or not name:
+        raise UsageError(f"--apply needs FILE.py:FUNCTION, got {spec!r}")
+    path = Path(file)
+    found = importlib.util.spec_from_file_location(f"truestep_apply_{path.stem}", path)
+    if not path.is_file() or found is None or found.loader is None:
+        raise UsageError("the file of --apply cannot be read", where=str(path))
+    module = importlib.util.module_from_spec(found)
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:  # the user's own code may raise anything
+        raise UsageError(
+            f"the file of --apply raised {type(error).__name__}: {error}", where=str(path)
+        ) from error
+    finally:
+        sys.path.pop(0)
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = [key for key, value in vars(module).items() if callable(value)]
+        near = difflib.get_close_matches(name, public, n=1)
+        raise UsageError(
+            f"no function {name!r}",
+            where=str(path),
+            likely=f"did you mean {near[0]!r}?" if near else "",
+        )
+    return function  # type: ignore[no-any-return]
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress bar on stderr; None when stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[pace]}"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        key = what.split(":")[0]
+        if key not in tasks or done <= 1:
+            if key in tasks:
+                bar.remove_task(tasks[key])
+            tasks[key] = bar.add_task(what, total=total, pace="")
+        task = next(t for t in bar.tasks if t.id == tasks[key])
+        pace = f"{task.elapsed / done:.2f} s/step" if task.elapsed and done > 1 else ""
+        bar.update(tasks[key], completed=done, description=what, pace=pace)
+
+    with bar:
+        yield show
+
+
+def finish(
+    comparisons: Sequence[Comparison],
+    *,
+    json_path: str | None,
+    report: Path | None,
+) -> int:
+    """Print comparisons, write JSON and report, and return the exit code of the worst verdict."""
+    from truestep.environment import command_line
+    from truestep.report import html, terminal
+    from truestep.verdict import Results
+
+    repeat = command_line()
+    results = Results.of([c.model_copy(update={"repeat": repeat}) for c in comparisons])
+    if report is not None:
+        html.write_many(report, results.comparisons)
+    if json_path == "-":
+        click.echo(results.model_dump_json(indent=2))
+        return results.exit_code
+    if json_path is not None:
+        write_text(Path(json_path), results.model_dump_json(indent=2) + "\n")
+    terminal.print_results(results, report=str(report) if report else None)
+    return results.exit_code
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically.
+
+    Raises:
+        WriteError: It could not be written.
+    """
+    from truestep.errors import WriteError
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise WriteError(
+            "the result could not be written", where=str(path), measured=str(error)
+        ) from None

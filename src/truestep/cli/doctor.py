@@ -1,0 +1,89 @@
+"""`truestep doctor`: machine, libraries, the attention kernel that really runs, what is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+EXTRAS = {
+    "diffusers": ("diffusers", "running models"),
+    "transformers": ("diffusers", "running models"),
+    "accelerate": ("diffusers", "running models"),
+    "ftfy": ("diffusers", "cleaning prompts exactly as Wan does"),
+    "av": ("media", "writing videos"),
+    "pillow": ("media", "frames in reports"),
+}
+
+
+@click.command("doctor")
+@click.option("--model", help="Also check that this model is complete.")
+@click.option("--json", "as_json", is_flag=True, help="The environment as JSON.")
+def command(model: str | None, as_json: bool) -> None:
+    """Show the environment that decides numbers, and what is missing with how to install it."""
+    import json
+
+    from truestep.environment import Environment, attention_kernel, library_version
+
+    environment = Environment.current(attention=attention_kernel())
+    if as_json:
+        click.echo(json.dumps(dict(environment), indent=2))
+    else:
+        for key, value in environment.items():
+            click.echo(f"  {key:<26} {value}")
+        for dtype in ("float32", "bfloat16"):
+            click.echo(f"  {'attention in ' + dtype:<26} {attention_kernel(dtype=dtype)}")
+    problems = []
+    for package, (extra, purpose) in EXTRAS.items():
+        if library_version(package) is None:
+            problems.append(f"{package} is missing ({purpose}): pip install 'truestep[{extra}]'")
+    if model is not None:
+        problems += _model_problems(model)
+    for problem in problems:
+        click.echo(f"PROBLEM {problem}", err=as_json)
+    click.echo(
+        f"{len(problems)} problem{'s' if len(problems) != 1 else ''} found"
+        if problems
+        else "nothing is missing",
+        err=as_json,
+    )
+    sys.exit(2 if problems else 0)
+
+
+def _model_problems(model: str) -> list[str]:
+    """What is absent from a model folder, by its own model_index.json."""
+    import json
+
+    from truestep.case import Case
+    from truestep.errors import ModelLoadError
+    from truestep.runtime.loading import resolve
+
+    try:
+        folder = resolve(Case(model=model, prompt="doctor"))
+    except ModelLoadError as error:
+        return [f"{error.what} ({error.where}): {error.hint}"]
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    problems = []
+    for part, kind in index.items():
+        if part.startswith("_") or not isinstance(kind, list) or kind[0] is None:
+            continue
+        problems += _component_problems(folder / part)
+    return problems
+
+
+def _component_problems(folder: Path) -> list[str]:
+    from truestep.errors import FileFormatError
+    from truestep.recording.header import read_header
+
+    if not folder.is_dir():
+        return [f"component folder {folder} is missing"]
+    problems = []
+    for weights in folder.glob("*.safetensors"):
+        try:
+            read_header(weights)
+        except FileFormatError as error:
+            problems.append(f"{weights}: {error.what}")
+    if not any(folder.glob("*.json")):
+        problems.append(f"{folder} has no configuration")
+    return problems

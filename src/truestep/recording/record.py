@@ -1,0 +1,106 @@
+"""Record a trusted run of a case: generate, capture, measure the noise floor, write."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from truestep.case import Case
+from truestep.environment import library_version
+
+if TYPE_CHECKING:
+    from truestep.recording.capture import Progress
+    from truestep.recording.format import Recording
+    from truestep.recording.manifest import Level
+    from truestep.runtime.pipeline import Apply, Pipeline
+
+FloorChoice = Literal["none", "steps", "final"]
+
+
+def record(
+    case: Case,
+    *,
+    path: str | Path | None = None,
+    level: Level = "full",
+    floor: FloorChoice = "steps",
+    apply: Apply | None = None,
+    progress: Progress | None = None,
+) -> Recording:
+    """Generate a case and keep everything: text, schedule, latents, predictions, frames, floor.
+
+    Args:
+        case: What to generate.
+        path: Where to write the recording (atomically); None keeps it in memory.
+        level: `full` keeps the tensors, `stats` their moments only.
+        floor: `steps` measures the noise floor of every stage in isolation (about two generations);
+            `final` also that of the final latent of a free run (about nine more); `none` neither.
+        apply: A change to the pipeline before it runs.
+        progress: Told (what, done, total).
+
+    Returns:
+        The recording: a read-only mapping from tensor name to tensor, with a manifest.
+
+    Raises:
+        CaseError, ModelLoadError, UsageError: The case cannot be run.
+        WriteError: It cannot be written; an existing file is left untouched.
+    """
+    from truestep.runtime.loading import load
+    from truestep.runtime.pipeline import apply_change
+
+    recording = record_pipeline(
+        apply_change(load(case), apply), case=case, level=level, floor=floor, progress=progress
+    )
+    if path is None:
+        return recording
+    recording.save(path)
+    return type(recording).open(path)
+
+
+def record_pipeline(
+    pipe: Pipeline,
+    *,
+    case: Case,
+    level: Level = "full",
+    floor: FloorChoice = "steps",
+    progress: Progress | None = None,
+) -> Recording:
+    """Record a loaded pipeline; see `record`."""
+    from truestep.recording.capture import (
+        Capture,
+        attention_observed,
+        recorded_settings,
+        run_environment,
+        tensor_table,
+    )
+    from truestep.recording.floor import measure
+    from truestep.recording.format import Recording
+    from truestep.recording.manifest import Manifest
+    from truestep.runtime.loading import fingerprint, resolve
+    from truestep.runtime.pipeline import generate
+
+    capture = Capture(progress=progress, label="record")
+    before = pipe.forwards
+    with attention_observed(pipe) as kernels:
+        generate(pipe, observer=capture, output="frames")
+    forwards = pipe.forwards - before
+    measured = (
+        None
+        if floor == "none"
+        else measure(pipe, capture.tensors, case=case, final=floor == "final", progress=progress)
+    )
+    weights = fingerprint(resolve(case))[:16]
+    manifest = Manifest(
+        tool_version=library_version("truestep") or "",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        level=level,
+        case_id=case.id,
+        case=case.canonical(),
+        settings=recorded_settings(pipe),
+        environment=dict(run_environment(pipe, attention=kernels(), weights=weights)),
+        tensors=tensor_table(capture.tensors),
+        timings_s={stage: tuple(times) for stage, times in capture.seconds.items()},
+        forwards=forwards,
+        noise_floor=measured,
+    )
+    return Recording.in_memory(capture.tensors, manifest)

@@ -1,0 +1,226 @@
+"""Replay in isolation: feed each stage of a pipeline a recording's inputs, and keep its outputs.
+
+Nothing a stage makes is fed to the next one, so rounding is not amplified and a fault shows where it
+is made. Guidance and update cost no forward and are replayed at every step; multistep schedulers are
+driven through all steps in order on the recorded predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from truestep.errors import UsageError
+from truestep.recording.capture import Progress
+from truestep.recording.names import step_name
+from truestep.runtime.pipeline import Branch, Observer, Pipeline, Schedule, Step, encode, schedule
+
+
+@dataclass
+class Replay:
+    """Outputs of the stages by tensor name, and what raised instead of giving one."""
+
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class _Keep(Observer):
+    def __init__(self, outputs: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def tensor(self, name: str, value: torch.Tensor) -> None:
+        self._outputs[name] = value.detach().to("cpu", copy=True)
+
+
+def steps_recorded(recording: Mapping[str, torch.Tensor]) -> int:
+    """Number of denoise steps in a recording."""
+    return sum(1 for name in recording if name.startswith("step/") and name.endswith("/latent"))
+
+
+def recorded_schedule(recording: Mapping[str, torch.Tensor]) -> Schedule:
+    """The schedule that a recording holds."""
+    return Schedule(
+        recording["schedule/sigmas"],
+        recording["schedule/timesteps"],
+        recording["schedule/experts"],
+    )
+
+
+def default_steps(recording: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """First, middle and last step, and both sides of an expert switch."""
+    total = steps_recorded(recording)
+    chosen = {0, total // 2, total - 1}
+    experts = recording["schedule/experts"]
+    switches = (experts[1:] != experts[:-1]).nonzero().flatten().tolist()
+    for switch in switches:
+        chosen |= {switch, switch + 1}
+    return tuple(sorted(chosen))
+
+
+def chosen_steps(
+    recording: Mapping[str, torch.Tensor], steps: Iterable[int] | None
+) -> tuple[int, ...]:
+    """Steps to predict at: the given ones, or the default.
+
+    Raises:
+        UsageError: A step is out of range.
+    """
+    if steps is None:
+        return default_steps(recording)
+    total = steps_recorded(recording)
+    chosen = tuple(sorted({step for step in steps}))
+    bad = [step for step in chosen if not 0 <= step < total]
+    if bad or not chosen:
+        raise UsageError(
+            f"no step {bad[0]} in the reference" if bad else "no steps were chosen",
+            measured=f"its steps are 0 to {total - 1}",
+        )
+    return chosen
+
+
+def replay(
+    pipe: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    *,
+    steps: Iterable[int] | None = None,
+    progress: Progress | None = None,
+    label: str = "replay",
+) -> Replay:
+    """Run every stage on a recording's inputs.
+
+    Args:
+        pipe: The pipeline under test; its settings say what it would generate.
+        recording: A full recording of the same case.
+        steps: Where predictions are made; default first, middle, last and around expert switches.
+        progress: Told about each forward.
+        label: What the progress is called.
+
+    Returns:
+        Outputs under the names of the recorded tensors they answer to. A stage that raises is a
+        failure of that stage; the others still run.
+    """
+    result = Replay()
+    chosen = chosen_steps(recording, steps)
+    recorded = recorded_schedule(recording)
+    with torch.no_grad():
+        pipe.prepare(pipe)
+        keep = _Keep(result.outputs)
+        _attempt(result, "text/cond", lambda: encode(pipe, keep))
+        _attempt(result, "schedule/sigmas", lambda: schedule(pipe, keep))
+        _keep_output(result, "latent/initial", lambda: pipe.make_latent(pipe))
+        experts = result.outputs.get("schedule/experts", recorded.experts)
+        _predictions(pipe, recording, recorded, experts, chosen, result, progress, label)
+        _guidance(pipe, recording, recorded, result)
+        _updates(pipe, recording, recorded, result)
+        if "video/frames" in recording:
+            final = recording["latent/final"]
+            _keep_output(result, "video/frames", lambda: pipe.decode(pipe, final.to(pipe.device)))
+    return result
+
+
+def _attempt(result: Replay, name: str, run: Callable[[], object]) -> None:
+    try:
+        run()
+    except Exception as error:  # whatever a candidate's stage raises is that stage's outcome
+        text = str(error).strip().splitlines()
+        result.failures[name] = f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+
+
+def _keep_output(result: Replay, name: str, run: Callable[[], torch.Tensor]) -> None:
+    def keep() -> None:
+        result.outputs[name] = run().detach().to("cpu", copy=True)
+
+    _attempt(result, name, keep)
+
+
+def _step(pipe: Pipeline, recorded: Schedule, index: int, experts: torch.Tensor) -> Step:
+    """A recorded step on the pipeline's device, with the pipeline's own choice of expert."""
+    expert = int(experts[index]) if index < len(experts) else int(recorded.experts[index])
+    return Step(
+        index=index,
+        timestep=recorded.timesteps[index].to(pipe.device),
+        sigma=float(recorded.sigmas[index]),
+        expert=expert,
+    )
+
+
+def _predictions(
+    pipe: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    recorded: Schedule,
+    experts: torch.Tensor,
+    chosen: tuple[int, ...],
+    result: Replay,
+    progress: Progress | None,
+    label: str,
+) -> None:
+    branches: tuple[Branch, ...] = ("cond", "uncond") if pipe.settings.guided else ("cond",)
+    for done, index in enumerate(chosen):
+        step = _step(pipe, recorded, index, experts)
+        latent = recording[step_name(index, "latent")].to(pipe.device)
+        for branch in branches:
+            text = recording.get(f"text/{branch}")
+            if text is None:
+                continue
+            embeddings = text.to(pipe.device)
+            _keep_output(
+                result,
+                step_name(index, branch),
+                lambda s=step, e=embeddings, b=branch, z=latent: pipe.predict(  # type: ignore[misc]
+                    pipe, z.clone(), s, e.clone(), b
+                ),
+            )
+        if progress:
+            progress(label, done + 1, len(chosen))
+
+
+def _guidance(
+    pipe: Pipeline, recording: Mapping[str, torch.Tensor], recorded: Schedule, result: Replay
+) -> None:
+    """Combine the recorded branches at every step; without guidance the prediction passes through."""
+    for index in range(len(recorded.timesteps)):
+        step = _step(pipe, recorded, index, recorded.experts)
+        cond = recording[step_name(index, "cond")].to(pipe.device)
+        uncond = recording.get(step_name(index, "uncond"))
+
+        def combined(
+            step: Step = step, cond: torch.Tensor = cond, uncond: torch.Tensor | None = uncond
+        ) -> torch.Tensor:
+            if not pipe.settings.guided or uncond is None:
+                return cond
+            return pipe.combine(pipe, step, cond.clone(), uncond.to(pipe.device, copy=True))
+
+        _keep_output(result, step_name(index, "guided"), combined)
+
+
+def _updates(
+    pipe: Pipeline, recording: Mapping[str, torch.Tensor], recorded: Schedule, result: Replay
+) -> None:
+    """Drive a freshly reset scheduler through all steps on recorded latents and predictions."""
+    total = len(recorded.timesteps)
+
+    def reset() -> None:
+        own_steps, pipe.settings.steps = pipe.settings.steps, total
+        try:
+            pipe.make_schedule(pipe)
+        finally:
+            pipe.settings.steps = own_steps
+        for name, value in (("sigmas", recorded.sigmas), ("timesteps", recorded.timesteps)):
+            own = getattr(pipe.scheduler, name, None)
+            if isinstance(own, torch.Tensor) and own.shape == value.shape:
+                setattr(pipe.scheduler, name, value.to(own.device, copy=True))
+
+    _attempt(result, "schedule/sigmas", reset)
+    for index in range(total):
+        step = _step(pipe, recorded, index, recorded.experts)
+        name = step_name(index + 1, "latent") if index + 1 < total else "latent/final"
+        guided = recording[step_name(index, "guided")].to(pipe.device, copy=True)
+        latent = recording[step_name(index, "latent")].to(pipe.device, copy=True)
+        _keep_output(
+            result,
+            name,
+            lambda s=step, g=guided, z=latent: pipe.update(pipe, s, g, z),  # type: ignore[misc]
+        )
