@@ -119,7 +119,7 @@ def check_pipeline(
             floor = manifest.noise_floor
     seconds = time.perf_counter() - start
     expected = {name: recording[name] for name in wanted}
-    rows, missing, unexpected = compare_tensors(
+    rows = compare_tensors(
         {k: v for k, v in replayed.outputs.items() if k in expected or k.startswith("text/")},
         expected,
         floor=floor,
@@ -133,8 +133,6 @@ def check_pipeline(
     looked, not_looked = _coverage(recording, depth, wanted, steps_recorded(recording))
     return build_comparison(
         [_failed(row, replayed) for row in rows],
-        missing=missing,
-        unexpected=unexpected,
         case_id=case.id,
         case=case.canonical(),
         actual=Side(label=label, environment=dict(environment)),

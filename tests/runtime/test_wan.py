@@ -20,7 +20,7 @@ def diffusers_latent(case: Case, folder: Path, *, output_type: str = "latent") -
     """What diffusers.WanPipeline generates for a case, by its own public interface."""
     import diffusers
 
-    pipe = diffusers.WanPipeline.from_pretrained(folder, torch_dtype=getattr(torch, case.dtype))
+    pipe = diffusers.WanPipeline.from_pretrained(folder, dtype=getattr(torch, case.dtype))
     pipe.set_progress_bar_config(disable=True)
     name = case.settings.scheduler
     shift = case.settings.flow_shift

@@ -22,10 +22,10 @@ from training.digits.models import (
 )
 
 CLIPS = 16_000
-BATCH = 64
+BATCH = 32
 PROMPT_DROPOUT = 0.1
 LOGIT_SCALE = 1.2
-SCHEDULE = Schedule(steps=9000, minutes=60, peak=1e-3, warmup=200)
+SCHEDULE = Schedule(steps=11000, minutes=56, peak=1e-3, warmup=200)
 
 
 @dataclass(frozen=True)

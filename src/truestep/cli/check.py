@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from truestep.cli.common import (
+    case_device_class,
     case_options,
     choose_cases,
     finish,
@@ -113,8 +114,11 @@ def _check(
     from truestep.references.store import DEFAULT_ROOT, Store
 
     try:
-        path = reference or Store(references or DEFAULT_ROOT).find_for(
-            case, tier=tier, seed_command=f"truestep record {name}"
+        path = reference or Store(references or DEFAULT_ROOT).find(
+            case,
+            tier=tier,
+            device_class=case_device_class(case),
+            seed_command=f"truestep record {name}",
         )
     except ReferenceNotFoundError as error:
         return missing_reference(case, error)

@@ -111,6 +111,13 @@ def choose_cases(
     return {name: _picked(name, chosen, case_file) for name in picked}
 
 
+def case_device_class(case: Case) -> str:
+    """Device class that a case runs on here."""
+    from truestep.environment import default_device, device_class
+
+    return device_class(case.settings.device or default_device())
+
+
 def _picked(name: str, cases: dict[str, Case], case_file: Path) -> Case:
     import difflib
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from truestep.cli.common import (
+    case_device_class,
     case_options,
     choose_cases,
     load_change,
@@ -64,8 +65,11 @@ def command(
     store = Store(references or DEFAULT_ROOT)
     apply = load_change(change)
     if output is None and not update:
-        for case in cases.values():
-            refuse_existing(store, case, tier=tier)
+        for case in cases.values():  # before any compute is spent
+            existing = [p for p in store.places() if (p.case_id, p.tier) == (case.id, tier)]
+            for place in existing:
+                if place.device_class == case_device_class(case):
+                    store.refuse_existing(place, update=False)
     from truestep.recording.record import record
     from truestep.references.store import place_of
 
@@ -79,7 +83,7 @@ def command(
                 apply=apply,
                 progress=progress,
             )
-        path = output or store.save(recording, **place_of(recording, tier=tier), update=update)
+        path = output or store.save(recording, place_of(recording, tier=tier), update=update)
         manifest = recording.manifest
         runs = len(manifest.noise_floor.runs) if manifest.noise_floor else 0
         click.echo(
@@ -87,7 +91,3 @@ def command(
             f"noise floor from {runs} benign runs"
         )
         click.echo(f"reference: {path}")
-
-
-def refuse_existing(store: object, case: object, *, tier: str) -> None:
-    """Say that a reference exists before any compute is spent."""

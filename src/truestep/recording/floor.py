@@ -58,7 +58,7 @@ def variations(pipe: Pipeline) -> list[Variation]:
     found += [
         Variation("batch", f"row {row} in a batch of 2", in_batch(row), pair) for row in (0, 1)
     ]
-    threads = torch.get_numthreads()
+    current = torch.get_num_threads()
     found += [
         Variation("threads", f"{current} -> {count} threads", threads(count), pair)
         for count in sorted({1, 2, 4} - {current})
@@ -153,12 +153,12 @@ def threads(count: int) -> Vary:
 
     @contextmanager
     def vary(pipe: Pipeline) -> Iterator[Pipeline]:
-        before = torch.get_numthreads()
-        torch.set_numthreads(count)
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
         try:
             yield replace(pipe)
         finally:
-            torch.set_numthreads(before)
+            torch.set_num_threads(before)
 
     return vary
 
@@ -251,7 +251,7 @@ def _precision(higher: str) -> Vary:
         dtype = getattr(torch, higher)
 
         def raised(model: torch.nn.Module | None) -> torch.nn.Module | None:
-            return None if model is None else copy.deepcopy(model).to(dtype)
+            return None if model is None else torch.nn.Module.to(copy.deepcopy(model), dtype)
 
         def combine(
             inner: Pipeline, step: Step, cond: torch.Tensor, uncond: torch.Tensor

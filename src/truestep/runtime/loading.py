@@ -40,7 +40,7 @@ def load(case: Case) -> Pipeline:
     with _quiet():
         try:
             components = diffusers.WanPipeline.from_pretrained(
-                folder, torch_dtype=getattr(torch, case.dtype), local_files_only=True
+                folder, dtype=getattr(torch, case.dtype), local_files_only=True
             )
             components.to(device)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -1,0 +1,1 @@
+"""Distances, matching and verdicts of tensors. Import the modules directly."""

@@ -1,0 +1,349 @@
+"""The latent gate for any engine: signature slices, FastVideo's two gates, and the full verdict.
+
+Source of the reproduced gates: FastVideo, `latent_similarity_utils` (bundle format_version 1).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from truestep.comparison import sources
+from truestep.comparison.matching import build_comparison, compare_tensors
+from truestep.comparison.sources import Source
+from truestep.environment import library_version
+from truestep.errors import UsageError, WriteError
+from truestep.recording.format import Recording
+from truestep.recording.manifest import Manifest
+from truestep.verdict import Comparison, Difference, GateResult, Record, Row, Side, Verdict
+
+LATENT = "latent/final"
+SIGNATURE = "signature"
+SLICE_THRESHOLD = 5e-3
+FULL_THRESHOLD = 1e-2
+GATE = "fastvideo-latent/1"
+
+
+class SliceSpec(Record):
+    """A named, versioned signature slice.
+
+    `ranges` holds (start, stop) for each dimension of the latent; stop None runs to the end.
+    """
+
+    kind: str = Field(min_length=1, max_length=100)
+    version: int = Field(default=1, ge=1)
+    ranges: tuple[tuple[int, int | None], ...] = ()
+
+    def cut(self, latent: torch.Tensor) -> torch.Tensor:
+        """The signature of a latent: 1-D float32.
+
+        Raises:
+            UsageError: The latent has another rank or is too small.
+        """
+        shape = tuple(latent.shape)
+        if len(self.ranges) != latent.ndim:
+            raise UsageError(
+                f"signature slice {self.kind!r} does not fit the latent",
+                measured=f"it cuts {len(self.ranges)} dimensions; the latent's shape is {shape}",
+                hint="give slice_spec=: " + ", ".join(SLICES),
+            )
+        for axis, ((start, stop), size) in enumerate(zip(self.ranges, shape, strict=True)):
+            if (stop if stop is not None else start + 1) > size:
+                raise UsageError(
+                    f"the latent is too small for signature slice {self.kind!r}",
+                    measured=f"dimension {axis} has {size}, the slice needs {stop or start + 1}",
+                )
+        index = tuple(slice(start, stop) for start, stop in self.ranges)
+        return latent[index].detach().to("cpu", torch.float32).reshape(-1)
+
+
+SLICES: Mapping[str, SliceSpec] = {
+    "corner_3x3_first_frame": SliceSpec(
+        kind="corner_3x3_first_frame", ranges=((0, 1), (0, None), (0, 1), (0, 3), (0, 3))
+    ),
+    "audio_first_8_timesteps": SliceSpec(
+        kind="audio_first_8_timesteps", ranges=((0, 1), (0, None), (0, 8))
+    ),
+    "corner_3x3": SliceSpec(kind="corner_3x3", ranges=((0, 1), (0, None), (0, 3), (0, 3))),
+}
+"""Built-in slices for video `b c f h w`, audio `b c l` and image `b c h w` latents."""
+
+_BY_RANK = {5: "corner_3x3_first_frame", 3: "audio_first_8_timesteps", 4: "corner_3x3"}
+
+
+def slice_for(latent: torch.Tensor, spec: SliceSpec | str | None) -> SliceSpec:
+    """The slice asked for, or the built-in one for the latent's rank.
+
+    Raises:
+        UsageError: The name is unknown, or no built-in slice has this rank.
+    """
+    if isinstance(spec, SliceSpec):
+        return spec
+    name = spec if spec is not None else _BY_RANK.get(latent.ndim)
+    if name is None or name not in SLICES:
+        raise UsageError(
+            f"no signature slice named {name!r}"
+            if name
+            else f"no built-in signature slice for a latent of {latent.ndim} dimensions",
+            measured="video is b c f h w, audio b c l, image b c h w",
+            hint="give slice_spec=SliceSpec(kind=..., ranges=...) or one of " + ", ".join(SLICES),
+        )
+    return SLICES[name]
+
+
+def check_latent(
+    latent: object,
+    reference: object,
+    *,
+    slice_spec: SliceSpec | str | None = None,
+    slice_cosine_threshold: float = SLICE_THRESHOLD,
+    full_cosine_threshold: float = FULL_THRESHOLD,
+    tolerance: float | None = None,
+) -> Comparison:
+    """Gate a latent that any engine produced against a stored one.
+
+    Args:
+        latent: Video `b c f h w`, audio `b c l` or image `b c h w`; tensor, array or path.
+        reference: Likewise, a `Recording`, a truestep latent bundle, or a FastVideo .pt bundle.
+        slice_spec: The signature slice; default by rank. A bundle made with another slice is
+            `incomparable`.
+        slice_cosine_threshold: Largest cosine distance of the signature (float32).
+        full_cosine_threshold: Largest cosine distance of the whole (after a float16 round trip).
+        tolerance: Limit on rel_l2 for the full verdict; default the noise floor or the analytic one.
+
+    Returns:
+        The full verdict, never laxer than the two gates; the gates' own outcome, reproduced as they
+        are (NaN passes them), is in `gates`.
+
+    Raises:
+        UsageError: A threshold is not above 0, or the slice does not fit.
+        FileFormatError: A file cannot be read.
+    """
+    thresholds = {"slice_cosine": slice_cosine_threshold, "full_cosine": full_cosine_threshold}
+    for name, value in thresholds.items():
+        if not 0 < value < 1:
+            raise UsageError(
+                f"threshold {name} = {value:g} cannot gate anything",
+                measured="a cosine distance limit lies between 0 and 1",
+                likely="a similarity was given where a distance is meant" if value < 1.01 else "",
+            )
+    ours, theirs = _latent_of(latent, "latent"), _latent_of(reference, "reference")
+    actual, expected = ours.tensors[LATENT], theirs.tensors[LATENT]
+    spec = slice_for(expected, slice_spec)
+    changed = _slice_differences(spec, theirs)
+    rows = compare_tensors(
+        {LATENT: actual},
+        {LATENT: expected},
+        floor=theirs.manifest.noise_floor if theirs.manifest else None,
+        tolerance=tolerance,
+    )
+    gates: tuple[GateResult, ...] = ()
+    if not changed and actual.shape == expected.shape:
+        stored = theirs.tensors.get(SIGNATURE)
+        signature = stored if stored is not None else spec.cut(expected)
+        gates = (_fastvideo_gate(actual, expected, spec, signature, thresholds),)
+        rows = [_no_laxer(row, gates[0]) for row in rows]
+    return build_comparison(
+        rows,
+        actual=Side(label=ours.label, path=str(ours.path) if ours.path else None),
+        reference=Side(label=theirs.label, path=str(theirs.path) if theirs.path else None),
+        case_differences=changed,
+        gates=gates,
+        looked_at=(f"the whole latent and its signature {spec.kind} v{spec.version}",),
+        hint="record the reference again with this slice, or give its own slice_spec="
+        if changed
+        else "",
+    )
+
+
+def _latent_of(what: object, label: str) -> Source:
+    source = sources.load(what, label=label)
+    tensors = dict(source.tensors)
+    if LATENT not in tensors and len(tensors) == 1:
+        tensors = {LATENT: next(iter(tensors.values()))}
+    if LATENT not in tensors:
+        raise UsageError(
+            f"the {label} holds no single latent",
+            where=source.label,
+            measured=f"tensors: {', '.join(list(tensors)[:5])}",
+            hint=f"give one tensor, or a file whose tensor is called {LATENT}",
+        )
+    kept = {LATENT: tensors[LATENT]}
+    if SIGNATURE in tensors:
+        kept[SIGNATURE] = tensors[SIGNATURE]
+    return Source(source.label, kept, source.path, source.manifest, source.bundle)
+
+
+def _slice_differences(spec: SliceSpec, reference: Source) -> tuple[Difference, ...]:
+    """What differs between the slice asked for and the one a bundle was made with."""
+    stored: Mapping[str, Any] | None = None
+    if reference.manifest is not None:
+        stored = reference.manifest.settings.get("slice_spec")
+    elif reference.bundle:
+        stored = reference.bundle.get("slice_spec")
+    if not isinstance(stored, Mapping):
+        return ()
+    wanted = spec.model_dump(mode="json")
+    return tuple(
+        Difference(key=f"slice_spec.{key}", actual=str(wanted[key]), reference=str(stored[key]))
+        for key in ("kind", "version", "ranges")
+        if key in stored and _plain(stored[key]) != _plain(wanted[key])
+    )
+
+
+def _plain(value: object) -> object:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _fastvideo_gate(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    spec: SliceSpec,
+    signature: torch.Tensor,
+    thresholds: Mapping[str, float],
+) -> GateResult:
+    """FastVideo's arithmetic as it is: cosine in float32, the whole after float16, strict `>`."""
+    own = spec.cut(actual)
+    slice_distance = cosine_float32(own, signature.to(torch.float32).reshape(-1))
+    halves = [t.detach().to("cpu", torch.float16).to(torch.float32) for t in (actual, expected)]
+    full_distance = cosine_float32(halves[0].reshape(-1), halves[1].reshape(-1))
+    largest = float((halves[0] - halves[1]).abs().max())
+    failed = (
+        slice_distance > thresholds["slice_cosine"] or full_distance > thresholds["full_cosine"]
+    )
+    blind = [n for n, v in (("slice", slice_distance), ("full", full_distance)) if math.isnan(v)]
+    return GateResult(
+        name=GATE,
+        passed=not failed,
+        metrics={
+            "slice_cosine_distance": slice_distance,
+            "full_cosine_distance": full_distance,
+            "max_abs_diff": largest,
+        },
+        thresholds=dict(thresholds),
+        note=f"blind: the {' and '.join(blind)} distance is NaN, which passes" if blind else "",
+    )
+
+
+def cosine_float32(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    """1 - cosine similarity of two vectors in float32, as the reproduced gate computes it."""
+    similarity = torch.nn.functional.cosine_similarity(actual, reference, dim=0)
+    return float(1.0 - similarity)
+
+
+def _no_laxer(row: Row, gate: GateResult) -> Row:
+    if gate.passed or not row.verdict.passed:
+        return row
+    over = ", ".join(
+        f"{name} {gate.metrics[f'{name}_distance']:.1e} > {limit:g}"
+        for name, limit in gate.thresholds.items()
+        if gate.metrics[f"{name}_distance"] > limit
+    )
+    return row.model_copy(update={"verdict": Verdict.DRIFTED, "note": f"{gate.name}: {over}"})
+
+
+def write_latent_bundle(
+    path: str | Path,
+    latent: torch.Tensor,
+    *,
+    slice_spec: SliceSpec | str | None = None,
+    case_id: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Recording:
+    """Store a latent with its signature as a reference for `check_latent`.
+
+    Args:
+        path: A .safetensors file, written atomically.
+        latent: In its own dtype; the signature is stored in float32.
+        slice_spec: The signature slice; default by rank.
+        case_id, environment, metadata: Kept in the manifest.
+
+    Raises:
+        UsageError: The slice does not fit.
+        WriteError: It could not be written; an existing file is untouched.
+    """
+    from datetime import datetime, timezone
+
+    from truestep.recording.capture import tensor_table
+
+    spec = slice_for(latent, slice_spec)
+    tensors = {LATENT: latent.detach().to("cpu"), SIGNATURE: spec.cut(latent)}
+    manifest = Manifest(
+        tool_version=library_version("truestep") or "",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        level="full",
+        case_id=case_id,
+        settings={"slice_spec": spec.model_dump(mode="json"), **(metadata or {})},
+        environment=dict(environment or {}),
+        tensors=tensor_table(tensors),
+    )
+    recording = Recording.in_memory(tensors, manifest)
+    recording.save(path)
+    return Recording.open(path)
+
+
+def write_fastvideo_result(
+    folder: str | Path,
+    comparison: Comparison,
+    *,
+    steps: int,
+    prompt: str,
+    model_id: str,
+    attention_backend: str,
+    slice_spec: SliceSpec | None = None,
+) -> Path:
+    """Write a result in FastVideo's schema, for CI that scrapes it.
+
+    The name is theirs (`steps{N}_{prompt[:100]}_latent.json`) with separators replaced, which there
+    lose the file. `passed` is theirs too; our verdict is added as `truestep_verdict`.
+
+    Raises:
+        UsageError: The comparison has no FastVideo gate (shapes or slices differed).
+        WriteError: It could not be written.
+    """
+    gate = next((gate for gate in comparison.gates if gate.name == GATE), None)
+    if gate is None:
+        raise UsageError(
+            "there is no gate result to write", measured=comparison.sentence, where=str(folder)
+        )
+    safe = "".join("_" if c in '/\\:*?"<>|' or ord(c) < 32 else c for c in prompt[:100])
+    path = Path(folder) / f"steps{steps}_{safe}_latent.json"
+    spec = slice_spec or SLICES["corner_3x3_first_frame"]
+    content = {
+        "metrics": {key: _json_number(value) for key, value in gate.metrics.items()},
+        "reference_latent": comparison.reference.path,
+        "generated_latent": comparison.actual.path,
+        "model_id": model_id,
+        "attention_backend": attention_backend,
+        "slice_spec": {"kind": spec.kind, "version": spec.version},
+        "thresholds": gate.thresholds,
+        "passed": gate.passed,
+        "parameters": {"num_inference_steps": steps, "prompt": prompt},
+        "truestep_verdict": comparison.verdict.value,
+    }
+    _write_json(path, content)
+    return path
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise WriteError(
+            "the result could not be written", where=str(path), measured=str(error)
+        ) from error

@@ -1,0 +1,1 @@
+"""Recordings: format, capture, replay, noise floor. Import the modules directly."""

@@ -1,0 +1,322 @@
+"""Recordings as safetensors files: written atomically, read lazily, every byte accounted for."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import mmap
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from truestep.errors import FileFormatError, WriteError
+from truestep.recording import header as headers
+from truestep.recording.header import TORCH_NAMES, Header, Slot, digest, manifest_digest
+from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY, STATS, Manifest
+
+_CHUNK = 1 << 20
+
+
+class Recording(Mapping[str, torch.Tensor]):
+    """What one run produced: a read-only mapping from tensor name to tensor, with a manifest.
+
+    Opened from a file, a tensor is mapped when it is first asked for, and its digest is checked then.
+    Tensors share the file's pages: do not write to them.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        source: _File | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self._tensors = dict(tensors or {})
+        self._source = source
+        prefix = "" if manifest.level == "full" else "stats/"
+        self._names = (
+            list(self._tensors)
+            if source is None
+            else [prefix + entry.name for entry in manifest.tensors]
+        )
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None for a recording in memory."""
+        return self._source.header.path if self._source else None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Recording:
+        """Open a recording; reads the header only.
+
+        Raises:
+            FileFormatError: It is unreadable, damaged, of a newer format, or not a recording.
+        """
+        header = headers.read_header(path)
+        manifest = headers.manifest_of(header)
+        if manifest is None:
+            raise FileFormatError(
+                "the file is a safetensors file, but not a recording",
+                where=str(path),
+                hint="truestep compare judges any two safetensors files",
+            )
+        return cls(manifest, source=_File(header))
+
+    @classmethod
+    def in_memory(cls, tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> Recording:
+        """A recording of full tensors that is not on disk; at level `stats` only moments are kept."""
+        if manifest.level == "stats":
+            tensors = {f"stats/{name}": moments(tensor) for name, tensor in tensors.items()}
+        return cls(manifest, tensors=tensors)
+
+    def save(self, path: str | Path) -> str:
+        """Write atomically; see `write`."""
+        return write(path, self)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            if self._source is None or name not in self._source.header.tensors:
+                near = difflib.get_close_matches(name, self._names, n=3)
+                likely = f"; the closest are {', '.join(near)}" if near else ""
+                raise KeyError(f"no tensor {name!r} in the recording{likely}")
+            self._tensors[name] = self._source.read(name, self._digest_of(name))
+        return self._tensors[name]
+
+    def _digest_of(self, name: str) -> str:
+        return next(
+            entry.digest
+            for entry in self.manifest.tensors
+            if headers.stored_name(entry.name, self.manifest.level) == name
+        )
+
+    def release(self, name: str) -> None:
+        """Forget a mapped tensor, so that its pages can go once nobody else holds it."""
+        if self._source is not None:
+            self._tensors.pop(name, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        place = self.path or "in memory"
+        return f"Recording({place}, {len(self)} tensors, case {self.manifest.case_id})"
+
+
+class _File:
+    """A memory-mapped safetensors file."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self._map: mmap.mmap | None = None
+
+    def read(self, name: str, expected: str | None) -> torch.Tensor:
+        """Map one tensor, checking its digest if one is known."""
+        slot = self.header.tensors[name]
+        if self._map is None and slot.end > slot.begin:
+            self._map = self._open()
+        tensor = _mapped(self._map, self.header.data_start, slot)
+        if expected is not None and digest(_bytes_of(tensor)) != expected:
+            headers.refuse(
+                self.header.path,
+                f"tensor {name!r} is damaged",
+                measured="its digest does not match",
+                likely="a flipped bit or an edited file",
+            )
+        return tensor
+
+    def _open(self) -> mmap.mmap:
+        try:
+            with self.header.path.open("rb") as file:
+                # Copy on write: torch wants writable memory, and the file must not change.
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            headers.refuse(self.header.path, "the file cannot be mapped", measured=str(error))
+
+
+def _mapped(memory: mmap.mmap | None, start: int, slot: Slot) -> torch.Tensor:
+    dtype = getattr(torch, TORCH_NAMES[slot.dtype])
+    if memory is None or slot.end == slot.begin:
+        return torch.empty(slot.shape, dtype=dtype)
+    raw = torch.frombuffer(
+        memory, dtype=torch.uint8, count=slot.end - slot.begin, offset=start + slot.begin
+    )
+    if (start + slot.begin) % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).reshape(slot.shape)
+
+
+def read_plain(path: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of any safetensors file, mapped, through the same checks.
+
+    Raises:
+        FileFormatError: It is unreadable or damaged.
+    """
+    file = _File(headers.read_header(path))
+    return {name: file.read(name, None) for name in file.header.tensors}
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def moments(tensor: torch.Tensor) -> torch.Tensor:
+    """Moments of a tensor in the order of `manifest.STATS`, float64; non-finite values left out.
+
+    Args:
+        tensor: Any shape and real dtype. Without a finite element the moments are nan.
+    """
+    flat = tensor.detach().reshape(-1)
+    count = nonfinite = 0
+    total = absolute = square = 0.0
+    low, high = float("inf"), float("-inf")
+    for start in range(0, flat.numel(), _CHUNK):
+        chunk = flat[start : start + _CHUNK].to(torch.float64)
+        fine = chunk[torch.isfinite(chunk)]
+        nonfinite += chunk.numel() - fine.numel()
+        if not fine.numel():
+            continue
+        count += fine.numel()
+        total += float(fine.sum())
+        absolute += float(fine.abs().sum())
+        square += float(torch.dot(fine, fine))
+        low, high = min(low, float(fine.min())), max(high, float(fine.max()))
+    if not count:
+        values = [0.0, float(nonfinite), *[float("nan")] * (len(STATS) - 2)]
+    else:
+        mean, power = total / count, square / count
+        deviation = max(power - mean * mean, 0.0) ** 0.5
+        values = [
+            float(count),
+            float(nonfinite),
+            mean,
+            absolute / count,
+            deviation,
+            power**0.5,
+            low,
+            high,
+        ]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def write(path: str | Path, recording: Recording) -> str:
+    """Write a recording: temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Args:
+        path: The file; an existing one is replaced only when the new one is complete.
+        recording: Tensors and manifest; the digests of the tensor table are filled in here.
+
+    Returns:
+        SHA-256 of the file's content, hexadecimal.
+
+    Raises:
+        WriteError: The file could not be written; an existing one is untouched.
+    """
+    temporary, sha256 = stage(Path(path), recording)
+    settle(temporary, Path(path))
+    return sha256
+
+
+def stage(path: Path, recording: Recording) -> tuple[Path, str]:
+    """First half of `write`: a complete, flushed temporary file beside `path`, and its SHA-256."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    stored = {name: _own_storage(tensor) for name, tensor in recording.items()}
+    metadata = _metadata(recording.manifest, stored)
+    _sweep(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(stored, temporary, metadata=metadata)
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        return temporary, sha256_of(temporary)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritten(path, error) from error
+
+
+def settle(temporary: Path, path: Path) -> None:
+    """Second half of `write`: move a finished file into place and flush the folder."""
+    try:
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: Exception) -> WriteError:
+    return WriteError(
+        "the recording could not be written",
+        where=str(path),
+        measured=str(error)[:200],
+        likely="a full disk, or a folder that cannot be written to",
+        hint=f"df -h {path.parent}",
+    )
+
+
+def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous host tensor that owns exactly its bytes, as safetensors wants it."""
+    host = tensor.detach().to("cpu").contiguous()
+    return host if host.untyped_storage().nbytes() == host.numel() * host.itemsize else host.clone()
+
+
+def _metadata(manifest: Manifest, stored: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The manifest with digests, as safetensors metadata."""
+    table = []
+    for entry in manifest.tensors:
+        name = headers.stored_name(entry.name, manifest.level)
+        if name not in stored:
+            raise ValueError(f"the manifest names {name!r}, which is not among the tensors")
+        table.append(entry.model_copy(update={"digest": digest(_bytes_of(stored[name]))}))
+    if len(table) != len(stored):
+        raise ValueError("there are tensors that the manifest does not name")
+    text = manifest.model_copy(update={"tensors": tuple(table)}).model_dump_json()
+    return {METADATA_KEY: text, DIGEST_KEY: manifest_digest(text)}
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporary files of writers of this path that were killed."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.[0-9a-f]+\.tmp")
+    if not path.parent.is_dir():
+        return
+    for leftover in path.parent.iterdir():
+        match = pattern.fullmatch(leftover.name)
+        if match and not _alive(int(match.group(1))):
+            leftover.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    value = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK):
+            value.update(block)
+    return value.hexdigest()

@@ -1,0 +1,302 @@
+"""Read the header of a safetensors file as if it were hostile. No torch, no numpy.
+
+Every number in the file is checked before it is used: sizes, offsets, shapes, names, JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import xxhash
+from pydantic import ValidationError
+
+from truestep.errors import FileFormatError
+from truestep.recording.manifest import DIGEST_KEY, FORMAT_VERSION, METADATA_KEY, Manifest
+
+MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors format itself."""
+
+MAX_NAME = 1024
+MAX_ELEMENTS = 2**60
+
+ITEM_SIZES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
+
+TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+}
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies: safetensors dtype, shape, and bytes counted from the data's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header. `data_start` is the file offset of the first tensor byte."""
+
+    path: Path
+    tensors: dict[str, Slot]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def refuse(path: Path, what: str, *, measured: str = "", likely: str = "") -> NoReturn:
+    """Raise the error for a file that cannot be used."""
+    raise FileFormatError(
+        what,
+        where=str(path),
+        measured=measured,
+        likely=likely,
+        hint="restore the file from where it came, or record it again: truestep record CASE --update",
+    )
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check a safetensors header.
+
+    Raises:
+        FileFormatError: The file is absent, truncated, damaged or not safetensors.
+    """
+    path = Path(path)
+    text, data_start, size = _header_text(path)
+    entries = _parse(path, text)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        refuse(path, "the header's metadata is not a table of strings")
+    tensors = {name: _slot(path, name, entry) for name, entry in entries.items()}
+    _check_layout(path, tensors, size - data_start)
+    return Header(path, tensors, metadata, data_start)
+
+
+def _header_text(path: Path) -> tuple[bytes, int, int]:
+    try:
+        if path.is_dir():
+            refuse(path, "a folder was given where a file is needed")
+        size = path.stat().st_size
+        if size < 8:
+            empty = "the file is empty" if size == 0 else "the file is too short"
+            refuse(
+                path,
+                f"{empty}: it is not a safetensors file",
+                measured=f"{size} bytes; the smallest has 10",
+            )
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_HEADER or length > size - 8:
+                refuse(
+                    path,
+                    "the safetensors header does not fit",
+                    measured=f"it claims {length:,} bytes; the file has {size:,}, "
+                    f"the format allows {MAX_HEADER:,}",
+                    likely="truncated, or not a safetensors file",
+                )
+            text = file.read(length)
+    except OSError as error:
+        refuse(path, "the file cannot be read", measured=error.strerror or str(error))
+    if len(text) != length:
+        refuse(path, "the file was cut while it was read")
+    return text, 8 + length, size
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a name appears twice")
+        return table
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        entries = json.loads(
+            text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant
+        )
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        refuse(path, "the header is not valid JSON", measured=reason[:200], likely="a damaged file")
+    if not isinstance(entries, dict):
+        refuse(path, "the header is not a table", measured=type(entries).__name__)
+    return entries
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ELEMENTS
+
+
+def _slot(path: Path, name: str, entry: object) -> Slot:
+    shown = repr(name[:80])
+    if not name or len(name) > MAX_NAME or _CONTROL.search(name):
+        refuse(path, f"tensor name {shown} is empty, too long or has control characters")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        refuse(path, f"the entry of tensor {shown} is not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        refuse(
+            path,
+            f"tensor {shown} has an unknown dtype",
+            measured=f"{str(dtype)[:40]!r}; known: {', '.join(ITEM_SIZES)}",
+        )
+    if not isinstance(shape, list) or len(shape) > 64 or not all(_whole(n) for n in shape):
+        refuse(path, f"tensor {shown} has an impossible shape", measured=str(shape)[:80])
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n) for n in offsets):
+        refuse(path, f"tensor {shown} has impossible offsets", measured=str(offsets)[:80])
+    count = 1
+    for dimension in shape:
+        count *= dimension
+        if count > MAX_ELEMENTS:
+            refuse(path, f"tensor {shown} has an impossible shape", measured=str(shape)[:80])
+    begin, end = offsets
+    if end - begin != count * ITEM_SIZES[dtype]:
+        refuse(
+            path,
+            f"the bytes of tensor {shown} do not match its shape",
+            measured=f"{end - begin:,} bytes for {dtype} {shape}, "
+            f"which needs {count * ITEM_SIZES[dtype]:,}",
+        )
+    return Slot(dtype, tuple(shape), begin, end)
+
+
+def _check_layout(path: Path, tensors: dict[str, Slot], size: int) -> None:
+    """Tensors must lie end to end and fill the data exactly."""
+    position = 0
+    for name, slot in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if slot.begin != position:
+            kind = "overlaps another" if slot.begin < position else "leaves a hole before it"
+            refuse(
+                path,
+                f"tensor {name[:80]!r} {kind}",
+                measured=f"it begins at byte {slot.begin:,}, the one before ends at {position:,}",
+            )
+        position = slot.end
+    if position != size:
+        kind = "truncated" if size < position else "followed by bytes that belong to no tensor"
+        refuse(
+            path,
+            f"the file is {kind}",
+            measured=f"{size:,} bytes of data; its tensors need {position:,}",
+            likely="an interrupted copy or download",
+        )
+
+
+def digest(data: bytes | memoryview) -> str:
+    """xxh3_64 of bytes, hexadecimal."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def manifest_digest(text: str) -> str:
+    """xxh3_128 of a manifest's JSON, hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def read_manifest(path: str | Path) -> Manifest | None:
+    """The manifest of a recording; None for a safetensors file that truestep did not write.
+
+    Raises:
+        FileFormatError: The manifest is damaged, of a newer format, or disagrees with the header.
+    """
+    return manifest_of(read_header(path))
+
+
+def manifest_of(header: Header) -> Manifest | None:
+    """The manifest in a checked header; see `read_manifest`."""
+    text = header.metadata.get(METADATA_KEY)
+    if text is None:
+        return None
+    path = header.path
+    if header.metadata.get(DIGEST_KEY) != manifest_digest(text):
+        refuse(
+            path,
+            "the recording's manifest is damaged",
+            measured="its digest does not match",
+            likely="a flipped bit, or an edit by hand",
+        )
+    try:
+        raw = json.loads(text)
+        version = raw["format_version"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        refuse(path, "the recording's manifest is not valid", measured=str(error)[:200])
+    if not _whole(version) or version < 1:
+        refuse(path, "the recording's format version is not a number", measured=str(version)[:40])
+    if version > FORMAT_VERSION:
+        raise FileFormatError(
+            "the recording was written by a newer truestep",
+            where=str(path),
+            measured=f"format {version}; this truestep reads up to {FORMAT_VERSION}",
+            hint="pip install --upgrade truestep",
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+    except (ValidationError, RecursionError) as error:
+        first = str(error).splitlines()
+        refuse(path, "the recording's manifest is not valid", measured=" ".join(first[1:3])[:200])
+    _check_table(header, manifest)
+    return manifest
+
+
+def stored_name(name: str, level: str) -> str:
+    """Name under which a tensor's data is stored at a level."""
+    return name if level == "full" else f"stats/{name}"
+
+
+def _check_table(header: Header, manifest: Manifest) -> None:
+    path = header.path
+    expected = {stored_name(entry.name, manifest.level): entry for entry in manifest.tensors}
+    for name in [*(set(expected) ^ set(header.tensors))][:1]:
+        refuse(path, f"manifest and header disagree on tensor {name[:80]!r}")
+    if len(expected) != len(manifest.tensors):
+        refuse(path, "the manifest lists a tensor twice")
+    if manifest.level != "full":
+        return
+    for name, entry in expected.items():
+        slot = header.tensors[name]
+        if TORCH_NAMES[slot.dtype] != entry.dtype or slot.shape != entry.shape:
+            refuse(
+                path,
+                f"manifest and header disagree on tensor {name[:80]!r}",
+                measured=f"{entry.dtype} {list(entry.shape)} "
+                f"against {slot.dtype} {list(slot.shape)}",
+            )

@@ -1,0 +1,1 @@
+"""Where references live. Import the modules directly."""

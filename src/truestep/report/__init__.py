@@ -1,0 +1,1 @@
+"""Results for people: terminal, HTML, video. Import the modules directly."""
