@@ -95,7 +95,6 @@ def check_pipeline(
     from truestep.environment import Environment
     from truestep.noise import free_running, pair_of
     from truestep.recording.capture import attention_observed, run_environment
-    from truestep.recording.names import address
     from truestep.recording.replay import Replay, chosen_steps, replay, steps_recorded
     from truestep.runtime.loading import fingerprint, resolve
     from truestep.runtime.pipeline import generate
@@ -119,14 +118,17 @@ def check_pipeline(
             floor = manifest.noise_floor
     seconds = time.perf_counter() - start
     expected = {name: recording[name] for name in wanted}
+    judge: dict[str, Any] = {
+        "floor": floor,
+        "pair": pair_of(candidate.dtype, case.dtype),
+        "tolerance": tolerance,
+    }
     rows = compare_tensors(
         {k: v for k, v in replayed.outputs.items() if k in expected or k.startswith("text/")},
         expected,
-        floor=floor,
-        pair=pair_of(candidate.dtype, case.dtype),
-        tolerance=tolerance,
-        describe=address,
+        **judge,
     )
+    rows = [_text_by_effect(row, replayed, recording, judge) for row in rows]
     environment = run_environment(
         pipe, attention=kernels(), weights=fingerprint(resolve(candidate))[:16]
     )
@@ -247,6 +249,34 @@ def _coverage(
     if "video/frames" not in recording:
         unseen.append("decoding (the reference holds no frames)")
     return tuple(looked), (*unseen, "accumulation over a free run (--depth final)")
+
+
+def _text_by_effect(
+    row: Row, replayed: Replay, recording: Mapping[str, torch.Tensor], judge: Mapping[str, Any]
+) -> Row:
+    """Judge text of another length by the prediction that the candidate makes of it."""
+    from truestep.comparison.matching import compare_tensors
+
+    if row.name not in replayed.effects:
+        return row
+    prediction, made = replayed.effects[row.name]
+    effect = compare_tensors({prediction: made}, {prediction: recording[prediction]}, **judge)[0]
+    lengths = (
+        f"length {row.actual.shape[1]} against {row.reference.shape[1]}"
+        if (row.actual and row.reference)
+        else "another length"
+    )
+    note = f"{lengths}: judged by its effect on {prediction}"
+    return effect.model_copy(
+        update={
+            "name": row.name,
+            "stage": row.stage,
+            "step": None,
+            "actual": row.actual,
+            "reference": row.reference,
+            "note": "; ".join(part for part in (note, effect.note) if part),
+        }
+    )
 
 
 def _failed(row: Row, replayed: Replay) -> Row:

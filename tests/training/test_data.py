@@ -18,12 +18,20 @@ from training.digits.data import (
     COLOURS,
     DIRECTIONS,
     SPEED,
+    Caption,
     all_captions,
     judged_captions,
     load_scans,
     sample_clips,
 )
-from training.digits.judge import find_path, read_colour, read_direction, to_frames
+from training.digits.judge import (
+    find_path,
+    read_colour,
+    read_direction,
+    score,
+    to_frames,
+    train_reader,
+)
 from training.digits.loop import Schedule, train
 from training.digits.models import (
     TEXT_LENGTH,
@@ -93,6 +101,29 @@ def test_a_still_or_black_clip_is_not_read_as_a_caption() -> None:
     still = np.repeat(frames[:1], len(frames), axis=0)
     assert read_direction(still.max(axis=-1)) == "none"
     assert read_colour(np.zeros_like(frames)) == "none"
+
+
+def test_judge_accepts_true_captions_and_refuses_wrong_ones() -> None:
+    reader = train_reader(count=600)
+    clips = sample_clips(100, seed=1, held_out=True)
+    frames = to_frames(clips.video)
+    true = score(frames, clips.captions, reader)
+    assert true.digit > 0.85
+    assert true.single_frame > 0.85
+    assert true.direction == true.colour == 1.0
+
+    colours, directions = list(COLOURS), list(DIRECTIONS)
+    wrong = [
+        Caption(
+            (caption.digit + 1) % 10,
+            colours[(colours.index(caption.colour) + 1) % 4],
+            directions[(directions.index(caption.direction) + 1) % 4],
+        )
+        for caption in clips.captions
+    ]
+    refused = score(frames, wrong, reader)
+    assert refused.digit < 0.1
+    assert refused.direction == refused.colour == refused.all_three == 0.0
 
 
 def test_tokenizer_appends_the_end_and_pads_with_zero() -> None:

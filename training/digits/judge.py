@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 from sklearn.svm import SVC
+from tqdm import tqdm
 
 from training.digits.data import (
     COLOURS,
@@ -40,10 +40,20 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Scores:
-    """Parts of clips, 0 to 1, that show what their captions say."""
+    """Parts of clips, 0 to 1, that show what their captions say.
+
+    Attributes:
+        clips: Number of clips.
+        digit: Right digit, read from the average over the path.
+        single_frame: Right digit, read from every frame alone; part of all frames.
+        direction: Right direction.
+        colour: Right colour.
+        all_three: Right digit, direction and colour.
+    """
 
     clips: int
     digit: float
+    single_frame: float
     direction: float
     colour: float
     all_three: float
@@ -93,38 +103,43 @@ def read_colour(frames: np.ndarray) -> str:
     return max(cosine, key=cosine.__getitem__)
 
 
-def describe_digit(ink: np.ndarray) -> np.ndarray:
-    """Average the ink along its path and return it as a vector of unit length.
+def follow(ink: np.ndarray) -> np.ndarray:
+    """Cut 16x16 pixels around the moving centre out of each frame.
 
     Args:
         ink: Brightness `f h w`.
 
     Returns:
-        Vector of 256 values: 16x16 pixels around the moving centre.
+        The cut-outs `f 256`.
     """
     centre, speed = find_path(ink)
     offset = np.arange(DIGIT_SIZE) - (DIGIT_SIZE - 1) / 2
-    total = np.zeros((DIGIT_SIZE, DIGIT_SIZE))
     pixel = np.arange(SIZE) + 0.5
+    cuts = []
     for frame in range(FRAMES):
         x, y = centre + speed * (frame - (FRAMES - 1) / 2)
         rows = np.clip(1 - np.abs(y + offset[:, None] - pixel), 0, None)
         columns = np.clip(1 - np.abs(x + offset[:, None] - pixel), 0, None)
-        total += rows @ ink[frame] @ columns.T
-    vector = total.reshape(-1)
-    return vector / (np.linalg.norm(vector) + 1e-6)
+        cuts.append((rows @ ink[frame] @ columns.T).reshape(-1))
+    return np.stack(cuts)
 
 
-def describe_digits(frames: np.ndarray) -> np.ndarray:
-    """Describe the digit of each clip of frames `b f h w c`."""
-    return np.stack([describe_digit(clip.max(axis=-1)) for clip in frames])
+def to_unit_length(vectors: np.ndarray) -> np.ndarray:
+    """Scale vectors `... n` to unit length, so that brightness does not count."""
+    return vectors / (np.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-6)
+
+
+def follow_all(frames: np.ndarray) -> np.ndarray:
+    """Follow the digits of clips `b f h w c`; return cut-outs `b f 256`."""
+    return np.stack([follow(clip.max(axis=-1)) for clip in frames])
 
 
 def train_reader(*, count: int = 6000) -> SVC:
     """Train the reader of digits on real clips of the training scans."""
     clips = sample_clips(count, seed=0)
     labels = [caption.digit for caption in clips.captions]
-    return SVC(C=10.0, gamma=2.0).fit(describe_digits(to_frames(clips.video)), labels)
+    cuts = follow_all(to_frames(clips.video))
+    return SVC(C=10.0, gamma=2.0).fit(to_unit_length(cuts.mean(axis=1)), labels)
 
 
 def score(frames: np.ndarray, captions: Sequence[Caption], reader: SVC) -> Scores:
@@ -138,7 +153,10 @@ def score(frames: np.ndarray, captions: Sequence[Caption], reader: SVC) -> Score
     Returns:
         The scores.
     """
-    digit = reader.predict(describe_digits(frames)) == [caption.digit for caption in captions]
+    asked = np.array([caption.digit for caption in captions])
+    cuts = follow_all(frames)
+    digit = reader.predict(to_unit_length(cuts.mean(axis=1))) == asked
+    alone = reader.predict(to_unit_length(cuts.reshape(-1, cuts.shape[-1])))
     direction = np.array(
         [
             read_direction(clip.max(axis=-1)) == caption.direction
@@ -154,6 +172,7 @@ def score(frames: np.ndarray, captions: Sequence[Caption], reader: SVC) -> Score
     return Scores(
         clips=len(captions),
         digit=float(digit.mean()),
+        single_frame=float((alone == asked.repeat(FRAMES)).mean()),
         direction=float(direction.mean()),
         colour=float(colour.mean()),
         all_three=float((digit & direction & colour).mean()),
@@ -172,7 +191,7 @@ def generate(pipeline: WanPipeline, captions: Sequence[Caption], *, seed: int) -
         Frames `b f h w c` in [0, 1].
     """
     clips = []
-    for first in range(0, len(captions), BATCH):
+    for first in tqdm(range(0, len(captions), BATCH), desc="generate"):
         part = captions[first : first + BATCH]
         generators = [
             torch.Generator().manual_seed(seed + first + index) for index in range(len(part))
@@ -242,6 +261,17 @@ def judge(folder: Path, *, seed: int = 0, sheet: Path | None = None) -> dict[str
     }
 
 
+def report(scores: dict[str, Scores]) -> str:
+    """Write scores as JSON, and one sentence after it."""
+    made, real = scores["generated"], scores["real"]
+    text = json.dumps({name: asdict(value) for name, value in scores.items()}, indent=2)
+    return (
+        f"{text}\nOf {made.clips} generated clips {made.digit:.1%} show the digit, "
+        f"{made.direction:.1%} the direction and {made.colour:.1%} the colour that was asked for "
+        f"(real held-out clips: {real.digit:.1%}, {real.direction:.1%}, {real.colour:.1%})."
+    )
+
+
 def main() -> None:
     """Judge from the command line: scores as JSON, then one sentence."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -249,14 +279,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, help="write the judged clips as a PNG")
     options = parser.parse_args()
-    scores = judge(options.weights, seed=options.seed, sheet=options.sheet)
-    json.dump({name: asdict(value) for name, value in scores.items()}, sys.stdout, indent=2)
-    made, real = scores["generated"], scores["real"]
-    print(
-        f"\nOf {made.clips} generated clips {made.digit:.1%} show the digit, "
-        f"{made.direction:.1%} the direction and {made.colour:.1%} the colour that was asked for "
-        f"(real held-out clips: {real.digit:.1%}, {real.direction:.1%}, {real.colour:.1%})."
-    )
+    print(report(judge(options.weights, seed=options.seed, sheet=options.sheet)))
 
 
 if __name__ == "__main__":

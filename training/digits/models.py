@@ -163,7 +163,8 @@ def encode_text(
     )
     mask = tokens.attention_mask
     hidden: torch.Tensor = encoder(tokens.input_ids, mask).last_hidden_state
-    return hidden * mask[..., None].to(hidden.dtype)
+    text: torch.Tensor = hidden * mask[..., None].to(hidden.dtype)
+    return text
 
 
 def count_parameters(*modules: torch.nn.Module) -> int:

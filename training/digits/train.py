@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from training.digits.export import WEIGHTS, export
-from training.digits.judge import judge
+from training.digits.judge import judge, report
 from training.digits.train_dit import compute_latents, load_denoiser, train_dit
 from training.digits.train_vae import load_vae, measure_vae, train_vae
 
@@ -48,8 +47,7 @@ def main() -> None:
         export_checkpoints(options.folder, options.weights)
     if "judge" in options.stages:
         sheet = options.weights.parent / "contact_sheet.png"
-        scores = judge(options.weights, sheet=sheet)
-        print(json.dumps({name: asdict(value) for name, value in scores.items()}, indent=2))
+        print(report(judge(options.weights, sheet=sheet)))
 
 
 if __name__ == "__main__":

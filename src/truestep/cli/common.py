@@ -231,12 +231,14 @@ def finish(
 ) -> int:
     """Print comparisons, write JSON and report, and return the exit code of the worst verdict."""
     from truestep.environment import command_line
-    from truestep.report import html, terminal
+    from truestep.report import terminal
     from truestep.verdict import Results
 
     repeat = command_line()
     results = Results.of([c.model_copy(update={"repeat": repeat}) for c in comparisons])
     if report is not None:
+        from truestep.report import html
+
         html.write_many(report, results.comparisons)
     if json_path == "-":
         click.echo(results.model_dump_json(indent=2))

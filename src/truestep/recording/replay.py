@@ -20,10 +20,19 @@ from truestep.runtime.pipeline import Branch, Observer, Pipeline, Schedule, Step
 
 @dataclass
 class Replay:
-    """Outputs of the stages by tensor name, and what raised instead of giving one."""
+    """What the stages of a pipeline gave on recorded inputs.
+
+    Attributes:
+        outputs: By the name of the recorded tensor that each answers to.
+        failures: What a stage raised instead.
+        effects: Where the text's length differs from the recorded one: text name to (prediction
+            name, prediction made with the pipeline's own text). Rows of padding cannot be compared
+            element by element, but what the model makes of them can.
+    """
 
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    effects: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
 
 
 class _Keep(Observer):
@@ -71,7 +80,7 @@ def chosen_steps(
     if steps is None:
         return default_steps(recording)
     total = steps_recorded(recording)
-    chosen = tuple(sorted({step for step in steps}))
+    chosen = tuple(sorted(set(steps)))
     bad = [step for step in chosen if not 0 <= step < total]
     if bad or not chosen:
         raise UsageError(
@@ -113,6 +122,7 @@ def replay(
         _keep_output(result, "latent/initial", lambda: pipe.make_latent(pipe))
         experts = result.outputs.get("schedule/experts", recorded.experts)
         _predictions(pipe, recording, recorded, experts, chosen, result, progress, label)
+        _text_effects(pipe, recording, _step(pipe, recorded, chosen[0], experts), result)
         _guidance(pipe, recording, recorded, result)
         _updates(pipe, recording, recorded, result)
         if "video/frames" in recording:
@@ -175,6 +185,27 @@ def _predictions(
             )
         if progress:
             progress(label, done + 1, len(chosen))
+
+
+def _text_effects(
+    pipe: Pipeline, recording: Mapping[str, torch.Tensor], step: Step, result: Replay
+) -> None:
+    """Predict with the pipeline's own text where its length is not the recorded one."""
+    branches: tuple[Branch, ...] = ("cond", "uncond")
+    for branch in branches:
+        name = f"text/{branch}"
+        own, recorded = result.outputs.get(name), recording.get(name)
+        if own is None or recorded is None or own.shape == recorded.shape:
+            continue
+        if own.ndim != 3 or own.shape[::2] != recorded.shape[::2]:
+            continue
+
+        def predict(name: str = name, text: torch.Tensor = own, branch: Branch = branch) -> None:
+            latent = recording[step_name(step.index, "latent")].to(pipe.device, copy=True)
+            made = pipe.predict(pipe, latent, step, text.to(pipe.device), branch)
+            result.effects[name] = (step_name(step.index, branch), made.detach().to("cpu"))
+
+        _attempt(result, name, predict)
 
 
 def _guidance(

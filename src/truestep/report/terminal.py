@@ -10,6 +10,7 @@ import click
 from truestep.verdict import Comparison, Results, Row, Verdict
 
 MAX_ROWS = 20
+MAX_ROWS_OF_STAGE = 5
 _COLOURS = {0: "green", 1: "red", 3: "yellow", 4: "yellow"}
 
 
@@ -84,17 +85,22 @@ def _wrapped(label: str, text: str) -> Iterable[str]:
 
 
 def _table(comparison: Comparison) -> Iterable[str]:
-    """Failing rows first (at most 20), then one line a stage for what passed."""
+    """Failing rows first (at most 20, 5 a stage), then one line a stage for what passed."""
     failing = comparison.failing
-    shown = [_cells(row) for row in failing[:MAX_ROWS]]
+    picked: list[Row] = []
+    for row in failing:
+        same = sum(other.stage == row.stage for other in picked)
+        if len(picked) < MAX_ROWS and (not row.stage or same < MAX_ROWS_OF_STAGE):
+            picked.append(row)
+    shown = [_cells(row) for row in picked]
     if shown:
         shown.insert(0, ("tensor", "verdict", "rel_l2", "floor", "x floor", "note"))
         widths = [max(len(cells[i]) for cells in shown) for i in range(5)]
         for cells in shown:
             head = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False))
             yield f"  {head}  {cells[5]}".rstrip()
-        if len(failing) > MAX_ROWS:
-            yield f"  ... {len(failing) - MAX_ROWS} more failed"
+        if len(failing) > len(picked):
+            yield f"  ... {len(failing) - len(picked)} more failed"
     stages: dict[str, list[Row]] = {}
     for row in comparison.rows:
         if row.verdict.passed:
