@@ -126,7 +126,8 @@ def follow(ink: np.ndarray) -> np.ndarray:
 
 def to_unit_length(vectors: np.ndarray) -> np.ndarray:
     """Scale vectors `... n` to unit length, so that brightness does not count."""
-    return vectors / (np.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-6)
+    unit: np.ndarray = vectors / (np.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-6)
+    return unit
 
 
 def follow_all(frames: np.ndarray) -> np.ndarray:
