@@ -1,4 +1,4 @@
-"""Tiny random Wan pipelines in diffusers layout, shared by the tests. No network, one torch thread."""
+"""Tiny random Wan pipelines in diffusers layout, shared by the tests. No network, one thread."""
 
 from __future__ import annotations
 

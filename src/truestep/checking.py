@@ -109,7 +109,7 @@ def check_pipeline(
                 replayed.outputs["latent/final"] = generate(pipe).to("cpu")
             except RuntimeError as error:
                 replayed.failures["latent/final"] = f"{type(error).__name__}: {error}"
-            wanted = ("latent/final",)
+            wanted: tuple[str, ...] = ("latent/final",)
             floor = free_running(manifest.noise_floor)
         else:
             chosen = chosen_steps(recording, steps)
@@ -157,7 +157,7 @@ def check_pipeline(
 
 
 def _refuse(case: Case, recording: Recording) -> Comparison | None:
-    """An `incomparable` result where the reference is of another case; errors where it is unusable."""
+    """`incomparable` where the reference is of another case; an error where it is unusable."""
     manifest = recording.manifest
     where = str(recording.path or "reference")
     if manifest.case is None:
@@ -302,7 +302,7 @@ def _frames(replayed: Replay, expected: Mapping[str, torch.Tensor]) -> tuple[Med
 
 
 def missing_reference(case: Case, error: ReferenceNotFoundError) -> Comparison:
-    """The result for a case that has no reference: verdict `missing`, with where it was looked for."""
+    """The result for a case without a reference: `missing`, with where it was looked for."""
     return Comparison(
         tool_version=library_version("truestep") or "",
         verdict=Verdict.MISSING,

@@ -1,4 +1,4 @@
-"""The whole story on the builtin model: record, harmless changes, port bugs, what other gates say."""
+"""The whole story on the builtin model: record, harmless changes, port bugs, other gates."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from typing import Any
 
 from truestep.case import mapping_differences
 from truestep.verdict import Difference
@@ -166,7 +167,9 @@ def watch_attention() -> Iterator[Callable[[], str | None]]:
     seen: set[str] = set()
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN204,E501
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             name = str(func)
             short = next((kernel for part, kernel in _KERNELS if part in name), None)
             if short:
@@ -175,7 +178,7 @@ def watch_attention() -> Iterator[Callable[[], str | None]]:
                 seen.add("math")
             return func(*args, **(kwargs or {}))
 
-    with Watch():
+    with Watch():  # type: ignore[no-untyped-call]
         yield lambda: "+".join(sorted(seen)) or None
 
 

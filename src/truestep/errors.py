@@ -3,7 +3,7 @@
 ::
 
     TruestepError                 exit 2
-    ├── UsageError                exit 2   an option, a case or an argument that cannot mean anything
+    ├── UsageError                exit 2   an option or argument that cannot mean anything
     │   ├── CaseError             exit 2   a case or a case file
     │   └── MissingExtraError     exit 2   an optional dependency is not installed
     ├── FileFormatError           exit 2   a file that is unreadable, damaged or hostile
@@ -12,8 +12,8 @@
     ├── ReferenceNotFoundError    exit 3   no reference for a case
     └── EquivalenceError          exit of its verdict; also an AssertionError
 
-Every message has up to five parts in one order: what, where, measured against allowed, likely cause,
-hint with the command to run next.
+Every message has up to five parts in one order: what, where, measured against allowed, likely
+cause, hint with the command to run next.
 """
 
 from __future__ import annotations

@@ -29,9 +29,10 @@ MINIMUM_ULPS = {"float64": 2.0, "float32": 2.0}
 rounding to nearest is 0.29 epsilon of an element)."""
 
 DEFAULT_ULPS = {"float64": 32.0, "float32": 32.0}
-"""Analytic floor where none was measured. Matrix products accumulate in the working dtype for 32-bit
-and wider (rounding grows with the square root of the depth: 1 against 2 threads measured 42 epsilon on
-a Wan transformer), and in float32 for narrower ones (a bf16 Wan forward measured 0.75 epsilon): 1."""
+"""Analytic floor where none was measured, in epsilon. Matrix products accumulate in the working
+dtype for 32-bit and wider (rounding grows with the square root of the depth: 1 against 2 threads
+measured 42 epsilon on a Wan transformer), and in float32 for narrower ones (a bf16 Wan forward
+measured 0.75 epsilon): 1."""
 
 PEAK_SIGMA = 16.0
 """Analytic floor of max_abs over rms, in multiples of the rel_l2 floor (heavy-tailed rounding)."""
@@ -112,7 +113,7 @@ def bound_for(runs: int) -> float:
 
 
 def runs_to_decide(ratio: float) -> int:
-    """Benign runs after which a result at `ratio` times the floor would no longer be inconclusive."""
+    """Benign runs after which a result at `ratio` times the floor is no longer inconclusive."""
     return math.ceil((3.0 / (ratio - 1.0)) ** 2) + 1 if ratio > 1 else 0
 
 
@@ -194,13 +195,7 @@ def size_rule(floors: list[FloorUsed]) -> Rule:
         limit = max((f.rel_l2 for f in floors), default=0.0)
         return Rule(name="tolerance", text=f"user tolerance: rel_l2 <= {limit:.3g}")
     bounds = sorted({round(f.bound, 2) for f in floors})
-    span = (
-        f"{bounds[0]:g}"
-        if len(bounds) == 1
-        else f"{bounds[0]:g} to {bounds[-1]:g}"
-        if bounds
-        else "-"
-    )
+    span = f"{bounds[0]:g} to {bounds[-1]:g}" if len(bounds) > 1 else f"{max(bounds, default=1):g}"
     pairs = ", ".join(sorted({f.pair for f in floors}))
     return Rule(
         name="size/1",

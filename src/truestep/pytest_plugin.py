@@ -1,1 +1,386 @@
-"""pytest plugin."""
+"""pytest plugin: the `truestep` fixture, its options, and the marker `parity`. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from truestep.comparison.latent_gate import SliceSpec
+    from truestep.references.store import Place, Store
+    from truestep.verdict import Comparison
+
+STATE = pytest.StashKey["_Session"]()
+CHECKS = pytest.StashKey["_Checks"]()
+
+
+@dataclass
+class _Checks:
+    """What one test compared."""
+
+    comparisons: list[str] = field(default_factory=list)
+    numeric: int = 0
+    used: list[str] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Session:
+    """What the whole run compared; under xdist only the controller's is filled."""
+
+    comparisons: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    written: list[str] = field(default_factory=list)
+    parity_run: set[str] = field(default_factory=set)
+    not_executed: dict[str, str] = field(default_factory=dict)
+    deselected: int = 0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("truestep", "is it still the same model?")
+    group.addoption(
+        "--truestep-update",
+        nargs="?",
+        const="new",
+        choices=("new", "all"),
+        help="write references: new (default) adds missing ones, all replaces every one used",
+    )
+    group.addoption(
+        "--truestep-references",
+        metavar="DIR",
+        help="reference folder (default: truestep-references in the root folder)",
+    )
+    group.addoption("--truestep-report", metavar="PATH", help="write an HTML report")
+    group.addoption("--truestep-json", metavar="PATH", help="write the results as JSON")
+    group.addoption(
+        "--truestep-require-executed",
+        action="store_true",
+        help="fail unless every test marked parity ran and compared numbers",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "parity(scope, coverage): a port is compared with the official implementation; "
+        "scope names the component, coverage is production_loader, "
+        "implementation_subcomponent or both",
+    )
+    if config.getoption("truestep_update") and os.environ.get("CI"):
+        raise pytest.UsageError(
+            "--truestep-update is refused where CI is set: references are promoted by a person, "
+            "not by a failing run"
+        )
+    config.stash[STATE] = _Session()
+
+
+class TruestepFixture:
+    """Compares what a test made with its stored reference. One instance a test."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._node = request.node
+        self._config = request.config
+        self._checks: _Checks = request.node.stash.setdefault(CHECKS, _Checks())
+
+    @property
+    def store(self) -> Store:
+        """The reference folder."""
+        from truestep.references.store import Store
+
+        return Store(_root(self._config))
+
+    def check(
+        self,
+        actual: object,
+        *,
+        name: str = "",
+        tolerance: float | None = None,
+        device_class: str | None = None,
+        attention: str = "any",
+        tier: str = "default",
+    ) -> Comparison:
+        """Judge a tensor, an array or a mapping of them against the test's reference.
+
+        Args:
+            actual: What the test made.
+            name: Tells several checks of one test apart.
+            tolerance: Limit on rel_l2; default the analytic floor of the dtype.
+            device_class: Where it was made; default from the tensor's device.
+            attention: Attention back-end that was really used.
+            tier: Quality tier.
+
+        Returns:
+            The comparison, if it passed.
+
+        Raises:
+            EquivalenceError: It did not.
+            ReferenceNotFoundError: There is none; the candidate is written beside its place.
+        """
+        from truestep.comparison.api import compare
+        from truestep.comparison.sources import load
+
+        tensors = load(actual, label="actual").tensors
+        place = self._place(name, tensors, device_class, attention, tier)
+        reference = self._reference(place, tensors, {})
+        if reference is None:
+            return self._written(place)
+        return self._judge(compare(tensors, reference, tolerance=tolerance), place)
+
+    def check_latent(
+        self,
+        latent: Any,
+        *,
+        name: str = "",
+        slice_spec: SliceSpec | str | None = None,
+        slice_cosine_threshold: float = 5e-3,
+        full_cosine_threshold: float = 1e-2,
+        device_class: str | None = None,
+        attention: str = "any",
+        tier: str = "default",
+    ) -> Comparison:
+        """Gate a latent of any engine; see `truestep.check_latent` and `check`."""
+        from truestep.comparison.latent_gate import check_latent, slice_for
+        from truestep.comparison.sources import load
+
+        tensor = next(iter(load(latent, label="latent").tensors.values()))
+        spec = slice_for(tensor, slice_spec)
+        tensors = {"latent/final": tensor, "signature": spec.cut(tensor)}
+        place = self._place(name, {"latent/final": tensor}, device_class, attention, tier)
+        settings = {"slice_spec": spec.model_dump(mode="json")}
+        reference = self._reference(place, tensors, settings)
+        if reference is None:
+            return self._written(place)
+        result = check_latent(
+            tensor,
+            reference,
+            slice_spec=spec,
+            slice_cosine_threshold=slice_cosine_threshold,
+            full_cosine_threshold=full_cosine_threshold,
+        )
+        return self._judge(result, place)
+
+    def _place(
+        self,
+        name: str,
+        tensors: Mapping[str, Any],
+        device_class: str | None,
+        attention: str,
+        tier: str,
+    ) -> Place:
+        from truestep.environment import device_class as class_of
+        from truestep.references.store import Place
+
+        if device_class is None:
+            first = next(iter(tensors.values()), None)
+            device_class = class_of(str(first.device)) if first is not None else "cpu"
+        return Place(reference_id(self._node.nodeid, name), tier, device_class, attention)
+
+    def _reference(
+        self, place: Place, tensors: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> Path | None:
+        """The stored reference; None where this run writes it."""
+        from truestep.errors import ReferenceNotFoundError
+
+        store, update = self.store, self._config.getoption("truestep_update")
+        path = store.root / place.name
+        self._checks.used.append(place.name)
+        if update == "all" or (update == "new" and not path.exists()):
+            store.save(_recording(tensors, place, settings), place, update=True)
+            self._checks.written.append(place.name)
+            return None
+        if path.exists():
+            return store.verified(place)
+        candidate = path.with_name(path.name + ".candidate")
+        _recording(tensors, place, settings).save(candidate)
+        raise ReferenceNotFoundError(
+            "this check has no reference yet",
+            where=str(path),
+            measured=f"what the test made was written to {candidate.name} beside it",
+            hint=f"pytest {self._node.nodeid!r} --truestep-update",
+        )
+
+    def _written(self, place: Place) -> Comparison:
+        from truestep.verdict import Comparison, Rule, Side, Verdict
+
+        return Comparison(
+            verdict=Verdict.IDENTICAL,
+            sentence="the reference was written by this run",
+            rule=Rule(name="update", text="--truestep-update"),
+            case_id=place.case_id,
+            actual=Side(label=self._node.nodeid),
+            reference=Side(label=place.name),
+        )
+
+    def _judge(self, comparison: Comparison, place: Place) -> Comparison:
+        from truestep.verdict import assert_equivalent
+
+        named = comparison.model_copy(
+            update={
+                "case_id": place.case_id,
+                "hint": comparison.hint
+                or f"to accept the change: pytest {self._node.nodeid!r} --truestep-update=all",
+                "repeat": f"pytest {self._node.nodeid!r}",
+            }
+        )
+        self._checks.comparisons.append(named.to_json())
+        self._checks.numeric += sum(row.metrics is not None for row in named.rows)
+        return assert_equivalent(named)
+
+
+def _recording(tensors: Mapping[str, Any], place: Place, settings: Mapping[str, Any]) -> Any:
+    from datetime import datetime, timezone
+
+    from truestep.environment import Environment, library_version
+    from truestep.recording.capture import tensor_table
+    from truestep.recording.format import Recording
+    from truestep.recording.manifest import Manifest
+
+    manifest = Manifest(
+        tool_version=library_version("truestep") or "",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        level="full",
+        case_id=place.case_id,
+        settings=dict(settings),
+        environment=dict(Environment.current("cpu" if place.device_class == "cpu" else None)),
+        tensors=tensor_table(tensors),
+    )
+    return Recording.in_memory(tensors, manifest)
+
+
+def reference_id(nodeid: str, name: str) -> str:
+    """File name of a check's reference: readable, and as unique as the test and the name."""
+    full = f"{nodeid}::{name}"
+    slug = re.sub(r"[^a-zA-Z0-9]+", "-", f"{nodeid.rsplit('/', 1)[-1]} {name}").strip("-")
+    return f"{slug[:100]}-{hashlib.sha256(full.encode()).hexdigest()[:10]}"
+
+
+def _root(config: pytest.Config) -> Path:
+    given = config.getoption("truestep_references")
+    return Path(given) if given else config.rootpath / "truestep-references"
+
+
+@pytest.fixture
+def truestep(request: pytest.FixtureRequest) -> TruestepFixture:
+    """Compare what a test made with its reference: `truestep.check(x, name=...)`."""
+    return TruestepFixture(request)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    checks = item.stash.get(CHECKS, _Checks())
+    if report.when == "call" or report.outcome == "skipped":
+        report.truestep = {  # type: ignore[attr-defined]  # plain data: xdist sends it to the controller
+            "comparisons": checks.comparisons,
+            "used": checks.used,
+            "written": checks.written,
+            "numeric": checks.numeric,
+            "parity": item.get_closest_marker("parity") is not None,
+        }
+    return report
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items:
+        items[0].config.stash[STATE].deselected += len(items)
+
+
+class _Collector:
+    """Gathers what the tests report; registered where the terminal is."""
+
+    def __init__(self, state: _Session) -> None:
+        self._state = state
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        data: dict[str, Any] | None = getattr(report, "truestep", None)
+        if data is None:
+            return
+        state = self._state
+        state.comparisons += data["comparisons"]
+        state.used.update(data["used"])
+        state.written += data["written"]
+        if data["parity"]:
+            state.parity_run.add(report.nodeid)
+            reason = _not_executed(report, data["numeric"])
+            if reason:
+                state.not_executed[report.nodeid] = reason
+
+
+def _not_executed(report: pytest.TestReport, numeric: int) -> str:
+    if hasattr(report, "wasxfail"):
+        return "xfailed"
+    if report.outcome == "skipped":
+        return "skipped"
+    return "" if numeric else "compared no numbers"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(_Collector(session.config.stash[STATE]))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    if hasattr(config, "workerinput"):
+        return
+    state = config.stash[STATE]
+    if config.getoption("truestep_require_executed") and (
+        state.not_executed or not state.parity_run
+    ):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    report, json_path = config.getoption("truestep_report"), config.getoption("truestep_json")
+    if not (report or json_path):
+        return
+    from truestep.verdict import Comparison, Results
+
+    comparisons = [Comparison.model_validate_json(text) for text in state.comparisons]
+    if report and comparisons:
+        from truestep.report import html
+
+        html.write_many(report, comparisons)
+    if json_path:
+        from truestep.cli.common import write_text
+
+        write_text(Path(json_path), Results.of(comparisons).model_dump_json(indent=2) + "\n")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    state = config.stash[STATE]
+    required = config.getoption("truestep_require_executed")
+    unused = _unused(config, state)
+    if not (state.comparisons or state.written or unused or required):
+        return
+    terminalreporter.section("truestep")
+    terminalreporter.line(f"{len(state.comparisons)} comparisons")
+    for name in state.written:
+        terminalreporter.line(f"written: {name}")
+    for name in unused:
+        terminalreporter.line(f"unused reference: {name}")
+    if required:
+        for nodeid, reason in state.not_executed.items():
+            terminalreporter.line(f"NOT EXECUTED {nodeid}: {reason}", red=True)
+        if not state.parity_run:
+            terminalreporter.line("NOT EXECUTED: no test marked parity ran", red=True)
+    report = config.getoption("truestep_report")
+    if report and state.comparisons:
+        terminalreporter.line(f"report: {report}")
+
+
+def _unused(config: pytest.Config, state: _Session) -> list[str]:
+    """References that no test of a complete run asked for; nothing after a partial one."""
+    complete = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if not complete or state.deselected or not state.used:
+        return []
+    from truestep.references.store import Store
+
+    return [p.name for p in Store(_root(config)).places() if p.name not in state.used]

@@ -47,7 +47,7 @@ class Verdict(str, Enum):
 
     @classmethod
     def worst(cls, verdicts: Iterable[Verdict]) -> Verdict:
-        """The verdict that stands for several: by exit code 1, 3, 4, 0; no verdicts is `invalid`."""
+        """The verdict that stands for several: exit code 1, 3, 4, 0; none at all is `invalid`."""
         found = set(verdicts)
         return next((v for v in _SEVERITY if v in found), cls.INVALID)
 
@@ -130,8 +130,8 @@ class Metrics(Record):
 class FloorUsed(Record):
     """The noise floor that a row was judged with.
 
-    `rel_l2` is the floor of that metric; `max_abs` is relative to the reference's rms. `bound` is the
-    multiple of the floor above which a result is `drifted`; between 1 and `bound` it is
+    `rel_l2` is the floor of that metric; `max_abs` is relative to the reference's rms. `bound` is
+    the multiple of the floor above which a result is `drifted`; between 1 and `bound` it is
     `inconclusive`. `source` is `measured`, `analytic` or `tolerance`.
     """
 
@@ -330,7 +330,10 @@ class Comparison(Record):
                 )
             )
         widths = [max(len(line[i]) for line in lines) for i in range(6)] if lines else []
-        text = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
+        text = [
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
         more = len(self.failing) - len(shown)
         within = [row for row in self.rows if row.verdict.passed]
         worst = max((row.ratio for row in within if row.ratio is not None), default=None)

@@ -36,8 +36,8 @@ class _Verbs(click.Group):
 @click.group(
     cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 identical or equivalent, 1 drifted or invalid, 2 usage or unreadable file, "
-    "3 missing or incomparable, 4 inconclusive.",
+    epilog="Exit codes: 0 identical or equivalent, 1 drifted or invalid, 2 usage or unreadable "
+    "file, 3 missing or incomparable, 4 inconclusive.",
 )
 @click.version_option(package_name="truestep", prog_name="truestep")
 def app() -> None:

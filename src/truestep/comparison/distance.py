@@ -8,8 +8,8 @@ With d = a - r and the sums S = sum d^2, D = sum d r, R = sum r^2 every metric f
     cosine distance = (S - (|a| - |r|)^2) / (2 |a| |r|)
 
 so that a difference of 1e-13 reads 1e-13. Chunks are summed in float32 and accumulated in float64;
-where float32 cannot carry a chunk (float64 input, overflow, underflow, or a cosine distance that is a
-small remainder of a large gain) it is summed in float64.
+where float32 cannot carry a chunk (float64 input, overflow, underflow, or a cosine distance that is
+a small remainder of a large gain) it is summed in float64.
 """
 
 from __future__ import annotations

@@ -115,8 +115,8 @@ def check_latent(
         slice_spec: The signature slice; default by rank. A bundle made with another slice is
             `incomparable`.
         slice_cosine_threshold: Largest cosine distance of the signature (float32).
-        full_cosine_threshold: Largest cosine distance of the whole (after a float16 round trip).
-        tolerance: Limit on rel_l2 for the full verdict; default the noise floor or the analytic one.
+        full_cosine_threshold: Largest cosine distance of the whole, after a float16 round trip.
+        tolerance: Limit on rel_l2 for the full verdict; default a noise floor.
 
     Returns:
         The full verdict, never laxer than the two gates; the gates' own outcome, reproduced as they

@@ -204,9 +204,11 @@ def build_comparison(
         verdicts.append(Verdict.INCOMPARABLE)
     verdict = fields.pop("verdict", None) or Verdict.worst(verdicts)
     first = next((row for row in rows if row.verdict in (Verdict.DRIFTED, Verdict.INVALID)), None)
-    divergence = first and Divergence(
-        name=first.name, stage=first.stage, step=first.step, branch=first.branch, fqn=first.fqn
-    )
+    divergence = None
+    if first is not None:
+        divergence = Divergence(
+            name=first.name, stage=first.stage, step=first.step, branch=first.branch, fqn=first.fqn
+        )
     judged = [row.floor for row in rows if row.floor and row.verdict is not Verdict.IDENTICAL]
     return Comparison(
         tool_version=library_version("truestep") or "",

@@ -30,7 +30,7 @@ OTHER = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 
 
 Vary = Callable[[Pipeline], AbstractContextManager[Pipeline]]
-"""A harmless change: a context manager that yields the varied pipeline and undoes what is global."""
+"""A harmless change: yields the varied pipeline, then undoes what is global."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def measure(
 def _other_precision(
     case: Case, recording: Mapping[str, torch.Tensor], *, steps: Iterable[int] | None
 ) -> list[NoiseRun]:
-    """The trusted model loaded in the other precision: the floor for a candidate that runs in it."""
+    """The trusted model in the other precision: the floor for a candidate that runs in it."""
     dtype = OTHER[case.dtype]
     variation = Variation("precision", f"loaded in {dtype}", _unchanged, pair_of(dtype, case.dtype))
     try:

@@ -24,7 +24,7 @@ _CHUNK = 1 << 20
 class Recording(Mapping[str, torch.Tensor]):
     """What one run produced: a read-only mapping from tensor name to tensor, with a manifest.
 
-    Opened from a file, a tensor is mapped when it is first asked for, and its digest is checked then.
+    Opened from a file, a tensor is mapped when first asked for, and its digest is checked then.
     Tensors share the file's pages: do not write to them.
     """
 
@@ -69,7 +69,7 @@ class Recording(Mapping[str, torch.Tensor]):
 
     @classmethod
     def in_memory(cls, tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> Recording:
-        """A recording of full tensors that is not on disk; at level `stats` only moments are kept."""
+        """A recording that is not on disk; at level `stats` only moments are kept."""
         if manifest.level == "stats":
             tensors = {f"stats/{name}": moments(tensor) for name, tensor in tensors.items()}
         return cls(manifest, tensors=tensors)
@@ -168,7 +168,7 @@ def read_plain(path: str | Path) -> dict[str, torch.Tensor]:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def moments(tensor: torch.Tensor) -> torch.Tensor:

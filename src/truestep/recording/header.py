@@ -90,7 +90,7 @@ def refuse(path: Path, what: str, *, measured: str = "", likely: str = "") -> No
         where=str(path),
         measured=measured,
         likely=likely,
-        hint="restore the file from where it came, or record it again: truestep record CASE --update",
+        hint="restore the file, or record it again: truestep record CASE --update",
     )
 
 

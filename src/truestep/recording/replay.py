@@ -1,8 +1,8 @@
 """Replay in isolation: feed each stage of a pipeline a recording's inputs, and keep its outputs.
 
-Nothing a stage makes is fed to the next one, so rounding is not amplified and a fault shows where it
-is made. Guidance and update cost no forward and are replayed at every step; multistep schedulers are
-driven through all steps in order on the recorded predictions.
+Nothing a stage makes is fed to the next one, so rounding is not amplified and a fault shows where
+it is made. Guidance and update cost no forward and are replayed at every step; multistep schedulers
+are driven through all steps in order on the recorded predictions.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _text_effects(
 def _guidance(
     pipe: Pipeline, recording: Mapping[str, torch.Tensor], recorded: Schedule, result: Replay
 ) -> None:
-    """Combine the recorded branches at every step; without guidance the prediction passes through."""
+    """Combine the recorded branches at every step; unguided, the prediction passes through."""
     for index in range(len(recorded.timesteps)):
         step = _step(pipe, recorded, index, recorded.experts)
         cond = recording[step_name(index, "cond")].to(pipe.device)

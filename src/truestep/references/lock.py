@@ -1,8 +1,8 @@
 """The lock file of a reference folder: content hashes, journalled so that a kill breaks nothing.
 
-An entry holds the hash of the settled file and, while a replacement is under way, that of the pending
-one. A writer notes the pending hash, renames the file into place, then settles the entry. Killed at
-any moment it leaves a file that matches one of the two.
+An entry holds the hash of the settled file and, while a replacement is under way, that of the
+pending one. A writer notes the pending hash, renames the file into place, then settles the entry.
+Killed at any moment it leaves a file that matches one of the two.
 """
 
 from __future__ import annotations

@@ -123,9 +123,14 @@ class Store:
             fitting = [place for place in fitting if place.attention == kernel]
         if not fitting:
             raise self._not_found(case, tier, device_class, mine, seed_command)
-        return self._verified(fitting[0])
+        return self.verified(fitting[0])
 
-    def _verified(self, place: Place) -> Path:
+    def verified(self, place: Place) -> Path:
+        """Path of a reference whose content matches the lock.
+
+        Raises:
+            FileFormatError: It does not.
+        """
         from truestep.recording.format import sha256_of
 
         path = self.root / place.name

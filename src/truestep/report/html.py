@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -129,7 +128,7 @@ def render(comparisons: Sequence[Comparison]) -> str:
     """Render comparisons as one self-contained page, failing ones first.
 
     Args:
-        comparisons: At least one; what `Comparison.model_validate_json` gives back renders the same.
+        comparisons: At least one; read back from their JSON they render the same.
     """
     import jinja2
 

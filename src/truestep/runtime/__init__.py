@@ -1,1 +1,1 @@
-"""Diffusion runtime: diffusers' models behind truestep's own stages. Import the modules directly."""
+"""Diffusion runtime: diffusers' models behind truestep's own stages."""

@@ -141,8 +141,8 @@ def _quiet() -> Iterator[None]:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the names, sizes and sampled bytes of a model folder's files.
 
-    Each file counts with its first and last 64 KiB and 62 blocks between, so that a 30 GB model takes
-    well under a second; small files count whole.
+    Of a file above 4 MiB, the first and last 64 KiB and 62 blocks between count, so that a 30 GB
+    model takes well under a second; smaller files count whole.
     """
     block, samples = 65536, 64
     digest = hashlib.sha256()

@@ -111,7 +111,7 @@ class Pipeline(Stages):
 
     @property
     def first_transformer(self) -> Any:
-        """The transformer whose dtype and configuration rule: the high-noise one if there is one."""
+        """The transformer whose dtype and configuration rule: the high-noise one if present."""
         return self.transformer if self.transformer is not None else self.transformer_2
 
 

@@ -44,7 +44,7 @@ def pad_trim_zero(
     hidden = text_encoder(tokens.input_ids.to(home), mask.to(home)).last_hidden_state
     hidden = hidden.to(dtype=text_encoder.dtype, device=device)
     lengths = mask.gt(0).sum(dim=1).tolist()
-    padded = hidden.new_zeros(hidden.shape[0], max_length, hidden.shape[2])
+    padded: torch.Tensor = hidden.new_zeros(hidden.shape[0], max_length, hidden.shape[2])
     for row, length in enumerate(lengths):
         padded[row, :length] = hidden[row, :length]
     return padded

@@ -1,0 +1,156 @@
+"""The plugin through pytest's own pytester."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch  # noqa: F401  pytester unloads what a run imported, and torch cannot load twice
+
+import truestep.comparison.latent_gate  # noqa: F401  likewise what it needs
+
+pytest_plugins = ["pytester"]
+
+TEST = """
+import torch
+
+def test_same(truestep):
+    torch.manual_seed(0)
+    truestep.check(torch.randn(4, 8) * SCALE, name="x")
+
+def test_latent(truestep):
+    torch.manual_seed(1)
+    truestep.check_latent(torch.randn(1, 4, 2, 8, 8) * SCALE)
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    monkeypatch.delenv("CI", raising=False)
+    pytester.makepyfile(test_a="SCALE = 1.0\n" + TEST)
+    return pytester
+
+
+def change(project: pytest.Pytester, scale: str) -> None:
+    project.makepyfile(test_a=f"SCALE = {scale}\n" + TEST)
+
+
+def run(project: pytest.Pytester, *args: str) -> pytest.RunResult:
+    return project.runpytest("-p", "no:cacheprovider", "-p", "no:xdist", *args)
+
+
+def test_a_missing_reference_fails_and_leaves_the_candidate(project: pytest.Pytester) -> None:
+    result = run(project)
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*this check has no reference yet*"])
+    result.stdout.fnmatch_lines(["*hint: pytest 'test_a.py::test_same' --truestep-update*"])
+    assert len(list(project.path.glob("truestep-references/*/*/*/*.candidate"))) == 2
+
+
+def test_update_writes_then_passes_then_catches(project: pytest.Pytester) -> None:
+    result = run(project, "--truestep-update")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["written: default/cpu/any/test-a-py-test-same-x-*"])
+    run(project).assert_outcomes(passed=2)
+    change(project, "1.01")
+    result = run(project)
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*EquivalenceError: drifted: 1 of 1 tensor*"])
+    result.stdout.fnmatch_lines(["*scaled by 1.01*"])
+
+
+def test_update_new_keeps_what_exists_and_all_replaces_it(project: pytest.Pytester) -> None:
+    run(project, "--truestep-update")
+    change(project, "1.01")
+    run(project, "--truestep-update=new").assert_outcomes(failed=2)
+    run(project, "--truestep-update=all").assert_outcomes(passed=2)
+    run(project).assert_outcomes(passed=2)
+
+
+def test_update_is_refused_on_ci(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", "true")
+    result = run(project, "--truestep-update")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--truestep-update is refused where CI is set*"])
+
+
+@pytest.mark.parametrize("scale", ["float('nan')", "0.0"])
+def test_nan_and_zero_never_pass(project: pytest.Pytester, scale: str) -> None:
+    run(project, "--truestep-update")
+    change(project, scale)
+    run(project).assert_outcomes(failed=2)
+
+
+def test_report_and_json(project: pytest.Pytester) -> None:
+    run(project, "--truestep-update")
+    run(project, "--truestep-report=r.html", "--truestep-json=r.json")
+    data = json.loads((project.path / "r.json").read_text())
+    assert data["verdict"] == "identical"
+    assert len(data["comparisons"]) == 2
+    assert "<!doctype html>" in (project.path / "r.html").read_text()
+
+
+def test_under_xdist(project: pytest.Pytester) -> None:
+    run(project, "--truestep-update")
+    result = project.runpytest("-p", "xdist", "-n", "2", "--truestep-json=r.json")
+    result.assert_outcomes(passed=2)
+    assert len(json.loads((project.path / "r.json").read_text())["comparisons"]) == 2
+
+
+def test_unused_references_are_listed(project: pytest.Pytester) -> None:
+    run(project, "--truestep-update")
+    project.makepyfile(test_a="SCALE = 1.0\n" + TEST.replace("test_latent", "test_other"))
+    result = run(project)
+    result.stdout.fnmatch_lines(["unused reference: default/cpu/any/test-a-py-test-latent-*"])
+    result = run(project, "-k", "same")
+    result.stdout.no_fnmatch_line("unused reference:*")
+
+
+PARITY = """
+import pytest
+import torch
+
+@pytest.mark.parity(scope="dit", coverage="both")
+def test_port(truestep):
+    BODY
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("pytest.skip('no weights')", "skipped"),
+        ("pytest.xfail('later')", "xfailed"),
+        ("assert torch.zeros(3).shape == (3,)", "compared no numbers"),
+    ],
+)
+def test_require_executed(project: pytest.Pytester, body: str, reason: str) -> None:
+    project.makepyfile(test_a=PARITY.replace("BODY", body))
+    assert run(project).ret == 0
+    result = run(project, "--truestep-require-executed")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines([f"NOT EXECUTED test_a.py::test_port: {reason}"])
+
+
+def test_require_executed_passes_when_numbers_were_compared(project: pytest.Pytester) -> None:
+    body = "truestep.check(torch.arange(4.0))"
+    project.makepyfile(test_a=PARITY.replace("BODY", body))
+    run(project, "--truestep-update")
+    assert run(project, "--truestep-require-executed").ret == 0
+
+
+def test_require_executed_fails_when_no_parity_test_ran(project: pytest.Pytester) -> None:
+    project.makepyfile(test_a="def test_other(): pass")
+    result = run(project, "--truestep-require-executed")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["NOT EXECUTED: no test marked parity ran"])
+
+
+def test_plugin_imports_no_torch(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_a="import sys\n\ndef test_light():\n    assert 'torch' not in sys.modules\n"
+    )
+    result = project.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:xdist")
+    result.assert_outcomes(passed=1)
