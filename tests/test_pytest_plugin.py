@@ -67,9 +67,7 @@ def test_update_new_keeps_what_exists_and_all_replaces_it(project: pytest.Pytest
     run(project).assert_outcomes(passed=2)
 
 
-def test_update_is_refused_on_ci(
-    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_update_is_refused_on_ci(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "true")
     result = run(project, "--truestep-update")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

@@ -28,7 +28,10 @@ _SAFE_SQUARES = (1e-25, 1e30)
 """Sums of squares outside this range may have lost terms to float32 underflow or overflow."""
 
 _CANCELLATION = 0.05
-"""Below this share of S the cosine's numerator is computed again from float64 sums."""
+"""Below this share of S the cosine's numerator is computed again, from the residual in float64."""
+
+_SMALL_GAIN = 0.3
+"""Below this, gain and norm ratio are small remainders and are computed again in float64."""
 
 
 @dataclass
@@ -64,10 +67,40 @@ def distance(actual: torch.Tensor, reference: torch.Tensor) -> Metrics:
         raise ValueError("complex tensors have no order: compare real and imaginary parts")
     sums = _sum(actual, reference, exact=_needs_float64(actual, reference))
     metrics = _metrics(sums, tuple(actual.shape))
+    if not _cancels(sums, metrics):
+        return metrics
+    sums = _sum(actual, reference, exact=True)
+    metrics = _metrics(sums, tuple(actual.shape))
+    if not sums.count or not sums.reference or not _square(sums):
+        return metrics
+    cosine = _cosine_from_residual(actual, reference, sums, metrics.gain)
+    return metrics.model_copy(update={"cosine_distance": cosine})
+
+
+def _cancels(sums: _Sums, metrics: Metrics) -> bool:
+    """Whether a metric is a small remainder of large sums, which float32 chunks cannot carry."""
+    if sums.difference == 0.0 or not sums.count:
+        return False
     numerator = metrics.cosine_distance * 2 * math.sqrt(_square(sums) * sums.reference)
-    if sums.difference > 0 and not numerator > _CANCELLATION * sums.difference:
-        metrics = _metrics(_sum(actual, reference, exact=True), tuple(actual.shape))
-    return metrics
+    small_angle = not numerator > _CANCELLATION * sums.difference
+    return small_angle or abs(metrics.gain) < _SMALL_GAIN or metrics.norm_ratio < _SMALL_GAIN
+
+
+def _cosine_from_residual(
+    actual: torch.Tensor, reference: torch.Tensor, sums: _Sums, gain: float
+) -> float:
+    """Cosine distance from E = sum (a - gain r)^2, for which 1 - cos^2 = E / |a|^2."""
+    residual = 0.0
+    with torch.no_grad():
+        first, second = actual.detach().reshape(-1), reference.detach().reshape(-1)
+        for start in range(0, first.numel(), CHUNK):
+            a = first[start : start + CHUNK].to(second.device, torch.float64)
+            r = second[start : start + CHUNK].to(torch.float64)
+            e = (a - gain * r).masked_fill(~(torch.isfinite(a) & torch.isfinite(r)), 0.0)
+            residual += float(torch.dot(e, e))
+    share = min(residual / _square(sums), 1.0)
+    cosine = math.sqrt(1.0 - share)
+    return share / (1.0 + cosine) if gain > 0 else 1.0 + cosine
 
 
 def _needs_float64(*tensors: torch.Tensor) -> bool:

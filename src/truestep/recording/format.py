@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def moments(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def write(path: str | Path, recording: Recording) -> str:
-    """Write a recording: temporary file in the same folder, fsync, rename, fsync of the folder.
+    """Write a recording: temporary file beside it, fsync, rename, fsync of the folder.
 
     Args:
         path: The file; an existing one is replaced only when the new one is complete.
@@ -236,15 +237,17 @@ def stage(path: Path, recording: Recording) -> tuple[Path, str]:
     stored = {name: _own_storage(tensor) for name, tensor in recording.items()}
     metadata = _metadata(recording.manifest, stored)
     _sweep(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    # A folder of our own: the library has temporary files too, and a kill may leave one.
+    folder = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = folder / "recording"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         save_file(stored, temporary, metadata=metadata)
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         return temporary, sha256_of(temporary)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise _unwritten(path, error) from error
 
 
@@ -252,13 +255,14 @@ def settle(temporary: Path, path: Path) -> None:
     """Second half of `write`: move a finished file into place and flush the folder."""
     try:
         temporary.replace(path)
+        shutil.rmtree(temporary.parent)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary.parent, ignore_errors=True)
         raise _unwritten(path, error) from error
 
 
@@ -293,14 +297,14 @@ def _metadata(manifest: Manifest, stored: Mapping[str, torch.Tensor]) -> dict[st
 
 
 def _sweep(path: Path) -> None:
-    """Remove temporary files of writers of this path that were killed."""
+    """Remove temporary folders of writers of this path that were killed."""
     pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.[0-9a-f]+\.tmp")
     if not path.parent.is_dir():
         return
     for leftover in path.parent.iterdir():
         match = pattern.fullmatch(leftover.name)
         if match and not _alive(int(match.group(1))):
-            leftover.unlink(missing_ok=True)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

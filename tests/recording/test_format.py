@@ -1,0 +1,267 @@
+"""Recordings: bit-exact round trips, atomic writes, and no flipped bit unseen."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from truestep.errors import FileFormatError, WriteError
+from truestep.recording.capture import tensor_table
+from truestep.recording.format import Recording, moments, sha256_of
+from truestep.recording.manifest import STATS, Level, Manifest
+
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+
+
+def recording(tensors: dict[str, torch.Tensor], *, level: Level = "full") -> Recording:
+    manifest = Manifest(tool_version="0", created="now", level=level, tensors=tensor_table(tensors))
+    return Recording.in_memory(tensors, manifest)
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    flat = tensor.contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+shapes = st.lists(st.integers(0, 5), max_size=4)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), shapes), min_size=1, max_size=6), st.data())
+def test_round_trip_is_bit_exact(
+    tmp_path: Path, specs: list[tuple[torch.dtype, list[int]]], data: st.DataObject
+) -> None:
+    tensors = {}
+    for index, (dtype, shape) in enumerate(specs):
+        count = torch.Size(shape).numel() * dtype.itemsize
+        bits = data.draw(st.binary(min_size=count, max_size=count))
+        if dtype is torch.bool:
+            bits = bytes(b & 1 for b in bits)
+        flat = torch.frombuffer(bytearray(bits), dtype=torch.uint8) if count else torch.empty(0)
+        flat = flat.to(torch.uint8)
+        tensors[f"t/{index:04d}/x"] = flat.view(dtype).reshape(shape)
+    path = tmp_path / "r.safetensors"
+    recording(tensors).save(path)
+    opened = Recording.open(path)
+    assert list(opened) == list(tensors)
+    for name, tensor in tensors.items():
+        assert opened[name].dtype == tensor.dtype
+        assert opened[name].shape == tensor.shape
+        assert raw(opened[name]) == raw(tensor)
+
+
+def test_layouts_are_made_contiguous(tmp_path: Path) -> None:
+    base = torch.randn(4, 6, 8)
+    tensors = {
+        "transposed": base.transpose(0, 2),
+        "sliced": base[:, ::2],
+        "expanded": base[:1].expand(5, 6, 8),
+        "view": base[1],
+        "nan": torch.tensor([float("nan"), float("inf"), -0.0]),
+    }
+    path = tmp_path / "r.safetensors"
+    recording(tensors).save(path)
+    opened = Recording.open(path)
+    for name, tensor in tensors.items():
+        assert raw(opened[name]) == raw(tensor)
+
+
+def test_any_safetensors_reader_can_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    recording({"latent/final": torch.arange(6.0).reshape(2, 3)}).save(path)
+    with safe_open(path, "pt") as file:
+        assert list(file.keys()) == ["latent/final"]
+        assert torch.equal(file.get_tensor("latent/final"), torch.arange(6.0).reshape(2, 3))
+
+
+def test_an_unknown_name_names_the_closest() -> None:
+    with pytest.raises(KeyError, match="the closest are latent/final"):
+        recording({"latent/final": torch.ones(2)})["latent/finale"]
+
+
+def test_it_is_a_read_only_mapping() -> None:
+    rec = recording({"x": torch.ones(2)})
+    assert len(rec) == 1
+    assert "x" in rec
+    assert "y" not in rec
+    assert not hasattr(rec, "__setitem__")
+
+
+def test_level_stats_keeps_moments_only(tmp_path: Path) -> None:
+    tensor = torch.tensor([1.0, -2.0, 3.0, float("nan")])
+    path = tmp_path / "r.safetensors"
+    recording({"latent/final": tensor}, level="stats").save(path)
+    opened = Recording.open(path)
+    assert list(opened) == ["stats/latent/final"]
+    found = dict(zip(STATS, opened["stats/latent/final"].tolist(), strict=True))
+    assert (found["count"], found["nonfinite"], found["min"], found["max"]) == (3, 1, -2, 3)
+    assert found["mean"] == pytest.approx(2 / 3)
+    assert found["rms"] == pytest.approx((14 / 3) ** 0.5)
+    assert opened.manifest.tensors[0].shape == (4,)
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=50))
+def test_moments_agree_with_numpy(values: list[float]) -> None:
+    tensor = torch.tensor(values)
+    wide = tensor.double()
+    found = dict(zip(STATS, moments(tensor).tolist(), strict=True))
+    assert found["mean"] == pytest.approx(wide.mean().item(), abs=1e-9)
+    assert found["std"] == pytest.approx(wide.std(correction=0).item(), abs=1e-4)
+    assert found["abs_mean"] == pytest.approx(wide.abs().mean().item(), abs=1e-9)
+
+
+def test_moments_of_nothing_finite() -> None:
+    found = moments(torch.tensor([float("nan")] * 3)).tolist()
+    assert found[:2] == [0.0, 3.0]
+    assert moments(torch.empty(0)).tolist()[:2] == [0.0, 0.0]
+
+
+def read_all(path: Path) -> None:
+    opened = Recording.open(path)
+    for name in opened:
+        opened[name]
+
+
+def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    recording({"a": torch.randn(40), "b": torch.arange(5), "c": torch.ones(3, dtype=torch.bool)})
+    recording({"a": torch.randn(40), "b": torch.arange(5)}).save(path)
+    good = path.read_bytes()
+    dice = random.Random(0)
+    places = {*range(0, 16), *(dice.randrange(len(good)) for _ in range(600))}
+    unseen = []
+    for place in sorted(places):
+        bad = bytearray(good)
+        bad[place] ^= 1 << dice.randrange(8)
+        path.write_bytes(bad)
+        try:
+            read_all(path)
+        except FileFormatError:
+            continue
+        unseen.append(place)
+    assert unseen == []
+
+
+def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    recording({"a": torch.zeros(8), "b": torch.ones(8)}).save(path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    opened = Recording.open(path)
+    opened["a"]
+    with pytest.raises(FileFormatError, match="tensor 'b' is damaged"):
+        opened["b"]
+
+
+def test_a_foreign_file_is_not_a_recording(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.ones(2)}, path)
+    with pytest.raises(FileFormatError, match="but not a recording"):
+        Recording.open(path)
+
+
+WRITE_LIMITED = """
+import resource, signal, sys, torch
+from pathlib import Path
+from truestep.errors import WriteError
+from truestep.recording.capture import tensor_table
+from truestep.recording.format import Recording
+from truestep.recording.manifest import Manifest
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+tensors = {"x": torch.zeros(100_000)}
+m = Manifest(tool_version="0", created="", level="full", tensors=tensor_table(tensors))
+try:
+    Recording.in_memory(tensors, m).save(sys.argv[1])
+except WriteError as error:
+    print(error)
+    sys.exit(7)
+"""
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    recording({"x": torch.ones(3)}).save(path)
+    before = path.read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_LIMITED, str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
+    assert "the recording could not be written" in done.stdout
+    assert "hint: df -h" in done.stdout
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_unwritable_place_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="could not be written"):
+        recording({"x": torch.ones(3)}).save(tmp_path / "file" / "r.safetensors")
+
+
+WRITER = """
+import sys, torch
+from truestep.recording.capture import tensor_table
+from truestep.recording.format import Recording
+from truestep.recording.manifest import Manifest
+print("ready", flush=True)
+value = 0
+while True:
+    value += 1
+    tensors = {"x": torch.full((200_000,), float(value))}
+    m = Manifest(tool_version="0", created="", level="full", tensors=tensor_table(tensors))
+    Recording.in_memory(tensors, m).save(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_killed_writers_leave_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    recording({"x": torch.zeros(200_000)}).save(path)
+    dice = random.Random(0)
+    for _ in range(8):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(dice.uniform(0.0, 0.08))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        values = Recording.open(path)["x"]
+        assert (values == values[0]).all()
+    recording({"x": torch.ones(2)}).save(path)  # sweeps up after the killed ones
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    assert recording({"x": torch.ones(3)}).save(path) == sha256_of(path)
