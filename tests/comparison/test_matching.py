@@ -1,0 +1,174 @@
+"""Every tensor of both sides is judged; nothing passes by having nothing to say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from truestep.comparison.matching import build_comparison, compare_tensors
+from truestep.noise import NoiseFloor, NoiseRun, RunMetrics
+from truestep.verdict import Comparison, Row, Side, Verdict
+
+torch.manual_seed(0)
+X = torch.randn(2, 3, 16, 16)
+FLOOR = NoiseFloor(
+    runs=tuple(
+        NoiseRun(
+            kind="repeat",
+            detail=str(i),
+            pair="float32/float32",
+            tensors=(RunMetrics(name="x", rel_l2=1e-4, max_abs=1e-3),),
+        )
+        for i in range(9)
+    )
+)
+
+
+def judge(actual: torch.Tensor, reference: torch.Tensor = X, **options: object) -> Row:
+    return compare_tensors({"x": actual}, {"x": reference}, **options)[0]  # type: ignore[arg-type]
+
+
+def verdict(actual: torch.Tensor, reference: torch.Tensor = X, **options: object) -> str:
+    return judge(actual, reference, **options).verdict.value
+
+
+def patched(value: float, *, count: int = 1) -> torch.Tensor:
+    actual = X.clone()
+    actual.view(-1)[:count] = value
+    return actual
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected"),
+    [
+        (X.clone(), "identical"),
+        (X * (1 + 1e-7), "equivalent"),
+        (X * 1.01, "drifted"),
+        (-X, "drifted"),
+        (X * 100, "drifted"),
+        (X.flip(1), "drifted"),
+        (X.roll(1, -1), "drifted"),
+        (patched(9.0), "drifted"),
+        (patched(float("nan")), "invalid"),
+        (patched(float("inf")), "invalid"),
+        (torch.full_like(X, float("nan")), "invalid"),
+        (torch.zeros_like(X), "invalid"),
+        (torch.ones_like(X), "invalid"),
+        (X[:1], "incomparable"),
+        (X.transpose(2, 3).reshape(3, 2, 16, 16), "incomparable"),
+        (torch.empty(0), "incomparable"),
+    ],
+)
+def test_standard_damages(actual: torch.Tensor, expected: str) -> None:
+    assert verdict(actual) == expected
+
+
+def test_a_broken_reference_accepts_nothing() -> None:
+    nan = torch.full_like(X, float("nan"))
+    assert verdict(X, nan) == "invalid"
+    assert verdict(nan, nan.clone()) == "invalid"
+    assert verdict(X, torch.zeros_like(X)) == "invalid"
+    assert verdict(torch.empty(0), torch.empty(0)) == "invalid"
+
+
+def test_equal_zeros_are_identical() -> None:
+    assert verdict(torch.zeros(4), torch.zeros(4)) == "identical"
+
+
+def test_the_measured_floor_judges_and_is_named() -> None:
+    noisy = X + 0.9e-4 * torch.randn_like(X) / 1.1
+    assert verdict(noisy) == "drifted"  # far beyond the analytic floor of float32
+    row = judge(noisy, floor=FLOOR)
+    assert row.verdict is Verdict.EQUIVALENT
+    assert row.floor is not None
+    assert (row.floor.source, row.floor.runs, row.floor.bound) == ("measured", 9, 2.0)
+    assert judge(X + 1.5e-4 * torch.randn_like(X), floor=FLOOR).verdict is Verdict.INCONCLUSIVE
+    assert judge(X + 3e-4 * torch.randn_like(X), floor=FLOOR).verdict is Verdict.DRIFTED
+
+
+def test_a_tolerance_replaces_the_floor_and_says_so() -> None:
+    row = judge(X * 1.01, tolerance=0.02)
+    assert row.verdict is Verdict.EQUIVALENT
+    assert row.floor is not None
+    assert row.floor.source == "tolerance"
+    assert verdict(X * 1.03, tolerance=0.02) == "drifted"
+    assert verdict(patched(float("nan")), tolerance=1.0) == "invalid"
+
+
+def test_dtypes_are_noted_and_the_coarser_one_sets_the_floor() -> None:
+    row = judge(X.bfloat16())
+    assert row.verdict is Verdict.EQUIVALENT
+    assert "dtype bfloat16 against float32" in row.note
+
+
+def test_working_precision_sets_the_analytic_floor() -> None:
+    rounded = X.bfloat16().float()
+    assert verdict(rounded) == "drifted"
+    assert verdict(rounded, pair="bfloat16/float32") == "equivalent"
+
+
+def test_every_key_of_both_sides_is_accounted_for() -> None:
+    rows = compare_tensors({"a": X, "c": X}, {"a": X, "b": X})
+    assert [(row.name, row.verdict.value) for row in rows] == [
+        ("a", "identical"),
+        ("b", "missing"),
+        ("c", "incomparable"),
+    ]
+    result = build(rows)
+    assert (result.missing, result.unexpected) == (("b",), ("c",))
+    assert result.verdict is Verdict.INCOMPARABLE
+
+
+def build(rows: list[Row]) -> Comparison:
+    return build_comparison(rows, actual=Side(label="a"), reference=Side(label="r"))
+
+
+@pytest.mark.parametrize(
+    ("actual", "note"),
+    [
+        (X * 1.01, "scaled by 1.01"),
+        (-X, "sign flipped"),
+        (X.unsqueeze(0), "a dimension of size 1 was added or dropped"),
+        (X.transpose(0, 1), "looks transposed"),
+        (X.reshape(6, 256), "looks reshaped"),
+        (patched(float("nan"), count=3), "non-finite values: 3 in actual (of 1,536)"),
+        (torch.ones_like(X), "the actual side holds one value everywhere (1)"),
+    ],
+)
+def test_notes_say_the_kind(actual: torch.Tensor, note: str) -> None:
+    assert note in judge(actual).note
+
+
+@pytest.mark.parametrize(
+    ("actual", "sentence"),
+    [
+        (X, "identical: 1 tensor agree"),
+        (X * (1 + 1e-7), "equivalent: 1 tensor, the worst at 0.0"),
+        (X * 1.01, "drifted: 1 of 1 tensor (first divergence: `x`), the worst at"),
+        (patched(float("nan")), "invalid: 1 of 1 tensor (first divergence: `x`): non-finite"),
+        (X[:1], "incomparable: 1 of 1 tensor: x: shape [1, 3, 16, 16] against [2, 3, 16, 16]"),
+        (X * (1 + 8e-6), "inconclusive: 1 of 1 tensor: x: between the analytic floor"),
+    ],
+)
+def test_sentences(actual: torch.Tensor, sentence: str) -> None:
+    assert build([judge(actual)]).sentence.startswith(sentence)
+
+
+def test_a_pass_says_what_it_could_have_seen() -> None:
+    result = build([judge(X * (1 + 1e-7))])
+    assert "a relative change of 1.5e-05 would have been seen" in result.sentence
+    assert result.detectable == pytest.approx(4 * 32 * 2.0**-23)
+
+
+def test_nothing_to_compare_is_invalid() -> None:
+    assert build([]).verdict is Verdict.INVALID
+
+
+def test_the_first_divergence_is_the_first_in_order() -> None:
+    rows = compare_tensors(
+        {"step/0000/cond": X, "step/0001/cond": X * 2, "step/0002/cond": X * 3},
+        {f"step/000{i}/cond": X for i in range(3)},
+    )
+    first = build(rows).first_divergence
+    assert first is not None
+    assert (first.stage, first.step, first.branch) == ("prediction", 1, "cond")
