@@ -349,9 +349,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
         html.write_many(report, comparisons)
     if json_path:
-        from truestep.cli.common import write_text
+        from truestep.files import write_text
 
-        write_text(Path(json_path), Results.of(comparisons).model_dump_json(indent=2) + "\n")
+        write_text(json_path, Results.of(comparisons).model_dump_json(indent=2), "the result")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -122,7 +122,7 @@ def test_random_bytes_never_surprise(tmp_path: Path, data: bytes) -> None:
         lambda x: st.lists(x) | st.dictionaries(st.text(max_size=5), x),
         max_leaves=8,
     )
-)  # noqa: E501
+)
 def test_random_json_never_surprises(tmp_path: Path, header: Any) -> None:
     path = write(tmp_path / "f", header, b"")
     try:
@@ -192,7 +192,7 @@ def test_a_newer_format_says_upgrade(saved: Path) -> None:
 
 def test_truncation_anywhere_is_seen(saved: Path) -> None:
     data = saved.read_bytes()
-    for size in [*range(0, 40), *range(40, len(data), 17), len(data) - 1]:
+    for size in [*range(40), *range(40, len(data), 17), len(data) - 1]:
         saved.write_bytes(data[:size])
         with pytest.raises(FileFormatError):
             read_manifest(saved)

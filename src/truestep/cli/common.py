@@ -231,6 +231,7 @@ def finish(
 ) -> int:
     """Print comparisons, write JSON and report, and return the exit code of the worst verdict."""
     from truestep.environment import command_line
+    from truestep.files import write_text
     from truestep.report import terminal
     from truestep.verdict import Results
 
@@ -244,25 +245,6 @@ def finish(
         click.echo(results.model_dump_json(indent=2))
         return results.exit_code
     if json_path is not None:
-        write_text(Path(json_path), results.model_dump_json(indent=2) + "\n")
+        write_text(json_path, results.model_dump_json(indent=2), "the result")
     terminal.print_results(results, report=str(report) if report else None)
     return results.exit_code
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Raises:
-        WriteError: It could not be written.
-    """
-    from truestep.errors import WriteError
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise WriteError(
-            "the result could not be written", where=str(path), measured=str(error)
-        ) from None

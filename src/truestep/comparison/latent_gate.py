@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from truestep.comparison import sources
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.comparison.sources import Source
 from truestep.environment import library_version
-from truestep.errors import UsageError, WriteError
+from truestep.errors import UsageError
+from truestep.files import write_text
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.verdict import Comparison, Difference, GateResult, Record, Row, Side, Verdict
@@ -329,21 +329,9 @@ def write_fastvideo_result(
         "parameters": {"num_inference_steps": steps, "prompt": prompt},
         "truestep_verdict": comparison.verdict.value,
     }
-    _write_json(path, content)
+    write_text(path, json.dumps(content, indent=2), "the result")
     return path
 
 
 def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise WriteError(
-            "the result could not be written", where=str(path), measured=str(error)
-        ) from error

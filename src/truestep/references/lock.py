@@ -16,7 +16,8 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from truestep.errors import FileFormatError, WriteError
+from truestep.errors import FileFormatError
+from truestep.files import replacing
 from truestep.verdict import Record
 
 LOCK_FILE = "truestep.lock"
@@ -93,16 +94,10 @@ def _exclusive(root: Path) -> Iterator[None]:
 
 
 def _write(root: Path, lock: Lock) -> None:
-    path = root / LOCK_FILE
-    temporary = root / f".{LOCK_FILE}.tmp"  # one writer at a time: the folder is locked
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(lock.model_dump(mode="json"), indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise WriteError(
-            "the lock file could not be written", where=str(path), measured=str(error)
-        ) from error
+    with (
+        replacing(root / LOCK_FILE, "the lock file") as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        file.write(json.dumps(lock.model_dump(mode="json"), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

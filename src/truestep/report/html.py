@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from truestep.errors import WriteError
+from truestep.files import write_text
 from truestep.verdict import Comparison, Results, Row, Verdict
 
 _LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
@@ -171,15 +170,4 @@ def write_many(path: str | Path, comparisons: Iterable[Comparison]) -> None:
     Raises:
         WriteError: It could not be written.
     """
-    path = Path(path)
-    text = render(list(comparisons))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise WriteError(
-            "the report could not be written", where=str(path), measured=str(error)
-        ) from error
+    write_text(path, render(list(comparisons)), "the report")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from truestep.errors import MissingExtraError, WriteError
+from truestep.errors import MissingExtraError
+from truestep.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -38,22 +39,12 @@ def write_video(path: str | Path, frames: torch.Tensor, *, fps: int) -> None:
     scale = max(1, _SMALL // max(pixels.shape[1:3]))
     pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     height, width = (int(n) // 2 * 2 for n in pixels.shape[1:3])
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp.mp4")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(str(temporary), "w") as container:
-            stream = container.add_stream("libx264", rate=fps)
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": "12"}
-            for image in pixels[:, :height, :width].contiguous().numpy():
-                for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
-                    container.mux(packet)
-            for packet in stream.encode():
+    with replacing(path, "the video") as temporary, av.open(str(temporary), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "12"}
+        for image in pixels[:, :height, :width].contiguous().numpy():
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
                 container.mux(packet)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise WriteError(
-            "the video could not be written", where=str(path), measured=str(error)
-        ) from error
+        for packet in stream.encode():
+            container.mux(packet)

@@ -1,0 +1,70 @@
+"""A realistic comparison to render."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from truestep.comparison.matching import build_comparison, compare_tensors
+from truestep.comparison.media import frame_media
+from truestep.verdict import Comparison, Cost, Difference, GateResult, Side
+
+
+def make(*, prompt: str = "a red three moving left", drifted: bool = True) -> Comparison:
+    """A 20-step check of which guidance drifted, with frames and another gate."""
+    torch.manual_seed(0)
+    reference = {"text/cond": torch.randn(1, 8, 16), "latent/initial": torch.randn(1, 4, 3, 8, 8)}
+    for step in range(20):
+        reference[f"step/{step:04d}/guided"] = torch.randn(1, 4, 3, 8, 8)
+        if step in (0, 10, 19):
+            reference[f"step/{step:04d}/cond"] = torch.randn(1, 4, 3, 8, 8)
+    factor = 1.01 if drifted else 1 + 2e-7
+    actual = {n: t * factor if n.endswith("guided") else t.clone() for n, t in reference.items()}
+    frames = torch.rand(1, 3, 9, 16, 16) * 2 - 1
+    others = (frames + 0.01 * torch.randn_like(frames)).clamp(-1, 1)
+    return build_comparison(
+        compare_tensors(actual, reference),
+        actual=Side(label="guidance_scale=3.1", environment={"library.torch": "2.14"}),
+        reference=Side(label="reference", path="refs/a.safetensors"),
+        case_id="digits-a-red-three-0123456789ab",
+        case={
+            "model": "builtin:digits",
+            "revision": None,
+            "prompt": prompt,
+            "seed": 0,
+            "steps": 20,
+            "dtype": "float32",
+        },
+        environment_differences=(Difference(key="library.torch", actual="2.14", reference="2.13"),),
+        looked_at=("text", "guidance at every step"),
+        not_looked_at=("accumulation over a free run",),
+        gates=(
+            GateResult(
+                name="fastvideo-latent/1",
+                passed=True,
+                metrics={"full_cosine_distance": 1e-3},
+                thresholds={"full_cosine": 1e-2},
+            ),
+        ),
+        cost=Cost(forwards=6, forwards_generation=40, seconds=0.1),
+        media=(frame_media(others, frames, name="video/frames"),),
+        repeat="truestep check three --set guidance_scale=3.1",
+    )
+
+
+@pytest.fixture(scope="session")
+def drifted() -> Comparison:
+    """A drifted check."""
+    return make()
+
+
+@pytest.fixture(scope="session")
+def equivalent() -> Comparison:
+    """A check that passed."""
+    return make(drifted=False)
+
+
+@pytest.fixture(scope="session")
+def hostile() -> Comparison:
+    """A check whose prompt attacks the page."""
+    return make(prompt="</script><script>alert(1)</script><img src=x onerror=alert(1)> & \u2028")
