@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-fast lint format bench clean
+.PHONY: help demo test test-fast lint format bench schema clean
 
 help:
 	@echo "make demo   run the main job on the builtin model (under 3 minutes)"
@@ -44,6 +44,11 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.bench_memory
 	$(BIN)/python -m bench.bench_check
 	$(BIN)/python -m bench.bench_startup
+
+schema: $(STAMP)
+	$(BIN)/python -c "import json, sys; from truestep.verdict import Comparison, Results; \
+	[open(f'docs/schema/{n}-1.json', 'w').write(json.dumps(m.model_json_schema(mode='serialization'), indent=2) + chr(10)) \
+	for n, m in (('comparison', Comparison), ('results', Results))]"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output

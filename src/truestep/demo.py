@@ -13,6 +13,8 @@ import torch
 from truestep.case import Case
 from truestep.checking import check_pipeline
 from truestep.comparison.latent_gate import check_latent
+from truestep.comparison.media import frame_media
+from truestep.recording.capture import Capture
 from truestep.recording.floor import in_batch, threads
 from truestep.recording.format import Recording
 from truestep.runtime.loading import load
@@ -101,14 +103,20 @@ def changes() -> list[Change]:
 
 
 def try_change(change: Change, pipe: Pipeline, reference: Recording) -> Outcome:
-    """Check a change at depth steps, and run the cosine gate on the latent of a full generation."""
+    """Check a change at depth steps; run the cosine gate on the latent of a full generation.
+
+    The frames of the report are those of the full generation.
+    """
+    run = Capture()
     with change.vary(pipe) as varied:
         comparison = check_pipeline(varied, reference, case=CASE, label=change.name)
-        latent = generate(varied)
-    gate = check_latent(latent, reference["latent/final"]).gates[0]
-    return Outcome(
-        change, comparison.model_copy(update={"gates": (gate,), "case_id": change.name}), gate
+        frames = generate(varied, observer=run, output="frames")
+    gate = check_latent(run.tensors["latent/final"], reference["latent/final"]).gates[0]
+    media = frame_media(frames.cpu(), reference["video/frames"], name="frames of a full generation")
+    shown = comparison.model_copy(
+        update={"gates": (gate,), "case_id": change.name, "media": (media,)}
     )
+    return Outcome(change, shown, gate)
 
 
 def write_clips(folder: Path, pipe: Pipeline) -> Path:

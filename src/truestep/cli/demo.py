@@ -70,8 +70,8 @@ def command(output: Path) -> None:
     click.echo()
     click.echo(
         f"truestep caught {caught} of {len(bugs)} port bugs and accepted {accepted} of {len(fine)} "
-        f"harmless changes, at {max(costs):.0%} of a generation's forwards each; "
-        f"the cosine gate (5e-3, 1e-2) let {missed} of {len(bugs)} bugs pass."
+        f"harmless changes, each at {min(costs):.0%} to {max(costs):.0%} of a generation's "
+        f"forwards; the cosine gate (5e-3, 1e-2) let {missed} of {len(bugs)} bugs pass."
     )
     click.echo(f"report: {report}")
     click.echo(f"repeat: truestep demo --output {output}")

@@ -85,8 +85,7 @@ def curve(rows: Sequence[Row]) -> Curve | None:
         series.append(Series(name, points, path))
     decades = range(round(math.log10(_LEAST_RATIO)), round(math.log10(top)) + 1)
     stride = max(1, len(decades) // 8)
-    count = min(largest_step, 10)
-    marks = sorted({round(i * largest_step / max(count, 1)) for i in range(count + 1)})
+    marks = range(0, largest_step + 1, max(1, math.ceil(largest_step / 10)))
     return Curve(
         width=WIDTH,
         height=HEIGHT,

@@ -1,0 +1,173 @@
+"""Public names, import direction, start-up without torch, and the published schema."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import truestep
+from truestep.verdict import Comparison, Results
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "truestep"
+
+LAYERS = (
+    "errors",
+    "files",
+    "verdict",
+    "case",
+    "environment",
+    "noise",
+    "models",
+    "runtime",
+    "recording.manifest",
+    "recording.header",
+    "recording.names",
+    "comparison.distance",
+    "comparison.media",
+    "recording.format",
+    "comparison.matching",
+    "comparison.sources",
+    "comparison.api",
+    "recording.capture",
+    "comparison.latent_gate",
+    "recording.replay",
+    "recording.floor",
+    "recording.record",
+    "references",
+    "checking",
+    "demo",
+    "report",
+    "cli",
+    "pytest_plugin",
+)
+"""Data flow, first to last: a module imports its own layer and earlier ones at its top level."""
+
+PURE = ("noise", "verdict", "comparison.distance", "comparison.media", "comparison.matching")
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def layer(module: str) -> int:
+    return max(
+        (i for i, name in enumerate(LAYERS) if module == name or module.startswith(f"{name}.")),
+        default=-1,
+    )
+
+
+def imports(path: Path, *, top_only: bool) -> set[str]:
+    tree = ast.parse(path.read_text("utf-8"))
+    nodes = tree.body if top_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def test_public_names_are_sorted_and_exist() -> None:
+    assert truestep.__all__ == [
+        "Case",
+        "Comparison",
+        "Environment",
+        "EquivalenceError",
+        "Recording",
+        "Verdict",
+        "assert_equivalent",
+        "check",
+        "check_latent",
+        "compare",
+        "record",
+    ]
+    for name in truestep.__all__:
+        assert callable(getattr(truestep, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        truestep.nothing  # noqa: B018
+
+
+def test_public_names_survive_importing_everything() -> None:
+    code = (
+        "import truestep, truestep.checking, truestep.recording.record, truestep.comparison.api\n"
+        "assert callable(truestep.check) and callable(truestep.record)\n"
+        "assert callable(truestep.compare)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_module_has_a_layer() -> None:
+    exempt = {"__init__", "__main__", "comparison", "recording"}
+    assert [name for name in modules() if name not in exempt and layer(name) < 0] == []
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if layer(m) >= 0])
+def test_imports_go_one_way(module: str) -> None:
+    for imported in imports(modules()[module], top_only=True):
+        if imported.startswith("truestep."):
+            name = imported.removeprefix("truestep.")
+            assert layer(name) <= layer(module), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_modules_do_no_io(module: str) -> None:
+    outside = {"os", "pathlib", "io", "shutil", "subprocess", "tempfile", "socket"}
+    found = imports(modules()[module], top_only=False)
+    assert not found & outside
+    assert not [name for name in found if name.startswith(("truestep.cli", "truestep.report"))]
+    assert not [name for name in found if name.startswith("truestep.runtime")]
+
+
+LIGHT = [
+    "import truestep",
+    "import truestep; truestep.Case, truestep.Verdict, truestep.EquivalenceError",
+    "import truestep.pytest_plugin",
+    "import truestep.references.store",
+    "import truestep.report.html, truestep.report.terminal",
+    "from truestep.cli.app import app; app(['--help'], standalone_mode=False)",
+    "from truestep.cli.app import app; app(['check', '--help'], standalone_mode=False)",
+]
+
+
+@pytest.mark.parametrize("code", LIGHT)
+def test_no_torch_at_start_up(code: str) -> None:
+    check = f"{code}\nimport sys\nassert not {{'torch', 'diffusers', 'av'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("name", "model"), [("comparison-1", Comparison), ("results-1", Results)])
+def test_the_published_schema_is_current(name: str, model: type[Comparison]) -> None:
+    path = ROOT / "docs" / "schema" / f"{name}.json"
+    assert json.loads(path.read_text()) == model.model_json_schema(mode="serialization"), (
+        f"{path.name} is stale: make schema"
+    )
+
+
+def test_real_results_fit_the_schema() -> None:
+    import jsonschema
+    import torch
+
+    schema = json.loads((ROOT / "docs" / "schema" / "results-1.json").read_text())
+    x = torch.randn(3, 4)
+    results = Results.of(
+        [truestep.compare(x, x), truestep.compare(x * float("nan"), x), truestep.compare({}, {})]
+    )
+    jsonschema.validate(json.loads(results.model_dump_json()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"verdict": "fine"}, schema)
+
+
+def test_no_module_is_crowded() -> None:
+    sizes = {name: len(path.read_text("utf-8").splitlines()) for name, path in modules().items()}
+    assert {name: size for name, size in sizes.items() if size > 600} == {}
