@@ -96,7 +96,6 @@ def check_pipeline(
     from truestep.noise import free_running, pair_of
     from truestep.recording.capture import attention_observed, run_environment
     from truestep.recording.replay import Replay, chosen_steps, replay, steps_recorded
-    from truestep.runtime.loading import fingerprint, resolve
     from truestep.runtime.pipeline import generate
 
     candidate = candidate or case
@@ -129,9 +128,7 @@ def check_pipeline(
         **judge,
     )
     rows = [_text_by_effect(row, replayed, recording, judge) for row in rows]
-    environment = run_environment(
-        pipe, attention=kernels(), weights=fingerprint(resolve(candidate))[:16]
-    )
+    environment = run_environment(pipe, attention=kernels())
     looked, not_looked = _coverage(recording, depth, wanted, steps_recorded(recording))
     return build_comparison(
         [_failed(row, replayed) for row in rows],

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
@@ -109,6 +110,7 @@ class Environment(Mapping[str, str]):
         return mapping_differences(self, reference)
 
 
+@lru_cache
 def library_version(name: str) -> str | None:
     """Installed version of a distribution, or None."""
     try:
@@ -165,21 +167,25 @@ def watch_attention() -> Iterator[Callable[[], str | None]]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen: set[str] = set()
+    known: dict[Any, str | None] = {}
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            name = str(func)
-            short = next((kernel for part, kernel in _KERNELS if part in name), None)
-            if short:
-                seen.add(short)
-            elif "softmax" in name:
-                seen.add("math")
+            if func not in known:
+                known[func] = _kernel_name(str(func))
+                if known[func]:
+                    seen.add(str(known[func]))
             return func(*args, **(kwargs or {}))
 
     with Watch():  # type: ignore[no-untyped-call]
         yield lambda: "+".join(sorted(seen)) or None
+
+
+def _kernel_name(operator: str) -> str | None:
+    short = next((kernel for part, kernel in _KERNELS if part in operator), None)
+    return short or ("math" if "softmax" in operator else None)
 
 
 def attention_kernel(device: str | None = None, dtype: str = "float32") -> str | None:

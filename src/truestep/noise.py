@@ -9,6 +9,7 @@ floor measured at some steps can judge the others.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from pydantic import Field
 
@@ -68,6 +69,7 @@ class NoiseFloor(Record):
         return tuple(sorted({run.pair for run in self.runs}))
 
 
+@lru_cache(maxsize=65536)
 def stage_key(name: str) -> str:
     """Name without its step: floors of one stage are shared over steps (`step/*/cond`)."""
     parts = name.split("/")
@@ -132,8 +134,9 @@ def measured_floor(
     """
     runs = [run for run in floor.runs if run.pair == pair] if floor else []
     exact = [(run, m) for run in runs for m in run.tensors if m.name == name]
-    shared = [(run, m) for run in runs for m in run.tensors if stage_key(m.name) == stage_key(name)]
-    found = exact or shared
+    found = exact or [
+        (run, m) for run in runs for m in run.tensors if stage_key(m.name) == stage_key(name)
+    ]
     if not found:
         return None
     largest_run, largest = max(found, key=lambda item: item[1].rel_l2)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truestep.comparison.distance import CHUNK, distance, is_constant, same_bits
+from truestep.comparison.distance import CHUNK, distance, distance_to_itself, is_constant, same_bits
 from truestep.verdict import Metrics
 
 
@@ -150,6 +150,19 @@ def test_what_cannot_be_compared() -> None:
         distance(torch.ones(2), torch.ones(3))
     with pytest.raises(ValueError, match="complex"):
         distance(torch.ones(2, dtype=torch.complex64), torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 0.0])
+@pytest.mark.parametrize("nan", [False, True])
+def test_a_tensor_and_itself(dtype: torch.dtype, scale: float, nan: bool) -> None:
+    tensor = (torch.randn(3, CHUNK // 2) * scale).to(dtype)
+    if nan and dtype.is_floating_point:
+        tensor[1, 7] = math.nan
+    found, wanted = distance_to_itself(tensor), distance(tensor, tensor.clone())
+    assert found.rms_reference == pytest.approx(wanted.rms_reference, rel=1e-6)
+    skip = {"rms_reference": 0.0, "max_abs_index": ()}
+    assert found.model_copy(update=skip) == wanted.model_copy(update=skip)
 
 
 def test_bits() -> None:

@@ -77,6 +77,25 @@ def distance(actual: torch.Tensor, reference: torch.Tensor) -> Metrics:
     return metrics.model_copy(update={"cosine_distance": cosine})
 
 
+def distance_to_itself(tensor: torch.Tensor) -> Metrics:
+    """What `distance` says of a tensor and its bit-equal copy, at a third of the cost."""
+    sums = _Sums(peak=0.0)
+    with torch.no_grad():
+        flat = tensor.detach().reshape(-1)
+        exact = _needs_float64(tensor)
+        for start in range(0, flat.numel(), CHUNK):
+            r = flat[start : start + CHUNK].to(torch.float64 if exact else torch.float32)
+            total = float((r * r).sum())
+            if not exact and not _SAFE_SQUARES[0] < total < _SAFE_SQUARES[1]:
+                _add_exact(sums, r, r, start)
+                continue
+            sums.reference += total
+            sums.count += len(r)
+    if exact and not math.isfinite(sums.reference):
+        return distance(tensor, tensor)
+    return _metrics(sums, tuple(tensor.shape))
+
+
 def _cancels(sums: _Sums, metrics: Metrics) -> bool:
     """Whether a metric is a small remainder of large sums, which float32 chunks cannot carry."""
     if sums.difference == 0.0 or not sums.count:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from truestep import noise
-from truestep.comparison.distance import distance, is_constant, same_bits
+from truestep.comparison.distance import distance, distance_to_itself, is_constant, same_bits
 from truestep.environment import library_version
 from truestep.recording.names import Address, address
 from truestep.verdict import (
@@ -129,7 +129,8 @@ def _judge(actual: torch.Tensor, reference: torch.Tensor, floor: FloorUsed) -> d
         return {"verdict": Verdict.INVALID, "note": "empty: there is nothing to compare"}
     if actual.is_complex() or reference.is_complex():
         return {"verdict": Verdict.INVALID, "note": "complex tensors cannot be judged"}
-    metrics = distance(actual, reference)
+    same = same_bits(actual, reference)
+    metrics = distance_to_itself(reference) if same else distance(actual, reference)
     found: dict[str, Any] = {"metrics": metrics, "floor": floor}
     note = (
         ""
@@ -138,7 +139,7 @@ def _judge(actual: torch.Tensor, reference: torch.Tensor, floor: FloorUsed) -> d
     )
     if metrics.nonfinite_actual or metrics.nonfinite_reference:
         return {**found, "verdict": Verdict.INVALID, "note": _nonfinite(metrics)}
-    if same_bits(actual, reference):
+    if same:
         return {**found, "verdict": Verdict.IDENTICAL, "ratio": 0.0, "ratio_metric": "rel_l2"}
     constant = [
         side for side, t in (("actual", actual), ("reference", reference)) if is_constant(t)

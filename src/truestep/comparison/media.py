@@ -49,12 +49,16 @@ def frame_media(
     gain = 1.0
     if 0 < largest < 1:
         gain = float(min(2 ** math.floor(math.log2(1 / largest)), _LARGEST_GAIN))
+    reference_uris = _uris((theirs + 1) / 2)
+    same = torch.equal(own, theirs)
+    actual_uris = reference_uris if same else _uris((own + 1) / 2)
+    difference_uris = _uris(difference * gain)
     frames = tuple(
         FrameTriple(
             index=frame,
-            actual=_uri((own[:, i] + 1) / 2),
-            reference=_uri((theirs[:, i] + 1) / 2),
-            difference=_uri(difference[:, i] * gain),
+            actual=actual_uris[i],
+            reference=reference_uris[i],
+            difference=difference_uris[i],
         )
         for i, frame in enumerate(indices)
     )
@@ -62,14 +66,18 @@ def frame_media(
     return Media(name=name, width=int(width), height=int(height), gain=gain, frames=frames)
 
 
-def _uri(image: torch.Tensor) -> str:
-    """A `3 h w` image in [0, 1] as a PNG data URI; pixels that are not finite are magenta."""
-    bad = ~torch.isfinite(image).all(dim=0)
-    pixels = (image.nan_to_num(0.0) * 255).round().clamp(0, 255).to(torch.uint8)
-    pixels = pixels.permute(1, 2, 0).contiguous()
+def _uris(images: torch.Tensor) -> list[str]:
+    """Images `3 n h w` in [0, 1] as PNG data URIs; pixels that are not finite are magenta."""
+    bad = ~torch.isfinite(images).all(dim=0)
+    pixels = (images.nan_to_num(0.0) * 255).round().clamp(0, 255).to(torch.uint8)
+    pixels = pixels.permute(1, 2, 3, 0).contiguous()
     pixels[bad] = torch.tensor(MAGENTA, dtype=torch.uint8)
-    data = png(pixels.numpy().tobytes(), width=pixels.shape[1], height=pixels.shape[0])
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+    height, width = pixels.shape[1:3]
+    return [
+        "data:image/png;base64,"
+        + base64.b64encode(png(image.tobytes(), width=width, height=height)).decode()
+        for image in pixels.numpy()
+    ]
 
 
 def png(rgb: bytes, *, width: int, height: int) -> bytes:

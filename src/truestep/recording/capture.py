@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,10 @@ from truestep.runtime.pipeline import Branch, Observer, Pipeline, Step
 
 Progress = Callable[[str, int, int], None]
 """Told (what, done, total) while something long goes on."""
+
+
+_ATTENTION = re.compile("attention$|attn$", re.IGNORECASE)
+"""Class names of attention modules (`WanAttention`, `CrossAttn`)."""
 
 
 @dataclass
@@ -78,9 +83,10 @@ def attention_observed(pipe: Pipeline) -> Iterator[Callable[[], str | None]]:
     def first_watched(
         inner: Pipeline, latent: torch.Tensor, step: Step, text: torch.Tensor, branch: Branch
     ) -> torch.Tensor:
-        if seen or _compiled(inner.expert(step.expert)):
+        model = inner.expert(step.expert)
+        if seen or _compiled(model):
             return original(inner, latent, step, text, branch)
-        with watch_attention() as kernels:
+        with _watched(model) as kernels:
             result = original(inner, latent, step, text, branch)
         seen.append(kernels())
         return result
@@ -93,6 +99,42 @@ def attention_observed(pipe: Pipeline) -> Iterator[Callable[[], str | None]]:
             pipe.predict = original
 
 
+@contextmanager
+def _watched(model: Any) -> Iterator[Callable[[], str | None]]:
+    """Watch the model's first attention module, or all that runs where none is recognised."""
+    module = _first_attention(model)
+    if module is None:
+        with watch_attention() as kernels:
+            yield kernels
+        return
+    watches: list[AbstractContextManager[Callable[[], str | None]]] = []
+    found: list[Callable[[], str | None]] = []
+
+    def enter(*_: object) -> None:
+        watches.append(watch_attention())
+        found.append(watches[-1].__enter__())
+
+    def leave(*_: object) -> None:
+        watches.pop().__exit__(None, None, None)
+
+    handles = (
+        module.register_forward_pre_hook(enter),
+        module.register_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield lambda: found[0]() if found else None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_attention(model: Any) -> torch.nn.Module | None:
+    if not isinstance(model, torch.nn.Module):
+        return None
+    named = (m for m in model.modules() if _ATTENTION.search(type(m).__name__))
+    return next(named, None)
+
+
 def _compiled(model: Any) -> bool:
     if not isinstance(model, torch.nn.Module):
         return False
@@ -103,10 +145,10 @@ def _compiled(model: Any) -> bool:
     )
 
 
-def run_environment(pipe: Pipeline, *, attention: str | None, weights: str) -> Environment:
+def run_environment(pipe: Pipeline, *, attention: str | None) -> Environment:
     """Fingerprint of the process, the attention kernel it used and the weights it ran."""
     current = Environment.current(pipe.device, attention=attention)
-    return Environment({**current, "model.weights": weights})
+    return Environment({**current, "model.weights": pipe.weights})
 
 
 def recorded_settings(pipe: Pipeline) -> dict[str, Any]:

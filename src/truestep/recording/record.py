@@ -76,7 +76,6 @@ def record_pipeline(
     from truestep.recording.floor import measure
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Manifest
-    from truestep.runtime.loading import fingerprint, resolve
     from truestep.runtime.pipeline import generate
 
     capture = Capture(progress=progress, label="record")
@@ -89,7 +88,6 @@ def record_pipeline(
         if floor == "none"
         else measure(pipe, capture.tensors, case=case, final=floor == "final", progress=progress)
     )
-    weights = fingerprint(resolve(case))[:16]
     manifest = Manifest(
         tool_version=library_version("truestep") or "",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -97,7 +95,7 @@ def record_pipeline(
         case_id=case.id,
         case=case.canonical(),
         settings=recorded_settings(pipe),
-        environment=dict(run_environment(pipe, attention=kernels(), weights=weights)),
+        environment=dict(run_environment(pipe, attention=kernels())),
         tensors=tensor_table(capture.tensors),
         timings_s={stage: tuple(times) for stage, times in capture.seconds.items()},
         forwards=forwards,

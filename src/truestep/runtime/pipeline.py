@@ -90,6 +90,7 @@ class Pipeline(Stages):
         device: Where the models are: `cpu`, `cuda`, ...
         boundary_ratio: Two-expert models: share of the timesteps that the high-noise expert has.
         expand_timesteps: Wan 2.2 5B: one timestep a token.
+        weights: Fingerprint of the model folder that was loaded.
         forwards: Transformer forwards run so far, counted per sample.
     """
 
@@ -103,6 +104,7 @@ class Pipeline(Stages):
     device: str
     boundary_ratio: float | None = None
     expand_timesteps: bool = False
+    weights: str = ""
     forwards: int = 0
 
     def expert(self, number: int) -> Any:

@@ -1,0 +1,93 @@
+"""Private memory of comparing two 1 GB recordings, above the interpreter with torch loaded."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from bench.common import emit
+
+BAR_MB = 300
+GIGABYTE = 250_000_000
+
+
+def private_mb() -> float:
+    """Anonymous memory of this process, in MB: mapped file pages do not count."""
+    with open("/proc/self/smaps_rollup", encoding="utf-8") as file:
+        fields = dict(line.split(":", 1) for line in file if ":" in line and "-" not in line[:12])
+    return int(fields["Anonymous"].split()[0]) / 1000
+
+
+def write_pair(folder: Path) -> tuple[Path, Path]:
+    """Two recordings of 1 GB, 20 tensors each, that differ by noise."""
+    from truestep.recording.capture import tensor_table
+    from truestep.recording.format import Recording
+    from truestep.recording.manifest import Manifest
+
+    paths = []
+    for index in range(2):
+        tensors = {}
+        for i in range(20):
+            base = torch.randn(GIGABYTE // 20, generator=torch.Generator().manual_seed(i))
+            tensors[f"step/{i:04d}/cond"] = base * (1 + index * 1e-7)
+        manifest = Manifest(
+            tool_version="0", created="", level="full", tensors=tensor_table(tensors)
+        )
+        path = folder / f"{index}.safetensors"
+        Recording.in_memory(tensors, manifest).save(path)
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        measure(Path(sys.argv[1]), Path(sys.argv[2]))
+        return
+    import subprocess
+
+    with tempfile.TemporaryDirectory() as folder:
+        actual, reference = write_pair(Path(folder))
+        subprocess.run(
+            [sys.executable, "-m", "bench.bench_memory", str(actual), str(reference)], check=True
+        )
+
+
+def measure(actual: Path, reference: Path) -> None:
+    """Compare the pair while another thread samples the process's memory."""
+    torch.set_num_threads(1)
+    torch.ones(10).sum()
+    before = private_mb()
+    peak, running = before, True
+
+    def watch() -> None:
+        nonlocal peak
+        while running:
+            peak = max(peak, private_mb())
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    import truestep
+
+    start = time.perf_counter()
+    result = truestep.compare(actual, reference)
+    seconds = time.perf_counter() - start
+    running = False
+    watcher.join()
+    emit(
+        "compare_memory_2x1GB",
+        verdict=result.verdict.value,
+        seconds=round(seconds, 3),
+        private_mb_above_torch=round(peak - before, 1),
+        bar_mb=BAR_MB,
+        met=peak - before < BAR_MB,
+    )
+
+
+if __name__ == "__main__":
+    main()

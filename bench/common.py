@@ -1,0 +1,53 @@
+"""Paired timing: contenders interleaved in one process, medians of ratios, raw samples kept."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def paired(
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Time contenders in random order within each round.
+
+    Args:
+        contenders: Name to what is timed.
+        rounds: Counted rounds; each runs every contender once.
+        warmup: Rounds before, not counted.
+
+    Returns:
+        Name to seconds, one a round; entry i of all names is from the same round.
+    """
+    order = list(contenders)
+    dice = random.Random(0)
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(warmup + rounds):
+        dice.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            contenders[name]()
+            seconds = time.perf_counter() - start
+            if index >= warmup:
+                samples[name].append(seconds)
+    return samples
+
+
+def ratio(samples: Mapping[str, list[float]], slow: str, fast: str) -> float:
+    """Median over rounds of how many times faster `fast` was than `slow`."""
+    pairs = zip(samples[slow], samples[fast], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def emit(name: str, **fields: Any) -> None:
+    """Print one result as a JSON line."""
+    print(json.dumps({"bench": name, **fields}), flush=True)
+
+
+def rounded(samples: list[float]) -> list[float]:
+    """Raw samples in seconds, to microseconds."""
+    return [round(sample, 6) for sample in samples]

@@ -1,0 +1,273 @@
+"""The command line, end to end on a tiny model: output, exit codes, errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from truestep.cli import main
+from truestep.cli.app import VERBS
+from truestep.verdict import Results
+
+Run = Callable[..., tuple[int, str, str]]
+
+FILE = """
+[case.three]
+model = "{model}"
+prompt = "a red three moving left"
+steps = 4
+guidance_scale = 4.0
+height = 16
+width = 16
+num_frames = 5
+max_sequence_length = 8
+settings = {{ device = "cpu" }}
+
+[case.seven]
+model = "{model}"
+prompt = "a green seven moving up"
+steps = 4
+height = 16
+width = 16
+num_frames = 5
+max_sequence_length = 8
+settings = {{ device = "cpu" }}
+"""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["truestep", *arguments])
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return (code if isinstance(code, int) else int(code is not None)), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_wan: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a case file and a reference of `three`."""
+    from truestep import record
+    from truestep.case import load_cases
+    from truestep.references.store import DEFAULT_ROOT, Store, place_of
+
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "truestep.toml").write_text(FILE.format(model=tiny_wan["wan21"]))
+    recording = record(load_cases(folder / "truestep.toml")["three"])
+    Store(folder / DEFAULT_ROOT).save(recording, place_of(recording))
+    return folder
+
+
+@pytest.fixture
+def project(run: Run, recorded: Path, tmp_path: Path) -> Run:
+    """The command in a copy of that folder."""
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    return run
+
+
+def test_help_lists_every_verb(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for verb in VERBS:
+        assert verb in out
+        assert run(verb, "--help")[0] == 0
+    assert "Exit codes" in out
+
+
+def test_check_passes_and_ends_with_the_sentence(project: Run) -> None:
+    code, out, _ = project("check", "three")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("PASSED identical ")
+    assert lines[-2].startswith("identical: 21 tensors agree bit for bit")
+    assert lines[-1] == "repeat: truestep check three"
+
+
+def test_a_changed_setting_fails(project: Run) -> None:
+    code, out, _ = project("check", "three", "--set", "guidance_scale=4.1")
+    assert code == 1
+    assert "FAILED drifted" in out
+    assert "first divergence: `step/0000/guided`" in out
+
+
+def test_an_applied_function_fails(project: Run, tmp_path: Path) -> None:
+    (tmp_path / "change.py").write_text(
+        "def bias(pipeline):\n    pipeline.transformer.proj_out.bias.data += 0.01\n"
+    )
+    code, out, _ = project("check", "three", "--apply", "change.py:bias")
+    assert code == 1
+    assert "[apply bias]" in out
+    code, _, err = project("check", "three", "--apply", "change.py:bia")
+    assert code == 2
+    assert "did you mean 'bias'?" in err
+    assert project("check", "three", "--apply", "nothing.py:f")[0] == 2
+    assert project("check", "three", "--apply", "change.py")[0] == 2
+
+
+def test_another_model_fails(project: Run, tiny_wan: dict[str, Path]) -> None:
+    code, out, _ = project("check", "three", "--model", str(tiny_wan["wan22-ti2v"]))
+    assert code == 1
+    assert "prediction" in out
+
+
+def test_json_and_report(project: Run, tmp_path: Path) -> None:
+    code, out, _ = project("check", "three", "--json")
+    assert code == 0
+    results = Results.model_validate_json(out)
+    assert results.exit_code == 0
+    code, out, _ = project("check", "three", "--json", "r.json", "--report", "r.html")
+    assert json.loads((tmp_path / "r.json").read_text())["verdict"] == "identical"
+    assert "report: r.html" in out
+    assert "<!doctype html>" in (tmp_path / "r.html").read_text()
+
+
+def test_a_missing_reference_is_exit_3_and_the_others_still_run(project: Run) -> None:
+    code, out, _ = project("check", "all")
+    assert code == 3
+    assert "PASSED identical" in out
+    assert "FAILED missing" in out
+    assert "hint         truestep record seven" in out
+
+
+def test_a_reference_is_not_replaced_by_accident(project: Run) -> None:
+    code, _, err = project("record", "three")
+    assert code == 2
+    assert "a reference of this case exists" in err
+    assert project("record", "three", "--update", "--floor", "none")[0] == 0
+    assert project("check", "three")[0] == 0
+
+
+def test_record_says_what_it_recorded(project: Run) -> None:
+    code, out, _ = project("record", "seven", "--floor", "none")
+    assert code == 0
+    assert out.startswith("RECORDED seven: 24 tensors, 8 forwards, noise floor from 0 benign runs")
+    assert project("check", "seven")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("check", "nope"), "no case named 'nope'"),
+        (("check", "three", "--set", "guidance=3"), "unknown setting 'guidance'"),
+        (("check", "three", "--set", "steps=0"), "steps = '0'"),
+        (("check", "three", "--set", "steps"), "--set needs KEY=VALUE"),
+        (("check", "three", "--steps", "a"), "--steps needs numbers"),
+        (("check", "three", "--steps", "9"), "no step 9 in the reference"),
+        (("check", "three", "--set", "height=20"), "height 20 does not fit the model"),
+        (("check", "three", "--model", "/nowhere"), "the model folder does not exist"),
+        (("check", "three", "--model", "no-such/model"), "could not be fetched from the hub"),
+        (("show", "nothing.safetensors"), "the file cannot be read"),
+        (("compare", "a.npy", "b.npy"), "the file cannot be read"),
+        (("frobnicate",), "No such command"),
+    ],
+)
+def test_errors_are_clear_and_exit_2(
+    arguments: tuple[str, ...], message: str, project: Run
+) -> None:
+    code, _, err = project(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_show_names_what_a_recording_holds(project: Run, tmp_path: Path) -> None:
+    (path,) = tmp_path.glob("truestep-references/*/*/*/*.safetensors")
+    code, out, _ = project("show", str(path))
+    assert code == 0
+    assert "prompt     a red three moving left" in out
+    assert "floor      float32/float32: 8 runs (batch, jitter, precision, repeat, threads)" in out
+    assert "... " in out
+    code, out, _ = project("show", str(path), "--json")
+    assert json.loads(out)["case"]["prompt"] == "a red three moving left"
+
+
+@pytest.mark.parametrize(
+    ("factor", "code", "word"),
+    [(1.0, 0, "identical"), (1.01, 1, "drifted"), (float("nan"), 1, "invalid")],
+)
+def test_compare(factor: float, code: int, word: str, run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5).numpy()
+    np.save(tmp_path / "a.npy", x * np.float32(factor))
+    np.save(tmp_path / "r.npy", x)
+    found, out, _ = run("compare", "a.npy", "r.npy")
+    assert found == code
+    assert word in out.splitlines()[0]
+
+
+def test_run_writes_latent_and_video(project: Run, tmp_path: Path) -> None:
+    code, out, _ = project("run", "three", "--set", "steps=2", "--output", "out")
+    assert code == 0
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 1
+    assert "three: 2 steps in" in out
+
+
+def test_run_takes_a_prompt_instead_of_a_case(run: Run, tmp_path: Path) -> None:
+    code, _, err = run(
+        "run", "builtin:digits", "--prompt", "a red one moving up", "--set", "steps=1"
+    )
+    assert code == 0, err
+    assert len(list((tmp_path / "truestep-output").glob("digits-a-red-one-moving-up-*"))) == 2
+
+
+def test_doctor(run: Run, tiny_wan: dict[str, Path], tmp_path: Path) -> None:
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "attention.kernel           flash-cpu" in out
+    assert out.splitlines()[-1] == "nothing is missing"
+    data: dict[str, Any] = json.loads(run("doctor", "--json")[1])
+    assert data["library.torch"].startswith("2.")
+    assert run("doctor", "--model", str(tiny_wan["wan22"]))[0] == 0
+    code, out, _ = run("doctor", "--model", str(tmp_path))
+    assert code == 2
+    assert "PROBLEM the model folder is not a diffusers model" in out
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "pickle"])
+def test_damaged_references_are_refused_not_trusted(
+    damage: str, project: Run, tmp_path: Path
+) -> None:
+    (path,) = tmp_path.glob("truestep-references/*/*/*/*.safetensors")
+    data = bytearray(path.read_bytes())
+    if damage == "truncate":
+        data = data[:-10]
+    elif damage == "flip":
+        data[-5] ^= 4
+    else:
+        data = bytearray(b"\x80\x04\x95garbage")
+    path.write_bytes(data)
+    code, _, err = project("check", "three")
+    assert code == 2
+    assert "FileFormatError" in err
+    assert "hint:" in err
+    code, _, err = project("check", "three", "--reference", str(path))
+    assert code == 2
+
+
+@pytest.mark.slow
+def test_the_demo_tells_its_story(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("demo", "--output", "story")
+    assert code == 0, out + err
+    assert "truestep caught 3 of 3 port bugs and accepted 2 of 2 harmless changes" in out
+    assert sorted(p.name for p in (tmp_path / "story").iterdir()) == [
+        "clips.mp4",
+        "reference.safetensors",
+        "report.html",
+    ]
