@@ -107,6 +107,15 @@ def test_assert_equivalent_raises_with_the_rows_and_the_hint() -> None:
     assert str(pickle.loads(pickle.dumps(caught.value))) == text
 
 
+def test_assert_equivalent_compares_two_sides() -> None:
+    import torch
+
+    x = torch.randn(3, 4)
+    assert assert_equivalent(x, x.clone()).verdict is Verdict.IDENTICAL
+    with pytest.raises(EquivalenceError, match="sign flipped"):
+        assert_equivalent(x, -x)
+
+
 def test_a_thousand_failures_stay_on_one_screen() -> None:
     rows = tuple(
         Row(name=f"t{i}", verdict=Verdict.DRIFTED, metrics=metrics(0.5)) for i in range(1000)

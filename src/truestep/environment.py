@@ -205,4 +205,5 @@ def command_line() -> str:
     import shlex
     from pathlib import Path
 
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join(["truestep" if name == "__main__.py" else name, *sys.argv[1:]])

@@ -363,20 +363,27 @@ class Comparison(Record):
         )
 
 
-def assert_equivalent(comparison: Comparison) -> Comparison:
+def assert_equivalent(actual: object, reference: object = None) -> Comparison:
     """Raise unless the verdict is `identical` or `equivalent`.
 
     Args:
-        comparison: What `check`, `compare` or `check_latent` returned.
+        actual: A comparison, or one side of one that is still to be made.
+        reference: The other side, if `actual` is not a comparison; see `truestep.compare`.
 
     Returns:
-        The same comparison, so that calls can be chained.
+        The comparison, so that calls can be chained.
 
     Raises:
         EquivalenceError: With the failing rows, for any other verdict.
     """
     from truestep.errors import EquivalenceError
 
+    if isinstance(actual, Comparison):
+        comparison = actual
+    else:
+        from truestep.comparison.api import compare
+
+        comparison = compare(actual, reference)
     if not comparison.verdict.passed:
         raise EquivalenceError(comparison)
     return comparison

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from truestep import check_latent
+from truestep import check_latent, compare
 from truestep.comparison.latent_gate import (
     SLICES,
     SliceSpec,
@@ -100,6 +100,8 @@ def test_signatures_are_those_of_the_source() -> None:
 def test_custom_slices_and_their_errors() -> None:
     spec = SliceSpec(kind="middle", version=3, ranges=((0, 1), (0, 2), (3, 5), (0, 2), (0, 2)))
     assert check_latent(VIDEO, VIDEO, slice_spec=spec).verdict is Verdict.IDENTICAL
+    theirs = {"kind": "corner_3x3_first_frame", "version": 1}
+    assert check_latent(VIDEO, VIDEO, slice_spec=theirs).verdict is Verdict.IDENTICAL
     with pytest.raises(UsageError, match="no signature slice named 'nope'"):
         check_latent(VIDEO, VIDEO, slice_spec="nope")
     with pytest.raises(UsageError, match="too small for signature slice"):
@@ -149,6 +151,9 @@ def test_fastvideo_bundles_judge(tmp_path: Path) -> None:
     torch.save(content, path)
     assert check_latent(VIDEO, path).verdict is Verdict.EQUIVALENT
     assert check_latent(VIDEO * 1.05, path).verdict is Verdict.DRIFTED
+    compared = compare(VIDEO, path)
+    assert compared.gates[0].name == "fastvideo-latent/1"
+    assert compared.verdict is Verdict.EQUIVALENT
     content["slice_spec"] = {"kind": "another", "version": 1}
     torch.save(content, path)
     assert check_latent(VIDEO, path).verdict is Verdict.INCOMPARABLE

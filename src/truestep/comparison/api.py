@@ -10,6 +10,7 @@ import torch
 from truestep.case import mapping_differences
 from truestep.comparison import sources
 from truestep.comparison.distance import same_bits
+from truestep.comparison.latent_gate import LATENT, SIGNATURE, check_latent
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.comparison.sources import Source
 from truestep.environment import Environment
@@ -26,7 +27,8 @@ def compare(actual: object, reference: object, *, tolerance: float | None = None
         actual: A path (.safetensors, .npy, .npz, .pt), a `Recording`, a tensor or array, or a
             mapping of them.
         reference: Likewise. A recording's own measured noise floor judges; otherwise the analytic
-            default for the dtypes does, and the result says so.
+            default for the dtypes does, and the result says so. Against a latent bundle (truestep's
+            or FastVideo's) this is `check_latent`.
         tolerance: Judge rel_l2 by this limit instead.
 
     Returns:
@@ -38,6 +40,8 @@ def compare(actual: object, reference: object, *, tolerance: float | None = None
     """
     ours = sources.load(actual, label="actual")
     theirs = sources.load(reference, label="reference")
+    if SIGNATURE in theirs.tensors and LATENT in theirs.tensors:
+        return check_latent(actual, reference, tolerance=tolerance)
     ours_manifest, theirs_manifest = ours.manifest, theirs.manifest
     differences: tuple[Difference, ...] = ()
     environment: tuple[Difference, ...] = ()

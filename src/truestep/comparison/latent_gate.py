@@ -78,7 +78,11 @@ SLICES: Mapping[str, SliceSpec] = {
 _BY_RANK = {5: "corner_3x3_first_frame", 3: "audio_first_8_timesteps", 4: "corner_3x3"}
 
 
-def slice_for(latent: torch.Tensor, spec: SliceSpec | str | None) -> SliceSpec:
+SliceLike = SliceSpec | str | Mapping[str, Any] | None
+"""A slice, the name of a built-in one, `{kind, version}` as FastVideo writes it, or the default."""
+
+
+def slice_for(latent: torch.Tensor, spec: SliceLike) -> SliceSpec:
     """The slice asked for, or the built-in one for the latent's rank.
 
     Raises:
@@ -86,6 +90,11 @@ def slice_for(latent: torch.Tensor, spec: SliceSpec | str | None) -> SliceSpec:
     """
     if isinstance(spec, SliceSpec):
         return spec
+    if isinstance(spec, Mapping):
+        if "ranges" in spec:
+            return SliceSpec.model_validate(dict(spec))
+        named = slice_for(latent, str(spec.get("kind")))
+        return named.model_copy(update={"version": spec.get("version", named.version)})
     name = spec if spec is not None else _BY_RANK.get(latent.ndim)
     if name is None or name not in SLICES:
         raise UsageError(
@@ -102,7 +111,7 @@ def check_latent(
     latent: object,
     reference: object,
     *,
-    slice_spec: SliceSpec | str | None = None,
+    slice_spec: SliceLike = None,
     slice_cosine_threshold: float = SLICE_THRESHOLD,
     full_cosine_threshold: float = FULL_THRESHOLD,
     tolerance: float | None = None,
@@ -253,7 +262,7 @@ def write_latent_bundle(
     path: str | Path,
     latent: torch.Tensor,
     *,
-    slice_spec: SliceSpec | str | None = None,
+    slice_spec: SliceLike = None,
     case_id: str | None = None,
     environment: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,

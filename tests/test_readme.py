@@ -1,0 +1,69 @@
+"""The README's blocks run, and print what it says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def comparable(text: str) -> str:
+    """Measured numbers differ between machines; everything else must not."""
+    text = re.sub(r"\d\.\d{1,2}e[+-]\d\d", "N", text)
+    text = re.sub(r"; \d+\.\d\d s", "; S s", text)
+    text = re.sub(r"above \d(\.\d+)? x", "above B x", text)
+    text = re.sub(r"(flash-cpu|math)", "KERNEL", text)
+    text = re.sub(r"[0-9a-f]{12}", "HASH", text)
+    return re.sub(r" +", " ", text).strip()
+
+
+@pytest.mark.slow
+def test_the_first_block_prints_what_it_says(tmp_path: Path) -> None:
+    expected: dict[str, list[str]] = {}
+    command = ""
+    for line in blocks("console")[0].splitlines():
+        if line.startswith("$ "):
+            command = line[2:]
+            expected[command] = []
+        else:
+            expected[command].append(line)
+    assert len(expected) == 2
+    for command, lines in expected.items():
+        done = subprocess.run(
+            [sys.executable, "-m", *shlex.split(command)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert comparable(done.stdout) == comparable("\n".join(lines)), done.stderr
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_named_options_and_files_exist() -> None:
+    from truestep.cli import check, record
+
+    known = {
+        option
+        for command in (check.command, record.command)
+        for parameter in command.params
+        for option in parameter.opts
+    }
+    for option in set(re.findall(r"truestep (?:check|record).*?(--[a-z]+)", README)):
+        assert option in known
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
