@@ -247,7 +247,7 @@ def judge(folder: Path, *, seed: int = 0, sheet: Path | None = None) -> dict[str
     Returns:
         Scores by name: `generated`, `reconstructed` and `real`.
     """
-    pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     reader = train_reader()
     captions = judged_captions()
