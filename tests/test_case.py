@@ -149,7 +149,10 @@ def test_case_file_with_tiers(tmp_path: Path) -> None:
     cases = load_cases(path)
     assert list(cases) == ["three", "local"]
     assert cases["three"].steps == 20
-    assert cases["local"].model == str((tmp_path / "weights").resolve())
+    local = cases["local"]
+    assert (local.model, local.model_path) == ("./weights", tmp_path / "weights")
+    assert local.replace(seed=3).model_path == tmp_path / "weights"
+    assert local.replace(model="./other").model_path == Path("other")
     path.write_text(FILE.replace('[case.local]\nmodel = "./weights"\nprompt = "x"', ""))
     full = load_cases(path, tier="full")["three"]
     assert (full.steps, full.settings.flow_shift, full.settings.device) == (50, 3.0, "cpu")

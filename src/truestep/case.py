@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from truestep.errors import CaseError
 from truestep.verdict import Difference
@@ -139,12 +139,20 @@ class Case(Generation):
         except ValidationError as error:
             raise case_error(error, where="case") from None
 
+    _base: Path | None = PrivateAttr(default=None)
+
     @field_validator("model")
     @classmethod
     def _known_builtin(cls, value: str) -> str:
         if value.startswith("builtin:") and value not in BUILTIN_DEFAULTS:
             raise ValueError(f"unknown builtin model; there is {', '.join(BUILTIN_DEFAULTS)}")
         return value
+
+    @property
+    def model_path(self) -> Path:
+        """The model as a path; one written relative in a case file counts from that file."""
+        path = Path(self.model).expanduser()
+        return self._base / path if self._base is not None else path
 
     @property
     def id(self) -> str:
@@ -191,7 +199,10 @@ class Case(Generation):
             **(settings if isinstance(settings, dict) else settings.model_dump()),
             **inner,
         }
-        return Case(**data)
+        replaced = Case(**data)
+        if "model" not in own:
+            replaced._base = self._base
+        return replaced
 
     def differences(self, reference: Mapping[str, Any]) -> tuple[Difference, ...]:
         """Keys whose canonical value differs from a recorded case's."""
@@ -221,7 +232,7 @@ def load_cases(path: Path, *, tier: str = DEFAULT_TIER) -> dict[str, Case]:
         tier: `default`, or a table below the cases (`[case.NAME.TIER]`) laid over them.
 
     Returns:
-        Name to case, in file order. A relative model folder counts from the file's folder.
+        Name to case, in file order. A model folder that begins with a dot counts from the file.
 
     Raises:
         CaseError: The file is unreadable, holds no case, or a case in it is not valid.
@@ -263,14 +274,14 @@ def _case_of(name: str, table: object, *, path: Path, tier: str) -> Case:
         )
     over = tiers.get(tier, {})
     merged = {**base, **over, "settings": {**base.get("settings", {}), **over.get("settings", {})}}
-    model = merged.get("model")
-    if isinstance(model, str) and model.startswith("."):
-        merged["model"] = str((path.parent / model).resolve())
     try:
-        return Case(**merged)
+        case = Case(**merged)
     except CaseError as error:
         error.where = where
         raise
+    if case.model.startswith("."):
+        case._base = path.parent
+    return case
 
 
 def case_error(error: ValidationError, *, where: str) -> CaseError:

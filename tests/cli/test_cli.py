@@ -192,7 +192,7 @@ def test_show_names_what_a_recording_holds(project: Run, tmp_path: Path) -> None
     code, out, _ = project("show", str(path))
     assert code == 0
     assert "prompt     a red three moving left" in out
-    assert "floor      float32/float32: 8 runs (batch, jitter, precision, repeat, threads)" in out
+    assert "floor      float32/float32: 7 runs (batch, jitter, precision, repeat, threads)" in out
     assert "... " in out
     code, out, _ = project("show", str(path), "--json")
     assert json.loads(out)["case"]["prompt"] == "a red three moving left"

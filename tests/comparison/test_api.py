@@ -56,6 +56,13 @@ def test_different_cases_are_incomparable_and_named() -> None:
     assert "different cases (seed differ)" in result.sentence
 
 
+def test_a_port_in_its_own_folder_and_precision_is_comparable() -> None:
+    port = recording(X, case=CASE.replace(model="./port", dtype="bfloat16"))
+    result = compare(port, recording(X))
+    assert result.verdict is Verdict.IDENTICAL
+    assert [d.key for d in result.environment_differences] == ["dtype", "model"]
+
+
 def test_different_environments_are_named_and_still_compared() -> None:
     result = compare(
         recording(X, environment={"library.torch": "2.14"}),

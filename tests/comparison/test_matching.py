@@ -142,7 +142,7 @@ def test_notes_say_the_kind(actual: torch.Tensor, note: str) -> None:
 @pytest.mark.parametrize(
     ("actual", "sentence"),
     [
-        (X, "identical: 1 tensor agree"),
+        (X, "identical: 1 tensor agrees bit for bit"),
         (X * (1 + 1e-7), "equivalent: 1 tensor, the worst at 0.0"),
         (X * 1.01, "drifted: 1 of 1 tensor (first divergence: `x`), the worst at"),
         (patched(float("nan")), "invalid: 1 of 1 tensor (first divergence: `x`): non-finite"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import click
 
@@ -40,6 +41,9 @@ class _Verbs(click.Group):
     "file, 3 missing or incomparable, 4 inconclusive.",
 )
 @click.version_option(package_name="truestep", prog_name="truestep")
-def app() -> None:
+@click.pass_context
+def app(context: click.Context) -> None:
     """Is it still the same model? Record a trusted run, replay it on the candidate, and judge the
     difference against a measured noise floor."""
+    if os.environ.get("NO_COLOR"):
+        context.color = False

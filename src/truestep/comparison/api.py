@@ -19,6 +19,10 @@ from truestep.recording.manifest import STATS, Manifest
 from truestep.recording.names import address
 from truestep.verdict import Comparison, Difference, Row, Side, TensorInfo, Verdict
 
+_UNDER_TEST = ("model", "revision", "dtype")
+"""Keys of a case that two recordings may differ in and still be compared: a port's own folder, and
+its working precision, which has a floor of its own."""
+
 
 def compare(actual: object, reference: object, *, tolerance: float | None = None) -> Comparison:
     """Judge two sides' tensors; every tensor of both is accounted for.
@@ -49,10 +53,11 @@ def compare(actual: object, reference: object, *, tolerance: float | None = None
     if theirs_manifest is not None:
         floor = theirs_manifest.noise_floor
     if ours_manifest is not None and theirs_manifest is not None:
-        differences = _case_differences(ours_manifest, theirs_manifest)
-        environment = Environment(ours_manifest.environment).differences(
-            theirs_manifest.environment
-        )
+        found = _case_differences(ours_manifest, theirs_manifest)
+        differences = tuple(d for d in found if d.key not in _UNDER_TEST)
+        environment = tuple(d for d in found if d.key in _UNDER_TEST) + Environment(
+            ours_manifest.environment
+        ).differences(theirs_manifest.environment)
         pair = _pair(ours_manifest, theirs_manifest)
     if _moments_only(ours_manifest) or _moments_only(theirs_manifest):
         rows = _moment_rows(ours.tensors, theirs.tensors)

@@ -237,7 +237,7 @@ def _sentence(
     if not rows:
         return "invalid: there was nothing to compare"
     if verdict is Verdict.IDENTICAL:
-        return f"identical: {total} agree bit for bit"
+        return f"identical: {total} agree{'s' if len(rows) == 1 else ''} bit for bit"
     if verdict is Verdict.EQUIVALENT:
         return f"equivalent: {total}, the worst at {max(ratios):.2g} x the noise floor; {sight}"
     place = f" (first divergence: {first})" if first else ""

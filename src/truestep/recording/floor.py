@@ -7,6 +7,7 @@ on the recorded inputs, so what they differ by is rounding and nothing else.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -58,10 +59,10 @@ def variations(pipe: Pipeline) -> list[Variation]:
     found += [
         Variation("batch", f"row {row} in a batch of 2", in_batch(row), pair) for row in (0, 1)
     ]
-    current = torch.get_num_threads()
+    current, cores = torch.get_num_threads(), os.cpu_count() or 1
     found += [
         Variation("threads", f"{current} -> {count} threads", threads(count), pair)
-        for count in sorted({1, 2, 4} - {current})
+        for count in sorted({1, min(2, cores), cores} - {current})
     ]
     found += [
         Variation("jitter", f"one ulp on the inputs, seed {seed}", _jitter(seed), pair)

@@ -78,7 +78,7 @@ def resolve(case: Case) -> Path:
 
         folder = digits.path()
     else:
-        folder = Path(case.model).expanduser()
+        folder = case.model_path
         if not folder.exists() and _HUB_ID.fullmatch(case.model):
             folder = _from_hub(case.model, case.revision)
     index = folder / "model_index.json"
