@@ -8,6 +8,7 @@ import pytest
 
 from truestep.noise import (
     FREE_RUN,
+    FloorLookup,
     NoiseFloor,
     NoiseRun,
     RunMetrics,
@@ -15,7 +16,6 @@ from truestep.noise import (
     bound_for,
     free_running,
     judge,
-    measured_floor,
     minimum_floor,
     runs_to_decide,
     size_rule,
@@ -54,7 +54,7 @@ FLOOR = NoiseFloor(
 
 
 def look(name: str, pair: str = "float32/float32", dtype: str = "float32") -> float:
-    found = measured_floor(FLOOR, name, pair=pair, dtype=dtype)
+    found = FloorLookup(FLOOR, pair=pair).find(name, dtype=dtype)
     assert found is not None
     return found.rel_l2
 
@@ -65,21 +65,23 @@ def test_the_floor_is_the_largest_benign_run_of_the_pair() -> None:
 
 
 def test_other_steps_share_the_stage_and_say_so() -> None:
-    found = measured_floor(FLOOR, "step/0004/cond", pair="float32/float32", dtype="float32")
+    found = FloorLookup(FLOOR, pair="float32/float32").find("step/0004/cond", dtype="float32")
     assert found is not None
     assert found.rel_l2 == 4e-6
     assert "other steps" in found.detail
 
 
 def test_another_pair_or_stage_has_no_measured_floor() -> None:
-    assert measured_floor(FLOOR, "step/0000/cond", pair="float16/float32", dtype="float16") is None
-    assert measured_floor(FLOOR, "step/0000/uncond", pair="float32/float32", dtype="f") is None
-    assert measured_floor(None, "step/0000/cond", pair="float32/float32", dtype="float32") is None
+    assert (
+        FloorLookup(FLOOR, pair="float16/float32").find("step/0000/cond", dtype="float16") is None
+    )
+    assert FloorLookup(FLOOR, pair="float32/float32").find("step/0000/uncond", dtype="f") is None
+    assert FloorLookup(None, pair="float32/float32").find("step/0000/cond", dtype="float32") is None
 
 
 def test_a_zero_floor_is_lifted_to_the_analytic_minimum() -> None:
     zero = NoiseFloor(runs=(run("repeat", schedule__sigmas=0.0),))
-    found = measured_floor(zero, "schedule/sigmas", pair="float32/float32", dtype="float32")
+    found = FloorLookup(zero, pair="float32/float32").find("schedule/sigmas", dtype="float32")
     assert found is not None
     assert found.rel_l2 == minimum_floor("float32") == 2 * 2.0**-23
     assert "analytic minimum" in found.detail
@@ -103,7 +105,7 @@ def test_few_runs_widen_the_bound_and_the_count_that_decides_is_consistent() -> 
     ],
 )
 def test_the_rule_by_size(rel_l2: float, max_abs: float, verdict: Verdict) -> None:
-    floor = measured_floor(FLOOR, "step/0009/cond", pair="float32/float32", dtype="float32")
+    floor = FloorLookup(FLOOR, pair="float32/float32").find("step/0009/cond", dtype="float32")
     assert floor is not None
     found, ratio, metric, note = judge(metrics(rel_l2, max_abs), floor)
     assert found is verdict

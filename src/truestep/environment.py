@@ -164,23 +164,31 @@ def watch_attention() -> Iterator[Callable[[], str | None]]:
         A function that returns the short names seen so far, joined by `+` (`flash-cpu`, `math`), or
         None if no attention ran where the watch can see it (inside a compiled graph it cannot).
     """
+    watch = _watch_class()()
+    with watch:
+        yield (
+            lambda: "+".join(sorted({kernel for kernel in watch.known.values() if kernel})) or None
+        )
+
+
+@lru_cache
+def _watch_class() -> Any:
+    """The dispatch mode that sees every operator; made once, when torch is there."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    seen: set[str] = set()
-    known: dict[Any, str | None] = {}
-
     class Watch(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.known: dict[Any, str | None] = {}
+
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if func not in known:
-                known[func] = _kernel_name(str(func))
-                if known[func]:
-                    seen.add(str(known[func]))
+            if func not in self.known:
+                self.known[func] = _kernel_name(str(func))
             return func(*args, **(kwargs or {}))
 
-    with Watch():  # type: ignore[no-untyped-call]
-        yield lambda: "+".join(sorted(seen)) or None
+    return Watch
 
 
 def _kernel_name(operator: str) -> str | None:

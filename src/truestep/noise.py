@@ -9,7 +9,6 @@ floor measured at some steps can judge the others.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 from pydantic import Field
 
@@ -69,7 +68,6 @@ class NoiseFloor(Record):
         return tuple(sorted({run.pair for run in self.runs}))
 
 
-@lru_cache(maxsize=65536)
 def stage_key(name: str) -> str:
     """Name without its step: floors of one stage are shared over steps (`step/*/cond`)."""
     parts = name.split("/")
@@ -119,44 +117,56 @@ def runs_to_decide(ratio: float) -> int:
     return math.ceil((3.0 / (ratio - 1.0)) ** 2) + 1 if ratio > 1 else 0
 
 
-def measured_floor(
-    floor: NoiseFloor | None, name: str, *, pair: str, dtype: str
-) -> FloorUsed | None:
-    """Floor of tensor `name` for a precision pair, from the runs, or None if none covers it.
+class FloorLookup:
+    """A noise floor's runs of one precision pair, by tensor."""
 
-    Runs at the tensor's own step are preferred; otherwise all measured steps of its stage count.
+    def __init__(self, floor: NoiseFloor | None, *, pair: str) -> None:
+        self._pair = pair
+        self._by_name: dict[str, list[tuple[NoiseRun, RunMetrics]]] = {}
+        for run in floor.runs if floor else ():
+            if run.pair != pair:
+                continue
+            for metrics in run.tensors:
+                self._by_name.setdefault(metrics.name, []).append((run, metrics))
 
-    Args:
-        floor: The reference's noise floor.
-        name: Tensor name, e.g. `step/0007/cond`.
-        pair: Working precisions, `candidate/reference`.
-        dtype: Coarser stored dtype of the two tensors; bounds the floor from below.
-    """
-    runs = [run for run in floor.runs if run.pair == pair] if floor else []
-    exact = [(run, m) for run in runs for m in run.tensors if m.name == name]
-    found = exact or [
-        (run, m) for run in runs for m in run.tensors if stage_key(m.name) == stage_key(name)
-    ]
-    if not found:
-        return None
-    largest_run, largest = max(found, key=lambda item: item[1].rel_l2)
-    least = minimum_floor(dtype)
-    rel_l2 = max(largest.rel_l2, least)
-    count = len({id(run) for run, _ in found})
-    return FloorUsed(
-        rel_l2=rel_l2,
-        max_abs=max(max(m.max_abs for _, m in found), PEAK_SIGMA * least),
-        bound=bound_for(count),
-        source="measured",
-        pair=pair,
-        runs=count,
-        detail=(
-            f"largest: {largest_run.kind} ({largest_run.detail})"
-            if largest.rel_l2 > least
-            else f"analytic minimum of {dtype} (benign runs: {largest.rel_l2:.1e})"
+    def find(self, name: str, *, dtype: str) -> FloorUsed | None:
+        """Floor of a tensor, or None if no run covers its stage.
+
+        Runs at the tensor's own step are preferred; otherwise all steps of its stage count.
+
+        Args:
+            name: Tensor name, e.g. `step/0007/cond`.
+            dtype: Coarser stored dtype of the two tensors; bounds the floor from below.
+        """
+        exact = self._by_name.get(name)
+        found = exact or self._of_stage(stage_key(name))
+        if not found:
+            return None
+        largest_run, largest = max(found, key=lambda item: item[1].rel_l2)
+        least = minimum_floor(dtype)
+        count = len({id(run) for run, _ in found})
+        return FloorUsed(
+            rel_l2=max(largest.rel_l2, least),
+            max_abs=max(max(m.max_abs for _, m in found), PEAK_SIGMA * least),
+            bound=bound_for(count),
+            source="measured",
+            pair=self._pair,
+            runs=count,
+            detail=(
+                f"largest: {largest_run.kind} ({largest_run.detail})"
+                if largest.rel_l2 > least
+                else f"analytic minimum of {dtype} (benign runs: {largest.rel_l2:.1e})"
+            )
+            + ("" if exact else "; measured at other steps of this stage"),
         )
-        + ("" if exact else "; measured at other steps of this stage"),
-    )
+
+    def _of_stage(self, key: str) -> list[tuple[NoiseRun, RunMetrics]]:
+        return [
+            item
+            for name, items in self._by_name.items()
+            if stage_key(name) == key
+            for item in items
+        ]
 
 
 def judge(metrics: Metrics, floor: FloorUsed) -> tuple[Verdict, float, str, str]:

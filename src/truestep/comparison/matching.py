@@ -48,6 +48,7 @@ def compare_tensors(
     Returns:
         One row a name, in the reference's order, then names that only the actual side has.
     """
+    lookups: dict[str, noise.FloorLookup] = {}
     rows = []
     for name in [*reference, *(name for name in actual if name not in reference)]:
         a, r = actual.get(name), reference.get(name)
@@ -64,7 +65,10 @@ def compare_tensors(
         if a is None or r is None:
             rows.append(Row(**base, **_one_sided(a)))
             continue
-        used = _floor_for(name, a, r, floor=floor, pair=pair, tolerance=tolerance)
+        working = pair or noise.pair_of(dtype_name(a), dtype_name(r))
+        if working not in lookups:
+            lookups[working] = noise.FloorLookup(floor, pair=working)
+        used = _floor_for(name, a, r, lookups[working], pair=working, tolerance=tolerance)
         rows.append(Row(**base, **_judge(a, r, used)))
     return rows
 
@@ -90,9 +94,9 @@ def _floor_for(
     name: str,
     actual: torch.Tensor,
     reference: torch.Tensor,
+    lookup: noise.FloorLookup,
     *,
-    floor: noise.NoiseFloor | None,
-    pair: str | None,
+    pair: str,
     tolerance: float | None,
 ) -> FloorUsed:
     own, theirs = dtype_name(actual), dtype_name(reference)
@@ -102,21 +106,16 @@ def _floor_for(
             max_abs=math.inf,
             bound=1.0,
             source="tolerance",
-            pair=pair or noise.pair_of(own, theirs),
+            pair=pair,
             detail="given by the user",
         )
-    measured = noise.measured_floor(
-        floor,
-        name,
-        pair=pair or noise.pair_of(own, theirs),
-        dtype=noise.coarser(own, theirs),
-    )
+    measured = lookup.find(name, dtype=noise.coarser(own, theirs))
     return measured or noise.analytic_floor(*_working(own, theirs, pair))
 
 
-def _working(own: str, theirs: str, pair: str | None) -> tuple[str, str]:
+def _working(own: str, theirs: str, pair: str) -> tuple[str, str]:
     """Dtypes that scale the analytic floor: the stored ones, or coarser working precisions."""
-    if pair is None or own not in noise.EPSILON:
+    if own not in noise.EPSILON:
         return own, theirs
     first, _, second = pair.partition("/")
     return noise.coarser(own, first), noise.coarser(theirs, second)

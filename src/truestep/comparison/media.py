@@ -41,7 +41,7 @@ def frame_media(
         raise ValueError(f"not two videos: {tuple(actual.shape)} and {tuple(reference.shape)}")
     total = actual.shape[2]
     count = min(limit, total)
-    indices = sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(count)})
+    indices = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
     own, theirs = (t[0][:, indices].detach().float() for t in (actual, reference))
     difference = (own - theirs).abs() / 2
     finite = difference[torch.isfinite(difference)]
@@ -52,7 +52,7 @@ def frame_media(
     reference_uris = _uris((theirs + 1) / 2)
     same = torch.equal(own, theirs)
     actual_uris = reference_uris if same else _uris((own + 1) / 2)
-    difference_uris = _uris(difference * gain)
+    difference_uris = _uris(difference[:, :1]) * count if same else _uris(difference * gain)
     frames = tuple(
         FrameTriple(
             index=frame,
@@ -98,6 +98,6 @@ def png(rgb: bytes, *, width: int, height: int) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows, 6))
+        + chunk(b"IDAT", zlib.compress(rows, 3))
         + chunk(b"IEND", b"")
     )
