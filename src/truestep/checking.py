@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from truestep.case import Case
 from truestep.environment import library_version
 from truestep.errors import ReferenceNotFoundError, UsageError
+from truestep.noise import NoiseFloor, free_running, pair_of
 from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
 
 if TYPE_CHECKING:
@@ -91,47 +93,24 @@ def check_pipeline(
     progress: Progress | None = None,
 ) -> Comparison:
     """Check a loaded pipeline; see `check`."""
-    from truestep.comparison.matching import build_comparison, compare_tensors
+    from truestep.comparison.matching import build_comparison
     from truestep.environment import Environment
-    from truestep.noise import free_running, pair_of
     from truestep.recording.capture import attention_observed, run_environment
-    from truestep.recording.replay import Replay, chosen_steps, replay, steps_recorded
-    from truestep.runtime.pipeline import generate
 
-    candidate = candidate or case
     manifest = recording.manifest
     before, start = pipe.forwards, time.perf_counter()
     with attention_observed(pipe) as kernels:
-        if depth == "final":
-            replayed = Replay()
-            try:
-                replayed.outputs["latent/final"] = generate(pipe).to("cpu")
-            except RuntimeError as error:
-                replayed.failures["latent/final"] = f"{type(error).__name__}: {error}"
-            wanted: tuple[str, ...] = ("latent/final",)
-            floor = free_running(manifest.noise_floor)
-        else:
-            chosen = chosen_steps(recording, steps)
-            replayed = replay(pipe, recording, steps=chosen, progress=progress, label="check")
-            wanted = _looked_at(recording, chosen)
-            floor = manifest.noise_floor
+        run = _final(pipe) if depth == "final" else _steps(pipe, recording, steps, progress)
     seconds = time.perf_counter() - start
-    expected = {name: recording[name] for name in wanted}
-    judge: dict[str, Any] = {
-        "floor": floor,
-        "pair": pair_of(candidate.dtype, case.dtype),
-        "tolerance": tolerance,
-    }
-    rows = compare_tensors(
-        {k: v for k, v in replayed.outputs.items() if k in expected or k.startswith("text/")},
-        expected,
-        **judge,
+    judge = _Judge(
+        floor=free_running(manifest.noise_floor) if depth == "final" else manifest.noise_floor,
+        pair=pair_of((candidate or case).dtype, case.dtype),
+        tolerance=tolerance,
     )
-    rows = [_text_by_effect(row, replayed, recording, judge) for row in rows]
     environment = run_environment(pipe, attention=kernels())
-    looked, not_looked = _coverage(recording, depth, wanted, steps_recorded(recording))
+    looked, not_looked = _coverage(recording, run)
     return build_comparison(
-        [_failed(row, replayed) for row in rows],
+        _rows(run, recording, judge),
         case_id=case.id,
         case=case.canonical(),
         actual=Side(label=label, environment=dict(environment)),
@@ -140,10 +119,10 @@ def check_pipeline(
             path=str(recording.path) if recording.path else None,
             environment=dict(manifest.environment),
         ),
-        environment_differences=Environment(dict(environment)).differences(manifest.environment),
+        environment_differences=Environment(environment).differences(manifest.environment),
         looked_at=looked,
         not_looked_at=not_looked,
-        media=_frames(replayed, expected),
+        media=_frames(run.replayed, recording),
         cost=Cost(
             forwards=pipe.forwards - before,
             forwards_generation=manifest.forwards,
@@ -151,6 +130,59 @@ def check_pipeline(
             seconds_generation=sum(sum(times) for times in manifest.timings_s.values()) or None,
         ),
     )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the candidate gave, and the names of the recorded tensors that it answers to."""
+
+    depth: Depth
+    replayed: Replay
+    wanted: tuple[str, ...]
+
+
+class _Judge(TypedDict):
+    """How rows are judged; see `compare_tensors`."""
+
+    floor: NoiseFloor | None
+    pair: str
+    tolerance: float | None
+
+
+def _final(pipe: Pipeline) -> _Run:
+    """Generate freely; what the pipeline raises is the outcome of the latent."""
+    from truestep.recording.replay import Replay
+    from truestep.runtime.pipeline import generate
+
+    replayed = Replay()
+    replayed.keep("latent/final", lambda: generate(pipe))
+    return _Run("final", replayed, ("latent/final",))
+
+
+def _steps(
+    pipe: Pipeline,
+    recording: Recording,
+    steps: tuple[int, ...] | None,
+    progress: Progress | None,
+) -> _Run:
+    from truestep.recording.replay import chosen_steps, replay
+
+    chosen = chosen_steps(recording, steps)
+    replayed = replay(pipe, recording, steps=chosen, progress=progress, label="check")
+    return _Run("steps", replayed, _looked_at(recording, chosen))
+
+
+def _rows(run: _Run, recording: Recording, judge: _Judge) -> list[Row]:
+    from truestep.comparison.matching import compare_tensors
+
+    expected = {name: recording[name] for name in run.wanted}
+    rows = compare_tensors(
+        {k: v for k, v in run.replayed.outputs.items() if k in expected or k.startswith("text/")},
+        expected,
+        **judge,
+    )
+    rows = [_text_by_effect(row, run.replayed, recording, judge) for row in rows]
+    return [_failed(row, run.replayed) for row in rows]
 
 
 def _refuse(case: Case, recording: Recording) -> Comparison | None:
@@ -216,17 +248,18 @@ def _looked_at(recording: Mapping[str, torch.Tensor], chosen: tuple[int, ...]) -
     return tuple(names)
 
 
-def _coverage(
-    recording: Recording, depth: Depth, wanted: tuple[str, ...], total: int
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    if depth == "final":
+def _coverage(recording: Recording, run: _Run) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """In words: what a run looked at, and what it did not."""
+    if run.depth == "final":
         return (
             ("final latent of a free run",),
             ("each stage on its own (--depth steps)", "decoding"),
         )
     from truestep.recording.names import STAGES, address
+    from truestep.recording.replay import steps_recorded
 
-    places = [address(name) for name in wanted]
+    total = steps_recorded(recording)
+    places = [address(name) for name in run.wanted]
     looked = []
     for stage in STAGES:
         steps = sorted({p.step for p in places if p.stage == stage and p.step is not None})
@@ -248,9 +281,7 @@ def _coverage(
     return tuple(looked), (*unseen, "accumulation over a free run (--depth final)")
 
 
-def _text_by_effect(
-    row: Row, replayed: Replay, recording: Mapping[str, torch.Tensor], judge: Mapping[str, Any]
-) -> Row:
+def _text_by_effect(row: Row, replayed: Replay, recording: Recording, judge: _Judge) -> Row:
     """Judge text of another length by the prediction that the candidate makes of it."""
     from truestep.comparison.matching import compare_tensors
 
@@ -289,10 +320,10 @@ def _failed(row: Row, replayed: Replay) -> Row:
     )
 
 
-def _frames(replayed: Replay, expected: Mapping[str, torch.Tensor]) -> tuple[Media, ...]:
+def _frames(replayed: Replay, recording: Recording) -> tuple[Media, ...]:
     from truestep.comparison.media import frame_media
 
-    actual, reference = replayed.outputs.get("video/frames"), expected.get("video/frames")
+    actual, reference = replayed.outputs.get("video/frames"), recording.get("video/frames")
     if actual is None or reference is None or actual.shape != reference.shape:
         return ()
     return (frame_media(actual, reference, name="video/frames"),)

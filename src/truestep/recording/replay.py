@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from truestep.errors import UsageError
+from truestep.errors import TruestepError, UsageError
 from truestep.recording.capture import Progress
 from truestep.recording.names import step_name
 from truestep.runtime.pipeline import Branch, Observer, Pipeline, Schedule, Step, encode, schedule
@@ -33,6 +33,24 @@ class Replay:
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     effects: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+
+    def attempt(self, name: str, run: Callable[[], object]) -> None:
+        """Run a stage; what it raises becomes its failure."""
+        try:
+            run()
+        except TruestepError:  # a setting that cannot be, not a stage that went wrong
+            raise
+        except Exception as error:  # whatever a candidate's stage raises is that stage's outcome
+            text = str(error).strip().splitlines()
+            self.failures[name] = f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+
+    def keep(self, name: str, run: Callable[[], torch.Tensor]) -> None:
+        """Run a stage and keep a host copy of its output."""
+
+        def kept() -> None:
+            self.outputs[name] = run().detach().to("cpu", copy=True)
+
+        self.attempt(name, kept)
 
 
 class _Keep(Observer):
@@ -117,9 +135,9 @@ def replay(
     with torch.no_grad():
         pipe.prepare(pipe)
         keep = _Keep(result.outputs)
-        _attempt(result, "text/cond", lambda: encode(pipe, keep))
-        _attempt(result, "schedule/sigmas", lambda: schedule(pipe, keep))
-        _keep_output(result, "latent/initial", lambda: pipe.make_latent(pipe))
+        result.attempt("text/cond", lambda: encode(pipe, keep))
+        result.attempt("schedule/sigmas", lambda: schedule(pipe, keep))
+        result.keep("latent/initial", lambda: pipe.make_latent(pipe))
         experts = result.outputs.get("schedule/experts", recorded.experts)
         _predictions(pipe, recording, recorded, experts, chosen, result, progress, label)
         _text_effects(pipe, recording, _step(pipe, recorded, chosen[0], experts), result)
@@ -127,23 +145,8 @@ def replay(
         _updates(pipe, recording, recorded, result)
         if "video/frames" in recording:
             final = recording["latent/final"]
-            _keep_output(result, "video/frames", lambda: pipe.decode(pipe, final.to(pipe.device)))
+            result.keep("video/frames", lambda: pipe.decode(pipe, final.to(pipe.device)))
     return result
-
-
-def _attempt(result: Replay, name: str, run: Callable[[], object]) -> None:
-    try:
-        run()
-    except Exception as error:  # whatever a candidate's stage raises is that stage's outcome
-        text = str(error).strip().splitlines()
-        result.failures[name] = f"{type(error).__name__}: {text[0] if text else ''}"[:300]
-
-
-def _keep_output(result: Replay, name: str, run: Callable[[], torch.Tensor]) -> None:
-    def keep() -> None:
-        result.outputs[name] = run().detach().to("cpu", copy=True)
-
-    _attempt(result, name, keep)
 
 
 def _step(pipe: Pipeline, recorded: Schedule, index: int, experts: torch.Tensor) -> Step:
@@ -176,8 +179,7 @@ def _predictions(
             if text is None:
                 continue
             embeddings = text.to(pipe.device)
-            _keep_output(
-                result,
+            result.keep(
                 step_name(index, branch),
                 lambda s=step, e=embeddings, b=branch, z=latent: pipe.predict(  # type: ignore[misc]
                     pipe, z.clone(), s, e.clone(), b
@@ -205,7 +207,7 @@ def _text_effects(
             made = pipe.predict(pipe, latent, step, text.to(pipe.device), branch)
             result.effects[name] = (step_name(step.index, branch), made.detach().to("cpu"))
 
-        _attempt(result, name, predict)
+        result.attempt(name, predict)
 
 
 def _guidance(
@@ -224,7 +226,7 @@ def _guidance(
                 return cond
             return pipe.combine(pipe, step, cond.clone(), uncond.to(pipe.device, copy=True))
 
-        _keep_output(result, step_name(index, "guided"), combined)
+        result.keep(step_name(index, "guided"), combined)
 
 
 def _updates(
@@ -244,14 +246,13 @@ def _updates(
             if isinstance(own, torch.Tensor) and own.shape == value.shape:
                 setattr(pipe.scheduler, name, value.to(own.device, copy=True))
 
-    _attempt(result, "schedule/sigmas", reset)
+    result.attempt("schedule/sigmas", reset)
     for index in range(total):
         step = _step(pipe, recorded, index, recorded.experts)
         name = step_name(index + 1, "latent") if index + 1 < total else "latent/final"
         guided = recording[step_name(index, "guided")].to(pipe.device, copy=True)
         latent = recording[step_name(index, "latent")].to(pipe.device, copy=True)
-        _keep_output(
-            result,
+        result.keep(
             name,
             lambda s=step, g=guided, z=latent: pipe.update(pipe, s, g, z),  # type: ignore[misc]
         )
