@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any
 
 from truestep.case import mapping_differences
+from truestep.errors import UsageError
 from truestep.verdict import Difference
 
 LIBRARIES = ("truestep", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
@@ -124,6 +125,27 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(device: str | None) -> str:
+    """A device that is there: the one asked for, or the default.
+
+    Raises:
+        UsageError: torch has no such device here.
+    """
+    import torch
+
+    if device is None:
+        return default_device()
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"device {device!r} cannot be used here",
+            measured=str(error).strip().splitlines()[0],
+            hint="--set device=cpu, or a torch build for the device; truestep doctor",
+        ) from None
+    return device
 
 
 def device_class(device: str) -> str:

@@ -171,6 +171,8 @@ def test_record_says_what_it_recorded(project: Run) -> None:
         (("check", "three", "--steps", "a"), "--steps needs numbers"),
         (("check", "three", "--steps", "9"), "no step 9 in the reference"),
         (("check", "three", "--set", "height=20"), "height 20 does not fit the model"),
+        (("check", "three", "--set", "device=cuda:63"), "device 'cuda:63' cannot be used here"),
+        (("check", "three", "--set", "device=tpu"), "settings.device = 'tpu'"),
         (("check", "three", "--model", "/nowhere"), "the model folder does not exist"),
         (("check", "three", "--model", "no-such/model"), "could not be fetched from the hub"),
         (("show", "nothing.safetensors"), "the file cannot be read"),

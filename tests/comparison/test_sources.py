@@ -71,6 +71,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="needs code to be unpickled") as caught:
         load(path, label="")
     assert "hint:" in str(caught.value)
+    assert "system" in str(caught.value)
     assert not Path("/tmp/truestep-was-here").exists()
 
 
@@ -103,7 +104,8 @@ def bomb(path: Path) -> None:
         ("l.npy", lying_npy, "the .npy file is truncated"),
         ("f.npz", lambda path: path.write_bytes(b"PK garbage"), ".npz file cannot be read"),
         ("b.npz", bomb, "compressed implausibly well"),
-        ("f.pt", lambda path: path.write_bytes(b"garbage"), ""),
+        ("f.pt", lambda path: path.write_bytes(b"garbage"), "the .pt file cannot be read"),
+        ("z.pt", lambda path: path.write_bytes(b"PK\3\4garbage"), "the .pt file cannot be read"),
         ("f.safetensors", lambda path: path.write_bytes(b"garbage!"), "safetensors"),
     ],
 )

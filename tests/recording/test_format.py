@@ -262,6 +262,13 @@ def test_killed_writers_leave_a_whole_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_others_may_read_it(tmp_path: Path) -> None:
+    path, plain = tmp_path / "r.safetensors", tmp_path / "plain"
+    recording({"x": torch.ones(3)}).save(path)
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
     path = tmp_path / "r.safetensors"
     assert recording({"x": torch.ones(3)}).save(path) == sha256_of(path)

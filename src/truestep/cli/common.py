@@ -113,9 +113,9 @@ def choose_cases(
 
 def case_device_class(case: Case) -> str:
     """Device class that a case runs on here."""
-    from truestep.environment import default_device, device_class
+    from truestep.environment import device_class, usable_device
 
-    return device_class(case.settings.device or default_device())
+    return device_class(usable_device(case.settings.device))
 
 
 def _picked(name: str, cases: dict[str, Case], case_file: Path) -> Case:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ FASTVIDEO_KEYS = {"latent", "expected_slice", "slice_spec", "format_version"}
 """Keys that tell a FastVideo latent bundle from any other dictionary in a .pt file."""
 
 _MAX_NPY = 1 << 40
+
+_NEEDS_CODE = re.compile(r"Unsupported (global|class|type)[^.\n]*\.?\S*", re.IGNORECASE)
+"""What torch says of a pickle that names code it does not allow."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +176,13 @@ def _pt(path: Path) -> Source:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        needed = _NEEDS_CODE.search(str(error))
+        if needed is None:
+            _refuse(path, "the .pt file cannot be read", measured="it is not a pickle of tensors")
         _refuse(
             path,
             "the file needs code to be unpickled, which truestep never runs",
-            measured=_first_line(error),
+            measured=needed.group(0).strip(),
             hint="where you trust it: torch.save(dict_of_plain_tensors, path)",
         )
     except Exception as error:  # a damaged archive raises almost anything

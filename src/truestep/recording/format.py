@@ -243,6 +243,7 @@ def stage(path: Path, recording: Recording) -> tuple[Path, str]:
     try:
         folder.mkdir(parents=True)
         save_file(stored, temporary, metadata=metadata)
+        temporary.chmod(folder.stat().st_mode & 0o666)  # the library makes it private
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         return temporary, sha256_of(temporary)

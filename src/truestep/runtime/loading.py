@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from truestep.case import Case
-from truestep.environment import default_device
+from truestep.environment import usable_device
 from truestep.errors import MissingExtraError, ModelLoadError
 from truestep.runtime.pipeline import Pipeline
 
@@ -36,7 +36,7 @@ def load(case: Case) -> Pipeline:
     from truestep.runtime import wan
 
     folder = resolve(case)
-    device = case.settings.device or default_device()
+    device = usable_device(case.settings.device)
     with _quiet():
         try:
             components = diffusers.WanPipeline.from_pretrained(
