@@ -112,7 +112,7 @@ def try_change(change: Change, pipe: Pipeline, reference: Recording) -> Outcome:
         comparison = check_pipeline(varied, reference, case=CASE, label=change.name)
         frames = generate(varied, observer=run, output="frames")
     gate = check_latent(run.tensors["latent/final"], reference["latent/final"]).gates[0]
-    media = frame_media(frames.cpu(), reference["video/frames"], name="frames of a full generation")
+    media = frame_media(frames.cpu(), reference["video/frames"], name="Frames of a full generation")
     shown = comparison.model_copy(
         update={"gates": (gate,), "case_id": change.name, "media": (media,)}
     )

@@ -263,6 +263,17 @@ def test_damaged_references_are_refused_not_trusted(
     assert code == 2
 
 
+def test_one_broken_case_does_not_cost_the_others(project: Run, tmp_path: Path) -> None:
+    project("record", "seven", "--floor", "none")
+    (path,) = tmp_path.glob("truestep-references/*/*/*/*-a-red-three*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    code, out, err = project("check", "--json", "r.json")
+    assert code == 2
+    assert "BROKEN three: FileFormatError" in err
+    assert "PASSED identical" in out
+    assert len(json.loads((tmp_path / "r.json").read_text())["comparisons"]) == 1
+
+
 @pytest.mark.slow
 def test_the_demo_tells_its_story(run: Run, tmp_path: Path) -> None:
     code, out, err = run("demo", "--output", "story")

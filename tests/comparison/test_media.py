@@ -21,10 +21,11 @@ def pixels(uri: str) -> np.ndarray:  # type: ignore[type-arg]
 def test_frames_are_lossless() -> None:
     frames = torch.rand(1, 3, 5, 6, 7) * 2 - 1
     media = frame_media(frames, frames, name="v")
-    assert (media.gain, len(media.frames), media.width, media.height) == (1, 5, 7, 6)
+    assert (media.gain, media.width, media.height) == (1, 7, 6)
+    assert [frame.index for frame in media.frames] == [0, 2, 4]
     expected = ((frames[0, :, 2] + 1) / 2 * 255).round().permute(1, 2, 0).numpy()
-    assert np.array_equal(pixels(media.frames[2].actual), expected)
-    assert not pixels(media.frames[2].difference).any()
+    assert np.array_equal(pixels(media.frames[1].actual), expected)
+    assert not pixels(media.frames[1].difference).any()
 
 
 def test_small_differences_are_made_visible() -> None:
@@ -48,7 +49,7 @@ def test_what_is_not_finite_is_magenta() -> None:
 
 def test_long_videos_show_first_last_and_even_steps() -> None:
     frames = torch.zeros(1, 3, 81, 2, 2)
-    shown = [f.index for f in frame_media(frames, frames, name="v").frames]
+    shown = [f.index for f in frame_media(frames + 0.1, frames, name="v").frames]
     assert shown == [0, 10, 20, 30, 40, 50, 60, 70, 80]
 
 

@@ -66,7 +66,7 @@ def command(
     The change is --set, --model or --apply; without one the check says whether this environment
     still reproduces the reference.
     """
-    from truestep.errors import UsageError
+    from truestep.errors import TruestepError, UsageError
 
     cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
     if reference is not None and len(cases) != 1:
@@ -84,12 +84,19 @@ def command(
         "tolerance": tolerance,
     }
     results: list[Comparison] = []
+    broken = 0
     for name, case in cases.items():
-        with progress_bar() as progress:
-            results.append(
-                _check(name, case, reference, references, tier, {**options, "progress": progress})
-            )
-    sys.exit(finish(results, json_path=json_path, report=report))
+        try:
+            with progress_bar() as progress:
+                asked = {**options, "progress": progress}
+                results.append(_check(name, case, reference, references, tier, asked))
+        except TruestepError as error:  # one broken case must not cost the others' results
+            if len(cases) == 1:
+                raise
+            broken += 1
+            click.echo(f"BROKEN {name}: {type(error).__name__}: {error}", err=True)
+    code = finish(results, json_path=json_path, report=report) if results else 2
+    sys.exit(2 if broken else code)
 
 
 def _steps(text: str | None) -> tuple[int, ...] | None:
