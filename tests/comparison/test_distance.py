@@ -181,4 +181,6 @@ def test_constants() -> None:
     late[-1] = 4
     assert not is_constant(late)
     assert not is_constant(torch.tensor([1.0]))
+    assert not is_constant(torch.ones(4, dtype=torch.int64))
+    assert is_constant(torch.ones(4, dtype=torch.float8_e4m3fn))
     assert not is_constant(torch.tensor([math.nan, math.nan]))

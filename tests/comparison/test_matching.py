@@ -71,6 +71,18 @@ def test_a_broken_reference_accepts_nothing() -> None:
     assert verdict(torch.empty(0), torch.empty(0)) == "invalid"
 
 
+def test_constant_integers_are_judged_like_any_other() -> None:
+    ones = torch.ones(4, dtype=torch.int64)
+    assert verdict(ones, ones.clone()) == "identical"
+    assert verdict(ones * 2, ones) == "drifted"
+
+
+def test_float8_is_judged() -> None:
+    tensor = torch.randn(4, 64).to(torch.float8_e4m3fn)
+    assert verdict(tensor, tensor.clone()) == "identical"
+    assert verdict((tensor.float() * 2).to(torch.float8_e4m3fn), tensor) == "drifted"
+
+
 def test_equal_zeros_are_identical() -> None:
     assert verdict(torch.zeros(4), torch.zeros(4)) == "identical"
 

@@ -252,11 +252,16 @@ def same_bits(actual: torch.Tensor, reference: torch.Tensor) -> bool:
 
 
 def is_constant(tensor: torch.Tensor) -> bool:
-    """Whether more than one element all hold one value; of NaN only it is false."""
-    if tensor.numel() < 2:
+    """Whether more than one floating-point element all hold one value (NaN is not one value).
+
+    Integers and booleans may well be constant: masks, experts, indices.
+    """
+    if tensor.numel() < 2 or not tensor.is_floating_point():
         return False
     flat = tensor.detach().reshape(-1)
     first = flat[0]
+    if tensor.itemsize == 1:  # float8 has no comparison
+        flat, first = flat.view(torch.uint8), flat.view(torch.uint8)[0]
     return all(
         bool((flat[start : start + CHUNK] == first).all())
         for start in range(0, flat.numel(), CHUNK)
