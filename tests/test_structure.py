@@ -41,6 +41,7 @@ LAYERS = (
     "recording.record",
     "references",
     "checking",
+    "selftest",
     "demo",
     "report",
     "cli",
@@ -48,7 +49,14 @@ LAYERS = (
 )
 """Data flow, first to last: a module imports its own layer and earlier ones at its top level."""
 
-PURE = ("noise", "verdict", "comparison.distance", "comparison.media", "comparison.matching")
+PURE = (
+    "noise",
+    "verdict",
+    "comparison.distance",
+    "comparison.media",
+    "comparison.matching",
+    "selftest",
+)
 
 
 def modules() -> dict[str, Path]:

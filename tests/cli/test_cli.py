@@ -274,6 +274,22 @@ def test_one_broken_case_does_not_cost_the_others(project: Run, tmp_path: Path) 
     assert len(json.loads((tmp_path / "r.json").read_text())["comparisons"]) == 1
 
 
+def test_selftest_tells_which_gate_sees_what(project: Run) -> None:
+    code, out, _ = project("selftest", "three", "--gate", "allclose:1e-3", "--gate", "cosine")
+    assert code == 0
+    assert out.splitlines()[0].split() == [
+        "damage",
+        "truestep",
+        "allclose:0.001",
+        "cosine:0.005,0.01",
+    ]
+    assert "three: truestep lets 0 of 13 damages live" in out.splitlines()[-1]
+    code, _, err = project("selftest", "three", "--gate", "ssim:0.9")
+    assert code == 2
+    assert "unknown gate 'ssim:0.9'" in err
+    assert project("selftest", "seven")[0] == 3
+
+
 @pytest.mark.slow
 def test_the_demo_tells_its_story(run: Run, tmp_path: Path) -> None:
     code, out, err = run("demo", "--output", "story")

@@ -13,6 +13,7 @@ VERBS = {
     "record": "Record a case as its reference, with its measured noise floor.",
     "check": "Say whether a changed model is still the same as its reference.",
     "compare": "Compare two files of tensors: recordings, safetensors, npy, npz, pt.",
+    "selftest": "Damage a reference in standard ways and say which gates notice.",
     "show": "Show what a recording or safetensors file holds (reads the header only).",
     "doctor": "Show machine, libraries, attention kernel and what is missing.",
 }

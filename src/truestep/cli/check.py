@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from truestep.cli.common import (
-    case_device_class,
     case_options,
     choose_cases,
+    find_reference,
     finish,
     load_change,
     output_options,
@@ -118,15 +118,9 @@ def _check(
 ) -> Comparison:
     from truestep.checking import check, missing_reference
     from truestep.errors import ReferenceNotFoundError
-    from truestep.references.store import DEFAULT_ROOT, Store
 
     try:
-        path = reference or Store(references or DEFAULT_ROOT).find(
-            case,
-            tier=tier,
-            device_class=case_device_class(case),
-            seed_command=f"truestep record {name}",
-        )
+        path = reference or find_reference(name, case, references=references, tier=tier)
     except ReferenceNotFoundError as error:
         return missing_reference(case, error)
     return check(case, path, **options)

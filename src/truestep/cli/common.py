@@ -118,6 +118,22 @@ def case_device_class(case: Case) -> str:
     return device_class(usable_device(case.settings.device))
 
 
+def find_reference(name: str, case: Case, *, references: Path | None, tier: str) -> Path:
+    """The stored reference of a case on the device class it runs on here.
+
+    Raises:
+        ReferenceNotFoundError: There is none; the hint is the command that seeds it.
+    """
+    from truestep.references.store import DEFAULT_ROOT, Store
+
+    return Store(references or DEFAULT_ROOT).find(
+        case,
+        tier=tier,
+        device_class=case_device_class(case),
+        seed_command=f"truestep record {name}",
+    )
+
+
 def _picked(name: str, cases: dict[str, Case], case_file: Path) -> Case:
     import difflib
 
