@@ -206,7 +206,7 @@ class Case(Generation):
 
     def differences(self, reference: Mapping[str, Any]) -> tuple[Difference, ...]:
         """Keys whose canonical value differs from a recorded case's."""
-        return mapping_differences(_flat(self.canonical()), _flat(dict(reference)))
+        return mapping_differences(flat_case(self.canonical()), flat_case(reference))
 
 
 def mapping_differences(
@@ -321,11 +321,12 @@ def _slug(text: str, limit: int) -> str:
     return slug
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_case(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A case's content by dotted key, without what is not part of its id."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(flat_case(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     for key in ("settings.device", "settings.attention_backend"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from truestep.case import mapping_differences
+from truestep.case import flat_case, mapping_differences
 from truestep.comparison import sources
 from truestep.comparison.distance import same_bits
 from truestep.comparison.latent_gate import LATENT, SIGNATURE, check_latent
@@ -88,14 +88,7 @@ def _side(source: Source) -> Side:
 def _case_differences(ours: Manifest, theirs: Manifest) -> tuple[Difference, ...]:
     if ours.case is None or theirs.case is None:
         return ()
-    return mapping_differences(_flat(ours.case), _flat(theirs.case))
-
-
-def _flat(case: Mapping[str, object]) -> dict[str, object]:
-    settings = case.get("settings")
-    own = {key: value for key, value in case.items() if key != "settings"}
-    inner = settings if isinstance(settings, Mapping) else {}
-    return {**own, **{f"settings.{key}": value for key, value in inner.items()}}
+    return mapping_differences(flat_case(ours.case), flat_case(theirs.case))
 
 
 def _pair(ours: Manifest, theirs: Manifest) -> str | None:
