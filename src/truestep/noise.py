@@ -175,7 +175,7 @@ def judge(metrics: Metrics, floor: FloorUsed) -> tuple[Verdict, float, str, str]
     Returns:
         Verdict, largest ratio, the metric it is of, and a note.
     """
-    relative_peak = metrics.max_abs / metrics.rms_reference if metrics.rms_reference else math.inf
+    relative_peak = _over(metrics.max_abs, metrics.rms_reference)
     ratios = {
         "rel_l2": _over(metrics.rel_l2, floor.rel_l2),
         "max_abs": _over(relative_peak, floor.max_abs),
@@ -196,8 +196,9 @@ def judge(metrics: Metrics, floor: FloorUsed) -> tuple[Verdict, float, str, str]
 
 
 def _over(value: float, floor: float) -> float:
+    """value / floor; nothing over nothing is 0, and an infinite floor judges nothing."""
     if floor > 0:
-        return value / floor
+        return 0.0 if math.isinf(floor) else value / floor
     return math.inf if value > 0 else 0.0
 
 

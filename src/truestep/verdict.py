@@ -353,7 +353,8 @@ class Comparison(Record):
 
     def __str__(self) -> str:
         what, where, measured, _, hint = self.explain()
-        head = f"{self.verdict.value}: {what}"
+        word = f"{self.verdict.value}: "
+        head = what if what.startswith(word) else word + what
         return "\n".join(
             [head]
             + ([f"  {where}"] if where else [])

@@ -87,3 +87,9 @@ def test_moments_never_say_equivalent(actual: torch.Tensor, verdict: Verdict) ->
     assert result.verdict is verdict
     if verdict is Verdict.INCONCLUSIVE:
         assert "cannot see a permutation" in result.sentence
+
+
+def test_moments_of_nothing_are_invalid() -> None:
+    nothing = torch.empty(0)
+    result = compare(recording(nothing), recording(nothing, level="stats"))
+    assert result.verdict is Verdict.INVALID

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truestep.comparison.distance import CHUNK, distance, distance_to_itself, is_constant, same_bits
@@ -184,3 +184,68 @@ def test_constants() -> None:
     assert not is_constant(torch.ones(4, dtype=torch.int64))
     assert is_constant(torch.ones(4, dtype=torch.float8_e4m3fn))
     assert not is_constant(torch.tensor([math.nan, math.nan]))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-170, 1e-160, 1e155, 1e200, 1e300])
+def test_float64_whose_squares_leave_float64(scale: float) -> None:
+    torch.manual_seed(0)
+    reference = torch.randn(1000, dtype=torch.float64) * scale
+    actual = reference + 0.01 * scale * torch.randn(1000, dtype=torch.float64)
+    assert_close(distance(actual, reference), exact(actual, reference))
+
+
+@pytest.mark.parametrize("gain", [1e-3, 1e-6, 1e-9])
+def test_a_vanishing_actual_keeps_its_norm(gain: float) -> None:
+    torch.manual_seed(0)
+    reference = torch.randn(200_000)
+    actual = gain * (reference + 1e-3 * torch.randn(200_000))
+    assert_close(distance(actual, reference), exact(actual, reference))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64])
+def test_64_bit_integers_are_not_rounded(dtype: torch.dtype) -> None:
+    reference = torch.tensor([2**62, 7, 2**53], dtype=torch.int64).view(dtype)
+    actual = torch.tensor([2**62 + 1, 7, 2**53], dtype=torch.int64).view(dtype)
+    assert distance(actual, reference).max_abs == 1
+    far = torch.tensor([2**62, -(2**62), 5])
+    assert distance(-far, far).max_abs == 2.0**63
+
+
+@pytest.mark.parametrize("scale", [1e100, 1e119, 1e258])
+def test_small_angles_of_large_float64(scale: float) -> None:
+    torch.manual_seed(0)
+    reference = torch.randn(150_000, dtype=torch.float64) * scale
+    actual = 100 * reference + 1e-4 * scale * torch.randn(150_000, dtype=torch.float64)
+    assert_close(distance(actual, reference), exact(actual, reference))
+
+
+@given(
+    count=st.sampled_from([2, 5, 1000, CHUNK + 1]),
+    gain=st.sampled_from([1.0, -1.0, 1.001, 100.0, 0.01, 1e-4]),
+    noise=st.floats(-7, 0.5),
+    scale=st.floats(-25, 25),
+    kind=st.sampled_from(["normal", "positive", "heavy", "offset", "few values"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_pair_is_within_1e_6(
+    count: int,
+    gain: float,
+    noise: float,
+    scale: float,
+    kind: str,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, generator=generator, dtype=torch.float64)
+    shapes = {"positive": x.abs(), "heavy": (3 * x).exp(), "offset": x + 50, "few values": x.sign()}
+    x = shapes.get(kind, x) * 10.0**scale
+    jitter = torch.randn(count, generator=generator, dtype=torch.float64)
+    y = gain * x + abs(gain) * float(x.abs().mean()) * 10.0**noise * jitter
+    actual, reference = y.to(dtype), x.to(dtype)
+    expected = exact(actual, reference)
+    if expected["cosine_distance"] < 1e-17:  # below what the oracle resolves
+        del expected["cosine_distance"]
+    assert_close(distance(actual, reference), expected)

@@ -197,3 +197,78 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 def test_more_tensors_than_one_latent_is_an_error() -> None:
     with pytest.raises(UsageError, match="holds no single latent"):
         check_latent({"a": VIDEO, "b": VIDEO}, VIDEO)
+
+
+def test_equal_zeros_pass_though_the_reproduced_gate_fails_them() -> None:
+    corner = VIDEO.clone()
+    corner[0, :, 0, :3, :3] = 0
+    for latent in (VIDEO * 0, corner):
+        result = check_latent(latent, latent.clone())
+        assert not result.gates[0].passed
+        assert "fails equal vectors of zeros" in result.gates[0].note
+        assert result.verdict is Verdict.IDENTICAL
+    assert check_latent(corner * (1 + 1e-7), corner).verdict is Verdict.EQUIVALENT
+
+
+def test_a_gate_that_fails_decides_an_inconclusive_row() -> None:
+    reference = VIDEO.bfloat16()
+    noise = torch.randn(VIDEO.shape, generator=torch.Generator().manual_seed(2))
+    noisy = (reference.float() + 1.5e-2 * noise).bfloat16()
+    assert check_latent(noisy, reference).verdict is Verdict.INCONCLUSIVE
+    result = check_latent(noisy, reference, slice_cosine_threshold=1e-6)
+    assert (result.verdict, result.gates[0].passed) == (Verdict.DRIFTED, False)
+    assert "fastvideo-latent/1: slice_cosine" in result.sentence
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 1.0, 30.0])
+def test_the_gates_arithmetic_is_theirs(noise: float) -> None:
+    actual = VIDEO + noise * torch.randn(VIDEO.shape, generator=torch.Generator().manual_seed(2))
+    a, r = (t.half().float().reshape(1, -1) for t in (actual, VIDEO))
+    theirs = 1.0 - float(torch.nn.functional.cosine_similarity(a, r, dim=1).item())
+    found = check_latent(actual, VIDEO).gates[0].metrics
+    assert found["full_cosine_distance"] == theirs
+    assert found["max_abs_diff"] == float((a - r).abs().max())
+
+
+@pytest.mark.parametrize("place", [(5, 5), (5, 2), (-1, None)])
+def test_slices_that_hold_nothing(place: tuple[int, int | None]) -> None:
+    ranges = ((0, 1), place, (0, 1), (0, 1), (0, 1))
+    with pytest.raises(ValueError, match="holds nothing, or counts from the end"):
+        SliceSpec(kind="e", ranges=ranges)
+    with pytest.raises(UsageError, match="slice_spec is not a slice"):
+        check_latent(VIDEO, VIDEO, slice_spec={"kind": "e", "ranges": ranges})
+
+
+def test_a_stored_signature_of_another_length_is_incomparable(tmp_path: Path) -> None:
+    content = {
+        "latent": VIDEO.half(),
+        "expected_slice": torch.ones(5),
+        "slice_spec": {"kind": "corner_3x3_first_frame", "version": 1},
+        "format_version": 1,
+    }
+    torch.save(content, tmp_path / "p.pt")
+    result = check_latent(VIDEO.half(), tmp_path / "p.pt")
+    assert result.verdict is Verdict.INCOMPARABLE
+    assert result.sentence == "incomparable: signature length 144 against 5"
+
+
+def test_a_result_names_the_slice_that_was_gated(tmp_path: Path) -> None:
+    audio = torch.randn(1, 8, 20)
+    path = result_of(tmp_path, check_latent(audio, audio), "p")
+    kind = "audio_first_8_timesteps"
+    assert json.loads(path.read_text())["slice_spec"] == {"kind": kind, "version": 1}
+    spec = SliceSpec(kind="mine", ranges=((0, 1), (0, 2), (0, 3)))
+    with pytest.raises(UsageError, match="was not made with signature slice"):
+        result_of(tmp_path, check_latent(audio, audio, slice_spec=spec), "p")
+
+
+def test_results_of_long_names_and_of_names_that_begin_the_same(tmp_path: Path) -> None:
+    good = check_latent(VIDEO, VIDEO)
+    assert result_of(tmp_path, good, "龍" * 10_000).exists()
+    assert result_of(tmp_path, good, "  a cat ").name == "steps4_a cat_latent.json"
+    path = result_of(tmp_path, good, "x" * 100 + "A")
+    assert result_of(tmp_path, good, "x" * 100 + "A") == path
+    before = path.read_text()
+    with pytest.raises(WriteError, match="would replace that of another prompt"):
+        result_of(tmp_path, good, "x" * 100 + "B")
+    assert path.read_text() == before

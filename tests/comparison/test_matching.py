@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from truestep.comparison.matching import build_comparison, compare_tensors
+from truestep.errors import UsageError
 from truestep.noise import NoiseFloor, NoiseRun, RunMetrics
 from truestep.verdict import Comparison, Row, Side, Verdict
 
@@ -184,3 +185,36 @@ def test_the_first_divergence_is_the_first_in_order() -> None:
     first = build(rows).first_divergence
     assert first is not None
     assert (first.stage, first.step, first.branch) == ("prediction", 1, "cond")
+
+
+@pytest.mark.parametrize("zeros", [torch.zeros(4), torch.tensor(0.0)])
+def test_zeros_in_another_dtype_or_sign_are_equivalent(zeros: torch.Tensor) -> None:
+    assert verdict(zeros.bfloat16(), zeros) == "equivalent"
+    assert verdict(-zeros, zeros) == "equivalent"
+
+
+def test_one_in_a_large_integer_is_seen() -> None:
+    big = torch.tensor([2**62, 3])
+    assert verdict(big + torch.tensor([1, 0]), big) == "drifted"
+
+
+def test_tiny_and_huge_float64_have_verdicts() -> None:
+    for scale in (1e-200, 1e200):
+        x = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64) * scale
+        assert verdict(x * (1 + 1e-15), x) == "equivalent"
+        assert verdict(x * 1.01, x) == "drifted"
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("inf"), float("nan")])
+def test_tolerances_that_cannot_judge(tolerance: float) -> None:
+    with pytest.raises(UsageError, match="cannot judge anything"):
+        judge(X * 100, tolerance=tolerance)
+
+
+def test_a_tolerance_judges_against_a_zero_too() -> None:
+    assert verdict(torch.tensor(1.0), torch.tensor(0.0), tolerance=0.1) == "drifted"
+
+
+def test_a_result_says_its_verdict_once() -> None:
+    text = str(build([judge(X * 1.01)]))
+    assert text.startswith("drifted: 1 of 1 tensor")

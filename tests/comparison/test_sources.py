@@ -142,3 +142,76 @@ def test_fastvideo_bundles_are_recognised(tmp_path: Path) -> None:
     torch.save(bundle(version=2), path)
     with pytest.raises(FileFormatError, match="format_version 2 are not known"):
         load(path, label="")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("slice_spec", None, "does not say which slice"),
+        ("slice_spec", {"kind": "corner_3x3_first_frame"}, "does not say which slice"),
+        ("shape", [1, 2], "is not that of its latent"),
+        ("format_version", True, "format_version True are not known"),
+        ("expected_slice", [1.0], "is not a tensor"),
+    ],
+)
+def test_damaged_fastvideo_bundles(field: str, value: object, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompt.pt"
+    torch.save({**bundle(), field: value}, path)
+    with pytest.raises(FileFormatError, match=message):
+        load(path, label="")
+
+
+def test_no_tensor_is_lost_to_its_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="two tensors are called '1'"):
+        load({1: X, "1": X}, label="actual")
+    path = tmp_path / "f.pt"
+    torch.save({"a.b": X, "a": {"b": X}}, path)
+    with pytest.raises(FileFormatError, match=r"called 'a\.b' once names are joined"):
+        load(path, label="")
+    path = tmp_path / "f.npz"
+    buffer = io.BytesIO()
+    np.save(buffer, X.numpy())
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", buffer.getvalue())
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("x.npy", buffer.getvalue())
+    with pytest.raises(FileFormatError, match=r"holds entry 'x.npy' twice"):
+        load(path, label="")
+
+
+def test_a_pt_file_that_holds_itself(tmp_path: Path) -> None:
+    loop: list[object] = []
+    loop.append(loop)
+    path = tmp_path / "f.pt"
+    torch.save({"a": loop}, path)
+    with pytest.raises(FileFormatError, match="or holds itself"):
+        load(path, label="")
+
+
+def test_arrays_without_dimensions_keep_none(tmp_path: Path) -> None:
+    np.save(tmp_path / "f.npy", np.float32(2))
+    two = torch.tensor(2.0)
+    for value in (np.float32(2), np.array(2, dtype="f4"), tmp_path / "f.npy"):
+        assert compare(value, two).verdict is Verdict.IDENTICAL
+
+
+@pytest.mark.parametrize("dtype", ["c8", "S4", "V2", [("a", "f4")]])
+def test_arrays_of_other_things(dtype: object, tmp_path: Path) -> None:
+    array = np.zeros(3, dtype=dtype)  # type: ignore[call-overload]
+    np.save(tmp_path / "f.npy", array)
+    with pytest.raises(FileFormatError, match="which cannot be compared"):
+        load(tmp_path / "f.npy", label="")
+    with pytest.raises(UsageError, match="which cannot be compared"):
+        load(array, label="actual")
+
+
+def test_tensors_without_elements_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a sparse_coo tensor") as caught:
+        compare({"x": torch.eye(3).to_sparse()}, {"x": torch.eye(3)})
+    assert "to_dense()" in str(caught.value)
+    with pytest.raises(UsageError, match="is a meta tensor"):
+        compare(torch.empty(3, device="meta"), torch.ones(3))
+    path = tmp_path / "f.pt"
+    torch.save({"x": torch.eye(3).to_sparse()}, path)
+    with pytest.raises(FileFormatError, match="is a sparse_coo tensor"):
+        load(path, label="")

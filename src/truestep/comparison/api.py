@@ -136,6 +136,8 @@ def _judge_moments(actual: torch.Tensor, reference: torch.Tensor) -> tuple[Verdi
     r = dict(zip(STATS, reference.tolist(), strict=True))
     if a["nonfinite"] or r["nonfinite"]:
         return Verdict.INVALID, f"non-finite values: {a['nonfinite']:g} against {r['nonfinite']:g}"
+    if not a["count"] and not r["count"]:
+        return Verdict.INVALID, "empty: there is nothing to compare"
     if a["count"] != r["count"]:
         return Verdict.INCOMPARABLE, f"{a['count']:g} elements against {r['count']:g}"
     blind = "moments cannot see a permutation: record at level full"

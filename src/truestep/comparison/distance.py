@@ -9,7 +9,8 @@ With d = a - r and the sums S = sum d^2, D = sum d r, R = sum r^2 every metric f
 
 so that a difference of 1e-13 reads 1e-13. Chunks are summed in float32 and accumulated in float64;
 where float32 cannot carry a chunk (float64 input, overflow, underflow, or a cosine distance that is
-a small remainder of a large gain) it is summed in float64.
+a small remainder of a large gain) it is summed in float64, scaled by a power of two where squares
+would leave float64's range too. Differences of 64-bit integers are taken before they are rounded.
 """
 
 from __future__ import annotations
@@ -27,8 +28,15 @@ CHUNK = 65_536
 _SAFE_SQUARES = (1e-25, 1e30)
 """Sums of squares outside this range may have lost terms to float32 underflow or overflow."""
 
-_CANCELLATION = 0.05
-"""Below this share of S the cosine's numerator is computed again, from the residual in float64."""
+_SAFE_SQUARES_64 = (1e-280, 1e300)
+"""The same for float64; beyond it both sides are scaled by 2^600 or 2^-600, which is exact."""
+
+_CANCELLATION, _CANCELLATION_64 = 0.25, 1e-6
+"""Below this share of S, summed in float32 and in float64, the cosine's numerator is computed again
+from the residual, in float64."""
+
+_WIDE = 0.5
+"""Below this cosine similarity its distance is 1 minus it: nothing cancels."""
 
 _SMALL_GAIN = 0.3
 """Below this, gain and norm ratio are small remainders and are computed again in float64."""
@@ -38,7 +46,10 @@ _SMALL_GAIN = 0.3
 class _Sums:
     difference: float = 0.0
     cross: float = 0.0
+    actual: float | None = None  # sum a^2 and sum a r, where all chunks were summed in float64
+    product: float = 0.0
     reference: float = 0.0
+    nonzero: bool = False  # of chunks summed in float64
     peak: float = -1.0
     peak_index: int = 0
     count: int = 0
@@ -66,14 +77,22 @@ def distance(actual: torch.Tensor, reference: torch.Tensor) -> Metrics:
     if actual.is_complex() or reference.is_complex():
         raise ValueError("complex tensors have no order: compare real and imaginary parts")
     sums = _sum(actual, reference, exact=_needs_float64(actual, reference))
+    power = _power(sums)
+    if power:
+        return _scaled(actual, reference, power)
     metrics = _metrics(sums, tuple(actual.shape))
-    if not _cancels(sums, metrics):
+    if not sums.count or not sums.difference or not sums.reference:
         return metrics
-    sums = _sum(actual, reference, exact=True)
-    metrics = _metrics(sums, tuple(actual.shape))
-    if not sums.count or not sums.reference or not _square(sums):
+    if min(abs(metrics.gain), metrics.norm_ratio) < _SMALL_GAIN and sums.actual is None:
+        sums = _sum(actual, reference, exact=True)
+        metrics = _metrics(sums, tuple(actual.shape))
+    if not _square(sums) or not _small_angle(sums, metrics):
         return metrics
-    cosine = _cosine_from_residual(actual, reference, sums, metrics.gain)
+    similarity = metrics.gain / metrics.norm_ratio
+    if similarity < _WIDE:
+        cosine = 1.0 - similarity
+    else:
+        cosine = _cosine_from_residual(actual, reference, sums, metrics.gain)
     return metrics.model_copy(update={"cosine_distance": cosine})
 
 
@@ -88,30 +107,59 @@ def distance_to_itself(tensor: torch.Tensor) -> Metrics:
     return _metrics(sums, tuple(tensor.shape))
 
 
-def _cancels(sums: _Sums, metrics: Metrics) -> bool:
-    """Whether a metric is a small remainder of large sums, which float32 chunks cannot carry."""
-    if sums.difference == 0.0 or not sums.count:
-        return False
-    numerator = metrics.cosine_distance * 2 * math.sqrt(_square(sums) * sums.reference)
-    small_angle = not numerator > _CANCELLATION * sums.difference
-    return small_angle or abs(metrics.gain) < _SMALL_GAIN or metrics.norm_ratio < _SMALL_GAIN
+def _small_angle(sums: _Sums, metrics: Metrics) -> bool:
+    """Whether the cosine's numerator is a smaller remainder of S than the sums can carry."""
+    limit = _CANCELLATION if sums.actual is None else _CANCELLATION_64
+    numerator = metrics.cosine_distance * 2 * math.sqrt(_square(sums)) * math.sqrt(sums.reference)
+    return not numerator > limit * sums.difference
 
 
 def _cosine_from_residual(
     actual: torch.Tensor, reference: torch.Tensor, sums: _Sums, gain: float
 ) -> float:
-    """Cosine distance from E = sum (a - gain r)^2, for which 1 - cos^2 = E / |a|^2."""
-    residual = 0.0
+    """Cosine distance from E = min over g of sum (a - g r)^2, for which 1 - cos^2 = E / |a|^2.
+
+    The gain may be off by the rounding of float32 sums: what is left of r in e = a - gain r is
+    taken out, E = |e|^2 - (e r)^2 / |r|^2.
+    """
+    residual = cross = square = 0.0
     with torch.no_grad():
         first, second = actual.detach().reshape(-1), reference.detach().reshape(-1)
         for start in range(0, first.numel(), CHUNK):
             a = first[start : start + CHUNK].to(second.device, torch.float64)
             r = second[start : start + CHUNK].to(torch.float64)
-            e = (a - gain * r).masked_fill(~(torch.isfinite(a) & torch.isfinite(r)), 0.0)
-            residual += float(torch.dot(e, e))
+            e = torch.sub(a, r, alpha=gain)
+            part = float(torch.dot(e, e))
+            if not math.isfinite(part):
+                fine = torch.isfinite(a) & torch.isfinite(r)
+                e, r = e.masked_fill(~fine, 0.0), r.masked_fill(~fine, 0.0)
+                part = float(torch.dot(e, e))
+            residual += part
+            cross += float(torch.dot(e, r))
+            square += float(torch.dot(r, r))
+    residual = max(residual - cross * (cross / square), 0.0)
     share = min(residual / _square(sums), 1.0)
-    cosine = math.sqrt(1.0 - share)
-    return share / (1.0 + cosine) if gain > 0 else 1.0 + cosine
+    return share / (1.0 + math.sqrt(1.0 - share))
+
+
+def _power(sums: _Sums) -> int:
+    """Power of two to scale both sides by, so that their squares fit float64; 0 if they do."""
+    low, high = _SAFE_SQUARES_64
+    largest = max(sums.difference, sums.reference)
+    if not sums.count:
+        return 0
+    if not largest < high:
+        return -600
+    return 600 if largest < low and sums.nonzero else 0
+
+
+def _scaled(actual: torch.Tensor, reference: torch.Tensor, power: int) -> Metrics:
+    """`distance` of both sides times 2^power, with the absolute metrics scaled back."""
+    factor = 2.0**power
+    with torch.no_grad():
+        found = distance(actual.to(torch.float64) * factor, reference.to(torch.float64) * factor)
+    back = {"max_abs": found.max_abs / factor, "rms_reference": found.rms_reference / factor}
+    return found.model_copy(update=back)
 
 
 def _needs_float64(*tensors: torch.Tensor) -> bool:
@@ -124,6 +172,8 @@ def _sum(actual: torch.Tensor, reference: torch.Tensor, *, exact: bool) -> _Sums
     with torch.no_grad():
         first, second = actual.detach().reshape(-1), reference.detach().reshape(-1)
         scratch = torch.empty(2, min(CHUNK, first.numel()), device=second.device)
+        if exact:
+            sums.actual = 0.0
         for start in range(0, first.numel(), CHUNK):
             a, r = first[start : start + CHUNK], second[start : start + CHUNK]
             if exact or not _add_fast(sums, a, r, start, scratch):
@@ -161,30 +211,50 @@ def _add_fast(
 
 def _add_exact(sums: _Sums, a: torch.Tensor, r: torch.Tensor, start: int) -> None:
     """Add a chunk in float64, leaving out and counting what is not finite."""
+    whole = _whole_difference(a.to(r.device), r)
     a, r = a.to(r.device, torch.float64), r.to(torch.float64)
-    fine_a, fine_r = torch.isfinite(a), torch.isfinite(r)
-    sums.nonfinite_actual += int((~fine_a).sum())
-    sums.nonfinite_reference += int((~fine_r).sum())
-    fine = fine_a & fine_r
-    count = int(fine.sum())
-    if not count:
-        return
-    zero = torch.zeros((), dtype=torch.float64, device=r.device)
-    a, r = torch.where(fine, a, zero), torch.where(fine, r, zero)
+    aa, rr = float(torch.dot(a, a)), float(torch.dot(r, r))
+    if not math.isfinite(aa + rr):  # not finite, or finite and huge
+        fine_a, fine_r = torch.isfinite(a), torch.isfinite(r)
+        sums.nonfinite_actual += int((~fine_a).sum())
+        sums.nonfinite_reference += int((~fine_r).sum())
+        fine = fine_a & fine_r
+        sums.count -= int((~fine).sum())
+        a, r = a.masked_fill(~fine, 0.0), r.masked_fill(~fine, 0.0)
+        aa, rr = float(torch.dot(a, a)), float(torch.dot(r, r))
+        if not fine.any():
+            sums.count += len(a)
+            return
     d = a - r
-    sums.count += count
+    if whole is not None:
+        d = torch.where(d.abs() < 2.0**52, whole.to(torch.float64), d)
+    sums.count += len(a)
+    sums.nonzero = sums.nonzero or aa + rr > 0.0 or bool(a.any()) or bool(r.any())
+    if sums.actual is not None:
+        sums.actual += aa
+        sums.product += float(torch.dot(a, r))
     sums.difference += float(torch.dot(d, d))
     sums.cross += float(torch.dot(d, r))
-    sums.reference += float(torch.dot(r, r))
-    largest = d.abs()
-    index = int(largest.argmax())
-    peak = float(largest[index])
+    sums.reference += rr
+    low, high = (float(value) for value in torch.aminmax(d))
+    peak = max(abs(low), abs(high))
     if peak > sums.peak:
-        sums.peak, sums.peak_index = peak, start + index
+        sums.peak = peak
+        sums.peak_index = start + int((d.argmax() if high >= -low else d.argmin()).item())
+
+
+def _whole_difference(a: torch.Tensor, r: torch.Tensor) -> torch.Tensor | None:
+    """a - r of 64-bit integers modulo 2^64: exact where small, which float64 above 2^53 is not."""
+    wide = {torch.int64, torch.uint64}
+    if a.dtype not in wide or r.dtype not in wide:
+        return None
+    return a.view(torch.int64) - r.view(torch.int64)
 
 
 def _square(sums: _Sums) -> float:
-    """|a|^2."""
+    """|a|^2; summed itself where it may be a small remainder of R + 2 D + S."""
+    if sums.actual is not None:
+        return sums.actual
     return max(sums.reference + 2 * sums.cross + sums.difference, 0.0)
 
 
@@ -212,6 +282,8 @@ def _metrics(sums: _Sums, shape: tuple[int, ...]) -> Metrics:
     else:
         rel_l2 = math.sqrt(difference / reference)
         gain = 1.0 + sums.cross / reference
+        if sums.actual is not None and abs(gain) < _SMALL_GAIN:
+            gain = sums.product / reference
         ratio = norm_a / norm_r
         # |a| - |r| from the difference of squares, which does not cancel
         gap = (2 * sums.cross + difference) / (norm_a + norm_r)

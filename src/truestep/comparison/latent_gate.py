@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError, field_validator
 
 from truestep.comparison import sources
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.comparison.sources import Source
 from truestep.environment import library_version
-from truestep.errors import UsageError
+from truestep.errors import UsageError, WriteError
 from truestep.files import write_text
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
@@ -30,6 +30,9 @@ SLICE_THRESHOLD = 5e-3
 FULL_THRESHOLD = 1e-2
 GATE = "fastvideo-latent/1"
 
+_NAME_BYTES = 180
+"""Of a prompt in a file name; file systems hold 255 in all, and temporary names are longer."""
+
 
 class SliceSpec(Record):
     """A named, versioned signature slice.
@@ -40,6 +43,16 @@ class SliceSpec(Record):
     kind: str = Field(min_length=1, max_length=100)
     version: int = Field(default=1, ge=1)
     ranges: tuple[tuple[int, int | None], ...] = ()
+
+    @field_validator("ranges")
+    @classmethod
+    def _not_empty(
+        cls, ranges: tuple[tuple[int, int | None], ...]
+    ) -> tuple[tuple[int, int | None], ...]:
+        for start, stop in ranges:
+            if start < 0 or (stop is not None and stop <= start):
+                raise ValueError(f"range ({start}, {stop}) holds nothing, or counts from the end")
+        return ranges
 
     def cut(self, latent: torch.Tensor) -> torch.Tensor:
         """The signature of a latent: 1-D float32.
@@ -92,7 +105,11 @@ def slice_for(latent: torch.Tensor, spec: SliceLike) -> SliceSpec:
         return spec
     if isinstance(spec, Mapping):
         if "ranges" in spec:
-            return SliceSpec.model_validate(dict(spec))
+            try:
+                return SliceSpec.model_validate(dict(spec))
+            except ValidationError as error:
+                reason = " ".join(str(error).splitlines()[1:3])
+                raise UsageError("slice_spec is not a slice", measured=reason) from None
         named = slice_for(latent, str(spec.get("kind")))
         return named.model_copy(update={"version": spec.get("version", named.version)})
     name = spec if spec is not None else _BY_RANK.get(latent.ndim)
@@ -128,7 +145,8 @@ def check_latent(
         tolerance: Limit on rel_l2 for the full verdict; default a noise floor.
 
     Returns:
-        The full verdict, never laxer than the two gates; the gates' own outcome, reproduced as they
+        The full verdict, never laxer than the two gates, except where they fail vectors that are
+        equal (their cosine of two zero vectors is 0); the gates' own outcome, reproduced as they
         are (NaN passes them), is in `gates`.
 
     Raises:
@@ -146,7 +164,7 @@ def check_latent(
     ours, theirs = _latent_of(latent, "latent"), _latent_of(reference, "reference")
     actual, expected = ours.tensors[LATENT], theirs.tensors[LATENT]
     spec = slice_for(expected, slice_spec)
-    changed = _slice_differences(spec, theirs)
+    changed = _slice_differences(spec, theirs, expected)
     rows = compare_tensors(
         {LATENT: actual},
         {LATENT: expected},
@@ -157,19 +175,28 @@ def check_latent(
     if not changed and actual.shape == expected.shape:
         stored = theirs.tensors.get(SIGNATURE)
         signature = stored if stored is not None else spec.cut(expected)
-        gates = (_fastvideo_gate(actual, expected, spec, signature, thresholds),)
-        rows = [_no_laxer(row, gates[0]) for row in rows]
-    return build_comparison(
+        gate, over = _fastvideo_gate(actual, expected, spec, signature, thresholds)
+        gates = (gate,)
+        rows = [_no_laxer(row, over) for row in rows]
+    result = build_comparison(
         rows,
         actual=Side(label=ours.label, path=str(ours.path) if ours.path else None),
         reference=Side(label=theirs.label, path=str(theirs.path) if theirs.path else None),
         case_differences=changed,
         gates=gates,
-        looked_at=(f"the whole latent and its signature {spec.kind} v{spec.version}",),
+        looked_at=(_coverage(spec),),
         hint="record the reference again with this slice, or give its own slice_spec="
         if changed
         else "",
     )
+    if result.verdict is not Verdict.INCOMPARABLE or not changed:
+        return result
+    named = "; ".join(f"{d.key} {d.actual} against {d.reference}" for d in changed)
+    return result.model_copy(update={"sentence": f"incomparable: {named[:300]}"})
+
+
+def _coverage(spec: SliceSpec) -> str:
+    return f"the whole latent and its signature {spec.kind} v{spec.version}"
 
 
 def _latent_of(what: object, label: str) -> Source:
@@ -190,8 +217,21 @@ def _latent_of(what: object, label: str) -> Source:
     return Source(source.label, kept, source.path, source.manifest, source.bundle)
 
 
-def _slice_differences(spec: SliceSpec, reference: Source) -> tuple[Difference, ...]:
+def _slice_differences(
+    spec: SliceSpec, reference: Source, latent: torch.Tensor
+) -> tuple[Difference, ...]:
     """What differs between the slice asked for and the one a bundle was made with."""
+    found = _spec_differences(spec, reference)
+    signature = reference.tensors.get(SIGNATURE)
+    if found or signature is None or latent.ndim != len(spec.ranges):
+        return found
+    wanted, stored = spec.cut(latent).numel(), signature.numel()
+    if wanted == stored:
+        return ()
+    return (Difference(key="signature length", actual=str(wanted), reference=str(stored)),)
+
+
+def _spec_differences(spec: SliceSpec, reference: Source) -> tuple[Difference, ...]:
     stored: Mapping[str, Any] | None = None
     if reference.manifest is not None:
         stored = reference.manifest.settings.get("slice_spec")
@@ -217,18 +257,32 @@ def _fastvideo_gate(
     spec: SliceSpec,
     signature: torch.Tensor,
     thresholds: Mapping[str, float],
-) -> GateResult:
-    """FastVideo's arithmetic as it is: cosine in float32, the whole after float16, strict `>`."""
-    own = spec.cut(actual)
-    slice_distance = cosine_float32(own, signature.to(torch.float32).reshape(-1))
+) -> tuple[GateResult, str]:
+    """FastVideo's arithmetic as it is: cosine in float32, the whole after float16, strict `>`.
+
+    Returns:
+        Its outcome, and which thresholds unequal vectors exceed.
+    """
+    own, stored = spec.cut(actual), signature.detach().to("cpu", torch.float32).reshape(-1)
+    slice_distance = cosine_float32(own, stored)
     halves = [t.detach().to("cpu", torch.float16).to(torch.float32) for t in (actual, expected)]
     full_distance = cosine_float32(halves[0].reshape(-1), halves[1].reshape(-1))
     largest = float((halves[0] - halves[1]).abs().max())
-    failed = (
-        slice_distance > thresholds["slice_cosine"] or full_distance > thresholds["full_cosine"]
+    judged = (
+        ("slice_cosine", slice_distance, torch.equal(own, stored)),
+        ("full_cosine", full_distance, torch.equal(*halves)),
     )
+    failed = any(value > thresholds[name] for name, value, _ in judged)
+    over = ", ".join(
+        f"{name} {value:.1e} > {thresholds[name]:g}"
+        for name, value, equal in judged
+        if value > thresholds[name] and not equal
+    )
+    zero = [n for n, value, equal in judged if equal and value > thresholds[n]]
     blind = [n for n, v in (("slice", slice_distance), ("full", full_distance)) if math.isnan(v)]
-    return GateResult(
+    notes = [f"blind: the {' and '.join(blind)} distance is NaN, which passes"] if blind else []
+    notes += [f"{' and '.join(zero)} fails equal vectors of zeros"] if zero else []
+    gate = GateResult(
         name=GATE,
         passed=not failed,
         metrics={
@@ -237,25 +291,22 @@ def _fastvideo_gate(
             "max_abs_diff": largest,
         },
         thresholds=dict(thresholds),
-        note=f"blind: the {' and '.join(blind)} distance is NaN, which passes" if blind else "",
+        note="; ".join(notes),
     )
+    return gate, over
 
 
 def cosine_float32(actual: torch.Tensor, reference: torch.Tensor) -> float:
     """1 - cosine similarity of two vectors in float32, as the reproduced gate computes it."""
-    similarity = torch.nn.functional.cosine_similarity(actual, reference, dim=0)
-    return float(1.0 - similarity)
+    rows = actual.unsqueeze(0), reference.unsqueeze(0)
+    return 1.0 - torch.nn.functional.cosine_similarity(*rows, dim=1).item()
 
 
-def _no_laxer(row: Row, gate: GateResult) -> Row:
-    if gate.passed or not row.verdict.passed:
+def _no_laxer(row: Row, over: str) -> Row:
+    if not over or row.verdict.exit_code in (1, 3):
         return row
-    over = ", ".join(
-        f"{name} {gate.metrics[f'{name}_distance']:.1e} > {limit:g}"
-        for name, limit in gate.thresholds.items()
-        if gate.metrics[f"{name}_distance"] > limit
-    )
-    return row.model_copy(update={"verdict": Verdict.DRIFTED, "note": f"{gate.name}: {over}"})
+    note = "; ".join(part for part in (f"{GATE}: {over}", row.note) if part)
+    return row.model_copy(update={"verdict": Verdict.DRIFTED, "note": note})
 
 
 def write_latent_bundle(
@@ -307,25 +358,40 @@ def write_fastvideo_result(
     prompt: str,
     model_id: str,
     attention_backend: str,
-    slice_spec: SliceSpec | None = None,
+    slice_spec: SliceLike = None,
 ) -> Path:
     """Write a result in FastVideo's schema, for CI that scrapes it.
 
     The name is theirs (`steps{N}_{prompt[:100]}_latent.json`) with separators replaced, which there
-    lose the file. `passed` is theirs too; our verdict is added as `truestep_verdict`.
+    lose the file, and cut to what a file system holds. `passed` is theirs too; our verdict is
+    added as `truestep_verdict`.
+
+    Args:
+        folder: Made if need be.
+        comparison: From `check_latent`.
+        steps, prompt, model_id, attention_backend: Written as they are.
+        slice_spec: The slice that was gated; default the built-in one for the latent's rank.
 
     Raises:
-        UsageError: The comparison has no FastVideo gate (shapes or slices differed).
-        WriteError: It could not be written.
+        UsageError: The comparison has no FastVideo gate (shapes or slices differed), or was made
+            with another slice.
+        WriteError: It could not be written, or would replace another prompt's result.
     """
     gate = next((gate for gate in comparison.gates if gate.name == GATE), None)
     if gate is None:
         raise UsageError(
             "there is no gate result to write", measured=comparison.sentence, where=str(folder)
         )
-    safe = "".join("_" if c in '/\\:*?"<>|' or ord(c) < 32 else c for c in prompt[:100])
-    path = Path(folder) / f"steps{steps}_{safe}_latent.json"
-    spec = slice_spec or SLICES["corner_3x3_first_frame"]
+    shape = next(row.reference.shape for row in comparison.rows if row.reference is not None)
+    spec = slice_for(torch.empty(shape, device="meta"), slice_spec)
+    if _coverage(spec) not in comparison.looked_at:
+        raise UsageError(
+            f"the result was not made with signature slice {spec.kind} v{spec.version}",
+            measured=f"it looked at {comparison.looked_at[0]}",
+            hint="give slice_spec= as it was given to check_latent",
+        )
+    path = Path(folder) / f"steps{steps}_{_file_part(prompt)}_latent.json"
+    _not_anothers(path, prompt)
     content = {
         "metrics": {key: _json_number(value) for key, value in gate.metrics.items()},
         "reference_latent": comparison.reference.path,
@@ -340,6 +406,28 @@ def write_fastvideo_result(
     }
     write_text(path, json.dumps(content, indent=2), "the result")
     return path
+
+
+def _file_part(prompt: str) -> str:
+    """Their `prompt[:100].strip()` as part of a file name."""
+    start = prompt[:100].strip()
+    safe = "".join("_" if c in '/\\:*?"<>|' or ord(c) < 32 else c for c in start)
+    return safe.encode("utf-8", "replace")[:_NAME_BYTES].decode("utf-8", "ignore")
+
+
+def _not_anothers(path: Path, prompt: str) -> None:
+    """Refuse to replace the result of another prompt that begins the same."""
+    try:
+        written = json.loads(path.read_text("utf-8"))["parameters"]["prompt"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if written != prompt:
+        raise WriteError(
+            "the result would replace that of another prompt",
+            where=str(path),
+            measured="names are made of a prompt's first 100 characters, and both begin the same",
+            hint="write the results of each prompt to a folder of its own",
+        )
 
 
 def _json_number(value: float) -> float | str:

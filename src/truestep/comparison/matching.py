@@ -11,6 +11,7 @@ import torch
 from truestep import noise
 from truestep.comparison.distance import distance, distance_to_itself, is_constant, same_bits
 from truestep.environment import library_version
+from truestep.errors import UsageError
 from truestep.recording.names import Address, address
 from truestep.verdict import (
     Comparison,
@@ -47,7 +48,15 @@ def compare_tensors(
 
     Returns:
         One row a name, in the reference's order, then names that only the actual side has.
+
+    Raises:
+        UsageError: The tolerance is negative or not finite.
     """
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UsageError(
+            f"tolerance = {tolerance:g} cannot judge anything",
+            measured="a limit on rel_l2 is a number from 0 up, and finite",
+        )
     lookups: dict[str, noise.FloorLookup] = {}
     rows = []
     for name in [*reference, *(name for name in actual if name not in reference)]:
@@ -244,7 +253,11 @@ def _sentence(
         note = next(row.note for row in rows if row.name == first.name)
         return f"invalid: {count} of {total}{place}: {note}"
     if verdict is Verdict.DRIFTED:
-        worst = max(row.ratio or 0.0 for row in rows if row.verdict is verdict)
+        row = max((r for r in rows if r.verdict is verdict), key=lambda r: r.ratio or 0.0)
+        bound = row.floor.bound if row.floor else math.inf
+        if row.note and (row.ratio or 0.0) <= bound:  # not by size: another rule said so
+            return f"drifted: {count} of {total}{place}: {row.note}"
+        worst = row.ratio or 0.0
         return f"drifted: {count} of {total}{place}, the worst at {worst:.3g} x the noise floor"
     if verdict is Verdict.INCOMPARABLE:
         differing = ", ".join(d.key for d in fields.get("case_differences", ()))
