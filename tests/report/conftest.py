@@ -48,6 +48,7 @@ def make(*, prompt: str = "a red three moving left", drifted: bool = True) -> Co
         ),
         cost=Cost(forwards=6, forwards_generation=40, seconds=0.1),
         media=(frame_media(others, frames, name="video/frames"),),
+        notes=("both sides were decoded by one VAE",),
         repeat="truestep check three --set guidance_scale=3.1",
     )
 

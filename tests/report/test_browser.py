@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from truestep.report.html import write_many
-from truestep.verdict import Comparison
+from truestep.verdict import Comparison, Results
 
 FLAGS = (
     "--headless=new",
@@ -104,6 +106,12 @@ def test_it_fits_and_follows_the_colour_scheme(
         "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     )
     assert overflow <= 0
+    picture = tmp_path / f"{scheme}-{width}.png"
+    assert browser.save_screenshot(str(picture))
+    with Image.open(picture) as image:
+        corner = image.convert("L").getpixel((1, 1))
+    assert isinstance(corner, int)
+    assert (corner > 128) == (scheme == "light")
     background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     brightness = sum(int(part) for part in background[4:-1].split(",")) / 3
     assert (brightness > 128) == (scheme == "light")
@@ -112,10 +120,44 @@ def test_it_fits_and_follows_the_colour_scheme(
 def test_the_download_is_the_json(
     browser: webdriver.Chrome, drifted: Comparison, tmp_path: Path
 ) -> None:
-    open_report(browser, tmp_path / "r.html", drifted)
-    text = browser.execute_async_script(
-        "const done = arguments[0];"
-        "fetch(document.getElementById('download').href).then(r => r.json())"
-        ".then(j => done(j.verdict), e => done(String(e)));"
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    browser.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)}
     )
-    assert text == drifted.verdict.value
+    open_report(browser, tmp_path / "r.html", drifted)
+    link = browser.find_element(By.ID, "download")
+    browser.execute_script("arguments[0].scrollIntoView()", link)
+    link.click()
+    file = folder / "truestep.json"
+    WebDriverWait(browser, 20).until(lambda _: file.exists())
+    results = Results.model_validate_json(file.read_text("utf-8"))
+    assert results.comparisons[0] == drifted.model_copy(update={"media": ()})
+
+
+def test_it_reads_without_javascript(
+    browser: webdriver.Chrome, drifted: Comparison, tmp_path: Path
+) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        open_report(browser, tmp_path / "r.html", drifted)
+        images = browser.find_elements(By.CSS_SELECTOR, ".triple img")
+        assert len(images) == 27
+        assert all(image.is_displayed() for image in images)
+        assert not browser.find_element(By.CSS_SELECTOR, ".scrub").is_displayed()
+        assert not browser.find_element(By.ID, "download").is_displayed()
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_the_rest_of_the_failing_rows_opens(
+    browser: webdriver.Chrome, drifted: Comparison, tmp_path: Path
+) -> None:
+    failing = drifted.failing * 2
+    open_report(browser, tmp_path / "r.html", drifted.model_copy(update={"rows": failing}))
+    link = browser.find_element(By.CSS_SELECTOR, "a[href='#all1']")
+    browser.execute_script("arguments[0].scrollIntoView()", link)
+    link.click()
+    rows = browser.find_elements(By.CSS_SELECTOR, ".all tbody tr")
+    assert len(rows) == len(failing)
+    assert rows[0].is_displayed()

@@ -17,7 +17,8 @@ from truestep.verdict import FrameTriple, Media
 MAGENTA = (255, 0, 255)
 """Colour of pixels that are not finite."""
 
-_LARGEST_GAIN = 2**20
+_LARGEST_GAIN = 2**24
+"""One rounding step of float32 below 1, half of 2^-24, then shows at half brightness."""
 
 
 def frame_media(
@@ -36,16 +37,20 @@ def frame_media(
         (from 1 on) at which the largest finite difference is not clipped, taken before rounding.
 
     Raises:
-        ValueError: The shapes differ or are not those of a video.
+        ValueError: The shapes differ or are not those of a video, or `limit` is below 1.
     """
-    if actual.shape != reference.shape or actual.ndim != 5 or actual.shape[1] != 3:
+    shape = actual.shape
+    if shape != reference.shape or len(shape) != 5 or shape[1] != 3 or not actual.numel():
         raise ValueError(f"not two videos: {tuple(actual.shape)} and {tuple(reference.shape)}")
-    total = actual.shape[2]
-    same = torch.equal(actual, reference)
-    count = min(3 if same else limit, total)
+    if limit < 1:
+        raise ValueError(f"limit is {limit}: at least one frame is shown")
+    actual, reference = actual[:1].detach().cpu(), reference[:1].detach().cpu()
+    total = shape[2]
+    same = actual.dtype == reference.dtype and torch.equal(actual, reference)
+    count = min(limit, total, 3) if same else min(limit, total)
     indices = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
-    theirs = reference[0][:, indices].detach().float()
-    own = theirs if same else actual[0][:, indices].detach().float()
+    theirs = reference[0][:, indices].float()
+    own = theirs if same else actual[0][:, indices].float()
     difference = (own - theirs).abs() / 2
     finite = difference[torch.isfinite(difference)]
     largest = float(finite.max()) if finite.numel() else 0.0

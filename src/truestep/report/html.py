@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,95 +16,143 @@ from truestep.files import write_text
 from truestep.verdict import Comparison, Results, Row, Verdict
 
 _LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
+_SIGNS = {"pass": "✓", "fail": "✕", "blocked": "⊘", "unsure": "?"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One mark of the step curve, in SVG units."""
+    """One mark of the step curve: where it is, its outline, and what it says."""
 
     x: float
     y: float
+    outline: str
     title: str
     failed: bool
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of the step curve: a stage, or a branch of it."""
+    """One line of the step curve: a stage, or a branch of it. `key` is its mark at (0, 0)."""
 
     name: str
     points: tuple[Point, ...]
     path: str
+    key: str
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Ratio to the noise floor over steps, on a logarithmic axis."""
+    """Ratio to the noise floor over steps, on a logarithmic axis; all in SVG units."""
 
-    width: int
-    height: int
     series: tuple[Series, ...]
     floor_y: float
-    bound_y: float
-    bound: float
+    bounds: tuple[tuple[float, float], ...]
     ticks: tuple[tuple[float, str], ...]
     steps: tuple[tuple[float, str], ...]
+    width: int = 720
+    height: int = 270
+    left: int = 58
+    right: int = 706
+    top: int = 20
+    bottom: int = 228
 
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 260, 64, 16, 14, 34
 _LEAST_RATIO = 1e-2
 """Ratios at or below this are drawn at the bottom edge (bit-equal tensors among them)."""
 
+_MOST_RATIO = 1e12
+"""Ratios above this, those that are not finite, and tensors without one are at the top edge."""
+
+_INSET = 12
+_OUTLINES = (
+    "a{r} {r} 0 1 0 {d} 0a{r} {r} 0 1 0 -{d} 0z",
+    "v-{r}h{d}v{d}h-{d}z",
+    "l{r} -{r} {r} {r} -{r} {r}z",
+    "v{r}h{d}l-{r} -{d}z",
+)
+"""Circle, square, diamond, triangle, drawn from their left corner; `d` is twice `r`."""
+
 
 def curve(rows: Sequence[Row]) -> Curve | None:
-    """Lay out the step curve; None where no judged row has a step."""
-    judged = [r for r in rows if r.step is not None and r.ratio is not None and r.floor]
-    if not judged:
+    """Lay out the step curve; None where no row that has a step was judged.
+
+    Several tensors of one stage, branch and step (modules) are one point: the worst of them.
+    """
+    judged = [r for r in rows if r.step is not None and _height(r) is not None]
+    if not any(r.floor for r in judged):
         return None
-    largest_step = max(r.step for r in judged if r.step is not None)
-    finite = [r.ratio for r in judged if r.ratio is not None and math.isfinite(r.ratio)]
-    bound = max(r.floor.bound for r in judged if r.floor)
-    top = 10.0 ** math.ceil(math.log10(max([*finite, bound, 1.0]) * 1.2))
+    steps = [r.step for r in judged if r.step is not None]
+    first, last = min(steps), max(steps)
+    heights = [h for r in judged if (h := _height(r)) is not None and h <= _MOST_RATIO]
+    bounds = sorted({r.floor.bound for r in judged if r.floor and 0 < r.floor.bound < _MOST_RATIO})
+    top = 10.0 ** math.ceil(math.log10(max([*heights, *bounds, 1.0]) * 1.2))
+    frame = Curve((), 0.0, (), (), ())
+    radius = 3.4 if last - first < 80 else 2.0
 
     def x_of(step: int) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * step / max(largest_step, 1), 1)
+        left, room = frame.left + _INSET, frame.right - frame.left - 2 * _INSET
+        return round(left + room * ((step - first) / (last - first) if last > first else 0.5), 1)
 
     def y_of(ratio: float) -> float:
-        clipped = min(max(ratio if math.isfinite(ratio) else top, _LEAST_RATIO), top)
+        clipped = min(max(ratio, _LEAST_RATIO), top)
         share = math.log10(clipped / _LEAST_RATIO) / math.log10(top / _LEAST_RATIO)
-        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share, 1)
+        return round(frame.bottom - (frame.bottom - frame.top) * share, 1)
 
-    series = []
-    for name in dict.fromkeys(_series_name(r) for r in judged):
-        own = sorted((r for r in judged if _series_name(r) == name), key=lambda r: r.step or 0)
-        points = tuple(
-            Point(
-                x_of(r.step or 0),
-                y_of(r.ratio or 0.0),
-                f"{r.name}: {r.verdict.value}, {number(r.ratio)} x floor",
-                not r.verdict.passed,
-            )
-            for r in own
-        )
-        path = " ".join(f"{'L' if i else 'M'}{p.x} {p.y}" for i, p in enumerate(points))
-        series.append(Series(name, points, path))
+    grouped: dict[str, dict[int, list[Row]]] = {}
+    for row in judged:
+        grouped.setdefault(_series_name(row), {}).setdefault(row.step or 0, []).append(row)
+    series: list[Series] = []
+    for name, by_step in grouped.items():
+        shape = _OUTLINES[len(series) % len(_OUTLINES)]
+        outline = shape.replace("{r}", f"{radius:g}").replace("{d}", f"{2 * radius:g}")
+        points, line, pen = [], "", "M"
+        for step in sorted(by_step):
+            worst = max(by_step[step], key=lambda r: _height(r) or 0.0)
+            height = _height(worst) or 0.0
+            x, y = x_of(step), y_of(height)
+            failed = any(not r.verdict.passed for r in by_step[step])
+            mark = f"M{x - radius:.1f} {y}{outline}"
+            points.append(Point(x, y, mark, _point_title(worst, len(by_step[step])), failed))
+            if height <= _MOST_RATIO:
+                line += f"{pen}{x} {y}"
+            pen = "L" if height <= _MOST_RATIO else "M"  # no line to or past what has no measure
+        series.append(Series(name, tuple(points), line, f"M-{radius:g} 0{outline}"))
     decades = range(round(math.log10(_LEAST_RATIO)), round(math.log10(top)) + 1)
-    stride = max(1, len(decades) // 8)
-    marks = range(0, largest_step + 1, max(1, math.ceil(largest_step / 10)))
+    marks = range(first, last + 1, max(1, math.ceil((last - first) / 10)))
     return Curve(
-        width=WIDTH,
-        height=HEIGHT,
         series=tuple(series),
         floor_y=y_of(1.0),
-        bound_y=y_of(bound),
-        bound=bound,
-        ticks=tuple((y_of(10.0**d), f"{10.0**d:g}") for d in list(decades)[::stride]),
+        bounds=tuple((y_of(bound), bound) for bound in bounds[:3]),
+        ticks=tuple((y_of(10.0**d), _power(d)) for d in decades[:: 1 + len(decades) // 9]),
         steps=tuple((x_of(step), str(step)) for step in marks),
     )
 
 
+def _height(row: Row) -> float | None:
+    """What is drawn of a row: its ratio, infinity if it failed without one, None for nothing."""
+    if row.ratio is not None and not math.isnan(row.ratio):
+        return row.ratio
+    return None if row.verdict.passed else math.inf
+
+
+def _power(exponent: int) -> str:
+    return f"{10.0**exponent:g}" if exponent < 4 else f"1e{exponent}"
+
+
 def _series_name(row: Row) -> str:
     return f"{row.stage} {row.branch}" if row.branch else row.stage or "tensors"
+
+
+def _point_title(row: Row, count: int) -> str:
+    found = f"step {row.step}, {row.name}: {row.verdict.value}"
+    if row.ratio is None:
+        found += f", not measured: {row.note}" if row.note else ", not measured"
+    else:
+        metric = row.ratio_metric or "rel_l2"
+        found += f", {number(row.ratio)} × floor ({metric})"
+        if row.metrics and row.floor and row.floor.rel_l2 and metric != "rel_l2":
+            found += f"; rel_l2 {number(row.metrics.rel_l2 / row.floor.rel_l2)} × floor"
+    return f"{found}; the worst of {count} tensors" if count > 1 else found
 
 
 def number(value: float | None) -> str:
@@ -107,7 +160,7 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else "infinite"
+        return "NaN" if math.isnan(value) else ("infinite" if value > 0 else "-infinite")
     return f"{value:.3g}" if 1e-2 <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"
 
 
@@ -122,31 +175,58 @@ def embedded_json(text: str) -> str:
     )
 
 
+def facts(case: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Key and value of everything a case says except its prompt, in its own order."""
+    return [
+        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for key, value in case.items()
+        if key != "prompt" and value not in (None, "", {}, [])
+    ]
+
+
+def sides(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """Key, candidate's value and reference's value of the environment that was recorded."""
+    own, theirs = comparison.actual.environment, comparison.reference.environment
+    return [(key, own.get(key, "-"), theirs.get(key, "-")) for key in sorted({*own, *theirs})]
+
+
 def render(comparisons: Sequence[Comparison]) -> str:
     """Render comparisons as one self-contained page, failing ones first.
 
     Args:
-        comparisons: At least one; read back from their JSON they render the same.
+        comparisons: Read back from their JSON they render the same.
+
+    Returns:
+        HTML whose content security policy lets it load nothing and run nothing but its own script.
     """
     import jinja2
+    from markupsafe import Markup, escape
 
+    def code(text: str) -> Markup:
+        """Escape a text and set what it has between backticks as code."""
+        return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(text))))
+
+    folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters.update(number=number, code=code, sign=_SIGNS.__getitem__)
+    script = (folder / "report.js").read_text("utf-8")
     ordered = sorted(comparisons, key=lambda c: c.verdict.passed)
-    results = Results.of(ordered)
     slim = [c.model_copy(update={"media": ()}) for c in ordered]  # frames are on the page already
     return environment.get_template("report.html").render(
         title=_title(ordered),
-        results=results,
         items=[(c, curve(c.rows), label(c.verdict)) for c in ordered],
         label=label,
+        facts=facts,
+        sides=sides,
         data=embedded_json(Results.of(slim).model_dump_json()),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
@@ -158,9 +238,13 @@ def label(verdict: Verdict) -> str:
 def _title(comparisons: Sequence[Comparison]) -> str:
     if len(comparisons) == 1:
         return comparisons[0].sentence
+    if not comparisons:
+        return "invalid: there was nothing to compare"
     failed = sum(not c.verdict.passed for c in comparisons)
+    counts = Counter(c.verdict.value for c in comparisons)
+    kinds = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     passed = len(comparisons) - failed
-    return f"{len(comparisons)} checks: {failed} did not pass, {passed} passed"
+    return f"{len(comparisons)} checks: {failed} did not pass, {passed} passed ({kinds})"
 
 
 def write_many(path: str | Path, comparisons: Iterable[Comparison]) -> None:
