@@ -1,47 +1,46 @@
-"""Noise floor look-up and the rule by size."""
+"""Noise floors: look-up, fitted tails, two outcomes, and what few runs can say."""
 
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from truestep.noise import (
     FREE_RUN,
+    Floor,
     FloorLookup,
     NoiseFloor,
     NoiseRun,
     RunMetrics,
+    Tail,
     analytic_floor,
-    bound_for,
     free_running,
-    judge,
     minimum_floor,
-    runs_to_decide,
-    size_rule,
+    modes,
+    pair_for,
+    sample_sizes,
+    spread_key,
+    stage_key,
 )
-from truestep.verdict import Metrics, Verdict
 
 
-def run(kind: str, pair: str = "float32/float32", **values: float) -> NoiseRun:
+def run(
+    kind: str, pair: str = "float32/float32", gain: float | None = None, **values: float
+) -> NoiseRun:
     tensors = tuple(
-        RunMetrics(name=name.replace("__", "/"), rel_l2=value, max_abs=4 * value)
+        RunMetrics(
+            name=name.replace("__", "/"),
+            rel_l2=value,
+            max_abs=4 * value,
+            structure={} if gain is None else {"gain": gain * value},
+        )
         for name, value in values.items()
     )
     return NoiseRun(kind=kind, detail="d", pair=pair, tensors=tensors)
-
-
-def metrics(rel_l2: float, max_abs: float = 0.0) -> Metrics:
-    return Metrics(
-        count=100,
-        rel_l2=rel_l2,
-        max_abs=max_abs,
-        max_abs_index=(0,),
-        cosine_distance=0.0,
-        norm_ratio=1.0,
-        gain=1.0,
-        rms_reference=2.0,
-    )
 
 
 FLOOR = NoiseFloor(
@@ -53,83 +52,161 @@ FLOOR = NoiseFloor(
 )
 
 
-def look(name: str, pair: str = "float32/float32", dtype: str = "float32") -> float:
-    found = FloorLookup(FLOOR, pair=pair).find(name, dtype=dtype)
+def find(
+    name: str, pair: str = "float32/float32", dtype: str = "float32", floor: NoiseFloor = FLOOR
+) -> Floor:
+    found = FloorLookup(floor, pair=pair).find(name, dtype=dtype)
     assert found is not None
-    return found.rel_l2
+    return found
+
+
+def many(count: int, *, spread: float = 0.1, seed: int = 0) -> NoiseFloor:
+    """A floor of `count` jitter runs, log-normal around 1e-6, with a gain of 5 % of the size."""
+    dice = random.Random(seed)
+    return NoiseFloor(
+        runs=tuple(
+            run(
+                "jitter",
+                gain=dice.gauss(0, 0.05),
+                step__0000__cond=1e-6 * math.exp(dice.gauss(0, spread)),
+            )
+            for _ in range(count)
+        )
+    )
 
 
 def test_the_floor_is_the_largest_benign_run_of_the_pair() -> None:
-    assert look("step/0000/cond") == 1e-6
-    assert look("step/0000/cond", "bfloat16/float32", "bfloat16") == 5e-3
+    assert find("step/0000/cond").used.rel_l2 == 1e-6
+    assert find("step/0000/cond", "bfloat16/float32", "bfloat16").used.rel_l2 == 5e-3
 
 
 def test_other_steps_share_the_stage_and_say_so() -> None:
-    found = FloorLookup(FLOOR, pair="float32/float32").find("step/0004/cond", dtype="float32")
-    assert found is not None
-    assert found.rel_l2 == 4e-6
-    assert "other steps" in found.detail
+    found = find("step/0004/cond")
+    assert found.used.rel_l2 == 4e-6
+    assert "other steps" in found.used.detail
 
 
 def test_another_pair_or_stage_has_no_measured_floor() -> None:
-    assert (
-        FloorLookup(FLOOR, pair="float16/float32").find("step/0000/cond", dtype="float16") is None
-    )
-    assert FloorLookup(FLOOR, pair="float32/float32").find("step/0000/uncond", dtype="f") is None
-    assert FloorLookup(None, pair="float32/float32").find("step/0000/cond", dtype="float32") is None
+    lookup = FloorLookup(FLOOR, pair="float16/float32")
+    assert lookup.find("step/0000/cond", dtype="float16") is None
+    lookup = FloorLookup(FLOOR, pair="float32/float32")
+    assert lookup.find("step/0000/uncond", dtype="float32") is None
+    lookup = FloorLookup(None, pair="float32/float32")
+    assert lookup.find("step/0000/cond", dtype="float32") is None
 
 
 def test_a_zero_floor_is_lifted_to_the_analytic_minimum() -> None:
     zero = NoiseFloor(runs=(run("repeat", schedule__sigmas=0.0),))
-    found = FloorLookup(zero, pair="float32/float32").find("schedule/sigmas", dtype="float32")
-    assert found is not None
-    assert found.rel_l2 == minimum_floor("float32") == 2 * 2.0**-23
-    assert "analytic minimum" in found.detail
+    found = find("schedule/sigmas", floor=zero)
+    assert found.used.rel_l2 == minimum_floor("float32") == 2 * 2.0**-23
+    assert "analytic minimum" in found.used.detail
+    assert found.tails["rel_l2"].surprise(10 * minimum_floor("float32")) < 1e-9
 
 
-def test_few_runs_widen_the_bound_and_the_count_that_decides_is_consistent() -> None:
-    assert bound_for(1) > bound_for(4) > bound_for(100) > 1
-    for ratio in (1.1, 1.5, 2.0, 3.9):
-        needed = runs_to_decide(ratio)
-        assert bound_for(needed) < ratio
-        assert bound_for(max(needed - 2, 1)) >= ratio
+def test_exact_dtypes_have_no_slack() -> None:
+    zero = NoiseFloor(runs=(run("repeat", schedule__experts=0.0),))
+    assert find("schedule/experts", dtype="int64", floor=zero).tails["rel_l2"].surprise(1e-12) == 0
 
 
-@pytest.mark.parametrize(
-    ("rel_l2", "max_abs", "verdict"),
-    [
-        (4e-6, 0.0, Verdict.EQUIVALENT),
-        (8e-6, 0.0, Verdict.INCONCLUSIVE),
-        (4e-5, 0.0, Verdict.DRIFTED),
-        (1e-9, 1e-2, Verdict.DRIFTED),  # one wrong element in a sea of right ones
-    ],
+def test_nothing_up_to_the_largest_benign_value_is_surprising() -> None:
+    tail = find("step/0000/cond", floor=many(12)).tails["rel_l2"]
+    assert tail.surprise(tail.largest) == 1.0
+    assert tail.surprise(tail.largest * 1.01) < 0.5
+    assert tail.surprise(math.nan) == 0.0
+
+
+def test_few_runs_make_wider_tails() -> None:
+    criticals = [
+        find("step/0000/cond", floor=many(n, seed=3)).tails["rel_l2"].critical(1e-6)
+        for n in (1, 4, 20, 200)
+    ]
+    assert criticals == sorted(criticals, reverse=True)
+    assert criticals[-1] < 2e-6 < criticals[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.floats(1e-9, 1e3),
+    st.floats(0.05, 1.0),
+    st.floats(2, 200),
+    st.integers(1, 100),
+    st.floats(1e-9, 1e-3),
 )
-def test_the_rule_by_size(rel_l2: float, max_abs: float, verdict: Verdict) -> None:
-    floor = FloorLookup(FLOOR, pair="float32/float32").find("step/0009/cond", dtype="float32")
-    assert floor is not None
-    found, ratio, metric, note = judge(metrics(rel_l2, max_abs), floor)
-    assert found is verdict
-    assert ratio > 0
-    assert metric == ("max_abs" if max_abs else "rel_l2")
-    assert ("benign runs would decide" in note) == (verdict is Verdict.INCONCLUSIVE)
+def test_critical_is_where_the_surprise_is_the_rate(
+    scale: float, spread: float, freedom: float, count: int, rate: float
+) -> None:
+    tail = Tail(scale, spread, freedom, count, largest=0.0)
+    critical = tail.critical(rate)
+    if critical / scale < 1e5:
+        lifted = Tail(scale, spread, freedom, count, largest=scale)
+        assert lifted.surprise(critical) == pytest.approx(rate, rel=1e-4)
 
 
-def test_nan_metrics_never_pass() -> None:
-    floor = analytic_floor("float32", "float32")
-    assert judge(metrics(math.nan), floor)[0] is Verdict.INVALID
+def test_the_fitted_tail_keeps_its_false_alarm_rate() -> None:
+    """Benign values drawn from the same law are surprising at 1 % about once in a hundred."""
+    dice = random.Random(1)
+    alarms = trials = 0
+    for seed in range(60):
+        tail = find("step/0000/cond", floor=many(30, spread=0.2, seed=seed)).tails["rel_l2"]
+        for _ in range(50):
+            trials += 1
+            alarms += tail.surprise(1e-6 * math.exp(dice.gauss(0, 0.2))) < 0.01
+    assert 0.002 < alarms / trials < 0.02
+
+
+def test_a_gain_is_set_against_the_gains_of_benign_runs() -> None:
+    tail = find("step/0000/cond", floor=many(40)).tails["gain"]
+    assert tail.surprise(0.05e-6) > 0.1
+    assert tail.surprise(-1e-6) < 1e-6  # a gain as large as the whole noise
+
+
+def test_two_outcomes_are_recognised() -> None:
+    assert modes([1e-6, 1.2e-6, 3e-3, 3.1e-3]) == ([1e-6, 1.2e-6], [3e-3, 3.1e-3])
+    assert modes([1e-6, 2e-6, 0.0]) == ([], [1e-6, 2e-6])
+    values = [1e-6, 1.1e-6, 0.9e-6, 3e-3, 3e-3 * 1.01]
+    flips = NoiseFloor(runs=tuple(run("repeat", step__0000__cond=v) for v in values))
+    found = find("step/0000/cond", floor=flips)
+    assert "two outcomes: 3 runs near 1.0e-06, 2 near 3.0e-03" in found.used.detail
+    assert found.tails["rel_l2"].surprise(3.05e-3) > 0.1
+    assert found.tails["rel_l2"].surprise(3e-2) < 1e-4
+
+
+def test_runs_to_decide_are_enough() -> None:
+    tail = find("step/0000/cond", floor=many(3)).tails["rel_l2"]
+    value = tail.critical(1e-6) * 0.7
+    assert tail.surprise(value) > 1e-6 >= tail.surprise(value, known=True)
+    needed = tail.runs_to_decide(value, 1e-6)
+    assert Tail(tail.scale, tail.spread, tail.freedom + needed, needed, 0.0).surprise(value) < 1e-6
+
+
+def test_equal_runs_are_one_piece_of_evidence() -> None:
+    twice = NoiseFloor(runs=(run("batch", step__0000__cond=1e-6),) * 5)
+    once = NoiseFloor(runs=(run("batch", step__0000__cond=1e-6),))
+    name = "step/0000/cond"
+    assert find(name, floor=twice).tails["rel_l2"] == find(name, floor=once).tails["rel_l2"]
 
 
 def test_the_analytic_floor_scales_with_the_coarser_side_and_is_named() -> None:
     fine, coarse = analytic_floor("float32", "float32"), analytic_floor("float32", "bfloat16")
-    assert coarse.rel_l2 > 1000 * fine.rel_l2
-    assert coarse.source == "analytic"
-    assert "no floor was measured" in coarse.detail
-    assert "analytic" in size_rule([coarse]).text
+    assert coarse.used.rel_l2 > 1000 * fine.used.rel_l2
+    assert coarse.used.source == "analytic"
+    assert "no floor was measured" in coarse.used.detail
 
 
-def test_exact_dtypes_have_no_slack() -> None:
-    floor = analytic_floor("int64", "int64")
-    assert judge(metrics(1e-9), floor)[0] is Verdict.DRIFTED
+def test_names_are_grouped() -> None:
+    assert stage_key("step/0007/cond") == "step/*/cond"
+    assert stage_key("float32/step/0007/cond") == "float32/step/*/cond"
+    assert spread_key("step/0007/uncond") == spread_key("step/0000/cond") == "step/*/prediction"
+    assert spread_key("float32/step/0007/cond") == "float32/step/*/prediction"
+    assert spread_key("latent/final") == spread_key("step/0003/latent")
+    assert spread_key("text/cond") == spread_key("text/uncond")
+    assert pair_for("float32/step/0000/cond", "bfloat16/bfloat16") == "float32/float32"
+    assert pair_for("step/0000/cond", "bfloat16/bfloat16") == "bfloat16/bfloat16"
+
+
+def test_samples_are_weighed_by_the_first_run_that_has_noise_everywhere() -> None:
+    assert sample_sizes(FLOOR.runs) == {"step/0000/cond": 1e-6, "step/0009/cond": 4e-6}
+    assert sample_sizes(FLOOR.runs[:1]) == {}
 
 
 def test_free_runs_are_kept_apart() -> None:

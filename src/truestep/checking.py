@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from truestep.case import Case
 from truestep.environment import library_version
 from truestep.errors import ReferenceNotFoundError, UsageError
-from truestep.noise import NoiseFloor, free_running, pair_of
+from truestep.noise import (
+    RAISED,
+    SAMPLES,
+    NoiseFloor,
+    free_running,
+    is_prediction,
+    pair_of,
+    sample_sizes,
+)
 from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
 
 if TYPE_CHECKING:
@@ -134,11 +142,13 @@ def check_pipeline(
 
 @dataclass(frozen=True)
 class _Run:
-    """What the candidate gave, and the names of the recorded tensors that it answers to."""
+    """What the candidate gave, the names of the recorded tensors that it answers to, and what it
+    could not be asked."""
 
     depth: Depth
     replayed: Replay
     wanted: tuple[str, ...]
+    unseen: str = ""
 
 
 class _Judge(TypedDict):
@@ -169,18 +179,61 @@ def _steps(
 
     chosen = chosen_steps(recording, steps)
     replayed = replay(pipe, recording, steps=chosen, progress=progress, label="check")
-    return _Run("steps", replayed, _looked_at(recording, chosen))
+    replayed, unseen = _with_raised(pipe, recording, replayed, chosen)
+    wanted = _looked_at(recording, chosen)
+    if unseen:
+        wanted = tuple(name for name in wanted if not name.startswith(RAISED))
+    return _Run("steps", replayed, wanted, unseen)
+
+
+def _with_raised(
+    pipe: Pipeline, recording: Recording, replayed: Replay, chosen: tuple[int, ...]
+) -> tuple[Replay, str]:
+    """Add the stages raised to a higher precision, where the reference has them.
+
+    Returns:
+        The replay, and why it could not be raised, if so.
+    """
+    from truestep.recording.raised import raised_precision, raised_replay
+    from truestep.recording.replay import Replay
+
+    recorded = [name for name in recording if name.startswith(RAISED)]
+    if not recorded:
+        return replayed, ""
+    precision = recorded[0].partition("/")[0]
+    if raised_precision(pipe.settings.dtype) != precision:
+        return replayed, f"{precision} replay of a {pipe.settings.dtype} candidate"
+    try:
+        more = raised_replay(pipe, recording, steps=chosen, precision=precision)
+    except (TypeError, RuntimeError) as error:
+        return replayed, f"{precision} replay ({str(error).splitlines()[0]})"
+    answered = [name for name in more.outputs if name in recording]
+    failed = [text for text in more.failures.values() if text]
+    if failed and not answered:
+        return replayed, f"{precision} replay (the candidate raised {failed[0]})"
+    return Replay(
+        outputs={**replayed.outputs, **more.outputs},
+        failures={**replayed.failures, **more.failures},
+        effects={**replayed.effects, **more.effects},
+    ), ""
 
 
 def _rows(run: _Run, recording: Recording, judge: _Judge) -> list[Row]:
     from truestep.comparison.matching import compare_tensors
+    from truestep.comparison.structure import sample_mean
+    from truestep.recording.names import address
 
     expected = {name: recording[name] for name in run.wanted}
-    rows = compare_tensors(
-        {k: v for k, v in run.replayed.outputs.items() if k in expected or k.startswith("text/")},
-        expected,
-        **judge,
-    )
+    actual = {
+        k: v for k, v in run.replayed.outputs.items() if k in expected or address(k).stage == "text"
+    }
+    floor = judge["floor"]
+    sizes = sample_sizes(r for r in floor.runs if r.pair == judge["pair"]) if floor else {}
+    if set(sizes) == {name for name in expected if is_prediction(name)}:
+        mean = sample_mean(actual, expected, sizes)
+        if mean is not None:
+            actual[SAMPLES], expected[SAMPLES] = mean
+    rows = compare_tensors(actual, expected, **judge)
     rows = [_text_by_effect(row, run.replayed, recording, judge) for row in rows]
     return [_failed(row, run.replayed) for row in rows]
 
@@ -276,6 +329,8 @@ def _coverage(recording: Recording, run: _Run) -> tuple[tuple[str, ...], tuple[s
         if total > len(predicted)
         else []
     )
+    if run.unseen:
+        unseen.append(run.unseen)
     if "video/frames" not in recording:
         unseen.append("decoding (the reference holds no frames)")
     return tuple(looked), (*unseen, "accumulation over a free run (--depth final)")

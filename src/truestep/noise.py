@@ -1,18 +1,28 @@
-"""Noise floor: how far a trusted run is from itself under benign variation, and the rule by size.
+"""Noise floor: how far a trusted run is from itself under benign variation.
 
-Pure: no I/O, no torch, no knowledge of how the runs were made.
+Pure: no I/O, no torch, no knowledge of how the runs were made. Values are kept run by run and
+relative to the reference (rel_l2, and everything else over the reference's rms), so that a floor
+measured at some steps can judge the others.
 
-Floors are kept run by run and relative (rel_l2, and max_abs over the reference's rms), so that a
-floor measured at some steps can judge the others.
+A tensor's floor is more than its largest benign value: from the runs a tail is fitted that says
+how surprising a larger value would be. Sizes (norms) are log-normal to good approximation, with a
+spread that is shared by all tensors of a stage; statistics with a sign (gain) are normal around
+zero. Few runs make wider tails (Student's t), and a prior, chosen on the public fault corpus,
+stands in where there are hardly any.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 
 from pydantic import Field
 
-from truestep.verdict import Float, FloorUsed, Metrics, Record, Rule, Verdict
+from truestep.verdict import Float, FloorUsed, Record
 
 EPSILON = {
     "float64": 2.0**-52,
@@ -40,13 +50,43 @@ PEAK_SIGMA = 16.0
 ANALYTIC_BOUND = 4.0
 """Above this multiple of an analytic floor a result is drifted; below it, inconclusive."""
 
+SIGNED = frozenset({"gain"})
+"""Statistics with a sign, zero on average where there is no structure."""
+
+SHARE_OF_MINIMUM: Mapping[str, float] = {
+    "rel_l2": 1.0,
+    "max_abs": PEAK_SIGMA,
+    "gain": 0.25,
+    "channel_mean": 0.25,
+    "frame_energy": 2.0,
+    "row_energy": 2.0,
+    "token_energy": PEAK_SIGMA / 2,
+}
+"""Least floor of each statistic, in multiples of that of rel_l2. A constant that was folded into a
+weight moves the gain by up to half an epsilon, a quarter of the float32 minimum."""
+
+PRIOR_SPREAD, PRIOR_FREEDOM = 0.15, 10.0
+"""What is assumed of the log-spread of benign sizes before any is measured, and its weight in runs:
+kinds of benign change measured 0.02 to 0.3 on the fault corpus's subjects (`bench/faults`)."""
+
+LEAST_SPREAD = 0.06
+"""A benign change of a kind that was not tried may well be this much larger."""
+
+MODE_GAP = math.log(4.0)
+"""Benign values further apart than this factor are two outcomes, not one spread."""
+
 
 class RunMetrics(Record):
-    """Distance of one tensor of one benign run from the reference."""
+    """Distance of one tensor of one benign run from the reference, and the residual's structure."""
 
     name: str
     rel_l2: Float
     max_abs: Float = Field(description="over the rms of the reference")
+    structure: dict[str, Float] = Field(default_factory=dict, description="over the same rms")
+
+    def values(self) -> dict[str, float]:
+        """Every statistic by name."""
+        return {"rel_l2": self.rel_l2, "max_abs": self.max_abs, **self.structure}
 
 
 class NoiseRun(Record):
@@ -68,15 +108,59 @@ class NoiseFloor(Record):
         return tuple(sorted({run.pair for run in self.runs}))
 
 
+RAISED = ("float32/", "float64/")
+"""Prefixes of what a stage gives with weights and arithmetic raised to that precision."""
+
+
 def stage_key(name: str) -> str:
     """Name without its step: floors of one stage are shared over steps (`step/*/cond`)."""
     parts = name.split("/")
-    return "/".join(["step", "*", *parts[2:]]) if parts[0] == "step" and len(parts) > 2 else name
+    at = 1 if parts[0] + "/" in RAISED else 0
+    if parts[at] == "step" and len(parts) > at + 2:
+        return "/".join([*parts[: at + 1], "*", *parts[at + 2 :]])
+    return name
+
+
+def spread_key(name: str) -> str:
+    """Names whose benign values share a spread: those of a stage, whatever the branch or step."""
+    key = stage_key(name)
+    head, _, last = key.rpartition("/")
+    if head.endswith("step/*"):
+        return key if last in {"latent", "guided"} else f"{head}/prediction"
+    return {"latent/final": "step/*/latent"}.get(key, head or key)
+
+
+SAMPLES = "samples/prediction"
+"""Name of the mean over all predictions, each weighted by the inverse of its noise."""
+
+
+def is_prediction(name: str) -> bool:
+    """Whether a name is of a prediction in the working precision."""
+    return spread_key(name) == "step/*/prediction"
+
+
+def sample_sizes(runs: Iterable[NoiseRun]) -> dict[str, float]:
+    """Noise of each prediction in the first run that has any: weights of their mean.
+
+    Returns:
+        Name to rel_l2; empty until a run made every prediction that it replayed differ.
+    """
+    for run in runs:
+        found = {m.name: m.rel_l2 for m in run.tensors if is_prediction(m.name)}
+        if len(found) > 1 and all(found.values()):
+            return found
+    return {}
 
 
 def pair_of(actual_dtype: str, reference_dtype: str) -> str:
     """Name of a pair of working precisions, candidate first."""
     return f"{actual_dtype}/{reference_dtype}"
+
+
+def pair_for(name: str, pair: str) -> str:
+    """The pair that a tensor is judged with: raised ones have the precision they were raised to."""
+    prefix = next((p for p in RAISED if name.startswith(p)), None)
+    return pair_of(prefix[:-1], prefix[:-1]) if prefix else pair
 
 
 def coarser(first: str, second: str) -> str:
@@ -89,32 +173,126 @@ def minimum_floor(dtype: str) -> float:
     return MINIMUM_ULPS.get(dtype, 0.5) * EPSILON.get(dtype, 0.0)
 
 
-def analytic_floor(actual_dtype: str, reference_dtype: str) -> FloorUsed:
+@dataclass(frozen=True)
+class Tail:
+    """How surprising a value of one statistic would be among benign runs.
+
+    Attributes:
+        scale: Typical benign value: geometric mean, or rms of a signed statistic.
+        spread: Standard deviation of the logarithm; 0 for a signed statistic.
+        freedom: Degrees of freedom of spread (or of the rms); inf where nothing is estimated.
+        count: Distinct benign values of this very tensor.
+        largest: Largest benign value, or the analytic minimum.
+    """
+
+    scale: float
+    spread: float
+    freedom: float
+    count: int
+    largest: float
+
+    def surprise(self, value: float, *, known: bool = False) -> float:
+        """Probability that a benign run gives `value` or more; 1 up to the largest seen.
+
+        Args:
+            value: Its magnitude counts.
+            known: As if the tail were known exactly, not from few runs.
+        """
+        value = abs(value)
+        if math.isnan(value) or value > self.largest * 1e6:
+            return 0.0
+        if value <= self.largest:
+            return 1.0
+        if not self.spread:
+            return 2.0 * _student(-value / self.scale, math.inf if known else self.freedom)
+        distance = math.log(value / self.scale) / self._width(known)
+        return _student(-distance, math.inf if known else self.freedom)
+
+    def critical(self, rate: float) -> float:
+        """Smallest value that is more surprising than `rate`."""
+        from scipy.special import ndtri, stdtrit
+
+        def deviations(share: float) -> float:
+            inverse = ndtri(share) if math.isinf(self.freedom) else stdtrit(self.freedom, share)
+            return -float(inverse)
+
+        if not self.spread:
+            return max(self.scale * deviations(rate / 2), self.largest)
+        exponent = min(self._width(False) * deviations(rate), 700.0)
+        return max(self.scale * math.exp(exponent), self.largest)
+
+    def runs_to_decide(self, value: float, rate: float) -> int:
+        """Benign runs after which `value` would be more surprising than `rate`, all else equal."""
+        for runs in (10, 20, 30, 50, 100, 200, 500, 1000):
+            more = Tail(self.scale, self.spread, self.freedom + runs, self.count + runs, 0.0)
+            if more.surprise(value) < rate:
+                return runs
+        return 1000
+
+    def _width(self, known: bool) -> float:
+        return self.spread * math.sqrt(1.0 + (0.0 if known else 1.0 / max(self.count, 1)))
+
+
+def _student(t: float, freedom: float) -> float:
+    from scipy.special import ndtr, stdtr
+
+    return float(ndtr(t) if math.isinf(freedom) else stdtr(freedom, t))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What judges one tensor: a floor by size for the report, and a tail for each statistic.
+
+    Without tails (analytic floors, tolerances) the size alone is judged, by ratio.
+    """
+
+    used: FloorUsed
+    tails: Mapping[str, Tail] = field(default_factory=dict)
+
+
+def analytic_floor(actual_dtype: str, reference_dtype: str) -> Floor:
     """Precision-scaled default floor for a pair of dtypes, where none was measured."""
     dtype = coarser(actual_dtype, reference_dtype)
     ulps = DEFAULT_ULPS.get(dtype, 1.0)
     rel_l2 = ulps * EPSILON.get(dtype, 0.0)
-    return FloorUsed(
-        rel_l2=rel_l2,
-        max_abs=PEAK_SIGMA * rel_l2,
-        bound=ANALYTIC_BOUND,
-        source="analytic",
-        pair=pair_of(actual_dtype, reference_dtype),
-        detail=f"{ulps:g} x epsilon of {dtype}; no floor was measured",
+    return Floor(
+        FloorUsed(
+            rel_l2=rel_l2,
+            max_abs=PEAK_SIGMA * rel_l2,
+            bound=ANALYTIC_BOUND,
+            source="analytic",
+            pair=pair_of(actual_dtype, reference_dtype),
+            detail=f"{ulps:g} x epsilon of {dtype}; no floor was measured",
+        )
     )
 
 
-def bound_for(runs: int) -> float:
-    """Multiple of the largest benign value above which a result is drifted.
+def tolerance_floor(tolerance: float, *, pair: str) -> Floor:
+    """A user's limit on rel_l2."""
+    return Floor(
+        FloorUsed(
+            rel_l2=tolerance,
+            max_abs=math.inf,
+            bound=1.0,
+            source="tolerance",
+            pair=pair,
+            detail="given by the user",
+        )
+    )
 
-    Widens as 1 + 3/sqrt(n): with few runs the largest of them says little about the next one.
+
+def modes(values: Iterable[float]) -> tuple[list[float], list[float]]:
+    """Split positive values at their widest gap if it is wide enough to be two outcomes.
+
+    Returns:
+        The lower and the upper outcome's values, sorted; the lower is empty where there is one.
     """
-    return 1.0 + 3.0 / math.sqrt(max(runs, 1))
-
-
-def runs_to_decide(ratio: float) -> int:
-    """Benign runs after which a result at `ratio` times the floor is no longer inconclusive."""
-    return math.ceil((3.0 / (ratio - 1.0)) ** 2) + 1 if ratio > 1 else 0
+    ordered = sorted(v for v in values if v > 0)
+    gaps = [math.log(b / a) for a, b in pairwise(ordered)]
+    if not gaps or max(gaps) < MODE_GAP:
+        return [], ordered
+    at = gaps.index(max(gaps)) + 1
+    return ordered[:at], ordered[at:]
 
 
 class FloorLookup:
@@ -128,8 +306,10 @@ class FloorLookup:
                 continue
             for metrics in run.tensors:
                 self._by_name.setdefault(metrics.name, []).append((run, metrics))
+        self._spreads: dict[tuple[str, str], tuple[float, float]] = {}
+        self._scales: dict[str, tuple[float, float]] = {}
 
-    def find(self, name: str, *, dtype: str) -> FloorUsed | None:
+    def find(self, name: str, *, dtype: str, structure: bool = True) -> Floor | None:
         """Floor of a tensor, or None if no run covers its stage.
 
         Runs at the tensor's own step are preferred; otherwise all steps of its stage count.
@@ -137,88 +317,125 @@ class FloorLookup:
         Args:
             name: Tensor name, e.g. `step/0007/cond`.
             dtype: Coarser stored dtype of the two tensors; bounds the floor from below.
+            structure: Fit the tails of structure statistics too.
         """
         exact = self._by_name.get(name)
-        found = exact or self._of_stage(stage_key(name))
+        found = exact or [
+            item for other in self._of_stage(stage_key(name)) for item in self._by_name[other]
+        ]
         if not found:
             return None
-        largest_run, largest = max(found, key=lambda item: item[1].rel_l2)
         least = minimum_floor(dtype)
-        count = len({id(run) for run, _ in found})
+        own = [m for _, m in found]
+        wanted = {key: None for m in own for key in m.structure} if structure else {}
+        tails = {
+            key: self._tail(key, own, name, least * SHARE_OF_MINIMUM[key])
+            for key in ("rel_l2", "max_abs", *wanted)
+            if key in SHARE_OF_MINIMUM
+        }
+        return Floor(self._used(found, tails, least, dtype, own_step=exact is not None), tails)
+
+    def _tail(self, statistic: str, found: Sequence[RunMetrics], name: str, least: float) -> Tail:
+        values = _distinct(m for m in found if m.rel_l2 > 0)
+        seen = [abs(v) for m in values if (v := m.values().get(statistic)) is not None and v != 0]
+        largest = max([least, *seen])
+        if statistic in SIGNED:
+            size = _geometric([m.rel_l2 for m in values])
+            rms, freedom = self._signed_scale(statistic, spread_key(name))
+            scale = max(size * rms, least / 3)
+            return Tail(scale, 0.0, freedom, len(seen), largest)
+        _, upper = modes(seen)
+        spread, freedom = self._spread(statistic, spread_key(name))
+        if not upper or max(upper) <= least:  # bit-equal, or below what can be told apart
+            return Tail(least, max(spread, LEAST_SPREAD), math.inf, len(seen), least)
+        return Tail(max(_geometric(upper), least / 2), spread, freedom, len(upper), largest)
+
+    def _spread(self, statistic: str, key: str) -> tuple[float, float]:
+        """Log-spread of a size within the tensors of a stage, and its degrees of freedom."""
+        if (statistic, key) not in self._spreads:
+            squares, freedom = PRIOR_FREEDOM * PRIOR_SPREAD**2, PRIOR_FREEDOM
+            for name, items in self._by_name.items():
+                if spread_key(name) != key:
+                    continue
+                values = [
+                    m.values().get(statistic, 0.0)
+                    for m in _distinct(m for _, m in items if m.rel_l2 > 0)
+                ]
+                _, upper = modes(abs(v) for v in values)
+                logs = [math.log(v) for v in upper]
+                mean = sum(logs) / len(logs) if logs else 0.0
+                squares += sum((v - mean) ** 2 for v in logs)
+                freedom += max(len(logs) - 1, 0)
+            spread = max(math.sqrt(squares / freedom), LEAST_SPREAD)
+            self._spreads[statistic, key] = spread, freedom
+        return self._spreads[statistic, key]
+
+    def _signed_scale(self, statistic: str, key: str) -> tuple[float, float]:
+        """Rms of a signed statistic over rel_l2 within a stage, and its degrees of freedom."""
+        if statistic + key not in self._scales:
+            shares = [
+                m.structure[statistic] / m.rel_l2
+                for name, items in self._by_name.items()
+                if spread_key(name) == key
+                for m in _distinct(m for _, m in items if m.rel_l2 > 0)
+                if statistic in m.structure
+            ]
+            count = max(len(shares), 1)
+            rms = math.sqrt(sum(v * v for v in shares) / count)
+            self._scales[statistic + key] = rms, float(count)
+        return self._scales[statistic + key]
+
+    def _used(
+        self,
+        found: Sequence[tuple[NoiseRun, RunMetrics]],
+        tails: Mapping[str, Tail],
+        least: float,
+        dtype: str,
+        *,
+        own_step: bool,
+    ) -> FloorUsed:
+        """The floor as the report shows it; the rule fills in the bound."""
+        largest_run, largest = max(found, key=lambda item: item[1].rel_l2)
+        lower, upper = modes(m.rel_l2 for _, m in found)
+        if largest.rel_l2 > least:
+            detail = f"largest: {largest_run.kind} ({largest_run.detail})"
+        else:
+            detail = f"analytic minimum of {dtype} (benign runs: {largest.rel_l2:.1e})"
+        if lower and upper and max(upper) > least:
+            detail += (
+                f"; two outcomes: {len(lower)} runs near {_geometric(lower):.1e}, "
+                f"{len(upper)} near {_geometric(upper):.1e}"
+            )
+        if not own_step:
+            detail += "; measured at other steps of this stage"
         return FloorUsed(
-            rel_l2=max(largest.rel_l2, least),
-            max_abs=max(max(m.max_abs for _, m in found), PEAK_SIGMA * least),
-            bound=bound_for(count),
+            rel_l2=tails["rel_l2"].largest,
+            max_abs=tails["max_abs"].largest,
+            bound=1.0,
             source="measured",
             pair=self._pair,
-            runs=count,
-            detail=(
-                f"largest: {largest_run.kind} ({largest_run.detail})"
-                if largest.rel_l2 > least
-                else f"analytic minimum of {dtype} (benign runs: {largest.rel_l2:.1e})"
-            )
-            + ("" if exact else "; measured at other steps of this stage"),
+            runs=len({id(run) for run, _ in found}),
+            detail=detail,
         )
 
-    def _of_stage(self, key: str) -> list[tuple[NoiseRun, RunMetrics]]:
-        return [
-            item
-            for name, items in self._by_name.items()
-            if stage_key(name) == key
-            for item in items
-        ]
+    @cached_property
+    def _stages(self) -> Mapping[str, list[str]]:
+        by_stage = defaultdict(list)
+        for name in self._by_name:
+            by_stage[stage_key(name)].append(name)
+        return by_stage
+
+    def _of_stage(self, key: str) -> list[str]:
+        return self._stages.get(key, [])
 
 
-def judge(metrics: Metrics, floor: FloorUsed) -> tuple[Verdict, float, str, str]:
-    """Verdict by size of a finite, non-constant, not identical pair.
-
-    Returns:
-        Verdict, largest ratio, the metric it is of, and a note.
-    """
-    relative_peak = _over(metrics.max_abs, metrics.rms_reference)
-    ratios = {
-        "rel_l2": _over(metrics.rel_l2, floor.rel_l2),
-        "max_abs": _over(relative_peak, floor.max_abs),
-    }
-    metric = max(ratios, key=lambda key: ratios[key])
-    ratio = ratios[metric]
-    if any(math.isnan(value) for value in ratios.values()):
-        return Verdict.INVALID, math.nan, metric, "a metric is not a number"
-    if ratio <= 1.0:
-        return Verdict.EQUIVALENT, ratio, metric, ""
-    if ratio > floor.bound:
-        return Verdict.DRIFTED, ratio, metric, ""
-    if floor.source == "analytic":
-        note = "between the analytic floor and its bound: measure a floor to decide"
-    else:
-        note = f"between floor and bound: {runs_to_decide(ratio)} benign runs would decide"
-    return Verdict.INCONCLUSIVE, ratio, metric, note
+def _distinct(metrics: Iterable[RunMetrics]) -> list[RunMetrics]:
+    """Runs that gave the very same numbers are one piece of evidence, not several."""
+    return list({(m.name, m.rel_l2, m.max_abs): m for m in metrics}.values())
 
 
-def _over(value: float, floor: float) -> float:
-    """value / floor; nothing over nothing is 0, and an infinite floor judges nothing."""
-    if floor > 0:
-        return 0.0 if math.isinf(floor) else value / floor
-    return math.inf if value > 0 else 0.0
-
-
-def size_rule(floors: list[FloorUsed]) -> Rule:
-    """The rule that judged these rows, in one sentence with its numbers."""
-    sources = sorted({f.source for f in floors})
-    if sources == ["tolerance"]:
-        limit = max((f.rel_l2 for f in floors), default=0.0)
-        return Rule(name="tolerance", text=f"user tolerance: rel_l2 <= {limit:.3g}")
-    bounds = sorted({round(f.bound, 2) for f in floors})
-    span = f"{bounds[0]:g} to {bounds[-1]:g}" if len(bounds) > 1 else f"{max(bounds, default=1):g}"
-    pairs = ", ".join(sorted({f.pair for f in floors}))
-    return Rule(
-        name="size/1",
-        text=(
-            f"size against the {' and '.join(sources) or 'no'} noise floor ({pairs}): "
-            f"rel_l2 and max_abs at most 1 x floor is equivalent, above {span} x drifted, "
-            "between is inconclusive"
-        ),
-    )
+def _geometric(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values)) if values else 0.0
 
 
 FREE_RUN = "run/final"

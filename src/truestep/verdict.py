@@ -144,6 +144,19 @@ class FloorUsed(Record):
     detail: str = ""
 
 
+class Statistic(Record):
+    """One structure statistic of a residual, over the reference's rms (see `truestep.rule`).
+
+    `floor` is its largest benign value, `bound` the multiple of it above which it is drifted.
+    """
+
+    name: str
+    value: Float
+    floor: Float
+    bound: Float
+    ratio: Float
+
+
 class Row(Record):
     """One tensor of a comparison."""
 
@@ -157,8 +170,9 @@ class Row(Record):
     reference: TensorInfo | None = None
     metrics: Metrics | None = None
     floor: FloorUsed | None = None
-    ratio: Float | None = Field(default=None, description="largest metric / floor")
-    ratio_metric: str | None = Field(default=None, description="the metric that `ratio` is of")
+    ratio: Float | None = Field(default=None, description="the deciding statistic / its floor")
+    ratio_metric: str | None = Field(default=None, description="the statistic that `ratio` is of")
+    statistics: tuple[Statistic, ...] = Field(default=(), description="structure of the residual")
     note: str = ""
 
     @property

@@ -96,7 +96,7 @@ def test_check_passes_and_ends_with_the_sentence(project: Run) -> None:
     assert code == 0
     lines = out.splitlines()
     assert lines[0].startswith("PASSED identical ")
-    assert lines[-2].startswith("identical: 21 tensors agree bit for bit")
+    assert lines[-2].startswith("identical: 22 tensors agree bit for bit")
     assert lines[-1] == "repeat: truestep check three"
 
 
@@ -194,7 +194,7 @@ def test_show_names_what_a_recording_holds(project: Run, tmp_path: Path) -> None
     code, out, _ = project("show", str(path))
     assert code == 0
     assert "prompt     a red three moving left" in out
-    assert "floor      float32/float32: 7 runs (batch, jitter, precision, repeat, threads)" in out
+    assert "floor      float32/float32: 9 runs (attention, batch, jitter, " in out
     assert "... " in out
     code, out, _ = project("show", str(path), "--json")
     assert json.loads(out)["case"]["prompt"] == "a red three moving left"

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from truestep import noise
 from truestep.comparison.distance import distance, distance_to_itself, is_constant, same_bits
+from truestep.comparison.structure import structure
 from truestep.environment import library_version
 from truestep.errors import UsageError
 from truestep.recording.names import Address, address
+from truestep.rule import SIZES, Measured, Outcome, bounded, judge, rule_of
 from truestep.verdict import (
     Comparison,
     Divergence,
-    FloorUsed,
     Metrics,
     Row,
     Rule,
@@ -58,7 +59,8 @@ def compare_tensors(
             measured="a limit on rel_l2 is a number from 0 up, and finite",
         )
     lookups: dict[str, noise.FloorLookup] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    measured: list[Measured] = []
     for name in [*reference, *(name for name in actual if name not in reference)]:
         a, r = actual.get(name), reference.get(name)
         place = describe(name)
@@ -72,14 +74,23 @@ def compare_tensors(
             "reference": _info(r),
         }
         if a is None or r is None:
-            rows.append(Row(**base, **_one_sided(a)))
+            rows.append({**base, **_one_sided(a)})
             continue
-        working = pair or noise.pair_of(dtype_name(a), dtype_name(r))
+        working = noise.pair_for(name, pair or noise.pair_of(dtype_name(a), dtype_name(r)))
         if working not in lookups:
             lookups[working] = noise.FloorLookup(floor, pair=working)
-        used = _floor_for(name, a, r, lookups[working], pair=working, tolerance=tolerance)
-        rows.append(Row(**base, **_judge(a, r, used)))
-    return rows
+        same = a.shape == r.shape and same_bits(a, r)
+        used = _floor_for(
+            name, a, r, lookups[working], pair=working, tolerance=tolerance, structure=not same
+        )
+        plain = _plain(a, r, used, same=same)
+        if isinstance(plain, Measured):
+            measured.append(plain)
+            plain = {"metrics": plain.metrics, "note": _dtypes(a, r)}
+        rows.append({**base, **plain})
+    outcomes = iter(judge(measured))
+    tests = sum(len(item.values()) for item in measured)
+    return [_judged(row, outcomes, tests=tests) for row in rows]
 
 
 def _info(tensor: torch.Tensor | None) -> TensorInfo | None:
@@ -107,18 +118,12 @@ def _floor_for(
     *,
     pair: str,
     tolerance: float | None,
-) -> FloorUsed:
+    structure: bool,
+) -> noise.Floor:
     own, theirs = dtype_name(actual), dtype_name(reference)
     if tolerance is not None:
-        return FloorUsed(
-            rel_l2=tolerance,
-            max_abs=math.inf,
-            bound=1.0,
-            source="tolerance",
-            pair=pair,
-            detail="given by the user",
-        )
-    measured = lookup.find(name, dtype=noise.coarser(own, theirs))
+        return noise.tolerance_floor(tolerance, pair=pair)
+    measured = lookup.find(name, dtype=noise.coarser(own, theirs), structure=structure)
     return measured or noise.analytic_floor(*_working(own, theirs, pair))
 
 
@@ -130,21 +135,18 @@ def _working(own: str, theirs: str, pair: str) -> tuple[str, str]:
     return noise.coarser(own, first), noise.coarser(theirs, second)
 
 
-def _judge(actual: torch.Tensor, reference: torch.Tensor, floor: FloorUsed) -> dict[str, Any]:
+def _plain(
+    actual: torch.Tensor, reference: torch.Tensor, floor: noise.Floor, *, same: bool
+) -> dict[str, Any] | Measured:
+    """What needs no rule to be judged, or the measured pair for the rule."""
     if actual.shape != reference.shape:
         return {"verdict": Verdict.INCOMPARABLE, "note": _shapes(actual, reference)}
     if not actual.numel():
         return {"verdict": Verdict.INVALID, "note": "empty: there is nothing to compare"}
     if actual.is_complex() or reference.is_complex():
         return {"verdict": Verdict.INVALID, "note": "complex tensors cannot be judged"}
-    same = same_bits(actual, reference)
     metrics = distance_to_itself(reference) if same else distance(actual, reference)
     found: dict[str, Any] = {"metrics": metrics, "floor": floor}
-    note = (
-        ""
-        if actual.dtype == reference.dtype
-        else (f"dtype {dtype_name(actual)} against {dtype_name(reference)}")
-    )
     if metrics.nonfinite_actual or metrics.nonfinite_reference:
         return {**found, "verdict": Verdict.INVALID, "note": _nonfinite(metrics)}
     if same:
@@ -156,15 +158,34 @@ def _judge(actual: torch.Tensor, reference: torch.Tensor, floor: FloorUsed) -> d
         value = (actual if constant[0] == "actual" else reference).reshape(-1)[0].item()
         text = f"the {' and the '.join(constant)} side holds one value everywhere ({value:g})"
         return {**found, "verdict": Verdict.INVALID, "note": text}
-    verdict, ratio, metric, why = noise.judge(metrics, floor)
-    notes = [part for part in (_likely(metrics, verdict), why, note) if part]
-    return {
-        **found,
-        "verdict": verdict,
-        "ratio": ratio,
-        "ratio_metric": metric,
-        "note": "; ".join(notes),
-    }
+    tested = structure(actual, reference) if len(floor.tails) > len(SIZES) else {}
+    return Measured(metrics, floor, tested)
+
+
+def _judged(base: dict[str, Any], outcomes: Iterator[Outcome], *, tests: int) -> Row:
+    """A row: of what needed no rule, or of the rule's next outcome."""
+    if "verdict" in base:
+        floor = base.get("floor")
+        return Row(**{**base, "floor": bounded(floor, tests=tests) if floor else None})
+    outcome = next(outcomes)
+    notes = (_likely(base["metrics"], outcome.verdict), outcome.note, base["note"])
+    return Row(
+        **{
+            **base,
+            "verdict": outcome.verdict,
+            "floor": outcome.floor,
+            "ratio": outcome.ratio,
+            "ratio_metric": outcome.metric,
+            "statistics": outcome.statistics,
+            "note": "; ".join(part for part in notes if part),
+        }
+    )
+
+
+def _dtypes(actual: torch.Tensor, reference: torch.Tensor) -> str:
+    if actual.dtype == reference.dtype:
+        return ""
+    return f"dtype {dtype_name(actual)} against {dtype_name(reference)}"
 
 
 def _shapes(actual: torch.Tensor, reference: torch.Tensor) -> str:
@@ -224,7 +245,7 @@ def build_comparison(
         verdict=verdict,
         sentence=_sentence(verdict, rows, divergence, fields),
         rows=tuple(rows),
-        rule=noise.size_rule(judged) if judged else EXACT if rows else noise.size_rule([]),
+        rule=rule_of(judged, tests=_tests(rows)) if judged else EXACT if rows else rule_of([]),
         first_divergence=divergence,
         actual=actual,
         reference=reference,
@@ -232,6 +253,12 @@ def build_comparison(
         unexpected=tuple(row.name for row in rows if row.reference is None),
         **fields,
     )
+
+
+def _tests(rows: Sequence[Row]) -> int:
+    """Number of statistics that the rule set against a measured tail."""
+    measured = [row for row in rows if row.ratio and row.floor and row.floor.source == "measured"]
+    return sum(len(SIZES) + len(row.statistics) for row in measured)
 
 
 def _sentence(

@@ -84,7 +84,7 @@ def attention_observed(pipe: Pipeline) -> Iterator[Callable[[], str | None]]:
         inner: Pipeline, latent: torch.Tensor, step: Step, text: torch.Tensor, branch: Branch
     ) -> torch.Tensor:
         model = inner.expert(step.expert)
-        if seen or _compiled(model):
+        if seen or is_compiled(model):
             return original(inner, latent, step, text, branch)
         with _watched(model) as kernels:
             result = original(inner, latent, step, text, branch)
@@ -135,7 +135,8 @@ def _first_attention(model: Any) -> torch.nn.Module | None:
     return next(named, None)
 
 
-def _compiled(model: Any) -> bool:
+def is_compiled(model: Any) -> bool:
+    """Whether a module, or one inside it, runs through torch.compile."""
     if not isinstance(model, torch.nn.Module):
         return False
     return any(

@@ -6,29 +6,39 @@ on the recorded inputs, so what they differ by is rounding and nothing else.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from truestep.case import Case
 from truestep.comparison.distance import distance
+from truestep.comparison.structure import sample_mean, structure
 from truestep.errors import TruestepError
-from truestep.noise import FREE_RUN, NoiseFloor, NoiseRun, RunMetrics, pair_of
+from truestep.noise import (
+    FREE_RUN,
+    SAMPLES,
+    NoiseFloor,
+    NoiseRun,
+    RunMetrics,
+    pair_of,
+    sample_sizes,
+)
 from truestep.recording.capture import Progress
+from truestep.recording.raised import HIGHER, raised, raised_precision, raised_stages
 from truestep.recording.replay import replay
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Branch, Pipeline, Step, generate
 
-HIGHER = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
-"""Next higher precision to measure a working dtype's own rounding against."""
-
 OTHER = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """The other precision that candidates of a reference commonly run in."""
 
+
+JITTERS = 3
+"""Jitter runs in a recording's own floor; `truestep calibrate` adds more."""
 
 Vary = Callable[[Pipeline], AbstractContextManager[Pipeline]]
 """A harmless change: yields the varied pipeline, then undoes what is global."""
@@ -39,7 +49,7 @@ class Variation:
     """One harmless change.
 
     Attributes:
-        kind: `repeat`, `batch`, `threads`, `jitter` or `precision`.
+        kind: `precision`, `repeat`, `batch`, `threads`, `attention` or `jitter`.
         detail: What exactly was varied.
         vary: The change.
         pair: Working precisions, candidate first.
@@ -52,10 +62,14 @@ class Variation:
 
 
 def variations(pipe: Pipeline) -> list[Variation]:
-    """All harmless changes that this machine can make to a pipeline."""
-    dtype = pipe.settings.dtype
+    """All harmless changes that this machine can make to a pipeline, in its working precision."""
+    dtype = str(pipe.first_transformer.dtype).removeprefix("torch.")
     pair = pair_of(dtype, dtype)
-    found = [Variation("repeat", "the same run again", _unchanged, pair)]
+    higher = HIGHER[dtype]
+    found = [
+        Variation("precision", f"{dtype} against {higher}", _precision(higher), pair),
+        Variation("repeat", "the same run again", _unchanged, pair),
+    ]
     found += [
         Variation("batch", f"row {row} in a batch of 2", in_batch(row), pair) for row in (0, 1)
     ]
@@ -64,13 +78,14 @@ def variations(pipe: Pipeline) -> list[Variation]:
         Variation("threads", f"{current} -> {count} threads", threads(count), pair)
         for count in sorted({1, min(2, cores), cores} - {current})
     ]
-    found += [
-        Variation("jitter", f"one ulp on the inputs, seed {seed}", _jitter(seed), pair)
-        for seed in (0, 1)
-    ]
-    higher = HIGHER[dtype]
-    found.append(Variation("precision", f"{dtype} against {higher}", _precision(higher), pair))
+    found.append(Variation("attention", "math kernel", math_attention, pair))
+    found += [jitter(seed, pair) for seed in range(JITTERS)]
     return found
+
+
+def jitter(seed: int, pair: str) -> Variation:
+    """Move some elements of every stage's input to a neighbouring number of their dtype."""
+    return Variation("jitter", f"one rounding on the inputs, seed {seed}", _jitter(seed), pair)
 
 
 def measure(
@@ -93,19 +108,25 @@ def measure(
         progress: Told about each variation.
     """
     todo = variations(pipe)
-    runs = []
-    total = len(todo) + 1
+    dtype = pipe.settings.dtype
+    total = len(todo) + 2
+    runs: list[NoiseRun] = []
     for done, variation in enumerate(todo):
         with variation.vary(pipe) as varied:
             outputs = replay(varied, recording, steps=steps).outputs
             if final:
                 outputs[FREE_RUN] = generate(varied).to("cpu")
-        runs.append(_run(variation, outputs, recording))
+        runs.append(noise_run(variation, outputs, recording, weights=sample_sizes(runs)))
         if progress:
             progress(f"noise floor: {variation.kind}", done + 1, total)
     runs += _other_precision(case, recording, steps=steps)
     if progress:
-        progress("noise floor: precision", total, total)
+        progress("noise floor: other precision", total - 1, total)
+    precision = raised_precision(dtype)
+    if precision and any(name.startswith(f"{precision}/") for name in recording):
+        runs += _raised(pipe, recording, precision=precision, steps=steps)
+    if progress:
+        progress("noise floor: raised", total, total)
     return NoiseFloor(runs=tuple(runs))
 
 
@@ -114,29 +135,64 @@ def _other_precision(
 ) -> list[NoiseRun]:
     """The trusted model in the other precision: the floor for a candidate that runs in it."""
     dtype = OTHER[case.dtype]
-    variation = Variation("precision", f"loaded in {dtype}", _unchanged, pair_of(dtype, case.dtype))
+    pair = pair_of(dtype, case.dtype)
+    todo = [Variation("precision", f"loaded in {dtype}", _unchanged, pair)]
+    todo += [jitter(seed, pair) for seed in (0, 1)]
+    runs: list[NoiseRun] = []
     try:
         other = load(case.replace(dtype=dtype))
-        outputs = replay(other, recording, steps=steps).outputs
+        for variation in todo:
+            with variation.vary(other) as varied:
+                outputs = replay(varied, recording, steps=steps).outputs
+            runs.append(noise_run(variation, outputs, recording, weights=sample_sizes(runs)))
     except (TruestepError, RuntimeError):  # a device without this dtype: no floor for that pair
         return []
-    return [_run(variation, outputs, recording)]
+    return runs
 
 
-def _run(
+def _raised(
+    pipe: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    *,
+    precision: str,
+    steps: Iterable[int] | None,
+) -> list[NoiseRun]:
+    """Benign runs of the stages raised to a higher precision, against their recorded outputs."""
+    pair = pair_of(precision, precision)
+    runs = []
+    with raised(pipe, precision) as lifted:
+        for variation in variations(lifted):
+            with variation.vary(lifted) as varied:
+                found = raised_stages(varied, recording, steps=steps, precision=precision)
+            runs.append(noise_run(replace(variation, pair=pair), found.outputs, recording))
+    return runs
+
+
+def noise_run(
     variation: Variation,
     outputs: Mapping[str, torch.Tensor],
     recording: Mapping[str, torch.Tensor],
+    *,
+    weights: Mapping[str, float] | None = None,
 ) -> NoiseRun:
+    """What a benign run measured: every output, and the mean over all predictions."""
+    pairs = {
+        name: (output, recording["latent/final" if name == FREE_RUN else name])
+        for name, output in outputs.items()
+    }
+    mean = sample_mean(outputs, recording, weights or {})
+    if mean is not None:
+        pairs[SAMPLES] = mean
     rows = []
-    for name, output in outputs.items():
-        metrics = distance(output, recording["latent/final" if name == FREE_RUN else name])
+    for name, (output, expected) in pairs.items():
+        metrics = distance(output, expected)
         scale = metrics.rms_reference
         rows.append(
             RunMetrics(
                 name=name,
                 rel_l2=metrics.rel_l2,
                 max_abs=metrics.max_abs / scale if scale else metrics.max_abs,
+                structure=structure(output, expected) if metrics.rel_l2 else {},
             )
         )
     return NoiseRun(
@@ -162,6 +218,15 @@ def threads(count: int) -> Vary:
             torch.set_num_threads(before)
 
     return vary
+
+
+@contextmanager
+def math_attention(pipe: Pipeline) -> Iterator[Pipeline]:
+    """Run scaled dot product attention without a fused kernel, where a model leaves the choice."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.MATH]):
+        yield replace(pipe)
 
 
 def in_batch(row: int) -> Vary:
@@ -192,14 +257,20 @@ def in_batch(row: int) -> Vary:
 
 
 def _jitter(seed: int) -> Vary:
-    """Move every element of every stage's input to a neighbouring number of its dtype."""
+    """Round every stage's input once more, in the working precision; see `one_rounding`."""
 
     @contextmanager
     def vary(pipe: Pipeline) -> Iterator[Pipeline]:
         generator = torch.Generator("cpu").manual_seed(seed)
+        working = pipe.first_transformer.dtype
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return one_ulp(tensor, generator)
+            narrower = tensor.itemsize < working.itemsize
+            return one_rounding(tensor.to(working) if narrower else tensor, generator)
+
+        def encode_text(inner: Pipeline, prompts: list[str]) -> torch.Tensor:
+            with _embeddings_through(pipe.text_encoder, moved):
+                return pipe.encode_text(inner, prompts)
 
         def predict(
             inner: Pipeline, latent: torch.Tensor, step: Step, text: torch.Tensor, branch: Branch
@@ -219,9 +290,32 @@ def _jitter(seed: int) -> Vary:
         def decode(inner: Pipeline, latent: torch.Tensor) -> torch.Tensor:
             return pipe.decode(inner, moved(latent))
 
-        yield replace(pipe, predict=predict, combine=combine, update=update, decode=decode)
+        yield replace(
+            pipe,
+            encode_text=encode_text,
+            predict=predict,
+            combine=combine,
+            update=update,
+            decode=decode,
+        )
 
     return vary
+
+
+@contextmanager
+def _embeddings_through(
+    encoder: Any, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Pass a text encoder's token embeddings through a function, where it says which they are."""
+    find = getattr(encoder, "get_input_embeddings", None)
+    if find is None:
+        yield
+        return
+    handle = find().register_forward_hook(lambda module, inputs, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 _INTEGER = {
@@ -232,46 +326,26 @@ _INTEGER = {
 }
 
 
-def one_ulp(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each non-zero element one unit in the last place up or down, at random; zeros stay.
+def one_rounding(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One element in twelve moved one unit in the last place, up or down at random; zeros stay.
+
+    A rounding to nearest has a variance of 1/12 of a squared unit: this has the same, and stays
+    among the dtype's own numbers.
 
     Args:
         tensor: Any shape; float64, float32, bfloat16 or float16, finite.
         generator: A CPU generator.
     """
     bits = tensor.contiguous().view(_INTEGER[tensor.dtype])
-    signs = torch.randint(0, 2, bits.shape, generator=generator, dtype=bits.dtype) * 2 - 1
-    return torch.where(tensor == 0, tensor, (bits + signs.to(bits.device)).view(tensor.dtype))
+    draw = torch.randint(0, 24, bits.shape, generator=generator, dtype=torch.int8)
+    move = ((draw == 0).to(bits.dtype) - (draw == 1).to(bits.dtype)).to(bits.device)
+    return torch.where(tensor == 0, tensor, (bits + move).view(tensor.dtype))
 
 
 def _precision(higher: str) -> Vary:
     """Run the same weights in a higher precision."""
 
-    @contextmanager
-    def vary(pipe: Pipeline) -> Iterator[Pipeline]:
-        dtype = getattr(torch, higher)
-
-        def raised(model: torch.nn.Module | None) -> torch.nn.Module | None:
-            return None if model is None else torch.nn.Module.to(copy.deepcopy(model), dtype)
-
-        def combine(
-            inner: Pipeline, step: Step, cond: torch.Tensor, uncond: torch.Tensor
-        ) -> torch.Tensor:
-            return pipe.combine(inner, step, cond.to(dtype), uncond.to(dtype))
-
-        def update(
-            inner: Pipeline, step: Step, guided: torch.Tensor, latent: torch.Tensor
-        ) -> torch.Tensor:
-            return pipe.update(inner, step, guided.to(dtype), latent.to(dtype))
-
-        yield replace(
-            pipe,
-            text_encoder=raised(pipe.text_encoder),
-            transformer=raised(pipe.transformer),
-            transformer_2=raised(pipe.transformer_2),
-            vae=raised(pipe.vae),
-            combine=combine,
-            update=update,
-        )
+    def vary(pipe: Pipeline) -> AbstractContextManager[Pipeline]:
+        return raised(pipe, higher)
 
     return vary

@@ -13,6 +13,8 @@ name                      stage           what
 `latent/final`            update          latent after the last step
 `video/frames`            decoding        decoded frames in [-1, 1]
 `module/FQN/7/cond/out.0` module          one module's output
+`float32/...`             as above        the same stage, raised to float32 (16-bit cases)
+`samples/prediction`      prediction      mean over all predictions that were replayed
 ========================  ==============  =========================================
 """
 
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 STAGES = ("text", "schedule", "latent", "prediction", "guidance", "update", "decoding")
 """Stages in the order in which a run goes through them."""
 
+_PREFIXES = {"stats", "sketch", "float32", "float64", "samples"}
 _STEP_STAGES = {"latent": "update", "guided": "guidance"}
 _FIRST_PARTS = {"text": "text", "schedule": "schedule", "video": "decoding", "audio": "decoding"}
 
@@ -40,8 +43,10 @@ class Address:
 def address(name: str) -> Address:
     """Read a tensor name; unknown names give an empty address."""
     parts = name.split("/")
-    if parts[0] in {"stats", "sketch"}:
+    if parts[0] in _PREFIXES:
         return address("/".join(parts[1:]))
+    if name == "prediction":
+        return Address("prediction")
     if parts[0] == "text" and len(parts) == 2:
         return Address("text", branch=parts[1])
     if parts[0] in _FIRST_PARTS:

@@ -76,6 +76,8 @@ def record_pipeline(
     from truestep.recording.floor import measure
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Manifest
+    from truestep.recording.raised import raised_precision, raised_replay
+    from truestep.recording.replay import default_steps
     from truestep.runtime.pipeline import generate
 
     capture = Capture(progress=progress, label="record")
@@ -83,6 +85,11 @@ def record_pipeline(
     with attention_observed(pipe) as kernels:
         generate(pipe, observer=capture, output="frames")
     forwards = pipe.forwards - before
+    precision = raised_precision(pipe.settings.dtype)
+    if precision and floor != "none":
+        steps = default_steps(capture.tensors)
+        lifted = raised_replay(pipe, capture.tensors, steps=steps, precision=precision)
+        capture.tensors.update(lifted.outputs)
     measured = (
         None
         if floor == "none"

@@ -14,7 +14,7 @@ import torch
 
 from truestep.errors import TruestepError, UsageError
 from truestep.recording.capture import Progress
-from truestep.recording.names import step_name
+from truestep.recording.names import STAGES, step_name
 from truestep.runtime.pipeline import Branch, Observer, Pipeline, Schedule, Step, encode, schedule
 
 
@@ -113,6 +113,7 @@ def replay(
     recording: Mapping[str, torch.Tensor],
     *,
     steps: Iterable[int] | None = None,
+    only: Iterable[str] = STAGES,
     progress: Progress | None = None,
     label: str = "replay",
 ) -> Replay:
@@ -122,6 +123,7 @@ def replay(
         pipe: The pipeline under test; its settings say what it would generate.
         recording: A full recording of the same case.
         steps: Where predictions are made; default first, middle, last and around expert switches.
+        only: Stages to run.
         progress: Told about each forward.
         label: What the progress is called.
 
@@ -129,21 +131,27 @@ def replay(
         Outputs under the names of the recorded tensors they answer to. A stage that raises is a
         failure of that stage; the others still run.
     """
-    result = Replay()
+    result, wanted = Replay(), set(only)
     chosen = chosen_steps(recording, steps)
     recorded = recorded_schedule(recording)
     with torch.no_grad():
         pipe.prepare(pipe)
         keep = _Keep(result.outputs)
-        result.attempt("text/cond", lambda: encode(pipe, keep))
-        result.attempt("schedule/sigmas", lambda: schedule(pipe, keep))
-        result.keep("latent/initial", lambda: pipe.make_latent(pipe))
+        if "text" in wanted:
+            result.attempt("text/cond", lambda: encode(pipe, keep))
+        if "schedule" in wanted:
+            result.attempt("schedule/sigmas", lambda: schedule(pipe, keep))
+        if "latent" in wanted:
+            result.keep("latent/initial", lambda: pipe.make_latent(pipe))
         experts = result.outputs.get("schedule/experts", recorded.experts)
-        _predictions(pipe, recording, recorded, experts, chosen, result, progress, label)
-        _text_effects(pipe, recording, _step(pipe, recorded, chosen[0], experts), result)
-        _guidance(pipe, recording, recorded, result)
-        _updates(pipe, recording, recorded, result)
-        if "video/frames" in recording:
+        if "prediction" in wanted:
+            _predictions(pipe, recording, recorded, experts, chosen, result, progress, label)
+            _text_effects(pipe, recording, _step(pipe, recorded, chosen[0], experts), result)
+        if "guidance" in wanted:
+            _guidance(pipe, recording, recorded, result)
+        if "update" in wanted:
+            _updates(pipe, recording, recorded, result)
+        if "decoding" in wanted and "video/frames" in recording:
             final = recording["latent/final"]
             result.keep("video/frames", lambda: pipe.decode(pipe, final.to(pipe.device)))
     return result

@@ -1,0 +1,1 @@
+"""Real models and planted faults: does a comparison notice what is wrong?"""

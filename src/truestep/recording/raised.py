@@ -1,0 +1,145 @@
+"""Raise a pipeline's weights and arithmetic to a higher precision, for a while.
+
+Rounding in a 16-bit dtype hides faults of up to a percent. The same stages on the same inputs in
+float32 do not: what is left there is the fault, or nothing. Weights keep their values (the
+conversion is exact), so a candidate's own code runs; only the noise goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from truestep.noise import EPSILON
+from truestep.recording.capture import is_compiled
+from truestep.recording.names import address
+from truestep.recording.replay import Replay, replay
+from truestep.runtime.pipeline import Pipeline, Step
+
+HIGHER = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
+"""Next higher precision to measure a working dtype's own rounding against."""
+
+MODELS = ("text_encoder", "transformer", "transformer_2", "vae")
+
+_STAGE_MODELS = {
+    "text": ("text_encoder",),
+    "prediction": ("transformer", "transformer_2"),
+    "decoding": ("vae",),
+}
+"""Stages with a model in them; the others are elementwise and hide nothing."""
+
+
+@contextmanager
+def raised(pipe: Pipeline, precision: str) -> Iterator[Pipeline]:
+    """Run the same weights in `precision`; on leaving, every weight is what it was.
+
+    Args:
+        pipe: Its torch modules are converted in place, so that hooks and closures keep working.
+        precision: `float32` or `float64`.
+
+    Yields:
+        The pipeline with guidance and update raised too.
+    """
+    dtype = getattr(torch, precision)
+
+    def combine(
+        inner: Pipeline, step: Step, cond: torch.Tensor, uncond: torch.Tensor
+    ) -> torch.Tensor:
+        return pipe.combine(inner, step, cond.to(dtype), uncond.to(dtype))
+
+    def update(
+        inner: Pipeline, step: Step, guided: torch.Tensor, latent: torch.Tensor
+    ) -> torch.Tensor:
+        return pipe.update(inner, step, guided.to(dtype), latent.to(dtype))
+
+    with ExitStack() as stack:
+        for name in MODELS:
+            stack.enter_context(_converted(getattr(pipe, name), dtype))
+        yield replace(pipe, combine=combine, update=update)
+
+
+@contextmanager
+def _converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Swap every narrower floating-point parameter and buffer of a module for a wider copy."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    try:
+        for module in modules:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if tensor.itemsize < dtype.itemsize:
+                    kept.append((tensor, tensor.data))
+                    tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in reversed(kept):
+            tensor.data = data
+
+
+def raised_precision(dtype: str) -> str | None:
+    """Precision that a working dtype is raised to for a second look; None for 32 bits and more."""
+    return HIGHER[dtype] if EPSILON[dtype] > EPSILON["float32"] else None
+
+
+def raised_replay(
+    pipe: Pipeline, recording: Mapping[str, torch.Tensor], *, steps: Iterable[int], precision: str
+) -> Replay:
+    """Replay the stages that round, raised; outputs are named `float32/<name>`.
+
+    Raises:
+        TypeError: A model is compiled or not a torch module, and cannot be raised.
+    """
+    for name in MODELS:
+        model = getattr(pipe, name)
+        if model is None:
+            continue
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"{name} is a {type(model).__name__}, not a torch module")
+        if is_compiled(model):
+            raise TypeError(f"{name} is compiled")
+    narrow = _narrow_stages(pipe, precision)
+    with raised(pipe, precision) as lifted:
+        return raised_stages(lifted, recording, steps=steps, precision=precision, only=narrow)
+
+
+def raised_stages(
+    lifted: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    *,
+    steps: Iterable[int] | None,
+    precision: str,
+    only: Iterable[str] | None = None,
+) -> Replay:
+    """Replay stages of a pipeline that is raised already; by default those that were recorded."""
+    if only is None:
+        prefix = f"{precision}/"
+        only = {address(name).stage for name in recording if name.startswith(prefix)}
+    found = replay(lifted, recording, steps=steps, only=only)
+    return Replay(
+        outputs={f"{precision}/{name}": value for name, value in found.outputs.items()},
+        failures={f"{precision}/{name}": text for name, text in found.failures.items()},
+        effects={
+            f"{precision}/{name}": (f"{precision}/{prediction}", made)
+            for name, (prediction, made) in found.effects.items()
+        },
+    )
+
+
+def _narrow_stages(pipe: Pipeline, precision: str) -> list[str]:
+    """Stages whose models hold weights narrower than `precision`."""
+    itemsize = getattr(torch, precision).itemsize
+    return [
+        stage
+        for stage, names in _STAGE_MODELS.items()
+        if any(
+            parameter.is_floating_point() and parameter.itemsize < itemsize
+            for name in names
+            if getattr(pipe, name) is not None
+            for parameter in getattr(pipe, name).parameters()
+        )
+    ]
