@@ -5,20 +5,23 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-fast lint format bench schema clean
+.PHONY: help demo test test-fast lint format bench bench-verdict schema clean
 
 help:
 	@echo "make demo   run the main job on the builtin model (under 3 minutes)"
 	@echo "make test   all tests    make test-fast   without the slow ones"
 	@echo "make lint   ruff and mypy    make format   fix what ruff can"
 	@echo "make bench  speed and memory, as JSON lines"
+	@echo "make bench-verdict  the fault corpus under every gate: bench/results (about an hour)"
 
+# The terrain model of the fault corpus asks for a GPU build of onnxruntime: not its dependencies.
 # torch comes first and alone: its pin decides between a CPU and a GPU build.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[diffusers,media,bench,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps adaptive-terrain-diffusion
 	touch $@
 
 demo: $(STAMP)
@@ -41,9 +44,13 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.bench_compare
+	$(BIN)/python -m bench.bench_sketch
 	$(BIN)/python -m bench.bench_memory
 	$(BIN)/python -m bench.bench_check
 	$(BIN)/python -m bench.bench_startup
+
+bench-verdict: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_verdict
 
 schema: $(STAMP)
 	$(BIN)/python -c "import json, sys; from truestep.verdict import Comparison, Results; \

@@ -36,6 +36,7 @@ LAYERS = (
     "recording.format",
     "comparison.matching",
     "comparison.sources",
+    "comparison.moments",
     "comparison.latent_gate",
     "comparison.api",
     "recording.capture",
@@ -43,8 +44,11 @@ LAYERS = (
     "recording.raised",
     "recording.floor",
     "recording.record",
+    "recording.calibration",
     "references",
     "checking",
+    "functions",
+    "gates",
     "selftest",
     "demo",
     "report",
@@ -62,6 +66,7 @@ PURE = (
     "comparison.structure",
     "comparison.media",
     "comparison.matching",
+    "gates",
     "selftest",
 )
 
@@ -103,9 +108,11 @@ def test_public_names_are_sorted_and_exist() -> None:
         "Verdict",
         "assert_equivalent",
         "check",
+        "check_function",
         "check_latent",
         "compare",
         "record",
+        "record_function",
     ]
     for name in truestep.__all__:
         assert callable(getattr(truestep, name))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from truestep.comparison.latent_gate import check_latent
     from truestep.environment import Environment
     from truestep.errors import EquivalenceError
+    from truestep.functions import check_function, record_function
     from truestep.recording.format import Recording
     from truestep.recording.record import record
     from truestep.verdict import Comparison, Verdict, assert_equivalent
@@ -28,9 +29,11 @@ __all__ = [
     "Verdict",
     "assert_equivalent",
     "check",
+    "check_function",
     "check_latent",
     "compare",
     "record",
+    "record_function",
 ]
 
 _HOMES = {
@@ -42,9 +45,11 @@ _HOMES = {
     "Verdict": "truestep.verdict",
     "assert_equivalent": "truestep.verdict",
     "check": "truestep.checking",
+    "check_function": "truestep.functions",
     "check_latent": "truestep.comparison.latent_gate",
     "compare": "truestep.comparison.api",
     "record": "truestep.recording.record",
+    "record_function": "truestep.functions",
 }
 
 

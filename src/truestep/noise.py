@@ -50,20 +50,26 @@ PEAK_SIGMA = 16.0
 ANALYTIC_BOUND = 4.0
 """Above this multiple of an analytic floor a result is drifted; below it, inconclusive."""
 
-SIGNED = frozenset({"gain"})
+SIGNED = frozenset({"gain", "correlation"})
 """Statistics with a sign, zero on average where there is no structure."""
 
 SHARE_OF_MINIMUM: Mapping[str, float] = {
     "rel_l2": 1.0,
     "max_abs": PEAK_SIGMA,
-    "gain": 0.25,
-    "channel_mean": 0.25,
+    "gain": 1.0,
+    "correlation": 0.0,
+    "channel_mean": 1.0,
     "frame_energy": 2.0,
     "row_energy": 2.0,
     "token_energy": PEAK_SIGMA / 2,
 }
-"""Least floor of each statistic, in multiples of that of rel_l2. A constant that was folded into a
-weight moves the gain by up to half an epsilon, a quarter of the float32 minimum."""
+"""Least floor of each statistic, in multiples of that of rel_l2. A matrix product that accumulates
+in float32 may round with a bias: split into bfloat16 parts (matmul precision `high` on CPU) it
+measured a gain of 1.5 epsilon."""
+
+NARROW_SHARE = 0.25
+"""The same for gain and channel mean in 16 bits and less, where products accumulate in float32:
+what is left is a constant folded into a weight, up to an eighth of an epsilon."""
 
 PRIOR_SPREAD, PRIOR_FREEDOM = 0.15, 10.0
 """What is assumed of the log-spread of benign sizes before any is measured, and its weight in runs:
@@ -116,7 +122,7 @@ def stage_key(name: str) -> str:
     """Name without its step: floors of one stage are shared over steps (`step/*/cond`)."""
     parts = name.split("/")
     at = 1 if parts[0] + "/" in RAISED else 0
-    if parts[at] == "step" and len(parts) > at + 2:
+    if parts[at] in {"step", "sample"} and len(parts) > at + 2:
         return "/".join([*parts[: at + 1], "*", *parts[at + 2 :]])
     return name
 
@@ -307,7 +313,10 @@ class FloorLookup:
             for metrics in run.tensors:
                 self._by_name.setdefault(metrics.name, []).append((run, metrics))
         self._spreads: dict[tuple[str, str], tuple[float, float]] = {}
-        self._scales: dict[str, tuple[float, float]] = {}
+        self._shares: dict[str, tuple[float, float]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
 
     def find(self, name: str, *, dtype: str, structure: bool = True) -> Floor | None:
         """Floor of a tensor, or None if no run covers its stage.
@@ -329,7 +338,7 @@ class FloorLookup:
         own = [m for _, m in found]
         wanted = {key: None for m in own for key in m.structure} if structure else {}
         tails = {
-            key: self._tail(key, own, name, least * SHARE_OF_MINIMUM[key])
+            key: self._tail(key, own, name, least * _least_share(key, dtype))
             for key in ("rel_l2", "max_abs", *wanted)
             if key in SHARE_OF_MINIMUM
         }
@@ -340,9 +349,9 @@ class FloorLookup:
         seen = [abs(v) for m in values if (v := m.values().get(statistic)) is not None and v != 0]
         largest = max([least, *seen])
         if statistic in SIGNED:
-            size = _geometric([m.rel_l2 for m in values])
-            rms, freedom = self._signed_scale(statistic, spread_key(name))
-            scale = max(size * rms, least / 3)
+            rms, freedom = self._gain_share(spread_key(name))
+            size = 1.0 if statistic == "correlation" else _geometric([m.rel_l2 for m in values])
+            scale = max(size * rms, least / 3, 1e-30)
             return Tail(scale, 0.0, freedom, len(seen), largest)
         _, upper = modes(seen)
         spread, freedom = self._spread(statistic, spread_key(name))
@@ -370,20 +379,20 @@ class FloorLookup:
             self._spreads[statistic, key] = spread, freedom
         return self._spreads[statistic, key]
 
-    def _signed_scale(self, statistic: str, key: str) -> tuple[float, float]:
-        """Rms of a signed statistic over rel_l2 within a stage, and its degrees of freedom."""
-        if statistic + key not in self._scales:
+    def _gain_share(self, key: str) -> tuple[float, float]:
+        """Rms of gain over rel_l2 (the correlation) within a stage, and its degrees of freedom."""
+        if key not in self._shares:
             shares = [
-                m.structure[statistic] / m.rel_l2
+                m.structure["gain"] / m.rel_l2
                 for name, items in self._by_name.items()
                 if spread_key(name) == key
                 for m in _distinct(m for _, m in items if m.rel_l2 > 0)
-                if statistic in m.structure
+                if "gain" in m.structure
             ]
             count = max(len(shares), 1)
             rms = math.sqrt(sum(v * v for v in shares) / count)
-            self._scales[statistic + key] = rms, float(count)
-        return self._scales[statistic + key]
+            self._shares[key] = rms, float(count)
+        return self._shares[key]
 
     def _used(
         self,
@@ -427,6 +436,13 @@ class FloorLookup:
 
     def _of_stage(self, key: str) -> list[str]:
         return self._stages.get(key, [])
+
+
+def _least_share(statistic: str, dtype: str) -> float:
+    narrow = EPSILON.get(dtype, 0.0) > EPSILON["float32"]
+    if narrow and statistic in {"gain", "channel_mean"}:
+        return NARROW_SHARE
+    return SHARE_OF_MINIMUM[statistic]
 
 
 def _distinct(metrics: Iterable[RunMetrics]) -> list[RunMetrics]:

@@ -11,11 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from truestep.noise import Floor
+from truestep.noise import Floor, FloorLookup, NoiseFloor, NoiseRun, RunMetrics, coarser
 from truestep.verdict import FloorUsed, Metrics, Rule, Statistic, Verdict
 
 RATE = 1e-4
 """False alarms per check that the bounds are made for."""
+
+SMALL = 0.5
+"""Below this share of the typical benign size a residual's correlation says nothing."""
 
 SIZES = ("rel_l2", "max_abs")
 """Statistics of size; all others are of structure."""
@@ -36,9 +39,21 @@ class Measured:
     structure: Mapping[str, float] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
-        """Every statistic by name, over the reference's rms."""
-        peak = _over(self.metrics.max_abs, self.metrics.rms_reference)
-        return {"rel_l2": self.metrics.rel_l2, "max_abs": peak, **self.structure}
+        """Every statistic by name, over the reference's rms.
+
+        The correlation is left out where it says nothing: where the residual is small beside benign
+        ones (a single rounding correlates with anything), or its gain is no larger than theirs.
+        """
+        metrics, tails = self.metrics, self.floor.tails
+        found = {"rel_l2": metrics.rel_l2, "max_abs": _over(metrics.max_abs, metrics.rms_reference)}
+        size, gain = tails.get("rel_l2"), tails.get("gain")
+        mute = (
+            size is None
+            or gain is None
+            or metrics.rel_l2 < SMALL * size.scale
+            or abs(self.structure.get("gain", 0.0)) <= gain.largest
+        )
+        return found | {k: v for k, v in self.structure.items() if k != "correlation" or not mute}
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,39 @@ def judge(items: Sequence[Measured], *, rate: float = RATE) -> list[Outcome]:
         else _by_ratio(item)
         for at, item in enumerate(items)
     ]
+
+
+def judge_run(run: NoiseRun, floor: NoiseFloor, dtypes: Mapping[str, str]) -> list[Outcome]:
+    """Judge a benign run as a candidate would be, by a floor that it is not part of.
+
+    Args:
+        run: What it measured.
+        floor: The other runs.
+        dtypes: Stored dtype of each tensor; those of other names are taken as the pair's coarser.
+    """
+    lookup = FloorLookup(floor, pair=run.pair)
+    items = []
+    for found in run.tensors:
+        if not found.rel_l2 > 0:
+            continue
+        dtype = dtypes.get(found.name, coarser(*run.pair.split("/")))
+        place = lookup.find(found.name, dtype=dtype)
+        if place is not None:
+            items.append(Measured(_metrics(found), place, found.structure))
+    return judge(items)
+
+
+def _metrics(run: RunMetrics) -> Metrics:
+    return Metrics(
+        count=1,
+        rel_l2=run.rel_l2,
+        max_abs=run.max_abs,
+        max_abs_index=(),
+        cosine_distance=0.0,
+        norm_ratio=1.0,
+        gain=1.0,
+        rms_reference=1.0,
+    )
 
 
 def bounded(floor: Floor, *, tests: int) -> FloorUsed:

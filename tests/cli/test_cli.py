@@ -200,6 +200,40 @@ def test_show_names_what_a_recording_holds(project: Run, tmp_path: Path) -> None
     assert json.loads(out)["case"]["prompt"] == "a red three moving left"
 
 
+def test_a_sketch_is_small_and_compared_but_not_replayed(project: Run, tmp_path: Path) -> None:
+    (full,) = map(str, tmp_path.glob("truestep-references/*/*/*/*.safetensors"))
+    arguments = ("--level", "sketch", "--floor", "none", "--output", "s.safetensors")
+    code, out, _ = project("record", "three", *arguments)
+    assert code == 0
+    assert out.startswith("RECORDED three: 24 tensors, 8 forwards")
+    code, out, _ = project("show", "s.safetensors")
+    assert out.startswith("s.safetensors: 24 tensors, 0.1 MB")
+    assert "level      sketch: 1,024 floats and 8 moments of each tensor" in out
+    assert "step/0000/latent    float32  1x8x3x8x8" in out
+    code, out, _ = project("compare", "s.safetensors", full)
+    assert code == 0
+    assert out.splitlines()[-2].startswith("equivalent: 24 tensors, the worst at 0.5")
+    assert "measured noise floor (float32/float32): drifted above" in " ".join(out.split())
+    code, out, _ = project("compare", full, "s.safetensors", "--json", "--report", "r.html")
+    assert code == 0
+    rows = Results.model_validate_json(out).comparisons[0].rows
+    assert {row.verdict.value for row in rows} == {"equivalent"}
+    assert all(row.note.startswith("sketch: 0.00e+00 (0.00e+00 to ") for row in rows)
+    assert project("compare", full, "s.safetensors", "--tolerance", "inf")[0] == 2
+    code, _, err = project("check", "three", "--reference", "s.safetensors")
+    assert code == 2
+    assert "the reference holds level 'sketch' only: there are no tensors to replay" in err
+    assert "hint: truestep record CASE --level full --update" in err
+    assert project("check", "three", "--reference", "s.safetensors", "--depth", "final")[0] == 2
+    assert project("record", "three", "--level", "full", "--update", "--floor", "none")[0] == 0
+    changed = ("--set", "seed=1", "--output", "other.safetensors")
+    assert project("record", "three", "--level", "sketch", "--floor", "none", *changed)[0] == 0
+    code, out, _ = project("compare", "other.safetensors", "s.safetensors")
+    assert code == 1
+    assert "FAILED drifted" in out
+    assert "first divergence: `latent/initial`" in out
+
+
 @pytest.mark.parametrize(
     ("factor", "code", "word"),
     [(1.0, 0, "identical"), (1.01, 1, "drifted"), (float("nan"), 1, "invalid")],
@@ -283,11 +317,38 @@ def test_selftest_tells_which_gate_sees_what(project: Run) -> None:
         "allclose:0.001",
         "cosine:0.005,0.01",
     ]
-    assert "three: truestep lets 0 of 13 damages live" in out.splitlines()[-1]
-    code, _, err = project("selftest", "three", "--gate", "ssim:0.9")
+    assert out.splitlines()[1].split() == ["judges", "both", "latent", "latent"]
+    assert "three: damages caught: truestep 39 of 39 (100 %), allclose" in out.splitlines()[-2]
+    code, _, err = project("selftest", "three", "--gate", "ssim:2")
     assert code == 2
-    assert "unknown gate 'ssim:0.9'" in err
+    assert "gate 'ssim:2' cannot judge anything" in err
+    assert "hint: e.g. --gate ssim:0.93" in err
     assert project("selftest", "seven")[0] == 3
+
+
+def test_selftest_judges_frames_and_writes_json(project: Run, tmp_path: Path) -> None:
+    asked = [part for name in ("sglang", "psnr:28") for part in ("--gate", name)]
+    code, out, _ = project("selftest", "three", *asked, "--json", "selftest.json")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 100
+    found = json.loads((tmp_path / "selftest.json").read_text())
+    assert found["schema_version"] == 1
+    (result,) = found["results"]
+    assert result["tensors"] == ["latent/final", "step/0002/cond", "video/frames"]
+    assert [s["domain"] for s in result["scores"]] == ["any", "frames", "frames"]
+    assert not any(trial["lives"] for trial in result["scores"][0]["trials"])
+    assert any(trial["lives"] for trial in result["scores"][1]["trials"])
+    code, out, _ = project("selftest", "three", *asked, "--json")
+    assert json.loads(out)["results"] == found["results"]
+
+
+def test_selftest_needs_tensors(project: Run) -> None:
+    assert project("record", "seven", "--level", "stats", "--floor", "none")[0] == 0
+    code, _, err = project("selftest", "seven")
+    assert code == 2
+    assert "the reference holds no tensors to damage" in err
+    assert "recorded at level stats; needed: full" in err
+    assert "hint: truestep record seven --update" in err
 
 
 @pytest.mark.slow
@@ -300,3 +361,31 @@ def test_the_demo_tells_its_story(run: Run, tmp_path: Path) -> None:
         "reference.safetensors",
         "report.html",
     ]
+
+
+def test_calibrate_adds_benign_runs_and_measures_false_alarms(project: Run, tmp_path: Path) -> None:
+    (path,) = tmp_path.glob("truestep-references/*/*/*/*.safetensors")
+    before = path.read_bytes()
+    code, out, _ = project("calibrate", "three", "--runs", "3")
+    assert code == 0
+    assert out.startswith("CALIBRATED three: 3 benign runs added")
+    assert "false alarms 0 of 3 benign runs, each judged by the others: below 63.2% with" in out
+    assert "bounds are made for 1 false alarm in 10,000 checks" in out
+    (path,) = tmp_path.glob("truestep-references/*/*/*/*.safetensors")
+    assert path.read_bytes() != before
+    code, out, _ = project("check", "three")
+    assert code == 0
+    _, out, _ = project("show", str(path))
+    assert "12 runs (attention, batch, jitter, mixed" in out
+
+
+def test_calibrate_refuses_a_model_that_is_not_the_reference(project: Run, tmp_path: Path) -> None:
+    (tmp_path / "fault.py").write_text(
+        "def change(pipe):\n    pipe.transformer.proj_out.bias.data.add_(0.1)\n"
+    )
+    code, _, _ = project("record", "three", "--update", "--apply", "fault.py:change")
+    assert code == 0
+    code, _, err = project("calibrate", "three", "--runs", "1")
+    assert code == 2
+    assert "the model does not give what its reference holds" in err
+    assert "drifted: " in err

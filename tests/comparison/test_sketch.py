@@ -218,6 +218,17 @@ def test_equal_sketches_are_0_up_to_the_resolution() -> None:
     assert found.high == pytest.approx(2 * RESOLUTION, rel=0.1)
 
 
+def test_few_elements_leave_rounding_uncertain_only() -> None:
+    actual, reference = randn(SIZE, seed=1), randn(SIZE)
+    norm = float(reference.double().norm())
+    found = estimate(sketch(actual), sketch(reference), norm=norm, count=SIZE)
+    assert found.low == pytest.approx(found.rel_l2, rel=4 * RESOLUTION)
+    assert found.high == pytest.approx(found.rel_l2, rel=4 * RESOLUTION)
+    assert found.low < exact(actual, reference) < found.high
+    more = estimate(sketch(actual), sketch(reference), norm=norm, count=SIZE + 1)
+    assert more == estimate(sketch(actual), sketch(reference), norm=norm)
+
+
 def test_interval_is_that_of_chi_with_1024_degrees() -> None:
     reference = torch.zeros(SIZE)
     actual = torch.ones(SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -16,9 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from truestep.comparison.sketch import sketch
 from truestep.errors import FileFormatError, WriteError
 from truestep.recording.capture import tensor_table
 from truestep.recording.format import Recording, moments, sha256_of
+from truestep.recording.header import read_header
 from truestep.recording.manifest import STATS, Level, Manifest
 
 DTYPES = (
@@ -124,6 +127,83 @@ def test_level_stats_keeps_moments_only(tmp_path: Path) -> None:
     assert opened.manifest.tensors[0].shape == (4,)
 
 
+def test_level_sketch_keeps_moments_and_sketches(tmp_path: Path) -> None:
+    tensors = {
+        "latent/final": torch.randn(2, 3, 700),
+        "schedule/experts": torch.tensor([0, 0, 1]),
+        "nothing": torch.empty(0, 4, dtype=torch.bfloat16),
+        "scalar": torch.tensor(2.0, dtype=torch.float64),
+    }
+    path = tmp_path / "r.safetensors"
+    kept = recording(tensors, level="sketch")
+    kept.save(path)
+    opened = Recording.open(path)
+    names = [f"{kind}/{name}" for name in tensors for kind in ("stats", "sketch")]
+    assert list(opened) == list(kept) == names
+    assert len(opened) == 8
+    assert "sketch/latent/final" in opened
+    assert "latent/final" not in opened
+    for name, tensor in tensors.items():
+        for found in (opened, kept):
+            assert raw(found[f"stats/{name}"]) == raw(moments(tensor))
+            assert raw(found[f"sketch/{name}"]) == raw(sketch(tensor))
+    described = [(e.dtype, e.shape) for e in opened.manifest.tensors]
+    assert described[0] == ("float32", (2, 3, 700))
+    assert described[2] == ("bfloat16", (0, 4))
+    with pytest.raises(KeyError, match="the closest are stats/latent/final, sketch/l"):
+        opened["latent/final"]
+    first = opened["sketch/scalar"]
+    opened.release("sketch/scalar")
+    assert torch.equal(opened["sketch/scalar"], first)
+    opened.save(tmp_path / "again.safetensors")
+    again = Recording.open(tmp_path / "again.safetensors")
+    assert again.manifest == opened.manifest
+    assert all(raw(again[name]) == raw(opened[name]) for name in opened)
+
+
+@pytest.mark.parametrize("kind", ["stats", "sketch"])
+def test_a_flipped_bit_is_seen_in_the_tensor_that_has_it(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    recording({"a": torch.randn(3000), "b": torch.randn(3000)}, level="sketch").save(path)
+    header = read_header(path)
+    slot = header.tensors[f"{kind}/b"]
+    data = bytearray(path.read_bytes())
+    data[header.data_start + slot.begin + 9] ^= 2
+    path.write_bytes(data)
+    opened = Recording.open(path)
+    for name in opened:
+        if name != f"{kind}/b":
+            opened[name]
+    with pytest.raises(FileFormatError, match=f"tensor '{kind}/b' is damaged"):
+        opened[f"{kind}/b"]
+
+
+@pytest.mark.parametrize("level", ["full", "stats"])
+def test_other_levels_are_written_as_before_there_were_sketches(
+    level: Level, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.safetensors"
+    recording({"a": torch.ones(3)}, level=level).save(path)
+    (entry,) = json.loads(read_header(path).metadata["truestep"])["tensors"]
+    old = ("name", "kind", "order", "dtype", "shape", "digest", "step", "branch", "fqn")
+    assert tuple(entry) == old
+
+
+def test_a_sketch_takes_5_kb_a_tensor_whatever_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    recording({f"step/{i:04d}/cond": torch.ones(200_000) for i in range(20)}, level="sketch").save(
+        path
+    )
+    size = path.stat().st_size
+    assert size < 20 * 5_000, f"{size:,} bytes for 20 tensors of 800,000"
+
+
+def test_a_sketch_needs_a_row_in_the_table() -> None:
+    manifest = Manifest(tool_version="0", created="now", level="sketch")
+    with pytest.raises(ValueError, match="the manifest and the tensors have different names"):
+        Recording.in_memory({"a": torch.ones(3)}, manifest)
+
+
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=50))
 def test_moments_agree_with_numpy(values: list[float]) -> None:
     tensor = torch.tensor(values)
@@ -146,10 +226,10 @@ def read_all(path: Path) -> None:
         opened[name]
 
 
-def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", ["full", "sketch", "stats"])
+def test_every_flipped_bit_is_seen(level: Level, tmp_path: Path) -> None:
     path = tmp_path / "r.safetensors"
-    recording({"a": torch.randn(40), "b": torch.arange(5), "c": torch.ones(3, dtype=torch.bool)})
-    recording({"a": torch.randn(40), "b": torch.arange(5)}).save(path)
+    recording({"a": torch.randn(40), "b": torch.arange(5)}, level=level).save(path)
     good = path.read_bytes()
     dice = random.Random(0)
     places = {*range(16), *(dice.randrange(len(good)) for _ in range(600))}

@@ -177,6 +177,62 @@ def test_manifests_that_do_not_fit(change: Any, message: str, saved: Path) -> No
         read_manifest(rewritten(saved, change))
 
 
+@pytest.fixture
+def sketched(tmp_path: Path) -> Path:
+    tensors = {"x": torch.ones(4), "y": torch.zeros(2, dtype=torch.bfloat16)}
+    manifest = Manifest(
+        tool_version="0", created="now", level="sketch", tensors=tensor_table(tensors)
+    )
+    path = tmp_path / "s.safetensors"
+    Recording.in_memory(tensors, manifest).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(level="full"), "manifest and header disagree"),
+        (lambda m: m.update(level="stats"), "manifest and header disagree"),
+        (lambda m: m["tensors"].pop(), "manifest and header disagree"),
+        (lambda m: m["tensors"].append(m["tensors"][0]), "lists a tensor twice"),
+        (lambda m: m["tensors"][0].update(name="z"), "manifest and header disagree"),
+        (lambda m: m["tensors"][0].update(dtype="complex64"), "unknown dtype"),
+        (lambda m: m["tensors"][0].update(dtype="nn"), "unknown dtype"),
+        (lambda m: m["tensors"][0].update(shape=[-4]), "impossible shape"),
+        (lambda m: m["tensors"][0].update(shape=[2**58]), "impossible shape"),
+        (lambda m: m["tensors"][0].update(shape=[0, 2**40, 2**40]), "impossible shape"),
+        (lambda m: m["tensors"][0].update(shape=[1] * 65), "impossible shape"),
+        (lambda m: m["tensors"][0].update(shape=[10**400]), "impossible shape"),
+    ],
+)
+def test_manifests_that_do_not_fit_sketches(change: Any, message: str, sketched: Path) -> None:
+    assert read_manifest(sketched) is not None
+    with pytest.raises(FileFormatError, match=message):
+        read_manifest(rewritten(sketched, change))
+
+
+def test_a_sketch_without_a_digest_is_damaged(sketched: Path) -> None:
+    opened = Recording.open(rewritten(sketched, lambda m: m["tensors"][0].pop("sketch_digest")))
+    opened["stats/x"]
+    with pytest.raises(FileFormatError, match="tensor 'sketch/x' is damaged"):
+        opened["sketch/x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape"),
+    [("sketch/x", "F32", [512, 2]), ("sketch/x", "I32", [1024]), ("stats/x", "F64", [2, 4])],
+)
+def test_sketches_and_moments_have_one_shape(
+    name: str, dtype: str, shape: list[int], sketched: Path
+) -> None:
+    data = sketched.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header[name].update(dtype=dtype, shape=shape)
+    with pytest.raises(FileFormatError, match=f"manifest and header disagree on tensor '{name}'"):
+        read_manifest(write(sketched, header, data[8 + length :]))
+
+
 def test_an_edited_manifest_is_damaged(saved: Path) -> None:
     path = rewritten(saved, lambda m: m.update(tool_version="9"), honest=False)
     with pytest.raises(FileFormatError, match="manifest is damaged"):

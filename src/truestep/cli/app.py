@@ -12,6 +12,7 @@ VERBS = {
     "run": "Generate a case and save its latent and video.",
     "record": "Record a case as its reference, with its measured noise floor.",
     "check": "Say whether a changed model is still the same as its reference.",
+    "calibrate": "Add benign runs to a reference's noise floor, and measure the false alarms.",
     "compare": "Compare two files of tensors: recordings, safetensors, npy, npz, pt.",
     "selftest": "Damage a reference in standard ways and say which gates notice.",
     "show": "Show what a recording or safetensors file holds (reads the header only).",

@@ -24,10 +24,10 @@ from truestep.cli.common import (
 @click.option("--update", is_flag=True, help="Replace references that exist.")
 @click.option(
     "--level",
-    type=click.Choice(["full", "stats"]),
+    type=click.Choice(["full", "sketch", "stats"]),
     default="full",
     show_default=True,
-    help="Keep tensors, or their moments only.",
+    help="Keep tensors, 1,024 floats of each that tell how far another is, or moments only.",
 )
 @click.option(
     "--floor",

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.common import case_options, choose_cases, find_reference
+from truestep.cli.common import case_options, choose_cases, find_reference, progress_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from truestep.gates import Gate
+    from truestep.recording.format import Recording
+    from truestep.selftest import Selftest
 
 
 @click.command("selftest")
@@ -16,11 +26,20 @@ from truestep.cli.common import case_options, choose_cases, find_reference
     "--gate",
     "gates",
     multiple=True,
-    metavar="NAME",
-    help="Also test cosine:SLICE,FULL or allclose:TOLERANCE.  [default: cosine:5e-3,1e-2]",
+    metavar="NAME[:LIMITS]",
+    help="Also test cosine, allclose, slice or cosine-one (on latents); ssim, ms-ssim, psnr, mad "
+    "or sglang (on decoded frames).  [default: cosine:5e-3,1e-2]",
 )
 @click.option("--references", type=click.Path(path_type=Path), help="Reference folder.")
 @click.option("--reference", type=click.Path(path_type=Path), help="One recording file.")
+@click.option(
+    "--json",
+    "json_path",
+    is_flag=False,
+    flag_value="-",
+    metavar="[PATH]",
+    help="Write the result as JSON; without a path, or with -, to stdout alone.",
+)
 def command(
     names: tuple[str, ...],
     case_file: Path,
@@ -29,38 +48,86 @@ def command(
     gates: tuple[str, ...],
     references: Path | None,
     reference: Path | None,
+    json_path: str | None,
 ) -> None:
     """Damage a reference's tensors in standard ways and say which gates notice.
 
-    Damages the final latent and the middle step's prediction. Runs no model.
+    Damages the final latent, the middle step's prediction and the decoded frames. Runs no model.
+    truestep's own rule is always among the gates. Exit code 1 says that it let a damage live.
     """
-    from truestep import selftest
+    from truestep.environment import command_line, library_version
+    from truestep.files import write_text
+    from truestep.gates import parse_gate
+    from truestep.selftest import Selftests, table
+
+    chosen = [parse_gate(text) for text in gates or ("cosine:5e-3,1e-2",)]
+    cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
+    results: list[Selftest] = []
+    for name, case in cases.items():
+        path = reference or find_reference(name, case, references=references, tier=tier)
+        with progress_bar() as progress:
+            results.append(_scored(name, case.dtype, path, chosen, progress))
+    found = Selftests(
+        tool_version=library_version("truestep") or "",
+        repeat=command_line(),
+        results=tuple(results),
+    )
+    if json_path == "-":
+        click.echo(found.model_dump_json(indent=2))
+    else:
+        if json_path is not None:
+            write_text(json_path, found.model_dump_json(indent=2), "the result")
+        for result in results:
+            click.echo("\n".join([*table(result.scores), ""]))
+        for result in results:
+            click.echo(textwrap.fill(result.sentence, 100, break_on_hyphens=False))
+    sys.exit(1 if any(result.scores[0].survived for result in results) else 0)
+
+
+def _scored(
+    name: str,
+    dtype: str,
+    path: Path,
+    gates: list[Gate],
+    progress: Callable[[str, int, int], None] | None,
+) -> Selftest:
     from truestep.noise import pair_of
     from truestep.recording.format import Recording
+    from truestep.selftest import Selftest, score, sentence, suited, truestep_gate
+    from truestep.verdict import Side
+
+    recording = Recording.open(path)
+    tensors = _tensors(name, recording)
+    ours = truestep_gate(recording.manifest.noise_floor, pair=pair_of(dtype, dtype))
+    for gate in (ours, *gates):  # none is tried before all can be
+        suited(gate, tensors)
+    scores = []
+    for done, gate in enumerate((ours, *gates), start=1):
+        scores.append(score(gate, tensors))
+        if progress is not None:
+            progress("gates", done, len(gates) + 1)
+    environment = dict(recording.manifest.environment)
+    return Selftest(
+        name=name,
+        sentence=sentence(name, scores),
+        tensors=tuple(tensors),
+        reference=Side(label="reference", path=str(path), environment=environment),
+        scores=tuple(scores),
+    )
+
+
+def _tensors(name: str, recording: Recording) -> dict[str, torch.Tensor]:
+    """Final latent, the middle step's prediction and, where they were recorded, the frames."""
+    from truestep.errors import UsageError
     from truestep.recording.names import step_name
     from truestep.recording.replay import steps_recorded
 
-    chosen = [selftest.parse_gate(text) for text in gates or ("cosine:5e-3,1e-2",)]
-    cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
-    survivors = 0
-    for name, case in cases.items():
-        path = reference or find_reference(name, case, references=references, tier=tier)
-        recording = Recording.open(path)
-        middle = step_name(steps_recorded(recording) // 2, "cond")
-        tensors = {key: recording[key] for key in ("latent/final", middle)}
-        ours = selftest.truestep_gate(
-            recording.manifest.noise_floor, pair=pair_of(case.dtype, case.dtype)
+    if recording.manifest.level != "full":
+        raise UsageError(
+            "the reference holds no tensors to damage",
+            where=str(recording.path),
+            measured=f"recorded at level {recording.manifest.level}; needed: full",
+            hint=f"truestep record {name} --update",
         )
-        scores = [selftest.score(gate, tensors) for gate in (ours, *chosen)]
-        for line in selftest.table(scores):
-            click.echo(line)
-        click.echo(
-            f"{name}: "
-            + "; ".join(
-                f"{s.gate} lets {len({d for d, _ in s.survived})} of {len(selftest.DAMAGES)} "
-                "damages live"
-                for s in scores
-            )
-        )
-        survivors += len(scores[0].survived)
-    sys.exit(1 if survivors else 0)
+    wanted = ["latent/final", step_name(steps_recorded(recording) // 2, "cond"), "video/frames"]
+    return {key: recording[key] for key in wanted if key in recording}

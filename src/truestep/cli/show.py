@@ -33,7 +33,8 @@ def command(file: Path, everything: bool, as_json: bool) -> None:
         click.echo(json.dumps({"tensors": plain}, indent=2))
         return
     size = file.stat().st_size
-    click.echo(f"{file}: {len(header.tensors)} tensors, {size / 1e6:.1f} MB")
+    count = len(header.tensors if manifest is None else manifest.tensors)
+    click.echo(f"{file}: {count} tensors, {size / 1e6:.1f} MB")
     if manifest is None:
         click.echo("a safetensors file that truestep did not write")
         rows = [(n, i.dtype, "x".join(map(str, i.shape))) for n, i in header.tensors.items()]
@@ -52,13 +53,18 @@ def command(file: Path, everything: bool, as_json: bool) -> None:
 
 
 def _print_manifest(manifest: object) -> None:
-    from truestep.recording.manifest import Manifest
+    from truestep.recording.manifest import SKETCH_SIZE, STATS, Manifest
 
     assert isinstance(manifest, Manifest)
+    kept = {
+        "full": "",
+        "sketch": f": {SKETCH_SIZE:,} floats and {len(STATS)} moments of each tensor",
+        "stats": f": {len(STATS)} moments of each tensor",
+    }
     lines = [
         ("case", manifest.case_id or "-"),
         ("recorded", f"{manifest.created} by truestep {manifest.tool_version}"),
-        ("level", manifest.level),
+        ("level", manifest.level + kept[manifest.level]),
     ]
     case = manifest.case or {}
     if case:

@@ -70,30 +70,31 @@ def compare_tensors(
             "step": place.step,
             "branch": place.branch,
             "fqn": place.fqn,
-            "actual": _info(a),
-            "reference": _info(r),
+            "actual": tensor_info(a),
+            "reference": tensor_info(r),
         }
         if a is None or r is None:
-            rows.append({**base, **_one_sided(a)})
+            rows.append({**base, **one_sided(a)})
             continue
         working = noise.pair_for(name, pair or noise.pair_of(dtype_name(a), dtype_name(r)))
         if working not in lookups:
             lookups[working] = noise.FloorLookup(floor, pair=working)
         same = a.shape == r.shape and same_bits(a, r)
-        used = _floor_for(
+        used = floor_for(
             name, a, r, lookups[working], pair=working, tolerance=tolerance, structure=not same
         )
         plain = _plain(a, r, used, same=same)
         if isinstance(plain, Measured):
             measured.append(plain)
-            plain = {"metrics": plain.metrics, "note": _dtypes(a, r)}
+            plain = {"metrics": plain.metrics, "note": dtype_note(a, r)}
         rows.append({**base, **plain})
     outcomes = iter(judge(measured))
     tests = sum(len(item.values()) for item in measured)
     return [_judged(row, outcomes, tests=tests) for row in rows]
 
 
-def _info(tensor: torch.Tensor | None) -> TensorInfo | None:
+def tensor_info(tensor: torch.Tensor | None) -> TensorInfo | None:
+    """Dtype and shape of one side, if there."""
     if tensor is None:
         return None
     return TensorInfo(dtype=dtype_name(tensor), shape=tuple(tensor.shape))
@@ -104,13 +105,14 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _one_sided(actual: torch.Tensor | None) -> dict[str, Any]:
+def one_sided(actual: torch.Tensor | None) -> dict[str, Any]:
+    """Row fields of a name that one side lacks."""
     if actual is None:
         return {"verdict": Verdict.MISSING, "note": "only the reference has it"}
     return {"verdict": Verdict.INCOMPARABLE, "note": "unexpected: the reference has no such tensor"}
 
 
-def _floor_for(
+def floor_for(
     name: str,
     actual: torch.Tensor,
     reference: torch.Tensor,
@@ -120,11 +122,14 @@ def _floor_for(
     tolerance: float | None,
     structure: bool,
 ) -> noise.Floor:
+    """What judges a tensor: the tolerance, the measured floor, or the analytic one."""
     own, theirs = dtype_name(actual), dtype_name(reference)
     if tolerance is not None:
         return noise.tolerance_floor(tolerance, pair=pair)
-    measured = lookup.find(name, dtype=noise.coarser(own, theirs), structure=structure)
-    return measured or noise.analytic_floor(*_working(own, theirs, pair))
+    working = _working(own, theirs, pair)
+    stored = working if name == noise.SAMPLES else (own, theirs)  # a mean is kept in float64
+    measured = lookup.find(name, dtype=noise.coarser(*stored), structure=structure)
+    return measured or noise.analytic_floor(*working)
 
 
 def _working(own: str, theirs: str, pair: str) -> tuple[str, str]:
@@ -140,7 +145,7 @@ def _plain(
 ) -> dict[str, Any] | Measured:
     """What needs no rule to be judged, or the measured pair for the rule."""
     if actual.shape != reference.shape:
-        return {"verdict": Verdict.INCOMPARABLE, "note": _shapes(actual, reference)}
+        return {"verdict": Verdict.INCOMPARABLE, "note": shape_note(actual, reference)}
     if not actual.numel():
         return {"verdict": Verdict.INVALID, "note": "empty: there is nothing to compare"}
     if actual.is_complex() or reference.is_complex():
@@ -148,7 +153,7 @@ def _plain(
     metrics = distance_to_itself(reference) if same else distance(actual, reference)
     found: dict[str, Any] = {"metrics": metrics, "floor": floor}
     if metrics.nonfinite_actual or metrics.nonfinite_reference:
-        return {**found, "verdict": Verdict.INVALID, "note": _nonfinite(metrics)}
+        return {**found, "verdict": Verdict.INVALID, "note": nonfinite_note(metrics)}
     if same:
         return {**found, "verdict": Verdict.IDENTICAL, "ratio": 0.0, "ratio_metric": "rel_l2"}
     constant = [
@@ -182,13 +187,15 @@ def _judged(base: dict[str, Any], outcomes: Iterator[Outcome], *, tests: int) ->
     )
 
 
-def _dtypes(actual: torch.Tensor, reference: torch.Tensor) -> str:
+def dtype_note(actual: torch.Tensor, reference: torch.Tensor) -> str:
+    """A note where the dtypes differ, else empty."""
     if actual.dtype == reference.dtype:
         return ""
     return f"dtype {dtype_name(actual)} against {dtype_name(reference)}"
 
 
-def _shapes(actual: torch.Tensor, reference: torch.Tensor) -> str:
+def shape_note(actual: torch.Tensor, reference: torch.Tensor) -> str:
+    """How two shapes differ, with a guess at why."""
     own, theirs = list(actual.shape), list(reference.shape)
     text = f"shape {own} against {theirs}"
     if [n for n in own if n != 1] == [n for n in theirs if n != 1]:
@@ -200,7 +207,8 @@ def _shapes(actual: torch.Tensor, reference: torch.Tensor) -> str:
     return text
 
 
-def _nonfinite(metrics: Metrics) -> str:
+def nonfinite_note(metrics: Metrics) -> str:
+    """How many values are not finite, side by side."""
     total = metrics.count + max(metrics.nonfinite_actual, metrics.nonfinite_reference)
     sides = (("actual", metrics.nonfinite_actual), ("reference", metrics.nonfinite_reference))
     parts = [f"{count:,} in {side}" for side, count in sides if count]

@@ -26,7 +26,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-SIZE = 1024
+from truestep.recording.manifest import SKETCH_SIZE
+
+SIZE = SKETCH_SIZE
 """Floats a sketch. The standard error of an estimated distance is sqrt(1 / (2 SIZE)) = 2.2 %."""
 
 RESOLUTION = 2.0**-24
@@ -95,13 +97,16 @@ def sketch(tensor: torch.Tensor) -> torch.Tensor:
         return sums.to(torch.float32)
 
 
-def estimate(actual: torch.Tensor, reference: torch.Tensor, *, norm: float) -> Estimate:
+def estimate(
+    actual: torch.Tensor, reference: torch.Tensor, *, norm: float, count: int | None = None
+) -> Estimate:
     """Estimate the relative L2 distance of two tensors from their sketches.
 
     Args:
         actual: Sketch of one tensor, shape (1024,).
         reference: Sketch of the other, of the same number of elements.
         norm: L2 norm of the reference tensor, its finite elements, exact.
+        count: Number of elements, if known: up to 1,024 only rounding is uncertain.
 
     Returns:
         The estimate, and an interval that holds the distance in 95 % of cases, rounding included:
@@ -125,10 +130,11 @@ def estimate(actual: torch.Tensor, reference: torch.Tensor, *, norm: float) -> E
         value = math.inf if apart else 0.0
         return Estimate(rel_l2=value, low=value, high=value)
     rounding = RESOLUTION * (math.hypot(*a) + math.hypot(*r)) + _UNDERFLOW
+    projected = count is None or count > SIZE
     return Estimate(
         rel_l2=apart / norm,
-        low=max(apart - rounding, 0.0) / _CEILING / norm,
-        high=(apart + rounding) / _FLOOR / norm,
+        low=max(apart - rounding, 0.0) / (_CEILING if projected else 1.0) / norm,
+        high=(apart + rounding) / (_FLOOR if projected else 1.0) / norm,
     )
 
 

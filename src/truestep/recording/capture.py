@@ -142,6 +142,7 @@ def is_compiled(model: Any) -> bool:
     return any(
         type(module).__name__ == "OptimizedModule"
         or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
         for module in model.modules()
     )
 

@@ -183,6 +183,13 @@ def noise_run(
     mean = sample_mean(outputs, recording, weights or {})
     if mean is not None:
         pairs[SAMPLES] = mean
+    return measured_run(variation.kind, variation.detail, variation.pair, pairs)
+
+
+def measured_run(
+    kind: str, detail: str, pair: str, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> NoiseRun:
+    """Distances and structure of every (output, recorded) pair of one benign run."""
     rows = []
     for name, (output, expected) in pairs.items():
         metrics = distance(output, expected)
@@ -195,9 +202,7 @@ def noise_run(
                 structure=structure(output, expected) if metrics.rel_l2 else {},
             )
         )
-    return NoiseRun(
-        kind=variation.kind, detail=variation.detail, pair=variation.pair, tensors=tuple(rows)
-    )
+    return NoiseRun(kind=kind, detail=detail, pair=pair, tensors=tuple(rows))
 
 
 @contextmanager

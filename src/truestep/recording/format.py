@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from truestep.comparison.sketch import sketch
 from truestep.errors import FileFormatError, WriteError
 from truestep.recording import header as headers
 from truestep.recording.header import TORCH_NAMES, Header, Slot, digest, manifest_digest
@@ -39,12 +40,10 @@ class Recording(Mapping[str, torch.Tensor]):
         self.manifest = manifest
         self._tensors = dict(tensors or {})
         self._source = source
-        prefix = "" if manifest.level == "full" else "stats/"
-        self._names = (
-            list(self._tensors)
-            if source is None
-            else [prefix + entry.name for entry in manifest.tensors]
-        )
+        self._digests: dict[str, str] = {}
+        for entry in manifest.tensors if source else ():
+            self._digests |= headers.stored_digests(entry, manifest.level)
+        self._names = list(self._digests if source else self._tensors)
 
     @property
     def path(self) -> Path | None:
@@ -70,10 +69,17 @@ class Recording(Mapping[str, torch.Tensor]):
 
     @classmethod
     def in_memory(cls, tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> Recording:
-        """A recording that is not on disk; at level `stats` only moments are kept."""
-        if manifest.level == "stats":
-            tensors = {f"stats/{name}": moments(tensor) for name, tensor in tensors.items()}
-        return cls(manifest, tensors=tensors)
+        """A recording that is not on disk; below level `full` only what stands for each is kept."""
+        if manifest.level == "full":
+            return cls(manifest, tensors=tensors)
+        if set(tensors) != {entry.name for entry in manifest.tensors}:
+            raise ValueError("the manifest and the tensors have different names")
+        kept: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            kept[f"stats/{name}"] = moments(tensor)
+            if manifest.level == "sketch":
+                kept[f"sketch/{name}"] = sketch(tensor)
+        return cls(manifest, tensors=kept)
 
     def save(self, path: str | Path) -> str:
         """Write atomically; see `write`."""
@@ -85,15 +91,8 @@ class Recording(Mapping[str, torch.Tensor]):
                 near = difflib.get_close_matches(name, self._names, n=3)
                 likely = f"; the closest are {', '.join(near)}" if near else ""
                 raise KeyError(f"no tensor {name!r} in the recording{likely}")
-            self._tensors[name] = self._source.read(name, self._digest_of(name))
+            self._tensors[name] = self._source.read(name, self._digests[name])
         return self._tensors[name]
-
-    def _digest_of(self, name: str) -> str:
-        return next(
-            entry.digest
-            for entry in self.manifest.tensors
-            if headers.stored_name(entry.name, self.manifest.level) == name
-        )
 
     def release(self, name: str) -> None:
         """Forget a mapped tensor, so that its pages can go once nobody else holds it."""
@@ -285,15 +284,21 @@ def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 def _metadata(manifest: Manifest, stored: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The manifest with digests, as safetensors metadata."""
-    table = []
+    table, named = [], 0
     for entry in manifest.tensors:
-        name = headers.stored_name(entry.name, manifest.level)
-        if name not in stored:
-            raise ValueError(f"the manifest names {name!r}, which is not among the tensors")
-        table.append(entry.model_copy(update={"digest": digest(_bytes_of(stored[name]))}))
-    if len(table) != len(stored):
+        names = headers.stored_names(entry.name, manifest.level)
+        for name in names:
+            if name not in stored:
+                raise ValueError(f"the manifest names {name!r}, which is not among the tensors")
+        found = (digest(_bytes_of(stored[name])) for name in names)
+        update = dict(zip(("digest", "sketch_digest"), found, strict=False))
+        table.append(entry.model_copy(update=update))
+        named += len(names)
+    if named != len(stored):
         raise ValueError("there are tensors that the manifest does not name")
-    text = manifest.model_copy(update={"tensors": tuple(table)}).model_dump_json()
+    # Other levels have no second digest: their files are what they were before there was one.
+    unused = None if manifest.level == "sketch" else {"tensors": {"__all__": {"sketch_digest"}}}
+    text = manifest.model_copy(update={"tensors": tuple(table)}).model_dump_json(exclude=unused)
     return {METADATA_KEY: text, DIGEST_KEY: manifest_digest(text)}
 
 

@@ -6,6 +6,7 @@ Every number in the file is checked before it is used: sizes, offsets, shapes, n
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -16,7 +17,15 @@ import xxhash
 from pydantic import ValidationError
 
 from truestep.errors import FileFormatError
-from truestep.recording.manifest import DIGEST_KEY, FORMAT_VERSION, METADATA_KEY, Manifest
+from truestep.recording.manifest import (
+    DIGEST_KEY,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    SKETCH_SIZE,
+    STATS,
+    Manifest,
+    TensorEntry,
+)
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
@@ -277,26 +286,52 @@ def manifest_of(header: Header) -> Manifest | None:
     return manifest
 
 
-def stored_name(name: str, level: str) -> str:
-    """Name under which a tensor's data is stored at a level."""
-    return name if level == "full" else f"stats/{name}"
+def stored_names(name: str, level: str) -> tuple[str, ...]:
+    """Names under which a tensor's data is stored at a level."""
+    if level == "full":
+        return (name,)
+    return (f"stats/{name}", f"sketch/{name}") if level == "sketch" else (f"stats/{name}",)
+
+
+def stored_digests(entry: TensorEntry, level: str) -> dict[str, str]:
+    """Stored name to digest, of one row of the tensor table."""
+    digests = (entry.digest, entry.sketch_digest)
+    return dict(zip(stored_names(entry.name, level), digests, strict=False))
 
 
 def _check_table(header: Header, manifest: Manifest) -> None:
     path = header.path
-    expected = {stored_name(entry.name, manifest.level): entry for entry in manifest.tensors}
+    expected = {
+        stored: entry
+        for entry in manifest.tensors
+        for stored in stored_names(entry.name, manifest.level)
+    }
     for name in [*(set(expected) ^ set(header.tensors))][:1]:
         refuse(path, f"manifest and header disagree on tensor {name[:80]!r}")
-    if len(expected) != len(manifest.tensors):
+    if len(expected) != len(manifest.tensors) * len(stored_names("", manifest.level)):
         refuse(path, "the manifest lists a tensor twice")
-    if manifest.level != "full":
-        return
     for name, entry in expected.items():
         slot = header.tensors[name]
-        if TORCH_NAMES[slot.dtype] != entry.dtype or slot.shape != entry.shape:
+        dtype, shape = entry.dtype, entry.shape
+        if manifest.level != "full":
+            _check_entry(path, entry)
+            sketched = name.startswith("sketch/")
+            dtype = "float32" if sketched else "float64"
+            shape = (SKETCH_SIZE if sketched else len(STATS),)
+        if TORCH_NAMES[slot.dtype] != dtype or slot.shape != shape:
             refuse(
                 path,
                 f"manifest and header disagree on tensor {name[:80]!r}",
-                measured=f"{entry.dtype} {list(entry.shape)} "
-                f"against {slot.dtype} {list(slot.shape)}",
+                measured=f"{dtype} {list(shape)} against {slot.dtype} {list(slot.shape)}",
             )
+
+
+def _check_entry(path: Path, entry: TensorEntry) -> None:
+    """Refuse a dtype or shape that no tensor can have, where no slot vouches for them."""
+    shown = repr(entry.name[:80])
+    if entry.dtype not in TORCH_NAMES.values():
+        refuse(path, f"tensor {shown} has an unknown dtype", measured=repr(entry.dtype[:40]))
+    sizes = entry.shape[:64]
+    need = 8 * math.prod(max(size, 1) for size in sizes)  # bytes at most; strides must fit, too
+    if len(entry.shape) > 64 or min(sizes, default=0) < 0 or need > MAX_ELEMENTS:
+        refuse(path, f"tensor {shown} has an impossible shape", measured=str(sizes)[:80])

@@ -13,14 +13,19 @@ FORMAT_VERSION = 1
 METADATA_KEY = "truestep"
 DIGEST_KEY = "truestep_digest"
 
-Level = Literal["stats", "full"]
+Level = Literal["stats", "sketch", "full"]
+"""What is stored of each tensor: its moments; its moments and a sketch; the tensor itself."""
+
+SKETCH_SIZE = 1024
+"""Floats in a `sketch/<name>` tensor (float32; see `truestep.comparison.sketch`)."""
 
 
 class TensorEntry(Record):
     """One row of the tensor table.
 
-    `digest` is xxh3_64 of the stored bytes, hexadecimal. `dtype` and `shape` are of the recorded
-    tensor, also where only its moments (`stats/<name>`, float64) are stored.
+    `digest` is xxh3_64 of the stored bytes, hexadecimal: of the tensor, or of its moments
+    (`stats/<name>`, float64). `sketch_digest` is that of `sketch/<name>`, and written at level
+    `sketch` only. `dtype` and `shape` are of the recorded tensor at every level.
     """
 
     name: str
@@ -29,6 +34,7 @@ class TensorEntry(Record):
     dtype: str
     shape: tuple[int, ...]
     digest: str
+    sketch_digest: str = ""
     step: int | None = None
     branch: str | None = None
     fqn: str | None = None

@@ -11,9 +11,12 @@ name                      stage           what
 `step/0007/cond`          prediction      likewise `uncond`
 `step/0007/guided`        guidance        what the scheduler is given
 `latent/final`            update          latent after the last step
+`sample/0003/output/NAME` output          what a recorded function returned (or `input`)
 `video/frames`            decoding        decoded frames in [-1, 1]
 `module/FQN/7/cond/out.0` module          one module's output
 `float32/...`             as above        the same stage, raised to float32 (16-bit cases)
+`stats/...`               as above        its moments, in its place (levels `stats` and `sketch`)
+`sketch/...`              as above        its projection to 1,024 floats (level `sketch`)
 `samples/prediction`      prediction      mean over all predictions that were replayed
 ========================  ==============  =========================================
 """
@@ -62,6 +65,8 @@ def address(name: str) -> Address:
         if what in _STEP_STAGES:
             return Address(_STEP_STAGES[what], step=step)
         return Address("prediction", step=step, branch=what)
+    if parts[0] == "sample" and len(parts) == 4:
+        return Address(parts[2])
     if parts[0] == "module" and len(parts) == 5 and parts[2].isdecimal():
         return Address("module", step=int(parts[2]), branch=parts[3], fqn=parts[1])
     return Address()

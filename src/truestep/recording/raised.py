@@ -58,13 +58,13 @@ def raised(pipe: Pipeline, precision: str) -> Iterator[Pipeline]:
 
     with ExitStack() as stack:
         for name in MODELS:
-            stack.enter_context(_converted(getattr(pipe, name), dtype))
+            stack.enter_context(converted(getattr(pipe, name), dtype))
         yield replace(pipe, combine=combine, update=update)
 
 
 @contextmanager
-def _converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Swap every narrower floating-point parameter and buffer of a module for a wider copy."""
+def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Swap narrower floating-point parameters and buffers of a module for wider copies."""
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     try:

@@ -1,0 +1,238 @@
+"""Table and plot of `bench.bench_verdict`: caught, missed, false alarms and cost, gate by gate.
+
+python -m bench.verdict_report [FOLDER]
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+__all__ = ["NO_EFFECT", "Passed", "gates_of", "markdown", "plot", "write"]
+
+NO_EFFECT = 1e-6
+"""A fault whose true size in float64 is below this is reported as having none, not as missed."""
+
+LARGE = {"float32": NO_EFFECT, "bfloat16": 1e-3}
+"""True size from which a fault counts, by working precision."""
+
+Row = dict[str, Any]
+Passed = Callable[[Row], "bool | None"]
+"""Whether a gate passed a run; None where it was not tried."""
+
+
+def gates_of(rows: Sequence[Row]) -> dict[str, Passed]:
+    """truestep's depths first, then every other gate in the rows."""
+    names = dict.fromkeys(name for row in rows for name in row.get("gates", ()))
+
+    def ours(depth: str) -> Passed:
+        return lambda row: (
+            None if depth not in row else row[depth]["verdict"] in ("identical", "equivalent")
+        )
+
+    def other(name: str) -> Passed:
+        return lambda row: row.get("gates", {}).get(name)
+
+    return {
+        "truestep, depth steps": ours("steps"),
+        "truestep, depth final": ours("final"),
+        **{name: other(name) for name in names},
+    }
+
+
+def _effect(row: Row) -> float:
+    return float(row.get("effect", 0.0))
+
+
+def _tried(rows: Iterable[Row], passed: Passed) -> list[tuple[Row, bool]]:
+    pairs = ((row, passed(row)) for row in rows if not row.get("not_applicable"))
+    return [(row, verdict) for row, verdict in pairs if verdict is not None]
+
+
+def _faults(rows: Iterable[Row], dtype: str, least: float) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if row["family"] != "benign" and row["dtype"] == dtype and _effect(row) >= least
+    ]
+
+
+def _benign(rows: Iterable[Row], dtype: str) -> list[Row]:
+    return [row for row in rows if row["family"] == "benign" and row["dtype"] == dtype]
+
+
+def _share(part: int, whole: int) -> str:
+    if not whole:
+        return "-"
+    return f"{part}/{whole}" + (f" ({part / whole:.0%})" if part < whole else "")
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The whole result as Markdown."""
+    gates = gates_of(rows)
+    runs = [row for row in rows if not row.get("not_applicable")]
+    subjects = ", ".join(dict.fromkeys(row["subject"] for row in runs))
+    entries = {row["entry"]: row["family"] for row in runs}
+    faults = sum(family != "benign" for family in entries.values())
+    lines = [
+        f"{faults} faults and {len(entries) - faults} harmless twins on {subjects}: "
+        f"{len(runs):,} runs.",
+        "",
+        "| gate | float32: faults caught | float32: false alarms | bfloat16: faults of 1e-3 "
+        "or more caught | bfloat16: smaller faults caught | bfloat16: false alarms | cost |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, passed in gates.items():
+        lines.append(f"| {name} | " + " | ".join(_cells(rows, passed, name)) + " |")
+    held = [row for row in rows if row["held_out"]]
+    lines += ["", "The same on held-out prompts, seeds and sizes only:", "", *lines[2:4]]
+    for name, passed in gates.items():
+        if _tried(held, passed):
+            lines.append(f"| {name} | " + " | ".join(_cells(held, passed, name)) + " |")
+    none = sorted({r["entry"] for r in runs if r["family"] != "benign"} - _effective(runs))
+    if none:
+        lines += ["", "Without effect on any subject (true size below 1e-6): " + ", ".join(none)]
+    return "\n".join([*lines, "", *_escaped(rows, gates["truestep, depth steps"])]) + "\n"
+
+
+def _effective(runs: Iterable[Row]) -> set[str]:
+    return {r["entry"] for r in runs if r["family"] != "benign" and _effect(r) >= NO_EFFECT}
+
+
+def _cells(rows: Sequence[Row], passed: Passed, name: str) -> list[str]:
+    cells = []
+    for dtype in ("float32", "bfloat16"):
+        groups = [_tried(_faults(rows, dtype, LARGE[dtype]), passed)]
+        if dtype == "bfloat16":
+            small = [r for r in _faults(rows, dtype, NO_EFFECT) if _effect(r) < LARGE[dtype]]
+            groups.append(_tried(small, passed))
+        for tried in groups:
+            cells.append(_share(sum(not verdict for _, verdict in tried), len(tried)))
+        benign = _tried(_benign(rows, dtype), passed)
+        alarms = sum(not verdict for _, verdict in benign)
+        cells.append(f"{alarms}/{len(benign)}" if benign else "-")
+    shares = [
+        row["steps"]["forwards"]
+        for row in rows
+        if name.endswith("steps") and row.get("steps", {}).get("forwards")
+    ]
+    cells.append(
+        f"{min(shares):.0%} to {max(shares):.0%} of a generation" if shares else "a generation"
+    )
+    return cells
+
+
+def _escaped(rows: Sequence[Row], passed: Passed) -> list[str]:
+    """What truestep itself got wrong, run by run."""
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        missed = [r for r, ok in _tried(_faults(rows, dtype, NO_EFFECT), passed) if ok]
+        alarms = [r for r, ok in _tried(_benign(rows, dtype), passed) if not ok]
+        for title, found in (("missed", missed), ("false alarms", alarms)):
+            lines.append(f"truestep at depth steps, {dtype}, {title}: {len(found) or 'none'}")
+            for row in sorted(found, key=_effect, reverse=True):
+                ours = row["steps"]
+                lines.append(
+                    f"- {row['entry']} on {row['subject']}, {row['draw']}: true size "
+                    f"{_effect(row):.1e}, {ours['verdict']}"
+                    + (f" ({ours['tensor']}, {ours['metric']})" if ours["tensor"] else "")
+                )
+            lines.append("")
+    return lines
+
+
+WIDTH, LEFT, RIGHT, ROW = 860, 190, 20, 46
+LOW, HIGH = -7.0, 1.0
+
+
+def plot(rows: Sequence[Row], dtype: str) -> str:
+    """SVG: a line a gate, a mark a fault at its true size (filled: caught), twins at the left."""
+    gates = {n: p for n, p in gates_of(rows).items() if _tried(rows, p)}
+    height = 64 + ROW * len(gates) + 34
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'font-family="system-ui, sans-serif" font-size="12" role="img">',
+        f"<title>Faults caught by true size, {dtype}</title>",
+        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
+        f'<text x="10" y="22" font-size="15" font-weight="600" fill="#16181d">Faults by true size, '
+        f"{dtype}: filled caught, hollow missed</text>",
+        '<text x="10" y="40" fill="#59606c">left of the line: harmless twins, red where flagged'
+        "</text>",
+    ]
+    bottom = 64 + ROW * len(gates)
+    for power in range(-6, 2):
+        x = _x(10.0**power)
+        parts.append(f'<path d="M{x:.1f} 52V{bottom}" stroke="#dde0e6"/>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#59606c">1e{power}'
+            "</text>"
+        )
+    divider = _x(10 ** (LOW + 0.75))
+    parts.append(f'<path d="M{divider:.1f} 52V{bottom}" stroke="#59606c" stroke-width="1.5"/>')
+    for index, (name, passed) in enumerate(gates.items()):
+        parts += _lane(rows, dtype, name, passed, top=60 + ROW * index)
+    parts.append(
+        f'<text x="{(LEFT + WIDTH) / 2}" y="{bottom + 31}" text-anchor="middle" fill="#59606c">'
+        "true relative size of the fault (float64)</text></svg>"
+    )
+    return "\n".join(parts) + "\n"
+
+
+def _x(effect: float) -> float:
+    power = math.log10(effect) if 0 < effect < math.inf else (HIGH if effect else LOW)
+    share = (min(max(power, LOW), HIGH) - LOW) / (HIGH - LOW)
+    return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+
+def _lane(rows: Sequence[Row], dtype: str, name: str, passed: Passed, *, top: int) -> list[str]:
+    tried = _tried(_faults(rows, dtype, NO_EFFECT), passed)
+    benign = _tried(_benign(rows, dtype), passed)
+    caught = sum(not ok for _, ok in tried)
+    alarms = sum(not ok for _, ok in benign)
+    parts = [
+        f'<text x="10" y="{top + 16}" fill="#16181d">{escape(name)}</text>',
+        f'<text x="10" y="{top + 31}" font-size="11" fill="#59606c">caught {caught}/{len(tried)}, '
+        f"false alarms {alarms}/{len(benign)}</text>",
+    ]
+    for at, (row, ok) in enumerate(tried):
+        y = top + 8 + (at * 7) % 26
+        fill = "none" if ok else "#2456c4"
+        stroke = "#b3261e" if ok else "#2456c4"
+        title = escape(f"{row['entry']} on {row['subject']}: {_effect(row):.1e}")
+        parts.append(
+            f'<circle cx="{_x(_effect(row)):.1f}" cy="{y}" r="3" fill="{fill}" '
+            f'fill-opacity="0.55" stroke="{stroke}"><title>{title}</title></circle>'
+        )
+    for at, (row, ok) in enumerate(benign):
+        x, y = LEFT + 4 + (at * 5) % 60, top + 8 + (at * 11) % 26
+        colour = "#14713d" if ok else "#b3261e"
+        title = escape(f"{row['entry']} on {row['subject']}")
+        parts.append(
+            f'<path d="M{x - 3} {y + 3}h6l-3 -6z" fill="{colour}"><title>{title}</title></path>'
+        )
+    return parts
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """Write `verdict.md` and a plot for each precision, and print the table."""
+    text = markdown(rows)
+    (folder / "verdict.md").write_text(text, "utf-8")
+    for dtype in ("float32", "bfloat16"):
+        if any(row["dtype"] == dtype for row in rows):
+            (folder / f"verdict-{dtype}.svg").write_text(plot(rows, dtype), "utf-8")
+    print(text)
+
+
+def main() -> None:
+    from bench.bench_verdict import RESULTS, read
+
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    write(read(folder / "verdict.jsonl"), folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""Judge sides of which one holds moments, or moments and sketches, in place of tensors.
+
+Moments alone can tell that two tensors differ, never that they agree. With sketches the distance
+itself is estimated, and a verdict is given where the whole 95 % interval deserves it. An interval
+misses the true distance in 5 % of cases, but only by a few per cent of its value: it takes a benign
+tensor that close to its bound to make a false alarm of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from truestep.comparison.distance import same_bits
+from truestep.comparison.matching import (
+    compare_tensors,
+    dtype_name,
+    dtype_note,
+    floor_for,
+    nonfinite_note,
+    one_sided,
+    shape_note,
+    tensor_info,
+)
+from truestep.comparison.sketch import Estimate, estimate, sketch
+from truestep.comparison.sources import Source
+from truestep.noise import Floor, FloorLookup, NoiseFloor, pair_for, pair_of
+from truestep.recording.format import moments
+from truestep.recording.manifest import STATS
+from truestep.recording.names import address
+from truestep.rule import Measured, Outcome, bounded, judge
+from truestep.verdict import Metrics, Row, Rule, TensorInfo, Verdict
+
+_SUMMATION = 1e-12
+"""Relative error of moments: the order of torch's float64 sums depends on the number of threads."""
+
+FULL = "record at level full to decide"
+
+
+def moment_rows(actual: Source, reference: Source) -> list[Row]:
+    """Rows of two sides of which at least one holds moments only."""
+    ours, theirs = _all_moments(actual), _all_moments(reference)
+    rows = []
+    for name in [*theirs, *(name for name in ours if name not in theirs)]:
+        place = address(name)
+        base = {"name": name, "stage": place.stage, "step": place.step, "branch": place.branch}
+        a, r = ours.get(name), theirs.get(name)
+        if a is None or r is None:
+            verdict = Verdict.MISSING if a is None else Verdict.INCOMPARABLE
+            rows.append(Row(**base, verdict=verdict, note="only one side has it"))
+            continue
+        info = TensorInfo(dtype="float64", shape=(len(STATS),))
+        verdict, note = _judge_moments(a, r)
+        rows.append(Row(**base, actual=info, reference=info, verdict=verdict, note=note))
+    return rows
+
+
+def _all_moments(source: Source) -> dict[str, torch.Tensor]:
+    if _sketched(source):
+        return {name: source.tensors[f"stats/{name}"] for name in _stand_ins(source)}
+    tensors = source.tensors
+    return {
+        name.removeprefix("stats/"): tensors[name]
+        if name.startswith("stats/")
+        else moments(tensors[name])
+        for name in tensors
+    }
+
+
+def _judge_moments(actual: torch.Tensor, reference: torch.Tensor) -> tuple[Verdict, str]:
+    a, r = _named(actual), _named(reference)
+    if a["nonfinite"] or r["nonfinite"]:
+        return Verdict.INVALID, f"non-finite values: {a['nonfinite']:g} against {r['nonfinite']:g}"
+    if not a["count"] and not r["count"]:
+        return Verdict.INVALID, "empty: there is nothing to compare"
+    if a["count"] != r["count"]:
+        return Verdict.INCOMPARABLE, f"{a['count']:g} elements against {r['count']:g}"
+    blind = "moments cannot see a permutation: record at level full"
+    if same_bits(actual, reference):
+        return Verdict.INCONCLUSIVE, f"the moments agree exactly; {blind}"
+    scale = r["rms"] or 1.0
+    worst = max(("mean", "abs_mean", "rms"), key=lambda key: abs(a[key] - r[key]))
+    apart = abs(a[worst] - r[worst]) / scale
+    if math.isnan(apart) or apart > 1e-2:
+        return Verdict.DRIFTED, f"{worst} differs by {apart:.1e} of the rms"
+    return Verdict.INCONCLUSIVE, f"{worst} differs by {apart:.1e} of the rms; {blind}"
+
+
+def _named(stats: torch.Tensor) -> dict[str, float]:
+    return dict(zip(STATS, stats.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class _Estimated:
+    """A finite, not constant pair: metrics with the estimate, its interval, and what judges it.
+
+    `equal` says that neither sketches nor moments differ.
+    """
+
+    metrics: Metrics
+    low: float
+    high: float
+    equal: bool
+    floor: Floor
+    base: dict[str, Any] = field(default_factory=dict)
+
+    def at(self, rel_l2: float) -> Measured:
+        """The pair for the rule, were this its distance; a peak of 0 is no evidence of anything."""
+        known = {"rel_l2": rel_l2, "max_abs": 0.0}
+        return Measured(self.metrics.model_copy(update=known), self.floor)
+
+
+def sketch_rows(
+    actual: Source,
+    reference: Source,
+    *,
+    floor: NoiseFloor | None = None,
+    pair: str | None = None,
+    tolerance: float | None = None,
+) -> list[Row]:
+    """Judge two sides of which at least one is a recording at level `sketch`.
+
+    The other is sketched here. Args and order are those of `compare_tensors`. Of `Metrics`,
+    `rel_l2` is the estimate, norm ratio and counts are exact, gain and cosine distance follow from
+    those (gain is off by half the error of rel_l2^2), and `max_abs` is not known.
+
+    Raises:
+        UsageError: The tolerance is negative or not finite.
+    """
+    compare_tensors({}, {}, tolerance=tolerance)  # refuses what no rule can use
+    ours, theirs = _stand_ins(actual), _stand_ins(reference)
+    lookups: dict[str, FloorLookup] = {}
+    rows: list[dict[str, Any] | _Estimated] = []
+    for name in [*theirs, *(name for name in ours if name not in theirs)]:
+        a, r = ours.get(name), theirs.get(name)
+        place = address(name)
+        base: dict[str, Any] = {
+            "name": name,
+            "stage": place.stage,
+            "step": place.step,
+            "branch": place.branch,
+            "fqn": place.fqn,
+            "actual": tensor_info(a),
+            "reference": tensor_info(r),
+        }
+        if a is None or r is None:
+            rows.append({**base, **one_sided(a)})
+            continue
+        if a.shape != r.shape:
+            rows.append({**base, "verdict": Verdict.INCOMPARABLE, "note": shape_note(a, r)})
+            continue
+        if not a.numel():
+            note = "empty: there is nothing to compare"
+            rows.append({**base, "verdict": Verdict.INVALID, "note": note})
+            continue
+        if a.is_complex() or r.is_complex():
+            note = "complex tensors cannot be judged"
+            rows.append({**base, "verdict": Verdict.INVALID, "note": note})
+            continue
+        working = pair_for(name, pair or pair_of(dtype_name(a), dtype_name(r)))
+        if working not in lookups:
+            lookups[working] = FloorLookup(floor, pair=working)
+        used = floor_for(
+            name, a, r, lookups[working], pair=working, tolerance=tolerance, structure=False
+        )
+        base["note"] = dtype_note(a, r)
+        rows.append(_pair(_kept(actual, name, a), _kept(reference, name, r), used, base))
+    return _judged(rows)
+
+
+def _sketched(source: Source) -> bool:
+    return source.manifest is not None and source.manifest.level == "sketch"
+
+
+def _stand_ins(source: Source) -> Mapping[str, torch.Tensor]:
+    """The tensors of a side, or where they were sketched, ones of their dtype and shape only."""
+    if source.manifest is None or not _sketched(source):
+        return source.tensors
+    return {
+        entry.name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
+        for entry in source.manifest.tensors
+    }
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What level `sketch` keeps of a tensor, and the tensor or its stand-in."""
+
+    like: torch.Tensor
+    moments: Mapping[str, float]
+    sketch: torch.Tensor
+
+    @property
+    def norm(self) -> float:
+        """L2 norm; nan where the squares left the range of float64."""
+        found = math.sqrt(self.moments["count"]) * self.moments["rms"]
+        lost = found == 0.0 and not self.moments["max"] == self.moments["min"] == 0.0
+        return math.nan if lost else found
+
+    @property
+    def constant(self) -> bool:
+        """As `distance.is_constant`."""
+        one = self.moments["min"] == self.moments["max"]
+        return one and self.like.is_floating_point() and self.like.numel() > 1
+
+
+def _kept(source: Source, name: str, like: torch.Tensor) -> _Kept:
+    if _sketched(source):
+        stats = source.tensors[f"stats/{name}"]
+        return _Kept(like, _named(stats), source.tensors[f"sketch/{name}"])
+    return _Kept(like, _named(moments(like)), sketch(like))
+
+
+def _pair(a: _Kept, r: _Kept, floor: Floor, base: dict[str, Any]) -> dict[str, Any] | _Estimated:
+    """What needs no rule to be judged, or the estimated pair for the rule."""
+    counts = {
+        "count": int(min(a.moments["count"], r.moments["count"])),
+        "nonfinite_actual": int(a.moments["nonfinite"]),
+        "nonfinite_reference": int(r.moments["nonfinite"]),
+    }
+    if counts["nonfinite_actual"] or counts["nonfinite_reference"]:
+        metrics = _metrics(a, r, math.nan, counts)
+        plain = {"verdict": Verdict.INVALID, "note": nonfinite_note(metrics), "metrics": metrics}
+        return {**base, **plain, "floor": floor}
+    if a.moments["count"] != r.moments["count"]:
+        note = f"{a.moments['count']:g} elements against {r.moments['count']:g}"
+        return {**base, "verdict": Verdict.INCOMPARABLE, "note": note}
+    found = estimate(a.sketch, r.sketch, norm=r.norm, count=counts["count"])
+    equal = found.rel_l2 == 0.0 and _same_moments(a.moments, r.moments)
+    found = _narrowed(found, a, r, equal=equal)
+    metrics = _metrics(a, r, found.rel_l2, counts)
+    constant = [side for side, kept in (("actual", a), ("reference", r)) if kept.constant]
+    if constant and not equal:
+        value = (a if constant[0] == "actual" else r).moments["min"]
+        note = f"the {' and the '.join(constant)} side holds one value everywhere ({value:g})"
+        plain = {"verdict": Verdict.INVALID, "note": note, "metrics": metrics}
+        return {**base, **plain, "floor": floor}
+    return _Estimated(metrics, found.low, found.high, equal, floor, base)
+
+
+def _same_moments(a: Mapping[str, float], r: Mapping[str, float]) -> bool:
+    exact = all(a[key] == r[key] for key in ("min", "max"))
+    return exact and math.isclose(a["rms"], r["rms"], rel_tol=_SUMMATION)
+
+
+def _narrowed(found: Estimate, a: _Kept, r: _Kept, *, equal: bool) -> Estimate:
+    """The estimate within what the norms alone say: | |a| - |r| | <= |a - r| <= |a| + |r|."""
+    whole = not a.like.is_floating_point() and not r.like.is_floating_point()
+    if equal and whole and found.high * r.norm < 1.0:  # less than the least that integers differ by
+        return Estimate(0.0, 0.0, 0.0)
+    ratio = _ratio(a.norm, r.norm)
+    if equal or math.isnan(ratio):
+        return found
+    low = max(found.low, abs(ratio - 1.0) - _SUMMATION)
+    high = max(min(found.high, (ratio + 1.0) * (1.0 + _SUMMATION)), low)
+    value = found.rel_l2
+    return Estimate(value if math.isnan(value) else min(max(value, low), high), low, high)
+
+
+def _ratio(actual: float, reference: float) -> float:
+    if reference:
+        return actual / reference
+    return math.inf if actual else 1.0
+
+
+def _metrics(a: _Kept, r: _Kept, rel_l2: float, counts: Mapping[str, int]) -> Metrics:
+    """Metrics with gain and cosine distance from |a|^2 = |r|^2 + 2 (a - r) r + |a - r|^2."""
+    ratio = _ratio(a.norm, r.norm)
+    gain = cosine = math.nan
+    if math.isfinite(rel_l2 + ratio):
+        gain = 1.0 + ((ratio - 1.0) * (ratio + 1.0) - rel_l2**2) / 2.0
+        spread = rel_l2**2 - (ratio - 1.0) ** 2
+        cosine = min(max(spread / (2.0 * ratio), 0.0), 2.0) if ratio else 1.0
+    return Metrics(
+        rel_l2=rel_l2,
+        max_abs=math.nan,
+        max_abs_index=(),
+        cosine_distance=cosine,
+        norm_ratio=ratio,
+        gain=gain,
+        rms_reference=r.moments["rms"],
+        **counts,
+    )
+
+
+def _judged(rows: Sequence[dict[str, Any] | _Estimated]) -> list[Row]:
+    """Ask the rule at both ends of every interval, and for the ratio to show."""
+    items = [row for row in rows if isinstance(row, _Estimated)]
+    shown = [
+        item.high if item.equal else item.low if math.isnan(value) else value
+        for item in items
+        for value in (item.metrics.rel_l2,)
+    ]
+    lows = judge([item.at(item.low) for item in items])
+    highs = judge([item.at(item.high) for item in items])
+    ratios = judge([item.at(value) for item, value in zip(items, shown, strict=True)])
+    outcomes = zip(lows, highs, ratios, strict=True)
+    tests = 2 * len(items)
+    found = []
+    for row in rows:
+        if isinstance(row, _Estimated):
+            low, high, middle = next(outcomes)
+            found.append(_row(row, low, high, ratio=middle.ratio))
+        else:
+            floor = row.get("floor")
+            found.append(Row(**{**row, "floor": bounded(floor, tests=tests) if floor else None}))
+    return found
+
+
+def _row(item: _Estimated, low: Outcome, high: Outcome, *, ratio: float) -> Row:
+    span = f"{item.metrics.rel_l2:.2e} ({item.low:.2e} to {item.high:.2e})"
+    blind = f"a change below {item.high:.1e} is not seen"
+    limit = low.floor.rel_l2 * low.floor.bound
+    parts = [f"sketch: {span}"]
+    verdict = Verdict.INCONCLUSIVE
+    if low.verdict is Verdict.DRIFTED:
+        verdict = Verdict.DRIFTED
+    elif high.verdict is Verdict.EQUIVALENT:
+        verdict = Verdict.EQUIVALENT
+        if item.equal:
+            parts.append("sketches agree exactly" + (f" ({blind})" if item.high else ""))
+    elif item.equal:
+        parts.append(f"sketches agree exactly, but {blind} and the bound is {limit:.2e}: {FULL}")
+    elif high.verdict is Verdict.DRIFTED:
+        parts = [f"sketch: estimate {span} straddles the bound {limit:.2e}: {FULL}"]
+    elif low.verdict is Verdict.EQUIVALENT:
+        parts = [f"sketch: estimate {span} reaches over the floor {low.floor.rel_l2:.2e}: {FULL}"]
+    else:
+        parts.append(low.note)
+    parts.append(item.base["note"])
+    return Row(
+        **{
+            **item.base,
+            "verdict": verdict,
+            "metrics": item.metrics,
+            "floor": low.floor,
+            "ratio": ratio,
+            "ratio_metric": "rel_l2",
+            "note": "; ".join(part for part in parts if part),
+        }
+    )
+
+
+def sketch_rule(rows: Sequence[Row]) -> Rule:
+    """The rule that judged the rows of `sketch_rows`, in one sentence with its numbers."""
+    floors = [row.floor for row in rows if row.floor and row.floor.rel_l2]  # 0: whole numbers
+    sources = sorted({floor.source for floor in floors})
+    head = "rel_l2 is estimated from sketches, and its whole 95 % interval judged"
+    if sources == ["tolerance"]:
+        return Rule(
+            name="sketch/1", text=f"{head}: user tolerance {max(f.rel_l2 for f in floors):.3g}"
+        )
+    pairs = ", ".join(sorted({floor.pair for floor in floors}))
+    bounds = sorted({round(floor.bound, 2) for floor in floors})
+    span = f"{bounds[0]:g} to {bounds[-1]:g}" if len(bounds) > 1 else f"{max(bounds, default=1):g}"
+    return Rule(
+        name="sketch/1",
+        text=(
+            f"{head} against the {' and '.join(sources) or 'no'} noise floor ({pairs}): "
+            f"drifted above {span} x floor, inconclusive where it straddles that"
+        ),
+    )

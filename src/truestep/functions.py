@@ -1,0 +1,333 @@
+"""Record and check any function of tensors: a module, an ONNX session, an engine behind a wrapper.
+
+The function is called with named tensors and returns a tensor, a sequence or a mapping of them. Its
+recording holds inputs and outputs of every sample, and the noise floor that benign changes of the
+call measured; a candidate is fed the same inputs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truestep.checking import build_side
+from truestep.comparison.matching import build_comparison, compare_tensors
+from truestep.environment import Environment, library_version
+from truestep.errors import UsageError
+from truestep.noise import NoiseFloor, NoiseRun, pair_of
+from truestep.recording.capture import Progress, tensor_table
+from truestep.recording.floor import JITTERS, measured_run, one_rounding
+from truestep.recording.format import Recording
+from truestep.recording.manifest import Manifest
+from truestep.recording.raised import HIGHER, converted
+from truestep.verdict import Comparison, Side
+
+Tensors = Mapping[str, torch.Tensor]
+Function = Callable[..., Any]
+"""Called with the inputs by name; returns a tensor, a sequence of tensors or a mapping of them."""
+
+Change = Callable[[Function], AbstractContextManager[Callable[[Tensors], dict[str, torch.Tensor]]]]
+
+
+def record_function(
+    function: Function,
+    samples: Sequence[Tensors],
+    *,
+    path: str | Path | None = None,
+    floor: bool = True,
+    progress: Progress | None = None,
+) -> Recording:
+    """Call a trusted function on every sample and keep inputs, outputs and the noise floor.
+
+    Args:
+        function: Called without gradients, with a sample's tensors by name. Of a `torch.nn.Module`
+            the floor also includes its own rounding, against the next higher precision.
+        samples: One or more mappings from input name to tensor, all with the same names.
+        path: Where to write the recording; None keeps it in memory.
+        floor: Measure the noise floor (about nine calls a sample).
+        progress: Told (what, done, total).
+
+    Returns:
+        A recording with `sample/0000/input/<name>` and `sample/0000/output/<name>`.
+
+    Raises:
+        UsageError: There are no samples, their names differ, or the function returns no tensor.
+        WriteError: The recording cannot be written.
+    """
+    if not samples or any(set(sample) != set(samples[0]) for sample in samples):
+        raise UsageError(
+            "the samples cannot be recorded",
+            measured="needed: at least one, all with the same input names",
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    outputs = _run(_plain(function), samples)
+    for index, sample in enumerate(samples):
+        for name, value in sample.items():
+            tensors[f"{_sample(index)}/input/{name}"] = _copy(value)
+        tensors.update(outputs[index])
+    measured = _measure(function, samples, tensors, progress) if floor else None
+    environment = Environment.current("cpu", attention=None)
+    manifest = Manifest(
+        tool_version=library_version("truestep") or "",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        level="full",
+        environment=dict(environment),
+        tensors=tensor_table(tensors),
+        forwards=len(samples),
+        noise_floor=measured[0] if measured else None,
+        notes=measured[1] if measured else (),
+    )
+    recording = Recording.in_memory(tensors, manifest)
+    if path is None:
+        return recording
+    recording.save(path)
+    return Recording.open(path)
+
+
+def check_function(
+    function: Function,
+    reference: Recording | str | Path,
+    *,
+    tolerance: float | None = None,
+    label: str = "candidate",
+) -> Comparison:
+    """Call a candidate on a recording's inputs and judge its outputs.
+
+    Args:
+        function: Called as the recorded one was; see `record_function`.
+        reference: A recording of a function, or its path.
+        tolerance: Judge rel_l2 by this limit instead of the noise floor.
+        label: What the candidate is called in the result.
+
+    Returns:
+        The comparison; a call that raises is `invalid`, with what it raised.
+
+    Raises:
+        FileFormatError: The reference cannot be read.
+        UsageError: It is not a recording of a function.
+    """
+    recording = reference if isinstance(reference, Recording) else Recording.open(reference)
+    samples = _samples(recording)
+    if not samples:
+        raise UsageError(
+            "the reference is not a recording of a function",
+            where=str(recording.path or "reference"),
+            hint="truestep.record_function(function, samples) makes one",
+        )
+    actual: dict[str, torch.Tensor] = {}
+    notes = []
+    for index, sample in enumerate(samples):
+        try:
+            actual.update(_run(_plain(function), [sample], first=index)[0])
+        except UsageError:
+            raise
+        except Exception as error:  # whatever a candidate raises is its outcome
+            notes.append(f"{_sample(index)}: raised {type(error).__name__}: {error}"[:300])
+    expected = {name: recording[name] for name in recording if "/output/" in name}
+    rows = compare_tensors(
+        actual, expected, floor=recording.manifest.noise_floor, tolerance=tolerance
+    )
+    return build_comparison(
+        rows,
+        actual=Side(label=label, environment=dict(Environment.current("cpu", attention=None))),
+        reference=build_side(recording),
+        looked_at=(f"outputs of {len(samples)} samples",),
+        notes=tuple(notes),
+    )
+
+
+def _sample(index: int) -> str:
+    return f"sample/{index:04d}"
+
+
+def _samples(recording: Recording) -> list[dict[str, torch.Tensor]]:
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name in recording:
+        parts = name.split("/", 3)
+        if parts[0] == "sample" and len(parts) == 4 and parts[2] == "input":
+            found.setdefault(parts[1], {})[parts[3]] = recording[name]
+    return [found[key] for key in sorted(found)]
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _named(result: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a result, by name."""
+    if isinstance(result, torch.Tensor):
+        return {"out": result}
+    items: dict[Any, Any] = {}
+    if isinstance(result, Mapping):
+        items = dict(result)
+    elif isinstance(result, Sequence) and not isinstance(result, str):
+        items = {f"out.{i}": value for i, value in enumerate(result)}
+    found = {str(k): torch.as_tensor(v) for k, v in items.items() if v is not None}
+    if not found:
+        raise UsageError(
+            f"the function returned {type(result).__name__}, which holds no tensor",
+            hint="return a tensor, a sequence of tensors or a mapping of them",
+        )
+    return found
+
+
+def _run(
+    call: Callable[[Tensors], dict[str, torch.Tensor]],
+    samples: Sequence[Tensors],
+    *,
+    first: int = 0,
+) -> list[dict[str, torch.Tensor]]:
+    made = []
+    with torch.no_grad():
+        for index, sample in enumerate(samples, start=first):
+            outputs = call({name: value.clone() for name, value in sample.items()})
+            made.append({f"{_sample(index)}/output/{k}": _copy(v) for k, v in outputs.items()})
+    return made
+
+
+def _plain(function: Function) -> Callable[[Tensors], dict[str, torch.Tensor]]:
+    return lambda sample: _named(function(**sample))
+
+
+def _measure(
+    function: Function,
+    samples: Sequence[Tensors],
+    recorded: Tensors,
+    progress: Progress | None,
+) -> tuple[NoiseFloor, tuple[str, ...]]:
+    """Benign runs, and which kinds the function cannot do."""
+    runs: list[NoiseRun] = []
+    notes = []
+    todo = _changes(function)
+    dtype = _working_dtype(recorded)
+    for done, (kind, detail, change) in enumerate(todo):
+        try:
+            with change(function) as call:
+                made = {k: v for out in _run(call, samples) for k, v in out.items()}
+            same_shapes = all(v.shape == recorded[k].shape for k, v in made.items())
+        except Exception as error:  # what a function cannot do is no benign change of it
+            notes.append(f"noise floor without {kind} ({detail}): {type(error).__name__}"[:200])
+            continue
+        if not same_shapes:
+            notes.append(f"noise floor without {kind} ({detail}): other shapes")
+            continue
+        pairs = {name: (value, recorded[name]) for name, value in made.items()}
+        runs.append(measured_run(kind, detail, pair_of(dtype, dtype), pairs))
+        if progress:
+            progress(f"noise floor: {kind}", done + 1, len(todo))
+    return NoiseFloor(runs=tuple(runs)), tuple(notes)
+
+
+def _working_dtype(recorded: Tensors) -> str:
+    """Dtype of the first floating-point output."""
+    outputs = (t for name, t in recorded.items() if "/output/" in name)
+    found = next((t.dtype for t in outputs if t.is_floating_point()), torch.float32)
+    return str(found).removeprefix("torch.")
+
+
+def _changes(function: Function) -> list[tuple[str, str, Change]]:
+    found: list[tuple[str, str, Change]] = []
+    if isinstance(function, torch.nn.Module):
+        dtype = next((p.dtype for p in function.parameters()), torch.float32)
+        higher = HIGHER.get(str(dtype).removeprefix("torch."))
+        if higher:
+            found.append(("precision", f"against {higher}", _raised(higher)))
+    found.append(("repeat", "the same call again", _repeat))
+    found += [("batch", f"row {row} in a batch of 2", _in_batch(row)) for row in (0, 1)]
+    current = torch.get_num_threads()
+    found += [
+        ("threads", f"{current} -> {count} threads", _threads(count))
+        for count in sorted({1, min(2, os.cpu_count() or 1)} - {current})
+    ]
+    found.append(("attention", "math kernel", _math_attention))
+    found += [
+        ("jitter", f"one rounding on the inputs, seed {seed}", _jitter(seed))
+        for seed in range(JITTERS)
+    ]
+    return found
+
+
+@contextmanager
+def _repeat(function: Function) -> Iterator[Callable[[Tensors], dict[str, torch.Tensor]]]:
+    yield _plain(function)
+
+
+def _raised(precision: str) -> Change:
+    @contextmanager
+    def change(function: Function) -> Iterator[Callable[[Tensors], dict[str, torch.Tensor]]]:
+        dtype = getattr(torch, precision)
+
+        def call(sample: Tensors) -> dict[str, torch.Tensor]:
+            return _named(
+                function(
+                    **{k: v.to(dtype) if v.is_floating_point() else v for k, v in sample.items()}
+                )
+            )
+
+        with converted(function, dtype):
+            yield call
+
+    return change
+
+
+def _in_batch(row: int) -> Change:
+    @contextmanager
+    def change(function: Function) -> Iterator[Callable[[Tensors], dict[str, torch.Tensor]]]:
+        def both(value: torch.Tensor) -> torch.Tensor:
+            if not value.ndim or value.shape[0] != 1:
+                raise ValueError("an input without a batch axis of 1")
+            neighbour = value.roll(1, dims=-1)
+            return torch.cat([value, neighbour] if row == 0 else [neighbour, value])
+
+        def call(sample: Tensors) -> dict[str, torch.Tensor]:
+            outputs = _named(function(**{k: both(v) for k, v in sample.items()}))
+            return {k: v[row : row + 1] for k, v in outputs.items()}
+
+        yield call
+
+    return change
+
+
+def _threads(count: int) -> Change:
+    @contextmanager
+    def change(function: Function) -> Iterator[Callable[[Tensors], dict[str, torch.Tensor]]]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield _plain(function)
+        finally:
+            torch.set_num_threads(before)
+
+    return change
+
+
+@contextmanager
+def _math_attention(function: Function) -> Iterator[Callable[[Tensors], dict[str, torch.Tensor]]]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.MATH]):
+        yield _plain(function)
+
+
+def _jitter(seed: int) -> Change:
+    def change(
+        function: Function,
+    ) -> AbstractContextManager[Callable[[Tensors], dict[str, torch.Tensor]]]:
+        generator = torch.Generator("cpu").manual_seed(seed)
+
+        def call(sample: Tensors) -> dict[str, torch.Tensor]:
+            moved = {
+                k: one_rounding(v, generator) if v.is_floating_point() else v
+                for k, v in sample.items()
+            }
+            return _named(function(**moved))
+
+        return nullcontext(call)
+
+    return change
