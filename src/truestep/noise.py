@@ -71,12 +71,16 @@ NARROW_SHARE = 0.25
 """The same for gain and channel mean in 16 bits and less, where products accumulate in float32:
 what is left is a constant folded into a weight, up to an eighth of an epsilon."""
 
-PRIOR_SPREAD, PRIOR_FREEDOM = 0.15, 10.0
+PRIOR_SPREAD, PRIOR_FREEDOM = 0.2, 10.0
 """What is assumed of the log-spread of benign sizes before any is measured, and its weight in runs:
 kinds of benign change measured 0.02 to 0.3 on the fault corpus's subjects (`bench/faults`)."""
 
-LEAST_SPREAD = 0.06
-"""A benign change of a kind that was not tried may well be this much larger."""
+LEAST_SPREAD = 0.1
+"""A benign change of a kind that was not tried may be larger than all that were: two independent
+roundings are the square root of two apart, and bounds are then 1.7 x the typical value or more."""
+
+MARGIN = 1.1
+"""Nothing within this multiple of the largest benign value is surprising, whatever the tail."""
 
 MODE_GAP = math.log(4.0)
 """Benign values further apart than this factor are two outcomes, not one spread."""
@@ -198,7 +202,7 @@ class Tail:
     largest: float
 
     def surprise(self, value: float, *, known: bool = False) -> float:
-        """Probability that a benign run gives `value` or more; 1 up to the largest seen.
+        """Probability that a benign run gives `value` or more; 1 up to the largest seen (`MARGIN`).
 
         Args:
             value: Its magnitude counts.
@@ -207,7 +211,7 @@ class Tail:
         value = abs(value)
         if math.isnan(value) or value > self.largest * 1e6:
             return 0.0
-        if value <= self.largest:
+        if value <= self.largest * MARGIN:
             return 1.0
         if not self.spread:
             return 2.0 * _student(-value / self.scale, math.inf if known else self.freedom)
@@ -223,9 +227,9 @@ class Tail:
             return -float(inverse)
 
         if not self.spread:
-            return max(self.scale * deviations(rate / 2), self.largest)
+            return max(self.scale * deviations(rate / 2), self.largest * MARGIN)
         exponent = min(self._width(False) * deviations(rate), 700.0)
-        return max(self.scale * math.exp(exponent), self.largest)
+        return max(self.scale * math.exp(exponent), self.largest * MARGIN)
 
     def runs_to_decide(self, value: float, rate: float) -> int:
         """Benign runs after which `value` would be more surprising than `rate`, all else equal."""
@@ -350,7 +354,8 @@ class FloorLookup:
         largest = max([least, *seen])
         if statistic in SIGNED:
             rms, freedom = self._gain_share(spread_key(name))
-            size = 1.0 if statistic == "correlation" else _geometric([m.rel_l2 for m in values])
+            _, sizes = modes(m.rel_l2 for m in values)
+            size = 1.0 if statistic == "correlation" else _geometric(sizes)
             scale = max(size * rms, least / 3, 1e-30)
             return Tail(scale, 0.0, freedom, len(seen), largest)
         _, upper = modes(seen)

@@ -223,7 +223,7 @@ def _likely(metrics: Metrics, verdict: Verdict) -> str:
         return "sign flipped"
     off = abs(metrics.gain - 1.0)
     if metrics.cosine_distance < 0.01 * off**2:
-        return f"scaled by {metrics.gain:.4g}"
+        return f"scaled by {metrics.gain:.6g}"
     return ""
 
 
