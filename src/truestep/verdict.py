@@ -181,6 +181,21 @@ class Row(Record):
         return self.floor.rel_l2 * self.floor.bound if self.floor else None
 
 
+def detectable(rows: Iterable[Row]) -> float | None:
+    """Smallest rel_l2 that would have been called `drifted` in any stage of these rows.
+
+    A stage that was also replayed in a higher precision (`float32/...`) counts as seen there.
+    """
+    found = [row for row in rows if row.detectable is not None]
+    raised = {row.stage for row in found if row.name.startswith(("float32/", "float64/"))}
+    seen = [
+        row.detectable or 0.0
+        for row in found
+        if row.stage not in raised or row.name.startswith(("float32/", "float64/"))
+    ]
+    return max(seen, default=None)
+
+
 class Divergence(Record):
     """The first place whose output differs beyond the floor while its input does not."""
 
@@ -316,9 +331,8 @@ class Comparison(Record):
 
     @property
     def detectable(self) -> float | None:
-        """Smallest rel_l2 that every judged row would have called `drifted`."""
-        seen = [d for row in self.rows if (d := row.detectable) is not None]
-        return max(seen, default=None)
+        """Smallest rel_l2 that would have been called `drifted` in any stage that was judged."""
+        return detectable(self.rows)
 
     def explain(self) -> tuple[str, str, str, str, str]:
         """The five parts of an error message: what, where, measured, likely, hint."""

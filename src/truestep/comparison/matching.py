@@ -24,6 +24,7 @@ from truestep.verdict import (
     Side,
     TensorInfo,
     Verdict,
+    detectable,
 )
 
 EXACT = Rule(name="bits/1", text="every tensor agrees bit for bit")
@@ -275,8 +276,8 @@ def _sentence(
     total = f"{len(rows)} tensor{'s' if len(rows) != 1 else ''}"
     count = sum(row.verdict is verdict for row in rows)
     ratios = [row.ratio for row in rows if row.ratio is not None and row.verdict.passed]
-    seen = [d for row in rows if (d := row.detectable) is not None]
-    sight = f"a relative change of {max(seen):.1e} would have been seen" if seen else ""
+    seen = detectable(rows)
+    sight = f"a relative change of {seen:.1e} would have been seen" if seen is not None else ""
     if not rows:
         return "invalid: there was nothing to compare"
     if verdict is Verdict.IDENTICAL:

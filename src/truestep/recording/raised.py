@@ -17,7 +17,7 @@ import torch
 from truestep.noise import EPSILON
 from truestep.recording.capture import is_compiled
 from truestep.recording.names import address
-from truestep.recording.replay import Replay, replay
+from truestep.recording.replay import Replay, chosen_steps, replay
 from truestep.runtime.pipeline import Pipeline, Step
 
 HIGHER = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
@@ -28,9 +28,10 @@ MODELS = ("text_encoder", "transformer", "transformer_2", "vae")
 _STAGE_MODELS = {
     "text": ("text_encoder",),
     "prediction": ("transformer", "transformer_2"),
+    "guidance": ("transformer", "transformer_2"),  # combined in the predictions' dtype
     "decoding": ("vae",),
 }
-"""Stages with a model in them; the others are elementwise and hide nothing."""
+"""Stages that round in the working dtype, and the models that it is the dtype of."""
 
 
 @contextmanager
@@ -115,13 +116,21 @@ def raised_stages(
     precision: str,
     only: Iterable[str] | None = None,
 ) -> Replay:
-    """Replay stages of a pipeline that is raised already; by default those that were recorded."""
+    """Replay stages of a pipeline that is raised already; by default those that were recorded.
+
+    Guidance is kept at the same steps as the predictions.
+    """
+    chosen = chosen_steps(recording, steps)
     if only is None:
         prefix = f"{precision}/"
         only = {address(name).stage for name in recording if name.startswith(prefix)}
-    found = replay(lifted, recording, steps=steps, only=only)
+    found = replay(lifted, recording, steps=chosen, only=only)
     return Replay(
-        outputs={f"{precision}/{name}": value for name, value in found.outputs.items()},
+        outputs={
+            f"{precision}/{name}": value
+            for name, value in found.outputs.items()
+            if (place := address(name)).stage != "guidance" or place.step in chosen
+        },
         failures={f"{precision}/{name}": text for name, text in found.failures.items()},
         effects={
             f"{precision}/{name}": (f"{precision}/{prediction}", made)

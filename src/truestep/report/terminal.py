@@ -64,7 +64,7 @@ def lines(comparison: Comparison) -> Iterable[str]:
         )
     detectable = comparison.detectable
     if comparison.verdict.passed and detectable is not None:
-        yield f"  detectable   a relative change of {detectable:.1e} in any tensor looked at"
+        yield f"  detectable   a relative change of {detectable:.1e} in any stage looked at"
     yield from _wrapped("rule", comparison.rule.text)
     for note in comparison.notes:
         yield from _wrapped("note", note)
