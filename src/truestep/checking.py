@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from truestep.recording.replay import Replay
     from truestep.runtime.pipeline import Apply, Pipeline
 
-Depth = Literal["steps", "final"]
+Depth = Literal["steps", "modules", "final"]
 
 
 def check(
@@ -50,7 +50,9 @@ def check(
         case: The reference's case.
         reference: A full recording of it, or its path.
         depth: `steps` feeds every stage the reference's recorded inputs and judges its output
-            (a few forwards); `final` generates freely and compares the latents.
+            (a few forwards); `modules` also opens the model of the first stage that fails, beside
+            the case's own model loaded here, and names the module; `final` generates freely and
+            compares the latents.
         apply: The change under test: receives the pipeline and changes it or returns another.
         settings: Values that differ from the case (`guidance_scale`, `model`, `dtype`, ...).
         steps: At `steps`: where predictions are made; default first, middle, last and both sides
@@ -75,7 +77,7 @@ def check(
     if refused is not None:
         return refused
     pipe = apply_change(load(candidate), apply)
-    return check_pipeline(
+    result = check_pipeline(
         pipe,
         recording,
         case=case,
@@ -86,6 +88,22 @@ def check(
         label=_label(case, candidate, apply),
         progress=progress,
     )
+    if depth != "modules" or result.verdict.passed:
+        return result
+    return _opened(pipe, case, recording, result)
+
+
+def _opened(pipe: Pipeline, case: Case, recording: Recording, result: Comparison) -> Comparison:
+    """Follow a failing stage into its model, beside the reference's model loaded here."""
+    from truestep.runtime.loading import load
+    from truestep.tracing.locating import locate_module
+
+    trusted = load(case)
+    same = check_pipeline(trusted, recording, case=case)
+    if not same.verdict.passed:
+        note = f"no module named: the case's own model is not the reference here ({same.sentence})"
+        return result.model_copy(update={"notes": (*result.notes, note)})
+    return locate_module(pipe, trusted, recording, result)
 
 
 def check_pipeline(

@@ -10,6 +10,8 @@
     ├── WriteError                exit 2   a file that could not be written (nothing was replaced)
     ├── ModelLoadError            exit 2   a model that could not be loaded
     ├── ReferenceNotFoundError    exit 3   no reference for a case
+    ├── ComponentMissingError     exit 3   a part that a parity test needs is not there
+    ├── ParityError               exit 1   a parity test that proves nothing; an AssertionError
     └── EquivalenceError          exit of its verdict; also an AssertionError
 
 Every message has up to five parts in one order: what, where, measured against allowed, likely
@@ -128,6 +130,42 @@ class ReferenceNotFoundError(TruestepError):
     """No reference exists for a case."""
 
     exit_code = 3
+
+
+class ComponentMissingError(TruestepError):
+    """A part that a parity test needs is not there; the test is skipped for this reason alone.
+
+    Attributes:
+        kind: `port_class`, `official_import`, `weights` or `converted_weights`.
+        detail: Exactly what is missing.
+        searched: Where it was looked for.
+        decision: Who has to decide what, if the component is blocked.
+    """
+
+    exit_code = 3
+
+    def __init__(
+        self,
+        kind: str,
+        detail: str,
+        *,
+        searched: tuple[str, ...] = (),
+        decision: str = "",
+        hint: str = "",
+    ) -> None:
+        super().__init__(
+            f"missing: {kind}: {detail}",
+            where="; ".join(searched),
+            likely=f"blocked: {decision}" if decision else "",
+            hint=hint,
+        )
+        self.kind, self.detail, self.searched, self.decision = kind, detail, searched, decision
+
+
+class ParityError(TruestepError, AssertionError):
+    """A parity test whose numbers agree but prove nothing, or that may no longer pass."""
+
+    exit_code = 1
 
 
 class EquivalenceError(TruestepError, AssertionError):

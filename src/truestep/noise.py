@@ -133,6 +133,8 @@ def stage_key(name: str) -> str:
 
 def spread_key(name: str) -> str:
     """Names whose benign values share a spread: those of a stage, whatever the branch or step."""
+    if name.startswith("module/"):  # module/<fqn>/<step>/<branch>/out.0
+        return "module/" + name.rpartition("/")[2].partition(".")[0]
     key = stage_key(name)
     head, _, last = key.rpartition("/")
     if head.endswith("step/*"):

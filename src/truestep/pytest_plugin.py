@@ -14,6 +14,7 @@ import pytest
 
 if TYPE_CHECKING:
     from truestep.comparison.latent_gate import SliceSpec
+    from truestep.parity.component import Parity
     from truestep.references.store import Place, Store
     from truestep.verdict import Comparison
 
@@ -29,6 +30,7 @@ class _Checks:
     numeric: int = 0
     used: list[str] = field(default_factory=list)
     written: list[str] = field(default_factory=list)
+    parity: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -41,6 +43,9 @@ class _Session:
     parity_run: set[str] = field(default_factory=set)
     not_executed: dict[str, str] = field(default_factory=dict)
     deselected: int = 0
+    parity: list[dict[str, Any]] = field(default_factory=list)
+    not_collected: dict[str, str] = field(default_factory=dict)
+    ledgers: list[str] = field(default_factory=list)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,6 +68,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--truestep-require-executed",
         action="store_true",
         help="fail unless every test marked parity ran and compared numbers",
+    )
+    group.addoption(
+        "--truestep-parity",
+        action="store_true",
+        help="write what the parity tests prove into parity.toml and the packets beside them",
+    )
+    group.addoption(
+        "--truestep-parity-keep",
+        metavar="DIR",
+        help="keep the recordings of both sides of every parity test",
     )
 
 
@@ -165,6 +180,36 @@ class TruestepFixture:
             full_cosine_threshold=full_cosine_threshold,
         )
         return self._judge(result, place)
+
+    def check_parity(self, parity: Parity) -> Comparison:
+        """Run a component parity case; see `truestep.parity`.
+
+        Returns:
+            The comparison, if the numbers agree and prove parity.
+
+        Raises:
+            EquivalenceError: The numbers differ.
+            ParityError: They agree, but prove nothing or may no longer pass.
+            Exception: Whatever a load path raised; only a typed missing part skips the test.
+        """
+        from truestep.errors import ComponentMissingError
+        from truestep.parity.running import Run, run_parity
+        from truestep.parity.session import entry_of, fill_packet
+
+        keep = self._config.getoption("truestep_parity_keep")
+        path = Path(self._node.path)
+        run = Run(parity, path.parent, path, Path(keep) if keep else None)
+        try:
+            return run_parity(run)
+        except ComponentMissingError as error:
+            pytest.skip(str(error))
+        finally:
+            if run.comparison is not None:
+                self._checks.comparisons.append(run.comparison.to_json())
+                self._checks.numeric += sum(r.metrics is not None for r in run.comparison.rows)
+            self._checks.parity.append(entry_of(run))
+            if self._config.getoption("truestep_parity"):
+                fill_packet(run)
 
     def _place(
         self,
@@ -285,8 +330,30 @@ def pytest_runtest_makereport(
             "written": checks.written,
             "numeric": checks.numeric,
             "parity": item.get_closest_marker("parity") is not None,
+            "evidence": [
+                {**entry, "test": report.nodeid.partition("::")[2], "result": _result(report)}
+                for entry in checks.parity
+            ],
         }
+    if report.longrepr is not None and item.get_closest_marker("parity"):
+        _hide_tokens(report)
     return report
+
+
+def _result(report: pytest.TestReport) -> str:
+    if hasattr(report, "wasxfail"):
+        return "xpassed" if report.outcome == "passed" else "xfailed"
+    return report.outcome
+
+
+def _hide_tokens(report: pytest.TestReport) -> None:
+    """Keep access tokens out of what is printed of a failed parity test."""
+    from truestep.parity.redaction import redact
+
+    text = report.longreprtext
+    if redact(text) != text and not isinstance(report.longrepr, tuple):
+        report.longrepr = redact(text)
+    report.sections = [(name, redact(body)) for name, body in report.sections]
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -308,11 +375,17 @@ class _Collector:
         state.comparisons += data["comparisons"]
         state.used.update(data["used"])
         state.written += data["written"]
+        state.parity += data["evidence"]
         if data["parity"]:
             state.parity_run.add(report.nodeid)
             reason = _not_executed(report, data["numeric"])
             if reason:
                 state.not_executed[report.nodeid] = reason
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and report.fspath:
+            why = (report.longreprtext.strip().splitlines() or ["error"])[-1]
+            self._state.not_collected[report.nodeid] = why
 
 
 def _not_executed(report: pytest.TestReport, numeric: int) -> str:
@@ -338,6 +411,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         state.not_executed or not state.parity_run
     ):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if config.getoption("truestep_parity"):
+        from datetime import date
+
+        from truestep.parity.session import write_entries
+
+        failed = {str(config.rootpath / name): why for name, why in state.not_collected.items()}
+        state.ledgers = [str(p) for p in write_entries(state.parity, failed, date.today())]
     report, json_path = config.getoption("truestep_report"), config.getoption("truestep_json")
     if not (report or json_path):
         return
@@ -358,7 +438,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     state = config.stash[STATE]
     required = config.getoption("truestep_require_executed")
     unused = _unused(config, state)
-    if not (state.comparisons or state.written or unused or required):
+    if not (state.comparisons or state.written or unused or required or state.ledgers):
         return
     terminalreporter.section("truestep")
     terminalreporter.line(f"{len(state.comparisons)} comparisons")
@@ -371,6 +451,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.line(f"NOT EXECUTED {nodeid}: {reason}", red=True)
         if not state.parity_run:
             terminalreporter.line("NOT EXECUTED: no test marked parity ran", red=True)
+    for path in state.ledgers:
+        terminalreporter.line(f"ledger: {path}")
     report = config.getoption("truestep_report")
     if report and state.comparisons:
         terminalreporter.line(f"report: {report}")

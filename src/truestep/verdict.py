@@ -210,7 +210,7 @@ class Divergence(Record):
         parts = [f"`{self.fqn or self.name}`"]
         parts += [f"step {self.step}"] if self.step is not None else []
         parts += [self.branch] if self.branch else []
-        return ", ".join(parts)
+        return ", ".join(parts) + (f": {self.kind}" if self.kind else "")
 
 
 class Side(Record):

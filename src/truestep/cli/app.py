@@ -12,9 +12,12 @@ VERBS = {
     "run": "Generate a case and save its latent and video.",
     "record": "Record a case as its reference, with its measured noise floor.",
     "check": "Say whether a changed model is still the same as its reference.",
+    "trace": "Record what every module of a model gives, step by step.",
     "calibrate": "Add benign runs to a reference's noise floor, and measure the false alarms.",
     "compare": "Compare two files of tensors: recordings, safetensors, npy, npz, pt.",
     "selftest": "Damage a reference in standard ways and say which gates notice.",
+    "parity": "Component parity tests: scaffold, run, and a ledger of what is proven.",
+    "recorder": "Write one file that records where truestep cannot be installed.",
     "show": "Show what a recording or safetensors file holds (reads the header only).",
     "doctor": "Show machine, libraries, attention kernel and what is missing.",
 }

@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 @click.option("--reference", type=click.Path(path_type=Path), help="One recording file.")
 @click.option(
     "--depth",
-    type=click.Choice(["steps", "final"]),
+    type=click.Choice(["steps", "modules", "final"]),
     default="steps",
     show_default=True,
-    help="Replay each stage on recorded inputs, or generate freely and compare latents.",
+    help="Replay each stage on recorded inputs; also name the module that departs; or generate "
+    "freely and compare latents.",
 )
 @click.option("--steps", metavar="I,J,...", help="Where to predict; default first, middle, last.")
 @click.option(

@@ -320,7 +320,14 @@ def same_bits(actual: torch.Tensor, reference: torch.Tensor) -> bool:
         first = first.to(second.device)
     if not first.numel():
         return True
-    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+    return torch.equal(_bytes(first), _bytes(second))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.reshape(-1)
+    if flat.stride(0) != 1:  # one element that was expanded counts as contiguous
+        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
+    return flat.view(torch.uint8)
 
 
 def is_constant(tensor: torch.Tensor) -> bool:

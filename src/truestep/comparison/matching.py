@@ -264,6 +264,21 @@ def build_comparison(
     )
 
 
+def with_divergence(
+    comparison: Comparison, divergence: Divergence, rows: Sequence[Row]
+) -> Comparison:
+    """A comparison whose first divergence was followed into a model, with the rows it took."""
+    fields = {"case_differences": comparison.case_differences}
+    sentence = _sentence(comparison.verdict, comparison.rows, divergence, fields)
+    update = {
+        "first_divergence": divergence,
+        "sentence": sentence,
+        "rows": (*comparison.rows, *rows),
+        "looked_at": (*comparison.looked_at, f"{len({row.fqn for row in rows})} modules"),
+    }
+    return comparison.model_copy(update=update)
+
+
 def _tests(rows: Sequence[Row]) -> int:
     """Number of statistics that the rule set against a measured tail."""
     measured = [row for row in rows if row.ratio and row.floor and row.floor.source == "measured"]

@@ -63,6 +63,7 @@ def tensor_table(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorEntry, ...]
                 step=place.step,
                 branch=place.branch,
                 fqn=place.fqn,
+                call=place.call,
             )
         )
     return tuple(table)

@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -126,7 +127,7 @@ class _File:
         if self._map is None and slot.end > slot.begin:
             self._map = self._open()
         tensor = _mapped(self._map, self.header.data_start, slot)
-        if expected is not None and digest(_bytes_of(tensor)) != expected:
+        if expected is not None and not headers.has_digest(bytes_of(tensor), expected):
             headers.refuse(
                 self.header.path,
                 f"tensor {name!r} is damaged",
@@ -166,9 +167,12 @@ def read_plain(path: str | Path) -> dict[str, torch.Tensor]:
     return {name: file.read(name, None) for name in file.header.tensors}
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().data
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Bytes of a host tensor in C order; a view of its memory where that is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # a single element is contiguous whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 def moments(tensor: torch.Tensor) -> torch.Tensor:
@@ -248,7 +252,7 @@ def stage(path: Path, recording: Recording) -> tuple[Path, str]:
         return temporary, sha256_of(temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise _unwritten(path, error) from error
+        raise unwritten(path, error) from error
 
 
 def settle(temporary: Path, path: Path) -> None:
@@ -263,10 +267,11 @@ def settle(temporary: Path, path: Path) -> None:
             os.close(folder)
     except OSError as error:
         shutil.rmtree(temporary.parent, ignore_errors=True)
-        raise _unwritten(path, error) from error
+        raise unwritten(path, error) from error
 
 
-def _unwritten(path: Path, error: Exception) -> WriteError:
+def unwritten(path: Path, error: Exception) -> WriteError:
+    """The error for a recording that could not be written."""
     return WriteError(
         "the recording could not be written",
         where=str(path),
@@ -290,15 +295,23 @@ def _metadata(manifest: Manifest, stored: Mapping[str, torch.Tensor]) -> dict[st
         for name in names:
             if name not in stored:
                 raise ValueError(f"the manifest names {name!r}, which is not among the tensors")
-        found = (digest(_bytes_of(stored[name])) for name in names)
+        found = (digest(bytes_of(stored[name])) for name in names)
         update = dict(zip(("digest", "sketch_digest"), found, strict=False))
         table.append(entry.model_copy(update=update))
         named += len(names)
     if named != len(stored):
         raise ValueError("there are tensors that the manifest does not name")
-    # Other levels have no second digest: their files are what they were before there was one.
-    unused = None if manifest.level == "sketch" else {"tensors": {"__all__": {"sketch_digest"}}}
-    text = manifest.model_copy(update={"tensors": tuple(table)}).model_dump_json(exclude=unused)
+    return metadata_of(manifest.model_copy(update={"tensors": tuple(table)}))
+
+
+def metadata_of(manifest: Manifest) -> dict[str, str]:
+    """A manifest whose digests are filled in, as safetensors metadata."""
+    # What no row uses is left out: files are what they were before there was such a column.
+    unused = set() if manifest.level == "sketch" else {"sketch_digest"}
+    if not any(entry.call for entry in manifest.tensors):
+        unused.add("call")
+    exclude: Any = {"tensors": {"__all__": unused}} if unused else None
+    text = manifest.model_dump_json(exclude=exclude)
     return {METADATA_KEY: text, DIGEST_KEY: manifest_digest(text)}
 
 
@@ -309,11 +322,12 @@ def _sweep(path: Path) -> None:
         return
     for leftover in path.parent.iterdir():
         match = pattern.fullmatch(leftover.name)
-        if match and not _alive(int(match.group(1))):
+        if match and not alive(int(match.group(1))):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -5,6 +5,7 @@ Every number in the file is checked before it is used: sizes, offsets, shapes, n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -29,6 +30,10 @@ from truestep.recording.manifest import (
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
+
+SHA256 = "sha256:"
+"""What a digest begins with that was made by the standard library alone
+(`truestep.standalone.recorder`). truestep itself writes xxh3, without a prefix."""
 
 MAX_NAME = 1024
 MAX_ELEMENTS = 2**60
@@ -241,6 +246,20 @@ def manifest_digest(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
+def has_digest(data: bytes | memoryview, expected: str) -> bool:
+    """Whether a tensor's bytes have a digest: xxh3_64, or SHA-256 after `sha256:`."""
+    return expected == (_sha256(data) if expected.startswith(SHA256) else digest(data))
+
+
+def _manifest_has_digest(text: str, expected: str) -> bool:
+    own = _sha256(text.encode()) if expected.startswith(SHA256) else manifest_digest(text)
+    return expected == own
+
+
+def _sha256(data: bytes | memoryview) -> str:
+    return SHA256 + hashlib.sha256(data).hexdigest()
+
+
 def read_manifest(path: str | Path) -> Manifest | None:
     """The manifest of a recording; None for a safetensors file that truestep did not write.
 
@@ -256,7 +275,7 @@ def manifest_of(header: Header) -> Manifest | None:
     if text is None:
         return None
     path = header.path
-    if header.metadata.get(DIGEST_KEY) != manifest_digest(text):
+    if not _manifest_has_digest(text, header.metadata.get(DIGEST_KEY, "")):
         refuse(
             path,
             "the recording's manifest is damaged",

@@ -25,7 +25,8 @@ class TensorEntry(Record):
 
     `digest` is xxh3_64 of the stored bytes, hexadecimal: of the tensor, or of its moments
     (`stats/<name>`, float64). `sketch_digest` is that of `sketch/<name>`, and written at level
-    `sketch` only. `dtype` and `shape` are of the recorded tensor at every level.
+    `sketch` only. `dtype` and `shape` are of the recorded tensor at every level. A digest that
+    begins with `sha256:` is SHA-256 instead: what can be made without xxhash.
     """
 
     name: str
@@ -38,6 +39,7 @@ class TensorEntry(Record):
     step: int | None = None
     branch: str | None = None
     fqn: str | None = None
+    call: int = 0
 
 
 class Manifest(Record):

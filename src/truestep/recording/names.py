@@ -13,7 +13,8 @@ name                      stage           what
 `latent/final`            update          latent after the last step
 `sample/0003/output/NAME` output          what a recorded function returned (or `input`)
 `video/frames`            decoding        decoded frames in [-1, 1]
-`module/FQN/7/cond/out.0` module          one module's output
+`module/FQN/7/cond/out.0` module          one module's output (`in.0`: its input)
+`module/FQN#1/7/...`      module          of its second call in that step and branch
 `float32/...`             as above        the same stage, raised to float32 (16-bit cases)
 `stats/...`               as above        its moments, in its place (levels `stats` and `sketch`)
 `sketch/...`              as above        its projection to 1,024 floats (level `sketch`)
@@ -35,12 +36,16 @@ _FIRST_PARTS = {"text": "text", "schedule": "schedule", "video": "decoding", "au
 
 @dataclass(frozen=True)
 class Address:
-    """Where a tensor belongs. `step` of an update is the step that made the latent."""
+    """Where a tensor belongs. `step` of an update is the step that made the latent.
+
+    `call` counts a module's calls inside one step and branch; `fqn` is without it.
+    """
 
     stage: str = ""
     step: int | None = None
     branch: str | None = None
     fqn: str | None = None
+    call: int = 0
 
 
 def address(name: str) -> Address:
@@ -68,10 +73,28 @@ def address(name: str) -> Address:
     if parts[0] == "sample" and len(parts) == 4:
         return Address(parts[2])
     if parts[0] == "module" and len(parts) == 5 and parts[2].isdecimal():
-        return Address("module", step=int(parts[2]), branch=parts[3], fqn=parts[1])
+        fqn, call = split_call(parts[1])
+        return Address("module", step=int(parts[2]), branch=parts[3], fqn=fqn, call=call)
     return Address()
 
 
 def step_name(step: int, what: str) -> str:
     """`step/0007/cond` for step 7 and `cond`."""
     return f"step/{step:04d}/{what}"
+
+
+def split_call(label: str) -> tuple[str, int]:
+    """`blocks.0#1` to (`blocks.0`, 1); without a number the call is 0."""
+    fqn, mark, number = label.rpartition("#")
+    if mark and fqn and number.isdecimal():
+        return fqn, int(number)
+    return label, 0
+
+
+def module_name(fqn: str, *, step: int, branch: str, slot: str, call: int = 0) -> str:
+    """`module/blocks.0#1/7/cond/out.0` for the second call of `blocks.0` in step 7 and `cond`."""
+    return (
+        f"module/{fqn}#{call}/{step}/{branch}/{slot}"
+        if call
+        else (f"module/{fqn}/{step}/{branch}/{slot}")
+    )

@@ -146,7 +146,9 @@ def replay(
         experts = result.outputs.get("schedule/experts", recorded.experts)
         if "prediction" in wanted:
             _predictions(pipe, recording, recorded, experts, chosen, result, progress, label)
-            _text_effects(pipe, recording, _step(pipe, recorded, chosen[0], experts), result)
+            _text_effects(
+                pipe, recording, recorded_step(pipe, recorded, chosen[0], experts), result
+            )
         if "guidance" in wanted:
             _guidance(pipe, recording, recorded, result)
         if "update" in wanted:
@@ -157,7 +159,7 @@ def replay(
     return result
 
 
-def _step(pipe: Pipeline, recorded: Schedule, index: int, experts: torch.Tensor) -> Step:
+def recorded_step(pipe: Pipeline, recorded: Schedule, index: int, experts: torch.Tensor) -> Step:
     """A recorded step on the pipeline's device, with the pipeline's own choice of expert."""
     expert = int(experts[index]) if index < len(experts) else int(recorded.experts[index])
     return Step(
@@ -180,7 +182,7 @@ def _predictions(
 ) -> None:
     branches: tuple[Branch, ...] = ("cond", "uncond") if pipe.settings.guided else ("cond",)
     for done, index in enumerate(chosen):
-        step = _step(pipe, recorded, index, experts)
+        step = recorded_step(pipe, recorded, index, experts)
         latent = recording[step_name(index, "latent")].to(pipe.device)
         for branch in branches:
             text = recording.get(f"text/{branch}")
@@ -223,7 +225,7 @@ def _guidance(
 ) -> None:
     """Combine the recorded branches at every step; unguided, the prediction passes through."""
     for index in range(len(recorded.timesteps)):
-        step = _step(pipe, recorded, index, recorded.experts)
+        step = recorded_step(pipe, recorded, index, recorded.experts)
         cond = recording[step_name(index, "cond")].to(pipe.device)
         uncond = recording.get(step_name(index, "uncond"))
 
@@ -256,7 +258,7 @@ def _updates(
 
     result.attempt("schedule/sigmas", reset)
     for index in range(total):
-        step = _step(pipe, recorded, index, recorded.experts)
+        step = recorded_step(pipe, recorded, index, recorded.experts)
         name = step_name(index + 1, "latent") if index + 1 < total else "latent/final"
         guided = recording[step_name(index, "guided")].to(pipe.device, copy=True)
         latent = recording[step_name(index, "latent")].to(pipe.device, copy=True)

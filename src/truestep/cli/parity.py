@@ -1,0 +1,248 @@
+"""`truestep parity`: scaffold, run and report component parity tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from truestep.parity.keys import State
+    from truestep.parity.ledger import Block, Status
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.group("parity")
+def command() -> None:
+    """Component parity: is a ported component the same as the official one, and what proves it?
+
+    States are derived from what was run: scaffold_skip (a named part is missing), debug_red (both
+    sides load, and differ or prove nothing), non_skip_pass, blocked (a decision is needed).
+    """
+
+
+@command.command("new")
+@click.argument("family")
+@click.argument("component")
+@click.option(
+    "--kind",
+    required=True,
+    help="dit, vae, encoder, scheduler, conditioner, upsampler, vocoder, generic or pipeline.",
+)
+@click.option(
+    "--coverage",
+    default="both",
+    show_default=True,
+    help="production_loader, implementation_subcomponent or both.",
+)
+@click.option("--official", default="", metavar="MODULE:CLASS", help="Official class.")
+@click.option("--port", default="", metavar="MODULE:CLASS", help="Class of the port.")
+@click.option("--official-dir", type=_FOLDER, help="Official repository, searched by syntax only.")
+@click.option("--output", type=_FOLDER, default=Path(), help="Folder of the test.")
+@click.option("--force", is_flag=True, help="Replace a test that exists.")
+def new(
+    family: str,
+    component: str,
+    kind: str,
+    coverage: str,
+    official: str,
+    port: str,
+    official_dir: Path | None,
+    output: Path,
+    force: bool,
+) -> None:
+    """Write a parity test of FAMILY's COMPONENT, and its component packet."""
+    from truestep.parity.scaffold import write_scaffold
+
+    test, packet = write_scaffold(
+        family,
+        component,
+        kind=kind,
+        coverage=coverage,
+        output=output,
+        official=official,
+        port=port,
+        official_dir=official_dir,
+        force=force,
+    )
+    click.echo(f"test: {test}")
+    click.echo(f"packet: {packet}")
+    click.echo(f"next: truestep parity run {test}")
+
+
+@command.command("run")
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@click.option("-k", "keyword", help="Only tests that match, as pytest's -k.")
+@click.option("--keep", type=_FOLDER, help="Keep the recordings of both sides here.")
+@click.option("--json", "json_path", metavar="PATH|-", help="Write the status as JSON.")
+def run(
+    paths: tuple[Path, ...], keyword: str | None, keep: Path | None, json_path: str | None
+) -> None:
+    """Run parity tests (default: all below this folder) and write what they prove."""
+    arguments = [sys.executable, "-m", "pytest", "-q", "-m", "parity", "--truestep-parity"]
+    arguments += ["-p", "no:cacheprovider", "-rs", "--tb=short"]
+    arguments += ["-k", keyword] if keyword else []
+    arguments += [f"--truestep-parity-keep={keep.resolve()}"] if keep else []
+    arguments += [str(path) for path in paths or (Path(),)]
+    done = subprocess.run(arguments, stdout=sys.stderr, check=False)
+    if done.returncode not in (0, 1, 2, 5):
+        sys.exit(2)
+    folders = sorted({p if p.is_dir() else p.parent for p in paths or (Path(),)})
+    blocks = _blocks(folders)
+    _write(blocks, json_path=json_path, markdown=False)
+    code = _exit_code(blocks)
+    sys.exit(code if code or done.returncode in (0, 5) else 1)
+
+
+@command.command("status")
+@click.argument("folder", type=_FOLDER, default=Path())
+@click.option("--markdown", is_flag=True, help="As a status block in Markdown.")
+@click.option("--json", "json_path", metavar="PATH|-", help="Write it as JSON.")
+def status(folder: Path, markdown: bool, json_path: str | None) -> None:
+    """Show every ledger below FOLDER; a state whose grounds have changed is shown as expired."""
+    blocks = _blocks([folder])
+    _write(blocks, json_path=json_path, markdown=markdown)
+    sys.exit(_exit_code(blocks))
+
+
+@command.command("show")
+@click.argument("name", metavar="FAMILY/COMPONENT")
+@click.argument("folder", type=_FOLDER, default=Path())
+def show(name: str, folder: Path) -> None:
+    """Show one component: its status, its evidence and its packet."""
+    from truestep.errors import UsageError
+    from truestep.parity import tomlfile
+    from truestep.parity.packet import packet_path, read_packet
+
+    found = [(block, item) for block in _blocks([folder]) for item in block.everything]
+    chosen = [pair for pair in found if name == f"{pair[1].family}/{pair[1].component}"]
+    if not chosen:
+        known = ", ".join(f"{item.family}/{item.component}" for _, item in found)
+        raise UsageError(f"no component {name!r}", measured=f"there are: {known or 'none'}")
+    for block, item in chosen:
+        click.echo(f"{name}: {item.status}")
+        click.echo(f"  {item.reason}\n" if item.reason else "")
+        click.echo(tomlfile.dumps({"evidence": item.evidence.model_dump(mode="json")}))
+        path = packet_path(Path(block.path).parent / item.test.partition("::")[0])
+        packet = read_packet(path)
+        if packet is not None:
+            click.echo(tomlfile.dumps({"packet": packet.model_dump(mode="json")}))
+
+
+@command.command("keys")
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--write",
+    "write_to",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a conversion skeleton here.",
+)
+def keys(sources: tuple[Path, ...], write_to: Path | None) -> None:
+    """List both state dicts side by side: of a parity test, or of files OFFICIAL and PORT."""
+    from truestep.files import write_text
+    from truestep.parity.checkpoints import compare_checkpoints
+    from truestep.parity.keys import pair_keys, side_by_side, skeleton
+
+    official, port = _states(sources)
+    pairs = pair_keys(port, official)
+    rows: list[tuple[str, ...]] = [("official", "", "port", "", "how", "evidence")]
+    rows += side_by_side(pairs, port, official)
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    for row in rows:
+        click.echo("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+    click.echo(compare_checkpoints(pairs, port, official).sentence)
+    unmatched = sum(not pair.how for pair in pairs)
+    if write_to is not None:
+        write_text(write_to, skeleton(pairs, port, official), "the conversion skeleton")
+        click.echo(f"conversion: {write_to}")
+    click.echo(
+        f"{len(pairs) - unmatched} pairs of {len(official)} official and {len(port)} port "
+        f"parameters; {unmatched} unmatched"
+    )
+
+
+def _states(sources: tuple[Path, ...]) -> tuple[State, State]:
+    from truestep.errors import UsageError
+    from truestep.parity.weights import load_state
+
+    if len(sources) == 2:
+        return load_state(sources[0]), load_state(sources[1])
+    if len(sources) != 1 or sources[0].suffix != ".py":
+        raise UsageError("give a parity test, or two weight files: OFFICIAL PORT")
+    from truestep.parity.session import parity_of
+    from truestep.parity.sides import loaded, state_of_side
+
+    parity = parity_of(sources[0])
+    official, port = (
+        dict(state_of_side(loaded(load()))) for load in (parity.official, parity.port)
+    )
+    for name, state in (("official side", official), ("port", port)):
+        if not state:
+            raise UsageError(
+                f"the {name} has no known parameters", hint="Loaded(call, module=...) or state=..."
+            )
+    return official, port
+
+
+def _blocks(folders: list[Path]) -> list[Block]:
+    from truestep.environment import Environment
+    from truestep.errors import UsageError
+    from truestep.parity.evidence import relevant
+    from truestep.parity.ledger import LEDGER, block_of
+
+    paths = sorted({path for folder in folders for path in folder.rglob(LEDGER)})
+    if not paths:
+        raise UsageError(
+            f"no {LEDGER} below {', '.join(str(folder) for folder in folders)}",
+            hint="truestep parity new FAMILY COMPONENT --kind KIND, then truestep parity run",
+        )
+    environment = relevant(Environment.current(None))
+    return [block_of(path.parent, environment, date.today()) for path in paths]
+
+
+def _write(blocks: list[Block], *, json_path: str | None, markdown: bool) -> None:
+    import json
+
+    from truestep.files import write_text
+    from truestep.parity import ledger
+
+    if json_path is not None:
+        data = {"schema_version": 1, "ledgers": [block.model_dump(mode="json") for block in blocks]}
+        text = json.dumps(data, indent=2)
+        if json_path == "-":
+            click.echo(text)
+            return
+        write_text(json_path, text, "the status")
+    if markdown:
+        click.echo(ledger.markdown(blocks), nl=False)
+        return
+    for block in blocks:
+        click.echo(f"ledger: {block.path}")
+        for item in block.everything:
+            click.echo(_line(item))
+    every = [item for block in blocks for item in block.everything]
+    proven = sum(item.proven for item in every)
+    click.echo(f"{proven} of {len(every)} components proven")
+
+
+def _line(item: Status) -> str:
+    from truestep.parity.ledger import measured
+
+    name = f"{item.family}/{item.component}"
+    detail = item.reason or measured(item.evidence)
+    word = item.status if not item.expired else f"{item.status} (was {item.state})"
+    return f"  {name:<24}  {word:<14}  {detail}"
+
+
+def _exit_code(blocks: list[Block]) -> int:
+    """0 all proven; 1 one is red or expired; 3 what is not proven only lacks named parts."""
+    left = [item for block in blocks for item in block.everything if not item.proven]
+    if not left:
+        return 0
+    waiting = all(i.state in ("scaffold_skip", "blocked") and not i.expired for i in left)
+    return 3 if waiting else 1

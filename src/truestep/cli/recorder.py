@@ -1,0 +1,59 @@
+"""`truestep recorder`: one file that makes recordings where truestep cannot be installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("recorder")
+@click.option(
+    "--write",
+    "path",
+    required=True,
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="Where to write the file; - is stdout.",
+)
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def command(path: Path, force: bool) -> None:
+    """Write a recorder that needs torch and the standard library only, for the environment of an
+    official implementation. Recordings that it makes are judged here."""
+    text = standalone_source()
+    if str(path) == "-":
+        click.echo(text, nl=False)
+        return
+    from truestep.errors import UsageError, WriteError
+
+    if path.exists() and not force:
+        raise UsageError(
+            "the recorder was not written: there is a file of this name",
+            where=str(path),
+            hint=f"truestep recorder --write {path} --force",
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise WriteError(
+            "the recorder could not be written",
+            where=str(path),
+            measured=error.strerror or str(error),
+            likely="a full disk, or a folder that cannot be written to",
+        ) from error
+    click.echo(f"{path}: copy it to the other environment; python {path.name} --help")
+
+
+def standalone_source() -> str:
+    """Source of the recorder, with the version of this truestep in it."""
+    from importlib import resources
+
+    from truestep.environment import library_version
+
+    version = library_version("truestep") or "0"
+    text = resources.files("truestep.standalone").joinpath("recorder.py").read_text("utf-8")
+    head = (
+        f"# Written by truestep {version} (truestep recorder --write recorder.py) for another\n"
+        "# environment. How to use it is below, and in `python recorder.py --help`.\n"
+    )
+    return head + text.replace('VERSION = "source"', f'VERSION = "{version}"', 1)

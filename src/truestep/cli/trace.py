@@ -1,0 +1,244 @@
+"""`truestep trace`: what every module of a model gives, recorded while it runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from truestep.cli.common import (
+    case_options,
+    choose_cases,
+    load_change,
+    parse_changes,
+    progress_bar,
+    set_option,
+)
+
+_SELECT = click.option(
+    "--select",
+    default="*",
+    show_default=True,
+    metavar="GLOBS",
+    help="Modules by name, several by commas, !GLOB to leave out: 'blocks.*,!*.norm*'.",
+)
+_STEPS = click.option("--steps", metavar="0,5,...", help="Steps to record; default all.")
+_LEVEL = click.option(
+    "--level",
+    type=click.Choice(["stats", "sketch", "full"]),
+    default="stats",
+    show_default=True,
+    help="Keep moments, also 1,024 floats a tensor that tell distances, or the tensors.",
+)
+_INPUTS = click.option("--inputs", is_flag=True, help="Record what modules are given, too.")
+_OPS = click.option(
+    "--ops", metavar="GLOBS", help="In these modules, record each operator's output, too."
+)
+_OUTPUT = click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("trace.safetensors"),
+    show_default=True,
+    help="The trace.",
+)
+
+
+@click.group("trace")
+def command() -> None:
+    """Record what every module of a model gives."""
+
+
+@command.command("record")
+@case_options
+@_SELECT
+@_STEPS
+@_LEVEL
+@_INPUTS
+@_OPS
+@set_option
+@click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
+@_OUTPUT
+@click.option(
+    "--check-untraced/--no-check-untraced",
+    default=True,
+    show_default=True,
+    help="First run one forward with and without tracing: outputs must agree bit for bit.",
+)
+def record(
+    names: tuple[str, ...],
+    case_file: Path,
+    prompt: str | None,
+    tier: str,
+    select: str,
+    steps: str | None,
+    level: str,
+    inputs: bool,
+    ops: str | None,
+    changes: tuple[str, ...],
+    change: str | None,
+    output: Path,
+    check_untraced: bool,
+) -> None:
+    """Trace one case on the builtin runtime. Generation ends after the last step asked for.
+
+    With a glob that begins with text_encoder or vae those models are traced, too.
+    """
+    from truestep.errors import UsageError
+    from truestep.tracing.program import parse_steps
+
+    cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
+    if len(cases) != 1:
+        raise UsageError(
+            f"a trace is of one case, {len(cases)} were chosen",
+            measured=", ".join(cases),
+            hint=f"truestep trace record {next(iter(cases), 'CASE')} --output {output}",
+        )
+    case = next(iter(cases.values())).replace(**parse_changes(changes))
+    chosen = parse_steps(steps) if steps is not None else None
+    if chosen and max(chosen) >= case.steps:
+        raise UsageError(
+            f"no step {max(chosen)} in the case",
+            measured=f"its steps are 0 to {case.steps - 1}",
+        )
+    apply = load_change(change)
+    from truestep.tracing.record import record_trace
+
+    with progress_bar() as progress:
+        recording, checked = record_trace(
+            case,
+            path=output,
+            select=select,
+            steps=chosen,
+            level=level,  # type: ignore[arg-type]
+            inputs=inputs,
+            ops=ops,
+            apply=apply,
+            check_untraced=check_untraced,
+            progress=progress,
+        )
+    if checked:
+        click.echo(f"untraced against traced: {checked.verdict.value}, {checked.reason}")
+    _summary(recording)
+
+
+@command.command("run", context_settings={"ignore_unknown_options": True})
+@_SELECT
+@click.option(
+    "--class",
+    "class_name",
+    default="*",
+    metavar="GLOB",
+    help="Class name of the model to trace, the first that is called; default all models.",
+)
+@click.option("--every", is_flag=True, help="All models of that class, not only the first.")
+@_STEPS
+@_LEVEL
+@_INPUTS
+@_OPS
+@_OUTPUT
+@click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.pass_context
+def run(
+    context: click.Context,
+    select: str,
+    class_name: str,
+    every: bool,
+    steps: str | None,
+    level: str,
+    inputs: bool,
+    ops: str | None,
+    output: Path,
+    program: tuple[str, ...],
+) -> None:
+    """Run a program with tracing on: truestep trace run -- python run.py ARGUMENTS
+
+    The program is not changed. Its exit code is passed on.
+    """
+    from truestep.errors import UsageError
+    from truestep.tracing.program import SITE, VARIABLE, Request, parse, parse_steps
+
+    request = Request(
+        select=select,
+        class_name=class_name,
+        every=every or class_name == "*",
+        output=str(output.absolute()),
+        level=level,
+        steps=parse_steps(steps) if steps is not None else None,
+        inputs=inputs,
+        ops=ops,
+    )
+    if parse(request.text()) != request:
+        raise UsageError(
+            "a name has a semicolon, which cannot be passed on",
+            where=f"{VARIABLE}={request.text()}",
+        )
+    path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
+    began = time.time()
+    try:
+        ended = subprocess.run(
+            program, env={**os.environ, "PYTHONPATH": path, VARIABLE: request.text()}, check=False
+        )
+    except OSError as error:
+        raise UsageError(
+            "the program cannot be started",
+            where=program[0],
+            measured=error.strerror or str(error),
+            hint="truestep trace run -- python run.py",
+        ) from None
+    code = ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
+    if not _report(output, began):
+        code = code or 4
+    context.exit(code)
+
+
+@command.command("recover")
+@click.argument("place", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Default: the intended file.")
+def recover(place: Path, output: Path | None) -> None:
+    """Make a trace of what a killed program left beside PLACE, the file it would have written.
+
+    PLACE may also be the .spool folder itself, or a folder that holds one.
+    """
+    from truestep.tracing.recovery import recover as recovered
+
+    _summary(recovered(place, output=output))
+
+
+def _report(output: Path, began: float) -> bool:
+    """Say what a traced program left; False where that is no trace."""
+    from truestep.recording.format import Recording
+    from truestep.tracing.recovery import spools
+
+    found = [
+        path
+        for path in sorted(output.parent.glob(f"{output.stem}*{output.suffix}"))
+        if path.is_file() and path.stat().st_mtime >= began
+    ]
+    left = [path for path in spools(output) if path.stat().st_mtime >= began]
+    for path in found:
+        _summary(Recording.open(path))
+    for path in left:
+        click.echo(f"partial: the program was killed. truestep trace recover {path}")
+    if not found and not left:
+        click.echo(
+            "NOT TRACED: no model was called, none was of that class, or the program runs a Python "
+            "that ignores PYTHONPATH (-I, -E)"
+        )
+    return bool(found)
+
+
+def _summary(recording: Any) -> None:
+    manifest = recording.manifest
+    modules = len({entry.fqn for entry in manifest.tensors})
+    steps = len({entry.step for entry in manifest.tensors})
+    for note in manifest.notes:
+        click.echo(f"note: {note}")
+    click.echo(
+        f"TRACED: {len(manifest.tensors)} tensors of {modules} modules in {steps} steps, "
+        f"level {manifest.level}"
+    )
+    click.echo(f"trace: {recording.path}")

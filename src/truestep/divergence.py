@@ -1,0 +1,174 @@
+"""First divergence: which module made the error, where it was only inherited, and what kind it is.
+
+Works on rows of modules that were each run on the reference's inputs (`tracing.isolation`), in the
+order in which things happened. Pure: no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from truestep.verdict import Divergence, Row, Verdict
+
+_FAILED = (Verdict.DRIFTED, Verdict.INVALID)
+ROOT = "(root)"
+
+
+def locate(rows: Sequence[Row]) -> Divergence | None:
+    """The module in which the first error is made.
+
+    Args:
+        rows: Module rows in order of execution: a module's inputs as it starts, its outputs as it
+            ends, so that the parts of a module come before its own outputs.
+
+    Returns:
+        The module whose output is wrong on right inputs; or, where a module was about to be given a
+        wrong input although everything before it was right, the module around it, whose own code
+        lies between; or the module that was not called, or once more than it should be.
+    """
+    extra = next((row for row in rows if row.reference is None), None)
+    for row in rows:
+        slot = row.name.rpartition("/")[2]
+        if row.verdict in _FAILED and slot.startswith("out."):
+            return _divergence(row, row.fqn or "", kind=None)
+        if row.verdict in _FAILED and row.fqn == ROOT:
+            return _divergence(row, ROOT, kind="given another input")
+        if row.verdict in _FAILED:
+            return _divergence(row, parent(row.fqn or ""), kind=f"before {row.fqn}")
+        if row.verdict is Verdict.MISSING:
+            if extra is not None and extra.fqn == row.fqn:
+                continue
+            return _divergence(row, row.fqn or "", kind="not called")
+        if row.verdict is Verdict.INCOMPARABLE and row.reference is not None:
+            at = row.fqn or "" if slot.startswith("out.") else parent(row.fqn or "")
+            return _divergence(row, at, kind=row.note)
+    if extra is not None:
+        return _divergence(extra, extra.fqn or "", kind="called once more")
+    return None
+
+
+def _divergence(row: Row, fqn: str, *, kind: str | None) -> Divergence:
+    return Divergence(
+        name=row.name, stage="module", step=row.step, branch=row.branch, fqn=fqn, kind=kind
+    )
+
+
+def parent(fqn: str) -> str:
+    """The module around a module: `blocks.3` for `blocks.3.attn1`, `(root)` for `blocks.3`.
+
+    What only holds others by number (`blocks`, `to_out`) runs no code of its own and is passed by.
+    """
+    head, _, last = fqn.rpartition(".")
+    if last.isdecimal():
+        head = head.rpartition(".")[0]
+    return head or ROOT
+
+
+def kind_of(actual: torch.Tensor, reference: torch.Tensor) -> str | None:
+    """What a residual looks like, where that is plain.
+
+    Args:
+        actual, reference: Outputs of one module, same shape, real; the last axis holds channels.
+
+    Returns:
+        `sign flipped`, `scaled by ...`, `constant offset`, `a bias`, `transposed`, `values
+        permuted`, `rounded to ...`, `a few positions only`, or None.
+    """
+    if actual.shape != reference.shape or not actual.numel() or not actual.is_floating_point():
+        return None
+    a, r = actual.double(), reference.double()
+    if not bool(torch.isfinite(a).all()) or not bool(torch.isfinite(r).all()):
+        return None
+    residual = a - r
+    total = float(residual.square().sum())
+    if not total:
+        return None
+    gain = float((a * r).sum() / r.square().sum()) if bool(r.any()) else 0.0
+    rest = float((a - gain * r).square().sum())
+    if rest < 1e-4 * total:
+        return "sign flipped" if abs(gain + 1) < 1e-3 else f"scaled by {gain:.6g}"
+    return (
+        _offset(residual, total)
+        or _transposed(a, r)
+        or _permuted(a, r)
+        or _rounded(actual, reference)
+        or _few_positions(residual, total)
+    )
+
+
+def _offset(residual: torch.Tensor, total: float) -> str | None:
+    """A residual that is one number, or one number a channel (last axis, or axis 1)."""
+    mean = float(residual.mean())
+    if float((residual - mean).square().sum()) < 1e-4 * total:
+        return f"constant offset {mean:.3g}"
+    for axis in {residual.ndim - 1, min(1, residual.ndim - 1)}:
+        others = [other for other in range(residual.ndim) if other != axis]
+        if not others or residual.numel() == residual.shape[axis]:
+            continue
+        bias = residual.mean(others, keepdim=True)
+        if float((residual - bias).square().sum()) < 1e-4 * total:
+            return "a bias: the same offset everywhere in a channel"
+    return None
+
+
+def _transposed(a: torch.Tensor, r: torch.Tensor) -> str | None:
+    for first in range(a.ndim):
+        for second in range(first + 1, a.ndim):
+            if a.shape[first] != a.shape[second] or a.shape[first] == 1:
+                continue
+            if torch.allclose(a, r.transpose(first, second), rtol=1e-4, atol=1e-6):
+                return f"transposed: axes {first} and {second} exchanged"
+    return None
+
+
+def _permuted(a: torch.Tensor, r: torch.Tensor) -> str | None:
+    """The same slices in another order along one axis, or the same values in another order."""
+    for axis in range(a.ndim):
+        size = a.shape[axis]
+        if not 1 < size <= 4096:
+            continue
+        own = a.movedim(axis, 0).reshape(size, -1).sum(1)
+        theirs = r.movedim(axis, 0).reshape(size, -1).sum(1)
+        limit = 1e-5 * (float(theirs.abs().max()) or 1.0)
+        if float((own - theirs).abs().max()) < limit:
+            continue  # in their places: if anything is permuted, then along another axis
+        if float((own.sort().values - theirs.sort().values).abs().max()) < limit:
+            return f"values permuted along axis {axis}"
+    if a.numel() <= 1 << 22:
+        gap = (a.flatten().sort().values - r.flatten().sort().values).abs().max()
+        if float(gap) < 1e-5 * (float(r.abs().max()) or 1.0):
+            return "values permuted"
+    return None
+
+
+def _rounded(actual: torch.Tensor, reference: torch.Tensor) -> str | None:
+    """Values of a wider dtype that all fit into a narrower one, which the reference's do not."""
+    for name in ("float8_e4m3fn", "bfloat16", "float16"):
+        dtype: torch.dtype = getattr(torch, name)
+        if dtype.itemsize >= actual.itemsize:
+            continue
+        own = actual.to(dtype).to(actual.dtype)
+        theirs = reference.to(dtype).to(reference.dtype)
+        if torch.equal(own, actual) and not torch.equal(theirs, reference):
+            return f"rounded to {name}: a cast in or after it"
+    return None
+
+
+def _few_positions(residual: torch.Tensor, total: float) -> str | None:
+    """Nearly all of the error in few rows of tokens: a mask, a padding, a range that is off."""
+    if residual.ndim < 2 or residual.shape[-2] < 8:
+        return None
+    energy = (
+        residual.square().sum(-1).flatten(0, -2).sum(0)
+        if residual.ndim > 2
+        else (residual.square().sum(-1))
+    )
+    top = energy.topk(max(1, energy.numel() // 10))
+    share = top.values.cumsum(0) / total
+    if float(share[-1]) > 0.99:
+        places = top.indices[: int((share < 0.99).sum()) + 1]
+        low, high = int(places.min()), int(places.max())
+        return f"only positions {low} to {high} of axis -2: a mask, a padding or a range"
+    return None

@@ -1,0 +1,199 @@
+"""What the solver knows so far: pairs of parameters, and what of either side is still free."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from truestep.pairing.content import Fit, fit_any, is_constant, measure
+from truestep.pairing.fused import Place
+from truestep.pairing.records import Evidence
+
+Tensor = torch.Tensor
+
+AGREEMENT = 2 / 3
+"""A module of one side is where at least this share of the other's paired parameters lies: one
+misplaced parameter of three may not move it."""
+
+
+class Unit(NamedTuple):
+    """A tensor, or the rows of it that no pair has taken."""
+
+    name: str
+    place: Place | None = None
+
+
+@dataclass
+class Match:
+    """Two units that belong together."""
+
+    actual: Unit
+    reference: Unit
+    evidence: Evidence
+    rel_l2: float = 0.0
+    scale: float = 1.0
+    distance: float = 0.0
+    layout: str = ""
+    odd: bool = False
+    note: str = ""
+
+
+@dataclass
+class State:
+    """Both sides and the pairs found so far.
+
+    Attributes:
+        fits: Content of pairs of units that were looked at.
+    """
+
+    actual: Mapping[str, Tensor]
+    reference: Mapping[str, Tensor]
+    matches: list[Match] = field(default_factory=list)
+    fits: dict[tuple[Unit, Unit], Fit | None] = field(default_factory=dict)
+    constants: dict[tuple[str, Unit], bool] = field(default_factory=dict)
+
+    def add(
+        self, actual: Unit, reference: Unit, found: Fit, evidence: Evidence | None = None
+    ) -> None:
+        """Pair two units on their content."""
+        self.matches.append(
+            Match(
+                actual,
+                reference,
+                evidence or found.evidence,
+                rel_l2=found.rel_l2,
+                scale=found.scale,
+                distance=found.distance,
+                layout=found.layout,
+            )
+        )
+
+    def add_by(self, actual: Unit, reference: Unit, evidence: Evidence, note: str = "") -> None:
+        """Pair two units on something else: odd where their content differs."""
+        found = self.fit(actual, reference)
+        if found is not None:
+            self.add(actual, reference, found, evidence)
+            self.matches[-1].note = note
+            return
+        differing = Evidence.EXCLUSION if evidence is Evidence.STRUCTURE else evidence
+        self.matches.append(
+            Match(
+                actual,
+                reference,
+                differing,
+                rel_l2=self.apart(actual, reference),
+                distance=float("inf"),
+                odd=True,
+                note=note
+                if differing is Evidence.EXCLUSION
+                else f"content differs; {note}".rstrip("; "),
+            )
+        )
+
+    def tensor(self, unit: Unit, *, side: str) -> Tensor:
+        """The numbers of a unit."""
+        whole = (self.actual if side == "actual" else self.reference)[unit.name]
+        return whole if unit.place is None else unit.place.of(whole)
+
+    def fit(self, actual: Unit, reference: Unit) -> Fit | None:
+        """How one unit is the other; None if their contents differ."""
+        key = (actual, reference)
+        if key not in self.fits:
+            a, r = self.tensor(actual, side="actual"), self.tensor(reference, side="reference")
+            self.fits[key] = fit_any(a, r) if a.numel() == r.numel() else None
+        return self.fits[key]
+
+    def apart(self, actual: Unit, reference: Unit) -> float:
+        """Relative distance of two units in the layouts they have."""
+        a, r = self.tensor(actual, side="actual"), self.tensor(reference, side="reference")
+        return measure(a, r).rel_l2 if a.numel() == r.numel() else float("inf")
+
+    def constant(self, unit: Unit, *, side: str) -> bool:
+        """Whether a unit's content says nothing."""
+        key = (side, unit)
+        if key not in self.constants:
+            self.constants[key] = is_constant(self.tensor(unit, side=side))
+        return self.constants[key]
+
+    def free(self, side: str) -> list[Unit]:
+        """What no pair has taken: whole tensors, and the rows left of those that were cut."""
+        taken: dict[str, set[int] | None] = {}
+        axes: dict[str, int] = {}
+        for match in self.matches:
+            unit = match.actual if side == "actual" else match.reference
+            if unit.place is None:
+                taken[unit.name] = None
+                continue
+            rows = taken.setdefault(unit.name, set())
+            axes[unit.name] = unit.place.axis
+            if rows is not None:
+                rows.update(unit.place.rows)
+        tensors = self.actual if side == "actual" else self.reference
+        left = []
+        for name, tensor in tensors.items():
+            if name not in taken:
+                left.append(Unit(name))
+                continue
+            rows = taken[name]
+            if rows is not None and len(rows) < tensor.shape[axes[name]]:
+                rest = tuple(i for i in range(tensor.shape[axes[name]]) if i not in rows)
+                left.append(Unit(name, Place(axes[name], rest)))
+        return left
+
+    def is_free(self, unit: Unit, *, side: str) -> bool:
+        """Whether no pair has taken any of a unit."""
+        for match in self.matches:
+            other = match.actual if side == "actual" else match.reference
+            if other.name != unit.name:
+                continue
+            if other.place is None or unit.place is None:
+                return False
+            if set(other.place.rows) & set(unit.place.rows):
+                return False
+        return True
+
+
+def parent(name: str) -> str:
+    """Module of a name; empty for the model."""
+    return name.rpartition(".")[0]
+
+
+def ancestors(name: str) -> Iterator[str]:
+    """Modules around a name, innermost first, the model (empty) last."""
+    while name:
+        name = parent(name)
+        yield name
+
+
+def inside(name: str, scope: str) -> bool:
+    """Whether a name is in a module."""
+    return not scope or name.startswith(f"{scope}.")
+
+
+def relative(name: str, scope: str) -> str:
+    """A name as its module sees it."""
+    return name.removeprefix(f"{scope}.") if scope else name
+
+
+def scopes(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Where each module of the first side is on the second: the innermost that holds its pairs.
+
+    The model is always the model.
+    """
+    votes: dict[str, Counter[str]] = {}
+    for first, second in pairs:
+        around = list(ancestors(second))
+        for scope in ancestors(first):
+            votes.setdefault(scope, Counter()).update(around)
+    found = {}
+    for scope, counter in votes.items():
+        needed = AGREEMENT * counter[""]
+        holding = [name for name, count in counter.items() if count >= needed]
+        found[scope] = max(holding, key=lambda name: name.count(".") + 1 if name else 0)
+    if found:
+        found[""] = ""
+    return found

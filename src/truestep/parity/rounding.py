@@ -1,0 +1,111 @@
+"""What a parity case knows of rounding beside the official side's own benign runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from truestep.noise import NoiseFloor, pair_of
+from truestep.parity.component import Loaded
+from truestep.parity.nests import flatten
+from truestep.parity.sides import Tensors, module_of
+from truestep.recording.floor import measured_run
+from truestep.recording.format import Recording
+from truestep.recording.raised import HIGHER, converted
+
+
+def with_rounding(
+    recording: Recording,
+    port: Loaded,
+    samples: Sequence[Tensors],
+    rebuild: Callable[[Tensors], dict[str, Any]],
+    *,
+    most: float,
+) -> Recording:
+    """Add the port's own rounding to the official side's noise floor.
+
+    Two correct implementations differ by the roundings of both. The official side's are among its
+    benign runs if it is a torch module; the port's are measured against itself in the next higher
+    precision. A port's fault does not change them, and a rounding above `most` is not believed.
+
+    Args:
+        recording: Of the official side, with its noise floor.
+        port: The port.
+        samples: Inputs by name.
+        rebuild: Makes call arguments of them.
+        most: Largest rel_l2 to believe.
+    """
+    floor, module = recording.manifest.noise_floor, module_of(port)
+    if floor is None or module is None:
+        return recording
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    name = str(dtype).removeprefix("torch.")
+    higher = HIGHER.get(name)
+    if higher is None:
+        return recording
+    try:
+        pairs = _pairs(port, module, samples, rebuild, getattr(torch, higher))
+        run = measured_run("precision", f"the port against {higher}", pair_of(name, name), pairs)
+    except Exception as error:  # the comparison itself will raise what matters
+        return _changed(recording, floor, type(error).__name__)
+    if any(not row.rel_l2 <= most for row in run.tensors):
+        return _changed(recording, floor, f"it is larger than {most:g}")
+    return _changed(recording, NoiseFloor(runs=(*floor.runs, run)), "")
+
+
+def with_variants(
+    recording: Recording,
+    official: Loaded,
+    samples: Sequence[Tensors],
+    rebuild: Callable[[Tensors], dict[str, Any]],
+) -> Recording:
+    """Add the official side's declared variants to its noise floor; see `Loaded.variants`."""
+    floor = recording.manifest.noise_floor or NoiseFloor()
+    runs = list(floor.runs)
+    for detail, call in official.variants.items():
+        pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for index, sample in enumerate(samples):
+            made = _call(Loaded(call), rebuild({k: v.clone() for k, v in sample.items()}))
+            for key, value in made.items():
+                name = f"sample/{index:04d}/output/{key}"
+                pairs[name] = (value, recording[name])
+        dtype = next((str(r.dtype) for _, r in pairs.values() if r.is_floating_point()), "float32")
+        dtype = dtype.removeprefix("torch.")
+        runs.append(measured_run("variant", detail, pair_of(dtype, dtype), pairs))
+    return _changed(recording, NoiseFloor(runs=tuple(runs)), "")
+
+
+def _pairs(
+    port: Loaded,
+    module: torch.nn.Module,
+    samples: Sequence[Tensors],
+    rebuild: Callable[[Tensors], dict[str, Any]],
+    higher: torch.dtype,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Outputs in the higher precision and in the port's own, by name."""
+    pairs = {}
+    for index, sample in enumerate(samples):
+        plain = _call(port, rebuild({key: value.clone() for key, value in sample.items()}))
+        wide = {
+            key: value.to(higher) if value.is_floating_point() else value.clone()
+            for key, value in sample.items()
+        }
+        with converted(module, higher):
+            raised = _call(port, rebuild(wide))
+        for key, value in plain.items():
+            pairs[f"sample/{index:04d}/output/{key}"] = (raised[key], value)
+    return pairs
+
+
+@torch.no_grad()
+def _call(port: Loaded, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: value.detach().clone() for key, value in flatten(port.call(**arguments)).items()}
+
+
+def _changed(recording: Recording, floor: NoiseFloor, lacking: str) -> Recording:
+    note = f"noise floor without the port's rounding: {lacking}"
+    notes = (*recording.manifest.notes, *([note] if lacking else []))
+    manifest = recording.manifest.model_copy(update={"noise_floor": floor, "notes": notes})
+    return Recording.in_memory(dict(recording), manifest)

@@ -1,0 +1,324 @@
+"""Run a declared parity case: load both sides, feed them the same inputs, keep the evidence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truestep.environment import Environment
+from truestep.errors import ComponentMissingError, ParityError, UsageError
+from truestep.functions import check_function, record_function
+from truestep.parity.component import Loaded, Parity
+from truestep.parity.evidence import (
+    Evidence,
+    MissingPart,
+    SideEvidence,
+    State,
+    Tolerance,
+    hashes,
+    relevant,
+    state_of,
+)
+from truestep.parity.missing import take_imported
+from truestep.parity.nests import flatten
+from truestep.parity.redaction import redact
+from truestep.parity.rounding import with_rounding, with_variants
+from truestep.parity.samples import recorded_samples, samples_of
+from truestep.parity.sharing import shared_files, shared_modules, source_files
+from truestep.parity.sides import (
+    Tensors,
+    content_hash,
+    hashable,
+    loaded,
+    module_of,
+    named_places,
+    state_of_side,
+)
+from truestep.parity.stubs import take_used
+from truestep.parity.summary import numbers_of, uncovered
+from truestep.recording.capture import tensor_table
+from truestep.recording.format import Recording
+from truestep.verdict import Comparison
+
+
+@dataclass
+class Run:
+    """A run so far: filled as it goes on, so that one that fails still leaves evidence."""
+
+    parity: Parity
+    root: Path
+    test_file: Path
+    keep: Path | None = None
+    official: Loaded | Recording | None = None
+    port: Loaded | None = None
+    comparison: Comparison | None = None
+    missing: ComponentMissingError | None = None
+    raised: str = ""
+    outputs: dict[str, Tensors] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
+    stubs: tuple[str, ...] = ()
+    classes: tuple[type, ...] = ()
+    files: dict[str, frozenset[Path]] = field(default_factory=dict)
+
+    def evidence(self) -> Evidence:
+        """What this run proves; `result` is still to be told by the test runner."""
+        loosened, part = self.parity.loosened, self.missing
+        return Evidence(
+            date=datetime.now(timezone.utc).date().isoformat(),
+            missing=part
+            and MissingPart(
+                kind=part.kind, what=part.detail, searched=part.searched, decision=part.decision
+            ),
+            raised=redact(self.raised),
+            numbers=None if self.comparison is None else numbers_of(self.comparison, self.parity),
+            official=self._side("official", self.official),
+            port=self._side("port", self.port),
+            test=hashes([self.test_file], self.root, code=True),
+            environment=relevant(Environment.current(None)),
+            stubs=self.stubs,
+            shared=self.shared,
+            tolerance=loosened
+            and Tolerance(
+                rel_l2=loosened.rel_l2,
+                reason=loosened.reason,
+                owner=loosened.owner,
+                expires=loosened.until.isoformat(),
+            ),
+            uncovered=uncovered(self.parity, self.official, self.port)
+            if self.comparison is not None
+            else "",
+        )
+
+    def _side(self, name: str, loaded: Loaded | Recording | None) -> SideEvidence:
+        places = named_places(self.parity.family)
+        weights = loaded.weights if isinstance(loaded, Loaded) else ()
+        outputs = self.outputs.get(name)
+        files = [loaded.path] if isinstance(loaded, Recording) and loaded.path else weights
+        return SideEvidence(
+            recording=content_hash(outputs) if outputs else "",
+            code=hashes(self.files.get(name, ()), self.root, code=True, named=places),
+            weights=hashes(map(Path, files), self.root, code=False, named=places),
+            keys=len(state_of_side(loaded)),
+        )
+
+
+def run_parity(run: Run) -> Comparison:
+    """Run a parity case, filling `run`.
+
+    Returns:
+        The comparison, if it proves parity.
+
+    Raises:
+        ComponentMissingError: A part is not there: the test skips with this reason.
+        EquivalenceError: The numbers differ.
+        ParityError: They agree, but prove nothing or may no longer pass.
+        Exception: Whatever a loader or the port raised.
+    """
+    from truestep.verdict import assert_equivalent
+
+    path = list(sys.path)
+    take_used()
+    take_imported()
+    try:
+        failure = _compare(run)
+    except ComponentMissingError as error:
+        run.missing = error
+        raise
+    except Exception as error:
+        run.raised = (
+            f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[
+                :300
+            ]
+        )
+        raise
+    finally:
+        sys.path[:] = path
+        run.stubs, run.classes = take_used(), take_imported()
+    assert run.comparison is not None
+    if failure is not None and not run.comparison.verdict.passed:
+        raise failure
+    assert_equivalent(run.comparison)
+    evidence = run.evidence().model_copy(update={"result": "passed"})
+    state, reason = state_of(evidence, datetime.now(timezone.utc).date())
+    if state is not State.NON_SKIP_PASS:
+        raise ParityError(
+            f"{run.parity.name}: the numbers agree, but the test may not pass",
+            measured=reason,
+            likely="code that both sides run is compared with itself" if run.shared else "",
+            hint=_hint(run),
+        )
+    return run.comparison
+
+
+def _hint(run: Run) -> str:
+    if run.shared:
+        return "give each side its own code, or allow_shared={'path/end.py': 'why it is no proof'}"
+    if run.parity.loosened:
+        return "measure again, and agree on a new Loosened(..., expires=...)"
+    return "Loaded(call, weights=[...]) names the weight files of a side"
+
+
+def _compare(run: Run) -> BaseException | None:
+    """Load, feed and judge; returns what the port raised, if it did."""
+    parity = run.parity
+    run.files = {
+        "official": source_files(parity.official, None, roots=_roots(run)),
+        "port": source_files(parity.port, None, roots=_roots(run)),
+    }
+    run.official = loaded(parity.official())
+    port = loaded(parity.port())
+    if isinstance(port, Recording):
+        raise UsageError("the port is a recording: only the official side may be one")
+    run.port = port
+    _note_code(run)
+    if parity.judge is not None:
+        run.comparison = _judged(run, parity.judge)
+        return None
+    if isinstance(run.official, Recording):
+        samples, rebuild = recorded_samples(run.official, parity)
+    else:
+        samples, rebuild = samples_of(parity)
+    recording = _reference(run, samples, rebuild)
+    made: dict[str, torch.Tensor] = {}
+    failures: list[BaseException] = []
+
+    def candidate(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        index = len({name.split("/")[1] for name in made})
+        try:
+            found = flatten(port.call(**rebuild(tensors)))
+        except Exception as error:
+            failures.append(error)
+            raise
+        made.update(
+            {f"sample/{index:04d}/output/{k}": v.detach().clone() for k, v in found.items()}
+        )
+        return found
+
+    recording = with_rounding(recording, port, samples, rebuild, most=parity.start_tolerance)
+    floor = recording.manifest.noise_floor
+    tolerance = parity.loosened.rel_l2 if parity.loosened else None
+    if tolerance is None and not (floor and floor.runs):
+        tolerance = parity.start_tolerance
+    run.comparison = check_function(candidate, recording, tolerance=tolerance, label="port")
+    run.outputs = {"official": _outputs(recording), "port": made}
+    if run.keep:
+        stem = f"{parity.family}-{parity.component}"
+        recording.save(run.keep / f"{stem}.official.safetensors")
+        changes = {"noise_floor": None, "tensors": tensor_table(made)}
+        manifest = recording.manifest.model_copy(update=changes)
+        Recording.in_memory(made, manifest).save(run.keep / f"{stem}.port.safetensors")
+    return failures[0] if failures else None
+
+
+class _Function(torch.nn.Module):
+    """A call around a module, as a module: its noise floor includes the module's rounding."""
+
+    def __init__(self, call: Callable[..., Any], module: torch.nn.Module | None) -> None:
+        super().__init__()
+        self.module = module
+        self._calls = (call,)
+
+    def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        return flatten(self._calls[0](**tensors))
+
+
+def _reference(
+    run: Run, samples: list[dict[str, torch.Tensor]], rebuild: Callable[[Tensors], dict[str, Any]]
+) -> Recording:
+    if isinstance(run.official, Recording):
+        return run.official
+    assert run.official is not None
+    call, module = run.official.call, module_of(run.official)
+    training = [name for name, m in (module.named_modules() if module else ()) if m.training]
+    if training:
+        raise UsageError(
+            "the official module is in training mode",
+            where=training[0] or "(root)",
+            hint="return Loaded(model.eval(), ...)",
+        )
+
+    def function(**tensors: torch.Tensor) -> Any:
+        return call(**rebuild(tensors))
+
+    wrapped = _Function(function, module)
+    function_of = wrapped if module else wrapped.forward
+    recording = record_function(function_of, samples, floor=run.parity.loosened is None)
+    if run.parity.loosened is not None:
+        return recording
+    _refuse_state(recording, most=run.parity.start_tolerance)
+    return with_variants(recording, run.official, samples, rebuild)
+
+
+def _refuse_state(recording: Recording, *, most: float) -> None:
+    """Raise where the official side gives something else when it is called again."""
+    floor = recording.manifest.noise_floor
+    runs = [run for run in floor.runs if run.kind == "repeat"] if floor else []
+    for row in (row for run in runs for row in run.tensors):
+        if not row.rel_l2 <= most:
+            raise UsageError(
+                "the official side is not a function of its inputs",
+                where=row.name,
+                measured=f"called again with the same inputs, rel_l2 {row.rel_l2:.1e}",
+                likely="it keeps state between calls, or draws random numbers",
+                hint="reset it, or seed it, inside the function that the loader returns",
+            )
+
+
+def _outputs(recording: Recording) -> dict[str, torch.Tensor]:
+    return {name: recording[name] for name in recording if "/output/" in name}
+
+
+def _judged(run: Run, judge: Callable[[Any, Any], Comparison]) -> Comparison:
+    """Both sides' own outputs, handed to the case's judge; the worst comparison of all samples."""
+    assert run.port is not None
+    if not isinstance(run.official, Loaded):
+        raise UsageError("Parity(judge=...) calls both sides: the official one is a recording")
+    parity, worst = run.parity, None
+    hashed: dict[str, dict[str, torch.Tensor]] = {"official": {}, "port": {}}
+    for seed in parity.seeds if parity.inputs else parity.seeds[:1]:
+        outputs = []
+        for name, side in (("official", run.official), ("port", run.port)):
+            make = parity.inputs
+            inputs = make(torch.Generator("cpu").manual_seed(seed)) if make else {}
+            with torch.no_grad():
+                output = side.call(**inputs)
+            outputs.append(output)
+            hashed[name].update({f"{seed}/{k}": v for k, v in hashable(output).items()})
+        comparison = judge(outputs[1], outputs[0])
+        if worst is None or (comparison.verdict.exit_code and worst.verdict.passed):
+            worst = comparison
+    run.outputs = dict(hashed)
+    assert worst is not None
+    return worst
+
+
+def _roots(run: Run) -> list[Path]:
+    return [run.root, *named_places(run.parity.family).values()]
+
+
+def _note_code(run: Run) -> None:
+    """Find the source files of both sides, and what they share."""
+    parity, official, port = run.parity, run.official, run.port
+    assert port is not None
+    sides: dict[str, frozenset[Path]] = {}
+    for name, loader, side in (
+        ("official", parity.official, official),
+        ("port", parity.port, port),
+    ):
+        things = (side.call, side.module) if isinstance(side, Loaded) else None
+        declared = side.files if isinstance(side, Loaded) else ()
+        sides[name] = source_files(loader, things, roots=_roots(run), declared=declared)
+    run.files = sides
+    common = shared_files(sides["port"], sides["official"], allowed=parity.allow_shared)
+    places = named_places(parity.family)
+    objects: tuple[str, ...] = ()
+    if isinstance(official, Loaded):
+        ours, theirs = module_of(port) or port.call, module_of(official) or official.call
+        objects = shared_modules(ours, theirs)
+    run.shared = (*objects, *hashes(common, run.root, code=True, named=places))

@@ -1,0 +1,315 @@
+"""Traces on their way to disk: a spool beside the target while the program runs, one file after.
+
+The spool `TARGET.PID.spool` is a folder. `data.8`, `data.4`, ... hold the bytes of stored tensors
+by the size of an item, appended as they come; `journal.jsonl` has a line of settings, then one line
+a tensor with its digest. Closing joins the data files, widest items first so that all tensors are
+aligned, behind a safetensors header, and moves the result into place. Nothing is held in memory but
+the table. A program that is killed leaves its spool: `recover` makes a trace of it.
+
+Joining needs the trace's size twice on disk, for a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from truestep.recording.format import Recording, metadata_of, settle, unwritten
+from truestep.recording.header import ITEM_SIZES, TORCH_NAMES, digest, stored_names
+from truestep.recording.manifest import SKETCH_SIZE, STATS, Level, Manifest, TensorEntry
+
+SUFFIX = ".spool"
+
+_BUFFER = 1 << 18
+_SAFETENSORS_NAMES = {name: short for short, name in TORCH_NAMES.items()}
+_STORABLE = frozenset(TORCH_NAMES.values())
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes of one stored tensor: dtype as torch names it, shape, and the bytes in C order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recorded tensor: its entry in the manifest's table, and where its bytes are."""
+
+    entry: TensorEntry
+    offsets: tuple[int, ...]
+
+
+def storable(dtype: torch.dtype) -> bool:
+    """Whether a recording can hold a dtype."""
+    return str(dtype).removeprefix("torch.") in _STORABLE
+
+
+class Spool:
+    """Tensors appended to files beside the target, which is written when the trace is closed.
+
+    Nothing is kept in the buffers of the interpreter that another process could inherit and write
+    a second time: a fork leaves the spool to the process that opened it.
+    """
+
+    def __init__(self, target: str | Path, *, head: dict[str, Any], level: Level) -> None:
+        self.target = Path(target)
+        self.folder = self.target.with_name(f"{self.target.name}.{os.getpid()}{SUFFIX}")
+        self._level: Level = level
+        self._owner = os.getpid()
+        self._rows: list[tuple[Any, ...]] = []
+        self._sizes: dict[int, int] = {}
+        self._buffers: dict[int, bytearray] = {}
+        self._files: dict[int, int] = {}
+        self._lines: list[str] = []
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            if self.folder.exists():  # of a process long gone that had our number
+                shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            self._journal = self._open("journal.jsonl")
+            self._write(self._journal, json.dumps({**head, "level": level}).encode() + b"\n")
+        except OSError as error:
+            raise unwritten(self.target, error) from error
+
+    def add(self, fields: tuple[Any, ...], blobs: Sequence[Blob]) -> None:
+        """Append one recorded tensor.
+
+        Args:
+            fields: Name, order, dtype, shape, step, branch, fqn and call: see `TensorEntry`.
+            blobs: What is stored of it, in the order of `stored_names`.
+
+        Raises:
+            WriteError: The disk is full, or the folder went away.
+        """
+        digests, offsets = [], []
+        try:
+            for blob in blobs:
+                size = ITEM_SIZES[_SAFETENSORS_NAMES[blob.dtype]]
+                digests.append(digest(blob.data))
+                offsets.append(self._append(size, blob.data))
+        except OSError as error:
+            raise unwritten(self.target, error) from error
+        row = (*fields, tuple(digests), tuple(offsets))
+        self._rows.append(row)
+        self._lines.append(json.dumps(row))
+        if len(self._lines) >= 4096:
+            self.flush()
+
+    def _append(self, size: int, data: bytes | memoryview) -> int:
+        offset = self._sizes.get(size, 0)
+        length = len(data)
+        buffer = self._buffers.setdefault(size, bytearray())
+        if length >= _BUFFER or len(buffer) + length > _BUFFER:
+            self._drain(size)
+        if length >= _BUFFER:
+            self._write(self._files[size], data)
+        else:
+            buffer += data
+        self._sizes[size] = offset + length
+        return offset
+
+    def _drain(self, size: int) -> None:
+        if size not in self._files:
+            self._files[size] = self._open(f"data.{size}")
+        buffer = self._buffers[size]
+        if buffer:
+            self._write(self._files[size], buffer)
+            buffer.clear()
+
+    def _open(self, name: str) -> int:
+        return os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    @staticmethod
+    def _write(file: int, data: bytes | bytearray | memoryview) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+
+    def flush(self) -> None:
+        """Hand everything to the operating system: it survives the process from here on."""
+        try:
+            for size in self._buffers:
+                self._drain(size)
+            if self._lines:
+                self._write(self._journal, ("\n".join(self._lines) + "\n").encode())
+                self._lines.clear()
+        except OSError as error:
+            raise unwritten(self.target, error) from error
+
+    def close(self, manifest: Manifest) -> Recording:
+        """Join the spool into the target, atomically, and open it.
+
+        Args:
+            manifest: Everything but the tensor table.
+
+        Raises:
+            WriteError: It could not be written; the spool is left, an existing target untouched.
+        """
+        self.flush()
+        self._release()
+        rows = [entry_row(fields, self._level) for fields in self._rows]
+        return join(self.folder, self.target, manifest, rows, self._sizes)
+
+    def owned(self) -> bool:
+        """Whether this process, not a parent that was forked, opened the spool."""
+        return os.getpid() == self._owner
+
+    def _release(self) -> None:
+        for file in (*self._files.values(), self._journal):
+            os.close(file)
+        self._files.clear()
+
+
+class Memory:
+    """The same in memory, for a trace without a path."""
+
+    def __init__(self, *, level: Level) -> None:
+        self._level: Level = level
+        self._rows: list[tuple[Any, ...]] = []
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, fields: tuple[Any, ...], blobs: Sequence[Blob]) -> None:
+        """Keep a copy of one recorded tensor; see `Spool.add`."""
+        names = stored_names(fields[0], self._level)
+        for name, blob in zip(names, blobs, strict=True):
+            raw = bytearray(blob.data)
+            dtype = getattr(torch, blob.dtype)
+            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+            self._tensors[name] = flat.reshape(blob.shape)
+        self._rows.append((*fields, tuple(digest(blob.data) for blob in blobs), ()))
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+    def close(self, manifest: Manifest) -> Recording:
+        """The recording, in memory."""
+        rows = sorted((entry_row(f, self._level) for f in self._rows), key=lambda r: r.entry.order)
+        table = tuple(row.entry for row in rows)
+        stored = [name for e in table for name in stored_names(e.name, self._level)]
+        tensors = {name: self._tensors[name] for name in stored}
+        return Recording(manifest.model_copy(update={"tensors": table}), tensors=tensors)
+
+    def owned(self) -> bool:
+        """Memory belongs to whoever has it."""
+        return True
+
+
+def entry_row(fields: Sequence[Any], level: Level) -> Row:
+    """A line of the journal as a row of the table.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    name, order, dtype, shape, step, branch, fqn, call, digests, offsets = fields
+    wanted = len(stored_names(name, level))
+    if len(digests) != wanted or len(offsets) not in (0, wanted):
+        raise ValueError("digests and offsets do not fit the level")
+    entry = TensorEntry(
+        name=name,
+        kind="module",
+        order=order,
+        dtype=dtype,
+        shape=tuple(shape),
+        digest=digests[0],
+        sketch_digest=digests[1] if wanted > 1 else "",
+        step=step,
+        branch=branch,
+        fqn=fqn,
+        call=call,
+    )
+    return Row(entry, tuple(offsets))
+
+
+def stored_parts(row: Row, level: Level) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """Stored name, safetensors dtype, shape and offset of what stands for one tensor."""
+    entry = row.entry
+    if level == "full":
+        kinds = [(_SAFETENSORS_NAMES[entry.dtype], entry.shape)]
+    else:
+        kinds = [("F64", (len(STATS),)), ("F32", (SKETCH_SIZE,))]
+    names = stored_names(entry.name, level)
+    return [
+        (name, dtype, shape, offset)
+        for name, (dtype, shape), offset in zip(names, kinds, row.offsets, strict=False)
+    ]
+
+
+def length_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    count = ITEM_SIZES[dtype]
+    for size in shape:
+        count *= size
+    return count
+
+
+def _header(manifest: Manifest, rows: list[Row], sizes: dict[int, int]) -> bytes:
+    """A safetensors header, padded so that the data begin on a multiple of 8 bytes."""
+    bases, position = {}, 0
+    for size in sorted(sizes, reverse=True):
+        bases[size] = position
+        position += sizes[size]
+    table: dict[str, Any] = {"__metadata__": metadata_of(manifest)}
+    for row in rows:
+        for name, dtype, shape, offset in stored_parts(row, manifest.level):
+            begin = bases.get(ITEM_SIZES[dtype], 0) + offset
+            end = begin + length_of(dtype, shape)
+            table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def join(
+    folder: Path, target: Path, manifest: Manifest, rows: list[Row], sizes: dict[int, int]
+) -> Recording:
+    """Write the target from a spool's data files, move it into place, remove the spool.
+
+    Raises:
+        WriteError: It could not be written; the spool is left.
+    """
+    rows = sorted(rows, key=lambda row: row.entry.order)
+    manifest = manifest.model_copy(update={"tensors": tuple(row.entry for row in rows)})
+    made = folder / "recording"
+    try:
+        with made.open("wb") as file:
+            file.write(_header(manifest, rows, sizes))
+            file.flush()
+            for size in sorted(sizes, reverse=True):
+                if sizes[size]:
+                    with (folder / f"data.{size}").open("rb") as data:
+                        _copy(data, file, sizes[size])
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritten(target, error) from error
+    settle(made, target)
+    return Recording.open(target)
+
+
+def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
+    """Append `count` bytes; within the kernel where it can."""
+    done = 0
+    if hasattr(os, "copy_file_range"):
+        try:
+            while done < count:
+                moved = os.copy_file_range(source.fileno(), target.fileno(), count - done)
+                if not moved:
+                    break
+                done += moved
+        except OSError:
+            if done:
+                raise
+    if done < count:
+        source.seek(done)
+        shutil.copyfileobj(source, target, 1 << 20)
+        target.flush()

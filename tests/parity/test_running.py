@@ -1,0 +1,197 @@
+"""Running a case in this process: what is judged, and what makes a pass prove nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import truestep
+from truestep.errors import ComponentMissingError, EquivalenceError, ParityError, UsageError
+from truestep.parity import Loaded, Loosened, Parity, missing
+from truestep.parity.evidence import Evidence
+from truestep.parity.running import Run, run_parity
+
+HERE = Path(__file__)
+
+
+class Net(torch.nn.Module):
+    """Stands for the official one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.inner(x))
+
+
+def own(x: torch.Tensor) -> torch.Tensor:
+    """Stands for the port: the same function in other operations."""
+    net = NET
+    e = torch.exp(2 * (x @ net.inner.weight.T + net.inner.bias))
+    return (e - 1) / (e + 1)
+
+
+NET = Net().eval()
+
+
+def inputs(generator: torch.Generator) -> dict[str, Any]:
+    return {"x": torch.randn(1, 4, 16, generator=generator)}
+
+
+def case(
+    port: Callable[..., Any] = own, official: Callable[..., Any] = NET, **changes: Any
+) -> Parity:
+    given: dict[str, Any] = {
+        "kind": "generic",
+        "coverage": "implementation_subcomponent",
+        "official": lambda: official,
+        "port": lambda: port,
+        "inputs": inputs,
+        "seeds": (0,),
+    }
+    return Parity("acme", "net", **{**given, **changes})
+
+
+def execute(parity: Parity, tmp_path: Path | None = None) -> Evidence:
+    run = Run(parity, HERE.parent, HERE, tmp_path)
+    run_parity(run)
+    return run.evidence()
+
+
+def test_a_pass_and_its_recordings(tmp_path: Path) -> None:
+    evidence = execute(case(), tmp_path)
+    assert evidence.numbers is not None
+    assert evidence.numbers.verdict == "equivalent"
+    kept = truestep.Recording.open(tmp_path / "acme-net.official.safetensors")
+    assert kept.manifest.noise_floor is not None
+    made = truestep.Recording.open(tmp_path / "acme-net.port.safetensors")
+    assert "sample/0000/output/out" in made
+
+
+def test_the_official_side_may_be_a_recording(tmp_path: Path) -> None:
+    sample = inputs(torch.Generator().manual_seed(0))
+    path = tmp_path / "official.safetensors"
+    truestep.record_function(NET, [sample], path=path)
+    run = Run(case(official=dict), HERE.parent, HERE)
+    run.parity = Parity(
+        "acme", "net", "generic", "both", official=lambda: path, port=lambda: Loaded(own, [HERE])
+    )
+    run_parity(run)
+    (name,) = run.evidence().official.weights
+    assert name.endswith("official.safetensors")
+
+
+def test_the_same_module_on_both_sides_proves_nothing() -> None:
+    with pytest.raises(ParityError, match="the numbers agree, but the test may not pass"):
+        execute(case(port=NET))
+
+
+def test_shared_code_can_be_explained() -> None:
+    from truestep.parity.sharing import shared_files
+
+    a, b = Path("/x/port/norm.py"), Path("/x/port/own.py")
+    assert shared_files([a, b], [a], allowed={}) == (a,)
+    assert shared_files([a, b], [a], allowed={"port/norm.py": "torch's own"}) == ()
+
+
+def test_production_coverage_needs_weight_files() -> None:
+    with pytest.raises(ParityError, match="but the official side names no weight files"):
+        execute(case(coverage="both"))
+
+
+def test_an_expired_tolerance_is_red() -> None:
+    loosened = Loosened(0.5, reason="kernels", owner="ada", expires="2020-01-01")
+    with pytest.raises(ParityError, match="expired on 2020-01-01"):
+        execute(case(loosened=loosened))
+    later = Loosened(0.5, reason="kernels", owner="ada", expires="2999-01-01")
+    evidence = execute(case(port=lambda x: own(x) * 1.01, loosened=later))
+    assert evidence.tolerance is not None
+    assert evidence.numbers is not None
+    assert evidence.numbers.floor_source == "loosened tolerance"
+
+
+def test_what_the_port_raises_is_raised() -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no kernel image")
+
+    with pytest.raises(NotImplementedError, match="no kernel image"):
+        execute(case(port=broken))
+
+
+def test_a_lost_output_is_not_passed() -> None:
+    def two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return NET(x), x
+
+    with pytest.raises(EquivalenceError, match="missing"):
+        execute(case(official=two, port=lambda x: (own(x),)))
+
+
+def test_inputs_must_be_a_function_of_their_seed() -> None:
+    with pytest.raises(UsageError, match="the inputs are not a function of their seed"):
+        execute(case(inputs=lambda generator: {"x": torch.randn(1, 16)}))
+
+
+def test_training_mode_is_an_error() -> None:
+    with pytest.raises(UsageError, match="the official module is in training mode"):
+        execute(case(official=Net()))
+
+
+def test_an_official_side_with_state_is_an_error() -> None:
+    calls: list[int] = []
+
+    def counts(x: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        return NET(x) * len(calls)
+
+    with pytest.raises(UsageError, match="the official side is not a function of its inputs"):
+        execute(case(official=counts))
+
+
+def test_each_side_gets_its_own_inputs() -> None:
+    def spoils(x: torch.Tensor) -> torch.Tensor:
+        made = own(x)
+        x.zero_()
+        return made
+
+    execute(case(port=spoils))
+
+
+def test_a_typed_reason_reaches_the_evidence() -> None:
+    def load() -> Loaded:
+        raise missing("converted_weights", "b.bin", searched=["$X"])
+
+    run = Run(case(), HERE.parent, HERE)
+    run.parity = Parity("acme", "net", "vae", "both", official=lambda: NET, port=load)
+    with pytest.raises(ComponentMissingError):
+        run_parity(run)
+    part = run.evidence().missing
+    assert part is not None
+    assert (part.kind, part.what, part.searched) == ("converted_weights", "b.bin", ("$X",))
+
+
+def latent(generator: torch.Generator) -> dict[str, Any]:
+    return {"x": torch.randn(1, 4, 2, 8, 8, generator=generator)}
+
+
+@pytest.mark.parametrize(("scale", "passes"), [(1.0, True), (-1.0, False)])
+def test_a_pipeline_is_judged_by_its_latents(scale: float, passes: bool) -> None:
+    parity = case(
+        official=lambda x: x * 2,
+        port=lambda x: (x + x) * scale,
+        kind="pipeline",
+        inputs=latent,
+        judge=truestep.check_latent,
+    )
+    if passes:
+        evidence = execute(parity)
+        assert evidence.numbers is not None
+        assert len(evidence.port.recording) == 64
+    else:
+        with pytest.raises(EquivalenceError):
+            execute(parity)

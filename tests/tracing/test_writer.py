@@ -1,0 +1,214 @@
+"""Streamed trace files: aligned, complete, atomic, and recovered after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import truestep
+from tests.tracing.models import given, model
+from truestep.errors import FileFormatError, UsageError, WriteError
+from truestep.recording.format import Recording
+from truestep.recording.header import read_header
+from truestep.tracing.recovery import PARTIAL, recover
+from truestep.tracing.writer import Spool
+
+
+class Mixed(nn.Module):
+    """Outputs of every size of item, in an order that would misalign them."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "flag": x[:1, 0, :3] > 0,
+            "wide": x.double(),
+            "half": x[0, 0, :3].bfloat16(),
+            "word": x.clone(),
+            "none": x[:0].double(),
+            "byte": torch.arange(7, dtype=torch.uint8),
+        }
+
+
+def test_a_streamed_file_is_aligned_and_any_reader_reads_it(tmp_path: Path) -> None:
+    net, path = Mixed(), tmp_path / "new" / "t.safetensors"
+    with truestep.capture(net, level="full", path=path) as trace:
+        for seed in range(3):
+            net(given(seed))
+    header = read_header(path)
+    assert header.data_start % 8 == 0
+    sizes = {"BOOL": 1, "U8": 1, "BF16": 2, "F32": 4, "F64": 8}
+    assert all(slot.begin % sizes[slot.dtype] == 0 for slot in header.tensors.values())
+    with safe_open(path, "pt") as file:
+        assert len(file.keys()) == 18
+        for seed in range(3):
+            for key, value in net(given(seed)).items():
+                assert torch.equal(file.get_tensor(f"module/(root)/{seed}/main/out.{key}"), value)
+    assert trace.recording is not None
+    orders = [entry.order for entry in trace.recording.manifest.tensors]
+    assert orders == sorted(orders) == list(range(18))
+    assert [p.name for p in path.parent.iterdir()] == ["t.safetensors"]
+
+
+def test_memory_and_file_hold_the_same(tmp_path: Path) -> None:
+    net = model()
+    for level in ("stats", "sketch", "full"):
+        kept = []
+        for path in (None, tmp_path / "t.safetensors"):
+            with torch.no_grad(), truestep.capture(net, level=level, path=path) as trace:  # type: ignore[arg-type]
+                net(given())
+            assert trace.recording is not None
+            kept.append(trace.recording)
+        memory, file = kept
+        assert list(memory) == list(file)
+        assert memory.manifest.tensors == file.manifest.tensors
+        assert all(torch.equal(memory[name], file[name]) for name in memory)
+
+
+def test_an_existing_trace_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(b"old")
+    net = model()
+    with truestep.capture(net, path=path):
+        net(given())
+        assert path.read_bytes() == b"old"
+    assert Recording.open(path).manifest.tensors
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with (
+        pytest.raises(WriteError, match="could not be written"),
+        truestep.capture(model(), path=blocked / "t.safetensors"),
+    ):
+        raise AssertionError("unreached")
+
+
+def test_a_full_disk_names_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model()
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    def fill() -> None:
+        with truestep.capture(net, path=tmp_path / "t.safetensors", level="full"):
+            monkeypatch.setattr("truestep.tracing.writer._BUFFER", 1)
+            monkeypatch.setattr(Spool, "_write", staticmethod(full))
+            net(given())
+
+    with pytest.raises(WriteError) as caught:
+        fill()
+    assert caught.value.where.endswith("t.safetensors (recording blocks.0.up)")
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+KILLED = """
+import os, signal, sys, torch
+sys.path.insert(0, {root!r})
+import truestep
+from tests.tracing.models import given, model
+net = model()
+with torch.no_grad(), truestep.capture(net, level="full", path={path!r}):
+    net(given(1))
+    net(given(2))
+    if {torn}:
+        net.out.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        net(given(3))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_killed_process_leaves_what_it_had(tmp_path: Path, torn: bool) -> None:
+    path = tmp_path / "t.safetensors"
+    root = str(Path(__file__).parents[2])
+    code = textwrap.dedent(KILLED).format(root=root, path=str(path), torn=torn)
+    ended = subprocess.run([sys.executable, "-c", code], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    (spool,) = tmp_path.iterdir()
+    assert not path.exists()
+    with (spool / "journal.jsonl").open("ab") as file:
+        file.write(b'["module/out/2/main/out.0", 22, "float')  # a line being written
+    recording = recover(path)
+    assert recording.path == path
+    assert list(tmp_path.iterdir()) == [path]
+    assert PARTIAL in recording.manifest.notes
+    assert {entry.step for entry in recording.manifest.tensors} == {0, 1}
+    net = model()
+    with torch.no_grad():
+        assert torch.equal(recording["module/(root)/1/main/out.0"], net(given(2)))
+
+
+def spool_of(tmp_path: Path, *, pid: int = 2**22 + 1) -> Path:
+    """A spool with two tensors, of a process that is not there."""
+    spool = Spool(
+        tmp_path / "t.safetensors", head={"tool_version": "0", "created": ""}, level="full"
+    )
+    from truestep.recording.format import bytes_of
+    from truestep.tracing.writer import Blob
+
+    for order in range(2):
+        blob = Blob("float32", (4,), bytes_of(torch.arange(4.0) + order))
+        name = f"module/a/{order}/main/out.0"
+        spool.add((name, order, "float32", (4,), order, "main", "a", 0), [blob])
+    spool.flush()
+    folder = tmp_path / f"t.safetensors.{pid}.spool"
+    spool.folder.rename(folder)
+    return folder
+
+
+def test_damaged_data_end_the_recovery(tmp_path: Path) -> None:
+    folder = spool_of(tmp_path)
+    data = bytearray((folder / "data.4").read_bytes())
+    data[20] ^= 1
+    (folder / "data.4").write_bytes(data)
+    assert len(recover(folder, output=tmp_path / "o.safetensors")) == 1
+
+
+def test_what_cannot_be_recovered(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no spool"):
+        recover(tmp_path / "t.safetensors")
+    folder = spool_of(tmp_path)
+    (tmp_path / "t.safetensors").write_text("")
+    with pytest.raises(UsageError, match="the target exists"):
+        recover(folder)
+    other = spool_of(tmp_path, pid=2**22 + 2)
+    with pytest.raises(UsageError, match="2 spools were left"):
+        recover(tmp_path / "t.safetensors")
+    (other / "journal.jsonl").write_text("nothing")
+    with pytest.raises(FileFormatError, match="journal cannot be read"):
+        recover(other, output=tmp_path / "o.safetensors")
+    alive = folder.rename(tmp_path / f"t.safetensors.{os.getppid()}.spool")
+    with pytest.raises(UsageError, match="still running"):
+        recover(alive)
+
+
+@pytest.mark.slow
+def test_a_trace_larger_than_memory_may_grow(tmp_path: Path) -> None:
+    """1.5 GB of activations in a process that may not hold 1 GB, torch included."""
+    code = f"""
+    import resource, torch, truestep
+    from torch import nn
+    torch.set_num_threads(1)
+    net = nn.Sequential(*[nn.Identity() for _ in range(10)])
+    x = torch.zeros(6_000_000)
+    with truestep.capture(net, level="full", path={str(tmp_path / "big.safetensors")!r}) as trace:
+        for step in range(6):
+            net(x + step)
+    r = trace.recording
+    assert sum(t.end - t.begin for t in r._source.header.tensors.values()) > 1.5e9
+    assert float(r["module/3/5/main/out.0"][7]) == 5
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True
+    )
+    assert int(ended.stdout) < 1_000_000_000
