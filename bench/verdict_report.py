@@ -152,7 +152,7 @@ def _escaped(rows: Sequence[Row], passed: Passed) -> list[str]:
     return lines
 
 
-WIDTH, LEFT, RIGHT, ROW = 860, 190, 20, 46
+WIDTH, LEFT, RIGHT, ROW = 900, 250, 20, 46
 LOW, HIGH = -7.0, 1.0
 
 
