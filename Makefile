@@ -12,7 +12,7 @@ help:
 	@echo "make test   all tests    make test-fast   without the slow ones"
 	@echo "make lint   ruff and mypy    make format   fix what ruff can"
 	@echo "make bench  speed and memory, as JSON lines"
-	@echo "make bench-verdict  the fault corpus under every gate: bench/results (about an hour)"
+	@echo "make bench-verdict  the fault corpus under every gate: bench/results (hours; goes on where it stopped)"
 
 # The terrain model of the fault corpus asks for a GPU build of onnxruntime: not its dependencies.
 # torch comes first and alone: its pin decides between a CPU and a GPU build.
