@@ -22,7 +22,13 @@ from truestep.environment import Environment, library_version
 from truestep.errors import UsageError
 from truestep.noise import NoiseFloor, NoiseRun, pair_of
 from truestep.recording.capture import Progress, tensor_table
-from truestep.recording.floor import JITTERS, measured_run, one_rounding
+from truestep.recording.floor import (
+    JITTERS,
+    math_kernel,
+    measured_run,
+    one_rounding,
+    thread_count,
+)
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.raised import HIGHER, converted
@@ -297,21 +303,15 @@ def _in_batch(row: int) -> Change:
 def _threads(count: int) -> Change:
     @contextmanager
     def change(function: Function) -> Iterator[Callable[[Tensors], dict[str, torch.Tensor]]]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(count)
-        try:
+        with thread_count(count):
             yield _plain(function)
-        finally:
-            torch.set_num_threads(before)
 
     return change
 
 
 @contextmanager
 def _math_attention(function: Function) -> Iterator[Callable[[Tensors], dict[str, torch.Tensor]]]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel([SDPBackend.MATH]):
+    with math_kernel():
         yield _plain(function)
 
 

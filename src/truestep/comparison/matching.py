@@ -64,16 +64,7 @@ def compare_tensors(
     measured: list[Measured] = []
     for name in [*reference, *(name for name in actual if name not in reference)]:
         a, r = actual.get(name), reference.get(name)
-        place = describe(name)
-        base: dict[str, Any] = {
-            "name": name,
-            "stage": place.stage,
-            "step": place.step,
-            "branch": place.branch,
-            "fqn": place.fqn,
-            "actual": tensor_info(a),
-            "reference": tensor_info(r),
-        }
+        base = row_fields(name, a, r, describe(name))
         if a is None or r is None:
             rows.append({**base, **one_sided(a)})
             continue
@@ -92,6 +83,21 @@ def compare_tensors(
     outcomes = iter(judge(measured))
     tests = sum(len(item.values()) for item in measured)
     return [_judged(row, outcomes, tests=tests) for row in rows]
+
+
+def row_fields(
+    name: str, actual: torch.Tensor | None, reference: torch.Tensor | None, place: Address
+) -> dict[str, Any]:
+    """What a row says of a tensor before it is judged."""
+    return {
+        "name": name,
+        "stage": place.stage,
+        "step": place.step,
+        "branch": place.branch,
+        "fqn": place.fqn,
+        "actual": tensor_info(actual),
+        "reference": tensor_info(reference),
+    }
 
 
 def tensor_info(tensor: torch.Tensor | None) -> TensorInfo | None:

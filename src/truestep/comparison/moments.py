@@ -23,8 +23,8 @@ from truestep.comparison.matching import (
     floor_for,
     nonfinite_note,
     one_sided,
+    row_fields,
     shape_note,
-    tensor_info,
 )
 from truestep.comparison.sketch import Estimate, estimate, sketch
 from truestep.comparison.sources import Source
@@ -137,16 +137,7 @@ def sketch_rows(
     rows: list[dict[str, Any] | _Estimated] = []
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         a, r = ours.get(name), theirs.get(name)
-        place = address(name)
-        base: dict[str, Any] = {
-            "name": name,
-            "stage": place.stage,
-            "step": place.step,
-            "branch": place.branch,
-            "fqn": place.fqn,
-            "actual": tensor_info(a),
-            "reference": tensor_info(r),
-        }
+        base = row_fields(name, a, r, address(name))
         if a is None or r is None:
             rows.append({**base, **one_sided(a)})
             continue

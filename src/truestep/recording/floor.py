@@ -215,22 +215,34 @@ def threads(count: int) -> Vary:
 
     @contextmanager
     def vary(pipe: Pipeline) -> Iterator[Pipeline]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(count)
-        try:
+        with thread_count(count):
             yield replace(pipe)
-        finally:
-            torch.set_num_threads(before)
 
     return vary
 
 
 @contextmanager
-def math_attention(pipe: Pipeline) -> Iterator[Pipeline]:
-    """Run scaled dot product attention without a fused kernel, where a model leaves the choice."""
+def thread_count(count: int) -> Iterator[None]:
+    """Another number of torch threads, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def math_kernel() -> AbstractContextManager[None]:
+    """Scaled dot product attention without a fused kernel, where a model leaves the choice."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel([SDPBackend.MATH]):
+    return sdpa_kernel([SDPBackend.MATH])
+
+
+@contextmanager
+def math_attention(pipe: Pipeline) -> Iterator[Pipeline]:
+    """Run with `math_kernel`."""
+    with math_kernel():
         yield replace(pipe)
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from truestep.comparison.matching import compare_tensors
-from truestep.divergence import ROOT, kind_of, locate, parent
+from truestep.divergence import kind_of, locate, parent
 from truestep.noise import NoiseFloor, pair_of
 from truestep.recording.raised import HIGHER
-from truestep.tracing.isolation import Forward, Rename, benign_flows, clean_fqn, flow
+from truestep.tracing.isolation import Forward, Rename, benign_flows, flow
+from truestep.tracing.naming import ROOT, callable_module, named_modules
 from truestep.verdict import Divergence, Row
 
 MAX_LEVELS = 12
@@ -63,11 +64,12 @@ def drill(
     Returns:
         The deepest module that is wrong on right inputs.
     """
-    names = [clean_fqn(name) for name, _ in trusted.model.named_modules() if name]
+    modules = named_modules(trusted.model).modules
+    names = [name for name, m in modules.items() if name != ROOT and callable_module(m)]
     here, path, rows = ROOT, [ROOT], list[Row]()
     found: Divergence | None = None
     for _ in range(MAX_LEVELS):
-        parts = {name for name in names if parent(name) == here and _runs(trusted.model, name)}
+        parts = {name for name in names if parent(name) == here}
         if not parts and found is not None:
             break  # a leaf
         level = _level(candidate, trusted, parts | {here}, step=step, branch=branch, rename=rename)
@@ -136,11 +138,3 @@ def _level(
         kind = "; ".join(part for part in (divergence.kind, kind_of(a, r)) if part)
         divergence = divergence.model_copy(update={"kind": kind or None})
     return _Level(divergence, rows, called)
-
-
-def _runs(model: torch.nn.Module, name: str) -> bool:
-    """Whether a module has a forward of its own; a list of modules has none."""
-    for fqn, module in model.named_modules():
-        if clean_fqn(fqn) == name:
-            return not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict)
-    return False

@@ -16,14 +16,11 @@ from typing import Any
 import torch
 
 from truestep.noise import NoiseRun
-from truestep.recording.floor import measured_run, one_rounding
+from truestep.recording.floor import math_kernel, measured_run, one_rounding
 from truestep.recording.names import module_name
 from truestep.recording.raised import converted
-from truestep.tracing.nests import argument_leaves, leaves, safe_fqn
-
-ROOT = "(root)"
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of a module's name that only say how it was wrapped."""
+from truestep.tracing.naming import ROOT, named_modules
+from truestep.tracing.nests import argument_leaves, leaves
 
 Forward = Callable[[], Any]
 Rename = Callable[[str], "str | None"]
@@ -110,15 +107,12 @@ def flow(
             found.silent.append(label)
 
     handles = []
-    for fqn, module in model.named_modules():
-        own = clean_fqn(fqn)
-        theirs = (rename(own) if rename else own) if own else ROOT
-        if theirs is None or (own and select is not None and theirs not in select):
+    for own, module in named_modules(model).modules.items():
+        theirs = rename(own) if rename and own != ROOT else own
+        if theirs is None or (own != ROOT and select is not None and theirs not in select):
             continue
         handles.append(
-            module.register_forward_pre_hook(
-                enter(safe_fqn(theirs)), prepend=True, with_kwargs=True
-            )
+            module.register_forward_pre_hook(enter(theirs), prepend=True, with_kwargs=True)
         )
         handles.append(module.register_forward_hook(leave))
     try:
@@ -128,12 +122,6 @@ def flow(
         for handle in handles:
             handle.remove()
     return found
-
-
-def clean_fqn(fqn: str) -> str:
-    """A module's name without the parts that wrappers put in."""
-    parts = [part for part in fqn.split(".") if part not in WRAPPERS]
-    return ".".join(parts[1:] if parts[:1] == ["module"] else parts)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -171,7 +159,6 @@ def benign_flows(
         higher: Precision to measure the model's rounding against; None for no such run.
         pair: Working precisions, candidate first.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def run(**options: Any) -> Flow:
         place: dict[str, Any] = {"step": step, "branch": branch, "select": select}
@@ -189,7 +176,7 @@ def benign_flows(
         dtype = getattr(torch, higher)
         with converted(model, dtype):
             yield measured("precision", f"against {higher}", run(precision=dtype))
-    with sdpa_kernel([SDPBackend.MATH]):
+    with math_kernel():
         yield measured("attention", "math kernel", run())
     for seed in (0, 1):
         generator = torch.Generator("cpu").manual_seed(seed)
