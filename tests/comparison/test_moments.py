@@ -195,7 +195,7 @@ def test_notes_say_what_was_estimated() -> None:
     assert row.ratio == pytest.approx(row.metrics.rel_l2 / row.floor.rel_l2)
     assert row.ratio_metric == "rel_l2"
     equal = judged(X.clone(), X)
-    assert equal.note.endswith("; sketches agree exactly (a change below 1.3e-07 is not seen)")
+    assert equal.note.endswith("; sketches agree exactly (a change below 1.2e-07 is not seen)")
     assert equal.ratio == pytest.approx(1.25e-7 / 1e-3, rel=0.05)
     other = judged(X.bfloat16(), X)
     assert other.note.endswith("; dtype bfloat16 against float32")
@@ -230,7 +230,7 @@ def test_a_tolerance_is_held_by_the_whole_interval() -> None:
 def test_equal_sketches_are_not_called_closer_than_they_can_tell(tolerance: float) -> None:
     row = judged(X.clone(), X, tolerance=tolerance)
     assert row.verdict is Verdict.INCONCLUSIVE
-    assert "sketches agree exactly, but a change below 1.3e-07 is not seen" in row.note
+    assert "sketches agree exactly, but a change below 1.2e-07 is not seen" in row.note
 
 
 def test_nothing_is_said_where_no_float_can_hold_it() -> None:

@@ -4,15 +4,15 @@ A sketch is a linear map s with E |s(x)|^2 = |x|^2 for a fixed x over the random
 is made of, so |s(a) - s(r)| estimates |a - r|, whatever the structure of a - r. It is made in two
 steps, both of which keep that expectation:
 
-1. A count sketch (Charikar, Chen & Farach-Colton 2002) to 32,768 sums: each chunk of the flattened
+1. A count sketch (Charikar, Chen & Farach-Colton 2002) to 16,384 sums: each chunk of the flattened
    tensor is multiplied by a slice of a long table of random signs that starts anywhere, and added
    at a random shift. Neither has a period that a column, a channel or a frame could share.
 2. A sparse Johnson-Lindenstrauss transform (Kane & Nelson 2014, the block construction) to 1,024
-   sums: each of the 32,768 goes to one place in each of 16 blocks of 64, with a sign and a factor
-   of 1/4. With one place instead of 16, one swap of two far elements in 2,048 would be invisible.
+   sums: each of the 16,384 goes to one place in each of 4 blocks of 256, with a sign and a factor
+   of 1/2. With one place instead of 4, one swap of two far elements in 2,048 would be invisible.
 
 Every result bit follows from the elements alone: signs and places come from SplitMix64, the only
-float operations are products with +-1 and 1/4, which are exact, and elementwise additions in a
+float operations are products with +-1 and 1/2, which are exact, and elementwise additions in a
 fixed order. Threads, vector width, fused multiply-adds and versions of torch cannot change them.
 """
 
@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,22 +38,22 @@ RESOLUTION = 2.0**-24
 projection. Of two sketches it adds about 4e-8 to rel. L2, in quadrature, and at most 1.3e-7."""
 
 _CHUNK = 16_384
-"""Elements a step: 3.1 GB/s on one core of a Xeon (2 MB L2), 2.3 with 8,192, 3.7 with 32,768, whose
-megabyte of operands would leave a smaller cache. Part of the format, like all numbers here."""
+"""Elements with one shift. Part of the format, like all numbers here."""
 
-_SUMS = 32_768
-"""Sums of step 1. Elements that share one of them add SIZE / _SUMS = 3 % to the variance."""
+STEP = 4 * _CHUNK
+"""Elements that are read at a time, with one slice of signs: few enough for a second-level cache,
+in which they stay for whatever else wants to see them."""
 
-_GROUPS = 4
-"""Parts that step 2 is done in: 1 MB of terms at a time. Not part of the format."""
+_SUMS = 16_384
+"""Sums of step 1. Elements that share one of them add SIZE / _SUMS = 6 % to the variance."""
 
 _HOST = torch.device("cpu")
 
-_BLOCKS = 16
+_BLOCKS = 4
 _WIDTH = SIZE // _BLOCKS
 
 _SIGNS = 1 << 18
-"""Length of the sign table (2 MB). Chunks whose slices overlap add 4 / (3 _SIGNS) to the relative
+"""Length of the sign table (2 MB). Steps whose slices overlap add 4 / (3 _SIGNS) to the relative
 variance of the squared distance, 2 / SIZE, at the very worst (a constant): a 400th of it."""
 
 _UNDERFLOW = 2.0**-144
@@ -92,20 +94,27 @@ def sketch(tensor: torch.Tensor) -> torch.Tensor:
     return sketch_and_square(tensor)[0]
 
 
-def sketch_and_square(tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
+def sketch_and_square(
+    tensor: torch.Tensor, *, each: Callable[[torch.Tensor], None] | None = None
+) -> tuple[torch.Tensor, float]:
     """A tensor's sketch, and the sum of squares of its finite elements from the same pass.
 
+    Args:
+        tensor: See `sketch`.
+        each: Shown all elements once, flat, in order, up to `STEP` at a time while they are in a
+            cache; not to be kept.
+
     Returns:
-        The sketch, see `sketch`, and the sum, added in float64.
+        The sketch, and the sum, added in float64.
     """
     if tensor.is_complex():
         raise ValueError("complex tensors have no sketch: take real and imaginary parts")
     with torch.no_grad():
         flat = tensor.detach().reshape(-1)
         # Once not finite a sum stays so: one look at the end is enough.
-        sums, square = _sum(flat, mask=False)
+        sums, square = _sum(flat, mask=False, each=each)
         if not math.isfinite(float(sums.sum())) and not bool(torch.isfinite(sums).all()):
-            sums, square = _sum(flat, mask=True)
+            sums, square = _sum(flat, mask=True, each=None)
         if flat.numel() > SIZE:
             sums = _spread(sums)
         return sums.to(torch.float32), square
@@ -152,69 +161,73 @@ def estimate(
     )
 
 
-def _sum(flat: torch.Tensor, *, mask: bool) -> tuple[torch.Tensor, float]:
+def _sum(
+    flat: torch.Tensor, *, mask: bool, each: Callable[[torch.Tensor], None] | None
+) -> tuple[torch.Tensor, float]:
     """Step 1: as many float64 sums as `_spread` needs, or the elements where they are few.
 
     Also the sum of squares, for which signs do not matter.
     """
     count = flat.numel()
-    chunk = torch.zeros(min(_CHUNK, max(count, SIZE)), dtype=torch.float64, device="cpu")
     if count <= SIZE:
-        chunk[:count].copy_(flat)
+        few = torch.zeros(SIZE, dtype=torch.float64, device="cpu")
+        few[:count].copy_(flat)
+        if each:
+            each(flat)
         if mask:
-            chunk.nan_to_num_(0.0, 0.0, 0.0)
-        return chunk, float(torch.dot(chunk, chunk))
-    signs = _signs()
+            few.nan_to_num_(0.0, 0.0, 0.0)
+        return few, float(torch.dot(few, few))
+    # A product with a sign is exact in any dtype: in float32 it moves half the bytes.
+    narrow = flat.dtype in (torch.float32, torch.bfloat16, torch.float16) and flat.device == _HOST
+    signs = _signs32() if narrow else _signs()
     if count <= _CHUNK:
         used = _WIDTH << (-(-count // _WIDTH) - 1).bit_length()  # a power of two of rows
         starts, shifts, flips = [0], [0], [1.0]
     else:
         used = _SUMS
         dice = _hash(2, -(-count // _CHUNK))
-        starts = ((dice >> np.uint64(32)) % np.uint64(_SIGNS - _CHUNK + 1)).tolist()
+        starts = ((dice[:: STEP // _CHUNK] >> np.uint64(32)) % np.uint64(_SIGNS - STEP)).tolist()
         shifts = ((dice >> np.uint64(8)) % np.uint64(_SUMS)).tolist()
         # Without flips two chunks with one slice would add up, not average out, for a constant.
         flips = np.where(dice & np.uint64(1), 1.0, -1.0).tolist()
-    sums = torch.zeros(used + _CHUNK, dtype=torch.float64, device="cpu")
-    # A product with a sign is exact in any dtype: in float32 it moves half the bytes.
-    narrow = flat.dtype in (torch.float32, torch.bfloat16, torch.float16) and flat.device == _HOST
-    signs = _signs32() if narrow else signs
-    signed = torch.empty(len(chunk), dtype=torch.float32, device="cpu") if narrow else chunk
+    wide, signed = _SCRATCH.wide, _SCRATCH.signed if narrow else _SCRATCH.wide
+    sums = _SCRATCH.sums[: used + _CHUNK].zero_()
     square = 0.0
-    for part, start, shift, flip in zip(flat.split(_CHUNK), starts, shifts, flips, strict=True):
+    places = zip(shifts, flips, strict=True)
+    for part, start in zip(flat.split(STEP), starts, strict=True):
         size = part.numel()
-        values, product = (chunk, signed) if size == len(chunk) else (chunk[:size], signed[:size])
-        factors = signs[start : start + size]
+        values, product, factors = wide[:size], signed[:size], signs[start : start + size]
         if narrow:
             source = part if part.dtype is torch.float32 else product.copy_(part)
+            if each:
+                each(source)
             values.copy_(torch.mul(source, factors, out=product))
         else:
+            if each:
+                each(part)
             values.copy_(part).mul_(factors)
         if mask:
             values.nan_to_num_(0.0, 0.0, 0.0)
         square += torch.dot(values, values).item()
-        sums[shift : shift + size].add_(values, alpha=flip)
+        for chunk in values.split(_CHUNK):
+            shift, flip = next(places)
+            sums[shift : shift + chunk.numel()].add_(chunk, alpha=flip)
     if count > _CHUNK:
         sums[:_CHUNK] += sums[_SUMS:]  # shifts wrap around
     return sums[:used], square
 
 
 def _spread(sums: torch.Tensor) -> torch.Tensor:
-    """Step 2: each row of 64 sums, permuted 16 times, is a row of 1,024; add all the rows.
+    """Step 2: each row of 256 sums, permuted 4 times, is a row of 1,024; add all the rows.
 
-    They are added in halves, elementwise: the order of a torch reduction may change. Rows whose
-    numbers leave the same remainder meet before any others do, so the halving may go remainder by
-    remainder, in memory that fits a cache (twice as fast).
+    They are added in halves, elementwise: the order of a torch reduction may change.
     """
-    signed = torch.cat((sums, -sums))
-    groups = _places(len(sums))
-    terms = torch.empty((groups.shape[1], SIZE), dtype=torch.float64, device="cpu")
-    tops = torch.empty((len(groups), SIZE), dtype=torch.float64, device="cpu")
-    flat = terms.view(-1)
-    for top, places in zip(tops, groups, strict=True):
-        torch.index_select(signed, 0, places.view(-1), out=flat)
-        top.copy_(_halved(terms))
-    return _halved(tops) / math.sqrt(_BLOCKS)
+    count = len(sums)
+    signed, terms = _SCRATCH.wide[: 2 * count], _SCRATCH.terms[: _BLOCKS * count]
+    signed[:count].copy_(sums)
+    torch.neg(sums, out=signed[count:])
+    torch.index_select(signed, 0, _places(count), out=terms)
+    return _halved(terms.view(-1, SIZE)) / math.sqrt(_BLOCKS)
 
 
 def _halved(rows: torch.Tensor) -> torch.Tensor:
@@ -224,6 +237,20 @@ def _halved(rows: torch.Tensor) -> torch.Tensor:
         count //= 2
         rows[:count].add_(rows[count : 2 * count])
     return rows[0]
+
+
+class _Scratch(threading.local):
+    """Memory of a thread that is kept: to get it anew would take as long as to fill it."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.wide = torch.empty(STEP, dtype=torch.float64, device="cpu")
+            self.signed = torch.empty(STEP, dtype=torch.float32, device="cpu")
+            self.sums = torch.empty(_SUMS + _CHUNK, dtype=torch.float64, device="cpu")
+            self.terms = torch.empty(_SUMS * _BLOCKS, dtype=torch.float64, device="cpu")
+
+
+_SCRATCH = _Scratch()
 
 
 @functools.cache
@@ -242,7 +269,7 @@ def _places(used: int) -> torch.Tensor:
     """Where `_spread` takes each term from: the place of a sum, or of its negative behind all sums.
 
     Returns:
-        `(remainder row) (term)`: rows of one remainder modulo `_GROUPS` together, in order.
+        Shape (row term), flat: the 1,024 terms of each row of sums.
     """
     keys = _hash(1, _SUMS * _BLOCKS)[: used * _BLOCKS].reshape(-1, _BLOCKS, _WIDTH)
     # The low bits number a block's places: sorting permutes them, without ties to break.
@@ -250,10 +277,7 @@ def _places(used: int) -> torch.Tensor:
     keys = np.sort((keys & ~low) | np.arange(_WIDTH, dtype=np.uint64), axis=-1)
     row = np.arange(len(keys), dtype=np.uint64)[:, None, None] * np.uint64(_WIDTH)
     places = row + (keys & low) + np.uint64(used) * (keys >> np.uint64(20) & np.uint64(1))
-    rows = places.reshape(len(keys), SIZE).astype(np.int32)
-    groups = min(_GROUPS, len(rows))
-    by_remainder = rows.reshape(-1, groups, SIZE).swapaxes(0, 1)
-    return torch.from_numpy(np.ascontiguousarray(by_remainder))
+    return torch.from_numpy(places.reshape(-1).astype(np.int32))
 
 
 def _hash(stream: int, count: int) -> npt.NDArray[np.uint64]:

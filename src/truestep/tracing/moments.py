@@ -2,7 +2,7 @@
 
 The 8 moments of `truestep.recording.format.moments`, from four reductions: sum, sum of magnitudes,
 dot product, extremes. A finite sum of squares means that every element is finite, so nothing is
-masked unless it has to be. Sums are made in float32, 131,072 elements at a time, and added in
+masked unless it has to be. Sums are made in float32, 65,536 elements at a time, and added in
 float64: moments agree with the exact ones within 1e-6 of the rms. Where the variance is too small a
 part of the mean square for that, or something is not finite, the exact ones are taken.
 """
@@ -14,10 +14,12 @@ from collections.abc import Sequence
 
 import torch
 
+from truestep.comparison.sketch import STEP
 from truestep.recording.format import moments
 
-CHUNK = 1 << 17
-"""Elements a step: with the scratch memory 1 MB, which stays in a second-level cache."""
+CHUNK = STEP
+"""Elements a step, as in a sketch, so that both give the same numbers: with the scratch memory half
+a megabyte, which stays in a second-level cache."""
 
 _ILL_CONDITIONED = 1e-3
 """Variance over mean square below which float32 sums say too little about it."""
@@ -28,11 +30,15 @@ Values = tuple[float, float, float, float, float, float, float, float]
 
 
 class Moments:
-    """Fused moments, with scratch memory that is kept. Not for several threads at once."""
+    """Fused moments, with scratch memory that is kept. Not for several threads at once.
+
+    Either `of` a tensor, or part by part: `begin`, `add` each part, `values`.
+    """
 
     def __init__(self) -> None:
         self._scratch = torch.empty(CHUNK, dtype=torch.float32, device="cpu")
         self._wide = torch.empty(CHUNK, dtype=torch.float32, device="cpu")
+        self.begin()
 
     def of(self, tensor: torch.Tensor) -> Values:
         """Moments of a host tensor, in the order of `manifest.STATS`.
@@ -40,39 +46,51 @@ class Moments:
         Args:
             tensor: Detached, real, on the CPU, any shape.
         """
+        self.begin()
+        if tensor.dtype in _FAST:
+            flat = tensor.reshape(-1)
+            for part in flat.split(CHUNK) if flat.numel() > CHUNK else (flat,):
+                self.add(part)
+        return self.values(tensor)
+
+    def begin(self) -> None:
+        """Forget all parts."""
+        self._total = self._absolute = self._power = 0.0
+        self._low, self._high = math.inf, -math.inf
+
+    def add(self, part: torch.Tensor) -> None:
+        """Take in some elements, up to `CHUNK`, flat; other dtypes than 16 and 32-bit floats are
+        left to `values`."""
+        size = part.numel()
+        if not size or part.dtype not in _FAST:
+            return
+        if part.dtype is not torch.float32:
+            part = self._wide[:size].copy_(part)
+        added = part.sum().item()
+        least, most = part.amin().item(), part.amax().item()
+        self._total += added
+        if least >= 0:
+            self._absolute += added
+        elif most <= 0:
+            self._absolute -= added
+        else:
+            self._absolute += torch.abs(part, out=self._scratch[:size]).sum().item()
+        self._power += torch.dot(part, part).item()
+        self._low, self._high = min(self._low, least), max(self._high, most)
+
+    def values(self, tensor: torch.Tensor) -> Values:
+        """Moments of a tensor whose parts were all added; the exact ones where sums say too
+        little."""
         count = tensor.numel()
-        if not count or tensor.dtype not in _FAST:
+        if not count or tensor.dtype not in _FAST or not math.isfinite(self._power + self._total):
             return exact(tensor)
-        flat = tensor.reshape(-1)
-        narrow = flat.dtype is not torch.float32
-        scratch, wide = self._scratch, self._wide
-        total = absolute = power = 0.0
-        low, high = math.inf, -math.inf
-        for start in range(0, count, CHUNK):
-            part = flat if count <= CHUNK else flat[start : start + CHUNK]
-            size = part.numel()
-            if narrow:
-                part = wide[:size].copy_(part)
-            added = part.sum().item()
-            least, most = part.amin().item(), part.amax().item()
-            total += added
-            if least >= 0:
-                absolute += added
-            elif most <= 0:
-                absolute -= added
-            else:
-                absolute += torch.abs(part, out=scratch[:size]).sum().item()
-            power += torch.dot(part, part).item()
-            low, high = min(low, least), max(high, most)
-        if not math.isfinite(power + total):
-            return exact(tensor)
-        mean, power = total / count, power / count
+        mean, power = self._total / count, self._power / count
         variance = power - mean * mean
-        if variance < _ILL_CONDITIONED * power or (power == 0 and (low or high)):
+        if variance < _ILL_CONDITIONED * power or (power == 0 and (self._low or self._high)):
             return exact(tensor)
         return (
-            float(count), 0.0, mean, absolute / count,
-            math.sqrt(variance), math.sqrt(power), low, high,
+            float(count), 0.0, mean, self._absolute / count,
+            math.sqrt(variance), math.sqrt(power), self._low, self._high,
         )  # fmt: skip
 
 

@@ -295,15 +295,15 @@ class Tracer:
             return [Blob(dtype, tuple(host.shape), bytes_of(host))]
         if self.level == "stats":
             return [_stats(self._moments.of(host))]
-        quick = self._moments.of(host)
-        state = (quick, 0 if host.is_inference() else host._version)
         before, known, blobs = self._last
-        if before() is host and known == state:
+        if before() is host and known == (self._moments.of(host), _version(host)):
             return blobs
-        projected, square = sketch_and_square(host)
+        self._moments.begin()
+        projected, square = sketch_and_square(host, each=self._moments.add)
+        quick = self._moments.values(host)
         stats = _stats(with_square(quick, square))
         blobs = [stats, Blob("float32", (SIZE,), bytes_of(projected))]
-        self._last = (weakref.ref(host), state, blobs)
+        self._last = (weakref.ref(host), (quick, _version(host)), blobs)
         return blobs
 
     def _read_back(self) -> None:
@@ -353,3 +353,8 @@ class Tracer:
 
 def _stats(values: tuple[float, ...]) -> Blob:
     return Blob("float64", (len(STATS),), struct.pack(f"<{len(STATS)}d", *values))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Count of the changes in place that torch knows of; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version
