@@ -1,4 +1,9 @@
-"""Private memory of comparing two 1 GB recordings, above the interpreter with torch loaded."""
+"""Memory of comparing two 1 GB recordings, and of recording and comparing a 3 GB trace.
+
+The first is private memory above the interpreter with torch loaded. The second is all resident
+memory at its peak, mapped pages of files included, of a process that may use less than the trace
+is large.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +49,59 @@ def write_pair(folder: Path) -> tuple[Path, Path]:
     return paths[0], paths[1]
 
 
+TRACE_BAR_MB = 1000
+TRACE_FORWARDS = 24
+
+
+def resident_peak_mb() -> float:
+    """Largest resident memory this process has had, in MB, files included."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        fields = dict(line.split(":", 1) for line in file if ":" in line)
+    return int(fields["VmHWM"].split()[0]) / 1000
+
+
+def trace(folder: Path, what: str) -> None:
+    """Record a trace of full tensors, or compare two; both streamed."""
+    torch.set_num_threads(1)
+    actual, reference = folder / "actual.safetensors", folder / "reference.safetensors"
+    start = time.perf_counter()
+    verdict = ""
+    if what == "compare":
+        from truestep.tracing.comparing import compare_traces
+
+        verdict = compare_traces(actual, reference).verdict.value
+    else:
+        from truestep import capture
+
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(15)))
+        path = folder / f"{what}.safetensors"
+        with torch.no_grad(), capture(model, level="full", path=path):
+            for step in range(TRACE_FORWARDS):
+                model(torch.randn(8000, 256, generator=torch.Generator().manual_seed(step)))
+    emit(
+        f"trace_memory_{what}",
+        trace_gb=round(reference.stat().st_size / 1e9, 2) if reference.exists() else None,
+        verdict=verdict,
+        seconds=round(time.perf_counter() - start, 1),
+        resident_mb=round(resident_peak_mb()),
+        bar_mb=TRACE_BAR_MB,
+        met=resident_peak_mb() < TRACE_BAR_MB,
+    )
+
+
 def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] in ("reference", "actual", "compare"):
+        trace(Path(sys.argv[2]), sys.argv[1])
+        return
     if len(sys.argv) == 3:
         measure(Path(sys.argv[1]), Path(sys.argv[2]))
         return
     import subprocess
+
+    with tempfile.TemporaryDirectory() as folder:
+        for what in ("reference", "actual", "compare"):
+            subprocess.run([sys.executable, "-m", "bench.bench_memory", what, folder], check=True)
 
     with tempfile.TemporaryDirectory() as folder:
         actual, reference = write_pair(Path(folder))

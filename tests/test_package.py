@@ -26,6 +26,7 @@ LAYERS = (
     "noise",
     "rule",
     "divergence",
+    "growth",
     "pairing",
     "models",
     "runtime",
@@ -55,6 +56,7 @@ LAYERS = (
     "tracing.site",
     "tracing.writer",
     "tracing.recovery",
+    "tracing.comparing",
     "tracing.tracer",
     "tracing.operators",
     "tracing.hooks",
@@ -76,6 +78,7 @@ LAYERS = (
 
 PURE = (
     "divergence",
+    "growth",
     "noise",
     "rule",
     "verdict",

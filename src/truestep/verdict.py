@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
@@ -173,6 +173,9 @@ class Row(Record):
     ratio: Float | None = Field(default=None, description="the deciding statistic / its floor")
     ratio_metric: str | None = Field(default=None, description="the statistic that `ratio` is of")
     statistics: tuple[Statistic, ...] = Field(default=(), description="structure of the residual")
+    origin: Literal["", "introduced", "inherited"] = Field(
+        default="", description="of a failing row of two traces: made in the module, or given to it"
+    )
     note: str = ""
 
     @property

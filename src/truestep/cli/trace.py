@@ -1,9 +1,10 @@
-"""`truestep trace`: what every module of a model gives, recorded while it runs."""
+"""`truestep trace`: record what every module of a model gives, and say where two traces part."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import click
 from truestep.cli.common import (
     case_options,
     choose_cases,
+    finish,
     load_change,
+    output_options,
     parse_changes,
     progress_bar,
     set_option,
@@ -47,9 +50,73 @@ _OUTPUT = click.option(
 )
 
 
-@click.group("trace")
+class _Trace(click.Group):
+    """A group that compares where no verb follows: `truestep trace ACTUAL REFERENCE`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["compare", *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
+            args = ["compare", *args]  # options may come before the files
+        return super().parse_args(ctx, args)
+
+
+@click.group("trace", cls=_Trace, subcommand_metavar="ACTUAL REFERENCE | VERB [ARGS]...")
 def command() -> None:
-    """Record what every module of a model gives."""
+    """Say in which module two traces part, or record a trace.
+
+    truestep trace ACTUAL REFERENCE compares two traces of the same input: the first module that
+    introduced an error, what only inherited it, and how it grew. Its options: truestep trace
+    compare --help.
+    """
+
+
+@command.command("compare")
+@click.argument("actual", type=click.Path(path_type=Path))
+@click.argument("reference", type=click.Path(path_type=Path))
+@click.option(
+    "--rename",
+    type=click.Path(path_type=Path),
+    metavar="MAP.toml",
+    help="Names of the actual side's modules. Default: the same, else paired by what they return.",
+)
+@click.option(
+    "--noise",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="TRACE",
+    help="A further trace of the trusted model under a harmless change: measures the floor.",
+)
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), help="Judge rel_l2 by this, not by the floor."
+)
+@output_options
+def compare(
+    actual: Path,
+    reference: Path,
+    rename: Path | None,
+    noise: tuple[Path, ...],
+    tolerance: float | None,
+    json_path: str | None,
+    report: Path | None,
+) -> None:
+    """Compare two traces of the same input, module by module: the default of truestep trace."""
+    from truestep.pairing import Pairing
+    from truestep.tracing.comparing import compare_traces
+
+    result = compare_traces(
+        actual,
+        reference,
+        rename=Pairing.read(str(rename)) if rename else None,
+        noise=noise,
+        tolerance=tolerance,
+    )
+    sys.exit(finish([result], json_path=json_path, report=report))
 
 
 @command.command("record")

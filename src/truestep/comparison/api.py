@@ -58,7 +58,7 @@ def compare(actual: object, reference: object, *, tolerance: float | None = None
         pair = _pair(ours_manifest, theirs_manifest)
     levels = {manifest.level for manifest in (ours_manifest, theirs_manifest) if manifest}
     if "stats" in levels:
-        rows = moment_rows(ours, theirs)
+        rows = moment_rows(ours, theirs, floor=floor, pair=pair, tolerance=tolerance)
     elif "sketch" in levels:
         rows = sketch_rows(ours, theirs, floor=floor, pair=pair, tolerance=tolerance)
     else:

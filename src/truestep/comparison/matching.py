@@ -276,12 +276,11 @@ def with_divergence(
     """A comparison whose first divergence was followed into a model, with the rows it took."""
     fields = {"case_differences": comparison.case_differences}
     sentence = _sentence(comparison.verdict, comparison.rows, divergence, fields)
-    update = {
-        "first_divergence": divergence,
-        "sentence": sentence,
-        "rows": (*comparison.rows, *rows),
-        "looked_at": (*comparison.looked_at, f"{len({row.fqn for row in rows})} modules"),
-    }
+    update: dict[str, Any] = {"first_divergence": divergence, "sentence": sentence}
+    if rows:
+        seen = f"{len({row.fqn for row in rows})} modules"
+        update["rows"] = (*comparison.rows, *rows)
+        update["looked_at"] = (*comparison.looked_at, seen)
     return comparison.model_copy(update=update)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from truestep.comparison.distance import same_bits
 from truestep.comparison.matching import (
     compare_tensors,
     dtype_name,
@@ -33,61 +32,87 @@ from truestep.recording.format import moments
 from truestep.recording.manifest import STATS
 from truestep.recording.names import address
 from truestep.rule import Measured, Outcome, bounded, judge
-from truestep.verdict import Metrics, Row, Rule, TensorInfo, Verdict
+from truestep.verdict import Metrics, Row, Rule, Verdict
 
 _SUMMATION = 1e-12
 """Relative error of moments: the order of torch's float64 sums depends on the number of threads."""
 
+_SINGLE = 2e-6
+"""Moments of a trace are summed in float32: two of them are that far apart, over the rms."""
+
 FULL = "record at level full to decide"
 
 
-def moment_rows(actual: Source, reference: Source) -> list[Row]:
-    """Rows of two sides of which at least one holds moments only."""
-    ours, theirs = _all_moments(actual), _all_moments(reference)
+def moment_rows(
+    actual: Source,
+    reference: Source,
+    *,
+    floor: NoiseFloor | None = None,
+    pair: str | None = None,
+    tolerance: float | None = None,
+) -> list[Row]:
+    """Judge two sides of which at least one holds moments only.
+
+    No moment can differ by more of the reference's rms than the tensors do in rel. L2, so where one
+    does by more than the bound, the tensors drifted. Nothing else can be said: a permutation has
+    the same moments. Args and order are those of `compare_tensors`; `rel_l2` is the lower limit.
+    """
+    compare_tensors({}, {}, tolerance=tolerance)  # refuses what no rule can use
+    ours, theirs = _stand_ins(actual), _stand_ins(reference)
+    lookups: dict[str, FloorLookup] = {}
     rows = []
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
-        place = address(name)
-        base = {"name": name, "stage": place.stage, "step": place.step, "branch": place.branch}
         a, r = ours.get(name), theirs.get(name)
+        base = row_fields(name, a, r, address(name))
         if a is None or r is None:
-            verdict = Verdict.MISSING if a is None else Verdict.INCOMPARABLE
-            rows.append(Row(**base, verdict=verdict, note="only one side has it"))
+            rows.append(Row(**{**base, **one_sided(a)}))
             continue
-        info = TensorInfo(dtype="float64", shape=(len(STATS),))
-        verdict, note = _judge_moments(a, r)
-        rows.append(Row(**base, actual=info, reference=info, verdict=verdict, note=note))
+        working = pair_for(name, pair or pair_of(dtype_name(a), dtype_name(r)))
+        if working not in lookups:
+            lookups[working] = FloorLookup(floor, pair=working)
+        used = floor_for(
+            name, a, r, lookups[working], pair=working, tolerance=tolerance, structure=False
+        )
+        found = _judge_moments(
+            _moments(actual, name, a), _moments(reference, name, r), used, tests=len(theirs)
+        )
+        if a.shape != r.shape:
+            found = {"verdict": Verdict.INCOMPARABLE, "note": shape_note(a, r)}
+        notes = (str(found["note"]), dtype_note(a, r))
+        rows.append(Row(**{**base, **found, "note": "; ".join(filter(None, notes))}))
     return rows
 
 
-def _all_moments(source: Source) -> dict[str, torch.Tensor]:
-    if _sketched(source):
-        return {name: source.tensors[f"stats/{name}"] for name in _stand_ins(source)}
-    tensors = source.tensors
-    return {
-        name.removeprefix("stats/"): tensors[name]
-        if name.startswith("stats/")
-        else moments(tensors[name])
-        for name in tensors
-    }
+def _moments(source: Source, name: str, like: torch.Tensor) -> Mapping[str, float]:
+    kept = f"stats/{name}"
+    return _named(source.tensors[kept] if kept in source.tensors else moments(like))
 
 
-def _judge_moments(actual: torch.Tensor, reference: torch.Tensor) -> tuple[Verdict, str]:
-    a, r = _named(actual), _named(reference)
+def _judge_moments(
+    a: Mapping[str, float], r: Mapping[str, float], floor: Floor, *, tests: int
+) -> dict[str, object]:
     if a["nonfinite"] or r["nonfinite"]:
-        return Verdict.INVALID, f"non-finite values: {a['nonfinite']:g} against {r['nonfinite']:g}"
+        text = f"non-finite values: {a['nonfinite']:g} against {r['nonfinite']:g}"
+        return {"verdict": Verdict.INVALID, "note": text}
     if not a["count"] and not r["count"]:
-        return Verdict.INVALID, "empty: there is nothing to compare"
+        return {"verdict": Verdict.INVALID, "note": "empty: there is nothing to compare"}
     if a["count"] != r["count"]:
-        return Verdict.INCOMPARABLE, f"{a['count']:g} elements against {r['count']:g}"
-    blind = "moments cannot see a permutation: record at level full"
-    if same_bits(actual, reference):
-        return Verdict.INCONCLUSIVE, f"the moments agree exactly; {blind}"
-    scale = r["rms"] or 1.0
+        text = f"{a['count']:g} elements against {r['count']:g}"
+        return {"verdict": Verdict.INCOMPARABLE, "note": text}
+    blind = "moments cannot see a permutation: record at level full or sketch"
     worst = max(("mean", "abs_mean", "rms"), key=lambda key: abs(a[key] - r[key]))
-    apart = abs(a[worst] - r[worst]) / scale
-    if math.isnan(apart) or apart > 1e-2:
-        return Verdict.DRIFTED, f"{worst} differs by {apart:.1e} of the rms"
-    return Verdict.INCONCLUSIVE, f"{worst} differs by {apart:.1e} of the rms; {blind}"
+    apart = _ratio(abs(a[worst] - r[worst]), r["rms"]) if a[worst] != r[worst] else 0.0
+    counts = {"count": int(r["count"]), "nonfinite_actual": 0, "nonfinite_reference": 0}
+    metrics = _metrics_of(r["rms"], _ratio(a["rms"], r["rms"]), apart, counts)
+    used = bounded(floor, tests=tests)
+    limit = used.rel_l2 * used.bound + _SINGLE
+    ratio = _ratio(apart, used.rel_l2) if apart else 0.0
+    told = {"metrics": metrics, "floor": used, "ratio": ratio, "ratio_metric": "rel_l2"}
+    if apart > limit:
+        text = f"{worst} differs by {apart:.1e} of the rms, so rel_l2 is at least that"
+        return {**told, "verdict": Verdict.DRIFTED, "note": text}
+    agree = "agree exactly" if dict(a) == dict(r) else f"differ by at most {apart:.1e} of the rms"
+    return {**told, "verdict": Verdict.INCONCLUSIVE, "note": f"moments {agree}; {blind}"}
 
 
 def _named(stats: torch.Tensor) -> dict[str, float]:
@@ -168,8 +193,8 @@ def _sketched(source: Source) -> bool:
 
 
 def _stand_ins(source: Source) -> Mapping[str, torch.Tensor]:
-    """The tensors of a side, or where they were sketched, ones of their dtype and shape only."""
-    if source.manifest is None or not _sketched(source):
+    """The tensors of a side, or where they were not kept, ones of their dtype and shape only."""
+    if source.manifest is None or source.manifest.level == "full":
         return source.tensors
     return {
         entry.name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
@@ -259,8 +284,11 @@ def _ratio(actual: float, reference: float) -> float:
 
 
 def _metrics(a: _Kept, r: _Kept, rel_l2: float, counts: Mapping[str, int]) -> Metrics:
+    return _metrics_of(r.moments["rms"], _ratio(a.norm, r.norm), rel_l2, counts)
+
+
+def _metrics_of(rms: float, ratio: float, rel_l2: float, counts: Mapping[str, int]) -> Metrics:
     """Metrics with gain and cosine distance from |a|^2 = |r|^2 + 2 (a - r) r + |a - r|^2."""
-    ratio = _ratio(a.norm, r.norm)
     gain = cosine = math.nan
     if math.isfinite(rel_l2 + ratio):
         gain = 1.0 + ((ratio - 1.0) * (ratio + 1.0) - rel_l2**2) / 2.0
@@ -273,7 +301,7 @@ def _metrics(a: _Kept, r: _Kept, rel_l2: float, counts: Mapping[str, int]) -> Me
         cosine_distance=cosine,
         norm_ratio=ratio,
         gain=gain,
-        rms_reference=r.moments["rms"],
+        rms_reference=rms,
         **counts,
     )
 

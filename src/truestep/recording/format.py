@@ -96,9 +96,12 @@ class Recording(Mapping[str, torch.Tensor]):
         return self._tensors[name]
 
     def release(self, name: str) -> None:
-        """Forget a mapped tensor, so that its pages can go once nobody else holds it."""
-        if self._source is not None:
-            self._tensors.pop(name, None)
+        """Forget a mapped tensor and let its pages go; whoever holds it reads the file again.
+
+        Changes made to it in place are lost.
+        """
+        if self._source is not None and self._tensors.pop(name, None) is not None:
+            self._source.release(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -135,6 +138,17 @@ class _File:
                 likely="a flipped bit or an edited file",
             )
         return tensor
+
+    def release(self, name: str) -> None:
+        """Give the pages of one tensor back to the system, where it has a way to."""
+        slot = self.header.tensors[name]
+        if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        begin = self.header.data_start + slot.begin
+        begin -= begin % mmap.PAGESIZE
+        size = self.header.data_start + slot.end - begin
+        if size > 0:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, size)
 
     def _open(self) -> mmap.mmap:
         try:

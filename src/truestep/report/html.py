@@ -21,7 +21,7 @@ _SIGNS = {"pass": "✓", "fail": "✕", "blocked": "⊘", "unsure": "?"}
 
 @dataclass(frozen=True)
 class Point:
-    """One mark of the step curve: where it is, its outline, and what it says."""
+    """One mark of a curve: where it is, its outline, and what it says."""
 
     x: float
     y: float
@@ -32,7 +32,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of the step curve: a stage, or a branch of it. `key` is its mark at (0, 0)."""
+    """One line of a curve: a stage, a branch of it, or a forward. `key` is its mark at (0, 0)."""
 
     name: str
     points: tuple[Point, ...]
@@ -42,8 +42,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Curve:
-    """Ratio to the noise floor over steps, on a logarithmic axis; all in SVG units."""
+    """Ratio to the noise floor over steps or modules, on a logarithmic axis; all in SVG units."""
 
+    axis: str
     series: tuple[Series, ...]
     floor_y: float
     bounds: tuple[tuple[float, float], ...]
@@ -63,6 +64,9 @@ _LEAST_RATIO = 1e-2
 _MOST_RATIO = 1e12
 """Ratios above this, those that are not finite, and tensors without one are at the top edge."""
 
+_FORWARDS = 4
+"""Forwards of two traces that are drawn, each a line over their modules."""
+
 _INSET = 12
 _OUTLINES = (
     "a{r} {r} 0 1 0 {d} 0a{r} {r} 0 1 0 -{d} 0z",
@@ -74,24 +78,31 @@ _OUTLINES = (
 
 
 def curve(rows: Sequence[Row]) -> Curve | None:
-    """Lay out the step curve; None where no row that has a step was judged.
+    """Lay out the ratios to the floor: over steps, or of two traces over the modules of a forward.
 
-    Several tensors of one stage, branch and step (modules) are one point: the worst of them.
+    Several tensors of one place are one point: the worst of them.
+
+    Returns:
+        The curve; None where no row that has a step was judged.
     """
     judged = [r for r in rows if r.step is not None and _height(r) is not None]
     if not any(r.floor for r in judged):
         return None
-    steps = [r.step for r in judged if r.step is not None]
-    first, last = min(steps), max(steps)
+    deep = all(r.stage == "module" for r in judged)
+    if deep:
+        judged = _forwards(judged)
+    order = {fqn: at for at, fqn in enumerate(dict.fromkeys(r.fqn or "" for r in judged))}
+    place = {id(r): order[r.fqn or ""] if deep else r.step or 0 for r in judged}
+    first, last = min(place.values()), max(place.values())
     heights = [h for r in judged if (h := _height(r)) is not None and h <= _MOST_RATIO]
     bounds = sorted({r.floor.bound for r in judged if r.floor and 0 < r.floor.bound < _MOST_RATIO})
     top = 10.0 ** math.ceil(math.log10(max([*heights, *bounds, 1.0]) * 1.2))
-    frame = Curve((), 0.0, (), (), ())
+    frame = Curve("", (), 0.0, (), (), ())
     radius = 3.4 if last - first < 80 else 2.0
 
-    def x_of(step: int) -> float:
+    def x_of(at: int) -> float:
         left, room = frame.left + _INSET, frame.right - frame.left - 2 * _INSET
-        return round(left + room * ((step - first) / (last - first) if last > first else 0.5), 1)
+        return round(left + room * ((at - first) / (last - first) if last > first else 0.5), 1)
 
     def y_of(ratio: float) -> float:
         clipped = min(max(ratio, _LEAST_RATIO), top)
@@ -100,32 +111,52 @@ def curve(rows: Sequence[Row]) -> Curve | None:
 
     grouped: dict[str, dict[int, list[Row]]] = {}
     for row in judged:
-        grouped.setdefault(_series_name(row), {}).setdefault(row.step or 0, []).append(row)
+        name = f"step {row.step} {row.branch}" if deep else _series_name(row)
+        grouped.setdefault(name, {}).setdefault(place[id(row)], []).append(row)
     series: list[Series] = []
-    for name, by_step in grouped.items():
+    for name, by_place in grouped.items():
         shape = _OUTLINES[len(series) % len(_OUTLINES)]
         outline = shape.replace("{r}", f"{radius:g}").replace("{d}", f"{2 * radius:g}")
         points, line, pen = [], "", "M"
-        for step in sorted(by_step):
-            worst = max(by_step[step], key=lambda r: _height(r) or 0.0)
+        for at in sorted(by_place):
+            worst = max(by_place[at], key=lambda r: _height(r) or 0.0)
             height = _height(worst) or 0.0
-            x, y = x_of(step), y_of(height)
-            failed = any(not r.verdict.passed for r in by_step[step])
+            x, y = x_of(at), y_of(height)
+            failed = any(not r.verdict.passed for r in by_place[at])
             mark = f"M{x - radius:.1f} {y}{outline}"
-            points.append(Point(x, y, mark, _point_title(worst, len(by_step[step])), failed))
+            points.append(Point(x, y, mark, _point_title(worst, len(by_place[at])), failed))
             if height <= _MOST_RATIO:
                 line += f"{pen}{x} {y}"
             pen = "L" if height <= _MOST_RATIO else "M"  # no line to or past what has no measure
         series.append(Series(name, tuple(points), line, f"M-{radius:g} 0{outline}"))
     decades = range(round(math.log10(_LEAST_RATIO)), round(math.log10(top)) + 1)
     marks = range(first, last + 1, max(1, math.ceil((last - first) / 10)))
+    named = {at: fqn for fqn, at in order.items()}
     return Curve(
+        axis="module" if deep else "step",
         series=tuple(series),
         floor_y=y_of(1.0),
         bounds=tuple((y_of(bound), bound) for bound in bounds[:3]),
         ticks=tuple((y_of(10.0**d), _power(d)) for d in decades[:: 1 + len(decades) // 9]),
-        steps=tuple((x_of(step), str(step)) for step in marks),
+        steps=tuple((x_of(at), str(at)) for at in marks)
+        if not deep
+        else tuple((x_of(at), fqn) for at, fqn in _landmarks(named)),
     )
+
+
+def _forwards(rows: Sequence[Row]) -> list[Row]:
+    """Outputs of a few forwards: the first that fails, and others spread over the steps."""
+    outputs = [r for r in rows if r.name.rpartition("/")[2].startswith("out.")] or list(rows)
+    every = list(dict.fromkeys((r.step, r.branch) for r in outputs))
+    failing = next(((r.step, r.branch) for r in outputs if not r.verdict.passed), every[0])
+    chosen = {failing, *every[:: max(1, math.ceil(len(every) / (_FORWARDS - 1)))]}
+    return [r for r in outputs if (r.step, r.branch) in chosen]
+
+
+def _landmarks(named: Mapping[int, str]) -> list[tuple[int, str]]:
+    """Places to write a name at: modules near the root, as many as there is room for."""
+    shallow = [(at, fqn) for at, fqn in named.items() if fqn.count(".") <= 1] or [*named.items()]
+    return shallow[:: max(1, math.ceil(len(shallow) / 7))]
 
 
 def _height(row: Row) -> float | None:

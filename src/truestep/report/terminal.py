@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable
 
@@ -9,6 +10,7 @@ import click
 
 from truestep.verdict import Comparison, Results, Row, Verdict
 
+MAX_GROWTH = 16
 MAX_ROWS = 20
 MAX_ROWS_OF_STAGE = 5
 _COLOURS = {0: "green", 1: "red", 3: "yellow", 4: "yellow"}
@@ -49,6 +51,7 @@ def lines(comparison: Comparison) -> Iterable[str]:
     for difference in comparison.environment_differences:
         yield f"  environment  {difference.key}: {difference.actual} (was {difference.reference})"
     yield from _table(comparison)
+    yield from _growth(comparison)
     for gate in comparison.gates:
         numbers = ", ".join(f"{key} {value:.2e}" for key, value in gate.metrics.items())
         yield f"  other gate   {gate.name}: {'passes' if gate.passed else 'fails'} ({numbers})"
@@ -86,7 +89,8 @@ def _wrapped(label: str, text: str) -> Iterable[str]:
 
 def _table(comparison: Comparison) -> Iterable[str]:
     """Failing rows first (at most 20, 5 a stage), then one line a stage for what passed."""
-    failing = comparison.failing
+    # What decided comes first: thousands of undecided rows must not hide it.
+    failing = sorted(comparison.failing, key=lambda row: row.verdict is not comparison.verdict)
     picked: list[Row] = []
     for row in failing:
         same = sum(other.stage == row.stage for other in picked)
@@ -112,6 +116,35 @@ def _table(comparison: Comparison) -> Iterable[str]:
         yield f"  {stage:<12} {len(rows)} of {_total(comparison, stage)} pass, {tail}"
 
 
+def _growth(comparison: Comparison) -> Iterable[str]:
+    """Of two traces: how far the modules near the root are over the floor, in one forward."""
+    first = comparison.first_divergence
+    if first is None or not any(row.origin for row in comparison.rows):
+        return
+    worst: dict[str, float] = {}
+    for row in comparison.rows:
+        output = row.name.rpartition("/")[2].startswith("out.")
+        here = (row.step, row.branch) == (first.step, first.branch)
+        fqn = row.fqn or ""
+        if output and here and (fqn.count(".") <= 1 or fqn == first.fqn):
+            ratio = math.inf if row.verdict is Verdict.INVALID else row.ratio or 0.0
+            worst[fqn] = max(worst.get(fqn, 0.0), ratio)
+    names = list(worst)
+    begin = next((at for at, name in enumerate(names) if worst[name] > 1), 0)
+    if begin > 2:
+        most = max(worst[name] for name in names[: begin - 1])
+        yield f"  growth       {begin - 1} modules before: at most {most:.2g} x floor"
+    shown = names[max(begin - 1, 0) :][:MAX_GROWTH]
+    width = max(map(len, shown), default=0)
+    for name in shown:
+        ratio = worst[name]
+        bar = "#" * min(max(round(4 * math.log10(max(ratio, 1e-3) / 0.1)), 0), 40)
+        mark = " <- introduced" if name == first.fqn else ""
+        yield f"  growth       {name:<{width}}  {ratio:>8.3g} x  {bar}{mark}"
+    if len(names) - max(begin - 1, 0) > MAX_GROWTH:
+        yield f"  growth       ... {len(names) - max(begin - 1, 0) - MAX_GROWTH} more modules"
+
+
 def _total(comparison: Comparison, stage: str) -> int:
     return sum((row.stage or "tensors") == stage for row in comparison.rows)
 
@@ -124,5 +157,5 @@ def _cells(row: Row) -> tuple[str, str, str, str, str, str]:
         f"{metrics.rel_l2:.1e}" if metrics else "-",
         f"{floor.rel_l2:.1e}" if floor else "-",
         f"{row.ratio:.3g}" if row.ratio is not None else "-",
-        row.note,
+        "; ".join(part for part in (row.origin, row.note) if part),
     )

@@ -1,0 +1,389 @@
+"""Compare two traces: which module made the error, which passed it on, and how it grew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from truestep.comparison import sources
+from truestep.comparison.distance import distance
+from truestep.comparison.matching import build_comparison, compare_tensors, with_divergence
+from truestep.comparison.moments import moment_rows, sketch_rows
+from truestep.comparison.sources import Source
+from truestep.divergence import ROOT, kind_of
+from truestep.environment import Environment
+from truestep.errors import UsageError
+from truestep.growth import introduced, origins
+from truestep.noise import NoiseFloor, NoiseRun, RunMetrics, pair_of
+from truestep.pairing import Pairing, pair_activations
+from truestep.pairing.rename import renamed
+from truestep.recording.format import Recording
+from truestep.recording.manifest import Manifest
+from truestep.recording.names import address, split_call
+from truestep.verdict import Comparison, Difference, Divergence, Row, Side, Verdict
+
+PARTIAL = "partial"
+"""How a note of a trace begins that was cut short."""
+
+_LISTED = 5
+
+
+class Streamed(Mapping[str, torch.Tensor]):
+    """Tensors of a recording that are forgotten when the next one is read, names mapped.
+
+    Args:
+        tensors: What is read from; pages of a recording go back to the system.
+        names: Name here to name there, in order.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, dict(names)
+        self._last: str | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._names[name]
+        if self._last not in (None, stored) and isinstance(self._tensors, Recording):
+            self._tensors.release(str(self._last))
+        self._last = stored
+        return self._tensors[stored]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def compare_traces(
+    actual: str | Path | Recording,
+    reference: str | Path | Recording,
+    *,
+    rename: Mapping[str, str] | None = None,
+    noise: Iterable[str | Path | Recording] = (),
+    tolerance: float | None = None,
+) -> Comparison:
+    """Compare two traces of the same input, module by module in the reference's order.
+
+    A trace is of a free run: what a module was given is what the modules before it made. An output
+    that is further over its floor than everything that went into it was *introduced* in that
+    module, any other failing one was *inherited*. Record both with `inputs` to tell the two apart
+    in modules beside each other; record at level `full` for the kind of the error.
+
+    Args:
+        actual, reference: Files or recordings from `capture` or `truestep trace`.
+        rename: Names of the actual side's modules to the reference's, `*` for one part. Without it,
+            where the two share no name, modules are paired by what they return, and the evidence is
+            noted.
+        noise: Further traces of the trusted model under harmless changes: the measured floor.
+        tolerance: Judge rel_l2 by this limit instead.
+
+    Returns:
+        One row a tensor; steps, branches and inputs that only one side recorded are not looked at,
+        which is said. `first_divergence` is the first module that introduced an error.
+
+    Raises:
+        FileFormatError: A file is damaged.
+        UsageError: A side is no trace, or the two have no step and branch in common.
+    """
+    ours, theirs = (
+        _loaded(side, label) for side, label in ((actual, "actual"), (reference, "reference"))
+    )
+    mapping, notes = _names(ours, theirs, rename)
+    own = {new: old for old, new in mapping.items() if new is not None}
+    scope, left_out = _scope(own, _modules(theirs))
+    kept = {name: name for name in _modules(theirs) if scope(name)}
+    if not kept or not any(scope(name) for name in own):
+        raise UsageError(
+            "the two traces have nothing in common",
+            measured=f"actual: {_span(own)}; reference: {_span(_modules(theirs))}",
+            likely="other steps, branches or models were traced",
+            hint="truestep show TRACE lists what a trace holds",
+        )
+    sides = (
+        _renamed(ours, {name: old for name, old in own.items() if scope(name)}),
+        _renamed(theirs, kept),
+    )
+    runs = [_noise_run(side, sides[1]) for side in noise]
+    stored = _manifest(theirs).noise_floor
+    floor = NoiseFloor(runs=(*(stored.runs if stored else ()), *runs))
+    rows = _rows(*sides, floor=floor if floor.runs else None, tolerance=tolerance)
+    rows = _gone(_settled(origins(rows)), partial=_partial(ours) or _partial(theirs))
+    result = build_comparison(
+        rows,
+        actual=_side(ours),
+        reference=_side(theirs),
+        environment_differences=_environment(ours, theirs),
+        looked_at=(f"{len({row.fqn for row in rows})} modules", f"{len(rows)} tensors"),
+        not_looked_at=left_out,
+        notes=(*notes, *_cut(ours, "actual"), *_cut(theirs, "reference")),
+        hint=_hint(rows, bool(floor.runs), tolerance),
+    )
+    return _located(result, sides)
+
+
+def _loaded(what: str | Path | Recording, label: str) -> Source:
+    source = sources.load(what, label=label)
+    if source.manifest is None or not _modules(source):
+        raise UsageError(
+            "this side is no trace: it holds no tensors of modules",
+            where=source.label,
+            hint="truestep trace record CASE --output FILE, truestep trace run, or capture()",
+        )
+    return source
+
+
+def _manifest(source: Source) -> Manifest:
+    """The manifest of a trace; `_loaded` made sure of it."""
+    if source.manifest is None:
+        raise ValueError(f"{source.label} is no recording")
+    return source.manifest
+
+
+def _modules(source: Source) -> list[str]:
+    """Names of module tensors, as they are without a prefix for the level."""
+    return [e.name for e in _manifest(source).tensors if e.name.startswith("module/")]
+
+
+def _partial(source: Source) -> bool:
+    return any(note.startswith(PARTIAL) for note in _manifest(source).notes)
+
+
+def _cut(source: Source, side: str) -> list[str]:
+    return [f"{side}: {note}" for note in _manifest(source).notes if note.startswith(PARTIAL)]
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def _names(
+    ours: Source, theirs: Source, rename: Mapping[str, str] | None
+) -> tuple[dict[str, str | None], list[str]]:
+    """What each of our tensors is called on the other side; None without a partner."""
+    names, others = _modules(ours), _modules(theirs)
+    inner = [set(_fqns(side)) - {ROOT} for side in (names, others)]
+    if rename is None and (inner[0] & inner[1] or not all(inner)):
+        return {name: name for name in names}, []
+    notes = []
+    if rename is None:
+        pairing = pair_activations(Pairing(), ours.tensors, theirs.tensors)
+        rename = pairing.rename()
+        notes.append(f"no module has the same name on both sides: {pairing.sentence()}")
+        if not rename:
+            raise UsageError(
+                "no module of the actual trace has a partner in the reference",
+                measured=f"actual: {_listed(_fqns(names))}; reference: {_listed(_fqns(others))}",
+                likely="a trace of another model, or of another input",
+                hint="--rename MAP.toml names the pairs; traces at level sketch or full pair by "
+                "what modules return",
+            )
+    found = {name: _moved(name, rename) for name in names}
+    alone = [name for name, new in found.items() if new is None]
+    partners = {address(new).fqn for new in found.values() if new}
+    lost = [fqn for fqn in _fqns(others) if fqn not in partners]
+    if alone:
+        notes.append(f"without a partner in the reference: {_listed(_fqns(alone))}")
+    if lost:
+        notes.append(f"without a partner in the actual trace: {_listed(lost)}")
+    return found, notes
+
+
+def _moved(name: str, rename: Mapping[str, str]) -> str | None:
+    head, label, rest = name.split("/", 2)
+    fqn, _ = split_call(label)
+    target = rename[fqn] if fqn in rename else renamed(fqn, rename)
+    if target is None and fqn == ROOT:
+        target = fqn
+    return None if target is None else f"{head}/{target}{label.removeprefix(fqn)}/{rest}"
+
+
+def _fqns(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(address(name).fqn or "" for name in names))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _renamed(source: Source, names: Mapping[str, str]) -> Source:
+    """A side with its tensors under the reference's names, read one at a time."""
+    manifest = _manifest(source)
+    back = {old: new for new, old in names.items()}
+    entries = {e.name: e for e in manifest.tensors if e.name in back}
+    table = tuple(entries[old].model_copy(update={"name": new}) for new, old in names.items())
+    prefixes = {"full": ("",), "stats": ("stats/",), "sketch": ("stats/", "sketch/")}
+    stored = {
+        f"{p}{new}": f"{p}{old}" for new, old in names.items() for p in prefixes[manifest.level]
+    }
+    return Source(
+        source.label,
+        Streamed(source.tensors, stored),
+        source.path,
+        manifest.model_copy(update={"tensors": table}),
+    )
+
+
+# --- what is looked at -----------------------------------------------------------------------
+
+
+def _scope(
+    ours: Iterable[str], theirs: Iterable[str]
+) -> tuple[Callable[[str], bool], tuple[str, ...]]:
+    """Steps, branches and slots that both sides recorded, and what is left out, in words."""
+    places = [{_place(name) for name in side} for side in (ours, theirs)]
+    inputs = [any(_is_input(name) for name in side) for side in (ours, theirs)]
+    common = places[0] & places[1]
+    words = [
+        f"{_places(only - common)} (only the {label} trace has them)"
+        for only, label in zip(places, ("actual", "reference"), strict=True)
+        if only - common
+    ]
+    if inputs[0] != inputs[1]:
+        words.append(
+            f"inputs of modules (only the {'actual' if inputs[0] else 'reference'} trace has them)"
+        )
+
+    def inside(name: str) -> bool:
+        return _place(name) in common and (all(inputs) or not _is_input(name))
+
+    return inside, tuple(words)
+
+
+def _place(name: str) -> tuple[int, str]:
+    found = address(name)
+    return found.step or 0, found.branch or ""
+
+
+def _is_input(name: str) -> bool:
+    return name.rpartition("/")[2].startswith("in.")
+
+
+def _places(found: Iterable[tuple[int, str]]) -> str:
+    ordered = sorted(found)
+    return "steps " + _listed([f"{step} {branch}" for step, branch in ordered])
+
+
+def _span(names: Iterable[str]) -> str:
+    return _places({_place(name) for name in names})
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+def _rows(
+    ours: Source, theirs: Source, *, floor: NoiseFloor | None, tolerance: float | None
+) -> list[Row]:
+    levels = {_manifest(side).level for side in (ours, theirs)}
+    if "stats" in levels:
+        return moment_rows(ours, theirs, floor=floor, tolerance=tolerance)
+    if "sketch" in levels:
+        return sketch_rows(ours, theirs, floor=floor, tolerance=tolerance)
+    return compare_tensors(ours.tensors, theirs.tensors, floor=floor, tolerance=tolerance)
+
+
+def _noise_run(what: str | Path | Recording, reference: Source) -> NoiseRun:
+    """Distances of one more trace of the trusted model from the reference."""
+    source = _loaded(what, "noise")
+    if {_manifest(source).level, _manifest(reference).level} != {"full"}:
+        raise UsageError(
+            "a noise floor is measured on traces at level full",
+            where=source.label,
+            measured=f"levels {_manifest(source).level} and {_manifest(reference).level}",
+            hint="--tolerance judges by a number instead",
+        )
+    names = [n for n in reference.tensors if n in set(_modules(source))]
+    own = Streamed(source.tensors, {n: n for n in names})
+    rows = []
+    for name in names:
+        a, r = own[name], reference.tensors[name]
+        if a.shape != r.shape or not r.numel() or not r.is_floating_point():
+            continue
+        found = distance(a, r)
+        peak = found.max_abs / found.rms_reference if found.rms_reference else found.max_abs
+        rows.append(RunMetrics(name=name, rel_l2=found.rel_l2, max_abs=peak))
+    dtype = _working(source)
+    return NoiseRun(
+        kind="trace", detail=source.label, pair=pair_of(dtype, dtype), tensors=tuple(rows)
+    )
+
+
+def _working(source: Source) -> str:
+    floats = [e.dtype for e in _manifest(source).tensors if "float" in e.dtype]
+    return max(set(floats), key=floats.count) if floats else "float32"
+
+
+def _settled(rows: Sequence[Row]) -> list[Row]:
+    """Without a measured floor, an error that no module introduced may be grown rounding."""
+    failing = [row for row in rows if row.verdict is Verdict.DRIFTED]
+    if any(row.origin == "introduced" or row.floor is None for row in failing):
+        return list(rows)
+    if any(row.floor and row.floor.source != "analytic" for row in failing):
+        return list(rows)
+    note = "over the analytic floor, but no module adds much at once: it may be grown rounding"
+    return [
+        row.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "note": note})
+        if row.verdict is Verdict.DRIFTED
+        else row
+        for row in rows
+    ]
+
+
+def _gone(rows: Sequence[Row], *, partial: bool) -> list[Row]:
+    """Say of a tensor that one side lacks whether the trace ended before it."""
+    if not partial:
+        return list(rows)
+    return [
+        row.model_copy(update={"note": f"{row.note}: a trace is partial"})
+        if row.actual is None or row.reference is None
+        else row
+        for row in rows
+    ]
+
+
+def _located(result: Comparison, sides: tuple[Source, Source]) -> Comparison:
+    places = introduced(result.rows)
+    if not places:
+        if result.first_divergence is None:
+            return result
+        kind = "grown by and by: no module adds much more than it was given"
+        first = result.first_divergence.model_copy(update={"kind": kind})
+        return with_divergence(result, first, ())
+    first = _with_kind(places[0], sides)
+    least = any(_manifest(side).level == "stats" for side in sides)  # of which nothing follows
+    if len(places) > 1 and not least:
+        others = _listed([place.fqn or "" for place in places[1:]])
+        result = result.model_copy(
+            update={"notes": (*result.notes, f"further errors are introduced in {others}")}
+        )
+    return with_divergence(result, first, ())
+
+
+def _with_kind(place: Divergence, sides: tuple[Source, Source]) -> Divergence:
+    tensors = [side.tensors.get(place.name) for side in sides]
+    a, r = tensors
+    if a is None or r is None:
+        return place
+    kind = "; ".join(part for part in (place.kind, kind_of(a, r)) if part)
+    return place.model_copy(update={"kind": kind or None})
+
+
+def _hint(rows: Sequence[Row], measured: bool, tolerance: float | None) -> str:
+    if all(row.verdict.passed for row in rows) or measured or tolerance is not None:
+        return ""
+    return "measure the floor: --noise TRACE of the trusted model, run with other threads or again"
+
+
+def _side(source: Source) -> Side:
+    environment = dict(_manifest(source).environment)
+    return Side(
+        label=source.label, path=str(source.path) if source.path else None, environment=environment
+    )
+
+
+def _environment(ours: Source, theirs: Source) -> tuple[Difference, ...]:
+    return Environment(_manifest(ours).environment).differences(_manifest(theirs).environment)
