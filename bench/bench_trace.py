@@ -2,18 +2,23 @@
 
 Every sample is four forwards (two steps, two branches) of one model, hooks put on before and taken
 off after, the trace opened and closed. Peers: six statistics by plain hooks, as FastVideo's
-activation trace does, and the debugger of transformers.
+activation trace does, and, where they can be imported, the debugger of transformers and msprobe.
+msprobe brings tensorboard and pandas with it and is therefore no extra of ours:
+`pip install mindstudio-probe`. `--no-peers` leaves both out, `--rounds N` sets the rounds.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib
 import io
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +113,36 @@ def transformers_debugger(model: torch.nn.Module, folder: Path) -> Iterator[None
 
 
 @contextmanager
+def msprobe_statistics(model: torch.nn.Module, folder: Path) -> Iterator[None]:
+    """Statistics of every module by msprobe, the dumper of MindStudio."""
+    import json
+
+    from msprobe.pytorch import PrecisionDebugger
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.json"
+    settings = {
+        "task": "statistics",
+        "dump_path": str(folder / "dump"),
+        "rank": [],
+        "step": [],
+        "level": "L0",
+        "statistics": {"scope": [], "list": [], "data_mode": ["all"], "summary_mode": "statistics"},
+    }
+    config.write_text(json.dumps(settings))
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # One debugger a process: it refuses a second configuration.
+        debugger = PrecisionDebugger(config_path=str(config))
+        debugger.start(model=model)
+        try:
+            yield
+        finally:
+            debugger.stop()
+            debugger.step()
+
+
+@contextmanager
 def empty_hooks(model: torch.nn.Module) -> Iterator[None]:
     """What hooks cost that do nothing."""
     handles = [m.register_forward_hook(lambda *_: None) for m in model.modules()]
@@ -118,7 +153,31 @@ def empty_hooks(model: torch.nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def main(rounds: int = 9) -> None:
+Peer = Callable[[torch.nn.Module, Path], contextlib.AbstractContextManager[None]]
+
+
+def importable_peers() -> dict[str, Peer]:
+    """Tracers of others that are installed; a sentence on stderr for each that is not."""
+    known: dict[str, tuple[str, str, Peer]] = {
+        "peer: transformers debugger": (
+            "transformers.model_debugging_utils",
+            "transformers",
+            transformers_debugger,
+        ),
+        "peer: msprobe": ("msprobe.pytorch", "mindstudio-probe", msprobe_statistics),
+    }
+    found: dict[str, Peer] = {}
+    for name, (module, package, peer) in known.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            print(f"left out, {name}: {error}; pip install {package}", file=sys.stderr)
+        else:
+            found[name] = peer
+    return found
+
+
+def main(rounds: int = 9, *, peers: bool = True) -> None:
     torch.set_num_threads(1)
     model, given = build()
     folder = Path(tempfile.mkdtemp(prefix="bench-trace-"))
@@ -151,10 +210,11 @@ def main(rounds: int = 9) -> None:
         "full, all modules": traced(level="full", path=folder / "full.safetensors"),
         "peer: six statistics by hooks": within(lambda: six_statistics(model)),
     }
-    if "--debugger" in sys.argv:
-        contenders["peer: transformers debugger"] = within(
-            lambda: transformers_debugger(model, folder / "debug")
-        )
+    if peers:
+        contenders |= {
+            name: within(lambda peer=peer, name=name: peer(model, folder / name.split()[-1]))
+            for name, peer in importable_peers().items()
+        }
     try:
         with capture(model, level="full") as trace:
             forwards()
@@ -196,4 +256,8 @@ def main(rounds: int = 9) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="Overhead of tracing, one thread.")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no-peers", dest="peers", action="store_false")
+    options = parser.parse_args()
+    main(options.rounds, peers=options.peers)

@@ -94,7 +94,8 @@ def test_other_defaults_are_those_of_diffusers() -> None:
         ({"dtype": "int8"}, "dtype = 'int8'"),
         ({"model": "builtin:nope"}, "unknown builtin model; there is builtin:digits"),
         ({"settings": {"flow_shift": 0}}, "settings.flow_shift = 0"),
-        ({"settings": {"cfg": "batched"}}, "settings.cfg: unknown key"),
+        ({"settings": {"cfgs": "batched"}}, "settings.cfgs: unknown key"),
+        ({"settings": {"cfg": "both"}}, "settings.cfg = 'both'"),
     ],
 )
 def test_bad_values_say_what_and_where(changes: dict[str, Any], message: str) -> None:

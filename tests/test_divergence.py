@@ -52,6 +52,26 @@ def test_calls_that_are_missing_or_too_many_are_named() -> None:
     )
 
 
+def test_a_module_that_is_not_called_is_at_fault_only_where_it_is_missed() -> None:
+    skipped = row("a.q", "out.0", "missing", actual=None)
+    fine, wrong = row("a.norm", "in.0"), row("a.norm", "in.0", "drifted")
+    later = row("a.out", "out.0", "drifted")
+    assert where(skipped, wrong, later) == ("a.q", "not called")
+    assert where(skipped, fine, later) == ("a.out", None)  # another module makes what it made
+    assert where(skipped, fine, row("a", "out.0", "drifted")) == ("a.q", "not called")
+
+
+def test_an_argument_that_is_not_given_is_of_the_code_around() -> None:
+    rows = (
+        row("blocks.2.attn1", "in.0"),
+        row("blocks.2.attn1", "in.3", "missing", actual=None),
+        row("blocks.2.attn1", "out.0"),
+    )
+    assert where(*rows) == ("blocks.2", "blocks.2.attn1 is not given in.3")
+    rows = (row("a", "in.0"), row("a", "out.1", "missing", actual=None))
+    assert where(*rows) == ("a", "does not return out.1")
+
+
 def test_parents_skip_lists() -> None:
     assert parent("blocks.3") == ROOT
     assert parent("blocks.3.attn1") == "blocks.3"

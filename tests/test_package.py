@@ -68,6 +68,7 @@ LAYERS = (
     "functions",
     "gates",
     "selftest",
+    "experiment",
     "demo",
     "parity",
     "report",

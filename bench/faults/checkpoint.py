@@ -13,6 +13,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import fault
+from bench.faults.places import MIDDLE
 from bench.faults.targets import attentions, linears, middle, middles, models, need, self_attention
 
 Tensor = torch.Tensor
@@ -31,7 +32,11 @@ def _exchange(first: Tensor, second: Tensor) -> None:
     second.data.copy_(kept)
 
 
-@fault(acts="transformer, middle block, its largest linear layer", subjects=BOTH)
+@fault(
+    acts="transformer, middle block, its largest linear layer",
+    subjects=BOTH,
+    where=("{middle}.ffn.net.0.proj",),
+)
 def tensor_of_another_checkpoint(pipe: Any) -> None:
     """Bug: one weight is of another checkpoint: the same mean and deviation, other numbers."""
     for block in middles(pipe):
@@ -39,7 +44,11 @@ def tensor_of_another_checkpoint(pipe: Any) -> None:
         weight.copy_(_normal_like(weight, 0) * weight.std() + weight.mean())
 
 
-@fault(acts="transformer, middle block, its largest linear layer", subjects=BOTH)
+@fault(
+    acts="transformer, middle block, its largest linear layer",
+    subjects=BOTH,
+    where=("{middle}.ffn.net.0.proj",),
+)
 def tensor_slightly_older(pipe: Any) -> None:
     """Bug: one weight is of an earlier checkpoint of the same training, 2 % away."""
     for block in middles(pipe):
@@ -51,6 +60,7 @@ def tensor_slightly_older(pipe: Any) -> None:
     acts="transformer, middle block, to_q of the first attention",
     source="https://github.com/NVIDIA/TensorRT-LLM/issues/1477",
     subjects=BOTH,
+    where=("{middle}.attn1.to_q",),
 )
 def lora_scale_lost(pipe: Any) -> None:
     """Bug: a LoRA of rank 4 is merged with twice its scale, 5 % of the weight too much."""
@@ -62,8 +72,7 @@ def lora_scale_lost(pipe: Any) -> None:
 
 
 @fault(
-    acts="transformer, every to_q, to_k and to_v",
-    subjects=BOTH,
+    acts="transformer, every to_q, to_k and to_v", subjects=BOTH, where=("{block}.attn?.to_[qkv]",)
 )
 def lora_left_merged(pipe: Any) -> None:
     """Bug: a LoRA of rank 4 from an earlier request, 1 % of the weights, was not unmerged."""
@@ -76,7 +85,11 @@ def lora_left_merged(pipe: Any) -> None:
                 weight.add_(delta * (0.01 * weight.norm() / delta.norm()))
 
 
-@fault(acts="transformer, middle block, to_v of the first attention", subjects=BOTH)
+@fault(
+    acts="transformer, middle block, to_v of the first attention",
+    subjects=BOTH,
+    where=("{middle}.attn1.to_v",),
+)
 def square_weight_transposed(pipe: Any) -> None:
     """Bug: a square weight is transposed, which no shape check can see."""
     for block in middles(pipe):
@@ -89,6 +102,7 @@ def square_weight_transposed(pipe: Any) -> None:
     acts="transformer, middle block, first attention",
     source="https://github.com/MiniMax-AI/MiniMax-H3/issues/48",
     subjects=BOTH,
+    where=("{middle}.attn1.to_[kv]",),
 )
 def keys_values_exchanged(pipe: Any) -> None:
     """Bug: a fused projection was split as query, value, key."""
@@ -102,6 +116,7 @@ def keys_values_exchanged(pipe: Any) -> None:
 @fault(
     acts="transformer, middle block, first attention, biases of query and value",
     subjects=BOTH,
+    where=("{middle}.attn1.to_[qv]",),
 )
 def biases_exchanged(pipe: Any) -> None:
     """Bug: two biases of the same shape are loaded in each other's place."""
@@ -115,6 +130,7 @@ def biases_exchanged(pipe: Any) -> None:
     acts="transformer, middle block, last bias of a linear layer",
     source="https://github.com/huggingface/optimum/pull/1827",
     subjects=BOTH,
+    where=("{middle}.ffn.net.2",),
 )
 def bias_at_random(pipe: Any) -> None:
     """Bug: a bias that was missing from the file keeps its random initialisation."""
@@ -130,6 +146,7 @@ def bias_at_random(pipe: Any) -> None:
     acts="transformer, middle block, its first norm or table",
     source="https://github.com/ecmwf/WeatherGenerator/issues/838",
     subjects=BOTH,
+    where=MIDDLE,
 )
 def tensor_left_at_initialisation(pipe: Any) -> None:
     """Bug: one tensor was missing from the file and is zero (a table) or one (a norm's scale)."""
@@ -143,7 +160,11 @@ def tensor_left_at_initialisation(pipe: Any) -> None:
         norms[0].weight.data.fill_(1)
 
 
-@fault(acts="transformer, two blocks' feed-forward or residual layers", subjects=BOTH)
+@fault(
+    acts="transformer, two blocks' feed-forward or residual layers",
+    subjects=BOTH,
+    where=("{before}.attn1.to_q", "{middle}.attn1.to_q"),
+)
 def layers_of_two_blocks_exchanged(pipe: Any) -> None:
     """Bug: a layer of one block is loaded into the next, and the other way round."""
     for model in models(pipe):
@@ -159,7 +180,11 @@ def layers_of_two_blocks_exchanged(pipe: Any) -> None:
         _exchange(first.weight, second.weight)
 
 
-@fault(acts="transformer, patch_embedding or first convolution", subjects=BOTH)
+@fault(
+    acts="transformer, patch_embedding or first convolution",
+    subjects=BOTH,
+    where=("patch_embedding",),
+)
 def input_kernel_transposed(pipe: Any) -> None:
     """Bug: the first convolution's kernel has its rows and columns exchanged."""
     for model in models(pipe):

@@ -45,6 +45,10 @@ class Fault:
             why it is harmless.
         apply: What `--apply FILE.py:FUNCTION` takes.
         subjects: `wan`: Wan pipelines. `module`: any torch module as `pipe.transformer`.
+        where: Modules that are right answers to where it broke: globs of the names in diffusers'
+            Wan models, with `{middle}`, `{before}` and `{block}` as in `places`; `(root)` is the
+            model's own code. Empty where nothing acts inside a model.
+        model: Attribute of the pipeline that holds the model.
         note: What the bug is: the first line of the docstring.
         slow: Takes more than 20 s before the first forward is done.
     """
@@ -55,18 +59,33 @@ class Fault:
     source: str
     apply: Change
     subjects: frozenset[str]
+    where: tuple[str, ...] = ()
+    model: str = "transformer"
     note: str = ""
     slow: bool = False
 
 
 def fault(
-    *, acts: str, source: str = CONSTRUCTED, subjects: Iterable[str] = ("wan",)
+    *,
+    acts: str,
+    source: str = CONSTRUCTED,
+    subjects: Iterable[str] = ("wan",),
+    where: tuple[str, ...] = (),
+    model: str = "transformer",
 ) -> Callable[[Change], Change]:
     """Make a planted bug of a function; its family is the module that it stands in."""
 
     def mark(function: Change) -> Change:
         family = function.__module__.rpartition(".")[2].removeprefix("truestep_apply_")
-        return _mark(function, family=family, acts=acts, source=source, subjects=subjects)
+        return _mark(
+            function,
+            family=family,
+            acts=acts,
+            source=source,
+            subjects=subjects,
+            where=where,
+            model=model,
+        )
 
     return mark
 
@@ -90,6 +109,8 @@ def _mark(
     source: str,
     subjects: Iterable[str],
     slow: bool = False,
+    where: tuple[str, ...] = (),
+    model: str = "transformer",
 ) -> Change:
     entry = Fault(
         name=function.__name__.replace("_", "-"),
@@ -98,6 +119,8 @@ def _mark(
         source=source,
         apply=function,
         subjects=frozenset(subjects),
+        where=where,
+        model=model,
         note=(function.__doc__ or "").strip().partition("\n")[0],
         slow=slow,
     )

@@ -18,6 +18,7 @@ from torch.nn import functional
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import fault
+from bench.faults.places import ATTENTIONS, BLOCK_LINEARS, BLOCKS, LINEARS, MIDDLE
 from bench.faults.targets import (
     around,
     blocks,
@@ -42,7 +43,7 @@ def _rounds_output_to(dtype: torch.dtype) -> Any:
     return lambda module, args, output: narrowed(output, dtype)
 
 
-@fault(acts="transformer, every linear layer", subjects=BOTH)
+@fault(acts="transformer, every linear layer", subjects=BOTH, where=LINEARS)
 def linears_in_bfloat16(pipe: Any) -> None:
     """Bug: an autocast runs every linear layer in bfloat16."""
 
@@ -65,6 +66,7 @@ def _block_weights(pipe: Any) -> list[Tensor]:
     acts="transformer, linear weights of the blocks",
     source="https://github.com/kijai/ComfyUI-WanVideoWrapper/issues/283",
     subjects=BOTH,
+    where=BLOCK_LINEARS,
 )
 def weights_in_float8(pipe: Any) -> None:
     """Bug: linear weights went through float8 e4m3 with one scale a tensor."""
@@ -78,6 +80,7 @@ def weights_in_float8(pipe: Any) -> None:
     acts="transformer, linear weights of the blocks",
     source="https://github.com/Lightricks/LTX-2/pull/172",
     subjects=BOTH,
+    where=BLOCK_LINEARS,
 )
 def weights_in_float8_unscaled(pipe: Any) -> None:
     """Bug: linear weights were cast to float8 e4m3 without a scale, so small ones vanish."""
@@ -85,7 +88,7 @@ def weights_in_float8_unscaled(pipe: Any) -> None:
         weight.data.copy_(weight.data.float().to(torch.float8_e4m3fn).float())
 
 
-@fault(acts="transformer, linear weights of the blocks", subjects=BOTH)
+@fault(acts="transformer, linear weights of the blocks", subjects=BOTH, where=BLOCK_LINEARS)
 def weights_in_int8(pipe: Any) -> None:
     """Bug: linear weights went through int8 with one scale a tensor."""
     for weight in _block_weights(pipe):
@@ -93,21 +96,21 @@ def weights_in_int8(pipe: Any) -> None:
         weight.data.copy_((weight.data.float() / scale).round() * scale)
 
 
-@fault(acts="transformer, output of the middle block")
+@fault(acts="transformer, output of the middle block", where=MIDDLE)
 def block_output_in_float16(pipe: Any) -> None:
     """Bug: one block hands on float16."""
     for model in models(pipe):
         on_output(residual(model), _rounds_output_to(torch.float16))
 
 
-@fault(acts="transformer, output of the middle block", subjects=BOTH)
+@fault(acts="transformer, output of the middle block", subjects=BOTH, where=MIDDLE)
 def block_output_in_bfloat16(pipe: Any) -> None:
     """Bug: one block hands on bfloat16; in a UNet, one residual layer."""
     for model in models(pipe):
         on_output(residual(model), _rounds_output_to(torch.bfloat16))
 
 
-@fault(acts="transformer, every attention", subjects=BOTH)
+@fault(acts="transformer, every attention", subjects=BOTH, where=ATTENTIONS)
 def softmax_in_bfloat16(pipe: Any) -> None:
     """Bug: attention weights are computed in bfloat16."""
 
@@ -125,6 +128,7 @@ def softmax_in_bfloat16(pipe: Any) -> None:
     acts="transformer, every attention",
     source="https://github.com/thu-ml/SageAttention/issues/221",
     subjects=BOTH,
+    where=ATTENTIONS,
 )
 def attention_in_int8(pipe: Any) -> None:
     """Bug: queries and keys are quantised to int8, one scale a head."""
@@ -146,6 +150,7 @@ def attention_in_int8(pipe: Any) -> None:
     acts="transformer, sinusoidal timestep embedding",
     source="https://github.com/modelscope/DiffSynth-Studio/pull/1025",
     subjects=BOTH,
+    where=("condition_embedder.timesteps_proj",),
 )
 def sinusoids_in_bfloat16(pipe: Any) -> None:
     """Bug: the sinusoidal timestep embedding is rounded to bfloat16."""
@@ -157,6 +162,7 @@ def sinusoids_in_bfloat16(pipe: Any) -> None:
 @fault(
     acts="transformer, condition_embedder.time_embedder",
     source="https://github.com/modelscope/DiffSynth-Studio/issues/562",
+    where=("condition_embedder.time_embedder.linear_?",),
 )
 def time_embedding_in_bfloat16(pipe: Any) -> None:
     """Bug: the time embedding is computed in bfloat16 where the reference uses float32."""
@@ -173,6 +179,7 @@ def time_embedding_in_bfloat16(pipe: Any) -> None:
 @fault(
     acts="transformer, modulation of every block",
     source="https://github.com/modelscope/DiffSynth-Studio/issues/562",
+    where=BLOCKS,
 )
 def modulation_in_bfloat16(pipe: Any) -> None:
     """Bug: shifts, scales and gates are added up in bfloat16 where the reference uses float32."""
@@ -187,7 +194,7 @@ def modulation_in_bfloat16(pipe: Any) -> None:
         on_input(block, low)
 
 
-@fault(acts="transformer, norms of every block", subjects=BOTH)
+@fault(acts="transformer, norms of every block", subjects=BOTH, where=("{block}.norm?", "norm_out"))
 def norms_in_bfloat16(pipe: Any) -> None:
     """Bug: norms hand on bfloat16 before they are modulated."""
     for model in models(pipe):
@@ -199,6 +206,7 @@ def norms_in_bfloat16(pipe: Any) -> None:
 @fault(
     acts="transformer, rope, tables",
     source="https://github.com/KellerJordan/modded-nanogpt/issues/39",
+    where=("rope",),
 )
 def rope_in_bfloat16(pipe: Any) -> None:
     """Bug: the rotary sines and cosines are kept in bfloat16."""
@@ -208,7 +216,7 @@ def rope_in_bfloat16(pipe: Any) -> None:
             table.copy_(narrowed(table, torch.bfloat16))
 
 
-@fault(acts="transformer, residual stream of the middle block")
+@fault(acts="transformer, residual stream of the middle block", where=MIDDLE)
 def residual_in_bfloat16(pipe: Any) -> None:
     """Bug: one block receives and returns its residual stream in bfloat16."""
 

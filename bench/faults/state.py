@@ -14,6 +14,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import fault
+from bench.faults.places import MIDDLE
 from bench.faults.targets import around, middle, models, need, on_output, self_attention
 
 Tensor = torch.Tensor
@@ -139,6 +140,7 @@ def step_cache_left_on(pipe: Any) -> None:
 @fault(
     acts="stage prediction, branch uncond",
     source="https://github.com/vllm-project/vllm-omni/pull/5287",
+    where=MIDDLE,
 )
 def branches_share_residual(pipe: Any) -> None:
     """Bug: a cache that does not know branches gives the unconditional one the other's residual.
@@ -175,7 +177,7 @@ def _residual_kept(pipe: Any, block: nn.Module) -> None:
     on_output(block, share)
 
 
-@fault(acts="transformer, blocks.<middle>.attn1, output buffer")
+@fault(acts="transformer, blocks.<middle>.attn1, output buffer", where=("{middle}.attn1",))
 def attention_buffer_reused(pipe: Any) -> None:
     """Bug: one attention returns its output buffer before it is overwritten: the last call's."""
     for model in models(pipe):

@@ -118,7 +118,11 @@ def encoder_mask_lost(pipe: Any) -> None:
     _encode_with(pipe, hidden=unmasked)
 
 
-@fault(acts="text_encoder, encoder.final_layer_norm")
+@fault(
+    acts="text_encoder, encoder.final_layer_norm",
+    where=("encoder.final_layer_norm",),
+    model="text_encoder",
+)
 def encoder_final_norm_skipped(pipe: Any) -> None:
     """Bug: the encoder's last layer norm is left out."""
     on_output(pipe.text_encoder.encoder.final_layer_norm, lambda _, args, output: args[0])
@@ -127,6 +131,8 @@ def encoder_final_norm_skipped(pipe: Any) -> None:
 @fault(
     acts="text_encoder, relative position bias",
     source="https://github.com/OpenNMT/CTranslate2/issues/2102",
+    where=("encoder.block.[1-9]*.layer.0.SelfAttention.relative_attention_bias",),
+    model="text_encoder",
 )
 def encoder_bias_shared(pipe: Any) -> None:
     """Bug: UMT5 is run as T5: all layers use the first layer's relative position bias."""
@@ -140,7 +146,11 @@ def encoder_bias_shared(pipe: Any) -> None:
         table.data.copy_(tables[0].data)
 
 
-@fault(acts="text_encoder, every attention")
+@fault(
+    acts="text_encoder, every attention",
+    where=("encoder.block.*.layer.0.SelfAttention.q",),
+    model="text_encoder",
+)
 def encoder_attention_scaled(pipe: Any) -> None:
     """Bug: attention scores are divided by the root of the head size, which T5 does not do."""
     size = pipe.text_encoder.config.d_kv
@@ -152,6 +162,8 @@ def encoder_attention_scaled(pipe: Any) -> None:
 @fault(
     acts="text_encoder, feed-forward activation",
     source="https://github.com/m87-labs/kestrel/pull/162",
+    where=("encoder.block.*.layer.1.DenseReluDense.act",),
+    model="text_encoder",
 )
 def encoder_gelu_exact(pipe: Any) -> None:
     """Bug: the encoder's GELU is computed exactly where it was trained with the tanh form."""

@@ -15,6 +15,7 @@ from torch.nn import functional
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import fault
+from bench.faults.places import MIDDLE, NORMS, QK_NORMS
 from bench.faults.targets import (
     attentions,
     blocks,
@@ -41,6 +42,7 @@ BOTH = ("wan", "module")
     acts="transformer, every norm",
     source="https://github.com/paiml/aprender/pull/1606",
     subjects=BOTH,
+    where=NORMS,
 )
 def norm_epsilon(pipe: Any) -> None:
     """Bug: the norms' epsilon is ten times the reference's (1e-5 for 1e-6)."""
@@ -50,7 +52,11 @@ def norm_epsilon(pipe: Any) -> None:
                 module.eps *= 10
 
 
-@fault(acts="transformer, first norm with weights in the middle block", subjects=BOTH)
+@fault(
+    acts="transformer, first norm with weights in the middle block",
+    subjects=BOTH,
+    where=("{middle}.norm2",),
+)
 def norm_affine_lost(pipe: Any) -> None:
     """Bug: one norm is built without its learned scale and shift."""
     for block in middles(pipe):
@@ -73,7 +79,7 @@ def _returns_input(module: Any, args: tuple[Any, ...], output: Any) -> Any:
 
 
 @fault(
-    acts="transformer, blocks.<middle>.attn1.norm_q and norm_k",
+    acts="transformer, blocks.<middle>.attn1.norm_q and norm_k", where=("{middle}.attn1.norm_[qk]",)
 )
 def qk_norm_missing(pipe: Any) -> None:
     """Bug: one block's self-attention does not normalise its queries and keys."""
@@ -82,7 +88,7 @@ def qk_norm_missing(pipe: Any) -> None:
         on_output(self_attention(block).norm_k, _returns_input)
 
 
-@fault(acts="transformer, blocks.<middle>.attn1.norm_k")
+@fault(acts="transformer, blocks.<middle>.attn1.norm_k", where=("{middle}.attn1.norm_k",))
 def k_norm_missing(pipe: Any) -> None:
     """Bug: one block's self-attention normalises its queries only."""
     for block in middles(pipe):
@@ -92,6 +98,7 @@ def k_norm_missing(pipe: Any) -> None:
 @fault(
     acts="transformer, blocks.*.attn1.norm_q and norm_k",
     source="https://github.com/vllm-project/vllm/pull/16311",
+    where=QK_NORMS,
 )
 def qk_norm_per_head(pipe: Any) -> None:
     """Bug: queries and keys are normalised head by head instead of across all heads."""
@@ -117,6 +124,7 @@ def _normalises_per(heads: int) -> Any:
 @fault(
     acts="transformer, blocks.*.ffn",
     source="https://github.com/kyutai-labs/pocket-tts/pull/278",
+    where=("{block}.ffn.net.0",),
 )
 def gelu_exact(pipe: Any) -> None:
     """Bug: the feed-forward's GELU is exact where the model was trained with the tanh form."""
@@ -134,6 +142,7 @@ def gelu_exact(pipe: Any) -> None:
 @fault(
     acts="transformer, condition_embedder.text_embedder",
     source="https://github.com/tenstorrent/tt-metal/pull/46674",
+    where=("condition_embedder.text_embedder.act_1",),
 )
 def text_projection_gelu_exact(pipe: Any) -> None:
     """Bug: the projection of the text uses another GELU than the model was trained with."""
@@ -167,19 +176,19 @@ def _rope_at(pipe: Any, place: Any) -> None:
         on_output(model.rope, change)
 
 
-@fault(acts="transformer, rope, axis t")
+@fault(acts="transformer, rope, axis t", where=("rope",))
 def rope_first_frame_apart(pipe: Any) -> None:
     """Bug: latent frames after the first are one temporal position too far."""
     _rope_at(pipe, lambda axis, rows: rows + (rows > 0) if axis == 0 else rows)
 
 
-@fault(acts="transformer, rope, axis w")
+@fault(acts="transformer, rope, axis w", where=("rope",))
 def rope_reversed(pipe: Any) -> None:
     """Bug: positions along the width count from the right."""
     _rope_at(pipe, lambda axis, rows: rows.flip(0) if axis == 2 else rows)
 
 
-@fault(acts="transformer, rope, tables")
+@fault(acts="transformer, rope, tables", where=("rope",))
 def rope_theta(pipe: Any) -> None:
     """Bug: the rotary base is 9000 instead of 10000."""
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
@@ -201,7 +210,7 @@ def rope_theta(pipe: Any) -> None:
         rope.freqs_sin.copy_(torch.cat([sin for _, sin in made], dim=1))
 
 
-@fault(acts="transformer, rope, axes h and w")
+@fault(acts="transformer, rope, axes h and w", where=("rope",))
 def rope_axes_swapped(pipe: Any) -> None:
     """Bug: the channels for height and for width are exchanged."""
 
@@ -219,6 +228,7 @@ def rope_axes_swapped(pipe: Any) -> None:
 @fault(
     acts="transformer, blocks.*.attn1, rotary pairs",
     source="https://github.com/huggingface/transformers/issues/47328",
+    where=QK_NORMS,
 )
 def rope_pairs_half_apart(pipe: Any) -> None:
     """Bug: rotary pairs are channels half a head apart instead of neighbours."""
@@ -238,7 +248,7 @@ def rope_pairs_half_apart(pipe: Any) -> None:
             on_output(norm, change_for(attention.heads))
 
 
-@fault(acts="transformer, blocks.<middle>.attn1, queries")
+@fault(acts="transformer, blocks.<middle>.attn1, queries", where=("{middle}.attn1.norm_q",))
 def rope_missing_on_queries(pipe: Any) -> None:
     """Bug: one block's queries are not rotated, its keys are."""
 
@@ -282,29 +292,25 @@ def _modulation_reordered(pipe: Any, order: Sequence[int]) -> None:
         on_input(block, reorder)
 
 
-@fault(
-    acts="transformer, blocks.<middle>, self-attention modulation",
-)
+@fault(acts="transformer, blocks.<middle>, self-attention modulation", where=MIDDLE)
 def shift_scale_swapped(pipe: Any) -> None:
     """Bug: one block unpacks its modulation as scale, shift instead of shift, scale."""
     _modulation_reordered(pipe, (1, 0, 2, 3, 4, 5))
 
 
-@fault(acts="transformer, blocks.<middle>, gates")
+@fault(acts="transformer, blocks.<middle>, gates", where=MIDDLE)
 def gates_exchanged(pipe: Any) -> None:
     """Bug: one block exchanges the gates of its self-attention and its feed-forward."""
     _modulation_reordered(pipe, (0, 1, 5, 3, 4, 2))
 
 
-@fault(
-    acts="transformer, blocks.<middle>, feed-forward modulation",
-)
+@fault(acts="transformer, blocks.<middle>, feed-forward modulation", where=MIDDLE)
 def modulation_reused(pipe: Any) -> None:
     """Bug: one block's feed-forward is given the modulation of its self-attention."""
     _modulation_reordered(pipe, (0, 1, 2, 0, 1, 2))
 
 
-@fault(acts="transformer, blocks.<middle>, self-attention gate")
+@fault(acts="transformer, blocks.<middle>, self-attention gate", where=MIDDLE)
 def gate_missing(pipe: Any) -> None:
     """Bug: one block adds its self-attention without the gate."""
 
@@ -320,7 +326,7 @@ def gate_missing(pipe: Any) -> None:
         on_input(block, opened)
 
 
-@fault(acts="transformer, blocks.<middle>, self-attention modulation")
+@fault(acts="transformer, blocks.<middle>, self-attention modulation", where=MIDDLE)
 def modulation_without_one(pipe: Any) -> None:
     """Bug: one block multiplies by the scale instead of by one plus the scale."""
     for block in middles(pipe):
@@ -331,6 +337,7 @@ def modulation_without_one(pipe: Any) -> None:
 @fault(
     acts="transformer, scale_shift_table before proj_out",
     source="https://github.com/invoke-ai/InvokeAI/pull/7708",
+    where=("(root)",),
 )
 def output_shift_scale_swapped(pipe: Any) -> None:
     """Bug: the output norm's shift and scale are unpacked in the wrong order."""
@@ -344,6 +351,7 @@ def output_shift_scale_swapped(pipe: Any) -> None:
     acts="transformer, sinusoidal timestep embedding",
     source="https://github.com/flashinfer-ai/flashinfer/pull/3819",
     subjects=BOTH,
+    where=("condition_embedder.timesteps_proj",),
 )
 def time_sin_cos_flipped(pipe: Any) -> None:
     """Bug: the sine and cosine halves of the timestep embedding are swapped."""
@@ -359,13 +367,18 @@ def time_sin_cos_flipped(pipe: Any) -> None:
     acts="transformer, self-attention scale of every block",
     source="https://github.com/google/hackable_diffusion/pull/29",
     subjects=BOTH,
+    where=("{block}.attn1.norm_q",),
 )
 def attention_scale_head_size(pipe: Any) -> None:
     """Bug: scores are divided by the root of one more than the head size."""
     _scores_scaled(pipe, lambda size: (size / (size + 1)) ** 0.5)
 
 
-@fault(acts="transformer, self-attention scale of every block", subjects=BOTH)
+@fault(
+    acts="transformer, self-attention scale of every block",
+    subjects=BOTH,
+    where=("{block}.attn1.norm_q",),
+)
 def attention_scale_larger(pipe: Any) -> None:
     """Bug: attention scores are 2 % too large."""
     _scores_scaled(pipe, lambda size: 1.02)
@@ -389,6 +402,7 @@ def _scores_scaled(pipe: Any, factor_for: Any) -> None:
 @fault(
     acts="transformer, blocks.*.attn2",
     source="https://github.com/huggingface/diffusers/issues/10194",
+    where=("{block}.attn2",),
 )
 def text_padding_masked(pipe: Any) -> None:
     """Bug: cross-attention masks the padding that the model was trained to attend to."""
@@ -416,7 +430,11 @@ def _masked_by(seen: list[Tensor]) -> Any:
     return mask
 
 
-@fault(acts="transformer, middle block, values of the first attention", subjects=BOTH)
+@fault(
+    acts="transformer, middle block, values of the first attention",
+    subjects=BOTH,
+    where=("{middle}.attn1.to_v",),
+)
 def heads_exchanged(pipe: Any) -> None:
     """Bug: two heads of one attention have each other's values."""
     for block in middles(pipe):
@@ -431,7 +449,11 @@ def heads_exchanged(pipe: Any) -> None:
 # Single layers
 
 
-@fault(acts="transformer, middle block, output bias of the last attention", subjects=BOTH)
+@fault(
+    acts="transformer, middle block, output bias of the last attention",
+    subjects=BOTH,
+    where=("{middle}.attn2.to_out.0",),
+)
 def attention_bias_dropped(pipe: Any) -> None:
     """Bug: the output projection of one attention (in Wan, cross-attention) has no bias."""
     for block in middles(pipe):
@@ -444,6 +466,7 @@ def attention_bias_dropped(pipe: Any) -> None:
     acts="transformer, middle block, bias of its last linear layer",
     source="https://github.com/vllm-project/vllm/issues/39663",
     subjects=BOTH,
+    where=("{middle}.ffn.net.2",),
 )
 def feed_forward_bias_dropped(pipe: Any) -> None:
     """Bug: the last linear layer of one block (in Wan, of its feed-forward) has no bias."""
@@ -453,7 +476,11 @@ def feed_forward_bias_dropped(pipe: Any) -> None:
         biased[-1].bias.data.zero_()
 
 
-@fault(acts="transformer, middle block, its largest linear layer", subjects=BOTH)
+@fault(
+    acts="transformer, middle block, its largest linear layer",
+    subjects=BOTH,
+    where=("{middle}.ffn.net.0.proj",),
+)
 def weight_scaled(pipe: Any) -> None:
     """Bug: the weight of one linear layer is 1 % too large."""
     for block in middles(pipe):
@@ -464,14 +491,14 @@ def weight_scaled(pipe: Any) -> None:
 # Blocks
 
 
-@fault(acts="transformer, the middle block", subjects=BOTH)
+@fault(acts="transformer, the middle block", subjects=BOTH, where=MIDDLE)
 def block_dropped(pipe: Any) -> None:
     """Bug: one block is skipped; in a UNet, one residual layer."""
     for model in models(pipe):
         on_output(residual(model), _returns_input)
 
 
-@fault(acts="transformer, the middle block")
+@fault(acts="transformer, the middle block", where=MIDDLE)
 def block_repeated(pipe: Any) -> None:
     """Bug: one block runs twice."""
 
@@ -483,7 +510,7 @@ def block_repeated(pipe: Any) -> None:
         on_output(middle(model), again)
 
 
-@fault(acts="transformer, the middle block and the one before")
+@fault(acts="transformer, the middle block and the one before", where=("{before}", "{middle}"))
 def blocks_exchanged(pipe: Any) -> None:
     """Bug: two neighbouring blocks run in the wrong order."""
     for model in models(pipe):

@@ -106,6 +106,8 @@ def _first_convolution(pipe: Any) -> nn.Module:
 @fault(
     acts="vae, decoder.conv_in",
     source="https://github.com/vladmandic/sdnext/pull/4534",
+    where=("decoder.conv_in",),
+    model="vae",
 )
 def causal_cache_lost(pipe: Any) -> None:
     """Bug: one causal convolution does not see the frames of the chunk before."""
@@ -115,6 +117,8 @@ def causal_cache_lost(pipe: Any) -> None:
 @fault(
     acts="vae, decoder.conv_in, first frame",
     source="https://github.com/Wan-Video/Wan2.2/issues/230",
+    where=("decoder.conv_in",),
+    model="vae",
 )
 def causal_padding_repeated(pipe: Any) -> None:
     """Bug: one causal convolution pads the past with the first frame instead of with zeros."""
@@ -149,7 +153,18 @@ def frame_repeated(pipe: Any) -> None:
     around(pipe, "decode", repeated)
 
 
-@fault(acts="vae, convolutions of the decoder")
+@fault(
+    acts="vae, convolutions of the decoder",
+    where=(
+        "decoder.conv_*",
+        "decoder.*.conv[12]",
+        "decoder.*.time_conv",
+        "decoder.*.to_qkv",
+        "decoder.*.proj",
+        "decoder.*.resample.1",
+    ),
+    model="vae",
+)
 def decoder_in_bfloat16(pipe: Any) -> None:
     """Bug: the decoder's convolutions hand on bfloat16; in a bfloat16 VAE they always do."""
     for module in pipe.vae.decoder.modules():

@@ -51,6 +51,16 @@ class Settings(BaseModel):
         device: `cpu`, `cuda`, `cuda:N`; None is CUDA where there is one. Not part of the case id.
         attention_backend: diffusers attention backend (`native`, `flash`, ...); None is diffusers'
             default. Not part of the case id: references are stored per backend really used.
+        cfg: How the two guidance branches run. `sequential`: one forward each; `batched`: one
+            forward of both; `parallel`: one each on two processes. Same result up to rounding.
+        text_attention: `full`, or `collapsed`: padded text rows are one key. Same result up to
+            rounding.
+        text_cache: Keep keys and values of the text over the steps. Bit-equal.
+        guidance_dtype: Precision of the combination; None is the predictions' own.
+        guidance_rescale: Share, 0 to 1, by which the guided deviation is brought back.
+        adaptive_gate: Share of the steps, 0 to 1, after which the unconditional pass is skipped.
+        adaptive_agreement: Relative distance of the two predictions from which on it is skipped.
+        adaptive_reuse: What stands for it: the last `delta` of the two, or nothing (`drop`).
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -60,6 +70,28 @@ class Settings(BaseModel):
     flow_shift: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$")
     attention_backend: str | None = None
+    cfg: Literal["sequential", "batched", "parallel"] = "sequential"
+    text_attention: Literal["full", "collapsed"] = "full"
+    text_cache: bool = False
+    guidance_dtype: DType | None = None
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    adaptive_gate: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    adaptive_agreement: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    adaptive_reuse: Literal["delta", "drop"] = "delta"
+
+
+LATER = (
+    "cfg",
+    "text_attention",
+    "text_cache",
+    "guidance_dtype",
+    "guidance_rescale",
+    "adaptive_gate",
+    "adaptive_agreement",
+    "adaptive_reuse",
+)
+"""Settings that are left out of a recorded case where they have their default, so that recordings
+from before there were any stay comparable."""
 
 
 class Generation(BaseModel):
@@ -168,6 +200,9 @@ class Case(Generation):
         content = self.model_dump(mode="json")
         for key in ("device", "attention_backend"):
             del content["settings"][key]
+        for key in LATER:
+            if content["settings"][key] == Settings.model_fields[key].default:
+                del content["settings"][key]
         return content
 
     def run_settings(self) -> RunSettings:

@@ -42,6 +42,7 @@ def check(
     settings: Mapping[str, Any] | None = None,
     steps: tuple[int, ...] | None = None,
     tolerance: float | None = None,
+    rename: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Say whether a candidate is still the same model as a recorded reference.
@@ -58,6 +59,8 @@ def check(
         steps: At `steps`: where predictions are made; default first, middle, last and both sides
             of an expert switch.
         tolerance: Judge rel_l2 by this limit instead of the noise floor.
+        rename: At `modules`: names of the candidate's modules to the reference's, `*` for one part
+            of a dotted name. It goes before the pairs that equal names or weights give.
         progress: Told (what, done, total).
 
     Returns:
@@ -65,18 +68,25 @@ def check(
 
     Raises:
         CaseError, ModelLoadError, FileFormatError: Case, model or reference cannot be used.
-        UsageError: The change raised, or the reference holds no tensors to replay.
+        UsageError: The change raised, the reference holds no tensors to replay, or the rename map
+            names modules that there are not, or is given at another depth.
     """
     from truestep.recording.format import Recording
     from truestep.runtime.loading import load
     from truestep.runtime.pipeline import apply_change
 
+    if rename and depth != "modules":
+        raise UsageError(
+            f"a rename map is of no use at depth {depth!r}", hint="--depth modules opens the models"
+        )
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
     candidate = case.replace(**dict(settings or {}))
     refused = _refuse(case, recording)
     if refused is not None:
         return refused
     pipe = apply_change(load(candidate), apply)
+    if rename:
+        _check_rename(rename, pipe, load(case))
     result = check_pipeline(
         pipe,
         recording,
@@ -90,10 +100,25 @@ def check(
     )
     if depth != "modules" or result.verdict.passed:
         return result
-    return _opened(pipe, case, recording, result)
+    return _opened(pipe, case, recording, result, rename)
 
 
-def _opened(pipe: Pipeline, case: Case, recording: Recording, result: Comparison) -> Comparison:
+def _check_rename(rename: Mapping[str, str], pipe: Pipeline, trusted: Pipeline) -> None:
+    """Refuse a map that names what none of the models has, before any forward."""
+    from truestep.recording.raised import MODELS
+    from truestep.tracing.partners import check_rename
+
+    sides = [[getattr(side, name) for name in MODELS] for side in (pipe, trusted)]
+    check_rename(rename, candidate=sides[0], trusted=sides[1])
+
+
+def _opened(
+    pipe: Pipeline,
+    case: Case,
+    recording: Recording,
+    result: Comparison,
+    rename: Mapping[str, str] | None,
+) -> Comparison:
     """Follow a failing stage into its model, beside the reference's model loaded here."""
     from truestep.runtime.loading import load
     from truestep.tracing.locating import locate_module
@@ -103,7 +128,7 @@ def _opened(pipe: Pipeline, case: Case, recording: Recording, result: Comparison
     if not same.verdict.passed:
         note = f"no module named: the case's own model is not the reference here ({same.sentence})"
         return result.model_copy(update={"notes": (*result.notes, note)})
-    return locate_module(pipe, trusted, recording, result)
+    return locate_module(pipe, trusted, recording, result, rename=rename)
 
 
 def check_pipeline(
@@ -145,6 +170,7 @@ def check_pipeline(
         looked_at=looked,
         not_looked_at=not_looked,
         media=_frames(run.replayed, recording),
+        notes=pipe.fallbacks,
         cost=Cost(
             forwards=pipe.forwards - before,
             forwards_generation=manifest.forwards,

@@ -26,27 +26,53 @@ def locate(rows: Sequence[Row]) -> Divergence | None:
     Returns:
         The module whose output is wrong on right inputs; or, where a module was about to be given a
         wrong input although everything before it was right, the module around it, whose own code
-        lies between; or the module that was not called, or once more than it should be.
+        lies between; or the module that was not called, where what follows is wrong for it, or
+        once more than it should be.
     """
+    called = {row.fqn for row in rows if row.actual is not None}
     extra = next((row for row in rows if row.reference is None), None)
+    skipped: Row | None = None
     for row in rows:
-        slot = row.name.rpartition("/")[2]
-        if row.verdict in _FAILED and slot.startswith("out."):
-            return _divergence(row, row.fqn or "", kind=None)
-        if row.verdict in _FAILED and row.fqn == ROOT:
-            return _divergence(row, ROOT, kind="given another input")
-        if row.verdict in _FAILED:
-            return _divergence(row, parent(row.fqn or ""), kind=f"before {row.fqn}")
-        if row.verdict is Verdict.MISSING:
-            if extra is not None and extra.fqn == row.fqn:
-                continue
-            return _divergence(row, row.fqn or "", kind="not called")
-        if row.verdict is Verdict.INCOMPARABLE and row.reference is not None:
-            at = row.fqn or "" if slot.startswith("out.") else parent(row.fqn or "")
-            return _divergence(row, at, kind=row.note)
+        inward = not row.name.rpartition("/")[2].startswith("out.")
+        if row.verdict is Verdict.MISSING and row.fqn not in called:
+            skipped = skipped or row
+            continue
+        found = _wrong(row, inward, extra)
+        if found is None:
+            continue
+        around = skipped is not None and row.fqn == parent(skipped.fqn or "")
+        if skipped is not None and (inward or around):
+            break  # what follows lacks what the skipped module makes
+        return found
+    if skipped is not None:
+        return _divergence(skipped, skipped.fqn or "", kind="not called")
     if extra is not None:
         return _divergence(extra, extra.fqn or "", kind="called once more")
     return None
+
+
+def _wrong(row: Row, inward: bool, extra: Row | None) -> Divergence | None:
+    """What one row alone says, if it is not right."""
+    fqn, slot = row.fqn or "", row.name.rpartition("/")[2]
+    if failed(row) and not inward:
+        return _divergence(row, fqn, kind=None)
+    if failed(row) and fqn == ROOT:
+        return _divergence(row, ROOT, kind="given another input")
+    if failed(row):
+        return _divergence(row, parent(fqn), kind=f"before {fqn}")
+    if row.verdict is Verdict.MISSING:
+        if extra is not None and extra.fqn == row.fqn:
+            return None  # under another name
+        what = f"{fqn} is not given {slot}" if inward else f"does not return {slot}"
+        return _divergence(row, parent(fqn) if inward else fqn, kind=what)
+    if row.verdict is Verdict.INCOMPARABLE and row.reference is not None:
+        return _divergence(row, parent(fqn) if inward else fqn, kind=row.note)
+    return None
+
+
+def failed(row: Row) -> bool:
+    """Whether a tensor of both sides is wrong."""
+    return row.verdict in _FAILED
 
 
 def _divergence(row: Row, fqn: str, *, kind: str | None) -> Divergence:

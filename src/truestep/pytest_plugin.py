@@ -46,6 +46,7 @@ class _Session:
     parity: list[dict[str, Any]] = field(default_factory=list)
     not_collected: dict[str, str] = field(default_factory=dict)
     ledgers: list[str] = field(default_factory=list)
+    unwritten: list[str] = field(default_factory=list)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -207,9 +208,9 @@ class TruestepFixture:
             if run.comparison is not None:
                 self._checks.comparisons.append(run.comparison.to_json())
                 self._checks.numeric += sum(r.metrics is not None for r in run.comparison.rows)
-            self._checks.parity.append(entry_of(run))
             if self._config.getoption("truestep_parity"):
                 fill_packet(run)
+            self._checks.parity.append(entry_of(run))
 
     def _place(
         self,
@@ -417,7 +418,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         from truestep.parity.session import write_entries
 
         failed = {str(config.rootpath / name): why for name, why in state.not_collected.items()}
-        state.ledgers = [str(p) for p in write_entries(state.parity, failed, date.today())]
+        written, unwritten = write_entries(state.parity, failed, date.today())
+        state.ledgers = [str(path) for path in written]
+        state.unwritten = [str(error) for error in unwritten]
+        if unwritten:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
     report, json_path = config.getoption("truestep_report"), config.getoption("truestep_json")
     if not (report or json_path):
         return
@@ -438,10 +443,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     state = config.stash[STATE]
     required = config.getoption("truestep_require_executed")
     unused = _unused(config, state)
-    if not (state.comparisons or state.written or unused or required or state.ledgers):
+    if not (
+        state.comparisons or state.written or unused or required or state.ledgers or state.unwritten
+    ):
         return
     terminalreporter.section("truestep")
-    terminalreporter.line(f"{len(state.comparisons)} comparisons")
+    count = len(state.comparisons)
+    terminalreporter.line(f"{count} comparison{'' if count == 1 else 's'}")
     for name in state.written:
         terminalreporter.line(f"written: {name}")
     for name in unused:
@@ -452,7 +460,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         if not state.parity_run:
             terminalreporter.line("NOT EXECUTED: no test marked parity ran", red=True)
     for path in state.ledgers:
-        terminalreporter.line(f"ledger: {path}")
+        terminalreporter.line(f"ledger: {os.path.relpath(path)}")
+    for text in state.unwritten:
+        terminalreporter.line(f"NOT WRITTEN {text}", red=True)
     report = config.getoption("truestep_report")
     if report and state.comparisons:
         terminalreporter.line(f"report: {report}")

@@ -200,7 +200,11 @@ def detectable(rows: Iterable[Row]) -> float | None:
 
 
 class Divergence(Record):
-    """The first place whose output differs beyond the floor while its input does not."""
+    """The first place whose output differs beyond the floor while its input does not.
+
+    `kind` is what the residual looks like; `operator` the call and the line of code inside the
+    module where the two sides part, and which of its weights differ.
+    """
 
     name: str
     stage: str = ""
@@ -208,6 +212,7 @@ class Divergence(Record):
     branch: str | None = None
     fqn: str | None = None
     kind: str | None = None
+    operator: str | None = None
 
     def __str__(self) -> str:
         parts = [f"`{self.fqn or self.name}`"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import truestep
 from truestep.errors import ComponentMissingError, EquivalenceError, ParityError, UsageError
 from truestep.parity import Loaded, Loosened, Parity, missing
-from truestep.parity.evidence import Evidence
+from truestep.parity.evidence import Evidence, State, state_of
 from truestep.parity.running import Run, run_parity
 
 HERE = Path(__file__)
@@ -195,3 +196,42 @@ def test_a_pipeline_is_judged_by_its_latents(scale: float, passes: bool) -> None
     else:
         with pytest.raises(EquivalenceError):
             execute(parity)
+
+
+def test_nan_on_both_sides_is_no_agreement() -> None:
+    def bad(x: torch.Tensor) -> torch.Tensor:
+        return NET(x) * float("nan")
+
+    run = Run(case(official=bad, port=lambda x: own(x) * float("nan")), HERE.parent, HERE)
+    with pytest.raises(EquivalenceError, match="invalid"):
+        run_parity(run)
+    evidence = run.evidence()
+    assert evidence.numbers is not None
+    assert evidence.numbers.verdict == "invalid"
+    assert state_of(evidence, date(2026, 12, 1))[0] is State.DEBUG_RED
+
+
+@pytest.mark.parametrize("output", [{}, (), None, {"a": "text"}])
+def test_an_output_without_tensors_is_an_error(output: Any) -> None:
+    with pytest.raises(UsageError, match="holds no tensor"):
+        execute(case(official=lambda x: output))
+    with pytest.raises(UsageError, match="holds no tensor"):
+        execute(case(port=lambda x: output))
+
+
+def test_tensors_without_elements_prove_nothing() -> None:
+    with pytest.raises(EquivalenceError, match="invalid"):
+        execute(case(official=lambda x: NET(x)[:0], port=lambda x: own(x)[:0]))
+
+
+def test_an_output_too_many_is_not_passed() -> None:
+    run = Run(case(official=lambda x: {"a": NET(x)}), HERE.parent, HERE)
+    run.parity = case(official=lambda x: {"a": NET(x)}, port=lambda x: {"a": own(x), "b": x})
+    with pytest.raises(EquivalenceError, match="1 unexpected"):
+        run_parity(run)
+
+
+@pytest.mark.parametrize("side", ["official", "port"])
+def test_a_missing_side_is_an_error(side: str) -> None:
+    with pytest.raises(UsageError, match="a loader returned NoneType"):
+        execute(case(**{side: None}))

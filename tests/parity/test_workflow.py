@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from datetime import date
 from pathlib import Path
 
@@ -12,9 +13,17 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from truestep.cli.parity import command
+from truestep.errors import FileFormatError
 from truestep.parity.component import Kind
-from truestep.parity.evidence import State, relevant
-from truestep.parity.ledger import Block, block_of, markdown, read_ledger
+from truestep.parity.evidence import Evidence, State, relevant
+from truestep.parity.ledger import (
+    Block,
+    Component,
+    block_of,
+    markdown,
+    read_ledger,
+    update_ledger,
+)
 from truestep.parity.packet import packet_path, read_packet
 from truestep.parity.scaffold import write_scaffold
 
@@ -25,6 +34,7 @@ pytest_plugins = ["pytester"]
 def _warm() -> None:
     """Import what a run needs: pytester unloads what a run imports, and torch cannot reload."""
     import numpy.fft  # noqa: F401
+    import torch._inductor.test_operators  # what diffusers imports; it registers operators once
 
     import truestep.parity.session  # noqa: F401
     from truestep.functions import check_function, record_function
@@ -316,7 +326,7 @@ def test_packet_and_renderings(project: pytest.Pytester, monkeypatch: pytest.Mon
     data = json.loads(runner.invoke(command, ["status", str(project.path), "--json", "-"]).output)
     assert data["ledgers"][0]["components"][0]["status"] == "non_skip_pass"
     plain = runner.invoke(command, ["status", str(project.path)]).output
-    assert plain.splitlines()[-1] == "1 of 1 components proven"
+    assert plain.splitlines()[-1] == "1 of 1 component proven"
     assert "rel_l2" in runner.invoke(command, ["show", "acme/mixer", str(project.path)]).output
     keys = runner.invoke(command, ["keys", *map(str, _files(project.path))]).output
     assert "the same checkpoint: 2 paired parameters agree bit for bit" in keys
@@ -366,3 +376,64 @@ def test_every_scaffold_runs_as_written(pytester: pytest.Pytester) -> None:
     found = block(pytester)
     assert {item.status for item in found.everything} == {"scaffold_skip"}
     assert [item.component for item in found.pipeline_parity] == ["part-pipeline"]
+
+
+def test_a_damaged_ledger_is_kept_and_said(project: pytest.Pytester) -> None:
+    run(project)
+    path = project.path / "parity.toml"
+    for damaged, message in (
+        ("<<<<<<< HEAD\nversion = 1\n", "the parity ledger cannot be read"),
+        ('version = 1\ncomponent = "x"\n', "the parity ledger is damaged"),
+        ("version = 99\n", "the parity ledger was written by a newer truestep"),
+    ):
+        path.write_text(damaged)
+        shown = CliRunner().invoke(command, ["status", str(project.path)])
+        assert isinstance(shown.exception, FileFormatError)
+        assert str(shown.exception).startswith(message)
+        result = run(project)
+        assert result.ret != 0
+        result.stdout.fnmatch_lines([f"*NOT WRITTEN*{message}*"])
+        assert path.read_text() == damaged
+
+
+def test_two_runs_at_once_lose_nothing(project: pytest.Pytester) -> None:
+    """Each writer takes the ledger's lock, reads what the other wrote, and adds its own."""
+    entries = []
+    for name in ("one", "two"):
+        write_scaffold("acme", name, kind="generic", output=project.path)
+        evidence = Evidence(result="skipped", date="2026-12-01", missing=None)
+        entries.append(
+            Component(
+                family="acme",
+                component=name,
+                kind="generic",
+                test=f"test_parity_acme_{name}.py::t",
+                coverage_scope="both",
+                evidence=evidence,
+            )
+        )
+    today = date(2026, 12, 1)
+    for _ in range(5):
+        (project.path / "parity.toml").unlink(missing_ok=True)
+        threads = [
+            threading.Thread(target=update_ledger, args=(project.path, [entry], today))
+            for entry in entries
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [item.component for item in read_ledger(project.path).component] == ["one", "two"]
+
+
+def test_a_killed_run_leaves_the_last_ledger(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(project)
+    before = (project.path / "parity.toml").read_text()
+    weights(project, monkeypatch)
+    project.makepyfile(acme_port="import os\nos.kill(os.getpid(), 9)\n")
+    killed = project.runpytest_subprocess("-p", "no:cacheprovider", "--truestep-parity")
+    assert killed.ret == -9
+    assert (project.path / "parity.toml").read_text() == before
+    assert not list(project.path.glob(".parity.toml*.tmp*"))

@@ -27,7 +27,7 @@ def load_official() -> Loaded:
     """transformers' own class, with the published float32 weights."""
     path = packaged("weights", *OFFICIAL)
     model_class = FAMILY.official_class("transformers:BertModel")
-    model = model_class.from_pretrained(path.parent, add_pooling_layer=False).eval()
+    model = model_class.from_pretrained(path.parent).eval()
 
     def call(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         made = model(input_ids=input_ids, attention_mask=attention_mask)

@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 @click.option(
     "--tolerance", type=click.FloatRange(min=0), help="Judge rel_l2 by this, not by the floor."
 )
+@click.option(
+    "--rename",
+    metavar="MAP.toml",
+    type=click.Path(path_type=Path),
+    help="At --depth modules: which of the reference's modules the candidate's answer to.",
+)
 @output_options
 def command(
     names: tuple[str, ...],
@@ -58,6 +64,7 @@ def command(
     depth: str,
     steps: str | None,
     tolerance: float | None,
+    rename: Path | None,
     json_path: str | None,
     report: Path | None,
 ) -> None:
@@ -83,6 +90,7 @@ def command(
         "settings": settings,
         "steps": _steps(steps),
         "tolerance": tolerance,
+        "rename": _rename(rename, depth),
     }
     results: list[Comparison] = []
     broken = 0
@@ -98,6 +106,17 @@ def command(
             click.echo(f"BROKEN {name}: {type(error).__name__}: {error}", err=True)
     code = finish(results, json_path=json_path, report=report) if results else 2
     sys.exit(2 if broken else code)
+
+
+def _rename(path: Path | None, depth: str) -> dict[str, str] | None:
+    """A rename map, which only `--depth modules` has a use for."""
+    if path is None:
+        return None
+    if depth != "modules":
+        raise click.UsageError("--rename needs --depth modules: only there are models opened")
+    from truestep.pairing.files import read
+
+    return read(path)
 
 
 def _steps(text: str | None) -> tuple[int, ...] | None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -114,10 +114,11 @@ def status(folder: Path, markdown: bool, json_path: str | None) -> None:
 @click.argument("name", metavar="FAMILY/COMPONENT")
 @click.argument("folder", type=_FOLDER, default=Path())
 def show(name: str, folder: Path) -> None:
-    """Show one component: its status, its evidence and its packet."""
+    """Show one component: its numbers, then its evidence and packet as they are kept."""
     from truestep.errors import UsageError
     from truestep.parity import tomlfile
     from truestep.parity.packet import packet_path, read_packet
+    from truestep.parity.showing import details
 
     found = [(block, item) for block in _blocks([folder]) for item in block.everything]
     chosen = [pair for pair in found if name == f"{pair[1].family}/{pair[1].component}"]
@@ -125,13 +126,21 @@ def show(name: str, folder: Path) -> None:
         known = ", ".join(f"{item.family}/{item.component}" for _, item in found)
         raise UsageError(f"no component {name!r}", measured=f"there are: {known or 'none'}")
     for block, item in chosen:
-        click.echo(f"{name}: {item.status}")
-        click.echo(f"  {item.reason}\n" if item.reason else "")
-        click.echo(tomlfile.dumps({"evidence": item.evidence.model_dump(mode="json")}))
+        click.echo(details(item))
+        click.echo()
+        click.echo(tomlfile.dumps({"evidence": _filled(item.evidence.model_dump(mode="json"))}))
         path = packet_path(Path(block.path).parent / item.test.partition("::")[0])
         packet = read_packet(path)
         if packet is not None:
-            click.echo(tomlfile.dumps({"packet": packet.model_dump(mode="json")}))
+            click.echo(tomlfile.dumps({"packet": _filled(packet.model_dump(mode="json"))}))
+
+
+def _filled(value: Any) -> Any:
+    """Plain data without what is empty."""
+    if isinstance(value, dict):
+        kept = {key: _filled(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item not in (None, "", [], {})}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 @command.command("keys")
@@ -174,17 +183,19 @@ def _states(sources: tuple[Path, ...]) -> tuple[State, State]:
         return load_state(sources[0]), load_state(sources[1])
     if len(sources) != 1 or sources[0].suffix != ".py":
         raise UsageError("give a parity test, or two weight files: OFFICIAL PORT")
+    from truestep.parity.component import Loaded
+    from truestep.parity.locating import parameters
     from truestep.parity.session import parity_of
-    from truestep.parity.sides import loaded, state_of_side
+    from truestep.parity.sides import loaded
 
     parity = parity_of(sources[0])
-    official, port = (
-        dict(state_of_side(loaded(load()))) for load in (parity.official, parity.port)
-    )
+    sides = [loaded(load()) for load in (parity.official, parity.port)]
+    official, port = (dict(parameters(s)) if isinstance(s, Loaded) else {} for s in sides)
     for name, state in (("official side", official), ("port", port)):
         if not state:
             raise UsageError(
-                f"the {name} has no known parameters", hint="Loaded(call, module=...) or state=..."
+                f"the {name} has no known parameters",
+                hint="Loaded(call, module=...), state=..., or weights=[...] of files with names",
             )
     return official, port
 
@@ -224,19 +235,34 @@ def _write(blocks: list[Block], *, json_path: str | None, markdown: bool) -> Non
     for block in blocks:
         click.echo(f"ledger: {block.path}")
         for item in block.everything:
-            click.echo(_line(item))
+            click.echo("\n".join(_lines(item)))
     every = [item for block in blocks for item in block.everything]
     proven = sum(item.proven for item in every)
-    click.echo(f"{proven} of {len(every)} components proven")
+    noun = "component" if len(every) == 1 else "components and pipelines"
+    click.echo(f"{proven} of {len(every)} {noun} proven")
 
 
-def _line(item: Status) -> str:
+def _lines(item: Status) -> list[str]:
+    """One line a component, and below it where a red one departs, or where a part was sought."""
     from truestep.parity.ledger import measured
 
     name = f"{item.family}/{item.component}"
+    fault, numbers, part = item.evidence.fault, item.evidence.numbers, item.evidence.missing
     detail = item.reason or measured(item.evidence)
+    below: list[tuple[str, str]] = []
+    if fault is not None and numbers is not None:
+        detail = numbers.sentence
+        partner = f" ({fault.port_module} in the port)" if fault.port_module else ""
+        kind = f": {fault.kind}" if fault.kind else ""
+        below = [
+            ("module", f"{fault.module}{partner}{kind}" if fault.module else fault.note),
+            ("weights", fault.weights),
+        ]
+    elif part is not None:
+        below = [("searched", ", ".join(part.searched))]
     word = item.status if not item.expired else f"{item.status} (was {item.state})"
-    return f"  {name:<24}  {word:<14}  {detail}"
+    lines = [f"  {name:<24}  {word:<14}  {detail}"]
+    return lines + [f"{'':<28}{label:<8}  {text}" for label, text in below if text]
 
 
 def _exit_code(blocks: list[Block]) -> int:

@@ -262,6 +262,34 @@ def run(
     context.exit(code)
 
 
+@command.command("batch")
+@case_options
+@set_option
+@click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
+@output_options
+def batch(
+    names: tuple[str, ...],
+    case_file: Path,
+    prompt: str | None,
+    tier: str,
+    changes: tuple[str, ...],
+    change: str | None,
+    json_path: str | None,
+    report: Path | None,
+) -> None:
+    """Name the first module whose rows differ between batch 1 and 2, in a case's first prediction.
+
+    Every module is run on the inputs it has when each sample is alone: what differs is its own.
+    """
+    cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
+    cases = {name: case.replace(**parse_changes(changes)) for name, case in cases.items()}
+    apply = load_change(change)
+    from truestep.tracing.batching import case_batch_invariance
+
+    results = [case_batch_invariance(case, apply=apply) for case in cases.values()]
+    sys.exit(finish(results, json_path=json_path, report=report))
+
+
 @command.command("recover")
 @click.argument("place", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="Default: the intended file.")

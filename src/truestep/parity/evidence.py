@@ -86,6 +86,46 @@ class SideEvidence(Record):
     keys: int = 0
 
 
+class Fault(Record):
+    """Where a red run departs, as far as it could be told.
+
+    Attributes:
+        output: First output that differs.
+        module, port_module: The official module that is wrong on right inputs, and its partner.
+        kind: What the difference looks like.
+        weights: Parameters that do not fit their partners.
+        note: Why no module is named.
+    """
+
+    output: str
+    module: str = ""
+    port_module: str = ""
+    kind: str = ""
+    weights: str = ""
+    note: str = ""
+
+    def text(self) -> str:
+        """What the state's reason adds to the verdict's sentence."""
+        partner = f"`{self.port_module}` in the port" if self.port_module else ""
+        return "; ".join(part for part in (partner, self.weights) if part)
+
+
+class Frames(Record):
+    """Decoded frames of both sides; the worst of all samples.
+
+    Attributes:
+        ssim: Mean over the frames of one video; 1 is equal. See `truestep.gates.ssim`.
+        psnr_db: Of values in [-1, 1]; infinite where both are equal.
+        largest: Largest difference of one value, in [0, 2].
+        count: Frames of one video.
+    """
+
+    ssim: Float | None = None
+    psnr_db: Float
+    largest: Float
+    count: int
+
+
 class Evidence(Record):
     """One run of a parity test. `result` is what pytest made of it."""
 
@@ -94,6 +134,8 @@ class Evidence(Record):
     missing: MissingPart | None = None
     raised: str = ""
     numbers: Numbers | None = None
+    fault: Fault | None = None
+    frames: Frames | None = None
     official: SideEvidence = SideEvidence()
     port: SideEvidence = SideEvidence()
     test: dict[str, str] = Field(default_factory=dict)
@@ -122,7 +164,10 @@ def state_of(evidence: Evidence, today: date) -> tuple[State, str]:
     if evidence.numbers is None:
         return State.DEBUG_RED, f"{evidence.result}, and no numbers were compared"
     if evidence.numbers.verdict not in ("identical", "equivalent"):
-        return State.DEBUG_RED, evidence.numbers.sentence
+        told = evidence.fault.text() if evidence.fault else ""
+        return State.DEBUG_RED, "; ".join(
+            part for part in (evidence.numbers.sentence, told) if part
+        )
     if evidence.shared:
         return State.DEBUG_RED, f"proves nothing: both sides share {', '.join(evidence.shared)}"
     if evidence.tolerance and today > date.fromisoformat(evidence.tolerance.expires):

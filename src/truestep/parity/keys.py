@@ -74,6 +74,10 @@ def pair_keys(port: State, official: State) -> list[Pair]:
         found.setdefault(theirs, Pair((theirs,), (own,), "same", "counts training batches"))
     taken.update(ours[: len(counters)])
     fused = _fused(port, official, set(found), taken)
+    for pair in [p for p in fused if len(p.official) == len(p.port) == 1 and p.how[:5] != "chunk"]:
+        found[pair.official[0]] = pair
+        taken.update(pair.port)
+        fused.remove(pair)
     covered = {name for pair in fused for name in pair.official}
     taken.update(name for pair in fused for name in pair.port)
     rows = [found.get(name) or Pair(official=(name,)) for name in official if name not in covered]
@@ -81,12 +85,15 @@ def pair_keys(port: State, official: State) -> list[Pair]:
 
 
 def _fused(port: State, official: State, paired: set[str], taken: set[str]) -> list[Pair]:
-    """Parameters that one side has in one piece and the other in several, by the solver."""
+    """Parameters whose places decide, or that one side has in one piece and the other in several.
+
+    The solver sees both sides whole; names mean the same on both only where they are paired.
+    """
     from truestep.parity.solving import solved
 
-    ours = {k: v for k, v in port.items() if k not in taken and v.is_floating_point()}
-    theirs = {k: v for k, v in official.items() if k not in paired and v.is_floating_point()}
-    return solved(ours, theirs)
+    ours = {k: v for k, v in port.items() if v.is_floating_point()}
+    theirs = {k: v for k, v in official.items() if v.is_floating_point()}
+    return solved(ours, theirs, known=(taken, paired))
 
 
 def _by_suffix(port: State, official: State, paired: set[str], taken: set[str]) -> Iterable[Pair]:
@@ -198,8 +205,6 @@ def relation(actual: torch.Tensor, reference: torch.Tensor) -> str:
         moved = source.permute(order)
         text = "same" if order == tuple(range(source.ndim)) else f"permute{order}"
         if moved.shape != target.shape:
-            if [n for n in moved.shape if n != 1] != [n for n in target.shape if n != 1]:
-                continue
             moved = moved.reshape(target.shape)
             text = f"{'' if text == 'same' else text + '.'}reshape{tuple(target.shape)}"
         if torch.equal(moved, target):

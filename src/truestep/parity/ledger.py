@@ -6,14 +6,17 @@ the evidence again each time, and `expired` where the world has moved on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from truestep.errors import FileFormatError
+from truestep.errors import FileFormatError, WriteError
 from truestep.files import write_text
 from truestep.parity import tomlfile
 from truestep.parity.evidence import Evidence, State, expiry, state_of
@@ -86,12 +89,14 @@ class Block(Record):
 
     path: str
     components: tuple[Status, ...]
-    pipeline_parity: tuple[Status, ...] = ()
+    pipeline_parity: tuple[Status, ...] = Field(
+        default=(), description="cases of kind pipeline: denoised latents, decoded frames"
+    )
     notes: str = ""
     escape_hatch: str = ""
     handed_over: bool = Field(
         default=False,
-        description="every component is proven, and a production loader is covered somewhere",
+        description="every component and pipeline is proven, a production loader covered somewhere",
     )
 
     @property
@@ -136,19 +141,44 @@ def update_ledger(folder: Path, runs: Iterable[Component], today: date) -> Path:
         FileFormatError: The ledger cannot be read.
         WriteError: It cannot be written.
     """
-    ledger = read_ledger(folder)
-    merged = {entry.key: entry for entry in ledger.component}
-    for run in runs:
-        merged[run.key] = run.model_copy(
-            update={
-                "status": state_of(run.evidence, today)[0].value,
-                "digest": run.evidence.digest,
-            }
-        )
-    kept = ledger.model_copy(update={"component": tuple(merged[key] for key in sorted(merged))})
     path = folder / LEDGER
-    write_text(path, _HEADER + tomlfile.dumps(_plain(kept)), "the parity ledger")
+    with _alone(folder):
+        ledger = read_ledger(folder)
+        merged = {entry.key: entry for entry in ledger.component}
+        for run in runs:
+            merged[run.key] = run.model_copy(
+                update={
+                    "status": state_of(run.evidence, today)[0].value,
+                    "digest": run.evidence.digest,
+                }
+            )
+        entries = tuple(merged[key] for key in sorted(merged))
+        kept = ledger.model_copy(update={"component": entries})
+        write_text(path, _HEADER + tomlfile.dumps(_plain(kept)), "the parity ledger")
     return path
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, so that of two runs at once neither loses what the other wrote.
+
+    The lock is on the folder itself: it leaves no file, and a killed run releases it.
+    """
+    import fcntl
+
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise WriteError(
+            "the parity ledger could not be written",
+            where=str(folder / LEDGER),
+            measured=error.strerror or str(error),
+        ) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _plain(ledger: Ledger) -> dict[str, Any]:
@@ -193,7 +223,7 @@ def block_of(folder: Path, environment: Mapping[str, str] | None, today: date) -
         pipeline_parity=tuple(item for item in found if item.kind == "pipeline"),
         notes=ledger.notes,
         escape_hatch=ledger.escape_hatch,
-        handed_over=bool(components) and all(c.proven for c in components) and bool(loaders),
+        handed_over=bool(components) and all(item.proven for item in found) and bool(loaders),
     )
 
 
@@ -207,11 +237,12 @@ def markdown(blocks: Sequence[Block]) -> str:
             own = [item for item in block.components if item.family == family]
             for item in own:
                 lines += _markdown_item(item)
-            for item in block.pipeline_parity:
-                if item.family == family:
-                    lines += ["- **pipeline_parity**"]
-                    lines += [f"  - test: `{item.test}`", f"  - status: `{item.status}`"]
-                    lines += [f"  - reason: {item.reason}"] if item.reason else []
+            whole = [item for item in block.pipeline_parity if item.family == family]
+            for item in whole:
+                lines += [f"- **pipeline_parity** ({item.component})"]
+                lines += [f"  - test: `{item.test}`", f"  - status: `{item.status}`"]
+                lines += _markdown_evidence(item)
+            lines += [] if whole else ["- **pipeline_parity**: no test"]
             lines.append("")
         lines += [f"- notes: {block.notes or 'none'}"]
         lines += [f"- escape hatch: {block.escape_hatch or 'none'}"]
@@ -220,7 +251,6 @@ def markdown(blocks: Sequence[Block]) -> str:
 
 
 def _markdown_item(item: Status) -> list[str]:
-    numbers = item.evidence.numbers
     listed = {
         "official_definition_files": item.official_definition_files,
         "official_instantiation_files": item.official_instantiation_files,
@@ -231,12 +261,17 @@ def _markdown_item(item: Status) -> list[str]:
         f"  - test: `{item.test}`",
         f"  - status: `{item.status}`",
     ]
-    lines += [f"  - reason: {item.reason}"] if item.reason else []
     lines += [f"  - missing: {item.missing or 'nothing'}"]
     lines += [f"  - coverage_scope: `{item.coverage_scope}`"]
     for name, values in listed.items():
         lines += [f"  - {name}: {', '.join(values) or 'none'}"]
-    if numbers and numbers.rel_l2 is not None:
+    return lines + _markdown_evidence(item)
+
+
+def _markdown_evidence(item: Status) -> list[str]:
+    """Why it is no better, and what was measured."""
+    lines = [f"  - reason: {item.reason}"] if item.reason else []
+    if item.evidence.numbers is not None and item.evidence.numbers.rel_l2 is not None:
         lines += [f"  - measured: {measured(item.evidence)} ({item.evidence.date})"]
     return lines
 
@@ -249,5 +284,25 @@ def measured(evidence: Evidence) -> str:
     text = f"rel_l2 {numbers.rel_l2:.1e}"
     if numbers.ratio is not None:
         word = "the noise floor" if numbers.floor_source == "measured" else numbers.floor_source
-        text += f", {numbers.ratio:.2g} x {word or 'the floor'}"
-    return f"{text}, {numbers.tensors} tensors of {numbers.samples} samples"
+        text += f", {times(numbers.ratio)} x {word or 'the floor'}"
+    text += f", {plural(numbers.tensors, 'tensor')} of {plural(numbers.samples, 'sample')}"
+    seen = evidence.frames
+    if seen is not None:
+        text += f"; {plural(seen.count, 'frame')}, PSNR {seen.psnr_db:.0f} dB"
+        text += f", SSIM {seen.ssim:.4f}" if seen.ssim is not None else ""
+    return text
+
+
+def times(ratio: float) -> str:
+    """A ratio as a person says it: `1.1`, `26`, `30,200`."""
+    if not math.isfinite(ratio):
+        return str(ratio)
+    if ratio < 10:
+        return f"{ratio:.1f}" if ratio >= 0.1 else f"{ratio:.1g}"
+    digits = 2 - math.floor(math.log10(ratio))
+    return f"{round(ratio, min(digits, 0)):,.0f}"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 tensor`, `3 tensors`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -73,12 +73,20 @@ def missing(
 
 
 _imported: list[Any] = []
+_ported: list[Any] = []
 
 
 def take_imported() -> tuple[Any, ...]:
     """Official classes imported since the last call, for the component packet."""
     found = tuple(_imported)
     _imported.clear()
+    return found
+
+
+def take_ported() -> tuple[Any, ...]:
+    """Classes and functions of the port imported since the last call: they are its code."""
+    found = tuple(_ported)
+    _ported.clear()
     return found
 
 
@@ -146,7 +154,9 @@ class Family:
                 inside it is raised as it is.
         """
         module = _import(spec, MissingKind.PORT_CLASS, ("installed packages", "the test's folder"))
-        return _attribute(module, spec, MissingKind.PORT_CLASS)
+        found = _attribute(module, spec, MissingKind.PORT_CLASS)
+        _ported.append(found)
+        return found
 
     def weights(self, *patterns: str) -> list[Path]:
         """Files of the official weights, by glob patterns below the weights folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from truestep.functions import check_function, record_function
 from truestep.parity.component import Loaded, Parity
 from truestep.parity.evidence import (
     Evidence,
+    Fault,
+    Frames,
     MissingPart,
     SideEvidence,
     State,
@@ -25,7 +28,9 @@ from truestep.parity.evidence import (
     relevant,
     state_of,
 )
-from truestep.parity.missing import take_imported
+from truestep.parity.frames import with_frames
+from truestep.parity.locating import explained
+from truestep.parity.missing import take_imported, take_ported
 from truestep.parity.nests import flatten
 from truestep.parity.redaction import redact
 from truestep.parity.rounding import with_rounding, with_variants
@@ -58,6 +63,8 @@ class Run:
     official: Loaded | Recording | None = None
     port: Loaded | None = None
     comparison: Comparison | None = None
+    fault: Fault | None = None
+    frames: Frames | None = None
     missing: ComponentMissingError | None = None
     raised: str = ""
     outputs: dict[str, Tensors] = field(default_factory=dict)
@@ -77,6 +84,8 @@ class Run:
             ),
             raised=redact(self.raised),
             numbers=None if self.comparison is None else numbers_of(self.comparison, self.parity),
+            fault=self.fault,
+            frames=self.frames,
             official=self._side("official", self.official),
             port=self._side("port", self.port),
             test=hashes([self.test_file], self.root, code=True),
@@ -125,6 +134,7 @@ def run_parity(run: Run) -> Comparison:
     path = list(sys.path)
     take_used()
     take_imported()
+    take_ported()
     try:
         failure = _compare(run)
     except ComponentMissingError as error:
@@ -206,7 +216,17 @@ def _compare(run: Run) -> BaseException | None:
     if tolerance is None and not (floor and floor.runs):
         tolerance = parity.start_tolerance
     run.comparison = check_function(candidate, recording, tolerance=tolerance, label="port")
+    if isinstance(run.official, Loaded) and not failures:
+        run.comparison, run.fault = explained(
+            run.comparison,
+            run.official,
+            port,
+            samples,
+            rebuild,
+            test=os.path.relpath(run.test_file),
+        )
     run.outputs = {"official": _outputs(recording), "port": made}
+    run.comparison, run.frames = with_frames(run.comparison, made, run.outputs["official"])
     if run.keep:
         stem = f"{parity.family}-{parity.component}"
         recording.save(run.keep / f"{stem}.official.safetensors")
@@ -260,7 +280,9 @@ def _refuse_state(recording: Recording, *, most: float) -> None:
     floor = recording.manifest.noise_floor
     runs = [run for run in floor.runs if run.kind == "repeat"] if floor else []
     for row in (row for run in runs for row in run.tensors):
-        if not row.rel_l2 <= most:
+        value = recording[row.name]
+        finite = value.numel() > 0 and bool(torch.isfinite(value).all())
+        if finite and not row.rel_l2 <= most:  # the comparison itself refuses what is not finite
             raise UsageError(
                 "the official side is not a function of its inputs",
                 where=row.name,
@@ -295,6 +317,7 @@ def _judged(run: Run, judge: Callable[[Any, Any], Comparison]) -> Comparison:
             worst = comparison
     run.outputs = dict(hashed)
     assert worst is not None
+    worst, run.frames = with_frames(worst, hashed["port"], hashed["official"])
     return worst
 
 
@@ -311,7 +334,9 @@ def _note_code(run: Run) -> None:
         ("official", parity.official, official),
         ("port", parity.port, port),
     ):
-        things = (side.call, side.module) if isinstance(side, Loaded) else None
+        things: Any = (side.call, side.module) if isinstance(side, Loaded) else None
+        if name == "port":
+            things = (things, take_ported())
         declared = side.files if isinstance(side, Loaded) else ()
         sides[name] = source_files(loader, things, roots=_roots(run), declared=declared)
     run.files = sides

@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truestep.errors import FileFormatError, TruestepError, WriteError
 from truestep.parity.evidence import Evidence, SideEvidence
 from truestep.parity.ledger import Component, read_ledger, update_ledger
 from truestep.parity.packet import (
@@ -64,13 +65,16 @@ def _concerns(run: Run) -> tuple[str, ...]:
 
 def write_entries(
     runs: Iterable[Mapping[str, Any]], failed_files: Mapping[str, str], today: date
-) -> list[Path]:
+) -> tuple[list[Path], list[TruestepError]]:
     """Write the ledgers of a session.
 
     Args:
         runs: Of `entry_of`, with `result`, and `test`, the node id's last part.
         failed_files: Test files that could not be collected, and why.
         today: Of the states that are written for the reader.
+
+    Returns:
+        Paths of what was written, and why others were not: a damaged ledger is never replaced.
     """
     folders: dict[Path, list[Component]] = {}
     for data in runs:
@@ -92,7 +96,17 @@ def write_entries(
                 )
                 entry = known.model_copy(update={"evidence": evidence})
                 folders.setdefault(path.parent, []).append(entry)
-    return [update_ledger(folder, entries, today) for folder, entries in folders.items()]
+    written: list[Path] = []
+    failed: list[TruestepError] = []
+    for folder, entries in folders.items():
+        try:
+            written.append(update_ledger(folder, entries, today))
+        except (
+            FileFormatError,
+            WriteError,
+        ) as error:  # the other folders' are written all the same
+            failed.append(error)
+    return written, failed
 
 
 def fill_packet(run: Run) -> None:

@@ -108,5 +108,6 @@ def record_pipeline(
         timings_s={stage: tuple(times) for stage, times in capture.seconds.items()},
         forwards=forwards,
         noise_floor=measured,
+        notes=pipe.fallbacks,
     )
     return Recording.in_memory(capture.tensors, manifest)

@@ -15,7 +15,18 @@ import torch
 from truestep.errors import TruestepError, UsageError
 from truestep.recording.capture import Progress
 from truestep.recording.names import STAGES, step_name
-from truestep.runtime.pipeline import Branch, Observer, Pipeline, Schedule, Step, encode, schedule
+from truestep.runtime.guidance import Adaptive
+from truestep.runtime.pipeline import (
+    Branch,
+    Observer,
+    Pipeline,
+    Schedule,
+    Step,
+    Text,
+    encode,
+    predict_branches,
+    schedule,
+)
 
 
 @dataclass
@@ -180,15 +191,32 @@ def _predictions(
     progress: Progress | None,
     label: str,
 ) -> None:
-    branches: tuple[Branch, ...] = ("cond", "uncond") if pipe.settings.guided else ("cond",)
     for done, index in enumerate(chosen):
         step = recorded_step(pipe, recorded, index, experts)
         latent = recording[step_name(index, "latent")].to(pipe.device)
-        for branch in branches:
-            text = recording.get(f"text/{branch}")
-            if text is None:
-                continue
-            embeddings = text.to(pipe.device)
+        branches: tuple[Branch, ...] = ("cond", "uncond") if pipe.settings.guided else ("cond",)
+        texts = {
+            branch: recording[f"text/{branch}"].to(pipe.device)
+            for branch in branches
+            if f"text/{branch}" in recording
+        }
+        together = pipe.settings.cfg != "sequential" and len(texts) == 2
+
+        def both(
+            step: Step = step,
+            latent: torch.Tensor = latent,
+            texts: dict[Branch, torch.Tensor] = texts,
+        ) -> None:
+            text = Text(texts["cond"].clone(), texts["uncond"].clone())
+            made = predict_branches(pipe, latent.clone(), step, text)
+            for branch, prediction in zip(("cond", "uncond"), made, strict=True):
+                if prediction is not None:
+                    name = step_name(step.index, branch)
+                    result.outputs[name] = prediction.detach().to("cpu", copy=True)
+
+        if together:
+            result.attempt(step_name(index, "cond"), both)
+        for branch, embeddings in () if together else texts.items():
             result.keep(
                 step_name(index, branch),
                 lambda s=step, e=embeddings, b=branch, z=latent: pipe.predict(  # type: ignore[misc]
@@ -224,6 +252,7 @@ def _guidance(
     pipe: Pipeline, recording: Mapping[str, torch.Tensor], recorded: Schedule, result: Replay
 ) -> None:
     """Combine the recorded branches at every step; unguided, the prediction passes through."""
+    adaptive = Adaptive(pipe.settings, len(recorded.timesteps))
     for index in range(len(recorded.timesteps)):
         step = recorded_step(pipe, recorded, index, recorded.experts)
         cond = recording[step_name(index, "cond")].to(pipe.device)
@@ -232,9 +261,15 @@ def _guidance(
         def combined(
             step: Step = step, cond: torch.Tensor = cond, uncond: torch.Tensor | None = uncond
         ) -> torch.Tensor:
-            if not pipe.settings.guided or uncond is None:
+            if not pipe.settings.guided:
                 return cond
-            return pipe.combine(pipe, step, cond.clone(), uncond.to(pipe.device, copy=True))
+            if adaptive.skips(step.index, step.expert):
+                return pipe.combine(pipe, step, cond.clone(), adaptive.stand_in(cond.clone()))
+            if uncond is None:
+                return cond
+            other = uncond.to(pipe.device, copy=True)
+            adaptive.saw(cond, other, step.expert)
+            return pipe.combine(pipe, step, cond.clone(), other)
 
         result.keep(step_name(index, "guided"), combined)
 

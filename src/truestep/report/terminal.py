@@ -51,6 +51,8 @@ def lines(comparison: Comparison) -> Iterable[str]:
     for difference in comparison.environment_differences:
         yield f"  environment  {difference.key}: {difference.actual} (was {difference.reference})"
     yield from _table(comparison)
+    if comparison.first_divergence and comparison.first_divergence.operator:
+        yield from _wrapped("at", comparison.first_divergence.operator)
     yield from _growth(comparison)
     for gate in comparison.gates:
         numbers = ", ".join(f"{key} {value:.2e}" for key, value in gate.metrics.items())

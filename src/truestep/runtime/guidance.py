@@ -1,20 +1,278 @@
-"""How the predictions of the guidance branches become one."""
+"""Guidance: how the branches of a step are run, and how their predictions become one.
+
+Plans differ in how, never in what: `sequential` runs one forward a branch, as the reference
+pipelines do; `batched` both in one forward, `[uncond, cond]` on the batch axis; `parallel` one on
+each of two processes. A plan that does not apply falls back to sequential and says why.
+"""
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 
+from truestep.case import RunSettings
 
-def classifier_free(cond: torch.Tensor, uncond: torch.Tensor, *, scale: float) -> torch.Tensor:
-    """Classifier-free guidance in the predictions' own dtype.
+Tensor = torch.Tensor
+
+
+def classifier_free(
+    cond: Tensor,
+    uncond: Tensor,
+    *,
+    scale: float,
+    rescale: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Classifier-free guidance.
 
     Args:
-        cond: Prediction with the prompt, any shape.
+        cond: Prediction with the prompt, `b ...`.
         uncond: Prediction with the negative prompt, same shape.
         scale: Guidance scale; 1 returns `cond` up to rounding.
+        rescale: Share, 0 to 1, by which each sample's deviation is brought back to that of `cond`.
+        dtype: To compute in; None is the predictions' own. The result is in theirs.
 
     Source:
         Ho & Salimans 2022 (arXiv 2207.12598) in the form of Imagen (arXiv 2205.11487, eq. 2);
-        arithmetic order of diffusers 0.42.1, pipelines/wan/pipeline_wan.py.
+        arithmetic order of diffusers 0.42.1, pipelines/wan/pipeline_wan.py. Rescale: Lin et al.
+        2023 (arXiv 2305.08891, section 3.4), with the deviation of each sample, unbiased.
     """
-    return uncond + scale * (cond - uncond)
+    own = cond.dtype
+    if dtype is not None:
+        cond, uncond = cond.to(dtype), uncond.to(dtype)
+    guided = uncond + scale * (cond - uncond)
+    if rescale:
+        guided = rescaled(guided, cond, share=rescale)
+    return guided.to(own)
+
+
+def rescaled(guided: Tensor, cond: Tensor, *, share: float) -> Tensor:
+    """Bring each sample's deviation back to that of `cond`, by a share; constant ones are kept."""
+    axes = list(range(1, guided.ndim))
+    wanted, found = (t.std(dim=axes, keepdim=True) for t in (cond, guided))
+    factor = torch.where(found > 0, wanted / found, torch.ones_like(found))
+    return guided * (share * factor + 1 - share)
+
+
+# --- batched -----------------------------------------------------------------------------------
+
+CONDITIONING: Mapping[str, str] = {
+    "image_latent": "image latent",
+    "image_latents": "image latent",
+    "video_latent": "video latent",
+    "video_latents": "video latent",
+    "image": "image",
+    "pil_image": "image",
+    "image_embeds": "image embeddings",
+    "encoder_hidden_states_image": "image embeddings",
+    "mouse_cond": "mouse and keyboard",
+    "keyboard_cond": "mouse and keyboard",
+    "camera_embedding": "camera embedding",
+    "plucker_embedding": "camera embedding",
+    "camera_states": "camera states",
+    "viewmats": "camera states",
+}
+"""Keywords that condition a sample at batch 1: the model must be shown each pass on its own."""
+
+PER_SAMPLE = frozenset(
+    {
+        "hidden_states",
+        "timestep",
+        "timestep_r",
+        "encoder_hidden_states",
+        "attention_mask",
+        "condition_mask",
+        "latent",
+        "text",
+    }
+)
+"""Keywords whose first axis is the batch. All others (`padding_mask`, `fps`) are shared."""
+
+
+class CannotBatchError(Exception):
+    """Why two passes cannot be one forward."""
+
+
+def batched_keywords(
+    cond: Mapping[str, Any], uncond: Mapping[str, Any], *, per_sample: Collection[str] = PER_SAMPLE
+) -> dict[str, Any]:
+    """Keywords of one forward for both passes: `[uncond, cond]` on the batch axis.
+
+    Args:
+        cond, uncond: Keywords of the two passes.
+        per_sample: Those whose first axis is the batch.
+
+    Returns:
+        The same keywords: per-sample ones concatenated, the others kept.
+
+    Raises:
+        CannotBatchError: With the reason.
+    """
+    if cond.keys() != uncond.keys():
+        apart = ", ".join(sorted(cond.keys() ^ uncond.keys()))
+        raise CannotBatchError(f"only one pass has {apart}")
+    made: dict[str, Any] = {}
+    for key, own in cond.items():
+        other = uncond[key]
+        if key in CONDITIONING and own is not None:
+            raise CannotBatchError(f"{CONDITIONING[key]} conditioning ({key}) at batch 1")
+        if key in per_sample and isinstance(own, Tensor) and isinstance(other, Tensor):
+            if own.shape != other.shape or own.dtype != other.dtype:
+                raise CannotBatchError(
+                    f"{key} differs in form: {_form(own)} against {_form(other)}"
+                )
+            made[key] = torch.cat((other, own)) if own.ndim else own
+        elif own is other or _same(own, other):
+            made[key] = own
+        else:
+            raise CannotBatchError(f"{key} differs between the passes and has no batch axis")
+    return made
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _same(own: object, other: object) -> bool:
+    if isinstance(own, Tensor) and isinstance(other, Tensor):
+        return own.shape == other.shape and torch.equal(own, other)
+    try:
+        return bool(own == other)
+    except (RuntimeError, ValueError):  # containers of tensors have no truth value
+        return False
+
+
+@dataclass
+class Branches:
+    """Runs both branches of a step, by a plan.
+
+    Attributes:
+        cfg: `sequential`, `batched` or `parallel`.
+        reasons: Why it fell back to sequential, each once.
+        per_sample: Keywords whose first axis is the batch.
+    """
+
+    cfg: str = "sequential"
+    reasons: list[str] = field(default_factory=list)
+    per_sample: Collection[str] = PER_SAMPLE
+    _texts: list[Tensor] = field(default_factory=list)
+
+    def run(
+        self,
+        call: Callable[..., Tensor],
+        cond: Mapping[str, Any],
+        uncond: Mapping[str, Any],
+        *,
+        together: Callable[..., Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions of both passes.
+
+        Args:
+            call: One forward with keywords; the first argument names the branch.
+            cond, uncond: Keywords of the passes.
+            together: A forward of both, where it differs from `call("batched", ...)`.
+
+        Returns:
+            Predictions with the prompt and with the negative prompt.
+        """
+        if self.cfg == "batched" and not self.reasons:
+            try:
+                keywords = self._kept(batched_keywords(cond, uncond, per_sample=self.per_sample))
+            except CannotBatchError as error:
+                self.fall_back(str(error))
+            else:
+                both = self._together(together or _named(call), keywords)
+                if both is not None:
+                    return both
+        if self.cfg == "parallel":
+            from truestep.runtime.ranks import one_branch_each
+
+            return one_branch_each(lambda: call("cond", **cond), lambda: call("uncond", **uncond))
+        return call("cond", **cond), call("uncond", **uncond)
+
+    def _together(
+        self, call: Callable[..., Tensor], keywords: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        try:
+            uncond, cond = call(**keywords).chunk(2)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            self.fall_back(f"the model rejects a batch of 2: {type(error).__name__}: {first}"[:300])
+            return None
+        return cond, uncond
+
+    def _kept(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        """The same texts give the same tensor in every step, so that what follows can be kept."""
+        for key in ("text", "encoder_hidden_states"):
+            made = keywords.get(key)
+            if not isinstance(made, Tensor):
+                continue
+            known = (t for t in self._texts if t.shape == made.shape and torch.equal(t, made))
+            keywords[key] = next(known, made)
+            self._texts = [*self._texts[-3:], made] if keywords[key] is made else self._texts
+        return keywords
+
+    def fall_back(self, reason: str) -> None:
+        """Run sequentially from now on; the first reason is a warning."""
+        if not self.reasons:
+            warnings.warn(f"guidance runs sequentially: {reason}", stacklevel=3)
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+
+def _named(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda **keywords: call("batched", **keywords)
+
+
+# --- adaptive ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Adaptive:
+    """Skips the unconditional pass once it says little new. Never exact: its drift is measured.
+
+    From a gate on, `cond + (s - 1) delta` with the last `delta = cond - uncond` stands for the
+    guided prediction (`reuse`), or `cond` alone (`drop`). An expert switch invalidates the delta:
+    the step after it runs both passes again.
+    """
+
+    settings: RunSettings
+    total: int
+    _delta: Tensor | None = None
+    _expert: int = 0
+    _agreed: bool = False
+
+    @property
+    def on(self) -> bool:
+        """Whether the settings ask for it."""
+        found = self.settings
+        return found.adaptive_gate is not None or found.adaptive_agreement is not None
+
+    def skips(self, index: int, expert: int) -> bool:
+        """Whether a step (0-based) runs without the unconditional pass."""
+        if self._delta is None or expert != self._expert:
+            return False
+        gate = self.settings.adaptive_gate
+        late = gate is not None and index >= math.ceil(gate * self.total)
+        return late or self._agreed
+
+    def saw(self, cond: Tensor, uncond: Tensor, expert: int) -> None:
+        """Both predictions of a step that ran both."""
+        if not self.on:
+            return
+        self._delta, self._expert = cond - uncond, expert
+        limit = self.settings.adaptive_agreement
+        if limit is not None:
+            apart = (cond.double() - uncond.double()).norm() / cond.double().norm()
+            self._agreed = bool(apart <= limit)
+
+    def stand_in(self, cond: Tensor) -> Tensor:
+        """What stands for the unconditional prediction of a step that skips it."""
+        if self.settings.adaptive_reuse == "drop" or self._delta is None:
+            return cond
+        return cond - self._delta

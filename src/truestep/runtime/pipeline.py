@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from truestep.case import RunSettings
 from truestep.errors import UsageError
+from truestep.runtime.guidance import Adaptive, Branches
 
 if TYPE_CHECKING:
     import torch
 
-Branch = Literal["cond", "uncond"]
+    from truestep.runtime.attention import TextAttention
+
+Branch = Literal["cond", "uncond", "batched"]
+"""A guidance pass; `batched` is both in one forward, `[uncond, cond]` on the batch axis."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Pipeline(Stages):
         expand_timesteps: Wan 2.2 5B: one timestep a token.
         weights: Fingerprint of the model folder that was loaded.
         forwards: Transformer forwards run so far, counted per sample.
+        branches: How both guidance passes of a step are run; `follow_plan` sets it.
+        text_plans: What is installed on the transformers for their text; likewise.
     """
 
     tokenizer: Any
@@ -106,6 +112,8 @@ class Pipeline(Stages):
     expand_timesteps: bool = False
     weights: str = ""
     forwards: int = 0
+    branches: Branches = field(default_factory=Branches)
+    text_plans: list[TextAttention] = field(default_factory=list)
 
     def expert(self, number: int) -> Any:
         """The transformer of expert 1 (high noise) or 2 (low noise)."""
@@ -115,6 +123,45 @@ class Pipeline(Stages):
     def first_transformer(self) -> Any:
         """The transformer whose dtype and configuration rule: the high-noise one if present."""
         return self.transformer if self.transformer is not None else self.transformer_2
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """Why a plan that the settings ask for was not followed."""
+        told = [f"guidance ran sequentially: {reason}" for reason in self.branches.reasons]
+        told += [f"text was not collapsed: {r}" for plan in self.text_plans for r in plan.reasons]
+        return tuple(dict.fromkeys(told))
+
+
+def follow_plan(pipe: Pipeline) -> None:
+    """Set up guidance and text attention as the settings say, for one run.
+
+    Raises:
+        UsageError: The branches are to run on two processes, and there is one.
+    """
+    from truestep.runtime.attention import TextAttention
+
+    settings = pipe.settings
+    pipe.branches = Branches(settings.cfg)
+    if settings.cfg == "parallel":
+        from truestep.runtime.ranks import join
+
+        join(pipe.device)
+    if settings.cfg == "batched" and settings.text_recipe != "pad_trim_zero":
+        pipe.branches.fall_back(f"text recipe {settings.text_recipe} keeps the encoder's padding")
+    wanted = (settings.text_attention == "collapsed", settings.text_cache)
+    models = [m for m in (pipe.transformer, pipe.transformer_2) if m is not None]
+    installed = [(plan.model, plan.collapsed, plan.cache) for plan in pipe.text_plans]
+    if installed == [(model, *wanted) for model in models if any(wanted)]:
+        for plan in pipe.text_plans:
+            plan.forget()
+        return
+    for plan in pipe.text_plans:
+        plan.remove()
+    pipe.text_plans = [
+        TextAttention(model, collapsed=wanted[0], cache=wanted[1])
+        for model in models
+        if any(wanted)
+    ]
 
 
 Apply = Callable[[Pipeline], "Pipeline | None"]
@@ -182,6 +229,27 @@ def schedule(pipe: Pipeline, observer: Observer) -> Schedule:
     return made
 
 
+def predict_branches(
+    pipe: Pipeline, latent: torch.Tensor, step: Step, text: Text, *, only_cond: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A step's predictions with the prompt and, where there is guidance, the negative prompt.
+
+    Args:
+        latent: `b c f h w`.
+        text: Embeddings of both branches.
+        only_cond: Leave the second one out.
+    """
+    if text.uncond is None or only_cond:
+        return pipe.predict(pipe, latent, step, text.cond, "cond"), None
+
+    def call(branch: Branch, *, latent: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return pipe.predict(pipe, latent, step, text, branch)
+
+    return pipe.branches.run(
+        call, {"latent": latent, "text": text.cond}, {"latent": latent, "text": text.uncond}
+    )
+
+
 def denoise(
     pipe: Pipeline, latent: torch.Tensor, text: Text, plan: Schedule, observer: Observer
 ) -> torch.Tensor:
@@ -194,16 +262,21 @@ def denoise(
         Final latent `b c f h w`.
     """
     total = len(plan.timesteps)
+    adaptive = Adaptive(pipe.settings, total)
     for index in range(total):
         step = plan.step(index)
         with observer.timed("step", pipe.device):
             observer.tensor(f"step/{index:04d}/latent", latent)
-            cond = guided = pipe.predict(pipe, latent, step, text.cond, "cond")
+            skipped = adaptive.skips(index, step.expert)
+            cond, uncond = predict_branches(pipe, latent, step, text, only_cond=skipped)
+            guided = cond
             observer.tensor(f"step/{index:04d}/cond", cond)
-            if text.uncond is not None:
-                uncond = pipe.predict(pipe, latent, step, text.uncond, "uncond")
+            if uncond is not None:
                 observer.tensor(f"step/{index:04d}/uncond", uncond)
+                adaptive.saw(cond, uncond, step.expert)
                 guided = pipe.combine(pipe, step, cond, uncond)
+            elif skipped:
+                guided = pipe.combine(pipe, step, cond, adaptive.stand_in(cond))
             observer.tensor(f"step/{index:04d}/guided", guided)
             latent = pipe.update(pipe, step, guided, latent)
         observer.step_done(index, total)

@@ -11,7 +11,7 @@ import torch
 from truestep.case import RunSettings
 from truestep.errors import CaseError
 from truestep.runtime.guidance import classifier_free
-from truestep.runtime.pipeline import Branch, Pipeline, Schedule, Stages, Step
+from truestep.runtime.pipeline import Branch, Pipeline, Schedule, Stages, Step, follow_plan
 from truestep.runtime.text import RECIPES
 
 
@@ -50,6 +50,7 @@ def prepare(pipe: Pipeline) -> None:
         for model in (pipe.transformer, pipe.transformer_2):
             if model is not None:
                 _set_backend(model, settings.attention_backend)
+    follow_plan(pipe)
 
 
 def _set_backend(model: Any, backend: str) -> None:
@@ -174,7 +175,14 @@ def combine(pipe: Pipeline, step: Step, cond: torch.Tensor, uncond: torch.Tensor
         settings.guidance_scale if settings.guidance_scale_2 is None else settings.guidance_scale_2
     )
     scale = settings.guidance_scale if step.expert == 1 else second
-    return classifier_free(cond, uncond, scale=scale)
+    dtype = settings.guidance_dtype
+    return classifier_free(
+        cond,
+        uncond,
+        scale=scale,
+        rescale=settings.guidance_rescale,
+        dtype=getattr(torch, dtype) if dtype else None,
+    )
 
 
 def update(pipe: Pipeline, step: Step, guided: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:

@@ -486,16 +486,18 @@ def _moments(flat: torch.Tensor) -> torch.Tensor:
 
 
 def _sketch(flat: torch.Tensor) -> torch.Tensor:
-    """Project to 32,768 sums, and these to 1,024 floats; truestep's sketch.py has the reasons."""
-    count, chunk, width = flat.numel(), 16_384, 32_768
+    """Project to 16,384 sums, and these to 1,024 floats; truestep's sketch.py has the reasons."""
+    count, chunk, width = flat.numel(), 16_384, 16_384
     signs, places = _tables()
     starts = [[0, 0, 1]]  # for each chunk: slice of the signs, shift of the sums, sign
     if count > chunk:
         dice = _hash(2, -(-count // chunk))
-        parts = (_shift(dice, 32) % (len(signs) - chunk + 1), _shift(dice, 8) % width)
+        number = torch.arange(len(dice), device="cpu")
+        first = _shift(dice, 32)[number // 4 * 4] % (len(signs) - 4 * chunk)  # of four chunks
+        parts = (first + number % 4 * chunk, _shift(dice, 8) % width)
         starts = torch.stack((*parts, (dice & 1) * 2 - 1), dim=1).tolist()
     elif count > 1024:
-        width = 64 << (-(-count // 64) - 1).bit_length()
+        width = 256 << (-(-count // 256) - 1).bit_length()
     sums = torch.zeros(width + chunk, dtype=torch.float64, device="cpu")
     for index, (start, shift, flip) in enumerate(starts):
         part = flat[index * chunk : (index + 1) * chunk].to(torch.float64, copy=True)
@@ -508,20 +510,20 @@ def _sketch(flat: torch.Tensor) -> torch.Tensor:
     if count > chunk:
         sums[:chunk] += sums[width:]  # shifts wrap around
     signed = torch.stack((sums[:width], -sums[:width]), dim=1).reshape(-1)
-    rows = signed[places[: width * 16]].reshape(-1, 1024)
+    rows = signed[places[: width * 4]].reshape(-1, 1024)
     while len(rows) > 1:
         rows = rows[: len(rows) // 2] + rows[len(rows) // 2 :]
-    return (rows[0] / 4).to(torch.float32)
+    return (rows[0] / 2).to(torch.float32)
 
 
 @functools.lru_cache(None)
 def _tables() -> tuple[torch.Tensor, torch.Tensor]:
-    lane, lowest = torch.arange(64, device="cpu"), -(1 << 63)
-    signs = ((_hash(0, 4096)[:, None] >> lane) & 1).reshape(-1).to(torch.float64) * 2 - 1
-    keys = (_hash(1, 32_768 * 16).reshape(512, 16, 64) & -64) | lane
+    bit, lane, lowest = torch.arange(64, device="cpu"), torch.arange(256, device="cpu"), -(1 << 63)
+    signs = ((_hash(0, 4096)[:, None] >> bit) & 1).reshape(-1).to(torch.float64) * 2 - 1
+    keys = (_hash(1, 16_384 * 4).reshape(64, 4, 256) & -256) | lane
     keys = (keys ^ lowest).sort(-1).values ^ lowest  # in the order of unsigned numbers
-    rows = torch.arange(512, device="cpu")[:, None, None] * 64
-    return signs, (2 * (rows + (keys & 63)) + ((keys >> 20) & 1)).reshape(-1)
+    rows = torch.arange(64, device="cpu")[:, None, None] * 256
+    return signs, (2 * (rows + (keys & 255)) + ((keys >> 20) & 1)).reshape(-1)
 
 
 def _hash(stream: int, count: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from truestep.comparison.matching import with_divergence
+from truestep.errors import UsageError
 from truestep.noise import RAISED
 from truestep.recording.names import step_name
 from truestep.recording.raised import raised, raised_precision
-from truestep.recording.replay import recorded_schedule, recorded_step
+from truestep.recording.replay import default_steps, recorded_schedule, recorded_step
 from truestep.runtime.pipeline import Branch, Pipeline
-from truestep.tracing.drill import Drilled, Subject, drill
-from truestep.tracing.isolation import Forward, Rename
+from truestep.tracing.drill import Drilled, Known, Subject, drill
+from truestep.tracing.isolation import Forward
+from truestep.tracing.partners import Partners, partners_of
 from truestep.verdict import Comparison, Row
 
 STAGES = ("text", "prediction", "decoding")
@@ -38,7 +40,8 @@ def locate_module(
     recording: Mapping[str, torch.Tensor],
     comparison: Comparison,
     *,
-    rename: Rename | None = None,
+    rename: Mapping[str, str] | None = None,
+    known: Callable[[Place], Known] | None = None,
 ) -> Comparison:
     """Add where inside the first failing stage's model the candidate departs.
 
@@ -47,11 +50,17 @@ def locate_module(
         trusted: The reference's model, loaded here and unchanged.
         recording: The reference.
         comparison: The candidate's check at depth `steps`.
-        rename: Name of the trusted module that a candidate's module answers to.
+        rename: Candidate's module names to trusted ones, `*` for one part; goes before what the
+            weights say. Without it, models with the same names are taken as they are named.
+        known: What earlier calls with the same trusted pipeline measured at a place; added to.
 
     Returns:
         The comparison with module rows and a first divergence down to the module, its kind with it;
-        or with a note that says why no module is named.
+        or with a note that says why no module is named. Another note says how many modules were
+        paired, where names differ.
+
+    Raises:
+        UsageError: The rename map names modules that there are not.
     """
     place = failing_place(comparison.rows)
     if place is None:
@@ -59,14 +68,24 @@ def locate_module(
     models = [_model(side, place, recording) for side in (pipe, trusted)]
     if not all(isinstance(model, torch.nn.Module) for model in models):
         return _noted(comparison, f"no module named: the {place.stage} model is no torch module")
-    with _same_precision(pipe, trusted) as (ours, theirs):
-        drilled = drill(
-            Subject(models[0], _forward(ours, place, recording)),
-            Subject(models[1], _forward(theirs, place, recording)),
-            step=place.step,
-            branch=place.branch,
-            rename=rename,
-        )
+    try:
+        partners = partners_of(models[0], models[1], rename=rename)
+    except UsageError as error:  # weights that are not there, or are no tensors
+        if rename:
+            raise
+        return _noted(comparison, f"no module named: the models cannot be paired ({error.what})")
+    drilled = drill_stage(
+        pipe,
+        trusted,
+        recording,
+        place,
+        partners=partners,
+        known=known(place) if known is not None else None,
+    )
+    if partners is not None:
+        comparison = _noted(comparison, partners.note())
+    if drilled.left_out:
+        comparison = _noted(comparison, _left_out(drilled.left_out))
     if drilled.divergence is None:
         return _noted(
             comparison,
@@ -74,6 +93,29 @@ def locate_module(
             "(the stage around the model differs)",
         )
     return with_divergence(comparison, drilled.divergence, _prefixed(drilled, place))
+
+
+def drill_stage(
+    pipe: Pipeline,
+    trusted: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    place: Place,
+    *,
+    partners: Partners | None = None,
+    known: Known | None = None,
+) -> Drilled:
+    """Drill into one model call of a stage, on recorded inputs; see `drill`."""
+    models = [_model(side, place, recording) for side in (pipe, trusted)]
+    with _same_precision(pipe, trusted) as (ours, theirs):
+        before = _before(ours, place, recording)
+        return drill(
+            Subject(models[0], _forward(ours, place, recording), before),
+            Subject(models[1], _forward(theirs, place, recording)),
+            step=place.step,
+            branch=place.branch,
+            partners=partners,
+            known=known,
+        )
 
 
 def failing_place(rows: tuple[Row, ...]) -> Place | None:
@@ -85,6 +127,12 @@ def failing_place(rows: tuple[Row, ...]) -> Place | None:
                 branch = own.rpartition("/")[2] if stage != "decoding" else "main"
                 return Place(stage, row.step or 0, branch)
     return None
+
+
+def _left_out(names: Sequence[str]) -> str:
+    """What other code has in a form that cannot be compared."""
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"left out, since the candidate has nothing of these sizes there: {shown}"
 
 
 def _prefixed(drilled: Drilled, place: Place) -> tuple[Row, ...]:
@@ -123,6 +171,37 @@ def _forward(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]
         return lambda: pipe.encode_text(pipe, [prompt])
     if place.stage == "decoding":
         return lambda: pipe.decode(pipe, recording["latent/final"].to(pipe.device, copy=True))
+    return prediction(pipe, place, recording)
+
+
+def _before(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]) -> Forward | None:
+    """What a check runs before a prediction: a new schedule, and the prediction before this one.
+
+    What one call leaves for the next (a cache, a buffer) is in place then, and what a run clears
+    is cleared.
+    """
+    if place.stage != "prediction":
+        return None
+    earlier = [step for step in default_steps(recording) if step < place.step]
+    guided = "text/uncond" in recording
+    last: Place | None = None
+    if place.branch == "uncond":
+        last = Place(place.stage, place.step, "cond")
+    elif earlier:
+        last = Place(place.stage, earlier[-1], "uncond" if guided else "cond")
+
+    def run() -> None:
+        with torch.no_grad():
+            pipe.prepare(pipe)
+            pipe.make_schedule(pipe)
+            if last is not None:
+                prediction(pipe, last, recording)()
+
+    return run
+
+
+def prediction(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]) -> Forward:
+    """One prediction on the recorded latent and text."""
     schedule = recorded_schedule(recording)
     step = recorded_step(pipe, schedule, place.step, schedule.experts)
     branch: Branch = "uncond" if place.branch == "uncond" else "cond"

@@ -1,0 +1,69 @@
+"""What a viewer would see of a difference: frames of both sides, their PSNR and SSIM.
+
+The verdict stays with the measured noise floor; these say how far apart the videos look.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+
+import torch
+
+from truestep.comparison.media import frame_media
+from truestep.parity.evidence import Frames
+from truestep.parity.sides import Tensors
+from truestep.verdict import Comparison
+
+_SSIM_SIDE = 11
+
+
+def with_frames(
+    comparison: Comparison, actual: Tensors, reference: Tensors
+) -> tuple[Comparison, Frames | None]:
+    """Add the frames of the worst sample to a comparison, where an output is a video.
+
+    Args:
+        comparison: Of the outputs.
+        actual, reference: Outputs by name. A video is `b 3 f h w`, floating-point, in [-1, 1].
+
+    Returns:
+        The comparison with its media, and the worst numbers of all samples; unchanged and None
+        where no output is a video on both sides.
+    """
+    worst: tuple[Frames, str] | None = None
+    for name, theirs in reference.items():
+        ours = actual.get(name)
+        if not _video(theirs) or ours is None or ours.shape != theirs.shape:
+            continue
+        found = frames_of(ours, theirs)
+        if worst is None or not found.psnr_db >= worst[0].psnr_db:
+            worst = found, name
+    if worst is None:
+        return comparison, None
+    found, name = worst
+    media = frame_media(actual[name], reference[name], name=name)
+    return comparison.model_copy(update={"media": (*comparison.media, media)}), found
+
+
+def frames_of(actual: torch.Tensor, reference: torch.Tensor) -> Frames:
+    """PSNR, SSIM and largest difference of two videos `b 3 f h w` in [-1, 1].
+
+    SSIM is left out where pytorch-msssim is not installed or a side has fewer than 11 pixels.
+    """
+    difference = (actual.double() - reference.double()).abs()
+    error = float(difference.square().mean())
+    psnr = math.inf if error == 0 else 10 * math.log10(4 / error)  # the range [-1, 1], squared
+    value = None
+    if find_spec("pytorch_msssim") and min(reference.shape[-2:]) >= _SSIM_SIDE:
+        from truestep.gates import ssim
+
+        value = ssim(actual, reference)
+    return Frames(
+        ssim=value, psnr_db=psnr, largest=float(difference.max()), count=reference.shape[2]
+    )
+
+
+def _video(tensor: torch.Tensor) -> bool:
+    shape = tensor.shape
+    return len(shape) == 5 and shape[1] == 3 and tensor.numel() > 0 and tensor.is_floating_point()
