@@ -138,14 +138,18 @@ def test_public_names_are_sorted_and_exist() -> None:
         "EquivalenceError",
         "Recording",
         "Verdict",
+        "accelerate",
         "assert_equivalent",
+        "batch_invariance",
         "capture",
         "check",
         "check_function",
         "check_latent",
         "compare",
+        "compare_traces",
         "record",
         "record_function",
+        "replay_trace",
     ]
     for name in truestep.__all__:
         assert callable(getattr(truestep, name))

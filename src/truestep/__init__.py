@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from truestep.functions import check_function, record_function
     from truestep.recording.format import Recording
     from truestep.recording.record import record
+    from truestep.runtime.accelerate import accelerate
+    from truestep.tracing.batching import batch_invariance
+    from truestep.tracing.comparing import compare_traces
     from truestep.tracing.hooks import capture
+    from truestep.tracing.replaying import replay_trace
     from truestep.verdict import Comparison, Verdict, assert_equivalent
 
 __all__ = [
@@ -28,14 +32,18 @@ __all__ = [
     "EquivalenceError",
     "Recording",
     "Verdict",
+    "accelerate",
     "assert_equivalent",
+    "batch_invariance",
     "capture",
     "check",
     "check_function",
     "check_latent",
     "compare",
+    "compare_traces",
     "record",
     "record_function",
+    "replay_trace",
 ]
 
 _HOMES = {
@@ -45,14 +53,18 @@ _HOMES = {
     "EquivalenceError": "truestep.errors",
     "Recording": "truestep.recording.format",
     "Verdict": "truestep.verdict",
+    "accelerate": "truestep.runtime.accelerate",
     "assert_equivalent": "truestep.verdict",
+    "batch_invariance": "truestep.tracing.batching",
     "capture": "truestep.tracing.hooks",
     "check": "truestep.checking",
     "check_function": "truestep.functions",
     "check_latent": "truestep.comparison.latent_gate",
     "compare": "truestep.comparison.api",
+    "compare_traces": "truestep.tracing.comparing",
     "record": "truestep.recording.record",
     "record_function": "truestep.functions",
+    "replay_trace": "truestep.tracing.replaying",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -252,6 +253,8 @@ def finish(
     from truestep.verdict import Results
 
     repeat = command_line()
+    if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks for all
+        return Results.of(comparisons).exit_code
     results = Results.of([c.model_copy(update={"repeat": repeat}) for c in comparisons])
     if report is not None:
         from truestep.report import html

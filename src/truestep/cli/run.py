@@ -46,10 +46,13 @@ def command(
     apply = load_change(change)
     from truestep.recording.record import record
     from truestep.report.video import write_video
+    from truestep.runtime.ranks import rank
 
     for name, case in cases.items():
         with progress_bar() as progress:
             recording = record(case, floor="none", apply=apply, progress=progress)
+        if rank():
+            continue  # of two processes, the first one writes
         path = output / f"{case.id}.safetensors"
         output.mkdir(parents=True, exist_ok=True)
         recording.save(path)

@@ -290,6 +290,54 @@ def batch(
     sys.exit(finish(results, json_path=json_path, report=report))
 
 
+@command.command("replay")
+@click.argument("trace", type=click.Path(path_type=Path))
+@click.argument("port", metavar="FILE.py:FUNCTION")
+@click.option("--rename", type=click.Path(path_type=Path), metavar="MAP.toml", help="Names.")
+@_STEPS
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), help="Judge rel_l2 by this, not by rounding."
+)
+@output_options
+def replay(
+    trace: Path,
+    port: str,
+    rename: Path | None,
+    steps: str | None,
+    tolerance: float | None,
+    json_path: str | None,
+    report: Path | None,
+) -> None:
+    """Run every module of a port on the inputs that a trace holds, and judge each by itself.
+
+    FUNCTION returns the port, or the port and a function that calls it with the recorded tensors.
+    """
+    from truestep.errors import UsageError
+
+    function = load_change(port)
+    assert function is not None
+    make: Any = function
+    made = make()
+    model, call = made if isinstance(made, tuple) else (made, None)
+    import torch
+
+    from truestep.pairing import Pairing
+    from truestep.tracing.program import parse_steps
+    from truestep.tracing.replaying import replay_trace
+
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"{port} returned a {type(model).__name__}, not a torch module")
+    result = replay_trace(
+        model,
+        trace,
+        call=call,
+        rename=Pairing.read(str(rename)) if rename else None,
+        steps=parse_steps(steps) if steps is not None else None,
+        tolerance=tolerance,
+    )
+    sys.exit(finish([result], json_path=json_path, report=report))
+
+
 @command.command("recover")
 @click.argument("place", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="Default: the intended file.")

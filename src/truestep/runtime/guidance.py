@@ -238,7 +238,9 @@ class Adaptive:
 
     From a gate on, `cond + (s - 1) delta` with the last `delta = cond - uncond` stands for the
     guided prediction (`reuse`), or `cond` alone (`drop`). An expert switch invalidates the delta:
-    the step after it runs both passes again.
+    the step after it runs both passes again. With the gate at 0.5 reuse drifts 6 to 9 times less
+    than dropping on random models, whose delta hardly changes, and 0.8 times (that is, more) on the
+    trained digits model, whose delta turns by 50 degrees in the second half of the steps.
     """
 
     settings: RunSettings
