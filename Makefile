@@ -52,6 +52,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.bench_check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_trace
 	$(BIN)/python -m bench.bench_startup
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_guidance --tokens 256 1024
 
 bench-verdict: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_verdict

@@ -46,6 +46,7 @@ class Settings(BaseModel):
     Attributes:
         text_recipe: How the prompt becomes embeddings. `pad_trim_zero`: pad to
             `max_sequence_length`, encode with mask, cut to the real length, pad with exact zeros.
+            `keep_padding`: keep what the encoder makes of the padding.
         scheduler: diffusers scheduler class built from the folder's scheduler configuration.
         flow_shift: Timestep shift (`shift` of FlowMatchEuler, `flow_shift` of UniPC); above 0.
         device: `cpu`, `cuda`, `cuda:N`; None is CUDA where there is one. Not part of the case id.
@@ -61,11 +62,12 @@ class Settings(BaseModel):
         adaptive_gate: Share of the steps, 0 to 1, after which the unconditional pass is skipped.
         adaptive_agreement: Relative distance of the two predictions from which on it is skipped.
         adaptive_reuse: What stands for it: the last `delta` of the two, or nothing (`drop`).
+        fps: Frames a second that a Cosmos model is told; None is its pipeline's default, 30.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    text_recipe: Literal["pad_trim_zero"] = "pad_trim_zero"
+    text_recipe: Literal["pad_trim_zero", "keep_padding"] = "pad_trim_zero"
     scheduler: Literal["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"] | None = None
     flow_shift: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$")
@@ -78,6 +80,7 @@ class Settings(BaseModel):
     adaptive_gate: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     adaptive_agreement: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     adaptive_reuse: Literal["delta", "drop"] = "delta"
+    fps: int | None = Field(default=None, ge=1)
 
 
 LATER = (
@@ -89,6 +92,7 @@ LATER = (
     "adaptive_gate",
     "adaptive_agreement",
     "adaptive_reuse",
+    "fps",
 )
 """Settings that are left out of a recorded case where they have their default, so that recordings
 from before there were any stay comparable."""

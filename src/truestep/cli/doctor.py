@@ -20,11 +20,27 @@ EXTRAS = {
 @click.command("doctor")
 @click.option("--model", help="Also check that this model is complete.")
 @click.option("--json", "as_json", is_flag=True, help="The environment as JSON.")
-def command(model: str | None, as_json: bool) -> None:
+@click.option(
+    "--recipe",
+    metavar="CASE",
+    help="Audit the text embeddings that this case's pipeline really makes.",
+)
+@click.option("--prompt", help="With --recipe and a model instead of a case.")
+@click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
+def command(
+    model: str | None,
+    as_json: bool,
+    recipe: str | None,
+    prompt: str | None,
+    change: str | None,
+) -> None:
     """Show the environment that decides numbers, and what is missing with how to install it."""
     import json
 
     from truestep.environment import Environment, attention_kernel, library_version
+
+    if recipe is not None:
+        sys.exit(_audit(recipe, prompt, change))
 
     environment = Environment.current(attention=attention_kernel())
     if as_json:
@@ -87,3 +103,28 @@ def _component_problems(folder: Path) -> list[str]:
     if not any(folder.glob("*.json")):
         problems.append(f"{folder} has no configuration")
     return problems
+
+
+def _audit(name: str, prompt: str | None, change: str | None) -> int:
+    """Print what a case's text embeddings are, beside what its recipe says; 1 if they differ."""
+    from truestep.case import CASE_FILE
+    from truestep.cli.common import choose_cases, load_change
+    from truestep.runtime.loading import load
+    from truestep.runtime.pipeline import apply_change
+    from truestep.runtime.text import audit
+
+    cases = choose_cases((name,), case_file=Path(CASE_FILE), prompt=prompt, tier="default")
+    apply = load_change(change)
+    wrong = 0
+    for case in cases.values():
+        pipe = apply_change(load(case), apply)
+        click.echo(f"{case.id}: text recipe {pipe.settings.text_recipe}")
+        for finding in audit(pipe):
+            wrong += not finding.right
+            word = "ok   " if finding.right else "WRONG"
+            text = (
+                finding.found if finding.right else f"{finding.found}; expected {finding.expected}"
+            )
+            click.echo(f"  {word} {finding.branch:<7} {finding.what:<7} {text}")
+    click.echo(f"{wrong} properties differ from the recipe" if wrong else "the recipe is followed")
+    return 1 if wrong else 0

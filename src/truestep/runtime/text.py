@@ -1,7 +1,10 @@
-"""Text recipes: how a prompt becomes the embeddings a transformer is given."""
+"""Text recipes: how a prompt becomes the embeddings a transformer is given, and their audit."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +33,39 @@ def pad_trim_zero(
     Source:
         diffusers 0.42.1, pipelines/wan/pipeline_wan.py, `_get_t5_prompt_embeds`.
     """
+    ids, mask = _tokens(tokenizer, prompts, max_length)
+    hidden = _encoded(text_encoder, ids, mask, device)
+    lengths = mask.gt(0).sum(dim=1).tolist()
+    padded: torch.Tensor = hidden.new_zeros(hidden.shape[0], max_length, hidden.shape[2])
+    for row, length in enumerate(lengths):
+        padded[row, :length] = hidden[row, :length]
+    return padded
+
+
+def keep_padding(
+    tokenizer: Any,
+    text_encoder: Any,
+    prompts: list[str],
+    *,
+    max_length: int,
+    device: str,
+) -> torch.Tensor:
+    """Pad to `max_length`, encode with mask, keep what the encoder makes of the padding.
+
+    Args and result as for `pad_trim_zero`.
+
+    Source:
+        diffusers 0.42.1, pipelines/hunyuan_video/pipeline_hunyuan_video.py: the padded rows stay,
+        and the transformer is given the mask.
+    """
+    ids, mask = _tokens(tokenizer, prompts, max_length)
+    return _encoded(text_encoder, ids, mask, device)
+
+
+def _tokens(
+    tokenizer: Any, prompts: list[str], max_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, `b l` each."""
     tokens = tokenizer(
         prompts,
         padding="max_length",
@@ -39,15 +75,129 @@ def pad_trim_zero(
         return_attention_mask=True,
         return_tensors="pt",
     )
-    mask = tokens.attention_mask
+    return tokens.input_ids, tokens.attention_mask
+
+
+def _encoded(
+    text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor | None, device: str
+) -> torch.Tensor:
     home = next(text_encoder.parameters()).device
-    hidden = text_encoder(tokens.input_ids.to(home), mask.to(home)).last_hidden_state
-    hidden = hidden.to(dtype=text_encoder.dtype, device=device)
-    lengths = mask.gt(0).sum(dim=1).tolist()
-    padded: torch.Tensor = hidden.new_zeros(hidden.shape[0], max_length, hidden.shape[2])
-    for row, length in enumerate(lengths):
-        padded[row, :length] = hidden[row, :length]
-    return padded
+    given = mask.to(home) if mask is not None else None
+    hidden = text_encoder(ids.to(home), given).last_hidden_state
+    return hidden.to(dtype=text_encoder.dtype, device=device)  # type: ignore[no-any-return]
 
 
-RECIPES = {"pad_trim_zero": pad_trim_zero}
+RECIPES = {"pad_trim_zero": pad_trim_zero, "keep_padding": keep_padding}
+"""Recipes that a stage of ours runs."""
+
+FAMILY_RECIPES: Mapping[str, str] = {
+    "WanTransformer3DModel": "pad_trim_zero",
+    "CosmosTransformer3DModel": "pad_trim_zero",
+    "HunyuanVideoTransformer3DModel": "keep_padding",
+    "LTX2VideoTransformer3DModel": "per_branch_connector",
+}
+"""The recipe that each of diffusers' transformers was trained with."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One property of the embeddings that a pipeline really made.
+
+    Attributes:
+        branch: `cond` or `uncond`.
+        what: `recipe`, `length`, `tail`, `dtype`, `mask`, `rows` or `finite`.
+        found, expected: In words.
+        right: Whether the two agree.
+    """
+
+    branch: str
+    what: str
+    found: str
+    expected: str
+    right: bool
+
+
+def audit(pipe: Any) -> list[Finding]:
+    """Compare the embeddings that a pipeline makes of its prompts with its recipe.
+
+    Args:
+        pipe: A truestep pipeline; its `encode_text` may be anyone's.
+
+    Returns:
+        Findings for the prompt and, with guidance, the negative prompt, in a fixed order.
+    """
+    settings = pipe.settings
+    prompts = {"cond": settings.prompt}
+    if settings.guided:
+        prompts["uncond"] = settings.negative_prompt
+    with torch.no_grad():
+        return [
+            finding
+            for branch, prompt in prompts.items()
+            for finding in _audited(pipe, branch, prompt)
+        ]
+
+
+def _audited(pipe: Any, branch: str, prompt: str) -> list[Finding]:
+    settings, full = pipe.settings, pipe.settings.max_sequence_length
+    made = pipe.encode_text(pipe, [prompt]).to("cpu")
+    family = type(pipe.first_transformer).__name__
+    if family.startswith("Wan"):
+        from truestep.runtime.wan import clean
+
+        prompt = clean(prompt)
+    recipe = FAMILY_RECIPES.get(family, settings.text_recipe)
+    ids, mask = _tokens(pipe.tokenizer, [prompt], full)
+    count = int(mask.gt(0).sum())
+    encoder, keeps = pipe.text_encoder, recipe == "keep_padding"
+    masked, unmasked = (_encoded(encoder, ids, given, "cpu") for given in (mask, None))
+    real = made[:, :count].double()
+    wanted = masked[:, : real.shape[1]].double()
+    apart = _apart(real, wanted)
+    without = _apart(real, unmasked[:, : real.shape[1]].double())
+    limit = 64 * torch.finfo(encoder.dtype).eps
+    tail = made[:, count:]
+    zeros = not bool(tail.any())
+    tail_found = "exact zeros" if zeros else f"up to {float(tail.abs().max()):.2g}"
+    dtype = (str(made.dtype).removeprefix("torch."), str(encoder.dtype).removeprefix("torch."))
+    ignores = without < apart and without <= limit
+    own = settings.text_recipe
+    return [
+        Finding(branch, "recipe", own, f"{recipe}, as {family} was trained", own == recipe),
+        Finding(branch, "length", f"{made.shape[1]} rows", f"{full} rows", made.shape[1] == full),
+        Finding(
+            branch,
+            "tail",
+            f"{max(made.shape[1] - count, 0)} rows after {count} tokens: {tail_found}",
+            "what the encoder makes of padding" if keeps else "exact zeros",
+            zeros is not keeps or not tail.numel(),
+        ),
+        Finding(branch, "dtype", dtype[0], dtype[1], dtype[0] == dtype[1]),
+        Finding(
+            branch,
+            "mask",
+            "the encoder ran without its mask" if ignores else "the encoder was given its mask",
+            "the encoder is given its mask",
+            not ignores,
+        ),
+        Finding(
+            branch,
+            "rows",
+            f"rel_l2 {apart:.1e} from the encoder's",
+            f"at most {limit:.1e}",
+            apart <= limit,
+        ),
+        Finding(
+            branch,
+            "finite",
+            "finite" if bool(torch.isfinite(made).all()) else "not finite",
+            "finite",
+            bool(torch.isfinite(made).all()),
+        ),
+    ]
+
+
+def _apart(made: torch.Tensor, wanted: torch.Tensor) -> float:
+    if made.shape != wanted.shape or not wanted.numel():
+        return math.inf
+    return float((made - wanted).norm() / wanted.norm())
