@@ -27,6 +27,7 @@ def test_from_an_empty_folder_to_a_proven_component(tmp_path: Path) -> None:
         "searched  $ACME_LOCAL_WEIGHTS_DIR (not set)",
         "debug_red       drifted: 3 of 3 tensors (first divergence: `act`)",
         "module    act (gelu in the port)",
+        "at        aten.gelu at acme_port.py:20: ",
         "weights   last.weight (out.weight): transposed",
         "non_skip_pass   rel_l2 ",
         "expired: code changed: port: acme_port.py (was non_skip_pass)",

@@ -256,6 +256,7 @@ def _lines(item: Status) -> list[str]:
         kind = f": {fault.kind}" if fault.kind else ""
         below = [
             ("module", f"{fault.module}{partner}{kind}" if fault.module else fault.note),
+            ("at", fault.operator),
             ("weights", fault.weights),
         ]
     elif part is not None:

@@ -93,6 +93,7 @@ class Fault(Record):
         output: First output that differs.
         module, port_module: The official module that is wrong on right inputs, and its partner.
         kind: What the difference looks like.
+        operator: The call inside the module, with its line, at which the two sides part.
         weights: Parameters that do not fit their partners.
         note: Why no module is named.
     """
@@ -101,6 +102,7 @@ class Fault(Record):
     module: str = ""
     port_module: str = ""
     kind: str = ""
+    operator: str = ""
     weights: str = ""
     note: str = ""
 

@@ -84,6 +84,7 @@ def explained(
         module=(found.fqn or "") if found else "",
         port_module=partner,
         kind=(found.kind or "") if found else "",
+        operator=redact(found.operator or "") if found else "",
         weights=odd,
         note=redact(note.splitlines()[0][:300]) if note else "",
     )

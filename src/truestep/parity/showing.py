@@ -25,6 +25,7 @@ def details(item: Status) -> str:
         rows += [
             ("output", fault.output),
             ("module", f"{fault.module}{partner}{kind}" if fault.module else fault.note),
+            ("at", fault.operator),
             ("weights", fault.weights),
         ]
     if evidence.missing is not None:
