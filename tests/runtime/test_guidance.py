@@ -293,3 +293,19 @@ def test_settings_at_their_default_leave_the_case_as_it_was() -> None:
     assert case(cfg="sequential", text_cache=False).id == case().id
     assert case(cfg="batched").id != case().id
     assert "cfg" not in case().canonical()["settings"]
+
+
+def test_a_family_with_another_recipe_is_left_as_it_is() -> None:
+    def latent(**settings: Any) -> Any:
+        pipe = load(case(text_recipe="keep_padding", **settings))
+        return generate(pipe), pipe.fallbacks
+
+    plain, told = latent()
+    assert told == ()
+    with pytest.warns(UserWarning, match="keep_padding keeps the encoder's padding"):
+        made, told = latent(cfg="batched", text_attention="collapsed")
+    assert torch.equal(made, plain)
+    assert told == (
+        "guidance ran sequentially: text recipe keep_padding keeps the encoder's padding",
+        "text was not collapsed: text recipe keep_padding keeps the encoder's padding",
+    )

@@ -98,6 +98,7 @@ class Pipeline(Stages):
         forwards: Transformer forwards run so far, counted per sample.
         branches: How both guidance passes of a step are run; `follow_plan` sets it.
         text_plans: What is installed on the transformers for their text; likewise.
+        refused: What the settings ask for and no forward of this run can do, in words; likewise.
     """
 
     tokenizer: Any
@@ -114,6 +115,7 @@ class Pipeline(Stages):
     forwards: int = 0
     branches: Branches = field(default_factory=Branches)
     text_plans: list[TextAttention] = field(default_factory=list)
+    refused: tuple[str, ...] = ()
 
     def expert(self, number: int) -> Any:
         """The transformer of expert 1 (high noise) or 2 (low noise)."""
@@ -129,7 +131,7 @@ class Pipeline(Stages):
         """Why a plan that the settings ask for was not followed."""
         told = [f"guidance ran sequentially: {reason}" for reason in self.branches.reasons]
         told += [f"text was not collapsed: {r}" for plan in self.text_plans for r in plan.reasons]
-        return tuple(dict.fromkeys(told))
+        return tuple(dict.fromkeys((*told, *self.refused)))
 
 
 def follow_plan(pipe: Pipeline) -> None:
@@ -146,9 +148,16 @@ def follow_plan(pipe: Pipeline) -> None:
         from truestep.runtime.ranks import join
 
         join(pipe.device)
-    if settings.cfg == "batched" and settings.text_recipe != "pad_trim_zero":
-        pipe.branches.fall_back(f"text recipe {settings.text_recipe} keeps the encoder's padding")
-    wanted = (settings.text_attention == "collapsed", settings.text_cache)
+    pipe.refused = ()
+    collapsed = settings.text_attention == "collapsed"
+    if settings.text_recipe != "pad_trim_zero":  # made for zero padding: others are left alone
+        why = f"text recipe {settings.text_recipe} keeps the encoder's padding"
+        if settings.cfg == "batched":
+            pipe.branches.fall_back(why)
+        if collapsed:
+            pipe.refused = (f"text was not collapsed: {why}",)
+            collapsed = False
+    wanted = (collapsed, settings.text_cache)
     models = [m for m in (pipe.transformer, pipe.transformer_2) if m is not None]
     installed = [(plan.model, plan.collapsed, plan.cache) for plan in pipe.text_plans]
     if installed == [(model, *wanted) for model in models if any(wanted)]:
