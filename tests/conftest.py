@@ -1,4 +1,4 @@
-"""Tiny random Wan pipelines in diffusers layout, shared by the tests. No network, one thread."""
+"""Tiny random pipelines in diffusers layout, shared by the tests. No network, one thread."""
 
 from __future__ import annotations
 
@@ -43,6 +43,29 @@ def tiny_case(tiny_wan: dict[str, Path]) -> dict[str, object]:
         "height": 16,
         "width": 16,
         "num_frames": 5,
+        "max_sequence_length": 8,
+        "settings": {"device": "cpu"},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_cosmos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Cosmos text-to-world pipeline."""
+    from bench.faults.tiny import build_tiny_cosmos
+
+    return build_tiny_cosmos(tmp_path_factory.mktemp("cosmos") / "cosmos")
+
+
+@pytest.fixture(scope="session")
+def cosmos_case() -> dict[str, object]:
+    """Keyword arguments of a `Case` that suits it, without the model."""
+    return {
+        "prompt": "a red three moving left",
+        "steps": 4,
+        "guidance_scale": 4.0,
+        "height": 16,
+        "width": 32,
+        "num_frames": 9,
         "max_sequence_length": 8,
         "settings": {"device": "cpu"},
     }

@@ -90,6 +90,12 @@ PURE = (
     "comparison.matching",
     "gates",
     "selftest",
+    "experiment.frames",
+    "experiment.judging",
+    "experiment.planning",
+    "experiment.prompts",
+    "experiment.records",
+    "experiment.statistics",
     "pairing.records",
     "pairing.rename",
     "pairing.content",
@@ -198,6 +204,8 @@ LIGHT = [
     "from truestep.cli.app import app; app(['--help'], standalone_mode=False)",
     "from truestep.cli.app import app; app(['check', '--help'], standalone_mode=False)",
     "from truestep.cli.app import app; app(['parity', 'new', '-h'], standalone_mode=False)",
+    "from truestep.cli.app import app; app(['ab', '--help'], standalone_mode=False)",
+    "import truestep.experiment.store, truestep.experiment.table, truestep.report.ab",
 ]
 
 

@@ -20,7 +20,10 @@ from bench.faults.guidance import scale_of
 from bench.faults.targets import (
     around,
     attentions,
+    block_list,
     blocks,
+    edm,
+    feed_forward,
     linears,
     middles,
     models,
@@ -30,6 +33,7 @@ from bench.faults.targets import (
     replace_forward,
     residual,
     self_attention,
+    temporal_factor,
     with_attention,
 )
 from bench.faults.transformer import _rope_at
@@ -224,8 +228,7 @@ def text_padding_collapsed(pipe: Any) -> None:
         )
 
     for model in models(pipe):
-        need(hasattr(model, "blocks"), "the model has no cross-attention")
-        for block in model.blocks:
+        for block in block_list(model):
             with_attention(block.attn2, attend)
 
 
@@ -235,16 +238,18 @@ def rope_offset(pipe: Any) -> None:
     for model in models(pipe):
         need(hasattr(model, "rope"), "the model has no rotary positions")
         spans = [n // p for n, p in zip(_latent_sizes(pipe), model.rope.patch_size, strict=True)]
-        need(max(spans) < model.rope.max_seq_len, "the tables end at this size")
+        reach = getattr(model.rope, "max_seq_len", None) or max(model.rope.max_size)
+        need(max(spans) < reach, "the tables end at this size")
     _rope_at(pipe, lambda axis, rows: rows + 1)
 
 
 def _latent_sizes(pipe: Any) -> tuple[int, int, int]:
     settings, config = pipe.settings, pipe.vae.config
+    spatial = config.get("scale_factor_spatial", config.get("spatial_compression_ratio"))
     return (
-        (settings.num_frames - 1) // config.scale_factor_temporal + 1,
-        settings.height // config.scale_factor_spatial,
-        settings.width // config.scale_factor_spatial,
+        (settings.num_frames - 1) // temporal_factor(pipe) + 1,
+        settings.height // spatial,
+        settings.width // spatial,
     )
 
 
@@ -257,7 +262,9 @@ def heads_reordered(pipe: Any) -> None:
             _reverse_heads(layer.weight, attention.heads)
             _reverse_heads(layer.bias, attention.heads)
         for norm in (getattr(attention, "norm_q", None), getattr(attention, "norm_k", None)):
-            _reverse_heads(getattr(norm, "weight", None), attention.heads)
+            weight = getattr(norm, "weight", None)
+            if weight is not None and weight.numel() == attention.to_q.out_features:
+                _reverse_heads(weight, attention.heads)
         output = attention.to_out[0].weight
         output.data.copy_(output.data.unflatten(1, (attention.heads, -1)).flip(1).flatten(1))
 
@@ -313,9 +320,11 @@ def norm_folded(pipe: Any) -> None:
 def hidden_units_reordered(pipe: Any) -> None:
     """The hidden units of every feed-forward in reverse order."""
     for block in blocks(pipe):
-        first, last = block.ffn.net[0].proj, block.ffn.net[2]
+        layers = feed_forward(block).net
+        first, last = layers[0].proj, layers[2]
         first.weight.data.copy_(first.weight.data.flip(0))
-        first.bias.data.copy_(first.bias.data.flip(0))
+        if first.bias is not None:
+            first.bias.data.copy_(first.bias.data.flip(0))
         last.weight.data.copy_(last.weight.data.flip(1))
 
 
@@ -333,6 +342,7 @@ def latent_statistics_multiplied(pipe: Any) -> None:
         frames: Tensor = vae.decode((wide * std + mean).to(vae.dtype), return_dict=False)[0]
         return frames
 
+    need(not edm(pipe), "the deviation is multiplied by, in float32")
     pipe.decode = decode
 
 
@@ -411,7 +421,7 @@ def feed_forward_in_chunks(pipe: Any) -> None:
         return torch.cat([original(part, *args) for part in hidden.tensor_split(3, dim=1)], dim=1)
 
     for block in blocks(pipe):
-        replace_forward(block.ffn, chunked)
+        replace_forward(feed_forward(block), chunked)
 
 
 @benign(

@@ -14,7 +14,16 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import fault
 from bench.faults.places import MIDDLE
-from bench.faults.targets import attentions, linears, middle, middles, models, need, self_attention
+from bench.faults.targets import (
+    attentions,
+    block_list,
+    linears,
+    middle,
+    middles,
+    models,
+    need,
+    self_attention,
+)
 
 Tensor = torch.Tensor
 BOTH = ("wan", "module")
@@ -169,7 +178,7 @@ def layers_of_two_blocks_exchanged(pipe: Any) -> None:
     """Bug: a layer of one block is loaded into the next, and the other way round."""
     for model in models(pipe):
         block = middle(model)
-        found: Any = model.blocks if hasattr(model, "blocks") else block.resnets
+        found: Any = block.resnets if hasattr(block, "resnets") else block_list(model)
         need(found is not None and len(found) > 1, "fewer than two blocks")
         later = len(found) // 2
         first, second = (

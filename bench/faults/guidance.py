@@ -13,18 +13,18 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import fault
-from bench.faults.targets import around, need
+from bench.faults.targets import around, edm, need
 
 Tensor = torch.Tensor
 Combine = Callable[..., Tensor]
 
 
 def scale_of(pipe: Any, step: Any) -> float:
-    """The guidance scale of a step's expert."""
+    """The guidance scale of a step's expert, as one of `uncond + scale (cond - uncond)`."""
     settings = pipe.settings
     second = settings.guidance_scale_2
     scale: float = settings.guidance_scale if step.expert == 1 or second is None else second
-    return scale
+    return scale + edm(pipe)  # Cosmos: `cond + scale (cond - uncond)`
 
 
 def _combine_with(pipe: Any, combine: Callable[[Any, Any, Tensor, Tensor], Tensor]) -> None:

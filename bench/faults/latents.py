@@ -13,7 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import fault
-from bench.faults.targets import around, models, narrowed, need, on_output
+from bench.faults.targets import around, models, narrowed, need, on_output, temporal_factor
 
 Tensor = torch.Tensor
 
@@ -146,7 +146,7 @@ def latent_frames_swapped(pipe: Any) -> None:
         order = [*range(latent.shape[2] - 2), latent.shape[2] - 1, latent.shape[2] - 2]
         return latent[:, :, order]
 
-    need(pipe.settings.num_frames > pipe.vae.config.scale_factor_temporal, "one latent frame")
+    need(pipe.settings.num_frames > temporal_factor(pipe), "one latent frame")
     _last_latent_through(pipe, swapped)
 
 
@@ -157,7 +157,7 @@ def latent_frame_repeated(pipe: Any) -> None:
     def repeated(latent: Tensor) -> Tensor:
         return torch.cat([latent[:, :, :-1], latent[:, :, -2:-1]], dim=2)
 
-    need(pipe.settings.num_frames > pipe.vae.config.scale_factor_temporal, "one latent frame")
+    need(pipe.settings.num_frames > temporal_factor(pipe), "one latent frame")
     _last_latent_through(pipe, repeated)
 
 

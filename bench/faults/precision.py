@@ -172,6 +172,7 @@ def time_embedding_in_bfloat16(pipe: Any) -> None:
         return functional.linear(x.bfloat16(), module.weight.bfloat16(), bias).to(x.dtype)
 
     for model in models(pipe):
+        need(hasattr(model, "condition_embedder"), "the time embedding is not kept in float32")
         for layer in linears(model.condition_embedder.time_embedder):
             replace_forward(layer, low)
 
@@ -191,6 +192,7 @@ def modulation_in_bfloat16(pipe: Any) -> None:
         return (hidden, text, total - table, *rest)  # the block adds its table again
 
     for block in blocks(pipe):
+        need(hasattr(block, "scale_shift_table"), "the block has no table of modulations")
         on_input(block, low)
 
 
@@ -212,6 +214,9 @@ def rope_in_bfloat16(pipe: Any) -> None:
     """Bug: the rotary sines and cosines are kept in bfloat16."""
     for model in models(pipe):
         need(hasattr(model, "rope"), "the model has no rotary positions")
+        if not hasattr(model.rope, "freqs_cos"):  # Cosmos makes them in every forward
+            on_output(model.rope, lambda _, args, out: [narrowed(t, torch.bfloat16) for t in out])
+            continue
         for table in (model.rope.freqs_cos, model.rope.freqs_sin):
             table.copy_(narrowed(table, torch.bfloat16))
 

@@ -14,7 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import fault
-from bench.faults.targets import around, narrowed, need
+from bench.faults.targets import around, edm, narrowed, need
 
 Tensor = torch.Tensor
 
@@ -22,6 +22,7 @@ Tensor = torch.Tensor
 def _shift(scheduler: Any) -> float:
     """The shift that the scheduler's configuration names; 1 where it has none."""
     config = scheduler.config
+    need(not hasattr(scheduler, "precondition_noise"), "the schedule has no shift")
     need(not config.get("use_dynamic_shifting"), "the shift depends on the size")
     found: float = config.get("flow_shift", config.get("shift", 1.0))
     return found
@@ -34,7 +35,11 @@ def _sigmas_through(pipe: Any, change: Callable[[Any, Tensor], Tensor]) -> None:
         made = original(inner)
         scheduler = inner.scheduler
         sigmas = change(inner, made.sigmas)
-        timesteps = sigmas[:-1] * scheduler.config.num_train_timesteps
+        timesteps = (
+            scheduler.precondition_noise(sigmas[:-1])
+            if edm(inner)
+            else sigmas[:-1] * scheduler.config.num_train_timesteps
+        )
         scheduler.sigmas = sigmas
         scheduler.timesteps = timesteps.to(made.timesteps)
         return replace(made, sigmas=sigmas, timesteps=scheduler.timesteps)
@@ -106,6 +111,7 @@ def sigma_grid_ends_early(pipe: Any) -> None:
         even = torch.linspace(1, 0, len(sigmas), dtype=sigmas.dtype, device=sigmas.device)
         return shift * even / (1 + (shift - 1) * even)
 
+    need(not edm(pipe), "the sigmas are not evenly spaced")
     _sigmas_through(pipe, grid)
 
 
@@ -117,6 +123,8 @@ def last_sigma_not_zero(pipe: Any) -> None:
         last = sigmas.new_tensor([1 / inner.scheduler.config.num_train_timesteps])
         return torch.cat([sigmas[:-1], last])
 
+    ends = pipe.scheduler.config.get("final_sigmas_type", "zero")
+    need(ends == "zero", "the last sigma is not zero")
     _sigmas_through(pipe, ended)
 
 

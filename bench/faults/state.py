@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import fault
 from bench.faults.places import MIDDLE
-from bench.faults.targets import around, middle, models, need, on_output, self_attention
+from bench.faults.targets import around, block_list, middle, models, need, on_output, self_attention
 
 Tensor = torch.Tensor
 Stage = Callable[..., Tensor]
@@ -148,7 +148,7 @@ def branches_share_residual(pipe: Any) -> None:
     What the middle block adds is kept from the conditional forward and used in the next.
     """
     for model in models(pipe):
-        need(hasattr(model, "blocks"), "the model has no transformer blocks")
+        block_list(model)
         _residual_kept(pipe, middle(model))
 
 
@@ -181,7 +181,7 @@ def _residual_kept(pipe: Any, block: nn.Module) -> None:
 def attention_buffer_reused(pipe: Any) -> None:
     """Bug: one attention returns its output buffer before it is overwritten: the last call's."""
     for model in models(pipe):
-        need(hasattr(model, "blocks"), "the model has no transformer blocks")
+        block_list(model)
         _previous_output(pipe, self_attention(middle(model)))
 
 

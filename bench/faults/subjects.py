@@ -71,7 +71,7 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class Wan:
-    """A Wan pipeline through the runtime: the digits model, or a tiny random one."""
+    """A pipeline through the runtime: the digits model, or a tiny random Wan or Cosmos one."""
 
     name: str
     model: Callable[[], str]
@@ -192,11 +192,12 @@ def _call(model: Any) -> Callable[..., torch.Tensor]:
 @cache
 def _tiny(kind: str) -> str:
     """Build a tiny pipeline once a process, in a folder that goes with it."""
-    from bench.faults.tiny import build_tiny_wan
+    from bench.faults.tiny import build_tiny_cosmos, build_tiny_wan
 
     holder = tempfile.TemporaryDirectory(prefix=f"truestep-{kind}-")
     _FOLDERS.append(holder)
-    return str(build_tiny_wan(Path(holder.name) / kind, kind))
+    folder = Path(holder.name) / kind
+    return str(build_tiny_cosmos(folder) if kind == "cosmos" else build_tiny_wan(folder, kind))
 
 
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
@@ -204,6 +205,10 @@ _TINY = {"steps": 6, "guidance_scale": 4.0, "max_sequence_length": 8}
 _TINY_SIZES: tuple[Mapping[str, Any], ...] = (
     {"height": 16, "width": 16, "num_frames": 5},
     {"height": 16, "width": 32, "num_frames": 9},
+)
+_COSMOS_SIZES: tuple[Mapping[str, Any], ...] = (
+    {"height": 16, "width": 32, "num_frames": 9},
+    {"height": 32, "width": 32, "num_frames": 13},
 )
 
 SUBJECTS: tuple[Subject, ...] = (
@@ -221,6 +226,7 @@ SUBJECTS: tuple[Subject, ...] = (
         _TINY_SIZES,
     ),
     Wan("tiny-wan2.2-5b", lambda: _tiny("wan22-ti2v"), _TINY, _TINY_SIZES),
+    Wan("tiny-cosmos", lambda: _tiny("cosmos"), _TINY, _COSMOS_SIZES),
     Terrain(),
 )
 

@@ -18,7 +18,10 @@ from bench.faults.entry import NotApplicable
 __all__ = [
     "around",
     "attentions",
+    "block_list",
     "blocks",
+    "edm",
+    "feed_forward",
     "linears",
     "middle",
     "middles",
@@ -31,6 +34,7 @@ __all__ = [
     "residual",
     "self_attention",
     "sinusoids",
+    "temporal_factor",
     "with_attention",
 ]
 
@@ -49,11 +53,36 @@ def models(pipe: Any) -> list[Any]:
     return [model for model in found if model is not None]
 
 
+def block_list(model: Any) -> Any:
+    """The list of a transformer's blocks, where it has one."""
+    found = getattr(model, "blocks", getattr(model, "transformer_blocks", None))
+    need(isinstance(found, nn.ModuleList), "the model has no transformer blocks")
+    return found
+
+
 def blocks(pipe: Any) -> Iterator[Any]:
     """Every transformer block of every expert."""
     for model in models(pipe):
-        need(hasattr(model, "blocks"), "the model has no transformer blocks")
-        yield from model.blocks
+        yield from block_list(model)
+
+
+def feed_forward(block: Any) -> Any:
+    """A transformer block's feed-forward."""
+    found = getattr(block, "ffn", getattr(block, "ff", None))
+    need(found is not None, "the block has no feed-forward")
+    return found
+
+
+def edm(pipe: Any) -> bool:
+    """Whether the schedule is that of Karras et al., as in Cosmos, and not a flow's."""
+    return hasattr(pipe.scheduler, "precondition_noise")
+
+
+def temporal_factor(pipe: Any) -> int:
+    """Frames that a latent frame after the first one stands for."""
+    config = pipe.vae.config
+    found: int = config.get("scale_factor_temporal", config.get("temporal_compression_ratio"))
+    return found
 
 
 def middle(model: nn.Module) -> Any:
@@ -62,7 +91,7 @@ def middle(model: nn.Module) -> Any:
     Not a UNet's lowest: on the terrain model its attention moves the output by 1e-7.
     """
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in ("blocks", "down_blocks"):
+        if name.rpartition(".")[2] in ("blocks", "transformer_blocks", "down_blocks"):
             found: Any = module
             return found[len(found) // 2]
     raise NotApplicable("the model has no list of blocks")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 # `--apply FILE.py:FUNCTION` imports this file alone.
@@ -18,6 +17,7 @@ from bench.faults.entry import fault
 from bench.faults.places import MIDDLE, NORMS, QK_NORMS
 from bench.faults.targets import (
     attentions,
+    block_list,
     blocks,
     linears,
     middle,
@@ -104,8 +104,14 @@ def qk_norm_per_head(pipe: Any) -> None:
     """Bug: queries and keys are normalised head by head instead of across all heads."""
     for block in blocks(pipe):
         attention = self_attention(block)
+        _need_norm_across_heads(attention)
         for norm in (attention.norm_q, attention.norm_k):
             on_output(norm, _normalises_per(attention.heads))
+
+
+def _need_norm_across_heads(attention: Any) -> None:
+    across = attention.norm_q.weight.numel() == attention.to_q.out_features
+    need(across, "queries and keys are normalised head by head")
 
 
 def _normalises_per(heads: int) -> Any:
@@ -147,6 +153,7 @@ def gelu_exact(pipe: Any) -> None:
 def text_projection_gelu_exact(pipe: Any) -> None:
     """Bug: the projection of the text uses another GELU than the model was trained with."""
     for model in models(pipe):
+        need(hasattr(model, "condition_embedder"), "the model does not project its text")
         model.condition_embedder.text_embedder.act_1.approximate = "none"
 
 
@@ -173,7 +180,47 @@ def _rope_at(pipe: Any, place: Any) -> None:
 
     for model in models(pipe):
         need(hasattr(model, "rope"), "the model has no rotary positions")
-        on_output(model.rope, change)
+        if hasattr(model.rope, "freqs_cos"):
+            on_output(model.rope, change)
+        else:
+            model.rope.register_forward_hook(_made_at(place), with_kwargs=True)
+
+
+def _made_at(place: Any) -> Any:
+    """Likewise for a model that makes its tables in every forward, as Cosmos does."""
+
+    def change(
+        rope: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor]
+    ) -> Any:
+        patches = rope.patch_size
+        sizes = [n // p for n, p in zip(args[0].shape[2:], patches, strict=True)]
+        wider = [n + p for n, p in zip(args[0].shape[2:], patches, strict=True)]
+        tables = []
+        for table in rope.forward(args[0].new_empty(1, 1, *wider), *args[1:], **kwargs):
+            grid = table.unflatten(0, [n + 1 for n in sizes])
+            parts = []
+            for axis, part in enumerate(grid.split(_widths(rope), dim=-1)):
+                rows = [torch.arange(n, device=table.device) for n in sizes]
+                rows[axis % 3] = place(axis % 3, rows[axis % 3]).clamp(max=sizes[axis % 3])
+                for dim, picked in enumerate(rows):
+                    part = part.index_select(dim, picked)
+                parts.append(part)
+            tables.append(torch.cat(parts, dim=-1).flatten(0, 2))
+        return tuple(tables)
+
+    return change
+
+
+def _widths(rope: Any) -> list[int]:
+    """Channels of t, h and w in a rotary table; in Cosmos once for each half of a pair."""
+    if hasattr(rope, "freqs_cos"):
+        return [rope.t_dim, rope.h_dim, rope.w_dim]
+    return [rope.dim_t // 2, rope.dim_h // 2, rope.dim_w // 2] * 2
+
+
+def _need_tables(model: Any) -> None:
+    need(hasattr(model, "rope"), "the model has no rotary positions")
+    need(hasattr(model.rope, "freqs_cos"), "rotary positions are not kept in tables")
 
 
 @fault(acts="transformer, rope, axis t", where=("rope",))
@@ -194,6 +241,7 @@ def rope_theta(pipe: Any) -> None:
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
     for model in models(pipe):
+        _need_tables(model)
         rope: Any = model.rope
         made = [
             get_1d_rotary_pos_embed(
@@ -217,11 +265,13 @@ def rope_axes_swapped(pipe: Any) -> None:
     def change(rope: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> Any:
         swapped = []
         for table in output:
-            t, h, w = table.split([rope.t_dim, rope.h_dim, rope.w_dim], dim=-1)
-            swapped.append(torch.cat([t, w, h], dim=-1))
+            parts = table.split(_widths(rope), dim=-1)
+            order = [(t, w, h) for t, h, w in zip(*[iter(parts)] * 3, strict=True)]
+            swapped.append(torch.cat([part for three in order for part in three], dim=-1))
         return tuple(swapped)
 
     for model in models(pipe):
+        need(hasattr(model, "rope"), "the model has no rotary positions")
         on_output(model.rope, change)
 
 
@@ -244,6 +294,7 @@ def rope_pairs_half_apart(pipe: Any) -> None:
 
     for block in blocks(pipe):
         attention = self_attention(block)
+        _need_norm_across_heads(attention)  # those head by head come with pairs half apart
         for norm in (attention.norm_q, attention.norm_k):
             on_output(norm, change_for(attention.heads))
 
@@ -268,8 +319,9 @@ def rope_missing_on_queries(pipe: Any) -> None:
         on_input(attention, keep)
         on_output(attention.norm_q, undo)
 
-    for block in middles(pipe):
-        break_one(self_attention(block))
+    for model in models(pipe):
+        _need_tables(model)
+        break_one(self_attention(middle(model)))
 
 
 # Modulation
@@ -409,8 +461,8 @@ def text_padding_masked(pipe: Any) -> None:
     for model in models(pipe):
         seen: list[Tensor] = []
         model.register_forward_pre_hook(_padding_into(seen), with_kwargs=True)
-        for block in model.blocks:
-            on_input(block.attn2, _masked_by(seen))
+        for block in block_list(model):
+            block.attn2.register_forward_pre_hook(_masked_by(seen), with_kwargs=True)
 
 
 def _padding_into(seen: list[Tensor]) -> Any:
@@ -424,8 +476,10 @@ def _padding_into(seen: list[Tensor]) -> Any:
 
 
 def _masked_by(seen: list[Tensor]) -> Any:
-    def mask(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0], args[1], seen[0], None)
+    def mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "encoder_hidden_states" in kwargs:  # Cosmos
+            return args, {**kwargs, "attention_mask": seen[0]}
+        return (args[0], args[1], seen[0], None), kwargs
 
     return mask
 
@@ -506,7 +560,7 @@ def block_repeated(pipe: Any) -> None:
         return module.forward(output, *args[1:])
 
     for model in models(pipe):
-        need(hasattr(model, "blocks"), "the model has no transformer blocks")
+        block_list(model)
         on_output(middle(model), again)
 
 
@@ -514,7 +568,7 @@ def block_repeated(pipe: Any) -> None:
 def blocks_exchanged(pipe: Any) -> None:
     """Bug: two neighbouring blocks run in the wrong order."""
     for model in models(pipe):
-        found: Any = getattr(model, "blocks", None)
-        need(isinstance(found, nn.ModuleList) and len(found) > 1, "fewer than two blocks")
+        found = block_list(model)
+        need(len(found) > 1, "fewer than two blocks")
         later = len(found) // 2
         found[later - 1], found[later] = found[later], found[later - 1]

@@ -14,7 +14,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import fault
-from bench.faults.targets import around, narrowed, need, on_input, on_output
+from bench.faults.targets import around, edm, narrowed, need, on_input, on_output, temporal_factor
 
 Tensor = torch.Tensor
 
@@ -24,13 +24,18 @@ def _statistics_with(pipe: Any, undo: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def decode(inner: Any, latent: Tensor) -> Tensor:
         vae = inner.vae
-        latent = latent.to(next(vae.parameters()).device, dtype=vae.dtype)
-        shape = (1, vae.config.z_dim, 1, 1, 1)
+        latent = latent.to(next(vae.parameters()).device)
+        # Cosmos: in float32, with statistics of each latent frame.
+        sigma_data = inner.scheduler.config.sigma_data if edm(inner) else None
+        latent = latent.to(vae.dtype) if sigma_data is None else latent / sigma_data
         mean, std = (
-            torch.tensor(values).view(shape).to(latent)
+            torch.tensor(values)
+            .view(1, latent.shape[1], -1, 1, 1)[:, :, : latent.shape[2]]
+            .to(latent)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        frames: Tensor = vae.decode(undo(latent, mean, std), return_dict=False)[0]
+        undone = undo(latent, mean, std).to(vae.dtype)
+        frames: Tensor = vae.decode(undone, return_dict=False)[0]
         return frames
 
     pipe.decode = decode
@@ -60,7 +65,7 @@ def latent_channel_mean_lost(pipe: Any) -> None:
 
     def undo(latent: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         kept = mean.clone()
-        kept[:, mean.abs().flatten().argmax()] = 0
+        kept[:, mean.abs().amax((0, 2, 3, 4)).argmax()] = 0
         return latent * std + kept
 
     _statistics_with(pipe, undo)
@@ -92,14 +97,14 @@ def first_frame_from_second(pipe: Any) -> None:
     def shifted(original: Callable[..., Tensor], inner: Any, latent: Tensor) -> Tensor:
         return original(inner, torch.cat([latent[:, :, 1:2], latent[:, :, 1:]], dim=2))
 
-    need(pipe.settings.num_frames > pipe.vae.config.scale_factor_temporal, "one latent frame")
+    need(pipe.settings.num_frames > temporal_factor(pipe), "one latent frame")
     around(pipe, "decode", shifted)
 
 
 def _first_convolution(pipe: Any) -> nn.Module:
     decoder = pipe.vae.decoder
-    need(hasattr(decoder, "conv_in"), "the VAE has no causal decoder")
-    found: nn.Module = decoder.conv_in
+    found: nn.Module = getattr(decoder, "conv_in", None)
+    need(isinstance(found, nn.Conv3d), "the VAE's decoder keeps no frames of the chunk before")
     return found
 
 

@@ -73,16 +73,20 @@ def _model_problems(model: str) -> list[str]:
 
     from truestep.case import Case
     from truestep.errors import ModelLoadError
-    from truestep.runtime.loading import resolve
+    from truestep.runtime.loading import NOTES, resolve
 
     try:
         folder = resolve(Case(model=model, prompt="doctor"))
     except ModelLoadError as error:
         return [f"{error.what} ({error.where}): {error.hint}"]
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    if index.get("_class_name") in NOTES:
+        click.echo(f"NOTE {NOTES[index['_class_name']]}", err=True)
     problems = []
     for part, kind in index.items():
-        if part.startswith("_") or not isinstance(kind, list) or kind[0] is None:
+        if part.startswith("_") or part == "safety_checker":
+            continue  # none is run: see NOTES
+        if not isinstance(kind, list) or kind[0] is None:
             continue
         problems += _component_problems(folder / part)
     return problems

@@ -171,7 +171,8 @@ def recorded_settings(pipe: Pipeline) -> dict[str, Any]:
             key: value for key, value in dict(scheduler).items() if _json_like(value)
         },
         "generator_device": "cpu",
-        "guidance_dtype": str(pipe.first_transformer.dtype).removeprefix("torch."),
+        "guidance_dtype": pipe.settings.guidance_dtype
+        or str(pipe.first_transformer.dtype).removeprefix("torch."),
     }
 
 

@@ -264,11 +264,12 @@ def _guidance(
             if not pipe.settings.guided:
                 return cond
             if adaptive.skips(step.index, step.expert):
-                return pipe.combine(pipe, step, cond.clone(), adaptive.stand_in(cond.clone()))
+                stand_in = adaptive.stand_in(cond.clone(), scale=pipe.output_scale(step))
+                return pipe.combine(pipe, step, cond.clone(), stand_in)
             if uncond is None:
                 return cond
             other = uncond.to(pipe.device, copy=True)
-            adaptive.saw(cond, other, step.expert)
+            adaptive.saw(cond, other, step.expert, scale=pipe.output_scale(step))
             return pipe.combine(pipe, step, cond.clone(), other)
 
         result.keep(step_name(index, "guided"), combined)

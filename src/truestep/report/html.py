@@ -64,6 +64,9 @@ _LEAST_RATIO = 1e-2
 _MOST_RATIO = 1e12
 """Ratios above this, those that are not finite, and tensors without one are at the top edge."""
 
+_LABEL = 14
+"""Letters of a module's name below the curve, 7 units wide each at most."""
+
 _FORWARDS = 4
 """Forwards of two traces that are drawn, each a line over their modules."""
 
@@ -140,7 +143,7 @@ def curve(rows: Sequence[Row]) -> Curve | None:
         ticks=tuple((y_of(10.0**d), _power(d)) for d in decades[:: 1 + len(decades) // 9]),
         steps=tuple((x_of(at), str(at)) for at in marks)
         if not deep
-        else tuple((x_of(at), fqn) for at, fqn in _landmarks(named)),
+        else _landmarks({x_of(at): fqn for at, fqn in named.items()}),
     )
 
 
@@ -153,10 +156,15 @@ def _forwards(rows: Sequence[Row]) -> list[Row]:
     return [r for r in outputs if (r.step, r.branch) in chosen]
 
 
-def _landmarks(named: Mapping[int, str]) -> list[tuple[int, str]]:
-    """Places to write a name at: modules near the root, as many as there is room for."""
-    shallow = [(at, fqn) for at, fqn in named.items() if fqn.count(".") <= 1] or [*named.items()]
-    return shallow[:: max(1, math.ceil(len(shallow) / 7))]
+def _landmarks(named: Mapping[float, str]) -> tuple[tuple[float, str], ...]:
+    """Places to write a name at: modules near the root, blocks before others, with room between."""
+    shallow = [(x, fqn) for x, fqn in named.items() if fqn.count(".") <= 1] or [*named.items()]
+    chosen: list[tuple[float, str]] = []
+    for x, fqn in sorted(shallow, key=lambda place: not place[1][-1:].isdecimal()):
+        text = fqn if len(fqn) <= _LABEL else f"…{fqn[1 - _LABEL :]}"
+        if all(abs(x - other) >= 7 * _LABEL for other, _ in chosen):
+            chosen.append((x, text))
+    return tuple(sorted(chosen))
 
 
 def _height(row: Row) -> float | None:

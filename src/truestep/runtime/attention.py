@@ -43,10 +43,13 @@ class Family:
     Attributes:
         blocks: Attribute with the blocks, each with the cross-attention `attn2`.
         embed: Dotted name of the module that projects the text; None where there is none.
+        kept: Modules of the cross-attention that are given the text itself, or what such a module
+            returned: only these can tell the same text by its identity.
     """
 
     blocks: str
     embed: str | None
+    kept: tuple[str, ...] = ("to_k", "to_v", "to_kv")
 
     def embedder(self, model: Any) -> Any:
         """The module that projects the text, or None."""
@@ -61,7 +64,9 @@ class Family:
 
 
 FAMILIES = {
-    "WanTransformer3DModel": Family("blocks", "condition_embedder.text_embedder"),
+    "WanTransformer3DModel": Family(
+        "blocks", "condition_embedder.text_embedder", ("to_k", "to_v", "to_kv", "norm_k")
+    ),
     "CosmosTransformer3DModel": Family("transformer_blocks", "crossattn_proj"),
 }
 """Model classes without positions on text keys; each text is checked all the same."""
@@ -211,7 +216,7 @@ class TextAttention:
         if self.cache:
             self._keep(self._family.embedder(self.model))
             for attention in self._family.attentions(self.model):
-                for name in ("to_k", "to_v", "to_kv", "norm_k"):
+                for name in self._family.kept:
                     self._keep(getattr(attention, name, None))
 
     def remove(self) -> None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from truestep.case import Case
 from truestep.environment import usable_device
-from truestep.errors import MissingExtraError, ModelLoadError
+from truestep.errors import CaseError, MissingExtraError, ModelLoadError
 from truestep.runtime.pipeline import Pipeline
 
-SUPPORTED = ("WanPipeline",)
+COSMOS = "CosmosTextToWorldPipeline"
+SUPPORTED = ("WanPipeline", COSMOS)
 """`_class_name` of the model_index.json files that a family here can run."""
+
+NOTES: Mapping[str, str] = {
+    COSMOS: "no safety checker runs here: NVIDIA's licence of the Cosmos weights asks for a "
+    "guardrail on prompts and frames that are shown to anyone",
+}
+"""What is to be said of a model's class beside what is missing."""
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -29,28 +37,33 @@ def load(case: Case) -> Pipeline:
         MissingExtraError: diffusers or transformers is not installed.
     """
     try:
-        import diffusers
-        import torch
+        import diffusers  # noqa: F401 - asked for before the folder is, to name it if absent
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(error.name or "diffusers", "diffusers", "running a model") from None
+    folder = resolve(case)
+    return (_cosmos if _index(folder)["_class_name"] == COSMOS else _wan)(case, folder)
+
+
+def _wan(case: Case, folder: Path) -> Pipeline:
+    import diffusers
+    import torch
+
     from truestep.runtime import wan
 
-    folder = resolve(case)
+    if case.settings.fps is not None:
+        raise CaseError(
+            "fps is set, but a Wan model is not told any",
+            where=str(folder),
+            hint="leave fps out of the case",
+        )
     device = usable_device(case.settings.device)
-    with _quiet():
-        try:
-            components = diffusers.WanPipeline.from_pretrained(
-                folder, dtype=getattr(torch, case.dtype), local_files_only=True
-            )
-            components.to(device)
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise ModelLoadError(
-                "the model could not be loaded",
-                where=str(folder),
-                measured=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}",
-                likely="a component's folder, weights or configuration is missing or damaged",
-                hint=f"truestep doctor --model {case.model}",
-            ) from error
+    with _quiet(), _failures(case, folder):
+        components = diffusers.WanPipeline.from_pretrained(
+            folder, dtype=getattr(torch, case.dtype), local_files_only=True
+        )
+        components.to(device)
     return Pipeline(
         **vars(wan.STAGES),
         tokenizer=components.tokenizer,
@@ -65,6 +78,67 @@ def load(case: Case) -> Pipeline:
         expand_timesteps=components.config.expand_timesteps,
         weights=fingerprint(folder),
     )
+
+
+_PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+
+
+def _cosmos(case: Case, folder: Path) -> Pipeline:
+    """Load the parts one by one: diffusers' pipeline is not to be had without cosmos_guardrail."""
+    import torch
+
+    from truestep.runtime import cosmos
+
+    device = usable_device(case.settings.device)
+    dtype = getattr(torch, case.dtype)
+    with _quiet(), _failures(case, folder):
+        config = json.loads((folder / "transformer" / "config.json").read_text("utf-8"))
+        cosmos.require_torchvision(bool(config.get("concat_padding_mask", True)))
+        index = _index(folder)
+        parts = {part: _part(folder / part, index[part], dtype=dtype) for part in _PARTS}
+        for part in ("text_encoder", "transformer", "vae"):
+            parts[part].to(device)
+    return Pipeline(
+        **vars(cosmos.STAGES),
+        **parts,
+        transformer_2=None,
+        settings=case.run_settings(),
+        device=device,
+        weights=fingerprint(folder),
+        output_scale=cosmos.output_scale(parts["scheduler"]),
+    )
+
+
+def _part(folder: Path, kind: Sequence[str], *, dtype: Any) -> Any:
+    """Load one component; `kind` is its entry in model_index.json: library and class.
+
+    Raises:
+        ValueError: The class is neither diffusers' nor transformers': no other code is run.
+    """
+    library, name = kind
+    if library not in ("diffusers", "transformers"):
+        raise ValueError(f"{folder.name} is of {library}.{name}, not of diffusers or transformers")
+    found = getattr(importlib.import_module(library), name, None)
+    if found is None:
+        raise ValueError(f"{library} has no class {name}")
+    if folder.name in ("tokenizer", "scheduler"):
+        return found.from_pretrained(folder, local_files_only=True)
+    return found.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+
+
+@contextmanager
+def _failures(case: Case, folder: Path) -> Iterator[None]:
+    """Whatever the libraries raise over a damaged folder, as one clear error."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ModelLoadError(
+            "the model could not be loaded",
+            where=str(folder),
+            measured=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}",
+            likely="a component's folder, weights or configuration is missing or damaged",
+            hint=f"truestep doctor --model {case.model}",
+        ) from error
 
 
 def resolve(case: Case) -> Path:
@@ -90,12 +164,7 @@ def resolve(case: Case) -> Path:
             measured="a diffusers model has a model_index.json",
             hint="give builtin:digits, a diffusers folder, or a hub id like Wan-AI/NAME",
         )
-    try:
-        name = json.loads(index.read_text("utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelLoadError(
-            "model_index.json cannot be read", where=str(index), measured=str(error)
-        ) from None
+    name = _index(folder).get("_class_name")
     if name not in SUPPORTED:
         raise ModelLoadError(
             f"models of class {name} are not supported",
@@ -104,6 +173,24 @@ def resolve(case: Case) -> Path:
             hint="gate the latents of any engine with truestep.check_latent()",
         )
     return folder
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """A folder's model_index.json.
+
+    Raises:
+        ModelLoadError: It cannot be read.
+    """
+    path = folder / "model_index.json"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not an object")
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            "model_index.json cannot be read", where=str(path), measured=str(error)
+        ) from None
+    return found
 
 
 def _from_hub(model: str, revision: str | None) -> Path:

@@ -85,6 +85,10 @@ class Stages:
     decode: Callable[[Pipeline, torch.Tensor], torch.Tensor]
 
 
+def _one(step: Step) -> float:
+    return 1.0
+
+
 @dataclass
 class Pipeline(Stages):
     """Models, scheduler, settings and stages of one loaded model. Everything may be replaced.
@@ -98,6 +102,7 @@ class Pipeline(Stages):
         forwards: Transformer forwards run so far, counted per sample.
         branches: How both guidance passes of a step are run; `follow_plan` sets it.
         text_plans: What is installed on the transformers for their text; likewise.
+        output_scale: Factor of the network's output in a step's prediction; 1 where it is that.
         refused: What the settings ask for and no forward of this run can do, in words; likewise.
     """
 
@@ -116,6 +121,7 @@ class Pipeline(Stages):
     branches: Branches = field(default_factory=Branches)
     text_plans: list[TextAttention] = field(default_factory=list)
     refused: tuple[str, ...] = ()
+    output_scale: Callable[[Step], float] = _one
 
     def expert(self, number: int) -> Any:
         """The transformer of expert 1 (high noise) or 2 (low noise)."""
@@ -282,10 +288,11 @@ def denoise(
             observer.tensor(f"step/{index:04d}/cond", cond)
             if uncond is not None:
                 observer.tensor(f"step/{index:04d}/uncond", uncond)
-                adaptive.saw(cond, uncond, step.expert)
+                adaptive.saw(cond, uncond, step.expert, scale=pipe.output_scale(step))
                 guided = pipe.combine(pipe, step, cond, uncond)
             elif skipped:
-                guided = pipe.combine(pipe, step, cond, adaptive.stand_in(cond))
+                stand_in = adaptive.stand_in(cond, scale=pipe.output_scale(step))
+                guided = pipe.combine(pipe, step, cond, stand_in)
             observer.tensor(f"step/{index:04d}/guided", guided)
             latent = pipe.update(pipe, step, guided, latent)
         observer.step_done(index, total)
