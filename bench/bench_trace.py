@@ -38,15 +38,20 @@ BARS = {
 }
 
 
-def build() -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A Wan transformer, and what one forward is given: 480 tokens, 512 channels."""
+def build(width: int = 512) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A Wan transformer, and what one forward is given.
+
+    Args:
+        width: Channels. 512 with 480 tokens, or 1,536, that of Wan 2.1 1.3B, with 96 tokens: what a
+            forward computes for each byte that its modules return grows with the width.
+    """
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
     model = WanTransformer3DModel(
-        num_attention_heads=8,
+        num_attention_heads=width // 64,
         attention_head_dim=64,
-        ffn_dim=1536,
+        ffn_dim=3 * width,
         num_layers=8,
         in_channels=16,
         out_channels=16,
@@ -58,7 +63,7 @@ def build() -> tuple[torch.nn.Module, dict[str, Any]]:
         cross_attn_norm=True,
     ).eval()
     given = {
-        "hidden_states": torch.randn(1, 16, 5, 16, 24),
+        "hidden_states": torch.randn(1, 16, 5 if width == 512 else 1, 16, 24),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": torch.randn(1, 16, 64),
         "return_dict": False,
@@ -177,9 +182,9 @@ def importable_peers() -> dict[str, Peer]:
     return found
 
 
-def main(rounds: int = 9, *, peers: bool = True) -> None:
+def main(rounds: int = 9, *, peers: bool = True, width: int = 512) -> None:
     torch.set_num_threads(1)
-    model, given = build()
+    model, given = build(width)
     folder = Path(tempfile.mkdtemp(prefix="bench-trace-"))
 
     def forwards() -> None:
@@ -221,6 +226,7 @@ def main(rounds: int = 9, *, peers: bool = True) -> None:
         recorded = sum(t.nbytes for t in trace.recording.values()) if trace.recording else 0
         emit(
             "trace_model",
+            width=width,
             modules_that_run=trace.fired,
             tensors_a_forward=len(trace.names) // FORWARDS,
             output_mb_a_forward=round(recorded / FORWARDS / 1e6, 1),
@@ -259,5 +265,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Overhead of tracing, one thread.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--width", type=int, default=512, choices=[512, 1536])
     options = parser.parse_args()
-    main(options.rounds, peers=options.peers)
+    main(options.rounds, peers=options.peers, width=options.width)

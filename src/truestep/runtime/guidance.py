@@ -98,14 +98,28 @@ class CannotBatchError(Exception):
     """Why two passes cannot be one forward."""
 
 
+def _joined(uncond: Tensor, cond: Tensor) -> Tensor:
+    return torch.cat((uncond, cond))
+
+
+_TEXTS = ("text", "encoder_hidden_states")
+_JOINT = 4
+"""Pairs of texts whose batch is kept."""
+
+
 def batched_keywords(
-    cond: Mapping[str, Any], uncond: Mapping[str, Any], *, per_sample: Collection[str] = PER_SAMPLE
+    cond: Mapping[str, Any],
+    uncond: Mapping[str, Any],
+    *,
+    per_sample: Collection[str] = PER_SAMPLE,
+    joined: Callable[[Tensor, Tensor], Tensor] = _joined,
 ) -> dict[str, Any]:
     """Keywords of one forward for both passes: `[uncond, cond]` on the batch axis.
 
     Args:
         cond, uncond: Keywords of the two passes.
         per_sample: Those whose first axis is the batch.
+        joined: Makes a batch of the texts.
 
     Returns:
         The same keywords: per-sample ones concatenated, the others kept.
@@ -126,7 +140,8 @@ def batched_keywords(
                 raise CannotBatchError(
                     f"{key} differs in form: {_form(own)} against {_form(other)}"
                 )
-            made[key] = torch.cat((other, own)) if own.ndim else own
+            join = joined if key in _TEXTS else _joined
+            made[key] = join(other, own) if own.ndim else own
         elif own is other or _same(own, other):
             made[key] = own
         else:
@@ -160,7 +175,7 @@ class Branches:
     cfg: str = "sequential"
     reasons: list[str] = field(default_factory=list)
     per_sample: Collection[str] = PER_SAMPLE
-    _texts: list[Tensor] = field(default_factory=list)
+    _joint: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def run(
         self,
@@ -182,7 +197,9 @@ class Branches:
         """
         if self.cfg == "batched" and not self.reasons:
             try:
-                keywords = self._kept(batched_keywords(cond, uncond, per_sample=self.per_sample))
+                keywords = batched_keywords(
+                    cond, uncond, per_sample=self.per_sample, joined=self._joined
+                )
             except CannotBatchError as error:
                 self.fall_back(str(error))
             else:
@@ -206,16 +223,17 @@ class Branches:
             return None
         return cond, uncond
 
-    def _kept(self, keywords: dict[str, Any]) -> dict[str, Any]:
-        """The same texts give the same tensor in every step, so that what follows can be kept."""
-        for key in ("text", "encoder_hidden_states"):
-            made = keywords.get(key)
-            if not isinstance(made, Tensor):
-                continue
-            known = (t for t in self._texts if t.shape == made.shape and torch.equal(t, made))
-            keywords[key] = next(known, made)
-            self._texts = [*self._texts[-3:], made] if keywords[key] is made else self._texts
-        return keywords
+    def _joined(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        """`[uncond, cond]`: the same tensor in every step where both are the same, so that what
+        follows from a text can be kept."""
+        if uncond.is_inference() or cond.is_inference():  # these count no changes
+            return torch.cat((uncond, cond))
+        key = (id(uncond), uncond._version, id(cond), cond._version)
+        if key not in self._joint:
+            while len(self._joint) > _JOINT:
+                del self._joint[next(iter(self._joint))]
+            self._joint[key] = (uncond, cond, torch.cat((uncond, cond)))
+        return self._joint[key][2]
 
     def fall_back(self, reason: str) -> None:
         """Run sequentially from now on; the first reason is a warning."""
