@@ -15,6 +15,8 @@ VERBS = {
     "trace": "Record what every module of a model gives, step by step.",
     "calibrate": "Add benign runs to a reference's noise floor, and measure the false alarms.",
     "compare": "Compare two files of tensors: recordings, safetensors, npy, npz, pt.",
+    "ab": "Time a switch against a control, and say whether the model stays the same.",
+    "perf": "Keep a history of what a case costs, and say whether it costs more now.",
     "selftest": "Damage a reference in standard ways and say which gates notice.",
     "parity": "Component parity tests: scaffold, run, and a ledger of what is proven.",
     "recorder": "Write one file that records where truestep cannot be installed.",

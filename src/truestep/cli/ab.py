@@ -1,0 +1,264 @@
+"""`truestep ab`: two arms and a control interleaved, judged for speed and sameness."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from truestep.cli.common import (
+    case_options,
+    choose_cases,
+    load_change,
+    output_options,
+    parse_changes,
+    progress_bar,
+    set_option,
+)
+
+if TYPE_CHECKING:
+    from truestep.case import Case
+    from truestep.experiment.records import Experiment, Plan
+    from truestep.experiment.store import Store
+
+_DIMENSION = re.compile(r"[A-Za-z_]\w*=")
+"""A positional argument that goes on with --matrix."""
+
+
+def _share(value: object) -> float:
+    """`1%` or `0.01`, above 0 and below 1."""
+    text = str(value).strip()
+    try:
+        number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < 1:
+        raise click.BadParameter(f"{text!r} is not a share like 1% or 0.01")
+    return number
+
+
+@click.command("ab")
+@case_options
+@set_option
+@click.option("--vs", "against", multiple=True, metavar="KEY=VALUE", help="Likewise, the baseline.")
+@click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="The change in the candidate.")
+@click.option(
+    "--matrix",
+    multiple=True,
+    metavar="KEY=VALUE,...",
+    help="Run every combination of these values in both arms; compile=off,on among them.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Rounds of a cell; each runs baseline, candidate and control twice.",
+)
+@click.option(
+    "--until",
+    type=_share,
+    metavar="1%",
+    help="Go on until the interval of the ratio is this narrow, plus or minus; twice as much is "
+    "then the same speed, if --margin is not less.",
+)
+@click.option(
+    "--max-rounds",
+    type=click.IntRange(min=1),
+    default=400,
+    show_default=True,
+    help="Where --until gives up.",
+)
+@click.option(
+    "--margin",
+    type=_share,
+    metavar="5%",
+    default="5%",
+    show_default=True,
+    help="Difference in time that still is the same speed.",
+)
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Runs of every arm before the first round, not counted.",
+)
+@click.option(
+    "--expect",
+    type=click.Choice(["faster", "same", "different"]),
+    multiple=True,
+    help="What the switch must do; else exit 1, or 4 if it did nothing.",
+)
+@click.option(
+    "--num-prompts", type=click.IntRange(min=1), metavar="N", help="Only the first N cases."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the order of the arms.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("truestep-ab"),
+    show_default=True,
+    help="Folder of the results.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the experiment in the folder.")
+@output_options
+def command(
+    names: tuple[str, ...],
+    case_file: Path,
+    prompt: str | None,
+    tier: str,
+    changes: tuple[str, ...],
+    against: tuple[str, ...],
+    change: str | None,
+    matrix: tuple[str, ...],
+    rounds: int,
+    until: float | None,
+    max_rounds: int,
+    margin: float,
+    warmup: int,
+    expect: tuple[str, ...],
+    num_prompts: int | None,
+    seed: int,
+    output: Path,
+    resume: bool,
+    json_path: str | None,
+    report: Path | None,
+) -> None:
+    """Say whether a switch makes a model faster, and whether it stays the same model.
+
+    CASES are names in the case file, case files, or one model: with --prompt, or else with five
+    pinned prompts. The baseline is the case with --vs, the candidate the case with --set and
+    --apply; the baseline runs once more as a control. `truestep ab recover DIR` rebuilds the table
+    of whatever lies in a folder.
+    """
+    from truestep.experiment.planning import parse_matrix, planned_cases, validate
+    from truestep.experiment.records import Plan
+    from truestep.experiment.store import Store
+
+    if names[:1] == ("recover",):
+        _recover(names[1:], json_path=json_path, report=report)
+    dimensions = [*matrix, *(n for n in names if matrix and _DIMENSION.match(n))]
+    names = tuple(name for name in names if name not in dimensions)
+    cells = parse_matrix(dimensions)
+    cases = _cases(names, case_file=case_file, prompt=prompt, tier=tier)
+    chosen = planned_cases(cases, most=num_prompts)
+    baseline, candidate = parse_changes(against), parse_changes(changes)
+    validate(
+        chosen,
+        cells,
+        baseline=baseline,
+        candidate=candidate,
+        apply=change or "",
+        alike="same" in expect,
+    )
+    apply = load_change(change)
+    plan = Plan(
+        tool_version=_version(),
+        cases=chosen,
+        cells=tuple(cells),
+        baseline=baseline,
+        candidate=candidate,
+        apply=change or "",
+        apply_digest=_digest(change),
+        rounds=rounds,
+        until=until,
+        most_rounds=max(max_rounds, rounds),
+        margin=margin if until is None else min(margin, 2 * until),
+        warmup=warmup,
+        expect=expect,
+        seed=seed,
+    )
+    store = Store(output)
+    with store.locked():
+        store.begin(plan, resume=resume)
+        experiment = _run(plan, store, apply, report=report)
+    sys.exit(_show(experiment, store, json_path=json_path, report=report))
+
+
+def _cases(
+    names: tuple[str, ...], *, case_file: Path, prompt: str | None, tier: str
+) -> dict[str, Case]:
+    """Cases as every verb chooses them, or the pinned prompts for a bare model."""
+    from truestep.case import load_cases
+    from truestep.experiment.planning import pinned_cases
+
+    if prompt is None and len(names) == 1 and not names[0].endswith(".toml"):
+        model = names[0]
+        known = case_file.exists() and model in load_cases(case_file, tier=tier)
+        if not known and (":" in model or "/" in model or Path(model).is_dir()):
+            return pinned_cases(model)
+    return choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
+
+
+def _run(plan: Plan, store: Store, apply: Any, *, report: Path | None) -> Experiment:
+    """Run what is missing, and make the table; also where it was stopped from the keyboard."""
+    from truestep.environment import Environment, command_line
+    from truestep.experiment.running import run_experiment
+    from truestep.experiment.table import summarise
+    from truestep.report.ab import write_tables
+
+    store.write_environment(dict(Environment.current()))
+    try:
+        with progress_bar() as progress:
+            run_experiment(plan, store, apply=apply, progress=progress)
+    except KeyboardInterrupt:
+        click.echo(f"stopped; --resume goes on: {store.folder}", err=True)
+    experiment = summarise(store).model_copy(update={"repeat": command_line()})
+    write_tables(store, experiment, report=report)
+    return experiment
+
+
+def _recover(folders: tuple[str, ...], *, json_path: str | None, report: Path | None) -> None:
+    """Rebuild the table of a folder; runs nothing."""
+    from truestep.errors import UsageError
+    from truestep.experiment.store import Store
+    from truestep.experiment.table import summarise
+    from truestep.report.ab import write_tables
+
+    if len(folders) != 1:
+        raise UsageError("recover takes one folder", hint="truestep ab recover DIR")
+    store = Store(folders[0])
+    store.plan()
+    with store.locked():
+        experiment = summarise(store)
+        write_tables(store, experiment, report=report)
+    sys.exit(_show(experiment, store, json_path=json_path, report=report))
+
+
+def _show(
+    experiment: Experiment, store: Store, *, json_path: str | None, report: Path | None
+) -> int:
+    from truestep.files import write_text
+    from truestep.report.ab import print_experiment
+
+    if json_path == "-":
+        click.echo(experiment.model_dump_json(indent=2))
+        return experiment.exit_code
+    if json_path is not None:
+        write_text(json_path, experiment.model_dump_json(indent=2), "the result")
+    print_experiment(experiment, folder=str(store.folder), report=str(report) if report else None)
+    return experiment.exit_code
+
+
+def _digest(change: str | None) -> str:
+    """Of the file of --apply, so that a resumed experiment runs the same change."""
+    if change is None:
+        return ""
+    return hashlib.sha256(Path(change.rpartition(":")[0]).read_bytes()).hexdigest()[:16]
+
+
+def _version() -> str:
+    from truestep.environment import library_version
+
+    return library_version("truestep") or ""

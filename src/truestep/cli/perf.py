@@ -1,0 +1,517 @@
+"""`truestep perf`: a history of what a case costs, and whether it costs more now."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from truestep.cli.common import case_options, choose_cases, progress_bar
+
+if TYPE_CHECKING:
+    from truestep.case import Case
+    from truestep.experiment.baseline import Cohort, PerfBatch, PerfResult, PerfRun
+    from truestep.experiment.perf_importing import PerfImport
+    from truestep.experiment.perf_measuring import Session
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_COLOURS = {0: "green", 1: "red", 3: "yellow", 4: "yellow"}
+
+_history = click.option(
+    "--history",
+    type=click.Path(path_type=Path),
+    default=Path("truestep-references") / "perf.sqlite",
+    show_default=True,
+    help="SQLite file of all runs.",
+)
+_json = click.option(
+    "--json",
+    "json_path",
+    is_flag=False,
+    flag_value="-",
+    metavar="[PATH]",
+    help="Write the result as JSON; without a path, or with -, to stdout alone.",
+)
+_runs = click.option(
+    "--runs",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Generations to measure, after one that is not.",
+)
+
+
+@click.group("perf")
+def command() -> None:
+    """Keep what a case costs, and say whether it costs more now.
+
+    Runs are compared within a cohort: the same case on the same machine, libraries, threads and
+    attention kernel.
+    """
+
+
+@command.command("record")
+@case_options
+@_runs
+@click.option("--label", default="", help="What to call these runs: a commit, a date.")
+@click.option("--fresh", is_flag=True, help="Begin a new baseline: earlier runs count no more.")
+@_history
+@_json
+def record(
+    names: tuple[str, ...],
+    case_file: Path,
+    prompt: str | None,
+    tier: str,
+    runs: int,
+    label: str,
+    fresh: bool,
+    history: Path,
+    json_path: str | None,
+) -> None:
+    """Measure cases and add the runs to the history.
+
+    Three processes (three calls) are needed before a slow-down below the percent rule can be told
+    from how processes differ. Runs that are faster than the baseline's interval begin a new one;
+    runs that are slower show in the trend but do not count, unless --fresh is given.
+    """
+    cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
+
+    def each(name: str, case: Case) -> PerfResult:
+        return _record(name, case, runs=runs, label=label, fresh=fresh, path=history)
+
+    sys.exit(_run_each(cases, each, json_path))
+
+
+@command.command("check")
+@case_options
+@_runs
+@_history
+@_json
+def check(
+    names: tuple[str, ...],
+    case_file: Path,
+    prompt: str | None,
+    tier: str,
+    runs: int,
+    history: Path,
+    json_path: str | None,
+) -> None:
+    """Measure cases and judge them against the history of the same cohort.
+
+    Judged by interval (is the new median where the cohort's own runs let it be expected?) and by
+    the percent rule max(base * (1 + rel), base + pad). Nothing is added to the history.
+    """
+    cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
+
+    def each(name: str, case: Case) -> PerfResult:
+        return _check(name, case, runs=runs, path=history)
+
+    sys.exit(_run_each(cases, each, json_path))
+
+
+@command.command("show")
+@click.argument("name", required=False, metavar="[CASE]")
+@click.option(
+    "--file",
+    "case_file",
+    type=click.Path(path_type=Path),
+    default=Path("truestep.toml"),
+    show_default=True,
+    help="Case file.",
+)
+@click.option("--tier", default="default", show_default=True, help="Tier of the case.")
+@_history
+@click.option("--report", type=click.Path(path_type=Path), help="Write the trend as HTML.")
+@_json
+def show(
+    name: str | None,
+    case_file: Path,
+    tier: str,
+    history: Path,
+    report: Path | None,
+    json_path: str | None,
+) -> None:
+    """Print the trend: median and interval of every recorded batch.
+
+    CASE is a name in the case file, a case id or its beginning, or an imported scenario; none is
+    all.
+    """
+    from truestep.environment import library_version
+    from truestep.experiment.history import open_history
+    from truestep.files import write_text
+    from truestep.report import trend
+
+    wanted = _case_ids(name, case_file, tier)
+    with open_history(history, create=False) as found:
+        every = [(cohort, found.batches(cohort)) for cohort, _ in found.cohorts()]
+    chosen = [
+        (c, batches)
+        for c, batches in every
+        if batches and (wanted is None or any(c.case_id.startswith(w) for w in wanted))
+    ]
+    if not chosen:
+        _nothing_to_show(name, history, [c for c, _ in every])
+    made = trend.build(chosen, history=str(history), tool_version=library_version("truestep") or "")
+    if report is not None:
+        trend.write(report, made)
+    if json_path == "-":
+        click.echo(made.model_dump_json(indent=2))
+        return
+    if json_path is not None:
+        write_text(json_path, made.model_dump_json(indent=2), "the trend")
+    for line in trend.lines(made):
+        click.echo(line)
+    click.secho(made.sentence, bold=True)
+    if report is not None:
+        click.echo(f"report: {report}")
+
+
+@command.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_history
+@_json
+def import_(files: tuple[Path, ...], history: Path, json_path: str | None) -> None:
+    """Add other tools' numbers to the history, as cohorts of their own.
+
+    FILE is SGLang's perf_baselines.json or a FastVideo performance result. All files are read
+    before anything is kept: a malformed one imports nothing.
+    """
+    from truestep.experiment.history import open_history
+    from truestep.experiment.perf_importing import PerfImport, read_file
+    from truestep.files import write_text
+    from truestep.verdict import Verdict
+
+    read = [read_file(path) for path in files]
+    items = [item for _, found in read for item in found]
+    with open_history(history) as opened:
+        new = opened.import_all(items)
+    left_out = sum(len(file.left_out) for file, _ in read)
+    verdict = Verdict.INVALID if left_out or not items else Verdict.EQUIVALENT
+    known = len(items) - new
+    sentence = f"imported {new} batches of {len(files)} file{'s' if len(files) > 1 else ''}"
+    sentence += f"; {known} were there already" if known else ""
+    sentence += f"; {left_out} left out: their numbers cannot be true" if left_out else ""
+    result = PerfImport(
+        verdict=verdict,
+        exit_code=verdict.exit_code,
+        sentence=sentence if items or left_out else "invalid: there was nothing to import",
+        history=str(history),
+        files=tuple(file for file, _ in read),
+        new=new,
+        known=known,
+    )
+    if json_path == "-":
+        click.echo(result.model_dump_json(indent=2))
+    else:
+        if json_path is not None:
+            write_text(json_path, result.model_dump_json(indent=2), "the result")
+        _print_import(result)
+    sys.exit(result.exit_code)
+
+
+def _run_each(
+    cases: Mapping[str, Case], each: Callable[[str, Case], PerfResult], json_path: str | None
+) -> int:
+    """Do something with every case; one that breaks must not cost the others' results."""
+    from truestep.errors import TruestepError
+
+    results: list[PerfResult] = []
+    for name, case in cases.items():
+        try:
+            results.append(each(name, case))
+        except TruestepError as error:
+            if len(cases) == 1:
+                raise
+            click.echo(f"BROKEN {name}: {type(error).__name__}: {error}", err=True)
+    code = _finish(results, json_path) if results else 2
+    return code if len(results) == len(cases) else 2
+
+
+def _record(name: str, case: Case, *, runs: int, label: str, fresh: bool, path: Path) -> PerfResult:
+    """Measure and keep each run as soon as it is known; then say for what the batch counts."""
+    from truestep.experiment.baseline import PerfResult, check_result, found_impossible
+    from truestep.experiment.history import open_history
+    from truestep.verdict import Verdict
+
+    version, now = _version_and_time()
+    with open_history(path) as history:
+        session = _session(name, case)
+        cohort = session.cohort
+        before = history.baseline(cohort)
+        batch = history.begin(cohort, started=now, label=label, tool_version=version)
+        measured: list[PerfRun] = []
+        problems: list[str] = []
+        for run in _measured(session, name, runs):
+            measured.append(run)
+            problems = found_impossible([run], (), cohort=cohort, steps=case.steps)
+            if problems:
+                break
+            history.add(batch, run)
+        judged = (
+            check_result(measured, before, cohort=cohort, case_name=name, steps=case.steps)
+            if before and not problems
+            else None
+        )
+        number, words = _baseline_of(judged, before, fresh=fresh)
+        if not problems:
+            history.finish(batch, baseline=number)
+        counting = history.baseline(cohort)
+    common: dict[str, Any] = {
+        "tool_version": version,
+        "action": "record",
+        "case_name": name,
+        "case_id": cohort.case_id,
+        "cohort_id": cohort.id,
+        "cohort": cohort,
+        "history": str(path),
+        "batch": batch,
+        "runs": tuple(measured),
+    }
+    if problems:
+        return PerfResult(
+            verdict=Verdict.INVALID,
+            sentence=f"invalid: {name}: {problems[0]}; it was not kept",
+            problems=tuple(problems),
+            **common,
+        )
+    processes = len(counting)
+    notes = _busy()
+    if number is not None and processes < 3:
+        more = "1 more call" if processes == 2 else f"{3 - processes} more calls"
+        notes.append(
+            f"{more} of this command until a slow-down below the percent rule can be told from "
+            "how processes differ"
+        )
+    return PerfResult(
+        verdict=Verdict.EQUIVALENT,
+        sentence=f"recorded {name}: {_spread(measured)}; {words}",
+        baseline=number,
+        baseline_batches=processes,
+        baseline_runs=sum(len(b.runs) for b in counting),
+        rows=judged.rows if judged is not None else (),
+        notes=tuple(notes),
+        **common,
+    )
+
+
+def _baseline_of(
+    judged: PerfResult | None, before: list[PerfBatch], *, fresh: bool
+) -> tuple[int | None, str]:
+    """For which baseline a recorded batch counts, and that in words."""
+    from truestep.experiment.statistics import Outcome
+
+    latest = max((b.baseline or 0 for b in before), default=0)
+    if judged is None or not judged.rows:
+        return latest + 1, "the first of this cohort"
+    e2e = judged.rows[0]
+    change = f"{e2e.change:+.1%} against the baseline before"
+    if fresh:
+        return latest + 1, f"the new baseline ({change})"
+    if e2e.outcome is Outcome.FASTER:
+        return latest + 1, f"the new baseline: faster ({change})"
+    if judged.verdict.exit_code == 1:
+        return None, f"not counted: it has drifted ({change}); --fresh makes it the baseline"
+    return latest, f"added to the baseline ({change})"
+
+
+def _check(name: str, case: Case, *, runs: int, path: Path) -> PerfResult:
+    """The history is looked up before anything is measured, once the kernel is known."""
+    from truestep.experiment.baseline import check_result, missing_result
+    from truestep.experiment.history import open_history
+
+    version, _ = _version_and_time()
+    baseline: list[PerfBatch] = []
+    others: list[tuple[Cohort, int]] = []
+    if path.is_file():
+        with open_history(path, create=False) as history:
+            others = history.cohorts()  # an unreadable history is told before a model is loaded
+    session = _session(name, case)
+    if path.is_file():
+        with open_history(path, create=False) as history:
+            baseline = history.baseline(session.cohort)
+    if not baseline:
+        result = missing_result(session.cohort, others, case_name=name)
+    else:
+        measured = list(_measured(session, name, runs))
+        result = check_result(
+            measured, baseline, cohort=session.cohort, case_name=name, steps=case.steps
+        )
+    return result.model_copy(
+        update={"tool_version": version, "history": str(path), "notes": tuple(_busy())}
+    )
+
+
+def _busy() -> list[str]:
+    """What is to be said of a machine that others use: the load of the last minute."""
+    from truestep.experiment.perf_measuring import cores
+
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # not a POSIX system, or it cannot tell
+        return []
+    count = cores()
+    if load <= count + 1:  # this process's own share
+        return []
+    return [f"the machine is busy: load {load:.1f} on {count} core{'s' if count > 1 else ''}"]
+
+
+def _session(name: str, case: Case) -> Session:
+    from truestep.experiment.perf_measuring import start_session
+
+    return start_session(case, name=name)
+
+
+def _measured(session: Session, name: str, runs: int) -> Iterator[PerfRun]:
+    from truestep.experiment.perf_measuring import measure
+
+    with progress_bar() as progress:
+        for number in range(runs):
+            yield measure(session, name=name)
+            if progress:
+                progress(f"{name}: runs", number + 1, runs)
+
+
+def _version_and_time() -> tuple[str, str]:
+    from datetime import datetime, timezone
+
+    from truestep.environment import library_version
+
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return library_version("truestep") or "", now
+
+
+def _spread(runs: list[PerfRun]) -> str:
+    from truestep.experiment.baseline import amount
+    from truestep.experiment.statistics import median
+
+    times = sorted(run.e2e_ms for run in runs)
+    text = f"{len(runs)} run{'s' if len(runs) > 1 else ''}, median {amount(median(times))} ms"
+    return f"{text} ({amount(times[0])} to {amount(times[-1])})"
+
+
+def _case_ids(name: str | None, case_file: Path, tier: str) -> list[str] | None:
+    """What case ids may begin with; None is all."""
+    from truestep.case import load_cases
+
+    if name is None:
+        return None
+    if case_file.exists():
+        cases = load_cases(case_file, tier=tier)
+        if name in cases:
+            return [cases[name].id]
+    return [name]
+
+
+def _nothing_to_show(name: str | None, history: Path, cohorts: list[Cohort]) -> None:
+    from truestep.errors import ReferenceNotFoundError
+
+    ids = list(dict.fromkeys(cohort.case_id for cohort in cohorts))
+    more = f", and {len(ids) - 6} more" if len(ids) > 6 else ""
+    raise ReferenceNotFoundError(
+        f"the history holds no runs of {name!r}" if name else "the history holds no runs",
+        where=str(history),
+        measured=f"it holds: {', '.join(ids[:6])}{more}" if ids else "",
+        hint=f"truestep perf record {name or 'CASE'}",
+    )
+
+
+def _finish(results: list[PerfResult], json_path: str | None) -> int:
+    """Print results and write JSON; the exit code of the worst verdict."""
+    from truestep.environment import command_line
+    from truestep.experiment.baseline import PerfResults
+    from truestep.files import write_text
+
+    bundle = PerfResults.of(results, repeat=command_line())
+    if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks for all
+        return bundle.exit_code
+    if json_path == "-":
+        click.echo(bundle.model_dump_json(indent=2))
+        return bundle.exit_code
+    if json_path is not None:
+        write_text(json_path, bundle.model_dump_json(indent=2), "the result")
+    for result in results:
+        for line in _lines(result):
+            click.echo(line)
+    if len(results) > 1:
+        counts = [r.verdict.value for r in results]
+        parts = ", ".join(f"{counts.count(w)} {w}" for w in dict.fromkeys(counts))
+        click.secho(f"{len(results)} cases: {parts}", fg=_COLOURS[bundle.exit_code], bold=True)
+    else:
+        click.secho(results[0].sentence, fg=_COLOURS[bundle.exit_code], bold=True)
+    click.echo(f"repeat: {bundle.repeat}")
+    return bundle.exit_code
+
+
+def _lines(result: PerfResult) -> Iterator[str]:
+    """A result as text: numbers beside their baseline, then what to do."""
+    from truestep.experiment.baseline import amount
+
+    word = "PASSED" if result.verdict.passed else "FAILED"
+    word = "RECORDED" if result.action == "record" and result.verdict.passed else word
+    yield f"{word} {result.verdict.value} {result.case_name} [cohort {result.cohort_id}]"
+    cells = [("", "new", "baseline", "change", "expected (99 %)", "percent rule", "")]
+    for row in result.rows:
+        interval = (
+            f"{amount(row.low)} to {amount(row.high)}"
+            if row.low is not None and row.high is not None
+            else "-"
+        )
+        note = row.note or ("" if row.verdict is None else row.verdict.value)
+        if row.verdict is not None and row.note and not row.verdict.passed:
+            note = f"{row.verdict.value}: {row.note}"
+        limit = f"<= {amount(row.limit)}" if row.limit is not None else "-"
+        name = f"{row.name} {row.unit}"
+        change = f"{row.change:+.1%}"
+        cells.append((name, amount(row.value), amount(row.base), change, interval, limit, note))
+    if result.rows:
+        widths = [max(len(line[i]) for line in cells) for i in range(6)]
+        for line in cells:
+            head = "  ".join(
+                c.ljust(w) if i == 0 else c.rjust(w)
+                for i, (c, w) in enumerate(zip(line, widths, strict=False))
+            )
+            yield f"  {head}  {line[6]}".rstrip()
+    if result.baseline_runs:
+        yield (
+            f"  baseline     {result.baseline_runs} runs of {result.baseline_batches} "
+            f"process{'es' if result.baseline_batches != 1 else ''} in {result.history}"
+        )
+    if result.detectable is not None and result.verdict.passed:
+        yield f"  detectable   {result.detectable:.1%} slower would not have passed"
+    for problem in result.problems[:20]:
+        yield f"  impossible   {problem}"
+    for other in result.alternatives[:8]:
+        differences = ", ".join(
+            f"{d.key} {d.actual} (there {d.reference})" for d in other.differences[:4]
+        )
+        more = f", {len(other.differences) - 4} more" if len(other.differences) > 4 else ""
+        where = f"{other.source} {other.cohort}, {other.runs} runs"
+        yield f"  there is     {where}: {differences or 'the same, without runs that count'}{more}"
+    if len(result.alternatives) > 8:
+        yield f"  there is     ... {len(result.alternatives) - 8} more cohorts"
+    for note in result.notes:
+        yield f"  note         {note}"
+    if result.hint:
+        yield f"  hint         {result.hint}"
+    if result.offer:
+        yield f"  {result.offer}"
+
+
+def _print_import(result: PerfImport) -> None:
+    for file in result.files:
+        click.echo(f"{file.path}: {file.source}, {len(file.cases)} cases")
+        for name, reason in list(file.left_out.items())[:20]:
+            click.echo(f"  left out     {name}: {reason}")
+        if len(file.left_out) > 20:
+            click.echo(f"  left out     ... {len(file.left_out) - 20} more")
+        for note in file.notes[:5]:
+            click.echo(f"  note         {note}")
+        if len(file.notes) > 5:
+            click.echo(f"  note         ... {len(file.notes) - 5} more")
+    click.secho(result.sentence, fg=_COLOURS[result.exit_code], bold=True)
+    click.echo(f"history: {result.history}")

@@ -1,0 +1,564 @@
+"""Runs of a case, the cohort they belong to, and how new ones compare. Pure: no I/O, no torch.
+
+Every record is JSON-able. Times are in milliseconds and memory in MiB, as the names say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from truestep.case import mapping_differences
+from truestep.experiment.perf_statistics import (
+    LEVEL,
+    LIMITS,
+    Expectation,
+    Limit,
+    Scope,
+    expect,
+    needed,
+)
+from truestep.experiment.statistics import Outcome, median
+from truestep.verdict import Difference, Float, Record, Verdict
+
+SCHEMA_VERSION = 1
+
+STAGES = ("text", "schedule", "latent", "denoise", "decode")
+"""Stages of a run that truestep measured itself, in order; each must be there."""
+
+STEP_SUM_SLACK = 0.05
+"""Share by which the steps' sum may differ from the denoise stage, and the stages' sum be above the
+whole: what a shared machine does between two readings of the clock."""
+
+STEP_SUM_SLACK_MS = 20.0
+"""The same for short runs: one preemption."""
+
+SHARE_JUDGED = 0.01
+"""A stage below this share of the whole is judged by the percent rule alone: its interval would
+tell of a speed that no one can notice."""
+
+MemoryKind = Literal["device", "resident", "unknown"]
+
+
+class Cohort(Record):
+    """What runs must have in common to be compared: source, case, and machine and libraries.
+
+    `values` holds the environment by dotted key (`device.name`, `library.torch`, `torch.threads`,
+    `attention.kernel`, `case.dtype`), or what an imported file says of it.
+    """
+
+    source: Literal["truestep", "sglang", "fastvideo"] = "truestep"
+    case_id: str
+    values: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """12 digits of a SHA-256 over everything."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def differences(self, reference: Cohort) -> tuple[Difference, ...]:
+        """Keys whose value differs from another cohort's, source and case among them."""
+        return mapping_differences(
+            {**self.values, "case": self.case_id, "source": self.source},
+            {**reference.values, "case": reference.case_id, "source": reference.source},
+        )
+
+
+NOT_IDENTITY = ("library.truestep", "variable.", "model.weights")
+"""Beginnings of environment keys that do not set cohorts apart: the version under test, settings
+that show elsewhere (threads, capability), and weights, whose values cost no time."""
+
+
+def cohort_values(environment: Mapping[str, str], *, cores: int, dtype: str) -> dict[str, str]:
+    """The part of an environment that belongs to a cohort, with cores and dtype."""
+    kept = {k: v for k, v in environment.items() if not k.startswith(NOT_IDENTITY)}
+    return dict(sorted({**kept, "machine.cores": str(cores), "case.dtype": dtype}.items()))
+
+
+class PerfRun(Record):
+    """One generation.
+
+    Attributes:
+        started: UTC, ISO 8601.
+        e2e_ms: Wall time of the whole.
+        stages_ms: Of each stage; `denoise` is read from its own pair of clock readings.
+        denoise_step_ms: Of each step, by its index as text (SGLang's schema).
+        load_ms: Of loading the model, once a process; None where it is not known.
+        memory_mib: Peak; see `memory_kind`.
+    """
+
+    started: str = ""
+    e2e_ms: Float
+    stages_ms: dict[str, Float] = Field(default_factory=dict)
+    denoise_step_ms: dict[str, Float] = Field(default_factory=dict)
+    load_ms: Float | None = None
+    memory_mib: Float | None = None
+    memory_kind: MemoryKind = "unknown"
+
+
+class PerfBatch(Record):
+    """Runs of one process.
+
+    Attributes:
+        baseline: Number of the baseline that it counts for; None: it only shows in the trend.
+        complete: Whether the process ended as planned.
+        label: What the user, or an imported file, calls it.
+    """
+
+    id: int = 0
+    started: str = ""
+    label: str = ""
+    tool_version: str = ""
+    baseline: int | None = None
+    complete: bool = True
+    runs: tuple[PerfRun, ...] = ()
+
+
+class MetricRow(Record):
+    """One number of a check beside its baseline.
+
+    Attributes:
+        unit: `ms` or `MiB`.
+        value, base: Median of the new runs; median of the recorded batches' medians.
+        low, high, level: Where the new median was to be expected.
+        scope: `processes`, `runs` (one or two processes: it can only be suspected) or `none`.
+        limit: Largest value that the percent rule lets pass.
+        outcome: By the interval.
+        verdict: None: shown, not judged.
+    """
+
+    name: str
+    unit: Literal["ms", "MiB"] = "ms"
+    value: Float
+    base: Float
+    low: Float | None = None
+    high: Float | None = None
+    level: Float | None = None
+    scope: Scope = "none"
+    limit: Float | None = None
+    outcome: Outcome = Outcome.UNDECIDED
+    verdict: Verdict | None = None
+    note: str = ""
+
+    @property
+    def change(self) -> float:
+        """Relative to the base; above 0 is slower or more."""
+        return self.value / self.base - 1 if self.base else math.nan
+
+
+class Alternative(Record):
+    """A cohort that there is, and in what it differs from the one asked for (actual)."""
+
+    cohort: str
+    source: str
+    case_id: str
+    runs: int
+    differences: tuple[Difference, ...] = ()
+
+
+class PerfResult(Record):
+    """What `perf record` or `perf check` found for one case.
+
+    Attributes:
+        batch: Number of the batch in the history, of a record.
+        detectable: Smallest relative slow-down of the whole that would not have passed.
+        needed_runs, needed_processes: What would decide, where it is inconclusive.
+        faster: The new runs are faster than the interval.
+        offer: What to do about it.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    tool_version: str = ""
+    action: Literal["record", "check"]
+    verdict: Verdict
+    sentence: str
+    case_name: str = ""
+    case_id: str = ""
+    cohort_id: str = ""
+    cohort: Cohort | None = None
+    history: str = ""
+    batch: int | None = None
+    baseline: int | None = None
+    baseline_batches: int = 0
+    baseline_runs: int = 0
+    rows: tuple[MetricRow, ...] = ()
+    detectable: Float | None = None
+    needed_runs: int | None = None
+    needed_processes: int | None = None
+    faster: bool = False
+    offer: str = ""
+    problems: tuple[str, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
+    notes: tuple[str, ...] = ()
+    hint: str = ""
+    runs: tuple[PerfRun, ...] = ()
+
+    def __bool__(self) -> bool:
+        raise TypeError("a PerfResult has no truth value: read .verdict")
+
+
+class PerfResults(Record):
+    """Results of several cases: what `--json` writes."""
+
+    schema_version: int = SCHEMA_VERSION
+    verdict: Verdict
+    exit_code: int
+    results: tuple[PerfResult, ...]
+    repeat: str = ""
+
+    @classmethod
+    def of(cls, results: Iterable[PerfResult], *, repeat: str = "") -> PerfResults:
+        """Bundle results; the verdict is the worst of them."""
+        found = tuple(results)
+        verdict = Verdict.worst(r.verdict for r in found)
+        return cls(verdict=verdict, exit_code=verdict.exit_code, results=found, repeat=repeat)
+
+
+def impossible(run: PerfRun, *, stages: Sequence[str] = (), steps: int | None = None) -> list[str]:
+    """What of a run cannot be true, in words; empty where nothing is wrong.
+
+    Args:
+        run: The run.
+        stages: Stages that must be there.
+        steps: Denoise steps that must be there; None where that is not known.
+    """
+    every: list[tuple[str, float]] = [("e2e_ms", run.e2e_ms)]
+    every += [(f"stages_ms {name}", value) for name, value in run.stages_ms.items()]
+    every += [(f"denoise_step_ms {i}", value) for i, value in run.denoise_step_ms.items()]
+    every += [("load_ms", run.load_ms)] if run.load_ms is not None else []
+    every += [("memory_mib", run.memory_mib)] if run.memory_mib is not None else []
+    found = [f"{name} is {value:g}" for name, value in every if not 0 < value < math.inf]
+    found += [f"stages_ms {name} is missing" for name in stages if name not in run.stages_ms]
+    if steps is not None and len(run.denoise_step_ms) != steps:
+        found.append(f"denoise_step_ms has {len(run.denoise_step_ms)} steps, the case {steps}")
+    if run.memory_mib is None and run.memory_kind != "unknown":
+        found.append("memory_mib is missing")
+    if found:
+        return found
+    denoise, total = denoise_stage(run), sum(run.denoise_step_ms.values())
+    every_step = {str(i) for i in range(len(run.denoise_step_ms))} == set(run.denoise_step_ms)
+    if denoise is not None and run.denoise_step_ms and every_step:  # some files hold samples only
+        value = run.stages_ms[denoise]
+        if abs(total - value) > max(STEP_SUM_SLACK * value, STEP_SUM_SLACK_MS):
+            found.append(f"the steps sum to {total:.4g} ms, stages_ms {denoise} says {value:.4g}")
+    whole = sum(run.stages_ms.values())
+    if whole - run.e2e_ms > max(STEP_SUM_SLACK * run.e2e_ms, STEP_SUM_SLACK_MS):
+        found.append(f"the stages sum to {whole:.4g} ms, e2e_ms says {run.e2e_ms:.4g}")
+    return found
+
+
+def denoise_stage(run: PerfRun) -> str | None:
+    """Name of the stage that holds the denoise steps (`denoise`, `DenoisingStage`)."""
+    names = [name for name in run.stages_ms if "denois" in name.lower()]
+    return names[0] if len(names) == 1 else None
+
+
+def numbers(run: PerfRun) -> dict[str, float]:
+    """Every number of a run that is set beside a baseline, by the name of its row."""
+    found = {"e2e": float(run.e2e_ms), **{k: float(v) for k, v in run.stages_ms.items()}}
+    steps = list(run.denoise_step_ms.values())
+    if steps:
+        found["step median"] = median(steps)
+        found["step mean"] = sum(steps) / len(steps)
+    if run.memory_mib is not None:
+        found["memory"] = float(run.memory_mib)
+    if run.load_ms is not None:
+        found["load"] = float(run.load_ms)
+    return found
+
+
+def judge(new: Sequence[PerfRun], batches: Sequence[PerfBatch]) -> tuple[MetricRow, ...]:
+    """Set new runs beside recorded ones, number by number.
+
+    Intervals have 99 % confidence for the whole run, and 99 % together for everything else.
+
+    Args:
+        new: Runs of one process, none impossible.
+        batches: Recorded batches of the same cohort that count for the baseline.
+    """
+    fresh = [numbers(run) for run in new]
+    old = [[numbers(run) for run in batch.runs] for batch in batches]
+    e2e = median([values["e2e"] for values in fresh])
+    denoise = denoise_stage(new[0])
+    shared = [n for n in fresh[0] if all(n in v for v in (*fresh, *(v for b in old for v in b)))]
+    tested = [
+        name
+        for name in shared
+        if name == "step median"
+        or (name in new[0].stages_ms and median([v[name] for v in fresh]) >= SHARE_JUDGED * e2e)
+    ]
+    rest = 1 - (1 - LEVEL) / max(1, len(tested))
+    rows = []
+    for name in shared:
+        values = [v[name] for v in fresh]
+        recorded = [[v[name] for v in batch] for batch in old]
+        level = LEVEL if name == "e2e" else rest if name in tested else None
+        kind = new[0].memory_kind if name == "memory" else None
+        rows.append(_row(name, values, recorded, level, _limit(name, denoise, kind)))
+    worst = _worst_step(new, batches)
+    return (*rows, *([worst] if worst else []))
+
+
+def _limit(name: str, denoise: str | None, memory: MemoryKind | None) -> Limit | None:
+    if name == "e2e":
+        return LIMITS["e2e"]
+    if name in ("step median", "step mean"):
+        return LIMITS["aggregate"]
+    if name == "memory":
+        return LIMITS["device_memory" if memory == "device" else "resident_memory"]
+    if name == "load":
+        return None
+    return LIMITS["denoise_stage" if name == denoise else "other_stage"]
+
+
+def _row(
+    name: str,
+    values: Sequence[float],
+    recorded: Sequence[Sequence[float]],
+    level: float | None,
+    limit: Limit | None,
+) -> MetricRow:
+    value = median(values)
+    found = expect(recorded, new=len(values), level=level or LEVEL)
+    bound = limit.bound(found.base) if limit else None
+    outcome = found.outcome(value) if level is not None else Outcome.UNDECIDED
+    over = bound is not None and value > bound
+    verdict: Verdict | None
+    verdict, note = _decide(found, value, over=over, judged=level is not None, main=name == "e2e")
+    if limit is None:
+        verdict = None
+        note = "not judged: the disk's cache decides it"
+    return MetricRow(
+        name=name,
+        unit="MiB" if name == "memory" else "ms",
+        value=value,
+        base=found.base,
+        low=found.low if level is not None and found.scope != "none" else None,
+        high=found.high if level is not None and found.scope != "none" else None,
+        level=level,
+        scope=found.scope if level is not None else "none",
+        limit=bound,
+        outcome=outcome,
+        verdict=verdict,
+        note=note,
+    )
+
+
+def _decide(
+    found: Expectation, value: float, *, over: bool, judged: bool, main: bool
+) -> tuple[Verdict, str]:
+    """Verdict of one number from its interval and its percent rule."""
+    if over and found.outcome(value) is Outcome.SAME:
+        return Verdict.INCONCLUSIVE, "above the percent rule, but the baseline itself varies so"
+    if over:
+        return Verdict.DRIFTED, "above the percent rule"
+    if not judged:
+        return Verdict.EQUIVALENT, ""
+    outcome = found.outcome(value)
+    if outcome is Outcome.SLOWER:
+        if found.scope == "processes":
+            return Verdict.DRIFTED, "slower than the interval"
+        return Verdict.INCONCLUSIVE, "slower than the runs, but processes differ too"
+    if outcome is Outcome.FASTER:
+        return Verdict.EQUIVALENT, "faster than the interval"
+    if outcome is Outcome.UNDECIDED:
+        if main:
+            return Verdict.INCONCLUSIVE, "too few runs for an interval"
+        return Verdict.EQUIVALENT, "by the percent rule alone: too few runs for an interval"
+    return Verdict.EQUIVALENT, ""
+
+
+def _worst_step(new: Sequence[PerfRun], batches: Sequence[PerfBatch]) -> MetricRow | None:
+    """The step that is highest over its bound of the percent rule."""
+    indices = [
+        i
+        for i in new[0].denoise_step_ms
+        if all(i in run.denoise_step_ms for run in (*new, *(r for b in batches for r in b.runs)))
+    ]
+    if not indices:
+        return None
+
+    def recorded(index: str) -> list[list[float]]:
+        return [[run.denoise_step_ms[index] for run in batch.runs] for batch in batches]
+
+    def share(index: str) -> float:
+        base = median([median(values) for values in recorded(index)])
+        value = median([run.denoise_step_ms[index] for run in new])
+        return value / LIMITS["step"].bound(base)
+
+    worst = max(indices, key=share)
+    value = median([run.denoise_step_ms[worst] for run in new])
+    found = expect(recorded(worst), new=len(new))
+    over = share(worst) > 1
+    verdict, note = _decide(found, value, over=over, judged=False, main=False)
+    return MetricRow(
+        name=f"step {worst}",
+        value=value,
+        base=found.base,
+        limit=LIMITS["step"].bound(found.base),
+        verdict=verdict,
+        note=note or f"nearest to the percent rule of {len(indices)} steps",
+    )
+
+
+def check_result(
+    new: Sequence[PerfRun],
+    batches: Sequence[PerfBatch],
+    *,
+    cohort: Cohort,
+    case_name: str,
+    steps: int | None = None,
+) -> PerfResult:
+    """Judge new runs of one process against the baseline of their cohort.
+
+    Args:
+        new: What was measured.
+        batches: Recorded batches that count for the baseline; at least one run.
+        cohort: Of both.
+        case_name: What the user calls the case.
+        steps: Denoise steps that a run must have.
+    """
+    problems = found_impossible(new, batches, cohort=cohort, steps=steps)
+    count = sum(len(batch.runs) for batch in batches)
+    head = {
+        "case_name": case_name,
+        "case_id": cohort.case_id,
+        "cohort_id": cohort.id,
+        "cohort": cohort,
+        "baseline_batches": len(batches),
+        "baseline_runs": count,
+        "runs": tuple(new),
+        "problems": tuple(problems),
+    }
+    if problems:
+        return PerfResult.model_validate(
+            {
+                **head,
+                "action": "check",
+                "verdict": Verdict.INVALID,
+                "sentence": f"invalid: {case_name}: {problems[0]}",
+                "hint": "measure again; a clock, a stage or the history is wrong",
+            }
+        )
+    rows = judge(new, batches)
+    verdict = Verdict.worst(row.verdict for row in rows if row.verdict is not None)
+    e2e = rows[0]
+    faster = e2e.outcome is Outcome.FASTER and verdict is Verdict.EQUIVALENT
+    more = (
+        needed([[r.e2e_ms for r in b.runs] for b in batches], new=len(new), value=e2e.value)
+        if verdict is Verdict.INCONCLUSIVE
+        else None
+    )
+    again = f"truestep perf record {case_name} --runs"
+    hint = ""
+    if more is not None:
+        times = f", in {more.processes} processes" if more.processes > 1 else ""
+        hint = f"{more.runs} more recorded runs would decide{times}: "
+        hint += f"{again} {max(1, math.ceil(more.runs / more.processes))}"
+    elif verdict is Verdict.INCONCLUSIVE:
+        hint = f"a quieter machine, or more processes: {again} {len(new)}"
+    return PerfResult.model_validate(
+        {
+            **head,
+            "action": "check",
+            "verdict": verdict,
+            "sentence": _sentence(verdict, case_name, rows, faster=faster),
+            "rows": rows,
+            "detectable": min(e2e.limit or math.inf, e2e.high or math.inf) / e2e.base - 1,
+            "needed_runs": more.runs if more else None,
+            "needed_processes": more.processes if more else None,
+            "faster": faster,
+            "offer": f"faster: truestep perf record {case_name} makes it the new baseline"
+            if faster
+            else "",
+            "hint": hint,
+        }
+    )
+
+
+def found_impossible(
+    new: Sequence[PerfRun], batches: Sequence[PerfBatch], *, cohort: Cohort, steps: int | None
+) -> list[str]:
+    """What of new and recorded runs cannot be true; no runs at all is impossible too."""
+    stages = STAGES if cohort.source == "truestep" else ()
+    found = [] if new else ["there are no results"]
+    for number, run in enumerate(new):
+        found += [f"run {number}: {p}" for p in impossible(run, stages=stages, steps=steps)]
+    for batch in batches:
+        for number, run in enumerate(batch.runs):
+            for text in impossible(run, stages=stages, steps=steps):
+                found.append(f"history, batch {batch.id}, run {number}: {text}")
+    return found
+
+
+def _sentence(verdict: Verdict, name: str, rows: Sequence[MetricRow], *, faster: bool) -> str:
+    deciding = [row for row in rows if row.verdict is verdict]
+    e2e = rows[0]
+    row = e2e if e2e in deciding else deciding[0]
+    text = f"{verdict.value}: {name}: "
+    if verdict is Verdict.EQUIVALENT:
+        row = e2e
+        text += "faster: " if faster else "as fast as its baseline: "
+    elif verdict is Verdict.DRIFTED:
+        text += "more memory: " if row.name == "memory" else "slower: "
+    text += f"{row.name} {amount(row.value)} {row.unit} against {amount(row.base)}"
+    text += f" ({row.change:+.1%})"
+    if row.low is not None and row.high is not None:
+        text += f", expected {amount(row.low)} to {amount(row.high)}"
+    if verdict is not Verdict.EQUIVALENT and row.note:
+        text += f"; {row.note}"
+    others = len(deciding) - 1
+    if verdict in (Verdict.DRIFTED, Verdict.INCONCLUSIVE) and others:
+        text += f"; {others} other number{'s' if others > 1 else ''} likewise"
+    return text
+
+
+def amount(value: float) -> str:
+    """A time or a size with four digits, and thousands apart."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def missing_result(
+    cohort: Cohort, others: Iterable[tuple[Cohort, int]], *, case_name: str
+) -> PerfResult:
+    """There is no baseline of this cohort: what there is instead, nearest first.
+
+    Args:
+        cohort: The one asked for.
+        others: Cohorts of the history with the runs that count in each.
+        case_name: What the user calls the case.
+    """
+    found = [
+        Alternative(
+            cohort=other.id,
+            source=other.source,
+            case_id=other.case_id,
+            runs=runs,
+            differences=cohort.differences(other),
+        )
+        for other, runs in others
+    ]
+    same = [a for a in found if a.case_id == cohort.case_id]
+    shown = sorted(same or found, key=lambda a: len(a.differences))
+    if same:
+        keys = ", ".join(d.key for d in shown[0].differences[:4])
+        what = f"the nearest of {len(same)} differs in {keys}" if keys else "it holds no runs"
+    else:
+        what = f"the history holds {len(found)} of other cases" if found else "there is no history"
+    return PerfResult(
+        action="check",
+        verdict=Verdict.MISSING,
+        sentence=f"missing: {case_name}: no baseline of this cohort; {what}",
+        case_name=case_name,
+        case_id=cohort.case_id,
+        cohort_id=cohort.id,
+        cohort=cohort,
+        alternatives=tuple(shown),
+        hint=f"truestep perf record {case_name}",
+    )

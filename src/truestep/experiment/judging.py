@@ -1,0 +1,65 @@
+"""Compare what the arms of an experiment left behind: final latents and frames. Pure: no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from truestep.comparison.matching import compare_tensors
+from truestep.experiment.frames import frame_scores
+from truestep.experiment.records import Sameness
+from truestep.noise import NoiseFloor
+from truestep.verdict import Comparison, Row
+
+FINAL, FRAMES = "latent/final", "video/frames"
+
+
+def sameness(
+    case: str,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    *,
+    steps: Comparison | None = None,
+    floor: NoiseFloor | None = None,
+    pairs: tuple[str, str] | None = None,
+) -> Sameness:
+    """Compare what the arms left behind for one case.
+
+    Args:
+        case: Its id.
+        tensors: Arm to `latent/final` and `video/frames`; an arm may be absent.
+        steps: The comparison of the stages, if there is one.
+        floor: Of the final latent of a free run.
+        pairs: Working precisions of candidate and control against the baseline's.
+    """
+    reference = tensors.get("baseline", {})
+    values: dict[str, object] = {"case": case, "steps": steps}
+    for arm, prefix, pair in zip(
+        ("candidate", "control"), ("", "control_"), pairs or (None, None), strict=True
+    ):
+        actual = tensors.get(arm, {})
+        row = final_row(actual, reference, floor=floor, pair=pair)
+        values[f"{prefix}final"] = row
+        a, r = actual.get(FRAMES), reference.get(FRAMES)
+        if a is None or r is None or a.shape != r.shape:
+            continue
+        scores = frame_scores(a, r)
+        values[f"{prefix}psnr_db"] = scores.psnr_db
+        values[f"{prefix}ssim_worst"] = scores.ssim_worst
+        if arm == "candidate":
+            values["ssim_mean"] = scores.ssim_mean
+    return Sameness.model_validate(values)
+
+
+def final_row(
+    actual: Mapping[str, torch.Tensor],
+    reference: Mapping[str, torch.Tensor],
+    *,
+    floor: NoiseFloor | None,
+    pair: str | None,
+) -> Row | None:
+    """The final latent against the baseline's; None where one is absent."""
+    if FINAL not in actual or FINAL not in reference:
+        return None
+    sides = ({FINAL: actual[FINAL]}, {FINAL: reference[FINAL]})
+    return compare_tensors(*sides, floor=floor, pair=pair)[0]

@@ -1,0 +1,261 @@
+"""Read other tools' performance files: SGLang's baselines and FastVideo's results.
+
+Pure but for reading the file. A file is read whole before anything of it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from truestep.errors import FileFormatError
+from truestep.experiment.baseline import SCHEMA_VERSION, Cohort, PerfBatch, PerfRun, impossible
+from truestep.experiment.history import Import
+from truestep.verdict import Record, Verdict
+
+MOST_BYTES = 64 * 2**20
+"""Larger files are none of these."""
+
+
+class ImportedFile(Record):
+    """What was read from one file.
+
+    Attributes:
+        left_out: Cases whose numbers cannot be true, each with the reason.
+        notes: What of the file says nothing, and was left out.
+    """
+
+    path: str
+    source: Literal["sglang", "fastvideo"]
+    cases: tuple[str, ...]
+    left_out: dict[str, str] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class PerfImport(Record):
+    """What `perf import` did: `invalid` if any case was left out, else `equivalent`."""
+
+    schema_version: int = SCHEMA_VERSION
+    verdict: Verdict
+    exit_code: int
+    sentence: str
+    history: str
+    files: tuple[ImportedFile, ...]
+    new: int
+    known: int
+
+
+def read_file(path: Path) -> tuple[ImportedFile, list[Import]]:
+    """Read one file of either tool.
+
+    Raises:
+        FileFormatError: It is absent, not JSON, or of neither form.
+    """
+    content = _load(path)
+    if isinstance(content, Mapping) and "scenarios" in content:
+        return _sglang(path, content)
+    results = content if isinstance(content, list) else [content]
+    if results and all(isinstance(r, Mapping) and "avg_generation_time_s" in r for r in results):
+        return _fastvideo(path, results)
+    latent = isinstance(content, Mapping) and "slice_spec" in content
+    raise FileFormatError(
+        "this file holds no times: it is the result of FastVideo's latent gate"
+        if latent
+        else "this is neither SGLang's perf_baselines.json nor a FastVideo performance result",
+        where=str(path),
+        measured="needed: a table `scenarios`, or the key `avg_generation_time_s`",
+        hint="nothing was imported",
+    )
+
+
+def _load(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise FileFormatError(
+                "the file is too large",
+                where=str(path),
+                measured=f"{path.stat().st_size / 2**20:.0f} MiB, at most {MOST_BYTES // 2**20}",
+                hint="nothing was imported",
+            )
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        text = error.strerror if isinstance(error, OSError) else str(error)
+        raise FileFormatError(
+            "the file is not JSON that can be read",
+            where=str(path),
+            measured=str(text)[:200],
+            hint="nothing was imported",
+        ) from None
+
+
+def _sglang(path: Path, content: Mapping[str, Any]) -> tuple[ImportedFile, list[Import]]:
+    """Each scenario is a cohort with one run; `metadata` names model and hardware."""
+    scenarios = content["scenarios"]
+    if not isinstance(scenarios, Mapping) or not scenarios:
+        raise _malformed(path, "scenarios", "holds no scenario")
+    metadata = content.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise _malformed(path, "metadata", "is not a table")
+    values = {k: str(metadata[k]) for k in ("model", "hardware") if metadata.get(k)}
+    started = str(metadata.get("last_updated") or "")
+    notes: list[str] = []
+
+    def run_of(name: str, data: Mapping[str, Any]) -> tuple[Cohort, list[PerfRun]]:
+        at = f"scenarios.{name}"
+        stages = _times(path, f"{at}.stages_ms", data.get("stages_ms", {}))
+        per_frame = stages.pop("per_frame_generation", None)  # a rate, not a stage
+        zero = [key for key, value in stages.items() if value == 0]
+        notes.extend(f"{name}: {key} is 0, below the file's resolution of 0.01 ms" for key in zero)
+        notes.extend([f"{name}: per_frame_generation is not a stage"] if per_frame else [])
+        run = PerfRun(
+            started=started,
+            e2e_ms=_number(path, f"{at}.expected_e2e_ms", data.get("expected_e2e_ms")),
+            stages_ms={key: value for key, value in stages.items() if key not in zero},
+            denoise_step_ms=_times(
+                path, f"{at}.denoise_step_ms", data.get("denoise_step_ms", {}), steps=True
+            ),
+            load_ms=_optional(path, f"{at}.expected_load_ms", data.get("expected_load_ms")),
+            **_memory(path, f"{at}.runtime_peak_vram_mb", data.get("runtime_peak_vram_mb")),
+        )
+        for key in ("expected_avg_denoise_ms", "expected_median_denoise_ms"):
+            _optional(path, f"{at}.{key}", data.get(key))
+        return Cohort(source="sglang", case_id=name, values=values), [run]
+
+    return _collect(path, "sglang", scenarios, run_of, started=started, notes=notes)
+
+
+_COMPONENTS = {
+    "text_encoder_time_s": "text",
+    "dit_time_s": "denoise",
+    "vae_decode_time_s": "decode",
+}
+"""FastVideo's keys of seconds a component, means over the measured runs."""
+
+
+_IDENTITY = (
+    "device",
+    "gpu_type",
+    "num_gpus",
+    "hardware_profile_id",
+    "software_profile_id",
+    "recipe_fingerprint",
+    "benchmark_version",
+    "model_short_name",
+)
+"""FastVideo's keys that set cohorts apart."""
+
+
+def _fastvideo(path: Path, results: list[Mapping[str, Any]]) -> tuple[ImportedFile, list[Import]]:
+    """Each result is a batch: its individual times are runs, or the average is the only one."""
+    named: dict[str, Mapping[str, Any]] = {}
+    for number, result in enumerate(results):
+        name = result.get("benchmark_id") or result.get("model_id")
+        if not isinstance(name, str) or not name:
+            raise _malformed(path, f"result {number}", "has neither benchmark_id nor model_id")
+        named[name if name not in named else f"{name} #{number}"] = result
+
+    def run_of(name: str, data: Mapping[str, Any]) -> tuple[Cohort, list[PerfRun]]:
+        times = data.get("individual_times_s") or [data["avg_generation_time_s"]]
+        peaks = data.get("individual_peak_memories_mb") or [data.get("max_peak_memory_mb")]
+        if not isinstance(times, list) or not isinstance(peaks, list):
+            raise _malformed(path, f"{name}.individual_times_s", "is not a list")
+        if len(peaks) != len(times):
+            peaks = [data.get("max_peak_memory_mb")] * len(times)
+        stages = {
+            stage: 1e3 * seconds
+            for key, stage in _COMPONENTS.items()
+            if (seconds := _optional(path, f"{name}.{key}", data.get(key))) is not None
+        }
+        runs = [
+            PerfRun(
+                started=str(data.get("timestamp") or ""),
+                e2e_ms=1e3 * _number(path, f"{name}.individual_times_s", seconds),
+                stages_ms=stages if len(times) == 1 else {},
+                **_memory(path, f"{name}.max_peak_memory_mb", peak),
+            )
+            for seconds, peak in zip(times, peaks, strict=True)
+        ]
+        values = {key: str(data[key]) for key in _IDENTITY if data.get(key) not in (None, "")}
+        case_id = str(data.get("benchmark_id") or data.get("model_id"))
+        return Cohort(source="fastvideo", case_id=case_id, values=values), runs
+
+    started = str(results[0].get("timestamp") or "")
+    return _collect(path, "fastvideo", named, run_of, started=started, notes=[])
+
+
+def _collect(
+    path: Path,
+    source: Literal["sglang", "fastvideo"],
+    entries: Mapping[str, Any],
+    run_of: Callable[[str, Mapping[str, Any]], tuple[Cohort, list[PerfRun]]],
+    *,
+    started: str,
+    notes: list[str],
+) -> tuple[ImportedFile, list[Import]]:
+    """Batches of what can be true, and the reason for what cannot."""
+    items: list[Import] = []
+    left_out: dict[str, str] = {}
+    for name, data in entries.items():
+        if not isinstance(data, Mapping):
+            raise _malformed(path, str(name), "is not a table")
+        cohort, runs = run_of(str(name), data)
+        wrong = [text for run in runs for text in impossible(run)]
+        if wrong:
+            left_out[str(name)] = wrong[0]
+            continue
+        batch = PerfBatch(
+            started=runs[0].started or started, label=path.name, baseline=1, runs=tuple(runs)
+        )
+        text = json.dumps([cohort.id, [run.model_dump(mode="json") for run in runs]])
+        items.append(Import(cohort, batch, hashlib.sha256(text.encode()).hexdigest()))
+    return (
+        ImportedFile(
+            path=str(path),
+            source=source,
+            cases=tuple(item.cohort.case_id for item in items),
+            left_out=left_out,
+            notes=tuple(notes),
+        ),
+        items,
+    )
+
+
+def _times(path: Path, at: str, value: object, *, steps: bool = False) -> dict[str, float]:
+    """A table of milliseconds; null is left out."""
+    if not isinstance(value, Mapping):
+        raise _malformed(path, at, "is not a table of milliseconds")
+    if steps and not all(str(key).isdecimal() for key in value):
+        raise _malformed(path, at, "has a key that is not a step's index")
+    return {
+        str(key): _number(path, f"{at}.{key}", number)
+        for key, number in value.items()
+        if number is not None
+    }
+
+
+def _number(path: Path, at: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _malformed(path, at, "is missing" if value is None else f"is not a number: {value!r}")
+    return float(value)
+
+
+def _optional(path: Path, at: str, value: object) -> float | None:
+    return None if value is None else _number(path, at, value)
+
+
+def _memory(path: Path, at: str, value: object) -> dict[str, Any]:
+    found = _optional(path, at, value)
+    return {"memory_mib": found, "memory_kind": "unknown" if found is None else "device"}
+
+
+def _malformed(path: Path, at: str, what: str) -> FileFormatError:
+    return FileFormatError(
+        f"the file is malformed: {at[:120]} {what[:120]}",
+        where=str(path),
+        hint="nothing was imported",
+    )

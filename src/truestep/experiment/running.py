@@ -1,0 +1,339 @@
+"""Run an experiment: record the baseline, check the candidate, then time the arms interleaved."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from truestep.case import Case
+from truestep.checking import check_pipeline
+from truestep.environment import Environment
+from truestep.errors import TruestepError, WriteError
+from truestep.experiment.arms import Arm, Run, choose, digest, load_arm, own_backend, run
+from truestep.experiment.judging import final_row, sameness
+from truestep.experiment.planning import arm_case, own_settings
+from truestep.experiment.records import (
+    ARMS,
+    ArmName,
+    Failure,
+    Plan,
+    PlannedCase,
+    PlannedCell,
+    Remark,
+    Sameness,
+    Sample,
+)
+from truestep.experiment.statistics import interval, order_of, paired_ratios
+from truestep.experiment.store import Store
+from truestep.experiment.table import complete_rounds
+from truestep.noise import NoiseFloor, free_running, pair_of
+from truestep.recording.format import Recording
+from truestep.recording.record import FloorChoice, record_pipeline
+from truestep.runtime.loading import load
+
+if TYPE_CHECKING:
+    from truestep.recording.capture import Progress
+    from truestep.runtime.pipeline import Apply
+
+
+NO_COMPILER = ("InvalidCxxCompiler", "CppCompileError", "CppWrapperCompileError", "TritonMissing")
+"""What torch.compile raises where no compiler works (torch 2.13, _inductor/exc.py)."""
+
+
+class _ArmFailedError(Exception):
+    """An arm raised; the cell ends, the others go on."""
+
+
+def run_experiment(
+    plan: Plan, store: Store, *, apply: Apply | None = None, progress: Progress | None = None
+) -> None:
+    """Run what is not there yet, cell by cell; everything is in the store as soon as it is known.
+
+    Args:
+        plan: Validated; the store has it already and is locked.
+        store: Where results go, and where those of an earlier start are.
+        apply: The change in the candidate.
+        progress: Told (what, done, total).
+
+    Raises:
+        WriteError: A result could not be written; those before it are kept.
+    """
+    with _said_once("diffusers"):
+        for cell in plan.cells:
+            _Cell(plan, cell, store, apply, progress).run()
+            gc.collect()
+
+
+@contextmanager
+def _said_once(logger: str) -> Iterator[None]:
+    """Let a library say each of its warnings once, not with every one of hundreds of runs."""
+    seen: set[str] = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in seen
+        seen.add(text)
+        return new
+
+    with suppress(ImportError):  # its handler is made on import; loading says what is missing
+        importlib.import_module(f"{logger}.utils.logging").get_logger(logger)
+    handlers = list(logging.getLogger(logger).handlers)
+    for handler in handlers:
+        handler.addFilter(first)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(first)
+
+
+class _Cell:
+    """One cell while it runs."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        cell: PlannedCell,
+        store: Store,
+        apply: Apply | None,
+        progress: Progress | None,
+    ) -> None:
+        self.plan, self.cell, self.store = plan, cell, store
+        self.apply, self.progress = apply, progress
+        lines, _ = store.lines(cell)
+        self.session = 1 + max((line.session for line in lines), default=-1)
+        samples = [line for line in lines if isinstance(line, Sample)]
+        self.rounds = {found[0].round: found for found in complete_rounds(samples)}
+
+    def run(self) -> None:
+        """Everything that is missing; what an arm raises is kept and ends the cell."""
+        checked = all(self.store.check(self.cell, self._id(case)) for case in self.plan.cases)
+        if checked and self._enough():
+            return
+        try:
+            candidate = self._load("candidate") if checked else self._load_and_record()
+            arms: dict[ArmName, Arm] = {
+                "baseline": self._load("baseline"),
+                "candidate": candidate,
+                "control": self._load("control"),
+            }
+            self._check(arms)
+            self._warm_up(arms)
+            while not self._enough():
+                self._round(arms, self._next())
+        except _ArmFailedError:
+            return
+
+    def _case(self, planned: PlannedCase, arm: ArmName) -> Case:
+        own = own_settings(self.plan, arm)
+        return arm_case(planned, self.cell, own)[0]
+
+    def _id(self, planned: PlannedCase) -> str:
+        return Case(**planned.content).id
+
+    @contextmanager
+    def _raising(self, arm: ArmName, doing: str, case: str = "") -> Iterator[None]:
+        """Keep what the block raises as a failure of the arm."""
+        try:
+            yield
+        except (WriteError, _ArmFailedError):
+            raise
+        except Exception as error:  # an arm is the user's code: it may raise anything
+            text = f"{type(error).__name__}: {error}"[:2000]
+            failure = Failure(
+                arm=arm,
+                case=case,
+                session=self.session,
+                doing=doing,
+                text=text,
+                machine=any(name in text for name in NO_COMPILER),
+            )
+            self.store.append(self.cell, failure)
+            raise _ArmFailedError from error
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(f"{self.cell.name}: {what}", done, total)
+
+    def _load_and_record(self) -> Arm:
+        """Load the candidate and record the baseline of every case, with its noise floor.
+
+        The candidate goes first, because what is broken should cost little. A trusted baseline
+        generates before and after that: what it gives must not change.
+        """
+        cases = self.plan.cases
+        first = self._case(cases[0], "baseline")
+        with self._raising("baseline", "loading"):
+            trusted = Arm("baseline", load(first), {})
+        with self._raising("baseline", "generating", cases[0].name):
+            before = run(trusted, first).tensors
+        candidate = self._load("candidate")
+        with self._raising("candidate", "generating", cases[0].name):
+            run(candidate, self._case(cases[0], "candidate"))
+        with self._raising("baseline", "recording"):
+            self._record(trusted)
+            after = run(trusted, first).tensors
+        recording = Recording.open(self.store.recording(self.cell, self._id(cases[0])))
+        floor = free_running(recording.manifest.noise_floor)
+        pair = pair_of(first.dtype, first.dtype)
+        row = final_row(after, before, floor=floor, pair=pair)
+        if row is None or not row.verdict.passed:
+            self._remark(
+                "the switch reaches all arms: the baseline gives other latents once the "
+                "candidate is loaded",
+                spoils=True,
+            )
+        return candidate
+
+    def _record(self, trusted: Arm) -> None:
+        """Record what is not recorded yet; the floor of a free run (nine generations) only once."""
+        for number, planned in enumerate(self.plan.cases):
+            path = self.store.recording(self.cell, self._id(planned))
+            if path.exists():
+                continue
+            self._tell("recording", number, len(self.plan.cases))
+            case = self._case(planned, "baseline")
+            choose(trusted, case)
+            floor: FloorChoice = "steps" if number else "final"
+            with own_backend(trusted):
+                recording = record_pipeline(trusted.pipe, case=case, floor=floor)
+            recording.save(path)
+
+    def _load(self, name: ArmName) -> Arm:
+        """Load an arm, and notice if that changes something for the whole process."""
+        self._tell(f"loading {name}", 0, 1)
+        with self._raising(name, "loading"):
+            own = own_settings(self.plan, name)
+            case, compiled = arm_case(self.plan.cases[0], self.cell, own)
+            before = dict(Environment.current(case.settings.device))
+            change = self.apply if name == "candidate" else None
+            arm = load_arm(name, case, apply=change, compiled=compiled)
+            leaked = Environment.current(case.settings.device).differences(before)
+        if arm.shared:
+            names = ", ".join(arm.shared[:5]) + (", ..." if len(arm.shared) > 5 else "")
+            self._remark(f"the switch reaches all arms: it replaced {names}", spoils=True)
+        if leaked:
+            keys = ", ".join(f"{d.key} {d.reference} -> {d.actual}" for d in leaked)
+            self._remark(f"the switch reaches all arms: loading {name} changed {keys}", spoils=True)
+        return arm
+
+    def _remark(self, text: str, *, spoils: bool = False) -> None:
+        self.store.append(self.cell, Remark(session=self.session, text=text, spoils=spoils))
+
+    def _check(self, arms: Mapping[ArmName, Arm]) -> None:
+        """Run every arm once a case, keep latents and frames, and judge them."""
+        floor: NoiseFloor | None = None
+        for number, planned in enumerate(self.plan.cases):
+            key = self._id(planned)
+            path = self.store.recording(self.cell, key)
+            recording = Recording.open(path) if path.exists() else None
+            if recording is not None and floor is None:
+                floor = free_running(recording.manifest.noise_floor)
+            if self.store.check(self.cell, key) is not None:
+                continue
+            self._tell("checking", number, len(self.plan.cases))
+            made: dict[str, Run] = {}
+            for name, arm in arms.items():
+                with self._raising(name, "generating", planned.name):
+                    made[name] = run(arm, self._case(planned, name))
+                self.store.save_tensors(self.cell, name, key, made[name].tensors)
+            self.store.save_check(self.cell, self._sameness(planned, arms, made, recording, floor))
+
+    def _sameness(
+        self,
+        planned: PlannedCase,
+        arms: Mapping[ArmName, Arm],
+        made: Mapping[str, Run],
+        recording: Recording | None,
+        floor: NoiseFloor | None,
+    ) -> Sameness:
+        base, cand = self._case(planned, "baseline"), self._case(planned, "candidate")
+        steps = None
+        if recording is not None:
+            judged = recording
+            if arm_case(planned, self.cell, self.plan.baseline)[1]:
+                with self._raising("baseline", "recording compiled", planned.name):
+                    choose(arms["baseline"], base)
+                    pipe = arms["baseline"].pipe
+                    with own_backend(arms["baseline"]):
+                        compiled = record_pipeline(pipe, case=base, floor="none")
+                    judged = with_floor(compiled, recording.manifest.noise_floor)
+            try:
+                choose(arms["candidate"], cand)
+                with own_backend(arms["candidate"]):
+                    steps = check_pipeline(
+                        arms["candidate"].pipe,
+                        judged,
+                        case=base,
+                        candidate=cand,
+                        label=self.plan.switch,
+                    )
+                steps = steps.model_copy(update={"media": ()})
+            except (TruestepError, RuntimeError, ValueError, IndexError, KeyError) as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                self._remark(f"{planned.name}: the stages could not be replayed ({reason})")
+        return sameness(
+            self._id(planned),
+            {name: found.tensors for name, found in made.items()},
+            steps=steps,
+            floor=floor,
+            pairs=(pair_of(cand.dtype, base.dtype), pair_of(base.dtype, base.dtype)),
+        )
+
+    def _warm_up(self, arms: Mapping[ArmName, Arm]) -> None:
+        first = self.plan.cases[0]
+        for _ in range(self.plan.warmup):
+            for name, arm in arms.items():
+                with self._raising(name, "warming up", first.name):
+                    run(arm, self._case(first, name))
+
+    def _round(self, arms: Mapping[ArmName, Arm], number: int) -> None:
+        """One case, every arm twice: an order drawn from the seed, and back."""
+        planned = self.plan.cases[number % len(self.plan.cases)]
+        order = order_of(ARMS, seed=f"{self.plan.seed}/{self.cell.name}/{number}")
+        found: list[Sample] = []
+        for place, name in enumerate(order):
+            arm = arms[name]  # type: ignore[index]
+            with self._raising(arm.name, "generating", planned.name):
+                made = run(arm, self._case(planned, arm.name))
+            sample = Sample(
+                arm=arm.name,
+                case=planned.name,
+                round=number,
+                session=self.session,
+                place=place,
+                seconds=made.seconds,
+                stages_s=made.stages_s,
+                memory_mib=made.memory_mib,
+                memory_kind=made.memory_kind,
+                forwards=made.forwards,
+                latent=digest(made.tensors["latent/final"]),
+                frames=digest(made.tensors["video/frames"]),
+            )
+            self.store.append(self.cell, sample)
+            found.append(sample)
+        self.rounds[number] = found
+        self._tell("rounds", len(self.rounds), max(self.plan.rounds, len(self.rounds)))
+
+    def _next(self) -> int:
+        return next(number for number in range(len(self.rounds) + 1) if number not in self.rounds)
+
+    def _enough(self) -> bool:
+        done = len(self.rounds)
+        if done < self.plan.rounds:
+            return False
+        if self.plan.until is None or done >= self.plan.most_rounds:
+            return True
+        runs = [[(s.arm, s.seconds) for s in found] for found in self.rounds.values()]
+        ratios = paired_ratios(runs, actual="candidate", reference="baseline")
+        return interval(ratios).half_width <= self.plan.until
+
+
+def with_floor(recording: Recording, floor: NoiseFloor | None) -> Recording:
+    """The same recording, to be judged with a noise floor that was measured elsewhere."""
+    manifest = recording.manifest.model_copy(update={"noise_floor": floor})
+    return Recording.in_memory(dict(recording), manifest)

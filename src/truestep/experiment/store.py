@@ -1,0 +1,261 @@
+"""An experiment's folder: written as results come, readable after any crash.
+
+::
+
+    DIR/plan.json                                what was asked
+    DIR/environment.json                         where it ran
+    DIR/<mode>/<cell>/samples.jsonl              one line a generation, flushed
+    DIR/<mode>/<cell>/<arm>/<case>.safetensors   final latent and frames
+    DIR/recordings/<cell>/<case>.safetensors     the baseline's, uncompiled, with its noise floor
+    DIR/<mode>/<cell>/candidate/<case>.check.json
+    DIR/result.json, table.md, report.html       the table, made of the above
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter, ValidationError
+
+from truestep.errors import FileFormatError, UsageError, WriteError
+from truestep.experiment.records import (
+    ArmName,
+    Failure,
+    Line,
+    Plan,
+    PlannedCell,
+    Remark,
+    Sameness,
+    Sample,
+)
+from truestep.files import replacing, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+_LINE: TypeAdapter[Sample | Failure | Remark] = TypeAdapter(Line)
+
+
+class Store:
+    """The folder of one experiment."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out. The lock goes with the process, however it ends.
+
+        Raises:
+            UsageError: A living process has the folder; the message names it.
+            WriteError: The folder cannot be written.
+        """
+        import fcntl
+
+        path = self.folder / "lock"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _unwritten("the folder", self.folder, error) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise _unwritten("the lock", path, error) from error
+                pid = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
+                raise UsageError(
+                    f"the folder is in use by process {pid or '(unknown)'}",
+                    where=str(self.folder),
+                    hint="wait for it, or give another --output",
+                ) from None
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(handle)
+
+    def begin(self, plan: Plan, *, resume: bool) -> None:
+        """Write the plan, or make sure that the one that is there is the same.
+
+        Raises:
+            UsageError: There is an experiment already and `resume` is off, there is none to
+                resume, or the plan there is another.
+        """
+        path = self.folder / "plan.json"
+        if not path.exists():
+            if resume:
+                raise UsageError(
+                    "there is no experiment to resume",
+                    where=str(self.folder),
+                    hint="leave out --resume to begin one",
+                )
+            write_text(path, plan.model_dump_json(indent=1), "the plan")
+            return
+        if not resume:
+            raise UsageError(
+                "there is an experiment in this folder already",
+                where=str(self.folder),
+                hint=f"--resume goes on with it, truestep ab recover {self.folder} shows it, "
+                "another --output keeps it",
+            )
+        ours, theirs = (p.model_dump(mode="json") for p in (plan, self.plan()))
+        free = {"rounds", "until", "most_rounds", "margin", "expect", "tool_version"}
+        changed = [key for key in ours if key not in free and ours[key] != theirs[key]]
+        if changed:
+            raise UsageError(
+                f"the experiment in this folder is another one: {', '.join(changed)} changed",
+                where=str(path),
+                hint="give another --output",
+            )
+        write_text(path, plan.model_dump_json(indent=1), "the plan")
+
+    def plan(self) -> Plan:
+        """What was asked.
+
+        Raises:
+            FileFormatError: There is no plan here, or it is damaged.
+        """
+        path = self.folder / "plan.json"
+        try:
+            return Plan.model_validate_json(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, ValidationError) as error:
+            raise FileFormatError(
+                "this is not the folder of an experiment, or its plan is damaged",
+                where=str(path),
+                measured=_first_line(error),
+                hint="truestep ab CASE --set KEY=VALUE --output DIR begins one",
+            ) from None
+
+    def write_environment(self, values: Mapping[str, str]) -> None:
+        """Keep the environment of the latest start."""
+        text = json.dumps(dict(values), indent=1, sort_keys=True)
+        write_text(self.folder / "environment.json", text, "the environment")
+
+    def environment(self) -> dict[str, str]:
+        """The environment; empty where none was kept."""
+        try:
+            found = json.loads((self.folder / "environment.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+    def append(self, cell: PlannedCell, line: Sample | Failure | Remark) -> None:
+        """Add a line to a cell's samples, flushed to the operating system.
+
+        Raises:
+            WriteError: It could not be written; the lines before it are untouched.
+        """
+        path = self._samples(cell)
+        data = line.model_dump_json().encode() + b"\n"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab+", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if end:
+                    file.seek(end - 1)
+                    if file.read(1) != b"\n":  # a line that a kill cut short
+                        data = b"\n" + data
+                written = file.write(data)
+                if written != len(data):
+                    os.ftruncate(file.fileno(), end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise _unwritten("the samples", path, error) from error
+
+    def lines(self, cell: PlannedCell) -> tuple[list[Sample | Failure | Remark], list[str]]:
+        """Every line of a cell that can be read, and what is said of those that cannot."""
+        path = self._samples(cell)
+        try:
+            raw = path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return [], []
+        found, damaged = [], []
+        for number, text in enumerate(raw, start=1):
+            if not text.strip():
+                continue
+            try:
+                found.append(_LINE.validate_json(text))
+            except ValidationError:
+                damaged.append(number)
+        if not damaged:
+            return found, []
+        places = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        count = f"{len(damaged)} damaged line{'s' if len(damaged) > 1 else ''}"
+        return found, [f"{count} left out: {cell.folder}/samples.jsonl, line {places}"]
+
+    def save_tensors(
+        self, cell: PlannedCell, arm: ArmName, case: str, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Keep an arm's final latent and frames, atomically.
+
+        Raises:
+            WriteError: They could not be written.
+        """
+        from safetensors.torch import save
+
+        path = self.media(cell, arm, case)
+        own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        data = save(own)  # clones: tensors that share memory would be refused
+        with replacing(path, "latent and frames") as temporary:
+            temporary.write_bytes(data)
+
+    def tensors(self, cell: PlannedCell, arm: ArmName, case: str) -> dict[str, torch.Tensor]:
+        """What was kept of an arm; empty where there is nothing that can be read."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            found: dict[str, torch.Tensor] = load(self.media(cell, arm, case).read_bytes())
+        except (OSError, SafetensorError, ValueError):
+            return {}
+        return found
+
+    def save_check(self, cell: PlannedCell, check: Sameness) -> None:
+        """Keep how the numbers of a case compare, atomically."""
+        write_text(self._check(cell, check.case), check.model_dump_json(), "the check")
+
+    def check(self, cell: PlannedCell, case: str) -> Sameness | None:
+        """How the numbers of a case compare; None where that was not found out."""
+        try:
+            return Sameness.model_validate_json(self._check(cell, case).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, ValidationError):
+            return None
+
+    def recording(self, cell: PlannedCell, case: str) -> Path:
+        """Where the baseline's recording of a case is kept; one for both modes of a cell."""
+        return self.folder / "recordings" / Path(cell.folder).name / f"{case}.safetensors"
+
+    def media(self, cell: PlannedCell, arm: ArmName, case: str) -> Path:
+        """Where an arm's final latent and frames are kept."""
+        return self._arm(cell, arm) / f"{case}.safetensors"
+
+    def _arm(self, cell: PlannedCell, arm: ArmName) -> Path:
+        return self.folder / cell.folder / arm
+
+    def _samples(self, cell: PlannedCell) -> Path:
+        return self.folder / cell.folder / "samples.jsonl"
+
+    def _check(self, cell: PlannedCell, case: str) -> Path:
+        return self._arm(cell, "candidate") / f"{case}.check.json"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
+def _unwritten(what: str, path: Path, error: OSError) -> WriteError:
+    return WriteError(
+        f"{what} could not be written",
+        where=str(path),
+        measured=error.strerror or str(error),
+        likely="the disk is full" if error.errno == errno.ENOSPC else "",
+        hint=f"df -h {path.parent}; what was measured is kept: truestep ab ... --resume goes on",
+    )

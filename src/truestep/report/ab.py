@@ -1,0 +1,273 @@
+"""An experiment as text, Markdown and one HTML file with frames side by side."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from truestep.experiment.records import CellResult, Experiment, Finding
+from truestep.experiment.table import NOTHING, ratio_text
+from truestep.files import write_text
+from truestep.report.html import embedded_json, number
+from truestep.verdict import Media
+
+if TYPE_CHECKING:
+    from truestep.experiment.store import Store
+
+COLUMNS = (
+    "cell",
+    "verdict",
+    "baseline s",
+    "candidate s",
+    "ratio (99 %)",
+    "A/A (99 %)",
+    "SSIM worst / mean",
+    "PSNR worst",
+    "latents",
+    "final rel_l2",
+    "peak MiB",
+    "forwards",
+)
+"""One row a cell. Ratios are candidate over baseline, so above 1 is slower."""
+
+_COLOURS = {0: "green", 1: "red", 3: "yellow", 4: "yellow"}
+_LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
+_SIGNS = {"pass": "✓", "fail": "✕", "blocked": "⊘", "unsure": "?"}
+
+
+def cells_of(result: CellResult) -> tuple[str, ...]:
+    """A cell's row as text, in the order of `COLUMNS`."""
+    base, candidate = result.arms.get("baseline"), result.arms.get("candidate")
+    return (
+        result.cell.name,
+        result.verdict.value,
+        _seconds(base.seconds if base else None),
+        _seconds(candidate.seconds if candidate else None),
+        ratio_text(result.speed) if result.speed else "-",
+        ratio_text(result.control) if result.control else "-",
+        f"{_fixed(result.ssim_worst, 4)} / {_fixed(result.ssim_mean, 4)}",
+        _decibel(result.psnr_worst_db),
+        result.sameness.value if result.sameness is not None else "-",
+        _final(result),
+        _both(*((arm.memory_mib if arm else None) for arm in (base, candidate))),
+        _both(*((arm.forwards if arm else None) for arm in (base, candidate))),
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _decibel(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return "equal" if value == float("inf") else f"{value:.1f} dB"
+
+
+def _final(result: CellResult) -> str:
+    if result.worst_final is None:
+        return "-"
+    ratio = result.worst_final_ratio
+    return number(result.worst_final) + (f" ({number(ratio)} × floor)" if ratio else "")
+
+
+def _both(baseline: float | None, candidate: float | None) -> str:
+    own, theirs = (_fixed(value, 0) for value in (candidate, baseline))
+    return own if own == theirs else f"{theirs} -> {own}"
+
+
+def markdown(experiment: Experiment) -> str:
+    """The table for a pull request, with the sentence above and the reasons below."""
+    lines = [f"**{experiment.sentence}**", ""]
+    lines.append("| " + " | ".join(COLUMNS) + " |")
+    lines.append("|" + "---|" * len(COLUMNS))
+    for result in experiment.cells:
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells_of(result)) + " |")
+    lines.append("")
+    for result in experiment.cells:
+        for text in _remarks(result):
+            lines.append(f"- {result.cell.name}: {text}")
+    lines += ["", *(f"- {text}" for text in legend(experiment))]
+    return "\n".join(lines) + "\n"
+
+
+def _remarks(result: CellResult) -> tuple[str, ...]:
+    repeats = [
+        f"{arm}: repeats of one case gave {found.results} different latents"
+        for arm, found in result.arms.items()
+        if found.results > 1
+    ]
+    silent = [NOTHING] if result.unchanged and NOTHING not in result.reasons else []
+    return (
+        *result.reasons,
+        *(f"missing: {m}" for m in result.missing),
+        *result.notes,
+        *repeats,
+        *silent,
+    )
+
+
+def legend(experiment: Experiment) -> tuple[str, ...]:
+    """How to read the table."""
+    from truestep.experiment.frames import CONVENTION
+
+    plan = experiment.plan
+    rounds = [result.speed.rounds for result in experiment.cells if result.speed]
+    kinds = {arm.memory_kind for result in experiment.cells for arm in result.arms.values()}
+    return (
+        f"switch: {plan.switch}; {len(plan.cases)} case{'s' if len(plan.cases) > 1 else ''}, "
+        f"{max(rounds, default=0)} rounds of "
+        "baseline, candidate and control in random order and back",
+        "ratio: median of paired wall times over the baseline's, above 1 is slower; A/A: the "
+        "baseline against itself in the same run; intervals at 99 %",
+        f"same speed: an interval within {plan.margin:.0%} of 1",
+        "peak memory: of the whole process, with all three arms loaded"
+        if kinds <= {"resident"}
+        else "peak memory: on the device, of one arm",
+        f"frames: {CONVENTION}",
+    )
+
+
+def lines(experiment: Experiment) -> Iterator[str]:
+    """The experiment as plain lines: outcome and reasons of every cell, then the table."""
+    for result in experiment.cells:
+        word = "PASSED" if result.verdict.passed else "FAILED"
+        colour = _COLOURS[result.verdict.exit_code]
+        styled = click.style(word, fg=colour, bold=True)
+        yield f"{styled} {result.verdict.value} {result.cell.name} [{experiment.plan.switch}]"
+        for text in _remarks(result):
+            yield from _wrapped(text, lead="  note         ")
+    yield from _table([cells_of(result) for result in experiment.cells])
+    for text in legend(experiment):
+        yield from _wrapped(text, lead="  ")
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """One row a cell; a single cell from top to bottom."""
+    if len(rows) == 1:
+        for name, value in list(zip(COLUMNS, rows[0], strict=True))[2:]:
+            yield f"  {name:<18} {value}"
+        return
+    table = [COLUMNS, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
+    for row in table:
+        yield "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip()
+
+
+def _wrapped(text: str, *, lead: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        width=100,
+        initial_indent=lead,
+        subsequent_indent=" " * max(len(lead), 4),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def _label(finding: Finding) -> str:
+    """Style class of a finding: pass, fail, blocked or unsure."""
+    return _LABELS[finding.exit_code]
+
+
+def print_experiment(experiment: Experiment, *, folder: str, report: str | None) -> None:
+    """Print it; the last lines are the sentence, where things lie, and how to repeat it."""
+    for line in lines(experiment):
+        click.echo(line)
+    click.echo()
+    click.secho(experiment.sentence, fg=_COLOURS[experiment.exit_code], bold=True)
+    click.echo(f"results: {folder}")
+    if report:
+        click.echo(f"report: {report}")
+    if experiment.repeat:
+        click.echo(f"repeat: {experiment.repeat}")
+
+
+def media_of(store: Store, experiment: Experiment) -> dict[str, tuple[Media, ...]]:
+    """Frames of candidate and baseline side by side, by cell; what cannot be read is left out."""
+    from truestep.case import Case
+    from truestep.comparison.media import frame_media
+
+    found: dict[str, tuple[Media, ...]] = {}
+    for result in experiment.cells:
+        shown = []
+        for planned in experiment.plan.cases:
+            case = Case(**planned.content)
+            own, theirs = (
+                store.tensors(result.cell, arm, case.id).get("video/frames")
+                for arm in ("candidate", "baseline")
+            )
+            if own is None or theirs is None or own.shape != theirs.shape:
+                continue
+            shown.append(frame_media(own, theirs, name=case.prompt))
+        found[result.cell.name] = tuple(shown)
+    return found
+
+
+def render(experiment: Experiment, media: Mapping[str, Sequence[Media]]) -> str:
+    """One self-contained page.
+
+    Args:
+        experiment: Read back from its JSON it renders the same.
+        media: Frames by the name of a cell.
+
+    Returns:
+        HTML whose content security policy lets it load nothing and run nothing but its own script.
+    """
+    import jinja2
+    from markupsafe import Markup, escape
+
+    def code(text: str) -> Markup:
+        return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(text))))
+
+    folder = Path(__file__).parent / "templates"
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, code=code, sign=_SIGNS.__getitem__)
+    script = (folder / "report.js").read_text("utf-8")
+    return environment.get_template("ab.html").render(
+        e=experiment,
+        columns=COLUMNS,
+        items=[
+            (c, cells_of(c), _remarks(c), media.get(c.cell.name, ()), _label(c.verdict))
+            for c in experiment.cells
+        ],
+        kind=_label(experiment.verdict),
+        legend=legend(experiment),
+        data=embedded_json(experiment.model_dump_json()),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def write_tables(store: Store, experiment: Experiment, *, report: Path | None) -> None:
+    """Write `result.json`, `table.md` and the report, each atomically.
+
+    Args:
+        store: Where the first two go.
+        experiment: What they hold.
+        report: The HTML file; None writes none.
+
+    Raises:
+        WriteError: One could not be written.
+    """
+    write_text(store.folder / "result.json", experiment.model_dump_json(indent=1), "the result")
+    write_text(store.folder / "table.md", markdown(experiment), "the table")
+    if report is not None:
+        write_text(report, render(experiment, media_of(store, experiment)), "the report")

@@ -1,0 +1,430 @@
+"""`truestep perf`, end to end: measured on a tiny model, judged on planted runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.experiment.test_baseline import COHORT, make_run
+from truestep.cli import main, perf
+from truestep.experiment.baseline import STAGES, Cohort, PerfResults, PerfRun
+from truestep.experiment.history import open_history
+from truestep.experiment.perf_importing import PerfImport
+from truestep.report.trend import Trend
+from truestep.verdict import Verdict
+
+Run = Callable[..., tuple[int, str, str]]
+
+FILE = """
+[case.three]
+model = "{model}"
+prompt = "a red three moving left"
+steps = 4
+guidance_scale = 4.0
+height = 16
+width = 16
+num_frames = 5
+max_sequence_length = 8
+settings = {{ device = "cpu" }}
+"""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command in a folder with a case file; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "truestep.toml").write_text(FILE.format(model="builtin:digits"))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["truestep", "perf", *arguments])
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return (code if isinstance(code, int) else int(code is not None)), out, err
+
+    return run
+
+
+class Planted:
+    """What stands for a model: runs of a speed that a test sets."""
+
+    def __init__(self) -> None:
+        self.speed, self.cohort, self.seed = 1.0, COHORT, 0
+        self.change: Callable[[PerfRun], PerfRun] = lambda run: run
+
+    def session(self, *_: object) -> object:
+        self.seed += 1
+        return SimpleNamespace(cohort=self.cohort)
+
+    def measured(self, _: object, __: str, runs: int) -> Iterator[PerfRun]:
+        rng = random.Random(self.seed)
+        for _number in range(runs):
+            yield self.change(make_run(self.speed * math.exp(rng.gauss(0, 0.01))))
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Planted:
+    """Planted runs in place of measured ones."""
+    made = Planted()
+    monkeypatch.setattr(perf, "_session", made.session)
+    monkeypatch.setattr(perf, "_measured", made.measured)
+    return made
+
+
+def baseline(run: Run, *, batches: int = 6, runs: int = 20) -> None:
+    for _ in range(batches):
+        assert run("record", "three", "--runs", str(runs))[0] == 0
+
+
+def test_measured_on_a_real_model(run: Run, tiny_wan: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "truestep.toml").write_text(FILE.format(model=tiny_wan["wan21"]))
+    code, out, _ = run("record", "three", "--runs", "2", "--json", "r.json", "--label", "abc")
+    assert code == 0
+    assert out.startswith("RECORDED equivalent three [cohort ")
+    (result,) = PerfResults.model_validate_json((tmp_path / "r.json").read_text()).results
+    assert result.cohort is not None
+    wanted = {"device.name", "machine.cores", "torch.threads", "library.torch", "case.dtype"}
+    assert wanted | {"attention.kernel"} <= set(result.cohort.values)
+    for found in result.runs:
+        assert set(found.stages_ms) == set(STAGES)
+        assert list(found.denoise_step_ms) == ["0", "1", "2", "3"]
+        assert found.memory_mib
+        assert found.load_ms
+    code, out, _ = run("check", "three", "--runs", "2")
+    assert code in (1, 4)  # two runs are too few for anything but a drift
+    assert re.search(r"^  e2e ms +\d", out, re.MULTILINE)
+    code, out, _ = run("show", "three")
+    assert code == 0
+    assert "abc" in out
+    assert out.endswith("2 runs in 1 batch of 1 case and 1 cohort\n")
+
+
+def test_the_same_speed_passes(run: Run, planted: Planted) -> None:
+    baseline(run)
+    code, out, _ = run("check", "three", "--runs", "20")
+    assert code == 0
+    assert out.startswith(f"PASSED equivalent three [cohort {COHORT.id}]")
+    assert "slower would not have passed" in out
+    assert "baseline     120 runs of 6 processes in truestep-references/perf.sqlite" in out
+    assert out.splitlines()[-1] == "repeat: truestep perf check three --runs 20"
+
+
+def test_a_slow_down_of_three_percent_fails(run: Run, planted: Planted, tmp_path: Path) -> None:
+    baseline(run, batches=8)
+    planted.speed = 1.03
+    code, out, _ = run("check", "three", "--runs", "20", "--json", "c.json")
+    assert code == 1
+    assert "FAILED drifted three" in out
+    results = PerfResults.model_validate_json((tmp_path / "c.json").read_text())
+    assert (results.verdict, results.exit_code) == (Verdict.DRIFTED, 1)
+    assert len(results.results[0].runs) == 20
+
+
+def test_an_improvement_becomes_the_baseline_by_recording_it(run: Run, planted: Planted) -> None:
+    baseline(run, batches=8)
+    planted.speed = 0.9
+    code, out, _ = run("check", "three", "--runs", "20")
+    assert code == 0
+    assert "faster: truestep perf record three makes it the new baseline" in out
+    code, out, _ = run("record", "three", "--runs", "20")
+    assert code == 0
+    assert "the new baseline: faster (-" in out
+    with open_history("truestep-references/perf.sqlite") as history:
+        assert [b.baseline for b in history.batches(COHORT)] == [1] * 8 + [2]
+
+
+def test_recording_a_slow_down_does_not_hide_it(run: Run, planted: Planted) -> None:
+    baseline(run)
+    planted.speed = 1.5
+    code, out, _ = run("record", "three", "--runs", "20")
+    assert code == 0
+    assert "not counted: it has drifted (+5" in out
+    assert run("check", "three", "--runs", "20")[0] == 1
+    code, out, _ = run("record", "three", "--runs", "20", "--fresh")
+    assert "the new baseline (+5" in out
+    assert run("check", "three", "--runs", "3")[0] in (0, 4)
+    assert "not counted" in run("show")[1]
+
+
+def test_too_few_runs_are_inconclusive(run: Run, planted: Planted) -> None:
+    baseline(run, batches=1, runs=3)
+    code, out, _ = run("check", "three", "--runs", "3")
+    assert code == 4
+    assert re.search(r"hint +\d+ more recorded runs would decide, in \d+ processes: ", out)
+
+
+def test_another_cohort_is_missing(run: Run, planted: Planted) -> None:
+    code, out, _ = run("check", "three")
+    assert code == 3
+    assert "no baseline of this cohort; there is no history" in out
+    baseline(run, batches=1)
+    planted.cohort = Cohort(
+        case_id=COHORT.case_id, values={**COHORT.values, "torch.threads": "8", "library.torch": "3"}
+    )
+    code, out, _ = run("check", "three")
+    assert code == 3
+    assert f"truestep {COHORT.id}, 20 runs: library.torch 3 (there (absent)), " in out
+    assert "torch.threads 8 (there 1)" in out
+    assert "hint         truestep perf record three" in out
+
+
+def test_impossible_runs_are_invalid_and_not_kept(run: Run, planted: Planted) -> None:
+    baseline(run, batches=1)
+    planted.change = lambda found: found.model_copy(update={"e2e_ms": 0.0})
+    code, out, _ = run("check", "three")
+    assert code == 1
+    assert "invalid: three: run 0: e2e_ms is 0" in out
+    code, out, _ = run("record", "three")
+    assert code == 1
+    assert "it was not kept" in out
+    with open_history("truestep-references/perf.sqlite") as history:
+        assert len(history.batches(COHORT)) == 1
+
+
+def test_json_alone_on_stdout(run: Run, planted: Planted) -> None:
+    code, out, _ = run("record", "three", "--json")
+    assert code == 0
+    assert PerfResults.model_validate_json(out).results[0].action == "record"
+
+
+def test_a_case_that_raises(
+    run: Run, tiny_wan: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from truestep.experiment import perf_measuring
+
+    (tmp_path / "truestep.toml").write_text(FILE.format(model=tiny_wan["wan21"]))
+    generate, calls = perf_measuring.generate, []
+
+    def third_raises(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of patience")
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(perf_measuring, "generate", third_raises)
+    code, _, err = run("record", "three", "--runs", "4")
+    assert code == 2
+    assert err.startswith("TruestepError: the case raised RuntimeError: out of patience")
+    assert "three, generating" in err
+    assert "Traceback" not in err
+    with open_history("truestep-references/perf.sqlite") as history:
+        ((cohort, counting),) = history.cohorts()
+        (batch,) = history.batches(cohort)
+    assert (len(batch.runs), batch.complete, counting) == (1, False, 0)
+
+
+def test_one_broken_case_does_not_cost_the_others(
+    run: Run, planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from truestep.errors import TruestepError
+
+    text = Path("truestep.toml").read_text()
+    Path("truestep.toml").write_text(text + text.replace("case.three", "case.four"))
+
+    def breaks(name: str, *_: object) -> object:
+        if name == "three":
+            raise TruestepError("the case raised ValueError: no")
+        return planted.session()
+
+    monkeypatch.setattr(perf, "_session", breaks)
+    code, out, err = run("record")
+    assert code == 2
+    assert err.startswith("BROKEN three: TruestepError: the case raised ValueError: no")
+    assert "recorded four: 10 runs" in out
+
+
+@pytest.mark.parametrize("runs", ["0", "-1"])
+@pytest.mark.parametrize("verb", ["record", "check"])
+def test_runs_below_one(run: Run, verb: str, runs: str) -> None:
+    code, _, err = run(verb, "three", "--runs", runs)
+    assert code == 2
+    assert f"{runs} is not in the range x>=1" in err
+
+
+def test_a_history_that_is_something_else_is_told_before_a_model_is_loaded(
+    run: Run, planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*_: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(perf, "_session", loads)
+    Path("other.sqlite").write_text("hello, I am a text file, " * 80)
+    for arguments in (("record", "three"), ("check", "three"), ("show",)):
+        code, _, err = run(*arguments, "--history", "other.sqlite")
+        assert code == 2
+        assert "this is not a history: it is not a SQLite file" in err
+
+
+def test_nothing_to_show(run: Run, planted: Planted) -> None:
+    code, _, err = run("show")
+    assert (code, "there is no history" in err) == (2, True)
+    baseline(run, batches=1)
+    code, _, err = run("show", "nine")
+    assert code == 3
+    assert "the history holds no runs of 'nine'" in err
+    assert f"it holds: {COHORT.case_id}" in err
+
+
+def test_the_page_is_self_contained_and_escaped(run: Run, planted: Planted) -> None:
+    run("record", "three", "--label", "<script>alert(1)</script>")
+    planted.cohort = Cohort(case_id=COHORT.case_id, values={**COHORT.values, "library.torch": "3"})
+    run("record", "three", "--label", "new torch")
+    code, out, _ = run("show", "--report", "trend.html", "--json", "trend.json")
+    assert code == 0
+    assert out.splitlines()[-1] == "report: trend.html"
+    assert "-- cohort: library.torch (absent) -> 3" in out
+    page = Path("trend.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "default-src 'none'" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert page.count('<svg viewBox="0 0') == 4  # whole, denoise, decode, memory
+    assert page.count('class="change"') == 4
+    trend = Trend.model_validate_json(Path("trend.json").read_text())
+    assert [b.label for b in trend.cases[0].batches][1] == "new torch"
+
+
+SGLANG: dict[str, Any] = {
+    "metadata": {"model": "Diffusion Server", "hardware": "H100", "last_updated": "2026-08-16"},
+    "tolerances": {"pr_test": {"e2e": 0.25}},
+    "scenarios": {
+        "wan_t2v": {
+            "notes": "two steps",
+            "stages_ms": {
+                "TextEncodingStage": 232.03,
+                "DenoisingStage": 500.0,
+                "ImageVAEEncodingStage": 0.0,
+                "per_frame_generation": None,
+            },
+            "denoise_step_ms": {"0": 240.0, "1": 255.0},
+            "expected_e2e_ms": 800.0,
+            "expected_avg_denoise_ms": 247.5,
+            "expected_median_denoise_ms": 247.5,
+            "runtime_peak_vram_mb": 46938.0,
+        },
+        "action_http": {
+            "stages_ms": {},
+            "denoise_step_ms": {},
+            "expected_e2e_ms": 21.37,
+            "expected_avg_denoise_ms": 0.0,
+            "expected_median_denoise_ms": 0.0,
+        },
+    },
+}
+
+FASTVIDEO: dict[str, Any] = {
+    "model_id": "Wan2.1-T2V-1.3B-Diffusers",
+    "device": "NVIDIA L40S",
+    "num_gpus": 2,
+    "avg_generation_time_s": 31.0,
+    "individual_times_s": [30.0, 31.0, 32.0],
+    "max_peak_memory_mb": 10100.0,
+    "individual_peak_memories_mb": [10000.0, 10100.0, 10050.0],
+    "dit_time_s": 8.2,
+    "timestamp": "2026-07-05T00:00:00+00:00",
+}
+
+
+def write(name: str, content: object) -> str:
+    Path(name).write_text(json.dumps(content))
+    return name
+
+
+def test_both_tools_are_imported_as_cohorts_of_their_own(run: Run) -> None:
+    names = (write("perf_baselines.json", SGLANG), write("fastvideo.json", FASTVIDEO))
+    code, out, _ = run("import", *names)
+    assert code == 0
+    assert "perf_baselines.json: sglang, 2 cases" in out
+    assert "ImageVAEEncodingStage is 0, below the file's resolution" in out
+    assert "imported 3 batches of 2 files" in out
+    with open_history("truestep-references/perf.sqlite") as history:
+        cohorts = {cohort.case_id: cohort for cohort, _ in history.cohorts()}
+        wan = history.baseline(cohorts["wan_t2v"])[0].runs[0]
+        fast = history.baseline(cohorts["Wan2.1-T2V-1.3B-Diffusers"])[0].runs
+    assert cohorts["wan_t2v"].source == "sglang"
+    assert cohorts["wan_t2v"].values["hardware"] == "H100"
+    assert wan.stages_ms == {"TextEncodingStage": 232.03, "DenoisingStage": 500.0}
+    assert (wan.e2e_ms, wan.memory_mib, wan.memory_kind) == (800.0, 46938.0, "device")
+    assert wan.denoise_step_ms == {"0": 240.0, "1": 255.0}
+    assert [found.e2e_ms for found in fast] == [30000.0, 31000.0, 32000.0]
+    assert cohorts["Wan2.1-T2V-1.3B-Diffusers"].values == {"device": "NVIDIA L40S", "num_gpus": "2"}
+    code, out, _ = run("import", *names)
+    assert (code, "imported 0 batches of 2 files; 3 were there already" in out) == (0, True)
+    code, out, _ = run("show", "wan_t2v", "--report", "t.html")
+    assert (code, "2026-08-16" in out) == (0, True)
+
+
+def test_impossible_scenarios_are_left_out_and_named(run: Run) -> None:
+    content = json.loads(json.dumps(SGLANG))
+    content["scenarios"]["broken"] = {"expected_e2e_ms": -3.0}
+    content["scenarios"]["torn"] = {
+        "expected_e2e_ms": 900.0,
+        "stages_ms": {"DenoisingStage": 800.0},
+        "denoise_step_ms": {"0": 300.0, "1": 300.0},
+    }
+    code, out, _ = run("import", write("b.json", content), "--json")
+    assert code == 1
+    result = PerfImport.model_validate_json(out)
+    assert result.verdict is Verdict.INVALID
+    assert result.files[0].left_out == {
+        "broken": "e2e_ms is -3",
+        "torn": "the steps sum to 600 ms, stages_ms DenoisingStage says 800",
+    }
+    assert result.new == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not JSON that can be read"),
+        ("[]", "neither SGLang's perf_baselines.json nor a FastVideo"),
+        ('{"scenarios": {}}', "scenarios holds no scenario"),
+        ('{"scenarios": {"a": 3}}', "malformed: a is not a table"),
+        ('{"scenarios": {"a": {}}}', "scenarios.a.expected_e2e_ms is missing"),
+        ('{"scenarios": {"a": {"expected_e2e_ms": "fast"}}}', "is not a number: 'fast'"),
+        ('{"scenarios": {"a": {"expected_e2e_ms": 1, "stages_ms": [1]}}}', "a.stages_ms is not a"),
+        (
+            '{"scenarios": {"a": {"expected_e2e_ms": 1, "denoise_step_ms": {"x": 1}}}}',
+            "has a key that is not a step's index",
+        ),
+        ('{"avg_generation_time_s": 3}', "has neither benchmark_id nor model_id"),
+        ('{"slice_spec": {}, "metrics": {}}', "it is the result of FastVideo's latent gate"),
+    ],
+)
+def test_a_malformed_file_imports_nothing(run: Run, content: str, words: str) -> None:
+    Path("bad.json").write_text(content)
+    code, _, err = run("import", write("good.json", SGLANG), "bad.json")
+    assert code == 2
+    assert words in err
+    assert "hint: nothing was imported" in err
+    assert not Path("truestep-references").exists()
+
+
+def test_an_absent_file(run: Run) -> None:
+    code, _, err = run("import", "nowhere.json")
+    assert code == 2
+    assert "nowhere.json" in err
+
+
+def test_help_needs_no_torch() -> None:
+    import subprocess
+
+    code = (
+        "import sys\nfrom truestep.cli.app import app\n"
+        "app(['perf', 'check', '-h'], standalone_mode=False)\n"
+        "import truestep.experiment.history, truestep.report.trend\n"
+        "assert not {'torch', 'diffusers', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
