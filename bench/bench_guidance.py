@@ -157,15 +157,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+    stored = RESULTS / "guidance.json"
+    rows: list[dict[str, Any]] = json.loads(stored.read_text("utf-8")) if stored.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         pipe = pipeline(Path(folder))
         for tokens in options.tokens:
             for text in options.text:
                 rounds = options.rounds if tokens <= 1024 else max(3, options.rounds // 3)
-                rows += cell(pipe, tokens, text, rounds)
+                kept = [r for r in rows if (r["tokens"], r["text"]) != (tokens, text)]
+                made = [*kept, *cell(pipe, tokens, text, rounds)]
+                rows = sorted(made, key=lambda r: (r["tokens"], r["text"]))
                 (RESULTS / "guidance.md").write_text(table(rows), "utf-8")
-    (RESULTS / "guidance.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+                stored.write_text(json.dumps(rows) + "\n", "utf-8")
     print(table(rows), file=sys.stderr)
 
 

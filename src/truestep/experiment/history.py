@@ -276,12 +276,11 @@ def _prepare(path: Path, db: sqlite3.Connection) -> None:
 
 def _header(db: sqlite3.Connection) -> tuple[int, int, int]:
     """Application id, schema, and number of tables, all of one moment."""
-    return tuple(  # type: ignore[return-value]
-        db.execute(
-            "SELECT application_id, user_version, (SELECT COUNT(*) FROM sqlite_master) "
-            "FROM pragma_application_id, pragma_user_version"
-        ).fetchone()
-    )
+    application, schema, tables = db.execute(
+        "SELECT application_id, user_version, (SELECT COUNT(*) FROM sqlite_master) "
+        "FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    return int(application), int(schema), int(tables)
 
 
 def _use_log(db: sqlite3.Connection) -> None:
