@@ -2,7 +2,7 @@
 
 The 8 moments of `truestep.recording.format.moments`, from four reductions: sum, sum of magnitudes,
 dot product, extremes. A finite sum of squares means that every element is finite, so nothing is
-masked unless it has to be. Sums are made in float32, 65,536 elements at a time, and added in
+masked unless it has to be. Sums are made in float32, 131,072 elements at a time, and added in
 float64: moments agree with the exact ones within 1e-6 of the rms. Where the variance is too small a
 part of the mean square for that, or something is not finite, the exact ones are taken.
 """
@@ -14,12 +14,10 @@ from collections.abc import Sequence
 
 import torch
 
-from truestep.comparison.sketch import STEP
 from truestep.recording.format import moments
 
-CHUNK = STEP
-"""Elements a step, as in a sketch, so that both give the same numbers: with the scratch memory half
-a megabyte, which stays in a second-level cache."""
+CHUNK = 1 << 17
+"""Elements a step: with the scratch memory 1 MB, which stays in a second-level cache."""
 
 _ILL_CONDITIONED = 1e-3
 """Variance over mean square below which float32 sums say too little about it."""
@@ -40,16 +38,17 @@ class Moments:
         self._wide = torch.empty(CHUNK, dtype=torch.float32, device="cpu")
         self.begin()
 
-    def of(self, tensor: torch.Tensor) -> Values:
+    def of(self, tensor: torch.Tensor, *, chunk: int = CHUNK) -> Values:
         """Moments of a host tensor, in the order of `manifest.STATS`.
 
         Args:
             tensor: Detached, real, on the CPU, any shape.
+            chunk: Elements a step, up to `CHUNK`: the last bits depend on it.
         """
         self.begin()
         if tensor.dtype in _FAST:
             flat = tensor.reshape(-1)
-            for part in flat.split(CHUNK) if flat.numel() > CHUNK else (flat,):
+            for part in flat.split(chunk) if flat.numel() > chunk else (flat,):
                 self.add(part)
         return self.values(tensor)
 

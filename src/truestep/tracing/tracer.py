@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from truestep.comparison.sketch import SIZE, sketch_and_square
+from truestep.comparison.sketch import SIZE, STEP, sketch_and_square
 from truestep.errors import WriteError
 from truestep.recording.format import bytes_of
 from truestep.recording.manifest import STATS, Level
@@ -296,7 +296,7 @@ class Tracer:
         if self.level == "stats":
             return [_stats(self._moments.of(host))]
         before, known, blobs = self._last
-        if before() is host and known == (self._moments.of(host), _version(host)):
+        if before() is host and known == (self._moments.of(host, chunk=STEP), _version(host)):
             return blobs
         self._moments.begin()
         projected, square = sketch_and_square(host, each=self._moments.add)
