@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,7 +25,7 @@ from truestep.cli.common import (
 
 if TYPE_CHECKING:
     from truestep.case import Case
-    from truestep.experiment.records import Experiment, Plan
+    from truestep.experiment.records import Experiment
     from truestep.experiment.store import Store
 
 _DIMENSION = re.compile(r"[A-Za-z_]\w*=")
@@ -112,6 +115,19 @@ def _share(value: object) -> float:
     help="Folder of the results.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the experiment in the folder.")
+@click.option(
+    "--ray",
+    metavar="local|ADDRESS",
+    help="Run every cell as a task of a Ray cluster; --output must be on a filesystem that "
+    "its machines share, under the same path. Cells that share a machine disturb each other's "
+    "times.",
+)
+@click.option(
+    "--accelerator",
+    metavar="TYPE",
+    help="With --ray: type of the accelerator that every cell needs, as Ray names it (H200); "
+    "without it, one CPU.",
+)
 @output_options
 def command(
     names: tuple[str, ...],
@@ -132,6 +148,8 @@ def command(
     seed: int,
     output: Path,
     resume: bool,
+    ray: str | None,
+    accelerator: str | None,
     json_path: str | None,
     report: Path | None,
 ) -> None:
@@ -142,10 +160,14 @@ def command(
     --apply; the baseline runs once more as a control. `truestep ab recover DIR` rebuilds the table
     of whatever lies in a folder.
     """
+    from truestep.experiment.cluster import connected
     from truestep.experiment.planning import parse_matrix, planned_cases, validate
     from truestep.experiment.records import Plan
+    from truestep.experiment.running import run_experiment, run_on_cluster
     from truestep.experiment.store import Store
 
+    if accelerator is not None and ray is None:
+        raise click.UsageError("--accelerator needs --ray: it chooses among a cluster's machines")
     if names[:1] == ("recover",):
         _recover(names[1:], json_path=json_path, report=report)
     dimensions = [*matrix, *(n for n in names if matrix and _DIMENSION.match(n))]
@@ -180,9 +202,15 @@ def command(
         seed=seed,
     )
     store = Store(output)
-    with store.locked():
+    connection = connected(ray, accelerator=accelerator) if ray is not None else nullcontext()
+    with connection, store.locked():
         store.begin(plan, resume=resume)
-        experiment = _run(plan, store, apply, report=report)
+        if ray is None:
+            run = partial(run_experiment, plan, store, apply=apply)
+        else:
+            there = partial(load_change, change)
+            run = partial(run_on_cluster, plan, store, change=there, accelerator=accelerator)
+        experiment = _run(run, store, report=report)
     sys.exit(_show(experiment, store, json_path=json_path, report=report))
 
 
@@ -201,17 +229,16 @@ def _cases(
     return choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
 
 
-def _run(plan: Plan, store: Store, apply: Any, *, report: Path | None) -> Experiment:
+def _run(run: Callable[..., None], store: Store, *, report: Path | None) -> Experiment:
     """Run what is missing, and make the table; also where it was stopped from the keyboard."""
     from truestep.environment import Environment, command_line
-    from truestep.experiment.running import run_experiment
     from truestep.experiment.table import summarise
     from truestep.report.ab import write_tables
 
     store.write_environment(dict(Environment.current()))
     try:
         with progress_bar() as progress:
-            run_experiment(plan, store, apply=apply, progress=progress)
+            run(progress=progress)
     except KeyboardInterrupt:
         click.echo(f"stopped; --resume goes on: {store.folder}", err=True)
     experiment = summarise(store).model_copy(update={"repeat": command_line()})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +53,18 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="At --depth modules: which of the reference's modules the candidate's answer to.",
 )
+@click.option(
+    "--ray",
+    metavar="local|ADDRESS",
+    help="Run every case as a task of a Ray cluster; this folder, models and references must be on "
+    "a filesystem that its machines share, under the same path.",
+)
+@click.option(
+    "--accelerator",
+    metavar="TYPE",
+    help="With --ray: type of the accelerator that every case needs, as Ray names it (H200); "
+    "without it, one CPU.",
+)
 @output_options
 def command(
     names: tuple[str, ...],
@@ -65,6 +80,8 @@ def command(
     steps: str | None,
     tolerance: float | None,
     rename: Path | None,
+    ray: str | None,
+    accelerator: str | None,
     json_path: str | None,
     report: Path | None,
 ) -> None:
@@ -74,8 +91,11 @@ def command(
     The change is --set, --model or --apply; without one the check says whether this environment
     still reproduces the reference.
     """
-    from truestep.errors import TruestepError, UsageError
+    from truestep.errors import UsageError
+    from truestep.references.store import DEFAULT_ROOT
 
+    if accelerator is not None and ray is None:
+        raise click.UsageError("--accelerator needs --ray: it chooses among a cluster's machines")
     cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
     if reference is not None and len(cases) != 1:
         raise UsageError(f"--reference takes one case, {len(cases)} were chosen")
@@ -84,26 +104,31 @@ def command(
         settings["model"] = model
     for case in cases.values():  # every option is validated before any forward
         case.replace(**settings)
+    load_change(change)  # a change that cannot be read is refused before any forward
     options: dict[str, Any] = {
         "depth": depth,
-        "apply": load_change(change),
         "settings": settings,
         "steps": _steps(steps),
         "tolerance": tolerance,
         "rename": _rename(rename, depth),
     }
-    results: list[Comparison] = []
+    check = partial(_check, reference=reference, references=references, tier=tier, change=change)
+    endings = _here(check, cases, options)
+    if ray is not None:
+        folder = references or DEFAULT_ROOT
+        endings = _on_cluster(check, cases, options, ray, accelerator, reference or folder)
+    found: dict[str, Comparison] = {}
     broken = 0
-    for name, case in cases.items():
-        try:
-            with progress_bar() as progress:
-                asked = {**options, "progress": progress}
-                results.append(_check(name, case, reference, references, tier, asked))
-        except TruestepError as error:  # one broken case must not cost the others' results
+    with closing(endings):
+        for name, outcome in endings:
+            if not isinstance(outcome, Exception):
+                found[name] = outcome
+                continue
             if len(cases) == 1:
-                raise
-            broken += 1
-            click.echo(f"BROKEN {name}: {type(error).__name__}: {error}", err=True)
+                raise outcome
+            broken += 1  # one broken case must not cost the others' results
+            click.echo(f"BROKEN {name}: {type(outcome).__name__}: {outcome}", err=True)
+    results = [found[name] for name in cases if name in found]
     code = finish(results, json_path=json_path, report=report) if results else 2
     sys.exit(2 if broken else code)
 
@@ -128,13 +153,57 @@ def _steps(text: str | None) -> tuple[int, ...] | None:
         raise click.UsageError(f"--steps needs numbers like 0,10,19, got {text!r}") from None
 
 
+Ending = tuple[str, "Comparison | Exception"]
+"""A case, and its result or what it raised."""
+
+
+def _here(
+    check: Callable[..., Comparison], cases: Mapping[str, Case], options: dict[str, Any]
+) -> Generator[Ending]:
+    """Check the cases one by one in this process."""
+    from truestep.errors import TruestepError
+
+    for name, case in cases.items():
+        try:
+            with progress_bar() as progress:
+                yield name, check(name, case, {**options, "progress": progress})
+        except TruestepError as error:
+            yield name, error
+
+
+def _on_cluster(
+    check: Callable[..., Comparison],
+    cases: Mapping[str, Case],
+    options: dict[str, Any],
+    address: str,
+    accelerator: str | None,
+    references: Path,
+) -> Generator[Ending]:
+    """Check the cases on a Ray cluster, each as a task, in the order they end."""
+    from truestep.experiment.cluster import Task, connected, run_tasks
+
+    tasks = {name: Task(check, (name, case, options)) for name, case in cases.items()}
+    shared = {references: None} if references.exists() else {}
+    with (
+        connected(address, accelerator=accelerator),
+        closing(run_tasks(tasks, accelerator=accelerator, shared=shared)) as endings,
+        progress_bar() as progress,
+    ):
+        for done, ended in enumerate(endings, start=1):
+            if progress:
+                progress("cases", done, len(cases))
+            yield ended.name, ended.value if ended.error is None else ended.error
+
+
 def _check(
     name: str,
     case: Case,
+    options: dict[str, Any],
+    *,
     reference: Path | None,
     references: Path | None,
     tier: str,
-    options: dict[str, Any],
+    change: str | None,
 ) -> Comparison:
     from truestep.checking import check, missing_reference
     from truestep.errors import ReferenceNotFoundError
@@ -143,4 +212,4 @@ def _check(
         path = reference or find_reference(name, case, references=references, tier=tier)
     except ReferenceNotFoundError as error:
         return missing_reference(case, error)
-    return check(case, path, **options)
+    return check(case, path, apply=load_change(change), **options)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from truestep.case import Case
@@ -14,6 +15,7 @@ from truestep.checking import check_pipeline
 from truestep.environment import Environment
 from truestep.errors import TruestepError, WriteError
 from truestep.experiment.arms import Arm, Run, choose, digest, load_arm, own_backend, run
+from truestep.experiment.cluster import Ended, Task, run_tasks
 from truestep.experiment.judging import final_row, sameness
 from truestep.experiment.planning import arm_case, own_settings
 from truestep.experiment.records import (
@@ -30,6 +32,7 @@ from truestep.experiment.records import (
 from truestep.experiment.statistics import interval, order_of, paired_ratios
 from truestep.experiment.store import Store
 from truestep.experiment.table import complete_rounds
+from truestep.files import write_text
 from truestep.noise import NoiseFloor, free_running, pair_of
 from truestep.recording.format import Recording
 from truestep.recording.record import FloorChoice, record_pipeline
@@ -68,6 +71,87 @@ def run_experiment(
             gc.collect()
 
 
+def run_on_cluster(
+    plan: Plan,
+    store: Store,
+    *,
+    change: Callable[[], Apply | None],
+    accelerator: str | None = None,
+    max_retries: int = 2,
+    progress: Progress | None = None,
+) -> None:
+    """Run what is not there yet on the connected Ray cluster, every cell as one task.
+
+    A cell whose worker was lost goes on elsewhere; one that fails each time is kept as a failure.
+
+    Args:
+        plan, store, progress: As in `run_experiment`; all workers must see the folder.
+        change: Gives the change in the candidate, on the worker.
+        accelerator: Type of accelerator that every cell needs, like `H200`; None needs one CPU.
+        max_retries: How often a cell whose worker was lost is tried again.
+
+    Raises:
+        UsageError: A worker does not see the folder.
+        WriteError: A failure could not be written.
+    """
+    shared = {store.folder / "plan.json": (store.folder / "plan.json").read_bytes()}
+    first = {Path(cell.folder).name: cell for cell in reversed(plan.cells)}
+    # Cells of both modes share a recording: who makes it comes before who reads it.
+    waves = [[c for c in plan.cells if (c in first.values()) is makes] for makes in (True, False)]
+    folder, done = store.folder.resolve(), 0
+    known: dict[str, str] = {}
+    for wave in waves:
+        cells = {cell.name: cell for cell in wave}
+        tasks = {name: Task(_run_cell, (plan, c, folder, change)) for name, c in cells.items()}
+        running = run_tasks(tasks, accelerator=accelerator, max_retries=max_retries, shared=shared)
+        with closing(running) as endings:
+            for ended in endings:
+                _keep(store, cells[ended.name], ended, known)
+                done += 1
+                if progress:
+                    progress("cells", done, len(plan.cells))
+
+
+def _run_cell(
+    plan: Plan, cell: PlannedCell, folder: Path, change: Callable[[], Apply | None]
+) -> dict[str, str]:
+    """Run a cell on a worker; returns the worker's environment."""
+    store = Store(folder)
+    marker = _marker(store, cell)
+    marker.unlink(missing_ok=True)
+    with _said_once("diffusers"):
+        _Cell(plan, cell, store, change(), None, marker=marker).run()
+    marker.unlink(missing_ok=True)
+    return dict(Environment.current())
+
+
+def _marker(store: Store, cell: PlannedCell) -> Path:
+    return store.folder / cell.folder / "doing.json"
+
+
+def _keep(store: Store, cell: PlannedCell, ended: Ended, known: dict[str, str]) -> None:
+    """Keep how a task ended: the environment it ran in, or its failure with what it was doing."""
+    if ended.error is None:
+        if not known:
+            known.update(ended.value)
+            store.write_environment(known)
+        other = Environment(ended.value).differences(known)
+        if other:
+            keys = ", ".join(f"{d.key} {d.reference} -> {d.actual}" for d in other[:5])
+            store.append(cell, Remark(text=f"it ran on another machine than the others: {keys}"))
+        return
+    marker = _marker(store, cell)
+    try:
+        doing = Failure.model_validate_json(marker.read_text("utf-8"))
+    except (OSError, ValueError):
+        lines, _ = store.lines(cell)
+        session = 1 + max((line.session for line in lines), default=-1)
+        doing = Failure(arm="baseline", session=session, doing="starting", text="")
+    text = str(ended.error) if ended.lost else f"{type(ended.error).__name__}: {ended.error}"
+    store.append(cell, doing.model_copy(update={"text": text[:2000]}))
+    marker.unlink(missing_ok=True)
+
+
 @contextmanager
 def _said_once(logger: str) -> Iterator[None]:
     """Let a library say each of its warnings once, not with every one of hundreds of runs."""
@@ -101,7 +185,10 @@ class _Cell:
         store: Store,
         apply: Apply | None,
         progress: Progress | None,
+        *,
+        marker: Path | None = None,
     ) -> None:
+        self.marker = marker  # where a process that may be lost leaves what it does
         self.plan, self.cell, self.store = plan, cell, store
         self.apply, self.progress = apply, progress
         lines, _ = store.lines(cell)
@@ -138,6 +225,9 @@ class _Cell:
     @contextmanager
     def _raising(self, arm: ArmName, doing: str, case: str = "") -> Iterator[None]:
         """Keep what the block raises as a failure of the arm."""
+        if self.marker:
+            now = Failure(arm=arm, case=case, session=self.session, doing=doing, text="")
+            write_text(self.marker, now.model_dump_json(), "what is running")
         try:
             yield
         except (WriteError, _ArmFailedError):

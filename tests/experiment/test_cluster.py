@@ -1,0 +1,269 @@
+"""Tasks on a Ray cluster of this machine: cells, cases, lost workers, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from truestep.cli import main
+from truestep.cli.common import load_change
+from truestep.errors import MissingExtraError, UsageError
+from truestep.experiment.cluster import Ended, Task, connected, run_tasks
+from truestep.experiment.records import ARMS, Experiment, Finding
+
+Run = Callable[..., tuple[int, str, str]]
+
+CASE = """
+[case.{name}]
+model = "{model}"
+prompt = "a red three moving left"
+seed = {seed}
+steps = 2
+height = 16
+width = 16
+num_frames = 5
+max_sequence_length = 8
+settings = {{ device = "cpu" }}
+"""
+
+CHANGES = """
+import os, signal
+from pathlib import Path
+
+def fused(pipe):
+    pipe.transformer.fuse_qkv_projections()
+
+def deadly(pipe):
+    if pipe.settings.seed == 1 or pipe.settings.guidance_scale == 3.0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def deadly_once(pipe):
+    decode = pipe.decode
+    def mortal(inner, latent):
+        samples, died = Path("results/eager/as-is/samples.jsonl"), Path("died")
+        if samples.exists() and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(inner, latent)
+    pipe.decode = mortal
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster with two CPUs and what Ray takes for an H200."""
+    if find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    resources = {"CPU": 2, "GPU": 1, "accelerator_type:H200": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps(resources))
+        with connected("local"):
+            import ray  # not earlier: it reads what it may print when it is imported
+            from ray import cloudpickle
+
+            cloudpickle.register_pickle_by_value(sys.modules[__name__])
+            yield
+    assert not ray.is_initialized()
+
+
+@pytest.fixture
+def folder(tiny_wan: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a case file and changes, to run in."""
+    cases = [CASE.format(name=n, model=tiny_wan["wan21"], seed=s) for s, n in enumerate("ab")]
+    (tmp_path / "truestep.toml").write_text("".join(cases))
+    (tmp_path / "change.py").write_text(CHANGES)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def truestep(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Run:
+    """Run a verb; returns exit code, stdout and stderr, with what other threads print."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["truestep", *arguments])
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capfd.readouterr()
+        return (code if isinstance(code, int) else int(code is not None)), out, err
+
+    return run
+
+
+def _where() -> tuple[int, str, str, int]:
+    import torch
+
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return os.getpid(), str(Path.cwd()), device, torch.get_num_threads()
+
+
+def _killed_once(marker: Path) -> str:
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def _killed(log: Path) -> None:
+    with log.open("a") as file:
+        file.write("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _raising() -> None:
+    raise UsageError("no such thing", hint="another")
+
+
+# These come first: the cluster of the others is not there yet.
+
+
+def test_without_ray_one_sentence_says_so(
+    truestep: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match="'ray', which is not installed"):
+        connected("local").__enter__()
+    for arguments in (("ab", "a", "--set", "steps=3"), ("check", "a")):
+        code, out, err = truestep(*arguments, "--ray", "local")
+        assert (code, out) == (2, "")
+        assert err == (
+            "MissingExtraError: --ray needs the package 'ray', which is not installed\n\n"
+            "hint: pip install 'truestep[ray]'\n"
+        )
+    assert not (folder / "truestep-ab").exists()
+
+
+def test_what_cannot_be_meant_is_refused(truestep: Run, folder: Path) -> None:
+    for arguments in (("ab", "a", "--set", "steps=3"), ("check", "a")):
+        code, _, err = truestep(*arguments, "--accelerator", "H200")
+        assert code == 2
+        assert "--accelerator needs --ray" in err
+    code, _, err = truestep("check", "a", "--ray", "127.0.0.1:1")
+    assert code == 2
+    assert err.startswith("UsageError: there is no Ray cluster at 127.0.0.1:1\n")
+
+
+def test_a_change_is_read_anew_on_the_worker(folder: Path) -> None:
+    import pickle
+
+    again = pickle.loads(pickle.dumps(partial(load_change, "change.py:fused")))
+    change = again()
+    assert change is not None
+    assert change.__name__ == "fused"
+
+
+@pytest.mark.slow
+def test_a_lost_worker_is_retried_and_a_poisoned_task_leaves_the_others(
+    cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tasks = {
+        "poison": Task(_killed, (tmp_path / "log",)),
+        "once": Task(_killed_once, (tmp_path / "marker",)),
+        "raising": Task(_raising),
+        "one": Task(_where),
+        "two": Task(_where),
+    }
+    ended = {end.name: end for end in run_tasks(tasks, max_retries=1)}
+    assert set(ended) == set(tasks)
+    assert ended["once"] == Ended("once", "alive")
+    assert ended["poison"].lost
+    assert str(ended["poison"].error).startswith("its worker was lost 2 times")
+    assert (tmp_path / "log").read_text() == "xx"
+    error = ended["raising"].error
+    assert isinstance(error, UsageError)
+    assert (error.what, error.hint, ended["raising"].lost) == ("no such thing", "another", False)
+    one, two = ended["one"].value, ended["two"].value
+    assert one[0] != two[0]
+    assert one[1:] == two[1:] == (str(tmp_path), "", 1)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_an_accelerator_is_asked_for_by_its_type(cluster: None) -> None:
+    with connected("local", accelerator="H200"):
+        (end,) = run_tasks({"one": Task(_where)}, accelerator="H200")
+    assert end.value[2] == "0"
+    with pytest.raises(UsageError, match="accelerator of type 'B200'") as caught:
+        connected("local", accelerator="B200").__enter__()
+    assert caught.value.measured == "it has: H200"
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared_is_refused(cluster: None, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text("this")
+    (end,) = run_tasks({"one": Task(_where)}, shared={plan: b"this", tmp_path: None})
+    assert end.error is None
+    for shared in ({plan: b"that"}, {tmp_path / "absent": None}):
+        with pytest.raises(UsageError, match="does not see the files") as caught:
+            list(run_tasks({"one": Task(_where)}, shared=shared))
+        assert caught.value.where == str(next(iter(shared)))
+
+
+@pytest.mark.slow
+def test_cells_run_as_tasks_and_a_poisoned_one_is_its_own_failure(
+    cluster: None, truestep: Run, folder: Path
+) -> None:
+    arguments = ("ab", "a", "--apply", "change.py:deadly", "--rounds", "1", "--output", "results")
+    code, out, _ = truestep(
+        *arguments, "--matrix", "guidance_scale=3.0,5.0", "--ray", "local", "--json"
+    )
+    assert code == 1
+    poisoned, other = Experiment.model_validate_json(out).cells
+    assert poisoned.verdict is Finding.INVALID
+    assert poisoned.reasons == ("the candidate raised while loading: its worker was lost 3 times",)
+    assert other.speed is not None
+    assert (other.speed.rounds, other.missing, other.sameness is not None) == (1, (), True)
+    assert {sample.arm for sample in other.samples} == set(ARMS)
+    environment = json.loads((folder / "results" / "environment.json").read_text())
+    assert environment["torch.threads"] == "1"
+    assert not list(folder.rglob("doing.json"))
+
+
+@pytest.mark.slow
+def test_a_cell_whose_worker_was_lost_goes_on_where_it_was(
+    cluster: None, truestep: Run, folder: Path
+) -> None:
+    code, out, _ = truestep(
+        "ab", "a", "--apply", "change.py:deadly_once", "--rounds", "2", "--output", "results",
+        "--ray", "local", "--accelerator", "H200", "--json",
+    )  # fmt: skip
+    (cell,) = Experiment.model_validate_json(out).cells
+    assert (folder / "died").exists()
+    assert cell.missing == ()
+    assert cell.speed is not None
+    assert cell.speed.rounds == 2
+    sessions = [sample.session for sample in cell.samples]
+    assert sessions == [0] * sessions.count(0) + [1] * 12
+    assert 1 <= sessions.count(0) <= 5
+    assert code in (0, 4)  # two rounds decide nothing about the speed
+
+
+@pytest.mark.slow
+def test_cases_are_checked_as_tasks(cluster: None, truestep: Run) -> None:
+    assert truestep("record", "a", "b")[0] == 0
+    code, out, err = truestep("check", "--apply", "change.py:fused", "--ray", "local")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-2] == "2 cases: 2 identical"
+    code, out, err = truestep("check", "--apply", "change.py:deadly", "--ray", "local")
+    assert code == 2
+    assert out.count("PASSED") == 1
+    assert err.startswith("BROKEN b: TruestepError: its worker was lost 3 times")
