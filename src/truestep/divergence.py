@@ -92,6 +92,16 @@ def parent(fqn: str) -> str:
     return head or ROOT
 
 
+def with_kind(
+    place: Divergence, actual: torch.Tensor | None, reference: torch.Tensor | None
+) -> Divergence:
+    """A place with what its residual looks like added; as it is where a side lacks the tensor."""
+    if actual is None or reference is None:
+        return place
+    kind = "; ".join(part for part in (place.kind, kind_of(actual, reference)) if part)
+    return place.model_copy(update={"kind": kind or None})
+
+
 def kind_of(actual: torch.Tensor, reference: torch.Tensor) -> str | None:
     """What a residual looks like, where that is plain.
 

@@ -7,11 +7,11 @@ from truestep.comparison import sources
 from truestep.comparison.latent_gate import LATENT, SIGNATURE, check_latent
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.comparison.moments import moment_rows, sketch_rows, sketch_rule
-from truestep.comparison.sources import Source
+from truestep.comparison.sources import side_of
 from truestep.environment import Environment
 from truestep.noise import pair_of
 from truestep.recording.manifest import Manifest
-from truestep.verdict import Comparison, Difference, Side, Verdict
+from truestep.verdict import Comparison, Difference, Verdict
 
 _UNDER_TEST = ("model", "revision", "dtype")
 """Keys of a case that two recordings may differ in and still be compared: a port's own folder, and
@@ -68,8 +68,8 @@ def compare(actual: object, reference: object, *, tolerance: float | None = None
     estimated = "sketch" in levels and "stats" not in levels
     result = build_comparison(
         rows,
-        actual=_side(ours),
-        reference=_side(theirs),
+        actual=side_of(ours),
+        reference=side_of(theirs),
         case_id=theirs_manifest.case_id if theirs_manifest else None,
         case=theirs_manifest.case if theirs_manifest else None,
         case_differences=differences,
@@ -82,14 +82,6 @@ def compare(actual: object, reference: object, *, tolerance: float | None = None
     undecided = result.verdict is Verdict.INCONCLUSIVE
     hint = "truestep record CASE --level full --output FILE" if undecided else ""
     return result.model_copy(update={"rule": sketch_rule(rows), "hint": hint})
-
-
-def _side(source: Source) -> Side:
-    return Side(
-        label=source.label,
-        path=str(source.path) if source.path else None,
-        environment=dict(source.manifest.environment) if source.manifest else {},
-    )
 
 
 def _case_differences(ours: Manifest, theirs: Manifest) -> tuple[Difference, ...]:

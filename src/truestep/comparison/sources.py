@@ -18,6 +18,7 @@ from truestep.errors import FileFormatError, UsageError
 from truestep.recording.format import Recording, read_plain
 from truestep.recording.header import read_manifest
 from truestep.recording.manifest import Manifest
+from truestep.verdict import Side
 
 FASTVIDEO_KEYS = {"latent", "expected_slice", "slice_spec", "format_version"}
 """Keys that tell a FastVideo latent bundle from any other dictionary in a .pt file."""
@@ -46,6 +47,15 @@ class Source:
     path: Path | None = None
     manifest: Manifest | None = None
     bundle: Mapping[str, Any] = field(default_factory=dict)
+
+
+def side_of(source: Source) -> Side:
+    """A side as a result names it."""
+    return Side(
+        label=source.label,
+        path=str(source.path) if source.path else None,
+        environment=dict(source.manifest.environment) if source.manifest else {},
+    )
 
 
 def load(what: object, *, label: str) -> Source:

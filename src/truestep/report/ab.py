@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +12,7 @@ import click
 from truestep.experiment.records import CellResult, Experiment, Finding
 from truestep.experiment.table import NOTHING, ratio_text
 from truestep.files import write_text
-from truestep.report.html import embedded_json, number
+from truestep.report.html import LABELS, embedded_json, number, page
 from truestep.verdict import Media
 
 if TYPE_CHECKING:
@@ -38,8 +35,6 @@ COLUMNS = (
 """One row a cell. Ratios are candidate over baseline, so above 1 is slower."""
 
 _COLOURS = {0: "green", 1: "red", 3: "yellow", 4: "yellow"}
-_LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
-_SIGNS = {"pass": "✓", "fail": "✕", "blocked": "⊘", "unsure": "?"}
 
 
 def cells_of(result: CellResult) -> tuple[str, ...]:
@@ -178,7 +173,7 @@ def _wrapped(text: str, *, lead: str) -> list[str]:
 
 def _label(finding: Finding) -> str:
     """Style class of a finding: pass, fail, blocked or unsure."""
-    return _LABELS[finding.exit_code]
+    return LABELS[finding.exit_code]
 
 
 def print_experiment(experiment: Experiment, *, folder: str, report: str | None) -> None:
@@ -225,23 +220,8 @@ def render(experiment: Experiment, media: Mapping[str, Sequence[Media]]) -> str:
     Returns:
         HTML whose content security policy lets it load nothing and run nothing but its own script.
     """
-    import jinja2
-    from markupsafe import Markup, escape
-
-    def code(text: str) -> Markup:
-        return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(text))))
-
-    folder = Path(__file__).parent / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, code=code, sign=_SIGNS.__getitem__)
-    script = (folder / "report.js").read_text("utf-8")
-    return environment.get_template("ab.html").render(
+    return page(
+        "ab.html",
         e=experiment,
         columns=COLUMNS,
         items=[
@@ -251,8 +231,6 @@ def render(experiment: Experiment, media: Mapping[str, Sequence[Media]]) -> str:
         kind=_label(experiment.verdict),
         legend=legend(experiment),
         data=embedded_json(experiment.model_dump_json()),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 

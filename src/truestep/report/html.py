@@ -15,7 +15,7 @@ from pathlib import Path
 from truestep.files import write_text
 from truestep.verdict import Comparison, Results, Row, Verdict
 
-_LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
+LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
 _SIGNS = {"pass": "✓", "fail": "✕", "blocked": "⊘", "unsure": "?"}
 
 
@@ -229,15 +229,8 @@ def sides(comparison: Comparison) -> list[tuple[str, str, str]]:
     return [(key, own.get(key, "-"), theirs.get(key, "-")) for key in sorted({*own, *theirs})]
 
 
-def render(comparisons: Sequence[Comparison]) -> str:
-    """Render comparisons as one self-contained page, failing ones first.
-
-    Args:
-        comparisons: Read back from their JSON they render the same.
-
-    Returns:
-        HTML whose content security policy lets it load nothing and run nothing but its own script.
-    """
+def page(template: str, **fields: object) -> str:
+    """Render a template with the filters, the script and the policy that all pages share."""
     import jinja2
     from markupsafe import Markup, escape
 
@@ -255,23 +248,38 @@ def render(comparisons: Sequence[Comparison]) -> str:
     )
     environment.filters.update(number=number, code=code, sign=_SIGNS.__getitem__)
     script = (folder / "report.js").read_text("utf-8")
+    return environment.get_template(template).render(
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **fields,
+    )
+
+
+def render(comparisons: Sequence[Comparison]) -> str:
+    """Render comparisons as one self-contained page, failing ones first.
+
+    Args:
+        comparisons: Read back from their JSON they render the same.
+
+    Returns:
+        HTML whose content security policy lets it load nothing and run nothing but its own script.
+    """
     ordered = sorted(comparisons, key=lambda c: c.verdict.passed)
     slim = [c.model_copy(update={"media": ()}) for c in ordered]  # frames are on the page already
-    return environment.get_template("report.html").render(
+    return page(
+        "report.html",
         title=_title(ordered),
         items=[(c, curve(c.rows), label(c.verdict)) for c in ordered],
         label=label,
         facts=facts,
         sides=sides,
         data=embedded_json(Results.of(slim).model_dump_json()),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
 def label(verdict: Verdict) -> str:
     """Style class of a verdict: pass, fail, blocked or unsure."""
-    return _LABELS[verdict.exit_code]
+    return LABELS[verdict.exit_code]
 
 
 def _title(comparisons: Sequence[Comparison]) -> str:

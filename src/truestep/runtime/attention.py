@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from truestep.errors import CaseError
 from truestep.noise import EPSILON
 
 Tensor = torch.Tensor
@@ -366,6 +367,22 @@ def attention_backend(model: Any, attentions: Sequence[Any]) -> str:
     if chosen is None:
         chosen = _AttentionBackendRegistry.get_active_backend()[0]
     return str(getattr(chosen, "value", chosen))
+
+
+def set_backend(model: Any, backend: str) -> None:
+    """Choose a model's attention backend by diffusers' name for it.
+
+    Raises:
+        CaseError: diffusers does not know it, or it cannot run here.
+    """
+    try:
+        model.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise CaseError(
+            f"attention backend {backend!r} cannot be used",
+            measured=str(error).splitlines()[0],
+            hint="truestep doctor",
+        ) from None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from truestep.errors import CaseError, UsageError
+from truestep.runtime.attention import set_backend
 from truestep.runtime.guidance import rescaled
 from truestep.runtime.pipeline import Branch, Pipeline, Schedule, Stages, Step, follow_plan
 from truestep.runtime.text import RECIPES
@@ -70,7 +71,7 @@ def prepare(pipe: Pipeline) -> None:
             )
     _check_size(pipe)
     if settings.attention_backend is not None:
-        _set_backend(pipe.transformer, settings.attention_backend)
+        set_backend(pipe.transformer, settings.attention_backend)
     follow_plan(pipe)
 
 
@@ -137,17 +138,6 @@ def _limits(pipe: Pipeline) -> tuple[int, int, int]:
         known = len(vae.latents_mean) // vae.latent_channels
         frames = min(frames, known) if known > 1 else frames
     return frames, height, width
-
-
-def _set_backend(model: Any, backend: str) -> None:
-    try:
-        model.set_attention_backend(backend)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise CaseError(
-            f"attention backend {backend!r} cannot be used",
-            measured=str(error).splitlines()[0],
-            hint="truestep doctor",
-        ) from None
 
 
 def encode_text(pipe: Pipeline, prompts: list[str]) -> torch.Tensor:

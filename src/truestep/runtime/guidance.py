@@ -182,15 +182,12 @@ class Branches:
         call: Callable[..., Tensor],
         cond: Mapping[str, Any],
         uncond: Mapping[str, Any],
-        *,
-        together: Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predictions of both passes.
 
         Args:
             call: One forward with keywords; the first argument names the branch.
             cond, uncond: Keywords of the passes.
-            together: A forward of both, where it differs from `call("batched", ...)`.
 
         Returns:
             Predictions with the prompt and with the negative prompt.
@@ -203,7 +200,7 @@ class Branches:
             except CannotBatchError as error:
                 self.fall_back(str(error))
             else:
-                both = self._together(together or _named(call), keywords)
+                both = self._together(call, keywords)
                 if both is not None:
                     return both
         if self.cfg == "parallel":
@@ -216,7 +213,7 @@ class Branches:
         self, call: Callable[..., Tensor], keywords: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor] | None:
         try:
-            uncond, cond = call(**keywords).chunk(2)
+            uncond, cond = call("batched", **keywords).chunk(2)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             first = (str(error).strip().splitlines() or [""])[0]
             self.fall_back(f"the model rejects a batch of 2: {type(error).__name__}: {first}"[:300])
@@ -241,10 +238,6 @@ class Branches:
             warnings.warn(f"guidance runs sequentially: {reason}", stacklevel=3)
         if reason not in self.reasons:
             self.reasons.append(reason)
-
-
-def _named(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda **keywords: call("batched", **keywords)
 
 
 # --- adaptive ----------------------------------------------------------------------------------

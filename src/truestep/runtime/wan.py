@@ -10,6 +10,7 @@ import torch
 
 from truestep.case import RunSettings
 from truestep.errors import CaseError
+from truestep.runtime.attention import set_backend
 from truestep.runtime.guidance import classifier_free
 from truestep.runtime.pipeline import Branch, Pipeline, Schedule, Stages, Step, follow_plan
 from truestep.runtime.text import RECIPES
@@ -49,19 +50,8 @@ def prepare(pipe: Pipeline) -> None:
     if settings.attention_backend is not None:
         for model in (pipe.transformer, pipe.transformer_2):
             if model is not None:
-                _set_backend(model, settings.attention_backend)
+                set_backend(model, settings.attention_backend)
     follow_plan(pipe)
-
-
-def _set_backend(model: Any, backend: str) -> None:
-    try:
-        model.set_attention_backend(backend)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise CaseError(
-            f"attention backend {backend!r} cannot be used",
-            measured=str(error).splitlines()[0],
-            hint="truestep doctor",
-        ) from None
 
 
 def clean(prompt: str) -> str:

@@ -11,8 +11,8 @@ from truestep.comparison import sources
 from truestep.comparison.distance import distance
 from truestep.comparison.matching import build_comparison, compare_tensors, with_divergence
 from truestep.comparison.moments import moment_rows, sketch_rows
-from truestep.comparison.sources import Source
-from truestep.divergence import ROOT, kind_of
+from truestep.comparison.sources import Source, side_of
+from truestep.divergence import ROOT, with_kind
 from truestep.environment import Environment
 from truestep.errors import UsageError
 from truestep.growth import introduced, origins
@@ -22,12 +22,11 @@ from truestep.pairing.rename import renamed
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.names import address, split_call
-from truestep.verdict import Comparison, Difference, Divergence, Row, Side, Verdict
+from truestep.tracing.naming import listed
+from truestep.verdict import Comparison, Difference, Row, Verdict
 
 PARTIAL = "partial"
 """How a note of a trace begins that was cut short."""
-
-_LISTED = 5
 
 
 class Streamed(Mapping[str, torch.Tensor]):
@@ -115,8 +114,8 @@ def compare_traces(
     rows = _gone(_settled(origins(rows)), partial=_partial(ours) or _partial(theirs))
     result = build_comparison(
         rows,
-        actual=_side(ours),
-        reference=_side(theirs),
+        actual=side_of(ours),
+        reference=side_of(theirs),
         environment_differences=_environment(ours, theirs),
         looked_at=(f"{len({row.fqn for row in rows})} modules", f"{len(rows)} tensors"),
         not_looked_at=left_out,
@@ -176,7 +175,7 @@ def _names(
         if not rename:
             raise UsageError(
                 "no module of the actual trace has a partner in the reference",
-                measured=f"actual: {_listed(_fqns(names))}; reference: {_listed(_fqns(others))}",
+                measured=f"actual: {listed(_fqns(names))}; reference: {listed(_fqns(others))}",
                 likely="a trace of another model, or of another input",
                 hint="--rename MAP.toml names the pairs; traces at level sketch or full pair by "
                 "what modules return",
@@ -186,9 +185,9 @@ def _names(
     partners = {address(new).fqn for new in found.values() if new}
     lost = [fqn for fqn in _fqns(others) if fqn not in partners]
     if alone:
-        notes.append(f"without a partner in the reference: {_listed(_fqns(alone))}")
+        notes.append(f"without a partner in the reference: {listed(_fqns(alone))}")
     if lost:
-        notes.append(f"without a partner in the actual trace: {_listed(lost)}")
+        notes.append(f"without a partner in the actual trace: {listed(lost)}")
     return found, notes
 
 
@@ -203,11 +202,6 @@ def _moved(name: str, rename: Mapping[str, str]) -> str | None:
 
 def _fqns(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(address(name).fqn or "" for name in names))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _renamed(source: Source, names: Mapping[str, str]) -> Source:
@@ -265,7 +259,7 @@ def _is_input(name: str) -> bool:
 
 def _places(found: Iterable[tuple[int, str]]) -> str:
     ordered = sorted(found)
-    return "steps " + _listed([f"{step} {branch}" for step, branch in ordered])
+    return "steps " + listed([f"{step} {branch}" for step, branch in ordered])
 
 
 def _span(names: Iterable[str]) -> str:
@@ -353,36 +347,21 @@ def _located(result: Comparison, sides: tuple[Source, Source]) -> Comparison:
         kind = "grown by and by: no module adds much more than it was given"
         first = result.first_divergence.model_copy(update={"kind": kind})
         return with_divergence(result, first, ())
-    first = _with_kind(places[0], sides)
+    name = places[0].name
+    first = with_kind(places[0], *(side.tensors.get(name) for side in sides))
     least = any(_manifest(side).level == "stats" for side in sides)  # of which nothing follows
     if len(places) > 1 and not least:
-        others = _listed([place.fqn or "" for place in places[1:]])
+        others = listed([place.fqn or "" for place in places[1:]])
         result = result.model_copy(
             update={"notes": (*result.notes, f"further errors are introduced in {others}")}
         )
     return with_divergence(result, first, ())
 
 
-def _with_kind(place: Divergence, sides: tuple[Source, Source]) -> Divergence:
-    tensors = [side.tensors.get(place.name) for side in sides]
-    a, r = tensors
-    if a is None or r is None:
-        return place
-    kind = "; ".join(part for part in (place.kind, kind_of(a, r)) if part)
-    return place.model_copy(update={"kind": kind or None})
-
-
 def _hint(rows: Sequence[Row], measured: bool, tolerance: float | None) -> str:
     if all(row.verdict.passed for row in rows) or measured or tolerance is not None:
         return ""
     return "measure the floor: --noise TRACE of the trusted model, run with other threads or again"
-
-
-def _side(source: Source) -> Side:
-    environment = dict(_manifest(source).environment)
-    return Side(
-        label=source.label, path=str(source.path) if source.path else None, environment=environment
-    )
 
 
 def _environment(ours: Source, theirs: Source) -> tuple[Difference, ...]:

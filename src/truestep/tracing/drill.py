@@ -17,7 +17,7 @@ import torch
 
 from truestep.comparison.distance import same_bits
 from truestep.comparison.matching import compare_tensors
-from truestep.divergence import failed, kind_of, locate, parent
+from truestep.divergence import failed, locate, parent, with_kind
 from truestep.noise import NoiseFloor, pair_of
 from truestep.recording.names import address, split_call
 from truestep.recording.raised import HIGHER
@@ -303,10 +303,8 @@ def _level(
     divergence, called = _in_order(locate(rows), actual, reference), frozenset(actual.calls)
     notes = tuple(" ".join(_label_and_slot(name)) for name in sorted(left_out))
     if divergence is not None:
-        a, r = actual.tensors.get(divergence.name), reference.tensors.get(divergence.name)
-        if a is not None and r is not None:
-            kind = "; ".join(part for part in (divergence.kind, kind_of(a, r)) if part)
-            divergence = divergence.model_copy(update={"kind": kind or None})
+        name = divergence.name
+        divergence = with_kind(divergence, actual.tensors.get(name), reference.tensors.get(name))
     return _Level(here, divergence, rows, called, actual, expected, notes)
 
 

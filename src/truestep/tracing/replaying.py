@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from truestep.comparison.matching import build_comparison, compare_tensors, with_divergence
-from truestep.divergence import ROOT, kind_of, locate
+from truestep.divergence import ROOT, locate, with_kind
 from truestep.errors import UsageError
 from truestep.noise import NoiseFloor, pair_of
 from truestep.pairing.rename import renamed
@@ -22,7 +22,7 @@ from truestep.recording.format import Recording
 from truestep.recording.names import address
 from truestep.recording.raised import HIGHER
 from truestep.tracing.isolation import Flow, benign_flows, flow
-from truestep.tracing.naming import named_modules
+from truestep.tracing.naming import listed, named_modules
 from truestep.tracing.partners import Names, Part, namesake
 from truestep.verdict import Comparison, Divergence, Row, Side
 
@@ -98,7 +98,8 @@ def replay_trace(
         rows += found
         place = locate(found)
         if first is None and place is not None:
-            first = _with_kind(place, actual, wanted)
+            name = place.name
+            first = with_kind(place, actual.tensors.get(name), wanted.get(name))
     result = build_comparison(
         rows,
         actual=Side(label=type(model).__name__),
@@ -156,18 +157,14 @@ def _names(
     if theirs and not met:
         raise UsageError(
             "no module of the port has the name of one in the trace",
-            measured=f"port: {_listed([*mapped])}; trace: {_listed([*theirs])}",
+            measured=f"port: {listed([*mapped])}; trace: {listed([*theirs])}",
             hint="rename={'layers.*': 'blocks.*'} says which belong together",
         )
     alone = [name for name in theirs if name not in met]
-    words = (f"without a partner in the port: {_listed(alone)}",) if alone else ()
+    words = (f"without a partner in the port: {listed(alone)}",) if alone else ()
     if not rename:
         return namesake, words
     return (lambda fqn: (Part(mapped[fqn]),) if mapped.get(fqn) in theirs else ()), words
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _expected(
@@ -225,11 +222,3 @@ def _unmatched(expected: Flow, actual: Flow) -> list[str]:
     """Tensors of modules that the port does not have: noted, not missing."""
     called = {label.partition("#")[0] for label in actual.calls}
     return [n for n in expected.tensors if (address(n).fqn or "") not in called]
-
-
-def _with_kind(place: Divergence, actual: Flow, wanted: Mapping[str, Tensor]) -> Divergence:
-    a, r = actual.tensors.get(place.name), wanted.get(place.name)
-    if a is None or r is None:
-        return place
-    kind = "; ".join(part for part in (place.kind, kind_of(a, r)) if part)
-    return place.model_copy(update={"kind": kind or None})

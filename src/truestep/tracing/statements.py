@@ -21,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from truestep.comparison.distance import distance
+from truestep.comparison.matching import dtype_name
 from truestep.noise import EPSILON
 from truestep.tracing.isolation import Flow, Forward, flow
 from truestep.tracing.naming import named_modules
@@ -211,14 +212,14 @@ def _differs(
         return f"{actual} ({', '.join(own) or 'default'} for {', '.join(theirs) or 'default'})"
     for index, (a, r) in enumerate(zip(actual.outputs, reference.outputs, strict=True)):
         if a.dtype != r.dtype:
-            return f"{actual} ({_dtype(a)} for {_dtype(r)})"
+            return f"{actual} ({dtype_name(a)} for {dtype_name(r)})"
         if not a.is_floating_point():
             if not torch.equal(a, r):
                 return str(actual)
             continue
         if not r.numel():
             continue
-        limit = _ULPS * EPSILON.get(_dtype(r), 0.0)
+        limit = _ULPS * EPSILON.get(dtype_name(r), 0.0)
         if at < len(benign) and benign[at].key == reference.key:
             limit = max(limit, _MARGIN * distance(benign[at].outputs[index], r).rel_l2)
         found = distance(a, r)
@@ -229,10 +230,6 @@ def _differs(
 
 def _short(op: Operator) -> str:
     return op.name.removesuffix(".default")
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _plain(func: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[str, ...]:
