@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-fast lint format bench bench-verdict bench-location schema clean
+.PHONY: help demo test test-fast lint format bench bench-verdict bench-exact bench-location schema clean
 
 help:
 	@echo "make demo   run the main job on the builtin model (under 3 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint   ruff and mypy    make format   fix what ruff can"
 	@echo "make bench  speed and memory, as JSON lines"
 	@echo "make bench-verdict  the fault corpus under every gate: bench/results (hours; goes on where it stopped)"
+	@echo "make bench-exact  every exact setting on every pipeline of the corpus: bench/results"
 	@echo "make bench-location  which module is named for each fault: bench/results (an hour; goes on where it stopped)"
 
 # The terrain model of the fault corpus asks for a GPU build of onnxruntime: not its dependencies.
@@ -57,13 +58,14 @@ bench: $(STAMP)
 bench-verdict: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_verdict
 
+bench-exact: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_exact
+
 bench-location: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_location
 
 schema: $(STAMP)
-	$(BIN)/python -c "import json, sys; from truestep.verdict import Comparison, Results; \
-	[open(f'docs/schema/{n}-1.json', 'w').write(json.dumps(m.model_json_schema(mode='serialization'), indent=2) + chr(10)) \
-	for n, m in (('comparison', Comparison), ('results', Results))]"
+	$(BIN)/python docs/schema/write.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output

@@ -69,3 +69,33 @@ def cosmos_case() -> dict[str, object]:
         "max_sequence_length": 8,
         "settings": {"device": "cpu"},
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_ltx2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random LTX-2 pipelines by model version."""
+    from bench.faults.tiny import build_tiny_ltx2
+
+    root = tmp_path_factory.mktemp("ltx2")
+    return {version: build_tiny_ltx2(root / version, version) for version in ("2.0", "2.3")}
+
+
+@pytest.fixture(scope="session")
+def ltx2_case() -> dict[str, object]:
+    """Keyword arguments of a `Case` that suits them, without the model."""
+    return {
+        "prompt": "a red three moving left",
+        "negative_prompt": "a blue one",
+        "steps": 4,
+        "height": 64,
+        "width": 96,
+        "num_frames": 17,
+        "max_sequence_length": 16,
+        "seed": 7,
+        "settings": {
+            "profile": "diffusers-0.42.1",
+            "stg_blocks": [1],
+            "audio_stg_blocks": [1],
+            "device": "cpu",
+        },
+    }

@@ -152,3 +152,54 @@ def test_plugin_imports_no_torch(project: pytest.Pytester) -> None:
     )
     result = project.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:xdist")
     result.assert_outcomes(passed=1)
+
+
+def known(project: pytest.Pytester, text: str, **others: float) -> str:
+    values = {"rel_l2": 1e-2, **others}
+    body = "".join(f"{key} = {value}\n" for key, value in values.items())
+    project.makefile(
+        ".toml",
+        ledger=f'[known."{text}"]\nreason = "issue 41"\nsince = 2026-10-01\n'
+        f'stage = "tensors"\n{body}',
+    )
+    return "--truestep-known=ledger.toml"
+
+
+def test_a_known_failure_passes_and_says_so(project: pytest.Pytester) -> None:
+    run(project, "--truestep-update")
+    change(project, "1.01")
+    result = run(project, known(project, "test_a.py::test_same::x"), "-k", "test_same")
+    result.assert_outcomes(passed=1, deselected=1)
+    result.stdout.fnmatch_lines(
+        ["KNOWN FAILURE test_a.py::test_same::x: known failure at tensors since 2026-10-01: *"]
+    )
+
+
+def test_a_known_failure_that_is_not_as_stated_fails(project: pytest.Pytester) -> None:
+    run(project, "--truestep-update")
+    option = known(project, "test_a.py::test_same::x", rel_l2=0.5)
+    result = run(project, option, "-k", "test_same")
+    result.assert_outcomes(failed=1, deselected=1)
+    result.stdout.fnmatch_lines(["*delete the entry*[[]known.test_a.py::test_same::x[]]*"])
+    change(project, "1.01")
+    result = run(project, option, "-k", "test_same")
+    result.assert_outcomes(failed=1, deselected=1)
+    result.stdout.fnmatch_lines(["*better than known at tensors: tighten me*"])
+
+
+def test_a_known_failure_of_no_check_fails_a_complete_run(project: pytest.Pytester) -> None:
+    run(project, "--truestep-update")
+    option = known(project, "test_a.py::test_gone::x")
+    result = run(project, option)
+    result.assert_outcomes(passed=2)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(
+        ["KNOWN FAILURE OF NO CHECK test_a.py::test_gone::x: delete the entry"]
+    )
+    assert run(project, option, "-k", "test_same").ret == pytest.ExitCode.OK
+
+
+def test_an_unreadable_ledger_is_refused_before_any_test(project: pytest.Pytester) -> None:
+    result = run(project, "--truestep-known=absent.toml")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*the ledger of known failures cannot be read*"])

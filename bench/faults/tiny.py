@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["WAN_KINDS", "build_tiny_cosmos", "build_tiny_wan"]
+__all__ = ["WAN_KINDS", "build_tiny_cosmos", "build_tiny_ltx2", "build_tiny_wan"]
 
 WAN_KINDS = ("wan21", "wan22", "wan22-ti2v")
 
@@ -150,4 +150,150 @@ def build_tiny_cosmos(folder: Path, **transformer: Any) -> Path:
         library = type(part).__module__.partition(".")[0]
         index[name] = [library, type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), "utf-8")
+    return folder
+
+
+def build_tiny_ltx2(folder: Path, version: str = "2.3") -> Path:
+    """Save a tiny random LTX-2 pipeline to a folder: video and audio, with sound at 16 or 48 kHz.
+
+    Args:
+        folder: Where to.
+        version: `2.3` (gated attention, text modulated by the timestep, one text projection a
+            modality, a vocoder with bandwidth extension) or `2.0` (none of these).
+
+    Source:
+        Switches of either version: diffusers 0.42.1, scripts/convert_ltx2_to_diffusers.py.
+    """
+    import torch
+    from diffusers import (
+        AutoencoderKLLTX2Audio,
+        AutoencoderKLLTX2Video,
+        FlowMatchEulerDiscreteScheduler,
+        LTX2Pipeline,
+        LTX2VideoTransformer3DModel,
+    )
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
+
+    from truestep.models import digits
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(digits.path() / "tokenizer")
+    newer = version == "2.3"
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(23 if newer else 20)
+    video, audio, hidden, layers = 32, 16, 32, 2
+    text = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 512,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 14,
+        "patch_size": 14,
+    }
+    parts: dict[str, Any] = {
+        "text_encoder": Gemma3ForConditionalGeneration(
+            Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+        ),
+        "connectors": LTX2TextConnectors(
+            caption_channels=hidden,
+            text_proj_in_factor=layers + 1,
+            video_connector_num_attention_heads=2,
+            video_connector_attention_head_dim=video // 2,
+            video_connector_num_layers=1,
+            video_connector_num_learnable_registers=8,
+            audio_connector_num_attention_heads=2,
+            audio_connector_attention_head_dim=(audio if newer else video) // 2,
+            audio_connector_num_layers=1,
+            audio_connector_num_learnable_registers=8,
+            connector_rope_base_seq_len=32,
+            rope_type="split",
+            video_gated_attn=newer,
+            audio_gated_attn=newer,
+            per_modality_projections=newer,
+            video_hidden_dim=video,
+            audio_hidden_dim=audio,
+            proj_bias=newer,
+        ),
+        "transformer": LTX2VideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=video // 2,
+            cross_attention_dim=video,
+            gated_attn=newer,
+            cross_attn_mod=newer,
+            audio_in_channels=8,
+            audio_out_channels=8,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=audio // 2,
+            audio_cross_attention_dim=audio,
+            audio_gated_attn=newer,
+            audio_cross_attn_mod=newer,
+            num_layers=3,
+            caption_channels=hidden,
+            rope_type="split",
+            use_prompt_embeddings=not newer,
+            perturbed_attn=newer,
+        ),
+        "vae": AutoencoderKLLTX2Video(
+            latent_channels=8,
+            block_out_channels=(8, 16, 32, 64),
+            decoder_block_out_channels=(8, 16, 32),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1),
+            spatial_compression_ratio=32,
+            temporal_compression_ratio=8,
+            decoder_spatial_padding_mode="zeros",  # a latent of one pixel cannot be reflected
+        ),
+        "audio_vae": AutoencoderKLLTX2Audio(
+            base_channels=8,
+            ch_mult=(1, 1, 1),
+            num_res_blocks=1,
+            latent_channels=2,
+            mel_bins=16,
+            resolution=32,
+        ),
+        "vocoder": LTX2VocoderWithBWE(
+            in_channels=32,
+            hidden_channels=64,
+            bwe_in_channels=32,
+            bwe_hidden_channels=32,
+            num_mel_channels=16,
+        )
+        if newer
+        else LTX2Vocoder(in_channels=32, hidden_channels=32),
+    }
+    for name in ("connectors", "transformer", "vae", "audio_vae"):
+        for _key, parameter in parts[name].named_parameters():  # a dropped bias must be seen
+            if parameter.ndim == 1:
+                mean = parameter.detach().mean().item()
+                torch.nn.init.normal_(parameter, mean=mean, std=0.1)
+    for vae, channels in ((parts["vae"], 8), (parts["audio_vae"], 8)):
+        vae.latents_mean.copy_(0.05 * torch.arange(channels))
+        vae.latents_std.copy_(1.0 + 0.1 * torch.arange(channels))
+    torch.set_rng_state(generator_state)
+    pipe = LTX2Pipeline(
+        tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.95,
+            max_shift=2.05,
+            base_image_seq_len=1024,
+            max_image_seq_len=4096,
+            shift_terminal=0.1,
+        ),
+        **parts,
+    )
+    pipe.save_pretrained(folder)
     return folder

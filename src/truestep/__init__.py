@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from truestep.comparison.latent_gate import check_latent
     from truestep.environment import Environment
     from truestep.errors import EquivalenceError
+    from truestep.experiment.ablation import ablate
     from truestep.functions import check_function, record_function
     from truestep.recording.format import Recording
     from truestep.recording.record import record
@@ -32,6 +33,7 @@ __all__ = [
     "EquivalenceError",
     "Recording",
     "Verdict",
+    "ablate",
     "accelerate",
     "assert_equivalent",
     "batch_invariance",
@@ -53,6 +55,7 @@ _HOMES = {
     "EquivalenceError": "truestep.errors",
     "Recording": "truestep.recording.format",
     "Verdict": "truestep.verdict",
+    "ablate": "truestep.experiment.ablation",
     "accelerate": "truestep.runtime.accelerate",
     "assert_equivalent": "truestep.verdict",
     "batch_invariance": "truestep.tracing.batching",

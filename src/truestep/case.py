@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
+from truestep.controls import AudioVideo, profiles
 from truestep.errors import CaseError
 from truestep.verdict import Difference
 
@@ -40,8 +41,10 @@ DEFAULT_TIER = "default"
 DType = Literal["float32", "bfloat16", "float16"]
 
 
-class Settings(BaseModel):
+class Settings(AudioVideo):
     """Controls beyond those every text-to-video case has. `None` means: as the model folder says.
+
+    Those of audio-video models are in `truestep.controls.AudioVideo`.
 
     Attributes:
         text_recipe: How the prompt becomes embeddings. `pad_trim_zero`: pad to
@@ -57,12 +60,15 @@ class Settings(BaseModel):
         text_attention: `full`, or `collapsed`: padded text rows are one key. Same result up to
             rounding.
         text_cache: Keep keys and values of the text over the steps. Bit-equal.
-        guidance_dtype: Precision of the combination; None is the predictions' own.
-        guidance_rescale: Share, 0 to 1, by which the guided deviation is brought back.
+        guidance_dtype: Precision of the combination: a dtype, or `model`, the transformer's own;
+            None is that of the family's reference pipeline.
+        guidance_rescale: Share, 0 to 1, by which the guided deviation is brought back; None is the
+            family's: 0 for Wan and Cosmos, the profile's for LTX-2.
         adaptive_gate: Share of the steps, 0 to 1, after which the unconditional pass is skipped.
         adaptive_agreement: Relative distance of the two predictions from which on it is skipped.
         adaptive_reuse: What stands for it: the last `delta` of the two, or nothing (`drop`).
-        fps: Frames a second that a Cosmos model is told; None is its pipeline's default, 30.
+        fps: Frames a second that a Cosmos or LTX-2 model is told; None is its pipeline's default,
+            30 or 24.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -75,12 +81,12 @@ class Settings(BaseModel):
     cfg: Literal["sequential", "batched", "parallel"] = "sequential"
     text_attention: Literal["full", "collapsed"] = "full"
     text_cache: bool = False
-    guidance_dtype: DType | None = None
-    guidance_rescale: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    guidance_dtype: DType | Literal["model"] | None = None
+    guidance_rescale: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     adaptive_gate: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     adaptive_agreement: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     adaptive_reuse: Literal["delta", "drop"] = "delta"
-    fps: int | None = Field(default=None, ge=1)
+    fps: int | float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 LATER = (
@@ -93,6 +99,7 @@ LATER = (
     "adaptive_agreement",
     "adaptive_reuse",
     "fps",
+    *AudioVideo.model_fields,
 )
 """Settings that are left out of a recorded case where they have their default, so that recordings
 from before there were any stay comparable."""
@@ -155,7 +162,8 @@ class Case(Generation):
     """What to generate: model, prompt, seed, size, steps, guidance and settings.
 
     `model` is `builtin:digits`, a diffusers folder, or a hub id (with `revision`). Defaults are
-    those of `diffusers.WanPipeline`, or the builtin model's own. Two cases with the same content
+    those of `diffusers.WanPipeline`, the builtin model's own, or those of LTX-2 where the settings
+    name a profile. Two cases with the same content
     have the same `id`; where and on which attention backend a case runs is not part of it.
 
     Raises:
@@ -169,7 +177,11 @@ class Case(Generation):
     settings: Settings = Field(default_factory=Settings)
 
     def __init__(self, **data: Any) -> None:
-        merged = {**BUILTIN_DEFAULTS.get(str(data.get("model")), {}), **data}
+        merged = {
+            **_profile_defaults(data.get("settings")),
+            **BUILTIN_DEFAULTS.get(str(data.get("model")), {}),
+            **data,
+        }
         try:
             super().__init__(**merged)
         except ValidationError as error:
@@ -246,6 +258,14 @@ class Case(Generation):
     def differences(self, reference: Mapping[str, Any]) -> tuple[Difference, ...]:
         """Keys whose canonical value differs from a recorded case's."""
         return mapping_differences(flat_case(self.canonical()), flat_case(reference))
+
+
+def _profile_defaults(settings: object) -> Mapping[str, Any]:
+    """What a case has by the profile that its settings name; an unknown one is found later."""
+    name = settings.get("profile") if isinstance(settings, Mapping) else None
+    name = settings.profile if isinstance(settings, Settings) else name
+    known = profiles().get(str(name)) if name is not None else None
+    return known.defaults if known else {}
 
 
 def mapping_differences(

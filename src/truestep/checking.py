@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -20,6 +20,7 @@ from truestep.noise import (
     pair_of,
     sample_sizes,
 )
+from truestep.runtime.joint import AUDIO
 from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def check(
     steps: tuple[int, ...] | None = None,
     tolerance: float | None = None,
     rename: Mapping[str, str] | None = None,
+    accept: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Comparison:
     """Say whether a candidate is still the same model as a recorded reference.
@@ -61,6 +63,8 @@ def check(
         tolerance: Judge rel_l2 by this limit instead of the noise floor.
         rename: At `modules`: names of the candidate's modules to the reference's, `*` for one part
             of a dotted name. It goes before the pairs that equal names or weights give.
+        accept: What a reference may be that was made by a quantised or patched implementation: each
+            a part of what it is said to be (`float8_e4m3fn`, `stage combine`).
         progress: Told (what, done, total).
 
     Returns:
@@ -81,7 +85,7 @@ def check(
         )
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
     candidate = case.replace(**dict(settings or {}))
-    refused = _refuse(case, recording)
+    refused = _refuse(case, recording, accept)
     if refused is not None:
         return refused
     pipe = apply_change(load(candidate), apply)
@@ -105,7 +109,7 @@ def check(
 
 def _check_rename(rename: Mapping[str, str], pipe: Pipeline, trusted: Pipeline) -> None:
     """Refuse a map that names what none of the models has, before any forward."""
-    from truestep.recording.raised import MODELS
+    from truestep.runtime.pipeline import MODELS
     from truestep.tracing.partners import check_rename
 
     sides = [[getattr(side, name) for name in MODELS] for side in (pipe, trusted)]
@@ -151,7 +155,11 @@ def check_pipeline(
     manifest = recording.manifest
     before, start = pipe.forwards, time.perf_counter()
     with attention_observed(pipe) as kernels:
-        run = _final(pipe) if depth == "final" else _steps(pipe, recording, steps, progress)
+        run = (
+            _final(pipe, recording)
+            if depth == "final"
+            else _steps(pipe, recording, steps, progress)
+        )
     seconds = time.perf_counter() - start
     judge = _Judge(
         floor=free_running(manifest.noise_floor) if depth == "final" else manifest.noise_floor,
@@ -169,7 +177,8 @@ def check_pipeline(
         environment_differences=Environment(environment).differences(manifest.environment),
         looked_at=looked,
         not_looked_at=not_looked,
-        media=_frames(run.replayed, recording),
+        media=(*_frames(run.replayed, recording), *_sound(run.replayed, recording)),
+        sample_rate=_sample_rate(recording),
         notes=pipe.fallbacks,
         cost=Cost(
             forwards=pipe.forwards - before,
@@ -208,14 +217,15 @@ class _Judge(TypedDict):
     tolerance: float | None
 
 
-def _final(pipe: Pipeline) -> _Run:
+def _final(pipe: Pipeline, recording: Recording) -> _Run:
     """Generate freely; what the pipeline raises is the outcome of the latent."""
     from truestep.recording.replay import Replay
     from truestep.runtime.pipeline import generate
 
     replayed = Replay()
     replayed.keep("latent/final", lambda: generate(pipe))
-    return _Run("final", replayed, ("latent/final",))
+    finals = ("latent/final", f"{AUDIO}latent/final")
+    return _Run("final", replayed, tuple(name for name in finals if name in recording))
 
 
 def _steps(
@@ -306,8 +316,9 @@ def _beneath_rounding(row: Row, rows: list[Row]) -> Row:
     return row.model_copy(update={"note": "; ".join(part for part in (note, row.note) if part)})
 
 
-def _refuse(case: Case, recording: Recording) -> Comparison | None:
-    """`incomparable` where the reference is of another case; an error where it is unusable."""
+def _refuse(case: Case, recording: Recording, accept: Collection[str]) -> Comparison | None:
+    """`incomparable` where the reference is of another case, or was not made by what it goes by; an
+    error where it is unusable."""
     manifest = recording.manifest
     where = str(recording.path or "reference")
     if manifest.case is None:
@@ -323,14 +334,33 @@ def _refuse(case: Case, recording: Recording) -> Comparison | None:
             hint="truestep record CASE --level full --update",
         )
     differences = case.differences(manifest.case)
-    if not differences:
+    made = manifest.implementation
+    strange = [
+        thing
+        for thing in (*made.quantised, *made.patched)
+        if not any(name and name in thing for name in accept)
+    ]
+    if differences:
+        keys = ", ".join(d.key for d in differences)
+        sentence = f"the reference is of another case ({keys} differ)"
+        rule = Rule(name="case", text="a reference judges its own case only")
+        hint = (
+            "truestep record CASE seeds a reference of this case; "
+            "--set KEY=VALUE tests a change of it"
+        )
+    elif strange:
+        more = f" and {len(strange) - 1} more" if strange[1:] else ""
+        kind = "quantised" if strange[0] in made.quantised else "patched"
+        sentence = f"the reference was made by a {kind} implementation ({strange[0]}{more})"
+        rule = Rule(name="implementation", text="a reference is what it goes by, or is asked for")
+        hint = f"--accept '{strange[0]}' compares with it all the same"
+    else:
         return None
-    keys = ", ".join(d.key for d in differences)
     return Comparison(
         tool_version=library_version("truestep") or "",
         verdict=Verdict.INCOMPARABLE,
-        sentence=f"incomparable: the reference is of another case ({keys} differ)",
-        rule=Rule(name="case", text="a reference judges its own case only"),
+        sentence=f"incomparable: {sentence}",
+        rule=rule,
         case_id=case.id,
         case=case.canonical(),
         actual=Side(label=case.id),
@@ -338,8 +368,7 @@ def _refuse(case: Case, recording: Recording) -> Comparison | None:
             label=manifest.case_id or "", path=where, environment=dict(manifest.environment)
         ),
         case_differences=differences,
-        hint="truestep record CASE seeds a reference of this case; "
-        "--set KEY=VALUE tests a change of it",
+        hint=hint,
     )
 
 
@@ -363,7 +392,7 @@ def _looked_at(recording: Mapping[str, torch.Tensor], chosen: tuple[int, ...]) -
         place = address(name)
         if place.stage == "prediction" and place.step not in chosen:
             continue
-        if name == "step/0000/latent":  # the initial latent once more
+        if name.endswith("step/0000/latent"):  # the initial latent once more
             continue
         names.append(name)
     return tuple(names)
@@ -392,11 +421,8 @@ def _coverage(recording: Recording, run: _Run) -> tuple[tuple[str, ...], tuple[s
             detail = " at every step"
         looked.append(f"{stage}{detail}" + (f" ({', '.join(branches)})" if branches else ""))
     predicted = {p.step for p in places if p.stage == "prediction"}
-    unseen = (
-        [f"prediction at the other {total - len(predicted)} steps"]
-        if total > len(predicted)
-        else []
-    )
+    others = total - len(predicted)
+    unseen = [f"prediction at the other {others} step{'s' * (others > 1)}"] if others else []
     if run.unseen:
         unseen.append(run.unseen)
     if "video/frames" not in recording:
@@ -430,12 +456,17 @@ def _text_by_effect(row: Row, replayed: Replay, recording: Recording, judge: _Ju
     )
 
 
+def _head(name: str) -> str:
+    """First part of a name, whatever the modality."""
+    return name.removeprefix(AUDIO).split("/")[0]
+
+
 def _failed(row: Row, replayed: Replay) -> Row:
     """A stage that raised is `invalid`, with what it raised; a tensor it took along likewise."""
     text = replayed.failures.get(row.name)
     if text is None and row.verdict is Verdict.MISSING:
-        stage = row.name.split("/")[0]
-        text = next((t for n, t in replayed.failures.items() if n.split("/")[0] == stage), None)
+        stage = _head(row.name)
+        text = next((t for n, t in replayed.failures.items() if _head(n) == stage), None)
     return (
         row
         if text is None
@@ -450,6 +481,24 @@ def _frames(replayed: Replay, recording: Recording) -> tuple[Media, ...]:
     if actual is None or reference is None or actual.shape != reference.shape:
         return ()
     return (frame_media(actual, reference, name="video/frames"),)
+
+
+def _sound(replayed: Replay, recording: Recording) -> tuple[Media, ...]:
+    from truestep.comparison.media import sound_media
+
+    actual, reference = replayed.outputs.get("audio/waveform"), recording.get("audio/waveform")
+    rate = _sample_rate(recording)
+    if actual is None or reference is None or rate is None:
+        return ()
+    if any(side.ndim != 3 or not side.numel() for side in (actual, reference)):
+        return ()
+    return (sound_media(actual, reference, name="audio/waveform", sample_rate=rate),)
+
+
+def _sample_rate(recording: Recording) -> int | None:
+    from truestep.comparison.audio import sample_rate_of
+
+    return sample_rate_of(recording.manifest.settings)
 
 
 def missing_reference(case: Case, error: ReferenceNotFoundError) -> Comparison:

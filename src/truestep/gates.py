@@ -82,7 +82,7 @@ def cosine_gate(slice_limit: float = SLICE_THRESHOLD, full_limit: float = FULL_T
             slice_cosine_threshold=slice_limit,
             full_cosine_threshold=full_limit,
         )
-        return result.gates[0].passed
+        return result.gates[0].passed is True
 
     return Gate(f"cosine:{slice_limit:g},{full_limit:g}", passes)
 

@@ -125,7 +125,7 @@ RAISED = ("float32/", "float64/")
 def stage_key(name: str) -> str:
     """Name without its step: floors of one stage are shared over steps (`step/*/cond`)."""
     parts = name.split("/")
-    at = 1 if parts[0] + "/" in RAISED else 0
+    at = sum(part + "/" in (*RAISED, "audio/") for part in parts[:2])
     if parts[at] in {"step", "sample"} and len(parts) > at + 2:
         return "/".join([*parts[: at + 1], "*", *parts[at + 2 :]])
     return name
@@ -139,7 +139,8 @@ def spread_key(name: str) -> str:
     head, _, last = key.rpartition("/")
     if head.endswith("step/*"):
         return key if last in {"latent", "guided"} else f"{head}/prediction"
-    return {"latent/final": "step/*/latent"}.get(key, head or key)
+    final = "latent/final"
+    return key.replace(final, "step/*/latent") if key.endswith(final) else head or key
 
 
 SAMPLES = "samples/prediction"
@@ -471,8 +472,11 @@ def free_running(floor: NoiseFloor | None) -> NoiseFloor | None:
         return None
     runs = []
     for run in floor.runs:
-        found = [m for m in run.tensors if m.name == FREE_RUN]
+        found = [m for m in run.tensors if m.name.endswith(FREE_RUN)]
         if found:
-            renamed = tuple(m.model_copy(update={"name": "latent/final"}) for m in found)
+            renamed = tuple(
+                m.model_copy(update={"name": m.name.replace(FREE_RUN, "latent/final")})
+                for m in found
+            )
             runs.append(run.model_copy(update={"tensors": renamed}))
     return NoiseFloor(runs=tuple(runs)) if runs else None

@@ -14,12 +14,14 @@ import pytest
 
 if TYPE_CHECKING:
     from truestep.comparison.latent_gate import SliceSpec
+    from truestep.known import Entry
     from truestep.parity.component import Parity
     from truestep.references.store import Place, Store
     from truestep.verdict import Comparison
 
 STATE = pytest.StashKey["_Session"]()
 CHECKS = pytest.StashKey["_Checks"]()
+LEDGER: pytest.StashKey[Mapping[str, Entry]] = pytest.StashKey()
 
 
 @dataclass
@@ -31,6 +33,8 @@ class _Checks:
     used: list[str] = field(default_factory=list)
     written: list[str] = field(default_factory=list)
     parity: list[dict[str, Any]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -47,6 +51,9 @@ class _Session:
     not_collected: dict[str, str] = field(default_factory=dict)
     ledgers: list[str] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    known: list[str] = field(default_factory=list)
+    stray: list[str] = field(default_factory=list)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,6 +72,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--truestep-report", metavar="PATH", help="write an HTML report")
     group.addoption("--truestep-json", metavar="PATH", help="write the results as JSON")
+    group.addoption(
+        "--truestep-known",
+        metavar="FILE.toml",
+        help='ledger of known failures, [known."test_file.py::test_name"]: a drift as stated '
+        "there passes, and says so",
+    )
     group.addoption(
         "--truestep-require-executed",
         action="store_true",
@@ -95,6 +108,15 @@ def pytest_configure(config: pytest.Config) -> None:
             "not by a failing run"
         )
     config.stash[STATE] = _Session()
+    known = config.getoption("truestep_known")
+    if known:
+        from truestep.errors import UsageError
+        from truestep.known import read_ledger
+
+        try:
+            config.stash[LEDGER] = read_ledger(known)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 class TruestepFixture:
@@ -147,7 +169,7 @@ class TruestepFixture:
         reference = self._reference(place, tensors, {})
         if reference is None:
             return self._written(place)
-        return self._judge(compare(tensors, reference, tolerance=tolerance), place)
+        return self._judge(compare(tensors, reference, tolerance=tolerance), place, name)
 
     def check_latent(
         self,
@@ -180,7 +202,7 @@ class TruestepFixture:
             slice_cosine_threshold=slice_cosine_threshold,
             full_cosine_threshold=full_cosine_threshold,
         )
-        return self._judge(result, place)
+        return self._judge(result, place, name)
 
     def check_parity(self, parity: Parity) -> Comparison:
         """Run a component parity case; see `truestep.parity`.
@@ -264,9 +286,14 @@ class TruestepFixture:
             reference=Side(label=place.name),
         )
 
-    def _judge(self, comparison: Comparison, place: Place) -> Comparison:
+    def _judge(self, comparison: Comparison, place: Place, name: str) -> Comparison:
+        from truestep.errors import EquivalenceError
+        from truestep.known import judged
         from truestep.verdict import assert_equivalent
 
+        entry = "::".join(part for part in (self._node.nodeid, name) if part)
+        self._checks.names.append(entry)
+        comparison = judged(comparison, self._config.stash.get(LEDGER, {}), entry)
         named = comparison.model_copy(
             update={
                 "case_id": place.case_id,
@@ -277,7 +304,12 @@ class TruestepFixture:
         )
         self._checks.comparisons.append(named.to_json())
         self._checks.numeric += sum(row.metrics is not None for row in named.rows)
-        return assert_equivalent(named)
+        if named.known is None:
+            return assert_equivalent(named)
+        if not named.known.accepted:
+            raise EquivalenceError(named)
+        self._checks.known.append(named.sentence)
+        return named
 
 
 def _recording(tensors: Mapping[str, Any], place: Place, settings: Mapping[str, Any]) -> Any:
@@ -330,6 +362,8 @@ def pytest_runtest_makereport(
             "used": checks.used,
             "written": checks.written,
             "numeric": checks.numeric,
+            "names": checks.names,
+            "known": checks.known,
             "parity": item.get_closest_marker("parity") is not None,
             "evidence": [
                 {**entry, "test": report.nodeid.partition("::")[2], "result": _result(report)}
@@ -377,6 +411,8 @@ class _Collector:
         state.used.update(data["used"])
         state.written += data["written"]
         state.parity += data["evidence"]
+        state.names.update(data["names"])
+        state.known += data["known"]
         if data["parity"]:
             state.parity_run.add(report.nodeid)
             reason = _not_executed(report, data["numeric"])
@@ -412,6 +448,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         state.not_executed or not state.parity_run
     ):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    state.stray = _stray(config, state)
+    if state.stray and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if config.getoption("truestep_parity"):
         from datetime import date
 
@@ -443,9 +482,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     state = config.stash[STATE]
     required = config.getoption("truestep_require_executed")
     unused = _unused(config, state)
-    if not (
-        state.comparisons or state.written or unused or required or state.ledgers or state.unwritten
-    ):
+    listed = (state.comparisons, state.written, unused, state.ledgers, state.unwritten, state.stray)
+    if not (required or any(listed)):
         return
     terminalreporter.section("truestep")
     count = len(state.comparisons)
@@ -454,6 +492,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.line(f"written: {name}")
     for name in unused:
         terminalreporter.line(f"unused reference: {name}")
+    for text in state.known:
+        terminalreporter.line(f"KNOWN FAILURE {text}", yellow=True)
+    for name in state.stray:
+        terminalreporter.line(f"KNOWN FAILURE OF NO CHECK {name}: delete the entry", red=True)
     if required:
         for nodeid, reason in state.not_executed.items():
             terminalreporter.line(f"NOT EXECUTED {nodeid}: {reason}", red=True)
@@ -470,9 +512,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _unused(config: pytest.Config, state: _Session) -> list[str]:
     """References that no test of a complete run asked for; nothing after a partial one."""
-    complete = config.args_source is not pytest.Config.ArgsSource.ARGS
-    if not complete or state.deselected or not state.used:
+    if not _complete(config, state) or not state.used:
         return []
     from truestep.references.store import Store
 
     return [p.name for p in Store(_root(config)).places() if p.name not in state.used]
+
+
+def _stray(config: pytest.Config, state: _Session) -> list[str]:
+    """Known failures that no check of a complete run is named as; nothing after a partial one."""
+    ledger = config.stash.get(LEDGER, {})
+    return [n for n in ledger if n not in state.names] if _complete(config, state) else []
+
+
+def _complete(config: pytest.Config, state: _Session) -> bool:
+    return config.args_source is not pytest.Config.ArgsSource.ARGS and not state.deselected

@@ -202,7 +202,7 @@ def score(gate: Gate, tensors: Mapping[str, torch.Tensor]) -> Score:
                 trials.append(Trial(damage=damage, tensor=name, lives=lives))
     smallest = {
         kind: max(_smallest(gate, name, tensor, change) for name, tensor in judged.items())
-        for kind, change in _CHANGES.items()
+        for kind, change in CHANGES.items()
     }
     first = next(iter(judged.values()))
     return Score(
@@ -220,7 +220,7 @@ def _added_noise(tensor: torch.Tensor, amount: float) -> torch.Tensor:
     return exact + noise * (amount * float(exact.norm() / noise.norm()))
 
 
-_CHANGES: Mapping[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+CHANGES: Mapping[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "noise": _added_noise,
     "gain": lambda tensor, amount: tensor.double() * (1 + amount),
     "shift": lambda tensor, amount: tensor.double() + amount * _rms(tensor),

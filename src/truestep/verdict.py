@@ -166,6 +166,9 @@ class Row(Record):
     step: int | None = None
     branch: str | None = None
     fqn: str | None = None
+    modality: str | None = Field(
+        default=None, description="audio or video, where the tensors have both and it is of one"
+    )
     actual: TensorInfo | None = None
     reference: TensorInfo | None = None
     metrics: Metrics | None = None
@@ -211,14 +214,31 @@ class Divergence(Record):
     step: int | None = None
     branch: str | None = None
     fqn: str | None = None
+    modality: str | None = None
     kind: str | None = None
     operator: str | None = None
 
     def __str__(self) -> str:
         parts = [f"`{self.fqn or self.name}`"]
+        parts += [f"{self.stage} ({self.modality})"] if self.modality else []
         parts += [f"step {self.step}"] if self.step is not None else []
         parts += [self.branch] if self.branch else []
         return ", ".join(parts) + (f": {self.kind}" if self.kind else "")
+
+
+class Modality(Record):
+    """What became of the tensors of one modality, where there are several.
+
+    `worst` is the tensor of the largest ratio to its floor, or the first failing one where no
+    failing tensor has a ratio.
+    """
+
+    name: str
+    verdict: Verdict
+    tensors: int
+    failing: int
+    worst_ratio: Float | None = None
+    worst: str = ""
 
 
 class Side(Record):
@@ -238,13 +258,55 @@ class Rule(Record):
 
 
 class GateResult(Record):
-    """Outcome of another tool's gate, reproduced as one named rule beside ours."""
+    """Outcome of another tool's gate, reproduced as one named rule beside ours.
+
+    `passed` is None where all that could be judged holds, and something could not be judged; what
+    and why is in `not_judged`.
+    """
 
     name: str
-    passed: bool
+    passed: bool | None
     metrics: dict[str, Float]
     thresholds: dict[str, Float]
     note: str = ""
+    not_judged: tuple[str, ...] = ()
+
+    @property
+    def outcome(self) -> str:
+        """`passes`, `fails` or `undecided`."""
+        return {True: "passes", False: "fails", None: "undecided"}[self.passed]
+
+
+class KnownFailure(Record):
+    """What the ledger of known failures says of a comparison; see `truestep.known`.
+
+    Attributes:
+        name: Of the ledger's entry.
+        outcome: `known`: it drifts as stated, and passes as a known failure. `worse`, `elsewhere`,
+            `better` and `passes` fail. `not judged`: the verdict is one that no ledger expects.
+        text: The judgement in words.
+        stage, modality: Where it is stated to drift.
+        statistic: What is stated: `rel_l2`, or `ratio` to the floor.
+        stated, measured: Its value; `measured` is the largest of the drifted tensors there.
+        tolerance: Factor, both ways, within which the two agree.
+    """
+
+    name: str
+    outcome: Literal["known", "worse", "elsewhere", "better", "passes", "not judged"]
+    text: str
+    reason: str
+    since: str
+    stage: str
+    modality: str | None = None
+    statistic: Literal["rel_l2", "ratio"]
+    stated: Float
+    tolerance: Float
+    measured: Float | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the comparison passes for it."""
+        return self.outcome == "known"
 
 
 class Cost(Record):
@@ -264,7 +326,10 @@ class Cost(Record):
 
 
 class FrameTriple(Record):
-    """One video frame on both sides and their difference; each a `data:image/png;base64,` URI."""
+    """A picture of both sides and of their difference; each a `data:image/png;base64,` URI.
+
+    A frame of a video, or a spectrogram, whose `index` is 0.
+    """
 
     index: int
     actual: str
@@ -272,14 +337,69 @@ class FrameTriple(Record):
     difference: str
 
 
+class SoundMetrics(Record):
+    """Distances of two waveforms; see `truestep.comparison.audio`.
+
+    `rel_l2`, `correlation` and `spectrum_db` are None where the two differ in shape: they take
+    sample for sample. NaN where a sample that they take is not finite.
+    """
+
+    rel_l2: Float | None
+    correlation: Float | None = Field(description="Pearson's, channels centred; 1 is equal")
+    level_db: Float = Field(description="rms of the actual side over the reference's, in dB")
+    spectrum_db: Float | None = Field(description="mean absolute spectrogram difference, in dB")
+    peak_actual: Float
+    peak_reference: Float
+    seconds_actual: Float
+    seconds_reference: Float
+    note: str = Field(default="", description="a side that is silent, or not finite")
+
+    @property
+    def seconds_difference(self) -> float:
+        """Duration of the actual side less the reference's."""
+        return self.seconds_actual - self.seconds_reference
+
+
+class Sound(Record):
+    """Two sounds to hear and to see.
+
+    Attributes:
+        sample_rate: Hz.
+        metrics: Of the whole waveforms, all samples of the batch.
+        actual, reference: The first sample as it is, no louder, as `data:audio/wav;base64,` URI.
+        seconds_shown: How much of it is to be heard and seen.
+        spectrograms: Both and their difference, as `data:image/png;base64,` URIs.
+        difference_db: What is white in the picture of the difference.
+    """
+
+    sample_rate: int
+    metrics: SoundMetrics
+    actual: str = ""
+    reference: str = ""
+    seconds_shown: Float = 0.0
+    spectrograms: FrameTriple | None = None
+    difference_db: Float = 0.0
+
+
 class Media(Record):
-    """Frames to look at. `gain` is the factor by which the differences were multiplied."""
+    """Frames to look at, or a sound to hear.
+
+    `gain` is the factor by which the differences of frames were multiplied. `width` and `height`
+    are of a frame, or of a spectrogram's picture.
+    """
 
     name: str
     width: int
     height: int
     gain: Float
     frames: tuple[FrameTriple, ...]
+    sound: Sound | None = None
+
+    def measured(self) -> Media:
+        """What was measured of it, without what is to be seen and heard."""
+        sound = self.sound
+        bare = Sound(sample_rate=sound.sample_rate, metrics=sound.metrics) if sound else None
+        return self.model_copy(update={"frames": (), "sound": bare})
 
 
 class Comparison(Record):
@@ -291,7 +411,9 @@ class Comparison(Record):
         rows: Every tensor of both sides, in execution order.
         missing: Tensors that only the reference has. unexpected: only the actual side has.
         first_divergence: Where it broke, or None.
+        modalities: Audio and video apart, where the tensors have both.
         looked_at, not_looked_at: Coverage in words.
+        known: What the ledger of known failures says of it, if it has an entry.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -301,6 +423,7 @@ class Comparison(Record):
     rows: tuple[Row, ...] = ()
     rule: Rule
     first_divergence: Divergence | None = None
+    modalities: tuple[Modality, ...] = ()
     case_id: str | None = None
     case: dict[str, Any] | None = None
     actual: Side
@@ -312,6 +435,7 @@ class Comparison(Record):
     looked_at: tuple[str, ...] = ()
     not_looked_at: tuple[str, ...] = ()
     gates: tuple[GateResult, ...] = ()
+    known: KnownFailure | None = None
     cost: Cost | None = None
     media: tuple[Media, ...] = ()
     notes: tuple[str, ...] = ()
@@ -331,6 +455,13 @@ class Comparison(Record):
     def to_json(self, *, indent: int | None = None) -> str:
         """Strict JSON (no NaN literals) that `docs/schema/comparison-1.json` describes."""
         return self.model_dump_json(indent=indent)
+
+    @property
+    def exit_code(self) -> int:
+        """The verdict's exit code, or what a ledger entry makes of it: 0 as stated, else 1."""
+        if self.known is None or self.known.outcome == "not judged":
+            return self.verdict.exit_code
+        return 0 if self.known.accepted else 1
 
     @property
     def failing(self) -> tuple[Row, ...]:
@@ -436,7 +567,9 @@ class Results(Record):
 
     @classmethod
     def of(cls, comparisons: Iterable[Comparison]) -> Results:
-        """Bundle comparisons; the verdict is the worst of them."""
+        """Bundle comparisons; the verdict is the worst of them, and so is the exit code."""
         found = tuple(comparisons)
         verdict = Verdict.worst(c.verdict for c in found)
-        return cls(verdict=verdict, exit_code=verdict.exit_code, comparisons=found)
+        codes = {c.exit_code for c in found} or {verdict.exit_code}
+        code = next(code for code in (1, 3, 4, 0) if code in codes)
+        return cls(verdict=verdict, exit_code=code, comparisons=found)

@@ -8,29 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from truestep.cli import main
+from tests.commands import Run, runner, write_cases
 from truestep.experiment.records import Experiment, PlannedCell, Sample
 from truestep.experiment.store import Store
-
-Run = Callable[..., tuple[int, str, str]]
-
-FILE = """
-[case.three]
-model = "{model}"
-prompt = "a red three moving left"
-steps = 2
-height = 16
-width = 16
-num_frames = 5
-max_sequence_length = 8
-settings = {{ device = "cpu" }}
-"""
 
 CHANGES = """
 import time
@@ -53,7 +37,7 @@ def broken(pipe):
 @pytest.fixture
 def folder(tiny_wan: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a case file and changes, to run in."""
-    (tmp_path / "truestep.toml").write_text(FILE.format(model=tiny_wan["wan21"]))
+    write_cases(tmp_path, tiny_wan["wan21"], "three")
     (tmp_path / "change.py").write_text(CHANGES)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -61,19 +45,8 @@ def folder(tiny_wan: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def ab(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `truestep ab`; returns exit code, stdout and stderr."""
-
-    def ab(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["truestep", "ab", *arguments])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return (code if isinstance(code, int) else int(code is not None)), out, err
-
-    return ab
+    """Run `truestep ab`."""
+    return runner(monkeypatch, capsys, "ab")
 
 
 def test_a_planted_slow_down_is_not_faster(ab: Run, folder: Path) -> None:
@@ -171,7 +144,8 @@ def test_a_killed_run_is_recovered_and_resumed(ab: Run, folder: Path) -> None:
 
     code, out, _ = ab(*arguments, "--resume", "--json")
     found = Experiment.model_validate(json.loads(out))
-    assert code == found.exit_code == 0
+    assert code == found.exit_code
+    assert code in (0, 4)  # five rounds may not decide the speed
     assert found.cells[0].missing == ()
     assert found.cells[0].speed is not None
     assert found.cells[0].speed.rounds == 5

@@ -12,17 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import pytest
 
-from tests.experiment.test_baseline import COHORT, make_run
-from truestep.cli import main, perf
+from tests.commands import Run, runner
+from tests.experiment.test_baseline import COHORT, SCHEMAS, make_run
+from truestep.cli import perf
 from truestep.experiment.baseline import STAGES, Cohort, PerfResults, PerfRun
 from truestep.experiment.history import open_history
 from truestep.experiment.perf_importing import PerfImport
 from truestep.report.trend import Trend
 from truestep.verdict import Verdict
-
-Run = Callable[..., tuple[int, str, str]]
 
 FILE = """
 [case.three]
@@ -40,21 +40,11 @@ settings = {{ device = "cpu" }}
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run the command in a folder with a case file; returns exit code, stdout and stderr."""
+    """Run the command in a folder with a case file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "truestep.toml").write_text(FILE.format(model="builtin:digits"))
 
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["truestep", "perf", *arguments])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return (code if isinstance(code, int) else int(code is not None)), out, err
-
-    return run
+    return runner(monkeypatch, capsys, "perf")
 
 
 class Planted:
@@ -292,6 +282,8 @@ def test_the_page_is_self_contained_and_escaped(run: Run, planted: Planted) -> N
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert page.count('<svg viewBox="0 0') == 4  # whole, denoise, decode, memory
     assert page.count('class="change"') == 4
+    schema = json.loads((SCHEMAS / "perf-trend-1.json").read_text("utf-8"))
+    jsonschema.validate(json.loads(Path("trend.json").read_text()), schema)
     trend = Trend.model_validate_json(Path("trend.json").read_text())
     assert [b.label for b in trend.cases[0].batches][1] == "new torch"
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from truestep.experiment.baseline import (
@@ -23,6 +25,7 @@ from truestep.experiment.baseline import (
 from truestep.experiment.statistics import Outcome
 from truestep.verdict import Verdict
 
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
 COHORT = Cohort(case_id="digits-three", values={"device.name": "a CPU", "torch.threads": "1"})
 
 
@@ -263,5 +266,9 @@ def test_results_are_strict_json_and_have_no_truth_value() -> None:
     assert (plain["schema_version"], plain["verdict"], plain["exit_code"]) == (1, "invalid", 1)
     again = PerfResults.model_validate_json(text)
     assert again.model_dump_json() == text
+    schema = json.loads((SCHEMAS / "perf-1.json").read_text("utf-8"))
+    jsonschema.validate(plain, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**plain, "verdict": "fine"}, schema)
     with pytest.raises(TypeError, match="no truth value"):
         bool(broken)

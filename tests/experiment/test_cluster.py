@@ -5,38 +5,27 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from shutil import which
 
 import pytest
 
-from truestep.cli import main
+from tests.commands import Run, runner, write_cases
 from truestep.cli.common import load_change
 from truestep.errors import MissingExtraError, UsageError
 from truestep.experiment.cluster import Ended, Task, connected, run_tasks
 from truestep.experiment.records import ARMS, Experiment, Finding
 
-Run = Callable[..., tuple[int, str, str]]
-
-CASE = """
-[case.{name}]
-model = "{model}"
-prompt = "a red three moving left"
-seed = {seed}
-steps = 2
-height = 16
-width = 16
-num_frames = 5
-max_sequence_length = 8
-settings = {{ device = "cpu" }}
-"""
-
 CHANGES = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 
 def fused(pipe):
@@ -55,6 +44,13 @@ def deadly_once(pipe):
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(inner, latent)
     pipe.decode = mortal
+
+def slow_while_marked(pipe):
+    decode = pipe.decode
+    def later(inner, latent):
+        time.sleep(0.5 if Path("slow").exists() else 0)
+        return decode(inner, latent)
+    pipe.decode = later
 """
 
 
@@ -78,8 +74,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture
 def folder(tiny_wan: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a case file and changes, to run in."""
-    cases = [CASE.format(name=n, model=tiny_wan["wan21"], seed=s) for s, n in enumerate("ab")]
-    (tmp_path / "truestep.toml").write_text("".join(cases))
+    write_cases(tmp_path, tiny_wan["wan21"], "a", "b")
     (tmp_path / "change.py").write_text(CHANGES)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -89,19 +84,8 @@ def folder(tiny_wan: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monkey
 def truestep(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Run:
-    """Run a verb; returns exit code, stdout and stderr, with what other threads print."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["truestep", *arguments])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capfd.readouterr()
-        return (code if isinstance(code, int) else int(code is not None)), out, err
-
-    return run
+    """Run a verb; what other threads and processes print is captured too."""
+    return runner(monkeypatch, capfd)
 
 
 def _where() -> tuple[int, str, str, int]:
@@ -164,6 +148,67 @@ def test_a_change_is_read_anew_on_the_worker(folder: Path) -> None:
     change = again()
     assert change is not None
     assert change.__name__ == "fused"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_keeps_what_it_measured_and_leaves_no_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    arguments = (
+        "ab", "a", "--apply", "change.py:slow_while_marked", "--rounds", "4",
+        "--matrix", "guidance_scale=3.0,5.0", "--output", "results",
+    )  # fmt: skip
+    (folder / "slow").touch()
+    mark = uuid.uuid4().hex
+    child = subprocess.Popen(
+        [sys.executable, "-m", "truestep", *arguments, "--ray", "local"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group, as a terminal gives it
+        env={**os.environ, "TRUESTEP_TEST_MARK": mark, "OMP_NUM_THREADS": "1"},
+    )
+
+    def measured() -> dict[Path, list[bytes]]:
+        files = folder.glob("results/eager/*/samples.jsonl")
+        return {file: file.read_bytes().splitlines() for file in files}
+
+    deadline = time.monotonic() + 300
+    while not any(len(lines) > 2 for lines in measured().values()):
+        assert time.monotonic() < deadline
+        assert child.poll() is None
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 4
+    assert err == "stopped; --resume goes on: results\n"
+    assert "of 4 rounds" in out
+    kept = measured()
+    assert sum(len(lines) for lines in kept.values()) < 48
+    while found := _processes_with(mark):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    assert measured() == kept
+    (folder / "slow").unlink()
+    _, out, _ = runner(monkeypatch, capfd)(*arguments, "--resume", "--json")
+    cells = Experiment.model_validate_json(out).cells
+    assert [cell.missing for cell in cells] == [(), ()]
+    for file, lines in measured().items():
+        before = kept.get(file, [])
+        whole = before[:-1]  # the last one may have been cut short
+        assert lines[: len(whole)] == whole
+
+
+def _processes_with(mark: str) -> list[str]:
+    """Command lines of the processes whose environment holds a word."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " ")[:100])
+    return found
 
 
 @pytest.mark.slow
@@ -255,6 +300,25 @@ def test_a_cell_whose_worker_was_lost_goes_on_where_it_was(
     assert sessions == [0] * sessions.count(0) + [1] * 12
     assert 1 <= sessions.count(0) <= 5
     assert code in (0, 4)  # two rounds decide nothing about the speed
+
+
+@pytest.mark.slow
+def test_a_compiled_cell_runs_as_a_task(cluster: None, truestep: Run) -> None:
+    if which("g++") is None:
+        pytest.skip("torch.compile needs a compiler")
+    code, out, _ = truestep(
+        "ab", "a", "--apply", "change.py:fused", "--rounds", "1", "--matrix", "compile=off,on",
+        "--output", "results", "--ray", "local", "--json",
+    )  # fmt: skip
+    eager, compiled = Experiment.model_validate_json(out).cells
+    assert (eager.cell.compile, compiled.cell.compile) == (False, True)
+    for cell in (eager, compiled):
+        assert cell.missing == ()
+        assert cell.sameness is not None
+        assert cell.sameness.passed
+        assert cell.speed is not None
+        assert cell.speed.rounds == 1
+    assert code == 4  # one round decides nothing about the speed
 
 
 @pytest.mark.slow

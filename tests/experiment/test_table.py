@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import click
+import jsonschema
 import pytest
 import torch
 
@@ -29,6 +30,7 @@ from truestep.experiment.store import Store
 from truestep.experiment.table import complete_rounds, summarise
 from truestep.report.ab import cells_of, lines, markdown, media_of, render
 
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
 CELL = parse_matrix([])[0]
 CASES = planned_cases(pinned_cases("builtin:digits", most=1))
 ID = Case(**CASES[0].content).id
@@ -136,6 +138,14 @@ def test_a_switch_without_effect_is_inconclusive_where_one_was_expected(tmp_path
         )
     more = Made(tmp_path / "forwards", expect=("faster",)).time(20, forwards=2).check().result()
     assert (more.verdict, more.cells[0].unchanged) == (Finding.UNMET, False)
+
+
+def test_of_a_speed_that_is_not_decided_nobody_says_that_it_is_the_same(tmp_path: Path) -> None:
+    found = Made(tmp_path, expect=("faster",)).time(20, noise=0.3).check().result()
+    assert (found.verdict, found.cells[0].unchanged) == (Finding.INCONCLUSIVE, True)
+    assert found.cells[0].reasons == (
+        "the switch changed nothing so far: same bits and forwards, and the speed is not decided",
+    )
 
 
 def test_drift_fails_unless_it_was_expected(tmp_path: Path) -> None:
@@ -307,6 +317,17 @@ def test_a_prompt_cannot_attack_the_page(tmp_path: Path) -> None:
     assert "<img src=x" not in page
     assert "&lt;img src=x" in page
     assert page.count("</script>") == 2
+
+
+def test_an_experiment_fits_the_published_schema(tmp_path: Path) -> None:
+    schema = json.loads((SCHEMAS / "experiment-1.json").read_text("utf-8"))
+    drifted = Made(tmp_path / "a", until=0.01, expect=("faster",)).time(20).check(off=0.1).result()
+    empty = Made(tmp_path / "b").time(2).result()  # no interval: infinity is a string
+    for found in (drifted, empty):
+        plain = json.loads(found.model_dump_json())
+        jsonschema.validate(plain, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**plain, "verdict": "fine"}, schema)
 
 
 def test_a_check_survives_json() -> None:

@@ -1,6 +1,11 @@
-"""A realistic comparison to render."""
+"""A realistic comparison to render, and a browser to look at the page."""
 
 from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -8,6 +13,21 @@ import torch
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.comparison.media import frame_media
 from truestep.verdict import Comparison, Cost, Difference, GateResult, Side
+
+if TYPE_CHECKING:
+    from selenium import webdriver
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
 
 
 def make(*, prompt: str = "a red three moving left", drifted: bool = True) -> Comparison:
@@ -69,3 +89,24 @@ def equivalent() -> Comparison:
 def hostile() -> Comparison:
     """A check whose prompt attacks the page."""
     return make(prompt="</script><script>alert(1)</script><img src=x onerror=alert(1)> & \u2028")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """Headless Chromium of the system."""
+    from selenium import webdriver
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        message = "chromium or chromedriver is not installed"
+        if os.environ.get("TRUESTEP_REQUIRE_BROWSER"):
+            pytest.fail(message)
+        pytest.skip(message)
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()

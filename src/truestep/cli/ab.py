@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,8 +25,9 @@ from truestep.cli.common import (
 
 if TYPE_CHECKING:
     from truestep.case import Case
-    from truestep.experiment.records import Experiment
+    from truestep.experiment.records import Expectation, Experiment, Plan
     from truestep.experiment.store import Store
+    from truestep.runtime.pipeline import Apply
 
 _DIMENSION = re.compile(r"[A-Za-z_]\w*=")
 """A positional argument that goes on with --matrix."""
@@ -143,7 +144,7 @@ def command(
     max_rounds: int,
     margin: float,
     warmup: int,
-    expect: tuple[str, ...],
+    expect: tuple[Expectation, ...],
     num_prompts: int | None,
     seed: int,
     output: Path,
@@ -161,8 +162,6 @@ def command(
     of whatever lies in a folder.
     """
     from truestep.experiment.cluster import connected
-    from truestep.experiment.planning import parse_matrix, planned_cases, validate
-    from truestep.experiment.records import Plan
     from truestep.experiment.running import run_experiment, run_on_cluster
     from truestep.experiment.store import Store
 
@@ -172,27 +171,13 @@ def command(
         _recover(names[1:], json_path=json_path, report=report)
     dimensions = [*matrix, *(n for n in names if matrix and _DIMENSION.match(n))]
     names = tuple(name for name in names if name not in dimensions)
-    cells = parse_matrix(dimensions)
-    cases = _cases(names, case_file=case_file, prompt=prompt, tier=tier)
-    chosen = planned_cases(cases, most=num_prompts)
-    baseline, candidate = parse_changes(against), parse_changes(changes)
-    validate(
-        chosen,
-        cells,
-        baseline=baseline,
-        candidate=candidate,
-        apply=change or "",
-        alike="same" in expect,
-    )
-    apply = load_change(change)
-    plan = Plan(
-        tool_version=_version(),
-        cases=chosen,
-        cells=tuple(cells),
-        baseline=baseline,
-        candidate=candidate,
-        apply=change or "",
-        apply_digest=_digest(change),
+    plan, apply = _planned(
+        _cases(names, case_file=case_file, prompt=prompt, tier=tier),
+        dimensions,
+        baseline=parse_changes(against),
+        candidate=parse_changes(changes),
+        change=change,
+        num_prompts=num_prompts,
         rounds=rounds,
         until=until,
         most_rounds=max(max_rounds, rounds),
@@ -212,6 +197,50 @@ def command(
             run = partial(run_on_cluster, plan, store, change=there, accelerator=accelerator)
         experiment = _run(run, store, report=report)
     sys.exit(_show(experiment, store, json_path=json_path, report=report))
+
+
+def _planned(
+    cases: dict[str, Case],
+    dimensions: list[str],
+    *,
+    baseline: dict[str, object],
+    candidate: dict[str, object],
+    change: str | None,
+    num_prompts: int | None,
+    expect: tuple[Expectation, ...],
+    **length: Any,
+) -> tuple[Plan, Apply | None]:
+    """What is to be run, and the loaded change, checked before anything runs.
+
+    Args:
+        length: Fields of the plan that say how long it runs, as they are.
+    """
+    from truestep.experiment.planning import parse_matrix, planned_cases, validate
+    from truestep.experiment.records import Plan
+
+    cells = parse_matrix(dimensions)
+    chosen = planned_cases(cases, most=num_prompts)
+    validate(
+        chosen,
+        cells,
+        baseline=baseline,
+        candidate=candidate,
+        apply=change or "",
+        alike="same" in expect,
+    )
+    apply = load_change(change)
+    plan = Plan(
+        tool_version=_version(),
+        cases=chosen,
+        cells=tuple(cells),
+        baseline=baseline,
+        candidate=candidate,
+        apply=change or "",
+        apply_digest=_digest(change),
+        expect=expect,
+        **length,
+    )
+    return plan, apply
 
 
 def _cases(

@@ -25,6 +25,8 @@ from truestep.cli.common import (
 
 if TYPE_CHECKING:
     from truestep.case import Case
+    from truestep.known import Entry
+    from truestep.thresholds.file import Thresholds
     from truestep.verdict import Comparison
 
 
@@ -54,6 +56,25 @@ if TYPE_CHECKING:
     help="At --depth modules: which of the reference's modules the candidate's answer to.",
 )
 @click.option(
+    "--accept",
+    multiple=True,
+    metavar="NAME",
+    help="Judge by a reference that is quantised or patched in what has this in its name.",
+)
+@click.option(
+    "--thresholds",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="SGLang-Diffusion's threshold file: also generate freely, and show what its rule says.",
+)
+@click.option("--platform", help="With --thresholds: lay that platform's file over it.")
+@click.option(
+    "--known",
+    metavar="FILE.toml",
+    type=click.Path(path_type=Path),
+    help="Ledger of known failures: a drift as stated there passes, and says so.",
+)
+@click.option(
     "--ray",
     metavar="local|ADDRESS",
     help="Run every case as a task of a Ray cluster; this folder, models and references must be on "
@@ -80,6 +101,10 @@ def command(
     steps: str | None,
     tolerance: float | None,
     rename: Path | None,
+    accept: tuple[str, ...],
+    thresholds: Path | None,
+    platform: str | None,
+    known: Path | None,
     ray: str | None,
     accelerator: str | None,
     json_path: str | None,
@@ -92,6 +117,7 @@ def command(
     still reproduces the reference.
     """
     from truestep.errors import UsageError
+    from truestep.known import judged
     from truestep.references.store import DEFAULT_ROOT
 
     if accelerator is not None and ray is None:
@@ -105,14 +131,23 @@ def command(
     for case in cases.values():  # every option is validated before any forward
         case.replace(**settings)
     load_change(change)  # a change that cannot be read is refused before any forward
+    ledger = _ledger(known, cases, case_file=case_file, tier=tier)
     options: dict[str, Any] = {
         "depth": depth,
         "settings": settings,
         "steps": _steps(steps),
         "tolerance": tolerance,
         "rename": _rename(rename, depth),
+        "accept": accept,
     }
-    check = partial(_check, reference=reference, references=references, tier=tier, change=change)
+    check = partial(
+        _check,
+        reference=reference,
+        references=references,
+        tier=tier,
+        change=change,
+        thresholds=_thresholds(thresholds, platform, cases),
+    )
     endings = _here(check, cases, options)
     if ray is not None:
         folder = references or DEFAULT_ROOT
@@ -122,7 +157,7 @@ def command(
     with closing(endings):
         for name, outcome in endings:
             if not isinstance(outcome, Exception):
-                found[name] = outcome
+                found[name] = judged(outcome, ledger, name)
                 continue
             if len(cases) == 1:
                 raise outcome
@@ -142,6 +177,35 @@ def _rename(path: Path | None, depth: str) -> dict[str, str] | None:
     from truestep.pairing.files import read
 
     return read(path)
+
+
+def _thresholds(
+    path: Path | None, platform: str | None, cases: Mapping[str, Case]
+) -> Thresholds | None:
+    """The threshold file, with every limit that applies to a case read before any forward."""
+    if path is None:
+        if platform is not None:
+            raise click.UsageError("--platform needs --thresholds: it chooses what lies over it")
+        return None
+    from truestep.thresholds.file import limits_of, read
+
+    thresholds = read(path, platform=platform)
+    for name, case in cases.items():
+        limits_of(thresholds, name, case)
+    return thresholds
+
+
+def _ledger(
+    path: Path | None, cases: Mapping[str, Case], *, case_file: Path, tier: str
+) -> Mapping[str, Entry]:
+    """The known failures; an entry may name any case of the case file, chosen or not."""
+    if path is None:
+        return {}
+    from truestep.case import load_cases
+    from truestep.known import read_ledger
+
+    every = load_cases(case_file, tier=tier) if case_file.exists() else {}
+    return read_ledger(path, cases=[*every, *(name for name in cases if name not in every)])
 
 
 def _steps(text: str | None) -> tuple[int, ...] | None:
@@ -204,6 +268,7 @@ def _check(
     references: Path | None,
     tier: str,
     change: str | None,
+    thresholds: Thresholds | None,
 ) -> Comparison:
     from truestep.checking import check, missing_reference
     from truestep.errors import ReferenceNotFoundError
@@ -212,4 +277,19 @@ def _check(
         path = reference or find_reference(name, case, references=references, tier=tier)
     except ReferenceNotFoundError as error:
         return missing_reference(case, error)
-    return check(case, path, apply=load_change(change), **options)
+    if thresholds is None:
+        return check(case, path, apply=load_change(change), **options)
+    from truestep.recording.format import Recording
+    from truestep.thresholds.running import with_gate
+
+    recording = Recording.open(path)
+    result = check(case, recording, apply=load_change(change), **options)
+    return with_gate(
+        result,
+        case,
+        recording,
+        thresholds,
+        name=name,
+        apply=load_change(change),
+        settings=options["settings"],
+    )

@@ -65,7 +65,7 @@ def command(output: Path) -> None:
     caught = sum(o.comparison.verdict.exit_code == 1 for o in bugs)
     fine = [o for o in outcomes if o.change.harmless]
     accepted = sum(o.comparison.verdict.passed for o in fine)
-    missed = sum(o.gate.passed for o in bugs)
+    missed = sum(o.gate.passed is True for o in bugs)
     costs = [o.comparison.cost.share for o in outcomes if o.comparison.cost]
     click.echo()
     click.echo(

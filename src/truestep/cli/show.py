@@ -1,21 +1,156 @@
-"""`truestep show`: what a file holds, from its header alone. Imports no torch."""
+"""`truestep show`: what a file holds, from its header alone, and what profiles say. No torch."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from truestep.controls import Cell
 
 SHOWN = 20
 
 
 @click.command("show")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("what", nargs=-1, required=True, metavar="FILE | profile [A [B]]")
 @click.option("--all", "everything", is_flag=True, help=f"Every tensor, not the first {SHOWN}.")
-@click.option("--json", "as_json", is_flag=True, help="The manifest (or tensor list) as JSON.")
-def command(file: Path, everything: bool, as_json: bool) -> None:
-    """Show what a recording or any safetensors file holds; reads the header only."""
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON; of a file, its manifest.")
+def command(what: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """Show what a recording or any safetensors file holds; reads the header only.
+
+    `truestep show profile` lists the references that an LTX-2 run can follow; with a name, every
+    control of it with its source; with two, those in which they differ.
+    """
+    from truestep.errors import UsageError
+
+    first, *names = what
+    if first == "profile":
+        _show_profiles(names, as_json=as_json)
+    elif names:
+        raise UsageError("show takes one file", measured=f"got {len(what)}: {', '.join(what)}")
+    else:
+        _show_file(Path(first), everything=everything, as_json=as_json)
+
+
+def _show_profiles(names: list[str], *, as_json: bool) -> None:
+    """List the profiles, print one, or compare two."""
+    from truestep.errors import UsageError
+
+    if len(names) > 2:
+        raise UsageError(
+            "show profile takes two names at most",
+            measured=f"got {len(names)}: {', '.join(names)}",
+            hint="truestep ablate CASE --all compares all of them",
+        )
+    if as_json:
+        import json
+
+        click.echo(json.dumps(_profile_data(names), indent=2))
+    elif not names:
+        _list_profiles()
+    elif len(names) == 1:
+        _print_profile(names[0])
+    else:
+        _print_differences(*names)
+
+
+def _profile_data(names: list[str]) -> dict[str, Any]:
+    """What is printed of profiles, as JSON values."""
+    from truestep.controls import differences, find_profile, profiles
+
+    if len(names) == 2:
+        return {
+            "profiles": names,
+            "differences": {
+                name: dict(zip(names, map(_cell_data, cells), strict=True))
+                for name, cells in differences(*names).items()
+            },
+        }
+    chosen = [find_profile(name) for name in names] or [*profiles().values()]
+    return {
+        "profiles": {
+            profile.name: {
+                "about": profile.about,
+                "versions": list(profile.versions),
+                "defaults": dict(profile.defaults),
+                "controls": {name: _cell_data(cell) for name, cell in profile.cells.items()},
+            }
+            for profile in chosen
+        }
+    }
+
+
+def _cell_data(cell: Cell) -> dict[str, Any]:
+    value = list(cell.value) if isinstance(cell.value, tuple) else cell.value
+    return {"value": value, "source": cell.source}
+
+
+def _list_profiles() -> None:
+    from truestep.controls import profiles
+
+    width = max(map(len, profiles()))
+    for name, profile in profiles().items():
+        click.echo(f"{name:<{width}}  LTX-{', '.join(profile.versions):<8}  {profile.about}")
+    click.echo()
+    click.echo("truestep show profile NAME prints its controls, and two names what differs")
+
+
+def _print_profile(name: str) -> None:
+    from truestep.controls import find_profile
+
+    profile = find_profile(name)
+    click.echo(f"{profile.name}: {profile.about}; LTX-{' and '.join(profile.versions)}")
+    click.echo()
+    width = max(map(len, profile.cells))
+    for key, cell in profile.cells.items():
+        click.echo(f"  {key:<{width}}  {_value(cell.value)}")
+        click.echo(_source(cell.source))
+    click.echo()
+    defaults = ", ".join(f"{key} {value}" for key, value in profile.defaults.items())
+    click.echo("  a case that says nothing has")
+    click.echo(_source(defaults))
+
+
+def _print_differences(first: str, second: str) -> None:
+    from truestep.controls import NAMES, differences
+
+    found = differences(first, second)
+    if not found:
+        click.echo(f"{first} and {second} agree in all {len(NAMES)} controls")
+        return
+    click.echo(f"{first} and {second} differ in {len(found)} of {len(NAMES)} controls")
+    for name, cells in found.items():
+        click.echo()
+        click.echo(f"  {name}")
+        for profile, cell in zip((first, second), cells, strict=True):
+            click.echo(f"    {profile}: {_value(cell.value)}")
+            click.echo(_source(cell.source))
+
+
+def _value(value: object) -> str:
+    """A control's value as `--set` takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _source(text: str) -> str:
+    return textwrap.fill(
+        text,
+        width=100,
+        initial_indent=" " * 6,
+        subsequent_indent=" " * 6,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _show_file(file: Path, *, everything: bool, as_json: bool) -> None:
+    """Print the header of a file."""
     import json
 
     from truestep.recording.header import read_header, read_manifest

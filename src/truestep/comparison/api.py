@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from truestep.case import flat_case, mapping_differences
 from truestep.comparison import sources
+from truestep.comparison.audio import sample_rate_of
 from truestep.comparison.latent_gate import LATENT, SIGNATURE, check_latent
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.comparison.moments import moment_rows, sketch_rows, sketch_rule
@@ -56,6 +57,7 @@ def compare(actual: object, reference: object, *, tolerance: float | None = None
             ours_manifest.environment
         ).differences(theirs_manifest.environment)
         pair = _pair(ours_manifest, theirs_manifest)
+        differences += _rate_differences(ours_manifest, theirs_manifest)
     levels = {manifest.level for manifest in (ours_manifest, theirs_manifest) if manifest}
     if "stats" in levels:
         rows = moment_rows(ours, theirs, floor=floor, pair=pair, tolerance=tolerance)
@@ -74,6 +76,7 @@ def compare(actual: object, reference: object, *, tolerance: float | None = None
         case=theirs_manifest.case if theirs_manifest else None,
         case_differences=differences,
         environment_differences=environment,
+        sample_rate=sample_rate_of(theirs_manifest.settings) if theirs_manifest else None,
         looked_at=(f"{len(rows)} tensors by name",),
         not_looked_at=(_NOT_SKETCHED,) if estimated else (),
     )
@@ -88,6 +91,14 @@ def _case_differences(ours: Manifest, theirs: Manifest) -> tuple[Difference, ...
     if ours.case is None or theirs.case is None:
         return ()
     return mapping_differences(flat_case(ours.case), flat_case(theirs.case))
+
+
+def _rate_differences(ours: Manifest, theirs: Manifest) -> tuple[Difference, ...]:
+    """Sounds of two sample rates are not those of one case, even of equal lengths."""
+    own, other = sample_rate_of(ours.settings), sample_rate_of(theirs.settings)
+    if own is None or other is None or own == other:
+        return ()
+    return (Difference(key="sample_rate", actual=str(own), reference=str(other)),)
 
 
 def _pair(ours: Manifest, theirs: Manifest) -> str | None:

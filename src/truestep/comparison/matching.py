@@ -10,6 +10,7 @@ import torch
 
 from truestep import noise
 from truestep.comparison.distance import distance, distance_to_itself, is_constant, same_bits
+from truestep.comparison.modality import in_seconds, modalities, told_apart, with_modalities
 from truestep.comparison.structure import structure
 from truestep.environment import library_version
 from truestep.errors import UsageError
@@ -95,6 +96,7 @@ def row_fields(
         "step": place.step,
         "branch": place.branch,
         "fqn": place.fqn,
+        "modality": place.modality,
         "actual": tensor_info(actual),
         "reference": tensor_info(reference),
     }
@@ -235,15 +237,22 @@ def _likely(metrics: Metrics, verdict: Verdict) -> str:
 
 
 def build_comparison(
-    rows: Sequence[Row], *, actual: Side, reference: Side, **fields: Any
+    rows: Sequence[Row],
+    *,
+    actual: Side,
+    reference: Side,
+    sample_rate: int | None = None,
+    **fields: Any,
 ) -> Comparison:
     """Sum rows up as one comparison: verdict, sentence, rule, first divergence.
 
     Args:
         rows: Judged rows in execution order; none at all is `invalid`.
         actual, reference: What the two sides were.
+        sample_rate: Hz, of decoded sound: two of different lengths are then told in seconds.
         fields: Further fields of `Comparison`; `verdict` or `notes` given here are respected.
     """
+    rows = with_modalities([in_seconds(row, sample_rate) for row in rows])
     verdicts = [row.verdict for row in rows]
     if fields.get("case_differences"):
         verdicts.append(Verdict.INCOMPARABLE)
@@ -252,7 +261,12 @@ def build_comparison(
     divergence = None
     if first is not None:
         divergence = Divergence(
-            name=first.name, stage=first.stage, step=first.step, branch=first.branch, fqn=first.fqn
+            name=first.name,
+            stage=first.stage,
+            step=first.step,
+            branch=first.branch,
+            fqn=first.fqn,
+            modality=first.modality,
         )
     judged = [row.floor for row in rows if row.floor and row.verdict is not Verdict.IDENTICAL]
     return Comparison(
@@ -262,6 +276,7 @@ def build_comparison(
         rows=tuple(rows),
         rule=rule_of(judged, tests=_tests(rows)) if judged else EXACT if rows else rule_of([]),
         first_divergence=divergence,
+        modalities=modalities(rows),
         actual=actual,
         reference=reference,
         missing=tuple(row.name for row in rows if row.actual is None),
@@ -275,6 +290,9 @@ def with_divergence(
 ) -> Comparison:
     """A comparison whose first divergence was followed into a model, with the rows it took."""
     fields = {"case_differences": comparison.case_differences}
+    known = comparison.first_divergence
+    if known is not None and (known.stage, known.step) == (divergence.stage, divergence.step):
+        divergence = divergence.model_copy(update={"modality": known.modality})
     sentence = _sentence(comparison.verdict, comparison.rows, divergence, fields)
     update: dict[str, Any] = {"first_divergence": divergence, "sentence": sentence}
     if rows:
@@ -291,6 +309,13 @@ def _tests(rows: Sequence[Row]) -> int:
 
 
 def _sentence(
+    verdict: Verdict, rows: Sequence[Row], first: Divergence | None, fields: Mapping[str, Any]
+) -> str:
+    text = _outcome(verdict, rows, first, fields)
+    return text if verdict.passed or fields.get("case_differences") else text + told_apart(rows)
+
+
+def _outcome(
     verdict: Verdict, rows: Sequence[Row], first: Divergence | None, fields: Mapping[str, Any]
 ) -> str:
     total = f"{len(rows)} tensor{'s' if len(rows) != 1 else ''}"

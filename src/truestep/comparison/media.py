@@ -1,6 +1,6 @@
-"""Frames to look at: both sides and their difference as lossless PNG. Pure: no I/O.
+"""Frames and sound of both sides, to look at and to hear: lossless PNG and WAV. Pure: no I/O.
 
-The encoder is a few lines of zlib, so that a report needs no optional package.
+The encoders are a few lines of zlib and struct, so that a report needs no optional package.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ import zlib
 
 import torch
 
-from truestep.verdict import FrameTriple, Media
+from truestep.comparison.audio import FLOOR_DB, spectrogram_db, waveform_metrics
+from truestep.verdict import FrameTriple, Media, Sound
 
 MAGENTA = (255, 0, 255)
 """Colour of pixels that are not finite."""
+
+_PICTURE = (256, 640)
+"""Most rows and columns of a spectrogram's picture."""
 
 _LARGEST_GAIN = 2**24
 """One rounding step of float32 below 1, half of 2^-24, then shows at half brightness."""
@@ -71,6 +75,92 @@ def frame_media(
     )
     height, width = actual.shape[3:]
     return Media(name=name, width=int(width), height=int(height), gain=gain, frames=frames)
+
+
+def sound_media(
+    actual: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    name: str,
+    sample_rate: int,
+    limit_s: float = 30.0,
+) -> Media:
+    """Two sounds to hear, and their spectrograms beside the difference of these.
+
+    Args:
+        actual, reference: Waveforms `b c n` in [-1, 1]; the first sample is played and shown. They
+            may differ in shape: in a picture the shorter one goes on as silence.
+        name: Tensor name.
+        sample_rate: Hz, of both.
+        limit_s: Longest part that is played and shown, from the start. All of it is measured.
+
+    Returns:
+        Metrics, 16-bit WAV and PNG data URIs. Sounds are as loud as they are; what is beyond full
+        scale is cut off, and what is not finite is silent. Pictures have time to the right,
+        frequency from 0 upwards to half the sample rate, and the loudest channel: black is
+        `FLOOR_DB`, white is 0 dB. In that of the difference (the largest of any channel) white is
+        `difference_db`.
+
+    Raises:
+        ValueError: A side is not a waveform, or nothing of it would be played.
+    """
+    metrics = waveform_metrics(actual, reference, sample_rate=sample_rate)
+    length = min(max(actual.shape[-1], reference.shape[-1]), int(limit_s * sample_rate))
+    if length < 1:
+        raise ValueError(f"limit_s is {limit_s:g}: at least one sample is played")
+    own, theirs = (side[0, :, :length].detach().cpu().float() for side in (actual, reference))
+    pictures = [spectrogram_db(_lengthened(side, length)) for side in (own, theirs)]
+    loudest = [picture.amax(0) for picture in pictures]
+    channels = len(own) == len(theirs)
+    ours, others = pictures if channels else (side[None] for side in loudest)
+    difference = (ours - others).abs().amax(0)
+    finite = difference[torch.isfinite(difference)]
+    largest = float(finite.max()) if finite.numel() else 0.0
+    images = [1 - side / FLOOR_DB for side in loudest] + [difference / (largest or 1.0)]
+    shown = [_uris(_picture(image))[0] for image in images]
+    sound = Sound(
+        sample_rate=sample_rate,
+        metrics=metrics,
+        actual=_wav_uri(own, sample_rate),
+        reference=_wav_uri(theirs, sample_rate),
+        seconds_shown=length / sample_rate,
+        spectrograms=FrameTriple(index=0, actual=shown[0], reference=shown[1], difference=shown[2]),
+        difference_db=largest,
+    )
+    height, width = _picture(difference).shape[-2:]
+    return Media(name=name, width=width, height=height, gain=1.0, frames=(), sound=sound)
+
+
+def _lengthened(waveform: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.nn.functional.pad(waveform, (0, length - waveform.shape[-1]))
+
+
+def _picture(image: torch.Tensor) -> torch.Tensor:
+    """A spectrogram `k t` as an image `3 1 h w`, low frequencies below, its largest values kept."""
+    height, width = min(image.shape[0], _PICTURE[0]), min(image.shape[1], _PICTURE[1])
+    pooled = torch.nn.functional.adaptive_max_pool2d(image[None], (height, width))
+    return pooled.flip(1).expand(3, 1, height, width)
+
+
+def _wav_uri(waveform: torch.Tensor, sample_rate: int) -> str:
+    """A sound `c n` as a WAV data URI."""
+    pcm = (waveform.nan_to_num(0.0, 0.0, 0.0).clamp(-1, 1) * 32767).round().to(torch.int16)
+    data = wav(pcm.T.contiguous().numpy().astype("<i2").tobytes(), len(pcm), sample_rate)
+    return "data:audio/wav;base64," + base64.b64encode(data).decode()
+
+
+def wav(pcm: bytes, channels: int, sample_rate: int) -> bytes:
+    """Encode interleaved 16-bit samples, little-endian, as WAV.
+
+    Source:
+        Multimedia Programming Interface and Data Specifications 1.0, 1991, "Waveform Audio File
+        Format": format 1 (PCM).
+    """
+    frame = 2 * channels
+    form = struct.pack("<HHIIHH", 1, channels, sample_rate, frame * sample_rate, frame, 16)
+    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form
+    body += b"data" + struct.pack("<I", len(pcm)) + pcm
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def _uris(images: torch.Tensor) -> list[str]:

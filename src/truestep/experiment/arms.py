@@ -16,9 +16,15 @@ from truestep.environment import usable_device
 from truestep.experiment.records import ArmName
 from truestep.recording.capture import is_compiled
 from truestep.recording.format import bytes_of
-from truestep.recording.raised import MODELS
 from truestep.runtime.loading import load
-from truestep.runtime.pipeline import Apply, Observer, Pipeline, apply_change, generate
+from truestep.runtime.pipeline import (
+    MODELS,
+    Apply,
+    Observer,
+    Pipeline,
+    apply_change,
+    generate,
+)
 
 KEPT = ("latent/final", "video/frames")
 """What a generation leaves behind."""

@@ -19,6 +19,7 @@ from truestep.experiment.perf_statistics import (
     LIMITS,
     Expectation,
     Limit,
+    Needed,
     Scope,
     expect,
     needed,
@@ -425,61 +426,57 @@ def check_result(
         steps: Denoise steps that a run must have.
     """
     problems = found_impossible(new, batches, cohort=cohort, steps=steps)
-    count = sum(len(batch.runs) for batch in batches)
-    head = {
-        "case_name": case_name,
-        "case_id": cohort.case_id,
-        "cohort_id": cohort.id,
-        "cohort": cohort,
-        "baseline_batches": len(batches),
-        "baseline_runs": count,
-        "runs": tuple(new),
-        "problems": tuple(problems),
-    }
-    if problems:
-        return PerfResult.model_validate(
-            {
-                **head,
-                "action": "check",
-                "verdict": Verdict.INVALID,
-                "sentence": f"invalid: {case_name}: {problems[0]}",
-                "hint": "measure again; a clock, a stage or the history is wrong",
-            }
-        )
-    rows = judge(new, batches)
-    verdict = Verdict.worst(row.verdict for row in rows if row.verdict is not None)
-    e2e = rows[0]
-    faster = e2e.outcome is Outcome.FASTER and verdict is Verdict.EQUIVALENT
-    more = (
-        needed([[r.e2e_ms for r in b.runs] for b in batches], new=len(new), value=e2e.value)
-        if verdict is Verdict.INCONCLUSIVE
-        else None
+    invalid = PerfResult(
+        action="check",
+        verdict=Verdict.INVALID,
+        sentence=f"invalid: {case_name}: {problems[0]}" if problems else "",
+        case_name=case_name,
+        case_id=cohort.case_id,
+        cohort_id=cohort.id,
+        cohort=cohort,
+        baseline_batches=len(batches),
+        baseline_runs=sum(len(batch.runs) for batch in batches),
+        problems=tuple(problems),
+        hint="measure again; a clock, a stage or the history is wrong",
+        runs=tuple(new),
     )
-    again = f"truestep perf record {case_name} --runs"
-    hint = ""
-    if more is not None:
-        times = f", in {more.processes} processes" if more.processes > 1 else ""
-        hint = f"{more.runs} more recorded runs would decide{times}: "
-        hint += f"{again} {max(1, math.ceil(more.runs / more.processes))}"
-    elif verdict is Verdict.INCONCLUSIVE:
-        hint = f"a quieter machine, or more processes: {again} {len(new)}"
-    return PerfResult.model_validate(
-        {
-            **head,
-            "action": "check",
+    return invalid if problems else _judged(invalid, judge(new, batches), batches)
+
+
+def _judged(
+    result: PerfResult, rows: tuple[MetricRow, ...], batches: Sequence[PerfBatch]
+) -> PerfResult:
+    """A result whose runs are possible, with what its rows say."""
+    verdict = Verdict.worst(row.verdict for row in rows if row.verdict is not None)
+    e2e, name, count = rows[0], result.case_name, len(result.runs)
+    faster = e2e.outcome is Outcome.FASTER and verdict is Verdict.EQUIVALENT
+    unsure = verdict is Verdict.INCONCLUSIVE
+    recorded = [[run.e2e_ms for run in batch.runs] for batch in batches]
+    more = needed(recorded, new=count, value=e2e.value) if unsure else None
+    offer = f"faster: truestep perf record {name} makes it the new baseline"
+    return result.model_copy(
+        update={
             "verdict": verdict,
-            "sentence": _sentence(verdict, case_name, rows, faster=faster),
+            "sentence": _sentence(verdict, name, rows, faster=faster),
             "rows": rows,
             "detectable": min(e2e.limit or math.inf, e2e.high or math.inf) / e2e.base - 1,
             "needed_runs": more.runs if more else None,
             "needed_processes": more.processes if more else None,
             "faster": faster,
-            "offer": f"faster: truestep perf record {case_name} makes it the new baseline"
-            if faster
-            else "",
-            "hint": hint,
+            "offer": offer if faster else "",
+            "hint": _decider(more, name, runs=count) if unsure else "",
         }
     )
+
+
+def _decider(more: Needed | None, case_name: str, *, runs: int) -> str:
+    """What would decide an inconclusive check."""
+    again = f"truestep perf record {case_name} --runs"
+    if more is None:
+        return f"a quieter machine, or more processes: {again} {runs}"
+    times = f", in {more.processes} processes" if more.processes > 1 else ""
+    each = max(1, math.ceil(more.runs / more.processes))
+    return f"{more.runs} more recorded runs would decide{times}: {again} {each}"
 
 
 def found_impossible(

@@ -19,6 +19,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns of what a later one will do
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # else it prints on stdout that a worker was lost
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # its 15 lets all other work on the machine go before
 }
 
 _OWN = {"include_dashboard": False, "object_store_memory": 256 * 2**20}

@@ -38,8 +38,6 @@ from truestep.verdict import Verdict
 
 _RUNS = 2 * len(ARMS)
 
-NOTHING = "the switch changed nothing: same bits, forwards and speed"
-
 
 def summarise(store: Store) -> Experiment:
     """Make the table of whatever is in the folder.
@@ -222,6 +220,13 @@ def _unchanged(result: CellResult) -> bool:
     return base.forwards == candidate.forwards
 
 
+def nothing_text(result: CellResult) -> str:
+    """What is said of a switch that shows in nothing."""
+    if result.speed is not None and result.speed.outcome is Outcome.SAME:
+        return "the switch changed nothing: same bits, forwards and speed"
+    return "the switch changed nothing so far: same bits and forwards, and the speed is not decided"
+
+
 def _verdict(
     result: CellResult, plan: Plan, failures: Sequence[Failure], spoiled: Sequence[str]
 ) -> tuple[Finding, list[str]]:
@@ -235,7 +240,7 @@ def _verdict(
     wrong, reasons, unsure = _sameness(result, plan)
     unsure += [*spoiled, *_control(result)]
     if result.unchanged and {"faster", "different"} & set(plan.expect):
-        unsure.append(NOTHING)
+        unsure.append(nothing_text(result))
     else:
         unmet, undecided = _expected(result, plan)
         wrong += [Finding.UNMET] * bool(unmet)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ import torch
 from truestep.environment import Environment, watch_attention
 from truestep.recording.manifest import TensorEntry
 from truestep.recording.names import address
-from truestep.runtime.pipeline import Branch, Observer, Pipeline, Step
+from truestep.runtime.joint import Value
+from truestep.runtime.pipeline import MODELS, Branch, Observer, Pipeline, Step
 
 Progress = Callable[[str, int, int], None]
 """Told (what, done, total) while something long goes on."""
@@ -82,8 +83,8 @@ def attention_observed(pipe: Pipeline) -> Iterator[Callable[[], str | None]]:
     seen: list[str | None] = []
 
     def first_watched(
-        inner: Pipeline, latent: torch.Tensor, step: Step, text: torch.Tensor, branch: Branch
-    ) -> torch.Tensor:
+        inner: Pipeline, latent: Value, step: Step, text: Value, branch: Branch
+    ) -> Value:
         model = inner.expert(step.expert)
         if seen or is_compiled(model):
             return original(inner, latent, step, text, branch)
@@ -156,7 +157,7 @@ def run_environment(pipe: Pipeline, *, attention: str | None) -> Environment:
 
 def recorded_settings(pipe: Pipeline) -> dict[str, Any]:
     """Every control of a run, as JSON values: settings, scheduler configuration, class names."""
-    parts = ("tokenizer", "text_encoder", "transformer", "transformer_2", "vae", "scheduler")
+    parts = ("tokenizer", *MODELS, "scheduler")
     scheduler = getattr(pipe.scheduler, "config", {})
     return {
         **pipe.settings.model_dump(mode="json"),
@@ -173,7 +174,16 @@ def recorded_settings(pipe: Pipeline) -> dict[str, Any]:
         "generator_device": "cpu",
         "guidance_dtype": pipe.settings.guidance_dtype
         or str(pipe.first_transformer.dtype).removeprefix("torch."),
+        **_joint_settings(pipe),
     }
+
+
+def _joint_settings(pipe: Pipeline) -> dict[str, Any]:
+    """The controls of an audio-video run, all of them, and the sound's samples a second."""
+    if pipe.controls is None:
+        return {}
+    rate = int(pipe.vocoder.config.output_sampling_rate)
+    return {**asdict(pipe.controls), "sample_rate": rate}
 
 
 def _json_like(value: object) -> bool:

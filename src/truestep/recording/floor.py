@@ -7,7 +7,7 @@ on the recorded inputs, so what they differ by is rounding and nothing else.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,8 +30,9 @@ from truestep.noise import (
 from truestep.recording.capture import Progress
 from truestep.recording.raised import HIGHER, raised, raised_precision, raised_stages
 from truestep.recording.replay import replay
+from truestep.runtime.joint import Encoded, Value, each, floating, parts
 from truestep.runtime.loading import load
-from truestep.runtime.pipeline import Branch, Pipeline, Step, generate
+from truestep.runtime.pipeline import Branch, Pipeline, Step, Texts, generate, text_branch
 
 OTHER = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """The other precision that candidates of a reference commonly run in."""
@@ -115,7 +116,8 @@ def measure(
         with variation.vary(pipe) as varied:
             outputs = replay(varied, recording, steps=steps).outputs
             if final:
-                outputs[FREE_RUN] = generate(varied).to("cpu")
+                for name, latent in parts(FREE_RUN, generate(varied)):
+                    outputs[name] = latent.to("cpu")
         runs.append(noise_run(variation, outputs, recording, weights=sample_sizes(runs)))
         if progress:
             progress(f"noise floor: {variation.kind}", done + 1, total)
@@ -177,7 +179,7 @@ def noise_run(
 ) -> NoiseRun:
     """What a benign run measured: every output, and the mean over all predictions."""
     pairs = {
-        name: (output, recording["latent/final" if name == FREE_RUN else name])
+        name: (output, recording[name.replace(FREE_RUN, "latent/final")])
         for name, output in outputs.items()
     }
     mean = sample_mean(outputs, recording, weights or {})
@@ -253,24 +255,72 @@ def in_batch(row: int) -> Vary:
         neighbour = sample.roll(1, dims=-1)
         return torch.cat([sample, neighbour] if row == 0 else [neighbour, sample])
 
+    def twice(sample: torch.Tensor) -> torch.Tensor:
+        return torch.cat([sample, sample])
+
+    def own(batch: Value) -> Value:
+        return each(lambda tensor: tensor.chunk(2)[row], batch)
+
     @contextmanager
     def vary(pipe: Pipeline) -> Iterator[Pipeline]:
-        def encode_text(inner: Pipeline, prompts: list[str]) -> torch.Tensor:
+        def encode_text(inner: Pipeline, prompts: list[str]) -> Value:
             batch = [*prompts, "a neighbour"] if row == 0 else ["a neighbour", *prompts]
-            return pipe.encode_text(inner, batch)[row : row + 1]
+            return own(pipe.encode_text(inner, batch))
 
         def predict(
-            inner: Pipeline, latent: torch.Tensor, step: Step, text: torch.Tensor, branch: Branch
-        ) -> torch.Tensor:
-            both = pipe.predict(inner, beside(latent), step, torch.cat([text, text]), branch)
-            return both[row : row + 1]
+            inner: Pipeline, latent: Value, step: Step, text: Value, branch: Branch
+        ) -> Value:
+            both = pipe.predict(inner, each(beside, latent), step, each(twice, text), branch)
+            return own(both)
 
-        def decode(inner: Pipeline, latent: torch.Tensor) -> torch.Tensor:
-            return pipe.decode(inner, beside(latent))[row : row + 1]
+        def decode(inner: Pipeline, latent: Value) -> Value:
+            return own(pipe.decode(inner, each(beside, latent)))
 
-        yield replace(pipe, encode_text=encode_text, predict=predict, decode=decode)
+        yield replace(
+            pipe,
+            encode_text=encode_text,
+            connect=_each_connected(pipe, twice, own),
+            predict=predict,
+            predict_passes=_one_by_one(pipe),
+            decode=decode,
+        )
 
     return vary
+
+
+def _each_connected(
+    pipe: Pipeline,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    back: Callable[[Value], Value],
+) -> Callable[[Pipeline, Texts], Texts] | None:
+    """The connector stage on changed texts, where a model has one."""
+    original = pipe.connect
+    if original is None:
+        return None
+
+    def connect(inner: Pipeline, texts: Texts) -> Texts:
+        changed = {}
+        for branch, text in texts.items():
+            embeds = change(text.embeds)
+            changed[branch] = Encoded(embeds, text.mask.expand(embeds.shape[0], -1))
+        return {branch: back(value) for branch, value in original(inner, changed).items()}
+
+    return connect
+
+
+def _one_by_one(pipe: Pipeline) -> Callable[..., dict[Branch, Value]]:
+    """Passes as separate forwards of the varied `predict`, whatever the plan; a plan is varied by
+    being left."""
+
+    def predict_passes(
+        inner: Pipeline, latent: Value, step: Step, texts: Texts, wanted: Sequence[Branch]
+    ) -> dict[Branch, Value]:
+        return {
+            branch: inner.predict(inner, latent, step, texts[text_branch(branch)], branch)
+            for branch in wanted
+        }
+
+    return predict_passes if pipe.audio_video else pipe.predict_passes
 
 
 def _jitter(seed: int) -> Vary:
@@ -281,36 +331,37 @@ def _jitter(seed: int) -> Vary:
         generator = torch.Generator("cpu").manual_seed(seed)
         working = pipe.first_transformer.dtype
 
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
+        def rounded(tensor: torch.Tensor) -> torch.Tensor:
             narrower = tensor.itemsize < working.itemsize
             return one_rounding(tensor.to(working) if narrower else tensor, generator)
 
-        def encode_text(inner: Pipeline, prompts: list[str]) -> torch.Tensor:
-            with _embeddings_through(pipe.text_encoder, moved):
+        def moved(value: Value) -> Value:
+            return each(floating(rounded), value)
+
+        def encode_text(inner: Pipeline, prompts: list[str]) -> Value:
+            with _embeddings_through(pipe.text_encoder, rounded):
                 return pipe.encode_text(inner, prompts)
 
         def predict(
-            inner: Pipeline, latent: torch.Tensor, step: Step, text: torch.Tensor, branch: Branch
-        ) -> torch.Tensor:
+            inner: Pipeline, latent: Value, step: Step, text: Value, branch: Branch
+        ) -> Value:
             return pipe.predict(inner, moved(latent), step, moved(text), branch)
 
-        def combine(
-            inner: Pipeline, step: Step, cond: torch.Tensor, uncond: torch.Tensor
-        ) -> torch.Tensor:
-            return pipe.combine(inner, step, moved(cond), moved(uncond))
+        def combine(inner: Pipeline, step: Step, *predictions: Value) -> Value:
+            return pipe.combine(inner, step, *(moved(value) for value in predictions))
 
-        def update(
-            inner: Pipeline, step: Step, guided: torch.Tensor, latent: torch.Tensor
-        ) -> torch.Tensor:
+        def update(inner: Pipeline, step: Step, guided: Value, latent: Value) -> Value:
             return pipe.update(inner, step, moved(guided), moved(latent))
 
-        def decode(inner: Pipeline, latent: torch.Tensor) -> torch.Tensor:
+        def decode(inner: Pipeline, latent: Value) -> Value:
             return pipe.decode(inner, moved(latent))
 
         yield replace(
             pipe,
             encode_text=encode_text,
+            connect=_each_connected(pipe, rounded, lambda value: value),
             predict=predict,
+            predict_passes=_one_by_one(pipe),
             combine=combine,
             update=update,
             decode=decode,

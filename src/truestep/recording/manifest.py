@@ -42,6 +42,20 @@ class TensorEntry(Record):
     call: int = 0
 
 
+class Implementation(Record):
+    """The code and the weights that made a recording.
+
+    Attributes:
+        commits: Of libraries that were installed from a repository, by name.
+        quantised: Models whose weights are stored, or were rounded, in fewer bits than they seem.
+        patched: Functions that are not those of the class or library that they go by.
+    """
+
+    commits: dict[str, str] = Field(default_factory=dict)
+    quantised: tuple[str, ...] = ()
+    patched: tuple[str, ...] = ()
+
+
 class Manifest(Record):
     """Everything a reader may want to know before it touches a tensor."""
 
@@ -58,6 +72,7 @@ class Manifest(Record):
     forwards: int = 0
     noise_floor: NoiseFloor | None = None
     notes: tuple[str, ...] = ()
+    implementation: Implementation = Field(default_factory=Implementation)
 
 
 STATS = ("count", "nonfinite", "mean", "abs_mean", "std", "rms", "min", "max")

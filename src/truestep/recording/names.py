@@ -11,8 +11,11 @@ name                      stage           what
 `step/0007/cond`          prediction      likewise `uncond`
 `step/0007/guided`        guidance        what the scheduler is given
 `latent/final`            update          latent after the last step
+`connector/cond`          connector       text as the model is given it, where a connector makes it
 `sample/0003/output/NAME` output          what a recorded function returned (or `input`)
 `video/frames`            decoding        decoded frames in [-1, 1]
+`audio/waveform`          decoding        decoded sound `b c n` in [-1, 1]
+`audio/step/0007/cond`    as above        the audio part of `step/0007/cond`; likewise all others
 `module/FQN/7/cond/out.0` module          one module's output (`in.0`: its input)
 `module/FQN#1/7/...`      module          of its second call in that step and branch
 `float32/...`             as above        the same stage, raised to float32 (16-bit cases)
@@ -24,21 +27,34 @@ name                      stage           what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-STAGES = ("text", "schedule", "latent", "prediction", "guidance", "update", "decoding")
+from truestep.runtime.joint import AUDIO
+
+STAGES = (
+    "text",
+    "connector",
+    "schedule",
+    "latent",
+    "prediction",
+    "guidance",
+    "update",
+    "decoding",
+)
 """Stages in the order in which a run goes through them."""
 
 _PREFIXES = {"stats", "sketch", "float32", "float64", "samples"}
 _STEP_STAGES = {"latent": "update", "guided": "guidance"}
-_FIRST_PARTS = {"text": "text", "schedule": "schedule", "video": "decoding", "audio": "decoding"}
+_FIRST_PARTS = {"schedule": "schedule", "video": "decoding", "waveform": "decoding"}
+_TEXT_STAGES = ("text", "connector")
 
 
 @dataclass(frozen=True)
 class Address:
     """Where a tensor belongs. `step` of an update is the step that made the latent.
 
-    `call` counts a module's calls inside one step and branch; `fqn` is without it.
+    `call` counts a module's calls inside one step and branch; `fqn` is without it. `modality` is
+    `audio` for the audio part of a joint model's tensor, else None.
     """
 
     stage: str = ""
@@ -46,6 +62,7 @@ class Address:
     branch: str | None = None
     fqn: str | None = None
     call: int = 0
+    modality: str | None = None
 
 
 def address(name: str) -> Address:
@@ -53,10 +70,12 @@ def address(name: str) -> Address:
     parts = name.split("/")
     if parts[0] in _PREFIXES:
         return address("/".join(parts[1:]))
+    if name.startswith(AUDIO):
+        return replace(address(name.removeprefix(AUDIO)), modality="audio")
     if name == "prediction":
         return Address("prediction")
-    if parts[0] == "text" and len(parts) == 2:
-        return Address("text", branch=parts[1])
+    if parts[0] in _TEXT_STAGES and len(parts) in (2, 3):
+        return Address(parts[0], branch=parts[-1])
     if parts[0] in _FIRST_PARTS:
         return Address(_FIRST_PARTS[parts[0]])
     if name == "latent/initial":

@@ -18,18 +18,18 @@ from truestep.noise import EPSILON
 from truestep.recording.capture import is_compiled
 from truestep.recording.names import address
 from truestep.recording.replay import Replay, chosen_steps, replay
-from truestep.runtime.pipeline import Pipeline, Step
+from truestep.runtime.joint import Value, each, floating
+from truestep.runtime.pipeline import MODELS, Pipeline, Step
 
 HIGHER = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
 """Next higher precision to measure a working dtype's own rounding against."""
 
-MODELS = ("text_encoder", "transformer", "transformer_2", "vae")
-
 _STAGE_MODELS = {
     "text": ("text_encoder",),
+    "connector": ("connectors",),
     "prediction": ("transformer", "transformer_2"),
     "guidance": ("transformer", "transformer_2"),  # combined in the predictions' dtype
-    "decoding": ("vae",),
+    "decoding": ("vae", "audio_vae", "vocoder"),
 }
 """Stages that round in the working dtype, and the models that it is the dtype of."""
 
@@ -51,15 +51,14 @@ def raised(pipe: Pipeline, precision: str) -> Iterator[Pipeline]:
     """
     dtype = getattr(torch, precision)
 
-    def combine(
-        inner: Pipeline, step: Step, cond: torch.Tensor, uncond: torch.Tensor
-    ) -> torch.Tensor:
-        return pipe.combine(inner, step, cond.to(dtype), uncond.to(dtype))
+    def lifted(value: Value) -> Value:
+        return each(floating(lambda tensor: tensor.to(dtype)), value)
 
-    def update(
-        inner: Pipeline, step: Step, guided: torch.Tensor, latent: torch.Tensor
-    ) -> torch.Tensor:
-        return pipe.update(inner, step, guided.to(dtype), latent.to(dtype))
+    def combine(inner: Pipeline, step: Step, *predictions: Value) -> Value:
+        return pipe.combine(inner, step, *(lifted(value) for value in predictions))
+
+    def update(inner: Pipeline, step: Step, guided: Value, latent: Value) -> Value:
+        return pipe.update(inner, step, lifted(guided), lifted(latent))
 
     with ExitStack() as stack:
         for name in MODELS:

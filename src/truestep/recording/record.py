@@ -76,11 +76,13 @@ def record_pipeline(
     )
     from truestep.recording.floor import measure
     from truestep.recording.format import Recording
+    from truestep.recording.implementation import examine
     from truestep.recording.manifest import Manifest
     from truestep.recording.raised import raised_precision, raised_replay
     from truestep.recording.replay import default_steps
     from truestep.runtime.pipeline import generate
 
+    implementation = examine(pipe)
     capture = Capture(progress=progress, label="record")
     before = pipe.forwards
     with attention_observed(pipe) as kernels:
@@ -109,5 +111,6 @@ def record_pipeline(
         forwards=forwards,
         noise_floor=measured,
         notes=pipe.fallbacks,
+        implementation=implementation,
     )
     return Recording.in_memory(capture.tensors, manifest)

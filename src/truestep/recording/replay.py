@@ -7,25 +7,30 @@ are driven through all steps in order on the recorded predictions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from truestep.errors import TruestepError, UsageError
+from truestep.errors import FileFormatError, TruestepError, UsageError
 from truestep.recording.capture import Progress
 from truestep.recording.names import STAGES, step_name
 from truestep.runtime.guidance import Adaptive
+from truestep.runtime.joint import AUDIO, Value, each, gather, parts
 from truestep.runtime.pipeline import (
     Branch,
     Observer,
     Pipeline,
     Schedule,
     Step,
-    Text,
+    Texts,
+    connect,
     encode,
-    predict_branches,
+    guide,
     schedule,
+    show_decoded,
+    text_branch,
+    text_branches,
 )
 
 
@@ -55,11 +60,12 @@ class Replay:
             text = str(error).strip().splitlines()
             self.failures[name] = f"{type(error).__name__}: {text[0] if text else ''}"[:300]
 
-    def keep(self, name: str, run: Callable[[], torch.Tensor]) -> None:
+    def keep(self, name: str, run: Callable[[], Value]) -> None:
         """Run a stage and keep a host copy of its output."""
 
         def kept() -> None:
-            self.outputs[name] = run().detach().to("cpu", copy=True)
+            for part, tensor in parts(name, run()):
+                self.outputs[part] = tensor.detach().to("cpu", copy=True)
 
         self.attempt(name, kept)
 
@@ -76,6 +82,35 @@ class _Keep(Observer):
 def steps_recorded(recording: Mapping[str, torch.Tensor]) -> int:
     """Number of denoise steps in a recording."""
     return sum(1 for name in recording if name.startswith("step/") and name.endswith("/latent"))
+
+
+def given(
+    pipe: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    name: str,
+    *,
+    like: Value | None = None,
+) -> Value:
+    """A recorded value as a stage's input: a copy on the pipeline's device.
+
+    Args:
+        like: A value of the same shape whose order in memory the copy is given: tokens that are a
+            view of frames may take another kernel than the same tokens in a row.
+    """
+    value = each(lambda tensor: tensor.to(pipe.device, copy=True), gather(recording, name))
+    return value if like is None else _in_order_of(value, like)
+
+
+def _in_order_of(value: Value, like: Value) -> Value:
+    if isinstance(value, tuple) is not isinstance(like, tuple):
+        return value
+
+    def ordered(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        if tensor.shape != own.shape:
+            return tensor
+        return torch.empty_like(own, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+    return each(ordered, value, like)
 
 
 def recorded_schedule(recording: Mapping[str, torch.Tensor]) -> Schedule:
@@ -142,6 +177,7 @@ def replay(
         Outputs under the names of the recorded tensors they answer to. A stage that raises is a
         failure of that stage; the others still run.
     """
+    _check_parts(pipe, recording)
     result, wanted = Replay(), set(only)
     chosen = chosen_steps(recording, steps)
     recorded = recorded_schedule(recording)
@@ -149,25 +185,62 @@ def replay(
         pipe.prepare(pipe)
         keep = _Keep(result.outputs)
         if "text" in wanted:
-            result.attempt("text/cond", lambda: encode(pipe, keep))
+            alone = pipe if pipe.connect is None else replace(pipe, connect=None)
+            result.attempt("text/cond", lambda: encode(alone, keep))
+        if "connector" in wanted and pipe.connect is not None:
+            texts = recorded_texts(pipe, recording, "text")
+            result.attempt("connector/cond", lambda: connect(pipe, texts, keep))
         if "schedule" in wanted:
             result.attempt("schedule/sigmas", lambda: schedule(pipe, keep))
+        own: list[Value] = []
         if "latent" in wanted:
-            result.keep("latent/initial", lambda: pipe.make_latent(pipe))
+
+            def initial() -> Value:
+                own.append(pipe.make_latent(pipe))
+                return own[0]
+
+            result.keep("latent/initial", initial)
+        like = own[0] if own else None
         experts = result.outputs.get("schedule/experts", recorded.experts)
         if "prediction" in wanted:
-            _predictions(pipe, recording, recorded, experts, chosen, result, progress, label)
+            _predictions(pipe, recording, recorded, experts, chosen, result, like, progress, label)
             _text_effects(
                 pipe, recording, recorded_step(pipe, recorded, chosen[0], experts), result
             )
         if "guidance" in wanted:
-            _guidance(pipe, recording, recorded, result)
+            _guidance(pipe, recording, recorded, result, like)
         if "update" in wanted:
-            _updates(pipe, recording, recorded, result)
+            _updates(pipe, recording, recorded, result, like)
         if "decoding" in wanted and "video/frames" in recording:
-            final = recording["latent/final"]
-            result.keep("video/frames", lambda: pipe.decode(pipe, final.to(pipe.device)))
+            final = given(pipe, recording, "latent/final")
+            result.attempt("video/frames", lambda: show_decoded(keep, pipe.decode(pipe, final)))
     return result
+
+
+def _check_parts(pipe: Pipeline, recording: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to replay a recording of video alone on an audio-video model, and the reverse.
+
+    Raises:
+        FileFormatError: The recording has parts that the model has not, or lacks some.
+    """
+    has = AUDIO + "latent/initial" in recording
+    if has != pipe.audio_video:
+        lacks = "has no audio parts" if pipe.audio_video else "has audio parts"
+        makes = "video and sound" if pipe.audio_video else "video alone"
+        raise FileFormatError(
+            f"the reference {lacks}, and the model makes {makes}",
+            measured=f"{AUDIO}latent/initial is {'there' if has else 'missing'}",
+            hint="truestep record CASE --update",
+        )
+
+
+def recorded_texts(pipe: Pipeline, recording: Mapping[str, torch.Tensor], stage: str) -> Texts:
+    """What a recording holds of the texts that the pipeline needs, after `text` or `connector`."""
+    return {
+        branch: given(pipe, recording, f"{stage}/{branch}")
+        for branch in text_branches(pipe)
+        if f"{stage}/{branch}" in recording
+    }
 
 
 def recorded_step(pipe: Pipeline, recorded: Schedule, index: int, experts: torch.Tensor) -> Step:
@@ -188,43 +261,54 @@ def _predictions(
     experts: torch.Tensor,
     chosen: tuple[int, ...],
     result: Replay,
+    like: Value | None,
     progress: Progress | None,
     label: str,
 ) -> None:
+    stage = "text" if pipe.connect is None else "connector"
+    passes = pipe.passes(pipe)
     for done, index in enumerate(chosen):
         step = recorded_step(pipe, recorded, index, experts)
-        latent = recording[step_name(index, "latent")].to(pipe.device)
-        branches: tuple[Branch, ...] = ("cond", "uncond") if pipe.settings.guided else ("cond",)
-        texts = {
-            branch: recording[f"text/{branch}"].to(pipe.device)
-            for branch in branches
-            if f"text/{branch}" in recording
-        }
-        together = pipe.settings.cfg != "sequential" and len(texts) == 2
+        latent = given(pipe, recording, step_name(index, "latent"), like=like)
+        texts = recorded_texts(pipe, recording, stage)
+        runnable = [branch for branch in passes if text_branch(branch) in texts]
 
-        def both(
-            step: Step = step,
-            latent: torch.Tensor = latent,
-            texts: dict[Branch, torch.Tensor] = texts,
+        def planned(
+            step: Step = step, latent: Value = latent, runnable: Sequence[Branch] = runnable
         ) -> None:
-            text = Text(texts["cond"].clone(), texts["uncond"].clone())
-            made = predict_branches(pipe, latent.clone(), step, text)
-            for branch, prediction in zip(("cond", "uncond"), made, strict=True):
-                if prediction is not None:
-                    name = step_name(step.index, branch)
-                    result.outputs[name] = prediction.detach().to("cpu", copy=True)
-
-        if together:
-            result.attempt(step_name(index, "cond"), both)
-        for branch, embeddings in () if together else texts.items():
-            result.keep(
-                step_name(index, branch),
-                lambda s=step, e=embeddings, b=branch, z=latent: pipe.predict(  # type: ignore[misc]
-                    pipe, z.clone(), s, e.clone(), b
-                ),
+            made = pipe.predict_passes(
+                pipe, latent, step, recorded_texts(pipe, recording, stage), runnable
             )
+            for branch, prediction in made.items():
+                for name, part in parts(step_name(step.index, branch), prediction):
+                    result.outputs[name] = part.detach().to("cpu", copy=True)
+
+        if pipe.skips(pipe, index) and index:
+            pass
+        elif _together(pipe) and len(runnable) > 1:
+            result.attempt(step_name(index, "cond"), planned)
+        else:
+            for branch in runnable:
+                result.keep(
+                    step_name(index, branch),
+                    lambda s=step, b=branch: pipe.predict(  # type: ignore[misc]
+                        pipe,
+                        given(pipe, recording, step_name(s.index, "latent"), like=like),
+                        s,
+                        recorded_texts(pipe, recording, stage)[text_branch(b)],
+                        b,
+                    ),
+                )
         if progress:
             progress(label, done + 1, len(chosen))
+
+
+def _together(pipe: Pipeline) -> bool:
+    """Whether the passes of a step are run by a plan, and not one after the other.
+
+    Those of an audio-video model always are: the plan says what text each is given.
+    """
+    return pipe.audio_video or pipe.settings.cfg != "sequential"
 
 
 def _text_effects(
@@ -237,7 +321,7 @@ def _text_effects(
         own, recorded = result.outputs.get(name), recording.get(name)
         if own is None or recorded is None or own.shape == recorded.shape:
             continue
-        if own.ndim != 3 or own.shape[::2] != recorded.shape[::2]:
+        if pipe.connect is not None or own.ndim != 3 or own.shape[::2] != recorded.shape[::2]:
             continue
 
         def predict(name: str = name, text: torch.Tensor = own, branch: Branch = branch) -> None:
@@ -249,34 +333,41 @@ def _text_effects(
 
 
 def _guidance(
-    pipe: Pipeline, recording: Mapping[str, torch.Tensor], recorded: Schedule, result: Replay
+    pipe: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    recorded: Schedule,
+    result: Replay,
+    like: Value | None,
 ) -> None:
     """Combine the recorded branches at every step; unguided, the prediction passes through."""
     adaptive = Adaptive(pipe.settings, len(recorded.timesteps))
+    passes = pipe.passes(pipe)
     for index in range(len(recorded.timesteps)):
         step = recorded_step(pipe, recorded, index, recorded.experts)
-        cond = recording[step_name(index, "cond")].to(pipe.device)
-        uncond = recording.get(step_name(index, "uncond"))
+        skipped = adaptive.skips(step.index, step.expert)
+        wanted = passes[:1] if skipped else passes
 
         def combined(
-            step: Step = step, cond: torch.Tensor = cond, uncond: torch.Tensor | None = uncond
-        ) -> torch.Tensor:
-            if not pipe.settings.guided:
-                return cond
-            if adaptive.skips(step.index, step.expert):
-                stand_in = adaptive.stand_in(cond.clone(), scale=pipe.output_scale(step))
-                return pipe.combine(pipe, step, cond.clone(), stand_in)
-            if uncond is None:
-                return cond
-            other = uncond.to(pipe.device, copy=True)
-            adaptive.saw(cond, other, step.expert, scale=pipe.output_scale(step))
-            return pipe.combine(pipe, step, cond.clone(), other)
+            step: Step = step, wanted: Sequence[Branch] = wanted, skipped: bool = skipped
+        ) -> Value:
+            if step.index and pipe.skips(pipe, step.index):
+                return given(pipe, recording, step_name(step.index - 1, "guided"), like=like)
+            made = {
+                branch: given(pipe, recording, step_name(step.index, branch), like=like)
+                for branch in wanted
+                if step_name(step.index, branch) in recording
+            }
+            return guide(pipe, step, made, adaptive, skipped=skipped)
 
         result.keep(step_name(index, "guided"), combined)
 
 
 def _updates(
-    pipe: Pipeline, recording: Mapping[str, torch.Tensor], recorded: Schedule, result: Replay
+    pipe: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    recorded: Schedule,
+    result: Replay,
+    like: Value | None,
 ) -> None:
     """Drive a freshly reset scheduler through all steps on recorded latents and predictions."""
     total = len(recorded.timesteps)
@@ -296,8 +387,8 @@ def _updates(
     for index in range(total):
         step = recorded_step(pipe, recorded, index, recorded.experts)
         name = step_name(index + 1, "latent") if index + 1 < total else "latent/final"
-        guided = recording[step_name(index, "guided")].to(pipe.device, copy=True)
-        latent = recording[step_name(index, "latent")].to(pipe.device, copy=True)
+        guided = given(pipe, recording, step_name(index, "guided"), like=like)
+        latent = given(pipe, recording, step_name(index, "latent"), like=like)
         result.keep(
             name,
             lambda s=step, g=guided, z=latent: pipe.update(pipe, s, g, z),  # type: ignore[misc]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from truestep.experiment.records import CellResult, Experiment, Finding
-from truestep.experiment.table import NOTHING, ratio_text
+from truestep.experiment.table import nothing_text, ratio_text
 from truestep.files import write_text
 from truestep.report.html import LABELS, embedded_json, number, page
 from truestep.verdict import Media
@@ -103,7 +103,8 @@ def _remarks(result: CellResult) -> tuple[str, ...]:
         for arm, found in result.arms.items()
         if found.results > 1
     ]
-    silent = [NOTHING] if result.unchanged and NOTHING not in result.reasons else []
+    nothing = nothing_text(result)
+    silent = [nothing] if result.unchanged and nothing not in result.reasons else []
     return (
         *result.reasons,
         *(f"missing: {m}" for m in result.missing),

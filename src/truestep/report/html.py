@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from truestep.files import write_text
-from truestep.verdict import Comparison, Results, Row, Verdict
+from truestep.verdict import Comparison, Media, Results, Row, Verdict
 
 LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
 _SIGNS = {"pass": "✓", "fail": "✕", "blocked": "⊘", "unsure": "?"}
@@ -179,7 +179,8 @@ def _power(exponent: int) -> str:
 
 
 def _series_name(row: Row) -> str:
-    return f"{row.stage} {row.branch}" if row.branch else row.stage or "tensors"
+    name = f"{row.stage} {row.branch}" if row.branch else row.stage or "tensors"
+    return f"{name} ({row.modality})" if row.modality else name
 
 
 def _point_title(row: Row, count: int) -> str:
@@ -265,7 +266,7 @@ def render(comparisons: Sequence[Comparison]) -> str:
         HTML whose content security policy lets it load nothing and run nothing but its own script.
     """
     ordered = sorted(comparisons, key=lambda c: c.verdict.passed)
-    slim = [c.model_copy(update={"media": ()}) for c in ordered]  # frames are on the page already
+    slim = [c.model_copy(update={"media": _measured(c)}) for c in ordered]
     return page(
         "report.html",
         title=_title(ordered),
@@ -275,6 +276,11 @@ def render(comparisons: Sequence[Comparison]) -> str:
         sides=sides,
         data=embedded_json(Results.of(slim).model_dump_json()),
     )
+
+
+def _measured(comparison: Comparison) -> tuple[Media, ...]:
+    """What was measured of sounds; frames and sounds are on the page already."""
+    return tuple(m.measured() for m in comparison.media if m.sound)
 
 
 def label(verdict: Verdict) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import click
 
-from truestep.verdict import Comparison, Results, Row, Verdict
+from truestep.verdict import Comparison, GateResult, Results, Row, Verdict
 
 MAX_GROWTH = 16
 MAX_ROWS = 20
@@ -31,6 +31,8 @@ def print_results(results: Results, *, report: str | None = None) -> None:
             counts[comparison.verdict] = counts.get(comparison.verdict, 0) + 1
         parts = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items())
         sentence = f"{len(results.comparisons)} cases: {parts}"
+        known = sum(c.known is not None and c.known.accepted for c in results.comparisons)
+        sentence += f" (known failures, as stated: {known})" if known else ""
     click.secho(sentence, fg=_COLOURS[results.exit_code], bold=True)
     if report:
         click.echo(f"report: {report}")
@@ -41,8 +43,10 @@ def print_results(results: Results, *, report: str | None = None) -> None:
 
 def lines(comparison: Comparison) -> Iterable[str]:
     """A comparison as text: outcome, what was seen, failing rows, gates, rule."""
-    word = "PASSED" if comparison.verdict.passed else "FAILED"
-    colour = _COLOURS[comparison.verdict.exit_code]
+    word = "PASSED" if comparison.exit_code == 0 else "FAILED"
+    if comparison.known and comparison.known.accepted:
+        word = "KNOWN"
+    colour = _COLOURS[comparison.exit_code]
     name = comparison.case_id or comparison.actual.label
     what = f" [{comparison.actual.label}]" if comparison.case_id else ""
     yield f"{click.style(word, fg=colour, bold=True)} {comparison.verdict.value} {name}{what}"
@@ -51,12 +55,19 @@ def lines(comparison: Comparison) -> Iterable[str]:
     for difference in comparison.environment_differences:
         yield f"  environment  {difference.key}: {difference.actual} (was {difference.reference})"
     yield from _table(comparison)
+    yield from _modalities(comparison)
+    yield from _sounds(comparison)
     if comparison.first_divergence and comparison.first_divergence.operator:
         yield from _wrapped("at", comparison.first_divergence.operator)
     yield from _growth(comparison)
     for gate in comparison.gates:
-        numbers = ", ".join(f"{key} {value:.2e}" for key, value in gate.metrics.items())
-        yield f"  other gate   {gate.name}: {'passes' if gate.passed else 'fails'} ({numbers})"
+        yield f"  other gate   {gate.name}: {gate.outcome} ({_numbers(gate)})"
+        for reason in gate.not_judged:
+            yield from _wrapped("not judged", reason)
+        if gate.not_judged and gate.note:
+            yield from _wrapped("note", gate.note)
+    if comparison.known is not None:
+        yield from _wrapped("ledger", comparison.known.text)
     if comparison.looked_at:
         yield from _wrapped("looked at", ", ".join(comparison.looked_at))
     if comparison.not_looked_at:
@@ -77,6 +88,16 @@ def lines(comparison: Comparison) -> Iterable[str]:
         yield f"  hint         {comparison.hint}"
 
 
+def _numbers(gate: GateResult) -> str:
+    """A gate's metrics, each with its limit where one has its name."""
+    parts = []
+    for key, value in gate.metrics.items():
+        limit = gate.thresholds.get(key)
+        number = f"{value:.2e}" if limit is None else f"{value:.5g}, limit {limit:g}"
+        parts.append(f"{key} {number}")
+    return ("; " if any(key in gate.thresholds for key in gate.metrics) else ", ").join(parts)
+
+
 def _wrapped(label: str, text: str) -> Iterable[str]:
     lead = f"  {label:<13}"[:15]
     return textwrap.wrap(
@@ -95,7 +116,7 @@ def _table(comparison: Comparison) -> Iterable[str]:
     failing = sorted(comparison.failing, key=lambda row: row.verdict is not comparison.verdict)
     picked: list[Row] = []
     for row in failing:
-        same = sum(other.stage == row.stage for other in picked)
+        same = sum(_stage(other) == _stage(row) for other in picked)
         if len(picked) < MAX_ROWS and (not row.stage or same < MAX_ROWS_OF_STAGE):
             picked.append(row)
     shown = [_cells(row) for row in picked]
@@ -110,12 +131,13 @@ def _table(comparison: Comparison) -> Iterable[str]:
     stages: dict[str, list[Row]] = {}
     for row in comparison.rows:
         if row.verdict.passed:
-            stages.setdefault(row.stage or "tensors", []).append(row)
+            stages.setdefault(_stage(row), []).append(row)
+    width = max([12, *map(len, stages)]) if comparison.modalities else 12
     for stage, rows in stages.items():
         exact = sum(row.verdict is Verdict.IDENTICAL for row in rows)
         worst = max((row.ratio for row in rows if row.ratio is not None), default=0.0)
         tail = "all bit-equal" if exact == len(rows) else f"worst {worst:.2g} x floor"
-        yield f"  {stage:<12} {len(rows)} of {_total(comparison, stage)} pass, {tail}"
+        yield f"  {stage:<{width}} {len(rows)} of {_total(comparison, stage)} pass, {tail}"
 
 
 def _growth(comparison: Comparison) -> Iterable[str]:
@@ -148,7 +170,35 @@ def _growth(comparison: Comparison) -> Iterable[str]:
 
 
 def _total(comparison: Comparison, stage: str) -> int:
-    return sum((row.stage or "tensors") == stage for row in comparison.rows)
+    return sum(_stage(row) == stage for row in comparison.rows)
+
+
+def _stage(row: Row) -> str:
+    stage = row.stage or "tensors"
+    return f"{stage} ({row.modality})" if row.modality else stage
+
+
+def _modalities(comparison: Comparison) -> Iterable[str]:
+    """One line a modality: its verdict and its worst tensor."""
+    for item in comparison.modalities:
+        text = f"{item.verdict.value}, {item.tensors - item.failing} of {item.tensors} pass"
+        if item.worst_ratio:
+            text += f", worst {item.worst_ratio:.3g} x floor"
+        where = f" ({item.worst})" if item.worst and item.worst_ratio != 0 else ""
+        yield f"  {item.name:<12} {text}{where}"
+
+
+def _sounds(comparison: Comparison) -> Iterable[str]:
+    """One line a sound: how far the two are from each other, as one hears it."""
+    for found in (media.sound.metrics for media in comparison.media if media.sound):
+        numbers = {"rel_l2": found.rel_l2, "correlation": found.correlation}
+        text = [f"{name} {value:.4g}" for name, value in numbers.items() if value is not None]
+        text += [f"level {found.level_db:+.3g} dB"]
+        text += [f"spectrum {found.spectrum_db:.3g} dB"] if found.spectrum_db is not None else []
+        text += [f"peak {found.peak_actual:.3g} (was {found.peak_reference:.3g})"]
+        text += [f"{found.seconds_actual:.4g} s"]
+        text[-1] += f" (was {found.seconds_reference:.4g} s)" if found.seconds_difference else ""
+        yield from _wrapped("sound", ", ".join(text + [found.note] * bool(found.note)))
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str, str]:

@@ -20,7 +20,7 @@ from truestep.experiment.baseline import (
 from truestep.experiment.perf_statistics import LEVEL, median_interval
 from truestep.experiment.statistics import median
 from truestep.files import write_text
-from truestep.report.html import number
+from truestep.report.html import page
 from truestep.verdict import Difference, Float, Record
 
 _MOST_CHARTED = 40
@@ -390,23 +390,15 @@ def _tick_text(value: float, ticks: Sequence[float]) -> str:
 
 def render(trend: Trend) -> str:
     """One self-contained page; its content security policy lets it load and run nothing."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, amount=amount)
-    return environment.get_template("trend.html").render(
+    return page(
+        "trend.html",
         trend=trend,
         items=[
             (case, charts(case) if at < _MOST_CHARTED else ())
             for at, case in enumerate(trend.cases)
         ],
         most_charted=_MOST_CHARTED,
+        amount=amount,
         day=day,
         between=between,
         standing=standing,

@@ -22,7 +22,7 @@ import torch
 
 from truestep.errors import CaseError, UsageError
 from truestep.runtime.attention import set_backend
-from truestep.runtime.guidance import rescaled
+from truestep.runtime.guidance import combination_dtype, rescaled
 from truestep.runtime.pipeline import Branch, Pipeline, Schedule, Stages, Step, follow_plan
 from truestep.runtime.text import RECIPES
 
@@ -230,8 +230,8 @@ def combine(pipe: Pipeline, step: Step, cond: torch.Tensor, uncond: torch.Tensor
     The scale counts from 0: 7 here pulls as far as 8 in Wan's form, `uncond + s (cond - uncond)`.
     """
     settings, own = pipe.settings, cond.dtype
-    if settings.guidance_dtype is not None:
-        dtype = getattr(torch, settings.guidance_dtype)
+    dtype = combination_dtype(settings)
+    if dtype is not None:
         cond, uncond = cond.to(dtype), uncond.to(dtype)
     guided = cond + settings.guidance_scale * (cond - uncond)
     if settings.guidance_rescale:

@@ -51,6 +51,12 @@ def classifier_free(
     return guided.to(own)
 
 
+def combination_dtype(settings: RunSettings) -> torch.dtype | None:
+    """Precision in which predictions are combined; None is their own."""
+    name = settings.guidance_dtype
+    return None if name in (None, "model") else getattr(torch, name)
+
+
 def rescaled(guided: Tensor, cond: Tensor, *, share: float) -> Tensor:
     """Bring each sample's deviation back to that of `cond`, by a share; constant ones are kept."""
     axes = list(range(1, guided.ndim))

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from truestep.case import Case
+from truestep.controls import AudioVideo
 from truestep.environment import usable_device
 from truestep.errors import CaseError, MissingExtraError, ModelLoadError
 from truestep.runtime.pipeline import Pipeline
 
 COSMOS = "CosmosTextToWorldPipeline"
-SUPPORTED = ("WanPipeline", COSMOS)
+LTX2 = ("LTX2Pipeline", "LTX2ImageToVideoPipeline")
+SUPPORTED = ("WanPipeline", COSMOS, *LTX2)
 """`_class_name` of the model_index.json files that a family here can run."""
 
 NOTES: Mapping[str, str] = {
@@ -43,7 +45,22 @@ def load(case: Case) -> Pipeline:
     except ImportError as error:
         raise MissingExtraError(error.name or "diffusers", "diffusers", "running a model") from None
     folder = resolve(case)
-    return (_cosmos if _index(folder)["_class_name"] == COSMOS else _wan)(case, folder)
+    family = _index(folder)["_class_name"]
+    if family in LTX2:
+        return _ltx2(case, folder)
+    _refuse_audio_video(case, folder)
+    return (_cosmos if family == COSMOS else _wan)(case, folder)
+
+
+def _refuse_audio_video(case: Case, folder: Path) -> None:
+    """Refuse controls of audio-video models in a case of another family."""
+    own = [name for name in AudioVideo.model_fields if getattr(case.settings, name) is not None]
+    if own:
+        raise CaseError(
+            f"{own[0]} is set, but the model makes video alone",
+            where=str(folder),
+            hint=f"leave {', '.join(own)} out of the case",
+        )
 
 
 def _wan(case: Case, folder: Path) -> Pipeline:
@@ -109,6 +126,50 @@ def _cosmos(case: Case, folder: Path) -> Pipeline:
     )
 
 
+_LTX2_PARTS = (
+    "tokenizer",
+    "text_encoder",
+    "connectors",
+    "transformer",
+    "vae",
+    "audio_vae",
+    "vocoder",
+    "scheduler",
+)
+
+
+def _ltx2(case: Case, folder: Path) -> Pipeline:
+    """Load the parts that generation needs, whichever of the two pipeline classes saved them."""
+    import torch
+
+    from truestep.runtime import ltx2
+
+    device = usable_device(case.settings.device)
+    index = _index(folder)
+    missing = [part for part in _LTX2_PARTS if not (index.get(part) or [None])[0]]
+    if missing:
+        raise ModelLoadError(
+            f"the model has no {missing[0]}",
+            where=str(folder / "model_index.json"),
+            measured=f"missing: {', '.join(missing)}; an LTX-2 model makes video and sound",
+            hint="save it with all its parts: LTX2Pipeline.save_pretrained",
+        )
+    dtype = getattr(torch, case.dtype)
+    with _quiet(), _failures(case, folder):
+        parts = {part: _part(folder / part, index[part], dtype=dtype) for part in _LTX2_PARTS}
+        for part, model in parts.items():
+            if part not in ("tokenizer", "scheduler"):
+                model.to(device)
+    return Pipeline(
+        **vars(ltx2.STAGES),
+        **parts,
+        transformer_2=None,
+        settings=case.run_settings(),
+        device=device,
+        weights=fingerprint(folder),
+    )
+
+
 def _part(folder: Path, kind: Sequence[str], *, dtype: Any) -> Any:
     """Load one component; `kind` is its entry in model_index.json: library and class.
 
@@ -116,7 +177,9 @@ def _part(folder: Path, kind: Sequence[str], *, dtype: Any) -> Any:
         ValueError: The class is neither diffusers' nor transformers': no other code is run.
     """
     library, name = kind
-    if library not in ("diffusers", "transformers"):
+    if library == "ltx2":  # diffusers' own pipeline modules
+        library = "diffusers.pipelines.ltx2"
+    if library.partition(".")[0] not in ("diffusers", "transformers"):
         raise ValueError(f"{folder.name} is of {library}.{name}, not of diffusers or transformers")
     found = getattr(importlib.import_module(library), name, None)
     if found is None:

@@ -7,7 +7,7 @@ of the same signature (`pipeline.combine = my_combine`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from truestep.case import RunSettings
 from truestep.errors import UsageError
 from truestep.runtime.guidance import Adaptive, Branches
+from truestep.runtime.joint import Value, parts
 
 if TYPE_CHECKING:
     import torch
 
+    from truestep.controls import Controls
     from truestep.runtime.attention import TextAttention
 
-Branch = Literal["cond", "uncond", "batched"]
-"""A guidance pass; `batched` is both in one forward, `[uncond, cond]` on the batch axis."""
+Branch = Literal["cond", "uncond", "perturbed", "modality", "batched"]
+"""A guidance pass; `batched` is several in one forward, on the batch axis: `[uncond, cond]`, or all
+passes of an audio-video model."""
 
 
 @dataclass(frozen=True)
@@ -60,36 +63,93 @@ class Schedule:
         )
 
 
-@dataclass
+def passes(pipe: Pipeline) -> tuple[Branch, ...]:
+    """Guidance passes of a step by the settings: `cond`, and `uncond` where there is guidance."""
+    return ("cond", "uncond") if pipe.settings.guided else ("cond",)
+
+
+def predict_passes(
+    pipe: Pipeline, latent: Value, step: Step, text: Texts, wanted: Sequence[Branch]
+) -> dict[Branch, Value]:
+    """A step's predictions by pass, run by the pipeline's plan.
+
+    Args:
+        latent: `b c f h w`.
+        text: Embeddings by branch.
+        wanted: The passes to run, `cond` first.
+    """
+    if len(wanted) == 1:
+        return {wanted[0]: pipe.predict(pipe, latent, step, text[wanted[0]], wanted[0])}
+
+    def call(branch: Branch, *, latent: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = pipe.predict(pipe, latent, step, text, branch)
+        return made
+
+    cond, uncond = pipe.branches.run(
+        call, {"latent": latent, "text": text["cond"]}, {"latent": latent, "text": text["uncond"]}
+    )
+    return {"cond": cond, "uncond": uncond}
+
+
+def _never(pipe: Pipeline, index: int) -> bool:
+    return False
+
+
+@dataclass(kw_only=True)
 class Stages:
-    """The stage functions of a model family.
+    """The stage functions of a model family. Values are tensors; those of an audio-video model are
+    `truestep.runtime.joint.Joint`, and its texts `Encoded`, then `Context`.
 
     Attributes:
         prepare: Check the settings against the models and apply them.
         encode_text: Prompts to embeddings `b l c`.
+        connect: Encoded texts by branch to what the transformer is given, in models that have a
+            text connector.
         make_schedule: The settings' steps to a `Schedule`; resets the scheduler.
         make_latent: Initial noise `b c f h w`, float32, from a CPU generator.
+        passes: The guidance passes of a step, `cond` first.
         predict: (latent, step, embeddings, branch) to the model's prediction `b c f h w`.
-        combine: (step, cond, uncond) to the guided prediction.
+        predict_passes: (latent, step, texts, passes) to predictions by pass, by the plan.
+        combine: (step, cond, uncond) to the guided prediction; an audio-video model's is given the
+            prediction of each of its passes.
+        skips: Whether a step (0-based) runs no pass and keeps the last guided prediction.
         update: (step, guided, latent) to the next latent.
-        decode: Final latent to frames `b c f h w` in [-1, 1].
+        decode: Final latent to frames `b c f h w` in [-1, 1], and to sound `b c n`.
     """
 
     prepare: Callable[[Pipeline], None]
-    encode_text: Callable[[Pipeline, list[str]], torch.Tensor]
+    encode_text: Callable[[Pipeline, list[str]], Value]
+    connect: Callable[[Pipeline, Mapping[Branch, Value]], Mapping[Branch, Value]] | None = None
     make_schedule: Callable[[Pipeline], Schedule]
-    make_latent: Callable[[Pipeline], torch.Tensor]
-    predict: Callable[[Pipeline, torch.Tensor, Step, torch.Tensor, Branch], torch.Tensor]
-    combine: Callable[[Pipeline, Step, torch.Tensor, torch.Tensor], torch.Tensor]
-    update: Callable[[Pipeline, Step, torch.Tensor, torch.Tensor], torch.Tensor]
-    decode: Callable[[Pipeline, torch.Tensor], torch.Tensor]
+    make_latent: Callable[[Pipeline], Value]
+    passes: Callable[[Pipeline], tuple[Branch, ...]] = passes
+    predict: Callable[[Pipeline, Any, Step, Any, Branch], Value]
+    predict_passes: Callable[
+        [Pipeline, Any, Step, Mapping[Branch, Any], Sequence[Branch]], dict[Branch, Value]
+    ] = predict_passes
+    combine: Callable[..., Value]
+    skips: Callable[[Pipeline, int], bool] = _never
+    update: Callable[[Pipeline, Step, Any, Any], Value]
+    decode: Callable[[Pipeline, Any], Value]
+
+
+MODELS = (
+    "text_encoder",
+    "connectors",
+    "transformer",
+    "transformer_2",
+    "vae",
+    "audio_vae",
+    "vocoder",
+)
+"""Attributes of a pipeline that hold its models, in the order in which a run needs them."""
 
 
 def _one(step: Step) -> float:
     return 1.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pipeline(Stages):
     """Models, scheduler, settings and stages of one loaded model. Everything may be replaced.
 
@@ -98,6 +158,8 @@ class Pipeline(Stages):
         device: Where the models are: `cpu`, `cuda`, ...
         boundary_ratio: Two-expert models: share of the timesteps that the high-noise expert has.
         expand_timesteps: Wan 2.2 5B: one timestep a token.
+        connectors, audio_vae, vocoder: Further models of an audio-video (LTX-2) pipeline.
+        controls: Its controls, resolved; `prepare` sets them.
         weights: Fingerprint of the model folder that was loaded.
         forwards: Transformer forwards run so far, counted per sample.
         branches: How both guidance passes of a step are run; `follow_plan` sets it.
@@ -116,6 +178,10 @@ class Pipeline(Stages):
     device: str
     boundary_ratio: float | None = None
     expand_timesteps: bool = False
+    connectors: Any = None
+    audio_vae: Any = None
+    vocoder: Any = None
+    controls: Controls | None = None
     weights: str = ""
     forwards: int = 0
     branches: Branches = field(default_factory=Branches)
@@ -131,6 +197,11 @@ class Pipeline(Stages):
     def first_transformer(self) -> Any:
         """The transformer whose dtype and configuration rule: the high-noise one if present."""
         return self.transformer if self.transformer is not None else self.transformer_2
+
+    @property
+    def audio_video(self) -> bool:
+        """Whether the model makes video and sound: values then are a `Joint`."""
+        return self.audio_vae is not None
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -216,23 +287,47 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-@dataclass(frozen=True)
-class Text:
-    """Embeddings `b l c` of the prompt and, with guidance, of the negative prompt."""
-
-    cond: torch.Tensor
-    uncond: torch.Tensor | None
+Texts = Mapping[Branch, Value]
+"""What the transformer is given of the prompts, by branch: `cond` and, with guidance, `uncond`."""
 
 
-def encode(pipe: Pipeline, observer: Observer) -> Text:
-    """Text stage: each prompt on its own, as the reference pipelines do."""
-    cond = pipe.encode_text(pipe, [pipe.settings.prompt])
-    observer.tensor("text/cond", cond)
-    uncond = None
-    if pipe.settings.guided:
-        uncond = pipe.encode_text(pipe, [pipe.settings.negative_prompt])
-        observer.tensor("text/uncond", uncond)
-    return Text(cond, uncond)
+def show(observer: Observer, name: str, value: Value) -> None:
+    """Let the observer see every tensor of a value."""
+    for part, tensor in parts(name, value):
+        observer.tensor(part, tensor)
+
+
+def text_branch(branch: Branch) -> Branch:
+    """Whose text a pass is given: the negative prompt's in `uncond`, else the prompt's."""
+    return "uncond" if branch == "uncond" else "cond"
+
+
+def encode(pipe: Pipeline, observer: Observer) -> Texts:
+    """Text stage: each prompt on its own, as the reference pipelines do; then the connector."""
+    prompts = {"cond": pipe.settings.prompt}
+    if "uncond" in pipe.passes(pipe):
+        prompts["uncond"] = pipe.settings.negative_prompt
+    texts: dict[Branch, Value] = {}
+    for branch in text_branches(pipe):
+        texts[branch] = pipe.encode_text(pipe, [prompts[branch]])
+        show(observer, f"text/{branch}", texts[branch])
+    return connect(pipe, texts, observer)
+
+
+def text_branches(pipe: Pipeline) -> tuple[Branch, ...]:
+    """Branches that have a text of their own."""
+    return ("cond", "uncond") if "uncond" in pipe.passes(pipe) else ("cond",)
+
+
+def connect(pipe: Pipeline, texts: Texts, observer: Observer) -> Texts:
+    """Connector stage: encoded texts to what the transformer is given; those themselves where a
+    model has no connector."""
+    if pipe.connect is None:
+        return texts
+    connected = pipe.connect(pipe, texts)
+    for branch, value in connected.items():
+        show(observer, f"connector/{branch}", value)
+    return connected
 
 
 def schedule(pipe: Pipeline, observer: Observer) -> Schedule:
@@ -244,30 +339,9 @@ def schedule(pipe: Pipeline, observer: Observer) -> Schedule:
     return made
 
 
-def predict_branches(
-    pipe: Pipeline, latent: torch.Tensor, step: Step, text: Text, *, only_cond: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A step's predictions with the prompt and, where there is guidance, the negative prompt.
-
-    Args:
-        latent: `b c f h w`.
-        text: Embeddings of both branches.
-        only_cond: Leave the second one out.
-    """
-    if text.uncond is None or only_cond:
-        return pipe.predict(pipe, latent, step, text.cond, "cond"), None
-
-    def call(branch: Branch, *, latent: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        return pipe.predict(pipe, latent, step, text, branch)
-
-    return pipe.branches.run(
-        call, {"latent": latent, "text": text.cond}, {"latent": latent, "text": text.uncond}
-    )
-
-
 def denoise(
-    pipe: Pipeline, latent: torch.Tensor, text: Text, plan: Schedule, observer: Observer
-) -> torch.Tensor:
+    pipe: Pipeline, latent: Value, text: Texts, plan: Schedule, observer: Observer
+) -> Value:
     """Denoising stage: predict, combine, update, once a step.
 
     Args:
@@ -278,26 +352,44 @@ def denoise(
     """
     total = len(plan.timesteps)
     adaptive = Adaptive(pipe.settings, total)
+    wanted = pipe.passes(pipe)
+    guided: Value = None
     for index in range(total):
         step = plan.step(index)
         with observer.timed("step", pipe.device):
-            observer.tensor(f"step/{index:04d}/latent", latent)
-            skipped = adaptive.skips(index, step.expert)
-            cond, uncond = predict_branches(pipe, latent, step, text, only_cond=skipped)
-            guided = cond
-            observer.tensor(f"step/{index:04d}/cond", cond)
-            if uncond is not None:
-                observer.tensor(f"step/{index:04d}/uncond", uncond)
-                adaptive.saw(cond, uncond, step.expert, scale=pipe.output_scale(step))
-                guided = pipe.combine(pipe, step, cond, uncond)
-            elif skipped:
-                stand_in = adaptive.stand_in(cond, scale=pipe.output_scale(step))
-                guided = pipe.combine(pipe, step, cond, stand_in)
-            observer.tensor(f"step/{index:04d}/guided", guided)
+            show(observer, f"step/{index:04d}/latent", latent)
+            if guided is None or not pipe.skips(pipe, index):
+                skipped = adaptive.skips(index, step.expert)
+                made = pipe.predict_passes(
+                    pipe, latent, step, text, wanted[:1] if skipped else wanted
+                )
+                for branch, prediction in made.items():
+                    show(observer, f"step/{index:04d}/{branch}", prediction)
+                guided = guide(pipe, step, made, adaptive, skipped=skipped)
+            show(observer, f"step/{index:04d}/guided", guided)
             latent = pipe.update(pipe, step, guided, latent)
         observer.step_done(index, total)
-    observer.tensor("latent/final", latent)
+    show(observer, "latent/final", latent)
     return latent
+
+
+def guide(
+    pipe: Pipeline,
+    step: Step,
+    made: Mapping[Branch, Value],
+    adaptive: Adaptive,
+    *,
+    skipped: bool = False,
+) -> Value:
+    """Combine a step's predictions; where the unconditional one was skipped, with its stand-in."""
+    cond, scale = made["cond"], pipe.output_scale(step)
+    if skipped:
+        return pipe.combine(pipe, step, cond, adaptive.stand_in(cond, scale=scale))
+    if len(made) == 1:
+        return pipe.combine(pipe, step, cond) if pipe.audio_video else cond
+    if adaptive.on:
+        adaptive.saw(cond, made["uncond"], step.expert, scale=scale)
+    return pipe.combine(pipe, step, *made.values())
 
 
 def generate(
@@ -305,7 +397,7 @@ def generate(
     *,
     observer: Observer | None = None,
     output: Literal["latent", "frames"] = "latent",
-) -> torch.Tensor:
+) -> Value:
     """Run all stages.
 
     Args:
@@ -314,7 +406,8 @@ def generate(
         output: `latent` stops before decoding.
 
     Returns:
-        Final latent `b c f h w` (float32), or frames `b c f h w` in [-1, 1] (the VAE's dtype).
+        Final latent `b c f h w` (float32), or frames `b c f h w` in [-1, 1] (the VAE's dtype). Of
+        an audio-video model a `Joint`, with the latent, or the waveform `b c n`, of the sound.
 
     Raises:
         CaseError: The settings do not fit the model.
@@ -330,14 +423,22 @@ def generate(
             plan = schedule(pipe, watch)
         with watch.timed("latent", pipe.device):
             latent = pipe.make_latent(pipe)
-        watch.tensor("latent/initial", latent)
+        show(watch, "latent/initial", latent)
         latent = denoise(pipe, latent, text, plan, watch)
         if output == "latent":
             return latent
         with watch.timed("decode", pipe.device):
-            frames = pipe.decode(pipe, latent)
-        watch.tensor("video/frames", frames)
-        return frames
+            decoded = pipe.decode(pipe, latent)
+        show_decoded(watch, decoded)
+        return decoded
+
+
+def show_decoded(observer: Observer, decoded: Value) -> None:
+    """Let the observer see frames (`video/frames`) and sound (`audio/waveform`)."""
+    frames, *sound = decoded if isinstance(decoded, tuple) else (decoded,)
+    observer.tensor("video/frames", frames)
+    for waveform in sound:
+        observer.tensor("audio/waveform", waveform)
 
 
 def apply_change(pipe: Pipeline, change: Apply | None) -> Pipeline:

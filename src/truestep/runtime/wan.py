@@ -11,7 +11,7 @@ import torch
 from truestep.case import RunSettings
 from truestep.errors import CaseError
 from truestep.runtime.attention import set_backend
-from truestep.runtime.guidance import classifier_free
+from truestep.runtime.guidance import classifier_free, combination_dtype
 from truestep.runtime.pipeline import Branch, Pipeline, Schedule, Stages, Step, follow_plan
 from truestep.runtime.text import RECIPES
 
@@ -165,13 +165,12 @@ def combine(pipe: Pipeline, step: Step, cond: torch.Tensor, uncond: torch.Tensor
         settings.guidance_scale if settings.guidance_scale_2 is None else settings.guidance_scale_2
     )
     scale = settings.guidance_scale if step.expert == 1 else second
-    dtype = settings.guidance_dtype
     return classifier_free(
         cond,
         uncond,
         scale=scale,
-        rescale=settings.guidance_rescale,
-        dtype=getattr(torch, dtype) if dtype else None,
+        rescale=settings.guidance_rescale or 0.0,
+        dtype=combination_dtype(settings),
     )
 
 

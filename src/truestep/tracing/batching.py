@@ -90,7 +90,8 @@ def case_batch_invariance(case: Case, *, apply: Apply | None = None) -> Comparis
     with torch.no_grad():
         pipe.prepare(pipe)
         text = encode(pipe, Observer())
-        texts = torch.cat((text.cond, text.cond.roll(1, 0) if text.uncond is None else text.uncond))
+        own = text["cond"]
+        texts = torch.cat((own, text.get("uncond", own)))
         step = pipe.make_schedule(pipe).step(0)
         latent = pipe.make_latent(pipe)
         latents = torch.cat((latent, latent.flip(-1)))

@@ -18,6 +18,7 @@ from truestep.errors import UsageError, WriteError
 from truestep.recording.capture import Progress, recorded_settings, run_environment
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Level, Manifest
+from truestep.runtime.joint import Value
 from truestep.runtime.pipeline import Branch, Pipeline, Step
 from truestep.tracing.contexts import listening, said
 from truestep.tracing.naming import Named, choose, named_modules, patterns, unwrapped
@@ -295,18 +296,18 @@ def _stages(tracer: Tracer, pipe: Pipeline, told: Callable[[], None]) -> Iterato
     prompts = iter(("cond", "uncond"))
 
     def predict_traced(
-        inner: Pipeline, latent: torch.Tensor, step: Step, text: torch.Tensor, branch: Branch
-    ) -> torch.Tensor:
+        inner: Pipeline, latent: Value, step: Step, text: Value, branch: Branch
+    ) -> Value:
         with tracer.call(step.index, branch):
             prediction = predict(inner, latent, step, text, branch)
         told()
         return prediction
 
-    def encode_traced(inner: Pipeline, texts: list[str]) -> torch.Tensor:
+    def encode_traced(inner: Pipeline, texts: list[str]) -> Value:
         with tracer.call(0, next(prompts, "main"), stepless=True):
             return encode(inner, texts)
 
-    def decode_traced(inner: Pipeline, latent: torch.Tensor) -> torch.Tensor:
+    def decode_traced(inner: Pipeline, latent: Value) -> Value:
         with tracer.call(0, "main", stepless=True):
             return decode(inner, latent)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,24 +14,42 @@ from truestep.errors import UsageError
 from truestep.noise import RAISED
 from truestep.recording.names import step_name
 from truestep.recording.raised import raised, raised_precision
-from truestep.recording.replay import default_steps, recorded_schedule, recorded_step
-from truestep.runtime.pipeline import Branch, Pipeline
+from truestep.recording.replay import (
+    default_steps,
+    given,
+    recorded_schedule,
+    recorded_step,
+    recorded_texts,
+)
+from truestep.runtime.joint import AUDIO, Value
+from truestep.runtime.pipeline import Branch, Observer, Pipeline, connect, text_branch
 from truestep.tracing.drill import Drilled, Known, Subject, drill
 from truestep.tracing.isolation import Forward
 from truestep.tracing.partners import Partners, partners_of
 from truestep.verdict import Comparison, Row
 
-STAGES = ("text", "prediction", "decoding")
+STAGES = ("text", "connector", "prediction", "decoding")
 """Stages with a model to open, in the order of a run."""
+
+BRANCHES: tuple[Branch, ...] = ("cond", "uncond", "perturbed", "modality")
+"""Passes of a step, in the order of a run."""
+
+_SOUND = ("audio_vae", "vocoder")
+"""Models of a decoded sound, in the order of a run."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A stage's model call: which stage, at which step and branch."""
+    """A stage's model call: which stage, at which step and branch, and of what decoding.
+
+    Attributes:
+        model: Attribute of the pipeline that holds the model; empty where the stage says it.
+    """
 
     stage: str
     step: int
     branch: str
+    model: str = ""
 
 
 def locate_module(
@@ -65,9 +83,29 @@ def locate_module(
     place = failing_place(comparison.rows)
     if place is None:
         return comparison
+    looked = [replace(place, model=name) for name in _SOUND] if place.model else [place]
+    for at in looked:
+        found = _located(pipe, trusted, recording, comparison, at, rename=rename, known=known)
+        if found.first_divergence != comparison.first_divergence:
+            return found
+    return found
+
+
+def _located(
+    pipe: Pipeline,
+    trusted: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    comparison: Comparison,
+    place: Place,
+    *,
+    rename: Mapping[str, str] | None,
+    known: Callable[[Place], Known] | None,
+) -> Comparison:
+    """The comparison with what one model of the failing stage shows."""
+    called = place.model or place.stage
     models = [_model(side, place, recording) for side in (pipe, trusted)]
     if not all(isinstance(model, torch.nn.Module) for model in models):
-        return _noted(comparison, f"no module named: the {place.stage} model is no torch module")
+        return _noted(comparison, f"no module named: the {called} model is no torch module")
     try:
         partners = partners_of(models[0], models[1], rename=rename)
     except UsageError as error:  # weights that are not there, or are no tensors
@@ -89,10 +127,26 @@ def locate_module(
     if drilled.divergence is None:
         return _noted(
             comparison,
-            f"no module named: on the same inputs every module of the {place.stage} model agrees "
+            f"no module named: on the same inputs every module of the {called} model agrees "
             "(the stage around the model differs)",
         )
-    return with_divergence(comparison, drilled.divergence, _prefixed(drilled, place))
+    modality = _modality(comparison.rows, place)
+    divergence = drilled.divergence.model_copy(update={"modality": modality})
+    if place.model:
+        divergence = divergence.model_copy(update={"fqn": f"{place.model}.{divergence.fqn}"})
+    return with_divergence(comparison, divergence, _prefixed(drilled, place))
+
+
+def _modality(rows: Sequence[Row], place: Place) -> str | None:
+    """The modality that is further off where both came out of one forward."""
+    there = [
+        row
+        for row in rows
+        if (row.stage, row.step or 0) == (place.stage, place.step) and not row.verdict.passed
+    ]
+    if place.stage == "prediction":
+        there = [row for row in there if row.branch == place.branch]
+    return max(there, key=lambda row: row.ratio or 0.0).modality if there else None
 
 
 def drill_stage(
@@ -125,7 +179,8 @@ def failing_place(rows: tuple[Row, ...]) -> Place | None:
             if row.stage == stage and not row.verdict.passed and not row.name.startswith("samples"):
                 own = row.name.partition("/")[2] if row.name.startswith(RAISED) else row.name
                 branch = own.rpartition("/")[2] if stage != "decoding" else "main"
-                return Place(stage, row.step or 0, branch)
+                sound = stage == "decoding" and own.startswith(AUDIO)
+                return Place(stage, row.step or 0, branch, _SOUND[0] if sound else "")
     return None
 
 
@@ -136,7 +191,13 @@ def _left_out(names: Sequence[str]) -> str:
 
 
 def _prefixed(drilled: Drilled, place: Place) -> tuple[Row, ...]:
-    return tuple(row.model_copy(update={"stage": f"{place.stage} module"}) for row in drilled.rows)
+    changes: dict[str, Any] = {"stage": f"{place.stage} module"}
+    return tuple(
+        row.model_copy(
+            update={**changes, "fqn": f"{place.model}.{row.fqn}"} if place.model else changes
+        )
+        for row in drilled.rows
+    )
 
 
 def _noted(comparison: Comparison, note: str) -> Comparison:
@@ -158,19 +219,26 @@ def _same_precision(pipe: Pipeline, trusted: Pipeline) -> Iterator[tuple[Pipelin
 def _model(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]) -> Any:
     if place.stage == "text":
         return pipe.text_encoder
+    if place.stage == "connector":
+        return pipe.connectors
     if place.stage == "decoding":
-        return pipe.vae
+        return getattr(pipe, place.model) if place.model else pipe.vae
     return pipe.expert(int(recorded_schedule(recording).experts[place.step]))
 
 
 def _forward(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]) -> Forward:
     """One call of the stage on what the recording holds."""
     settings = pipe.settings
+    if pipe.audio_video:
+        pipe.prepare(pipe)  # its controls say which passes there are
     if place.stage == "text":
         prompt = settings.prompt if place.branch == "cond" else settings.negative_prompt
         return lambda: pipe.encode_text(pipe, [prompt])
+    if place.stage == "connector" and pipe.connect is not None:
+        texts = recorded_texts(pipe, recording, "text")
+        return lambda: connect(pipe, texts, Observer())
     if place.stage == "decoding":
-        return lambda: pipe.decode(pipe, recording["latent/final"].to(pipe.device, copy=True))
+        return lambda: pipe.decode(pipe, given(pipe, recording, "latent/final"))
     return prediction(pipe, place, recording)
 
 
@@ -183,12 +251,13 @@ def _before(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor])
     if place.stage != "prediction":
         return None
     earlier = [step for step in default_steps(recording) if step < place.step]
-    guided = "text/uncond" in recording
+    ran = [branch for branch in BRANCHES if step_name(place.step, branch) in recording]
+    at = ran.index(place.branch) if place.branch in ran else 0
     last: Place | None = None
-    if place.branch == "uncond":
-        last = Place(place.stage, place.step, "cond")
+    if at:
+        last = Place(place.stage, place.step, ran[at - 1])
     elif earlier:
-        last = Place(place.stage, earlier[-1], "uncond" if guided else "cond")
+        last = Place(place.stage, earlier[-1], ran[-1] if ran else "cond")
 
     def run() -> None:
         with torch.no_grad():
@@ -204,11 +273,12 @@ def prediction(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tenso
     """One prediction on the recorded latent and text."""
     schedule = recorded_schedule(recording)
     step = recorded_step(pipe, schedule, place.step, schedule.experts)
-    branch: Branch = "uncond" if place.branch == "uncond" else "cond"
+    branch: Branch = next((b for b in pipe.passes(pipe) if b == place.branch), "cond")
+    stage = "text" if pipe.connect is None else "connector"
 
-    def predict() -> torch.Tensor:
-        latent = recording[step_name(place.step, "latent")].to(pipe.device, copy=True)
-        text = recording[f"text/{branch}"].to(pipe.device, copy=True)
+    def predict() -> Value:
+        latent = given(pipe, recording, step_name(place.step, "latent"))
+        text = given(pipe, recording, f"{stage}/{text_branch(branch)}")
         return pipe.predict(pipe, latent, step, text, branch)
 
     return predict

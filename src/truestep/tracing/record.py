@@ -15,6 +15,7 @@ from truestep.errors import TruestepError
 from truestep.recording.capture import Progress
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Level
+from truestep.runtime.joint import Value, each
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Apply, Observer, Pipeline, apply_change, encode, generate
 from truestep.tracing.hooks import capture, wants
@@ -140,16 +141,18 @@ def record_trace(
     return trace.recording, checked
 
 
-def _first_prediction(pipe: Pipeline) -> Callable[[], torch.Tensor]:
+def _first_prediction(pipe: Pipeline) -> Callable[[], Value]:
     """The first prediction of a run, to be made as often as one likes."""
     with torch.no_grad():
         pipe.prepare(pipe)
-        text = encode(pipe, Observer()).cond
+        text = encode(pipe, Observer())["cond"]
         step = pipe.make_schedule(pipe).step(0)
         latent = pipe.make_latent(pipe)
 
-    def call() -> torch.Tensor:
+    def call() -> Value:
         with torch.no_grad():
-            return pipe.predict(pipe, latent.clone(), step, text.clone(), "cond")
+            return pipe.predict(
+                pipe, each(torch.clone, latent), step, each(torch.clone, text), "cond"
+            )
 
     return call

@@ -1,0 +1,307 @@
+"""`truestep thresholds`: gates that cannot fail, and limits that come from a measured floor."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from truestep.cli.common import choose_cases, find_reference, progress_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from truestep.case import Case
+    from truestep.thresholds.linting import Lint
+
+MAX_FINDINGS = 20
+STAND_IN = "builtin:digits, a stand-in (--case or --reference tries the model's own frames)"
+
+Tensors = dict[str, "torch.Tensor"]
+
+
+@click.group("thresholds")
+def command() -> None:
+    """Lint threshold files of SGLang-Diffusion, and write new ones from a measured floor.
+
+    `truestep check CASE --thresholds FILE` runs such a file beside truestep's own verdict.
+    """
+
+
+@command.command("lint")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--case", "name", help="Lint this case only, on its own reference and another seed.")
+@click.option("--platform", help="Lay that platform's file over it first.")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="Recording whose frames are damaged."
+)
+@click.option(
+    "--other", type=click.Path(path_type=Path), help="Recording of another seed of the same case."
+)
+@click.option("--references", type=click.Path(path_type=Path), help="Reference folder.")
+@click.option("--tier", default="default", show_default=True, help="Tier of the case.")
+@click.option(
+    "--file",
+    "case_file",
+    type=click.Path(path_type=Path),
+    default=Path("truestep.toml"),
+    show_default=True,
+    help="Case file.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    is_flag=False,
+    flag_value="-",
+    metavar="[PATH]",
+    help="Write the result as JSON; without a path, or with -, to stdout alone.",
+)
+def lint_command(
+    file: Path,
+    name: str | None,
+    platform: str | None,
+    reference: Path | None,
+    other: Path | None,
+    references: Path | None,
+    tier: str,
+    case_file: Path,
+    json_path: str | None,
+) -> None:
+    """Damage a reference on purpose and say which gates of FILE let it pass.
+
+    Tries another seed, a gain and noise of 10 %, and grosser damages. Without a reference the
+    builtin digits model stands in. Exit code 1 says that something was found.
+    """
+    from truestep.environment import command_line, library_version
+    from truestep.files import write_text
+    from truestep.thresholds.file import read
+    from truestep.thresholds.linting import lint
+
+    thresholds = read(file, platform=platform)
+    case = _case(name, case_file=case_file, tier=tier)
+    if reference is None and case is not None:
+        reference = find_reference(str(name), case, references=references, tier=tier)
+    only = None if name is None else [_entry(thresholds.cases, name, case)]
+    tensors = _stand_in(seed=0) if reference is None else _decoded(reference)
+    seed = _other(other, case, stand_in=reference is None)
+    _check_sides(tensors, seed)
+    found = lint(
+        thresholds,
+        tensors,
+        tried_on=STAND_IN if reference is None else str(reference),
+        other=seed,
+        only=only,
+        fine=reference is not None,
+        sample_rate=None if reference is None else _sample_rate(reference),
+    ).model_copy(
+        update={"tool_version": library_version("truestep") or "", "repeat": command_line()}
+    )
+    if json_path == "-":
+        click.echo(found.model_dump_json(indent=2))
+    else:
+        if json_path is not None:
+            write_text(json_path, found.model_dump_json(indent=2), "the result")
+        _print(found)
+    sys.exit(1 if found.findings else 0)
+
+
+@command.command("write")
+@click.argument("name", metavar="CASE")
+@click.argument("reference", required=False, type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Threshold file.")
+@click.option("--as", "case_id", metavar="ID", help="Id of the case in the file; default CASE.")
+@click.option("--commit", default="", help="Commit of the code that made the reference.")
+@click.option("--update", is_flag=True, help="Replace the limits that the case has there.")
+@click.option("--references", type=click.Path(path_type=Path), help="Reference folder.")
+@click.option("--tier", default="default", show_default=True, help="Tier of the case.")
+@click.option(
+    "--file",
+    "case_file",
+    type=click.Path(path_type=Path),
+    default=Path("truestep.toml"),
+    show_default=True,
+    help="Case file.",
+)
+def write_command(
+    name: str,
+    reference: Path | None,
+    output: Path,
+    case_id: str | None,
+    commit: str,
+    update: bool,
+    references: Path | None,
+    tier: str,
+    case_file: Path,
+) -> None:
+    """Measure limits for CASE on the trusted side, and put them into a threshold file.
+
+    REFERENCE is its recording; default the stored one. The case generates freely under every
+    harmless change that the noise floor knows, and the limits come from how far that takes it.
+    Other cases of the file stay as they are.
+    """
+    from truestep.checking import check_pipeline
+    from truestep.errors import UsageError
+    from truestep.recording.format import Recording
+    from truestep.runtime.loading import load
+    from truestep.thresholds.file import CASES, Thresholds, read, write
+    from truestep.thresholds.writing import calibrated, refuse
+
+    ((_, case),) = choose_cases((name,), case_file=case_file, prompt=None, tier=tier).items()
+    key = case_id or name
+    existing = read(output) if output.exists() else Thresholds(output.name, {CASES: {}})
+    if key in existing.cases and not update:
+        raise UsageError(
+            f"the file has limits of case {key!r}",
+            where=str(output),
+            hint="--update replaces them, --as ID writes beside them",
+        )
+    path = reference or find_reference(name, case, references=references, tier=tier)
+    recording = Recording.open(path)
+    refuse(recording, name=name)
+    pipe = load(case)
+    same = check_pipeline(pipe, recording, case=case)
+    if not same.verdict.passed:
+        raise UsageError(
+            "the model does not give what its reference holds: its noise is not the reference's",
+            where=str(path),
+            measured=same.sentence,
+            likely="another version of the model or of a library, or another machine",
+            hint=f"truestep check {name}; truestep record {name} --update",
+        )
+    with progress_bar() as progress:
+        found = calibrated(pipe, recording, commit=commit, progress=progress)
+    write(output, existing.with_case(key, found.entry))
+    click.echo(f"WRITTEN {key}: limits from {found.runs} benign free runs")
+    click.echo("  metric             worst benign       limit")
+    for metric, limit in found.limits.items():
+        click.echo(f"  {metric:<17}  {found.floor[metric]:>12.6g}  {limit:>10.6g}")
+    click.echo("  clip               not written: no CLIP weights here")
+    click.echo(f"thresholds: {output}")
+    click.echo(f"next: truestep thresholds lint {output} --case {key} --reference {path}")
+
+
+def _case(name: str | None, *, case_file: Path, tier: str) -> Case | None:
+    """The case of that name, if the case file has one."""
+    from truestep.case import load_cases
+
+    if name is None or not case_file.exists():
+        return None
+    return load_cases(case_file, tier=tier).get(name)
+
+
+def _entry(cases: object, name: str, case: Case | None) -> str:
+    """Name of the case's entry in the threshold file."""
+    import difflib
+
+    from truestep.errors import UsageError
+
+    known = list(cases)  # type: ignore[call-overload]
+    for key in (name, case.id if case is not None else name):
+        if key in known:
+            return str(key)
+    near = difflib.get_close_matches(name, known, n=1)
+    raise UsageError(
+        f"the threshold file has no case {name!r}",
+        measured=f"it holds: {', '.join(known[:20]) or 'none'}",
+        likely=f"did you mean {near[0]!r}?" if near else "",
+    )
+
+
+def _decoded(path: Path) -> Tensors:
+    from truestep.comparison.sources import load
+    from truestep.errors import UsageError
+    from truestep.thresholds.rule import FRAMES
+    from truestep.thresholds.running import decoded
+
+    tensors = decoded(load(path, label="reference").tensors)
+    if FRAMES not in tensors or tensors[FRAMES].ndim != 5 or tensors[FRAMES].shape[1] != 3:
+        raise UsageError(
+            "there are no decoded frames to damage",
+            where=str(path),
+            measured=f"needed: {FRAMES}, b c f h w with 3 channels, in [-1, 1]",
+            hint="truestep record CASE --update",
+        )
+    return tensors
+
+
+def _sample_rate(path: Path) -> int | None:
+    """Hz, of a recording's sound; None where the file says none."""
+    from truestep.comparison.audio import sample_rate_of
+    from truestep.comparison.sources import load
+
+    manifest = load(path, label="reference").manifest
+    return sample_rate_of(manifest.settings) if manifest else None
+
+
+def _check_sides(reference: Tensors, other: Tensors | None) -> None:
+    """Refuse another seed that is of another size."""
+    from truestep.errors import UsageError
+
+    for key, tensor in reference.items():
+        if other is not None and key in other and other[key].shape != tensor.shape:
+            raise UsageError(
+                f"{key} of the other seed has another shape",
+                measured=f"{tuple(other[key].shape)} against {tuple(tensor.shape)}",
+                likely="it is of another case, not of another seed",
+            )
+
+
+def _other(path: Path | None, case: Case | None, *, stand_in: bool) -> Tensors | None:
+    """What another seed gives: recorded, or generated where there is a case."""
+    if stand_in:
+        return _stand_in(seed=1)
+    if path is not None:
+        return _decoded(path)
+    return None if case is None else _generated(case.replace(seed=case.seed + 1))
+
+
+def _stand_in(*, seed: int) -> Tensors:
+    from truestep.case import Case
+
+    prompt = "a red three moving left"
+    return _generated(Case(model="builtin:digits", prompt=prompt, steps=20, seed=seed))
+
+
+def _generated(case: Case) -> Tensors:
+    from truestep.runtime.loading import load
+    from truestep.thresholds.running import free_run
+
+    return free_run(load(case))
+
+
+def _print(found: Lint) -> None:
+    click.echo(f"{'FAILED' if found.findings else 'PASSED'} {found.file}")
+    for line in _lines(found):
+        click.echo(line)
+    click.echo()
+    click.secho(found.sentence, fg="red" if found.findings else "green", bold=True)
+    click.echo(f"repeat: {found.repeat}")
+
+
+def _lines(found: Lint) -> list[str]:
+    """The findings one can grep, at most 20 of them, and what was tried."""
+    lines = []
+    for finding in found.findings[:MAX_FINDINGS]:
+        lead = f"  {finding.kind:<13}  {finding.case}: "
+        lines += textwrap.wrap(
+            finding.text,
+            width=100,
+            initial_indent=lead,
+            subsequent_indent=" " * 17,
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+    more = len(found.findings) - MAX_FINDINGS
+    lines += [f"  ... {more} more findings (--json has all)"] if more > 0 else []
+    lines.append(f"  tried on       {found.tried_on}")
+    lines += textwrap.wrap(
+        ", ".join(found.tried),
+        width=100,
+        initial_indent="  tried          ",
+        subsequent_indent=" " * 17,
+    )
+    lines += [f"  not tried      {reason}" for reason in found.not_tried]
+    return lines

@@ -1,0 +1,52 @@
+"""Run the command line in this process, on small case files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from truestep.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+"""Arguments to exit code, stdout and stderr."""
+
+Captured = pytest.CaptureFixture[str]
+
+CASE = """
+[case.{name}]
+model = "{model}"
+prompt = "a red three moving left"
+seed = {seed}
+steps = 2
+height = 16
+width = 16
+num_frames = 5
+max_sequence_length = 8
+settings = {{ device = "cpu" }}
+"""
+
+
+def write_cases(folder: Path, model: Path, *names: str) -> None:
+    """Write a case file of equal cases, with seeds 0, 1, ..."""
+    cases = [CASE.format(name=name, model=model, seed=seed) for seed, name in enumerate(names)]
+    (folder / "truestep.toml").write_text("".join(cases))
+
+
+def runner(patch: pytest.MonkeyPatch, captured: Captured, *verb: str) -> Run:
+    """A function that runs a verb, or any where none is given."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        patch.setattr(sys, "argv", ["truestep", *verb, *arguments])
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = captured.readouterr()
+        return (code if isinstance(code, int) else int(code is not None)), out, err
+
+    return run
