@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -177,7 +178,7 @@ def check_pipeline(
         environment_differences=Environment(environment).differences(manifest.environment),
         looked_at=looked,
         not_looked_at=not_looked,
-        media=(*_frames(run.replayed, recording), *_sound(run.replayed, recording)),
+        media=_media(run, recording),
         sample_rate=_sample_rate(recording),
         notes=pipe.fallbacks,
         cost=Cost(
@@ -219,12 +220,15 @@ class _Judge(TypedDict):
 
 def _final(pipe: Pipeline, recording: Recording) -> _Run:
     """Generate freely; what the pipeline raises is the outcome of the latent."""
-    from truestep.recording.replay import Replay
+    from truestep.recording.replay import Kept, Replay
     from truestep.runtime.pipeline import generate
 
     replayed = Replay()
-    replayed.keep("latent/final", lambda: generate(pipe))
     finals = ("latent/final", f"{AUDIO}latent/final")
+    decodes = "video/frames" in recording
+    watch = Kept(replayed.outputs, (*finals, "video/frames", f"{AUDIO}waveform"))
+    run = partial(generate, pipe, observer=watch, output="frames" if decodes else "latent")
+    replayed.attempt("latent/final", run)
     return _Run("final", replayed, tuple(name for name in finals if name in recording))
 
 
@@ -403,7 +407,7 @@ def _coverage(recording: Recording, run: _Run) -> tuple[tuple[str, ...], tuple[s
     if run.depth == "final":
         return (
             ("final latent of a free run",),
-            ("each stage on its own (--depth steps)", "decoding"),
+            ("each stage on its own (--depth steps)", "decoding: shown, not judged"),
         )
     from truestep.recording.names import STAGES, address
     from truestep.recording.replay import steps_recorded
@@ -417,7 +421,7 @@ def _coverage(recording: Recording, run: _Run) -> tuple[tuple[str, ...], tuple[s
         if not any(p.stage == stage for p in places):
             continue
         detail = f" at steps {', '.join(map(str, steps))} of {total}" if steps else ""
-        if len(steps) >= total - 1 and steps:
+        if len(steps) == total - (stage == "update"):  # the first latent is no update
             detail = " at every step"
         looked.append(f"{stage}{detail}" + (f" ({', '.join(branches)})" if branches else ""))
     predicted = {p.step for p in places if p.stage == "prediction"}
@@ -472,6 +476,13 @@ def _failed(row: Row, replayed: Replay) -> Row:
         if text is None
         else row.model_copy(update={"verdict": Verdict.INVALID, "note": f"the stage raised {text}"})
     )
+
+
+def _media(run: _Run, recording: Recording) -> tuple[Media, ...]:
+    """What both sides decode to, from the same latent or at the end of a free run."""
+    own = "the candidate's free run" if run.depth == "final" else "the reference's latent"
+    found = (*_frames(run.replayed, recording), *_sound(run.replayed, recording))
+    return tuple(media.model_copy(update={"origin": own}) for media in found)
 
 
 def _frames(replayed: Replay, recording: Recording) -> tuple[Media, ...]:

@@ -385,7 +385,8 @@ class Media(Record):
     """Frames to look at, or a sound to hear.
 
     `gain` is the factor by which the differences of frames were multiplied. `width` and `height`
-    are of a frame, or of a spectrogram's picture.
+    are of a frame, or of a spectrogram's picture. `origin` says what was decoded: the reference's
+    own latent, or what the candidate's free run ended in.
     """
 
     name: str
@@ -394,6 +395,7 @@ class Media(Record):
     gain: Float
     frames: tuple[FrameTriple, ...]
     sound: Sound | None = None
+    origin: str = ""
 
     def measured(self) -> Media:
         """What was measured of it, without what is to be seen and heard."""

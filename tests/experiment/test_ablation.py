@@ -153,6 +153,18 @@ def test_the_sentence_names_the_control_that_moves_each_modality_most() -> None:
     )
 
 
+def test_what_the_floor_of_the_end_hides_is_said() -> None:
+    quiet = switch("std_scope", end(0.01, 0.0), end(0.01, 0.0))
+    hidden = quiet.model_copy(update={"stages_verdict": Verdict.DRIFTED})
+    assert (quiet.hidden, hidden.hidden) == (False, True)
+    told = sentence("A", "B", [hidden], end(0.01, 0.0), (), mismatch="")
+    assert told.endswith("; std_scope drifts in its stage, hidden by the floor of the end")
+    loud = switch("mu", end(0.3, 0.0), end(0.3, 0.0))
+    both = attribute([loud, hidden], end(0.3, 0.0))
+    told = sentence("A", "B", [loud, hidden], end(0.3, 0.0), both, mismatch="")
+    assert told.endswith("; std_scope drifts in its stage, hidden by the floor of the end")
+
+
 def row(name: str, verdict: Verdict, *, ratio: float | None, **place: Any) -> Row:
     metrics = Metrics(
         count=1,

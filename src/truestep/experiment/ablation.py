@@ -264,6 +264,7 @@ def _switch(
     after = end
     if not first:
         after = runs.judged(controls, made or runs.tensors(together), dtype=together.dtype)
+    same = end.verdict.passed and stages.verdict.passed
     return Switch(
         choice=choice,
         stages_verdict=stages.verdict,
@@ -272,7 +273,7 @@ def _switch(
         stages=stage_distances(stages.rows),
         alone=end,
         together=after,
-        reason=reason(choice.control, _facts(runs, alone)) if end.verdict.passed else "",
+        reason=reason(choice.control, _facts(runs, alone)) if same else "",
     )
 
 

@@ -109,6 +109,11 @@ class Switch(Record):
     reason: str = ""
 
     @property
+    def hidden(self) -> bool:
+        """Whether a stage drifted, and the end of a free run is within its floor all the same."""
+        return not self.stages_verdict.passed and self.alone.verdict.passed
+
+    @property
     def first_stage(self) -> str:
         """Name of the stage where it first diverged; `-` where it did not."""
         return (self.first.stage or self.first.name) if self.first else "-"

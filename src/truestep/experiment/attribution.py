@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from truestep.controls import NAMES, Cell
+from truestep.controls import Cell
 from truestep.experiment.ablation_records import (
     MODALITIES,
     Attribution,
@@ -52,8 +52,6 @@ ACTS_ON: Mapping[str, str] = {
 }
 """Control to the stage that it decides, in the order in which controls are switched together: that
 in which a run goes through its stages."""
-
-assert set(ACTS_ON) == set(NAMES)
 
 ORDER_TEXT = "in the order in which a run meets them: text connector, schedule, latent, passes, "
 ORDER_TEXT += "guidance, update"
@@ -220,11 +218,13 @@ def sentence(
     counts = f"{len(drifting)} of {len(switches)} differences move the end beyond the noise floor"
     if not switches:
         return f"{reference} and {candidate} do the same in this case: no control differs"
+    hidden = [s.choice.control for s in switches if s.hidden]
+    below = f"; {', '.join(hidden)} drifts in its stage, hidden by the floor of the end"
     if not drifting:
         return (
             f"{candidate} is {whole.verdict.value} to {reference} in this case: none of "
             f"{len(switches)} differences moves the end beyond the noise floor"
-        )
+        ) + below * bool(hidden)
     leading = []
     for found in attributions:
         first = found.shares[0]
@@ -234,7 +234,7 @@ def sentence(
             f"{found.modality}: {first.control} ({short(first.alone_multiple)} x floor alone, "
             f"all together {short(found.total_multiple)})"
         )
-    return f"{counts}, {equal} change nothing; {'; '.join(leading)}"
+    return f"{counts}, {equal} change nothing; {'; '.join(leading)}" + below * bool(hidden)
 
 
 def matrix_sentence(cells: Sequence[MatrixCell], profiles: Sequence[str]) -> str:

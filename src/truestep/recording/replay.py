@@ -7,7 +7,7 @@ are driven through all steps in order on the recorded predictions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -70,13 +70,19 @@ class Replay:
         self.attempt(name, kept)
 
 
-class _Keep(Observer):
-    def __init__(self, outputs: dict[str, torch.Tensor]) -> None:
+class Kept(Observer):
+    """Keeps host copies of what is shown, or of some names only."""
+
+    def __init__(
+        self, outputs: dict[str, torch.Tensor], names: Collection[str] | None = None
+    ) -> None:
         super().__init__()
-        self._outputs = outputs
+        self._outputs, self._names = outputs, names
 
     def tensor(self, name: str, value: torch.Tensor) -> None:
-        self._outputs[name] = value.detach().to("cpu", copy=True)
+        """Keep a copy, where the name is wanted."""
+        if self._names is None or name in self._names:
+            self._outputs[name] = value.detach().to("cpu", copy=True)
 
 
 def steps_recorded(recording: Mapping[str, torch.Tensor]) -> int:
@@ -183,7 +189,7 @@ def replay(
     recorded = recorded_schedule(recording)
     with torch.no_grad():
         pipe.prepare(pipe)
-        keep = _Keep(result.outputs)
+        keep = Kept(result.outputs)
         if "text" in wanted:
             alone = pipe if pipe.connect is None else replace(pipe, connect=None)
             result.attempt("text/cond", lambda: encode(alone, keep))
@@ -380,7 +386,7 @@ def _updates(
             pipe.settings.steps = own_steps
         for name, value in (("sigmas", recorded.sigmas), ("timesteps", recorded.timesteps)):
             own = getattr(pipe.scheduler, name, None)
-            if isinstance(own, torch.Tensor) and own.shape == value.shape:
+            if isinstance(own, torch.Tensor):
                 setattr(pipe.scheduler, name, value.to(own.device, copy=True))
 
     result.attempt("schedule/sigmas", reset)

@@ -154,6 +154,8 @@ def _verdict(run: EndRun, modality: str) -> str:
 
 
 def _note(switch: Switch) -> str:
+    if switch.hidden:
+        return "it drifts in its stage; the floor of a free run hides it"
     return "; ".join(dict.fromkeys(end.note for end in switch.alone.ends if end.note))
 
 

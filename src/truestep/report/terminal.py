@@ -190,7 +190,10 @@ def _modalities(comparison: Comparison) -> Iterable[str]:
 
 def _sounds(comparison: Comparison) -> Iterable[str]:
     """One line a sound: how far the two are from each other, as one hears it."""
-    for found in (media.sound.metrics for media in comparison.media if media.sound):
+    for media in comparison.media:
+        if media.sound is None:
+            continue
+        found = media.sound.metrics
         numbers = {"rel_l2": found.rel_l2, "correlation": found.correlation}
         text = [f"{name} {value:.4g}" for name, value in numbers.items() if value is not None]
         text += [f"level {found.level_db:+.3g} dB"]
@@ -198,7 +201,9 @@ def _sounds(comparison: Comparison) -> Iterable[str]:
         text += [f"peak {found.peak_actual:.3g} (was {found.peak_reference:.3g})"]
         text += [f"{found.seconds_actual:.4g} s"]
         text[-1] += f" (was {found.seconds_reference:.4g} s)" if found.seconds_difference else ""
-        yield from _wrapped("sound", ", ".join(text + [found.note] * bool(found.note)))
+        text += [found.note] * bool(found.note)
+        of = f" (of {media.origin})" if media.origin else ""
+        yield from _wrapped("sound", ", ".join(text) + of)
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str, str]:
