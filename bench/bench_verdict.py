@@ -27,6 +27,7 @@ from bench.faults.subjects import Outputs, Subject, effect, subjects
 from truestep.comparison.distance import same_bits
 from truestep.gates import Gate, parse_gate
 from truestep.recording.format import Recording
+from truestep.verdict import Comparison
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,11 +49,12 @@ def main() -> None:
     done = {_key(row) for row in read(path)}
     torch.set_num_threads(1)
     gates = [parse_gate(name) for name in GATES]
+    run = _draw_alone if options.alone else _draw
     for subject in subjects(tuple(options.subject)):
         for dtype in subject.dtypes:
             if options.dtype in (None, dtype):
                 for draw in DRAWS[: options.draws]:
-                    _draw(subject, dtype, draw, options.entry, gates, path, done)
+                    run(subject, dtype, draw, options.entry, gates, path, done)
     if not options.entry and options.report:
         from bench.verdict_report import write
 
@@ -65,6 +67,9 @@ def _options() -> Any:
     parser.add_argument("--dtype")
     parser.add_argument("--entry", action="append", default=[])
     parser.add_argument("--draws", type=int, default=len(DRAWS), help="only the first so many")
+    parser.add_argument(
+        "--alone", action="store_true", help="truestep's gate only: no true sizes, no other gates"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--no-report", dest="report", action="store_false")
     return parser.parse_args()
@@ -104,11 +109,7 @@ def _draw(
     path: Path,
     done: set[tuple[str, ...]],
 ) -> None:
-    todo = [
-        entry
-        for entry in _entries(subject, names, draw)
-        if (subject.name, dtype, draw.name, entry.name) not in done
-    ]
+    todo = _todo(subject, dtype, draw, names, done)
     if not todo:
         return
     trusted = subject.load(draw, dtype)
@@ -121,11 +122,53 @@ def _draw(
     for entry in todo:
         start = time.perf_counter()
         row = _run(entry, subject, dtype, draw, recording, plain, reference, gates)
-        row["seconds"] = round(time.perf_counter() - start, 2)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(_line(row), file=sys.stderr, flush=True)
-        gc.collect()
+        _keep(row, start, path)
+
+
+def _todo(
+    subject: Subject, dtype: str, draw: Draw, names: list[str], done: set[tuple[str, ...]]
+) -> list[Fault]:
+    return [
+        entry
+        for entry in _entries(subject, names, draw)
+        if (subject.name, dtype, draw.name, entry.name) not in done
+    ]
+
+
+def _keep(row: dict[str, Any], start: float, path: Path) -> None:
+    row["seconds"] = round(time.perf_counter() - start, 2)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(_line(row), file=sys.stderr, flush=True)
+    gc.collect()
+
+
+def _draw_alone(
+    subject: Subject,
+    dtype: str,
+    draw: Draw,
+    names: list[str],
+    gates: list[Gate],
+    path: Path,
+    done: set[tuple[str, ...]],
+) -> None:
+    """truestep's own verdicts only."""
+    todo = _todo(subject, dtype, draw, names, done)
+    if not todo:
+        return
+    recording = subject.record(subject.load(draw, dtype), draw, dtype)
+    for entry in todo:
+        start = time.perf_counter()
+
+        def changed(entry: Fault = entry) -> Any:
+            torch.manual_seed(0)
+            model = subject.load(draw, dtype)
+            return entry.apply(model) or model
+
+        row = _row(entry, subject, dtype, draw)
+        with _globals_restored():
+            row.update(_verdicts(subject, dtype, draw, changed, recording))
+        _keep(row, start, path)
 
 
 def _run(
@@ -138,14 +181,7 @@ def _run(
     reference: Outputs,
     gates: list[Gate],
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "subject": subject.name,
-        "dtype": dtype,
-        "draw": draw.name,
-        "held_out": draw.held_out,
-        "entry": entry.name,
-        "family": entry.family,
-    }
+    row = _row(entry, subject, dtype, draw)
 
     def changed() -> Any:
         torch.manual_seed(0)
@@ -162,6 +198,17 @@ def _run(
     return row
 
 
+def _row(entry: Fault, subject: Subject, dtype: str, draw: Draw) -> dict[str, Any]:
+    return {
+        "subject": subject.name,
+        "dtype": dtype,
+        "draw": draw.name,
+        "held_out": draw.held_out,
+        "entry": entry.name,
+        "family": entry.family,
+    }
+
+
 def _judged(
     entry: Fault,
     subject: Subject,
@@ -172,9 +219,23 @@ def _judged(
     plain: dict[bool, dict[str, torch.Tensor]],
 ) -> dict[str, Any]:
     """True effect, and truestep's verdict at every depth."""
+    try:
+        size = _json(_effect(entry, subject, changed, recording, plain))
+    except NotApplicable:
+        return {"not_applicable": True}
+    return {"effect": size, **_verdicts(subject, dtype, draw, changed, recording)}
+
+
+def _verdicts(
+    subject: Subject,
+    dtype: str,
+    draw: Draw,
+    changed: Callable[[], Any],
+    recording: Recording,
+) -> dict[str, Any]:
+    """truestep's verdict at every depth."""
     row: dict[str, Any] = {}
     try:
-        row["effect"] = _json(_effect(entry, subject, changed, recording, plain))
         for depth in subject.depths:
             if depth == "final" and draw != DRAWS[0]:
                 continue
@@ -187,6 +248,7 @@ def _judged(
             row[depth] = {
                 "verdict": result.verdict.value,
                 "first": str(result.first_divergence or ""),
+                **_place(result),
                 "worst": _json(worst.ratio if worst and worst.ratio is not None else 0.0),
                 "metric": worst.ratio_metric if worst else None,
                 "tensor": worst.name if worst else None,
@@ -195,6 +257,27 @@ def _judged(
     except NotApplicable:
         row["not_applicable"] = True
     return row
+
+
+def _place(result: Comparison) -> dict[str, Any]:
+    """Where a comparison first failed; of two modalities there, the one that is further off."""
+    first = result.first_divergence
+    if first is None or all(row.modality is None for row in result.rows):
+        return {}
+    place = (first.stage, first.step, first.branch)
+    beside = [
+        row
+        for row in result.rows
+        if (row.stage, row.step, row.branch) == place and not row.verdict.passed
+    ]
+    there = max(beside, key=lambda row: row.ratio or 0.0)
+    return {
+        "stage": first.stage,
+        "step": first.step,
+        "branch": first.branch,
+        "modality": there.modality,
+        "ratio": _json(there.ratio) if there.ratio is not None else None,
+    }
 
 
 @contextmanager
@@ -236,9 +319,13 @@ def _outputs(subject: Subject, changed: Callable[[], Any], recording: Recording)
 def _same(made: Outputs | None, reference: Outputs) -> bool:
     if made is None or not same_bits(made.latent, reference.latent):
         return False
-    if made.frames is None or reference.frames is None:
-        return made.frames is reference.frames
-    return same_bits(made.frames, reference.frames)
+    for own, theirs in ((made.frames, reference.frames), (made.sound, reference.sound)):
+        if own is None or theirs is None:
+            if own is not theirs:
+                return False
+        elif not same_bits(own, theirs):
+            return False
+    return True
 
 
 def _gates(made: Outputs | None, reference: Outputs, gates: list[Gate]) -> dict[str, bool | None]:
@@ -274,9 +361,10 @@ def _line(row: dict[str, Any]) -> str:
     if row.get("not_applicable"):
         return f"{head} not applicable"
     ours = row["steps"]
-    others = " ".join("." if p is None else "p" if p else "F" for p in row["gates"].values())
+    gates = row.get("gates", {})
+    others = " ".join("." if p is None else "p" if p else "F" for p in gates.values())
     return (
-        f"{head} effect {float(row['effect']):8.1e} {ours['verdict']:12s} "
+        f"{head} effect {float(row.get('effect', math.nan)):8.1e} {ours['verdict']:12s} "
         f"{float(ours['worst']):8.2e} {ours['metric'] or '':12s} {others} {row['seconds']}s"
     )
 

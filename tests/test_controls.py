@@ -33,7 +33,7 @@ AGREED: dict[str, tuple[str, ...]] = {
     "pass_gating": ("per_modality", "per_modality", "shared", "shared_blocks", "per_modality"),
     "pass_batching": ("separate", "separate", "all", "cond_uncond", "all"),
     "connector": ("separate", "separate", "separate", "joint", "separate"),
-    "av_adaln": ("own_cross_gate", "cross", "own", "cross", "own_cross_gate"),
+    "av_adaln": ("own_cross_gate", "cross", "cross", "cross", "own_cross_gate"),
 }
 """Choices in which implementations were found to disagree, in the order of `PROFILES`."""
 
@@ -159,3 +159,15 @@ def test_a_control_of_the_case_goes_before_its_profile() -> None:
 def test_a_value_that_cannot_be_is_refused(key: str, value: object) -> None:
     with pytest.raises(CaseError, match=rf"settings\.{key}"):
         case(profile="diffusers-0.42.1").replace(**{key: value})
+
+
+def test_a_profile_named_later_brings_what_nobody_set() -> None:
+    bare = Case(model="x", prompt="p", steps=4, settings={"device": "cpu"})
+    named = bare.replace(profile="diffusers-0.42.1")
+    assert (named.steps, named.guidance_scale, named.num_frames) == (4, 3.0, 121)
+    assert named.settings.text_recipe == "per_branch_connector"
+    assert named.settings.device == "cpu"
+    again = named.replace(profile="official@f4b06fb")
+    assert (again.steps, again.guidance_scale) == (4, 3.0)
+    assert again.settings.text_recipe == "per_branch_connector"
+    assert bare.replace(profile="diffusers-0.42.1", text_recipe="keep_padding").settings.text_recipe

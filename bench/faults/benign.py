@@ -15,7 +15,7 @@ from torch.nn import functional
 # `--apply FILE.py:FUNCTION` imports this file alone.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench.faults.entry import benign
+from bench.faults.entry import ALL, PIPELINES, benign
 from bench.faults.guidance import scale_of
 from bench.faults.targets import (
     around,
@@ -37,6 +37,7 @@ from bench.faults.targets import (
     with_attention,
 )
 from bench.faults.transformer import _rope_at
+from truestep.runtime.joint import each
 
 Tensor = torch.Tensor
 Stage = Callable[..., Tensor]
@@ -50,18 +51,22 @@ ROWS = "rows of a batch do not meet"
 # Running
 
 
-@benign(acts="nothing", why="nothing is changed", subjects=BOTH)
+@benign(acts="nothing", why="nothing is changed", subjects=ALL)
 def rerun(pipe: Any) -> None:
     """The same run again."""
 
 
-@benign(acts="process, torch threads", why=SUMS, subjects=BOTH)
+@benign(acts="process, torch threads", why=SUMS, subjects=ALL)
 def two_threads(pipe: Any) -> None:
     """Two torch threads; set for the whole process, so the caller restores the number."""
     torch.set_num_threads(2)
 
 
-@benign(acts="process, float32 matrix products", why="on a CPU, another kernel of the same sums")
+@benign(
+    acts="process, float32 matrix products",
+    why="on a CPU, another kernel of the same sums",
+    subjects=PIPELINES,
+)
 def matmul_precision_high(pipe: Any) -> None:
     """`set_float32_matmul_precision("high")`; for the whole process, so the caller restores it."""
     need(pipe.device == "cpu", "on an accelerator this is TF32, with 10 bits")
@@ -90,26 +95,27 @@ def _has_compiler() -> bool:
 
 
 def _in_batch(pipe: Any, row: int) -> None:
-    def beside(sample: Tensor, neighbour: Tensor) -> Tensor:
-        return torch.cat([sample, neighbour] if row == 0 else [neighbour, sample])
+    def beside(value: Any, dim: int) -> Any:
+        def pair(sample: Tensor) -> Tensor:
+            neighbour = sample.roll(1, dims=dim)
+            return torch.cat([sample, neighbour] if row == 0 else [neighbour, sample])
 
-    def batched(
-        original: Stage, inner: Any, latent: Tensor, step: Any, text: Tensor, branch: str
-    ) -> Tensor:
-        both = beside(latent, latent.roll(1, dims=-1)), step, beside(text, text.roll(1, dims=1))
-        made = original(inner, *both, branch)
-        return made.tensor_split(2)[row]
+        return each(pair, value)
+
+    def batched(original: Stage, inner: Any, latent: Any, step: Any, text: Any, branch: str) -> Any:
+        made = original(inner, beside(latent, -1), step, beside(text, 1), branch)
+        return each(lambda both: both.tensor_split(2)[row], made)
 
     around(pipe, "predict", batched)
 
 
-@benign(acts="stage prediction", why=ROWS)
+@benign(acts="stage prediction", why=ROWS, subjects=PIPELINES)
 def batch_row_zero(pipe: Any) -> None:
     """The sample as the first row of a batch of two."""
     _in_batch(pipe, 0)
 
 
-@benign(acts="stage prediction", why=ROWS)
+@benign(acts="stage prediction", why=ROWS, subjects=PIPELINES)
 def batch_row_one(pipe: Any) -> None:
     """The sample as the second row of a batch of two."""
     _in_batch(pipe, 1)
@@ -134,22 +140,25 @@ def guidance_batched(pipe: Any) -> None:
     around(pipe, "predict", batched)
 
 
-@benign(acts="stage text", why=ROWS)
+@benign(acts="stage text", why=ROWS, subjects=PIPELINES)
 def text_in_batch(pipe: Any) -> None:
     """Each prompt encoded in one batch with another."""
 
-    def batched(original: Stage, inner: Any, prompts: list[str]) -> Tensor:
-        return original(inner, [*prompts, "another prompt"])[: len(prompts)]
+    def batched(original: Stage, inner: Any, prompts: list[str]) -> Any:
+        made = original(inner, [*prompts, "another prompt"])
+        count = len(prompts)
+        return each(lambda rows: rows[: len(rows) * count // (count + 1)], made)
 
     around(pipe, "encode_text", batched)
 
 
-@benign(acts="stage decode", why=ROWS)
+@benign(acts="stage decode", why=ROWS, subjects=PIPELINES)
 def decode_in_batch(pipe: Any) -> None:
     """The latent decoded in one batch with another."""
 
-    def batched(original: Stage, inner: Any, latent: Tensor) -> Tensor:
-        return original(inner, torch.cat([latent, latent.flip(-1)]))[: len(latent)]
+    def batched(original: Stage, inner: Any, latent: Any) -> Any:
+        both = each(lambda part: torch.cat([part, part.flip(-1)]), latent)
+        return each(lambda made: made.tensor_split(2)[0], original(inner, both))
 
     around(pipe, "decode", batched)
 
@@ -157,7 +166,11 @@ def decode_in_batch(pipe: Any) -> None:
 # Attention
 
 
-@benign(acts="transformer, every attention", why="another kernel of the same function")
+@benign(
+    acts="transformer, every attention",
+    why="another kernel of the same function",
+    subjects=PIPELINES,
+)
 def attention_math_kernel(pipe: Any) -> None:
     """Attention by PyTorch's own math kernel instead of a fused one."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -170,9 +183,7 @@ def attention_math_kernel(pipe: Any) -> None:
         with_attention(model, attend)
 
 
-@benign(
-    acts="transformer, every attention", why="the definition, in float32 or more", subjects=BOTH
-)
+@benign(acts="transformer, every attention", why="the definition, in float32 or more", subjects=ALL)
 def attention_written_out(pipe: Any) -> None:
     """Attention as softmax(q k) v, in float32 at least."""
 
@@ -187,7 +198,11 @@ def attention_written_out(pipe: Any) -> None:
         with_attention(model, attend)
 
 
-@benign(acts="transformer, every attention", why="softmax does not depend on the order of keys")
+@benign(
+    acts="transformer, every attention",
+    why="softmax does not depend on the order of keys",
+    subjects=PIPELINES,
+)
 def keys_reversed(pipe: Any) -> None:
     """Attention over the keys and values in reverse order."""
 
@@ -278,7 +293,11 @@ def _reverse_heads(parameter: Any, heads: int) -> None:
 # Constants moved from one place to another
 
 
-@benign(acts="transformer, blocks.*.attn1.norm_q and norm_k", why="powers of two are exact")
+@benign(
+    acts="transformer, blocks.*.attn1.norm_q and norm_k",
+    why="powers of two are exact",
+    subjects=PIPELINES,
+)
 def score_scale_moved(pipe: Any) -> None:
     """A factor of two moved from the norm of queries into that of keys."""
     for block in blocks(pipe):
@@ -287,7 +306,7 @@ def score_scale_moved(pipe: Any) -> None:
         attention.norm_k.weight.data.mul_(2)
 
 
-@benign(acts="transformer, every attention", why="powers of two are exact", subjects=BOTH)
+@benign(acts="transformer, every attention", why="powers of two are exact", subjects=ALL)
 def value_scale_moved(pipe: Any) -> None:
     """A factor of four moved from the output projection into the values."""
     for model in models(pipe):
@@ -316,7 +335,7 @@ def norm_folded(pipe: Any) -> None:
         norm.bias.data.zero_()
 
 
-@benign(acts="transformer, blocks.*.ffn", why="hidden units are a set")
+@benign(acts="transformer, blocks.*.ffn", why="hidden units are a set", subjects=PIPELINES)
 def hidden_units_reordered(pipe: Any) -> None:
     """The hidden units of every feed-forward in reverse order."""
     for block in blocks(pipe):
@@ -387,7 +406,7 @@ def timestep_per_token(pipe: Any) -> None:
 # Layers
 
 
-@benign(acts="transformer, every linear layer", why=SUMS, subjects=BOTH)
+@benign(acts="transformer, every linear layer", why=SUMS, subjects=ALL)
 def linears_transposed(pipe: Any) -> None:
     """Every linear layer with its weight stored transposed."""
 
@@ -400,7 +419,7 @@ def linears_transposed(pipe: Any) -> None:
             replace_forward(layer, transposed)
 
 
-@benign(acts="transformer, every linear layer", why=SUMS, subjects=BOTH)
+@benign(acts="transformer, every linear layer", why=SUMS, subjects=ALL)
 def linears_by_einsum(pipe: Any) -> None:
     """Every linear layer as an einsum."""
 
@@ -413,7 +432,9 @@ def linears_by_einsum(pipe: Any) -> None:
             replace_forward(layer, summed)
 
 
-@benign(acts="transformer, blocks.*.ffn", why="tokens do not meet in a feed-forward")
+@benign(
+    acts="transformer, blocks.*.ffn", why="tokens do not meet in a feed-forward", subjects=PIPELINES
+)
 def feed_forward_in_chunks(pipe: Any) -> None:
     """Every feed-forward in three chunks of tokens."""
 
@@ -425,7 +446,9 @@ def feed_forward_in_chunks(pipe: Any) -> None:
 
 
 @benign(
-    acts="transformer, blocks.*.norm1, norm2 and norm3", why="the definition, in float32 or more"
+    acts="transformer, blocks.*.norm1, norm2 and norm3",
+    why="the definition, in float32 or more",
+    subjects=PIPELINES,
 )
 def layer_norms_written_out(pipe: Any) -> None:
     """Layer norms from their definition, in float32 at least."""
@@ -448,7 +471,7 @@ def layer_norms_written_out(pipe: Any) -> None:
 # Memory
 
 
-@benign(acts="vae and transformer, 3-d convolutions", why=MOVES)
+@benign(acts="vae and transformer, 3-d convolutions", why=MOVES, subjects=PIPELINES)
 def channels_last_3d(pipe: Any) -> None:
     """Weights of 3-d convolutions in channels-last order."""
     for model in (*models(pipe), pipe.vae):
@@ -457,7 +480,7 @@ def channels_last_3d(pipe: Any) -> None:
                 module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
-@benign(acts="vae or module, 2-d convolutions", why=MOVES, subjects=BOTH)
+@benign(acts="vae or module, 2-d convolutions", why=MOVES, subjects=ALL)
 def channels_last(pipe: Any) -> None:
     """Weights of 2-d convolutions in channels-last order."""
     for model in (*models(pipe), getattr(pipe, "vae", None)):
@@ -466,40 +489,45 @@ def channels_last(pipe: Any) -> None:
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-@benign(acts="stage prediction, inputs", why=MOVES)
+@benign(acts="stage prediction, inputs", why=MOVES, subjects=PIPELINES)
 def inputs_strided(pipe: Any) -> None:
     """Latent and text handed over as views that are not contiguous."""
 
-    def strided(
-        original: Stage, inner: Any, latent: Tensor, step: Any, text: Tensor, branch: str
-    ) -> Tensor:
-        turned = latent.transpose(-1, -2).contiguous().transpose(-1, -2)
-        wide = torch.stack([text, text], dim=-1)[..., 0]
+    def strided(original: Stage, inner: Any, latent: Any, step: Any, text: Any, branch: str) -> Any:
+        turned = each(lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2), latent)
+        wide = each(lambda t: torch.stack([t, t], dim=-1)[..., 0], text)
         return original(inner, turned, step, wide, branch)
 
     around(pipe, "predict", strided)
 
 
-@benign(acts="transformer, outputs of the middle block", why=MOVES, subjects=BOTH)
+@benign(acts="transformer, outputs of the middle block", why=MOVES, subjects=ALL)
 def outputs_copied(pipe: Any) -> None:
     """The middle block's input and output copied; in a UNet, those of one residual layer."""
     for model in models(pipe):
         block = residual(model)
-        on_input(block, lambda module, args: (args[0].clone(), *args[1:]))
-        on_output(block, lambda module, args, output: output.clone())
+        on_input(block, lambda module, args: (args[0].clone(), *args[1:]) if args else None)
+        on_output(block, _copied)
 
 
-@benign(acts="stage decode", why=MOVES)
+def _copied(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+    if isinstance(output, tuple):
+        return tuple(part.clone() for part in output)
+    return output.clone()
+
+
+@benign(acts="stage decode", why=MOVES, subjects=PIPELINES)
 def decode_of_a_copy(pipe: Any) -> None:
     """A contiguous copy of the latent decoded, and its frames copied."""
 
-    def copied(original: Stage, inner: Any, latent: Tensor) -> Tensor:
-        return original(inner, latent.clone().contiguous()).clone()
+    def copied(original: Stage, inner: Any, latent: Any) -> Any:
+        copy = each(lambda part: part.clone().contiguous(), latent)
+        return each(torch.clone, original(inner, copy))
 
     around(pipe, "decode", copied)
 
 
-@benign(acts="every model, weights", why="safetensors keeps every bit", subjects=BOTH)
+@benign(acts="every model, weights", why="safetensors keeps every bit", subjects=ALL)
 def saved_and_reloaded(pipe: Any) -> None:
     """All weights through a safetensors file and back."""
     from safetensors.torch import load, save

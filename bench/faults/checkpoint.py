@@ -12,7 +12,7 @@ from torch import nn
 # `--apply FILE.py:FUNCTION` imports this file alone.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench.faults.entry import fault
+from bench.faults.entry import ALL, fault
 from bench.faults.places import MIDDLE
 from bench.faults.targets import (
     attentions,
@@ -26,7 +26,6 @@ from bench.faults.targets import (
 )
 
 Tensor = torch.Tensor
-BOTH = ("wan", "module")
 
 
 def _normal_like(tensor: Tensor, seed: int) -> Tensor:
@@ -43,7 +42,7 @@ def _exchange(first: Tensor, second: Tensor) -> None:
 
 @fault(
     acts="transformer, middle block, its largest linear layer",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.ffn.net.0.proj",),
 )
 def tensor_of_another_checkpoint(pipe: Any) -> None:
@@ -55,7 +54,7 @@ def tensor_of_another_checkpoint(pipe: Any) -> None:
 
 @fault(
     acts="transformer, middle block, its largest linear layer",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.ffn.net.0.proj",),
 )
 def tensor_slightly_older(pipe: Any) -> None:
@@ -68,7 +67,7 @@ def tensor_slightly_older(pipe: Any) -> None:
 @fault(
     acts="transformer, middle block, to_q of the first attention",
     source="https://github.com/NVIDIA/TensorRT-LLM/issues/1477",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.attn1.to_q",),
 )
 def lora_scale_lost(pipe: Any) -> None:
@@ -81,7 +80,7 @@ def lora_scale_lost(pipe: Any) -> None:
 
 
 @fault(
-    acts="transformer, every to_q, to_k and to_v", subjects=BOTH, where=("{block}.attn?.to_[qkv]",)
+    acts="transformer, every to_q, to_k and to_v", subjects=ALL, where=("{block}.attn?.to_[qkv]",)
 )
 def lora_left_merged(pipe: Any) -> None:
     """Bug: a LoRA of rank 4 from an earlier request, 1 % of the weights, was not unmerged."""
@@ -96,7 +95,7 @@ def lora_left_merged(pipe: Any) -> None:
 
 @fault(
     acts="transformer, middle block, to_v of the first attention",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.attn1.to_v",),
 )
 def square_weight_transposed(pipe: Any) -> None:
@@ -110,7 +109,7 @@ def square_weight_transposed(pipe: Any) -> None:
 @fault(
     acts="transformer, middle block, first attention",
     source="https://github.com/MiniMax-AI/MiniMax-H3/issues/48",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.attn1.to_[kv]",),
 )
 def keys_values_exchanged(pipe: Any) -> None:
@@ -124,7 +123,7 @@ def keys_values_exchanged(pipe: Any) -> None:
 
 @fault(
     acts="transformer, middle block, first attention, biases of query and value",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.attn1.to_[qv]",),
 )
 def biases_exchanged(pipe: Any) -> None:
@@ -138,7 +137,7 @@ def biases_exchanged(pipe: Any) -> None:
 @fault(
     acts="transformer, middle block, last bias of a linear layer",
     source="https://github.com/huggingface/optimum/pull/1827",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.ffn.net.2",),
 )
 def bias_at_random(pipe: Any) -> None:
@@ -154,7 +153,7 @@ def bias_at_random(pipe: Any) -> None:
 @fault(
     acts="transformer, middle block, its first norm or table",
     source="https://github.com/ecmwf/WeatherGenerator/issues/838",
-    subjects=BOTH,
+    subjects=ALL,
     where=MIDDLE,
 )
 def tensor_left_at_initialisation(pipe: Any) -> None:
@@ -171,7 +170,7 @@ def tensor_left_at_initialisation(pipe: Any) -> None:
 
 @fault(
     acts="transformer, two blocks' feed-forward or residual layers",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{before}.attn1.to_q", "{middle}.attn1.to_q"),
 )
 def layers_of_two_blocks_exchanged(pipe: Any) -> None:
@@ -191,7 +190,7 @@ def layers_of_two_blocks_exchanged(pipe: Any) -> None:
 
 @fault(
     acts="transformer, patch_embedding or first convolution",
-    subjects=BOTH,
+    subjects=ALL,
     where=("patch_embedding",),
 )
 def input_kernel_transposed(pipe: Any) -> None:

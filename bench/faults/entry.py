@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CONSTRUCTED", "FAMILIES", "Change", "Fault", "NotApplicable", "benign", "fault"]
+__all__ = [
+    "ALL",
+    "CONSTRUCTED",
+    "FAMILIES",
+    "PIPELINES",
+    "Change",
+    "Fault",
+    "NotApplicable",
+    "benign",
+    "fault",
+]
 
 FAMILIES = (
     "text",
@@ -18,12 +28,19 @@ FAMILIES = (
     "precision",
     "checkpoint",
     "state",
+    "joint",
     "benign",
 )
 """Modules of the corpus, in the order of a run; the last holds what is harmless."""
 
 CONSTRUCTED = "constructed"
 """Source of an entry for which no report was found upstream."""
+
+PIPELINES = ("wan", "ltx2")
+"""Subjects of an entry that acts on any pipeline."""
+
+ALL = (*PIPELINES, "module")
+"""Subjects of an entry that acts on any model."""
 
 Change = Callable[[Any], Any]
 """Receives a fresh pipeline and changes it, or returns another: what `--apply` takes."""
@@ -44,11 +61,17 @@ class Fault:
         source: URL of a thread where such a bug happened, or `constructed`; of a harmless change,
             why it is harmless.
         apply: What `--apply FILE.py:FUNCTION` takes.
-        subjects: `wan`: Wan pipelines. `module`: any torch module as `pipe.transformer`.
+        subjects: `wan`: Wan and Cosmos pipelines. `ltx2`: LTX-2 pipelines, of video and sound.
+            `module`: any torch module as `pipe.transformer`.
         where: Modules that are right answers to where it broke: globs of the names in diffusers'
             Wan models, with `{middle}`, `{before}` and `{block}` as in `places`; `(root)` is the
             model's own code. Empty where nothing acts inside a model.
         model: Attribute of the pipeline that holds the model.
+        stage: Where a check must say that it drifted (`truestep.recording.names`), declared for
+            models of video and sound; with the `branch`, where one only is wrong.
+        modality: `audio` or `video`, where it is wrong, or more wrong than the other; None where
+            both are as wrong, or share what is wrong.
+        bits: Of a harmless change: no bit differs.
         note: What the bug is: the first line of the docstring.
         slow: Takes more than 20 s before the first forward is done.
     """
@@ -63,6 +86,10 @@ class Fault:
     model: str = "transformer"
     note: str = ""
     slow: bool = False
+    stage: str = ""
+    branch: str | None = None
+    modality: str | None = None
+    bits: bool = False
 
 
 def fault(
@@ -72,6 +99,9 @@ def fault(
     subjects: Iterable[str] = ("wan",),
     where: tuple[str, ...] = (),
     model: str = "transformer",
+    stage: str = "",
+    branch: str | None = None,
+    modality: str | None = None,
 ) -> Callable[[Change], Change]:
     """Make a planted bug of a function; its family is the module that it stands in."""
 
@@ -85,18 +115,34 @@ def fault(
             subjects=subjects,
             where=where,
             model=model,
+            stage=stage,
+            branch=branch,
+            modality=modality,
         )
 
     return mark
 
 
 def benign(
-    *, acts: str, why: str, subjects: Iterable[str] = ("wan",), slow: bool = False
+    *,
+    acts: str,
+    why: str,
+    subjects: Iterable[str] = ("wan",),
+    slow: bool = False,
+    bits: bool = False,
 ) -> Callable[[Change], Change]:
     """Make a harmless twin of a function; `why` says what keeps it harmless."""
 
     def mark(function: Change) -> Change:
-        return _mark(function, family="benign", acts=acts, source=why, subjects=subjects, slow=slow)
+        return _mark(
+            function,
+            family="benign",
+            acts=acts,
+            source=why,
+            subjects=subjects,
+            slow=slow,
+            bits=bits,
+        )
 
     return mark
 
@@ -108,9 +154,7 @@ def _mark(
     acts: str,
     source: str,
     subjects: Iterable[str],
-    slow: bool = False,
-    where: tuple[str, ...] = (),
-    model: str = "transformer",
+    **fields: Any,
 ) -> Change:
     entry = Fault(
         name=function.__name__.replace("_", "-"),
@@ -119,10 +163,8 @@ def _mark(
         source=source,
         apply=function,
         subjects=frozenset(subjects),
-        where=where,
-        model=model,
         note=(function.__doc__ or "").strip().partition("\n")[0],
-        slow=slow,
+        **fields,
     )
     function.entry = entry  # type: ignore[attr-defined]
     return function

@@ -12,8 +12,9 @@ import torch
 # `--apply FILE.py:FUNCTION` imports this file alone.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench.faults.entry import fault
-from bench.faults.targets import around, edm, need
+from bench.faults.entry import PIPELINES, fault
+from bench.faults.targets import around, edm, need, shapes
+from truestep.runtime.joint import each, floating
 
 Tensor = torch.Tensor
 Combine = Callable[..., Tensor]
@@ -40,13 +41,13 @@ def _scaled(pipe: Any, factor: float) -> None:
         pipe.settings.guidance_scale_2 *= factor
 
 
-@fault(acts="stage guidance, scale")
+@fault(acts="stage guidance, scale", subjects=PIPELINES)
 def guidance_tenth_more(pipe: Any) -> None:
     """Bug: the guidance scale is 10 % too large."""
     _scaled(pipe, 1.1)
 
 
-@fault(acts="stage guidance, scale")
+@fault(acts="stage guidance, scale", subjects=PIPELINES)
 def guidance_hundredth_more(pipe: Any) -> None:
     """Bug: the guidance scale is 1 % too large."""
     _scaled(pipe, 1.01)
@@ -116,48 +117,49 @@ def guidance_on_some_channels(pipe: Any) -> None:
 
 
 def _unguided_where(pipe: Any, skip: Callable[[Any, Any], bool]) -> None:
-    def skipping(original: Combine, inner: Any, step: Any, cond: Tensor, uncond: Tensor) -> Tensor:
-        return cond if skip(inner, step) else original(inner, step, cond, uncond)
+    def skipping(original: Combine, inner: Any, step: Any, cond: Any, *others: Any) -> Any:
+        return cond if skip(inner, step) else original(inner, step, cond, *others)
 
     need(pipe.settings.guided, "the case has no guidance")
     around(pipe, "combine", skipping)
 
 
-@fault(acts="step 0, guidance")
+@fault(acts="step 0, guidance", subjects=PIPELINES)
 def first_step_unguided(pipe: Any) -> None:
     """Bug: the first step is not guided."""
     _unguided_where(pipe, lambda inner, step: step.index == 0)
 
 
-@fault(acts="last step, guidance")
+@fault(acts="last step, guidance", subjects=PIPELINES)
 def last_step_unguided(pipe: Any) -> None:
     """Bug: the last step is not guided."""
     _unguided_where(pipe, lambda inner, step: step.index == inner.settings.steps - 1)
 
 
-@fault(acts="stage guidance, every step but the first")
+@fault(acts="stage guidance, every step but the first", subjects=PIPELINES)
 def uncond_one_step_late(pipe: Any) -> None:
     """Bug: each step is guided away from the unconditional prediction of the step before."""
-    earlier: list[Tensor] = []
+    earlier: list[Any] = []
 
-    def late(original: Combine, inner: Any, step: Any, cond: Tensor, uncond: Tensor) -> Tensor:
+    def late(original: Combine, inner: Any, step: Any, cond: Any, uncond: Any, *others: Any) -> Any:
         known = earlier.pop() if earlier else uncond
-        fits = step.index > 0 and known.shape == uncond.shape
+        fits = step.index > 0 and shapes(known) == shapes(uncond)
         earlier[:] = [uncond]
-        return original(inner, step, cond, known.to(uncond) if fits else uncond)
+        used = each(lambda old, new: old.to(new), known, uncond) if fits else uncond
+        return original(inner, step, cond, used, *others)
 
     need(pipe.settings.guided, "the case has no guidance")
     around(pipe, "combine", late)
 
 
-@fault(acts="stage prediction, branch uncond")
+@fault(acts="stage prediction, branch uncond", subjects=PIPELINES)
 def uncond_text_zeroed(pipe: Any) -> None:
     """Bug: the unconditional branch is given zeros instead of the encoded negative prompt."""
 
     def zeroed(
-        original: Combine, inner: Any, latent: Tensor, step: Any, text: Tensor, branch: str
-    ) -> Tensor:
-        text = torch.zeros_like(text) if branch == "uncond" else text
+        original: Combine, inner: Any, latent: Any, step: Any, text: Any, branch: str
+    ) -> Any:
+        text = each(floating(torch.zeros_like), text) if branch == "uncond" else text
         return original(inner, latent, step, text, branch)
 
     need(pipe.settings.guided, "the case has no guidance")

@@ -12,15 +12,20 @@ import torch
 # `--apply FILE.py:FUNCTION` imports this file alone.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench.faults.entry import fault
+from bench.faults.entry import PIPELINES, fault
 from bench.faults.targets import around, models, narrowed, need, on_output, temporal_factor
+from truestep.runtime.joint import each
 
 Tensor = torch.Tensor
 
 
 def _noise_through(pipe: Any, change: Callable[[Any, Tensor], Tensor]) -> None:
-    """Pass the initial noise through `change(pipe, noise)`."""
-    around(pipe, "make_latent", lambda original, inner: change(inner, original(inner)))
+    """Pass the initial noise, of video and of sound, through `change(pipe, noise)`."""
+
+    def changed(original: Callable[..., Any], inner: Any) -> Any:
+        return each(lambda noise: change(inner, noise), original(inner))
+
+    around(pipe, "make_latent", changed)
 
 
 @fault(
@@ -41,6 +46,7 @@ def noise_drawn_in_bfloat16(pipe: Any) -> None:
 @fault(
     acts="stage latent, generator",
     source="https://github.com/huggingface/diffusers/issues/13298",
+    subjects=PIPELINES,
 )
 def noise_from_another_generator(pipe: Any) -> None:
     """Bug: the seed feeds another generator, as when the noise is drawn on another device."""
@@ -67,13 +73,13 @@ def noise_drawn_frame_first(pipe: Any) -> None:
     _noise_through(pipe, drawn)
 
 
-@fault(acts="stage latent, scale")
+@fault(acts="stage latent, scale", subjects=PIPELINES)
 def noise_scaled(pipe: Any) -> None:
     """Bug: the initial noise is 1 % too large."""
     _noise_through(pipe, lambda inner, noise: noise * 1.01)
 
 
-@fault(acts="stage latent, seed")
+@fault(acts="stage latent, seed", subjects=PIPELINES)
 def seed_off_by_one(pipe: Any) -> None:
     """Bug: the first sample of a request is seeded with the second one's seed."""
     pipe.settings.seed += 1
@@ -117,7 +123,7 @@ def patch_channels_first(pipe: Any) -> None:
     _patches_through(pipe, reordered)
 
 
-@fault(acts="every step, update")
+@fault(acts="every step, update", subjects=PIPELINES)
 def latent_kept_in_bfloat16(pipe: Any) -> None:
     """Bug: the latent is stored as bfloat16 between steps; in a bfloat16 pipeline it already is."""
 

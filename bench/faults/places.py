@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-from bench.faults.targets import middle
+from bench.faults.targets import block_list, middle
 from truestep.tracing.naming import ROOT, named_modules
 
 __all__ = [
@@ -54,7 +54,7 @@ def resolved(globs: Iterable[str], model: Any) -> tuple[str, ...]:
         if "{" not in glob:
             made.append(glob)
             continue
-        blocks = [names[id(block)] for block in model.blocks]
+        blocks = [names[id(block)] for block in block_list(model)]
         at = names[id(middle(model))]
         values = {"middle": at, "before": blocks[blocks.index(at) - 1]}
         made += [glob.format(block=b, **values) for b in (blocks if "{block}" in glob else [""])]

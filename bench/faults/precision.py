@@ -17,7 +17,7 @@ from torch.nn import functional
 # `--apply FILE.py:FUNCTION` imports this file alone.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench.faults.entry import fault
+from bench.faults.entry import ALL, PIPELINES, fault
 from bench.faults.places import ATTENTIONS, BLOCK_LINEARS, BLOCKS, LINEARS, MIDDLE
 from bench.faults.targets import (
     around,
@@ -34,16 +34,16 @@ from bench.faults.targets import (
     sinusoids,
     with_attention,
 )
+from truestep.runtime.joint import each
 
 Tensor = torch.Tensor
-BOTH = ("wan", "module")
 
 
 def _rounds_output_to(dtype: torch.dtype) -> Any:
     return lambda module, args, output: narrowed(output, dtype)
 
 
-@fault(acts="transformer, every linear layer", subjects=BOTH, where=LINEARS)
+@fault(acts="transformer, every linear layer", subjects=ALL, where=LINEARS)
 def linears_in_bfloat16(pipe: Any) -> None:
     """Bug: an autocast runs every linear layer in bfloat16."""
 
@@ -65,7 +65,7 @@ def _block_weights(pipe: Any) -> list[Tensor]:
 @fault(
     acts="transformer, linear weights of the blocks",
     source="https://github.com/kijai/ComfyUI-WanVideoWrapper/issues/283",
-    subjects=BOTH,
+    subjects=ALL,
     where=BLOCK_LINEARS,
 )
 def weights_in_float8(pipe: Any) -> None:
@@ -79,7 +79,7 @@ def weights_in_float8(pipe: Any) -> None:
 @fault(
     acts="transformer, linear weights of the blocks",
     source="https://github.com/Lightricks/LTX-2/pull/172",
-    subjects=BOTH,
+    subjects=ALL,
     where=BLOCK_LINEARS,
 )
 def weights_in_float8_unscaled(pipe: Any) -> None:
@@ -88,7 +88,7 @@ def weights_in_float8_unscaled(pipe: Any) -> None:
         weight.data.copy_(weight.data.float().to(torch.float8_e4m3fn).float())
 
 
-@fault(acts="transformer, linear weights of the blocks", subjects=BOTH, where=BLOCK_LINEARS)
+@fault(acts="transformer, linear weights of the blocks", subjects=ALL, where=BLOCK_LINEARS)
 def weights_in_int8(pipe: Any) -> None:
     """Bug: linear weights went through int8 with one scale a tensor."""
     for weight in _block_weights(pipe):
@@ -96,21 +96,21 @@ def weights_in_int8(pipe: Any) -> None:
         weight.data.copy_((weight.data.float() / scale).round() * scale)
 
 
-@fault(acts="transformer, output of the middle block", where=MIDDLE)
+@fault(acts="transformer, output of the middle block", where=MIDDLE, subjects=PIPELINES)
 def block_output_in_float16(pipe: Any) -> None:
     """Bug: one block hands on float16."""
     for model in models(pipe):
         on_output(residual(model), _rounds_output_to(torch.float16))
 
 
-@fault(acts="transformer, output of the middle block", subjects=BOTH, where=MIDDLE)
+@fault(acts="transformer, output of the middle block", subjects=ALL, where=MIDDLE)
 def block_output_in_bfloat16(pipe: Any) -> None:
     """Bug: one block hands on bfloat16; in a UNet, one residual layer."""
     for model in models(pipe):
         on_output(residual(model), _rounds_output_to(torch.bfloat16))
 
 
-@fault(acts="transformer, every attention", subjects=BOTH, where=ATTENTIONS)
+@fault(acts="transformer, every attention", subjects=ALL, where=ATTENTIONS)
 def softmax_in_bfloat16(pipe: Any) -> None:
     """Bug: attention weights are computed in bfloat16."""
 
@@ -127,7 +127,7 @@ def softmax_in_bfloat16(pipe: Any) -> None:
 @fault(
     acts="transformer, every attention",
     source="https://github.com/thu-ml/SageAttention/issues/221",
-    subjects=BOTH,
+    subjects=ALL,
     where=ATTENTIONS,
 )
 def attention_in_int8(pipe: Any) -> None:
@@ -149,7 +149,7 @@ def attention_in_int8(pipe: Any) -> None:
 @fault(
     acts="transformer, sinusoidal timestep embedding",
     source="https://github.com/modelscope/DiffSynth-Studio/pull/1025",
-    subjects=BOTH,
+    subjects=ALL,
     where=("condition_embedder.timesteps_proj",),
 )
 def sinusoids_in_bfloat16(pipe: Any) -> None:
@@ -196,7 +196,7 @@ def modulation_in_bfloat16(pipe: Any) -> None:
         on_input(block, low)
 
 
-@fault(acts="transformer, norms of every block", subjects=BOTH, where=("{block}.norm?", "norm_out"))
+@fault(acts="transformer, norms of every block", subjects=ALL, where=("{block}.norm?", "norm_out"))
 def norms_in_bfloat16(pipe: Any) -> None:
     """Bug: norms hand on bfloat16 before they are modulated."""
     for model in models(pipe):
@@ -209,6 +209,7 @@ def norms_in_bfloat16(pipe: Any) -> None:
     acts="transformer, rope, tables",
     source="https://github.com/KellerJordan/modded-nanogpt/issues/39",
     where=("rope",),
+    subjects=PIPELINES,
 )
 def rope_in_bfloat16(pipe: Any) -> None:
     """Bug: the rotary sines and cosines are kept in bfloat16."""
@@ -233,7 +234,7 @@ def residual_in_bfloat16(pipe: Any) -> None:
         on_output(middle(model), _rounds_output_to(torch.bfloat16))
 
 
-@fault(acts="stage text, output")
+@fault(acts="stage text, output", subjects=PIPELINES)
 def text_in_bfloat16(pipe: Any) -> None:
     """Bug: the text encoder's output is rounded to bfloat16."""
 
@@ -243,14 +244,14 @@ def text_in_bfloat16(pipe: Any) -> None:
     around(pipe, "encode_text", low)
 
 
-@fault(acts="stage guidance")
+@fault(acts="stage guidance", subjects=PIPELINES)
 def guidance_in_bfloat16(pipe: Any) -> None:
     """Bug: guidance is computed in bfloat16."""
 
-    def low(
-        original: Callable[..., Tensor], inner: Any, step: Any, cond: Tensor, uncond: Tensor
-    ) -> Tensor:
-        return original(inner, step, cond.bfloat16(), uncond.bfloat16()).to(cond.dtype)
+    def low(original: Callable[..., Any], inner: Any, step: Any, *predictions: Any) -> Any:
+        rounded = [each(torch.Tensor.bfloat16, made) for made in predictions]
+        guided = original(inner, step, *rounded)
+        return each(lambda own, cond: own.to(cond.dtype), guided, predictions[0])
 
     need(pipe.settings.guided, "the case has no guidance")
     around(pipe, "combine", low)

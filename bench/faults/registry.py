@@ -23,20 +23,19 @@ README = Path(__file__).with_name("README.md")
 START, END = "<!-- table: python -m bench.faults.registry -->", "<!-- end of table -->"
 
 
-def _entries(family: str) -> dict[str, Fault]:
+def _entries(name: str) -> list[Fault]:
     """Entries of one module, in the order of their definitions."""
-    module = importlib.import_module(f"bench.faults.{family}")
+    module = importlib.import_module(f"bench.faults.{name}")
     marked = (getattr(value, "entry", None) for value in vars(module).values())
-    found = [entry for entry in marked if isinstance(entry, Fault)]
-    return {entry.name: entry for entry in found}
+    return [entry for entry in marked if isinstance(entry, Fault)]
 
 
-FAULTS: dict[str, Fault] = {
-    name: entry for family in FAMILIES[:-1] for name, entry in _entries(family).items()
-}
+_ALL = [entry for name in FAMILIES for entry in _entries(name)]
+
+FAULTS: dict[str, Fault] = {entry.name: entry for entry in _ALL if entry.family != "benign"}
 """Planted bugs by name."""
 
-BENIGN: dict[str, Fault] = _entries(FAMILIES[-1])
+BENIGN: dict[str, Fault] = {entry.name: entry for entry in _ALL if entry.family == "benign"}
 """Harmless changes by name."""
 
 
@@ -61,7 +60,7 @@ def _row(entry: Fault) -> str:
     if source.startswith("https://github.com/"):
         short = source.removeprefix("https://github.com/")
         source = f"[{short}]({source})"
-    where = f"{entry.family}.py:{entry.apply.__name__}"
+    where = f"{entry.apply.__module__.rpartition('.')[2]}.py:{entry.apply.__name__}"
     note = entry.note.removeprefix("Bug: ") + (" (slow)" if entry.slow else "")
     subjects = ", ".join(sorted(entry.subjects, reverse=True))
     return f"| `{where}` | {note} | {entry.acts} | {subjects} | {source} |"

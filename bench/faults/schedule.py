@@ -13,7 +13,7 @@ import torch
 # `--apply FILE.py:FUNCTION` imports this file alone.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench.faults.entry import fault
+from bench.faults.entry import PIPELINES, fault
 from bench.faults.targets import around, edm, narrowed, need
 
 Tensor = torch.Tensor
@@ -115,7 +115,11 @@ def sigma_grid_ends_early(pipe: Any) -> None:
     _sigmas_through(pipe, grid)
 
 
-@fault(acts="last step, sigma", source="https://github.com/huggingface/diffusers/pull/10267")
+@fault(
+    acts="last step, sigma",
+    source="https://github.com/huggingface/diffusers/pull/10267",
+    subjects=PIPELINES,
+)
 def last_sigma_not_zero(pipe: Any) -> None:
     """Bug: the last sigma is the smallest of training, 0.001, instead of 0."""
 
@@ -128,19 +132,23 @@ def last_sigma_not_zero(pipe: Any) -> None:
     _sigmas_through(pipe, ended)
 
 
-@fault(acts="stage schedule, sigmas")
+@fault(acts="stage schedule, sigmas", subjects=PIPELINES)
 def sigmas_in_float16(pipe: Any) -> None:
     """Bug: the sigmas are computed in float16."""
     _sigmas_through(pipe, lambda inner, sigmas: narrowed(sigmas, torch.float16))
 
 
-@fault(acts="stage schedule, sigmas", source="https://github.com/Comfy-Org/ComfyUI/pull/16001")
+@fault(
+    acts="stage schedule, sigmas",
+    source="https://github.com/Comfy-Org/ComfyUI/pull/16001",
+    subjects=PIPELINES,
+)
 def sigmas_in_bfloat16(pipe: Any) -> None:
     """Bug: the sigmas are made in the model's bfloat16."""
     _sigmas_through(pipe, lambda inner, sigmas: narrowed(sigmas, torch.bfloat16))
 
 
-@fault(acts="every step, timestep")
+@fault(acts="every step, timestep", subjects=PIPELINES)
 def timestep_of_next_step(pipe: Any) -> None:
     """Bug: the model is told the timestep of the following step."""
 
@@ -152,38 +160,46 @@ def timestep_of_next_step(pipe: Any) -> None:
     _timestep_through(pipe, following)
 
 
-@fault(acts="every step, timestep", source="https://github.com/utensils/mold/issues/786")
+@fault(
+    acts="every step, timestep",
+    source="https://github.com/utensils/mold/issues/786",
+    subjects=PIPELINES,
+)
 def timestep_in_bfloat16(pipe: Any) -> None:
     """Bug: the timestep is rounded to bfloat16, whose step is 4 above 512, before the embedding."""
     _timestep_through(pipe, lambda inner, step: narrowed(step.timestep, torch.bfloat16))
 
 
-@fault(acts="every step, timestep")
+@fault(acts="every step, timestep", subjects=PIPELINES)
 def timestep_truncated(pipe: Any) -> None:
     """Bug: the timestep is truncated to a whole number."""
     _timestep_through(pipe, lambda inner, step: step.timestep.floor())
 
 
-@fault(acts="every step, timestep")
+@fault(acts="every step, timestep", subjects=PIPELINES)
 def timestep_in_unit_range(pipe: Any) -> None:
     """Bug: the model is told the timestep in [0, 1] instead of [0, 1000]."""
     _timestep_through(pipe, lambda inner, step: step.timestep / 1000)
 
 
-@fault(acts="every step, timestep")
+@fault(acts="every step, timestep", subjects=PIPELINES)
 def timestep_slightly_scaled(pipe: Any) -> None:
     """Bug: timesteps count 999 training steps instead of 1000."""
     _timestep_through(pipe, lambda inner, step: step.timestep * 0.999)
 
 
-@fault(acts="expert switch", source="https://github.com/hao-ai-lab/FastVideo/pull/804")
+@fault(
+    acts="expert switch",
+    source="https://github.com/hao-ai-lab/FastVideo/pull/804",
+    subjects=PIPELINES,
+)
 def expert_boundary_moved(pipe: Any) -> None:
     """Bug: the switch between the experts happens a tenth of the timesteps later."""
     need(pipe.boundary_ratio is not None, "the model has one expert")
     pipe.boundary_ratio = pipe.boundary_ratio - 0.1
 
 
-@fault(acts="expert switch", source="https://github.com/OpenMOSS/MOVA/pull/32")
+@fault(acts="expert switch", source="https://github.com/OpenMOSS/MOVA/pull/32", subjects=PIPELINES)
 def expert_boundary_by_index(pipe: Any) -> None:
     """Bug: the boundary between the experts is taken as a share of the steps, not of the time."""
 
@@ -196,7 +212,7 @@ def expert_boundary_by_index(pipe: Any) -> None:
     around(pipe, "make_schedule", by_index)
 
 
-@fault(acts="every step, choice of the expert")
+@fault(acts="every step, choice of the expert", subjects=PIPELINES)
 def experts_exchanged(pipe: Any) -> None:
     """Bug: the experts for high and low noise are loaded in each other's place."""
     need(

@@ -13,9 +13,19 @@ from torch import nn
 # `--apply FILE.py:FUNCTION` imports this file alone.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench.faults.entry import fault
+from bench.faults.entry import PIPELINES, fault
 from bench.faults.places import MIDDLE
-from bench.faults.targets import around, block_list, middle, models, need, on_output, self_attention
+from bench.faults.targets import (
+    around,
+    block_list,
+    middle,
+    models,
+    need,
+    on_output,
+    self_attention,
+    shapes,
+)
+from truestep.runtime.joint import each, floating
 
 Tensor = torch.Tensor
 Stage = Callable[..., Tensor]
@@ -24,15 +34,17 @@ Stage = Callable[..., Tensor]
 @fault(
     acts="stage text, every call but the first",
     source="https://github.com/kijai/ComfyUI-WanVideoWrapper/issues/2046",
+    subjects=PIPELINES,
 )
 def text_cache_without_key(pipe: Any) -> None:
     """Bug: a cache of embeddings ignores the prompt, so later prompts get the first one's."""
-    cached: dict[int, Tensor] = {}
+    cached: dict[int, Any] = {}
 
-    def cache(original: Stage, inner: Any, prompts: list[str]) -> Tensor:
+    def cache(original: Stage, inner: Any, prompts: list[str]) -> Any:
         if len(prompts) not in cached:
             cached[len(prompts)] = original(inner, prompts)
-        return cached[len(prompts)].to(inner.text_encoder.dtype).clone()
+        dtype = inner.text_encoder.dtype
+        return each(floating(lambda part: part.to(dtype).clone()), cached[len(prompts)])
 
     need(pipe.settings.guided, "one prompt only")
     around(pipe, "encode_text", cache)
@@ -41,6 +53,7 @@ def text_cache_without_key(pipe: Any) -> None:
 @fault(
     acts="stage text, prompt",
     source="https://github.com/ljleb/sd-webui-neutral-prompt/issues/44",
+    subjects=PIPELINES,
 )
 def text_of_earlier_request(pipe: Any) -> None:
     """Bug: the prompt's embeddings are those of the request before, which ended differently."""
@@ -54,22 +67,24 @@ def text_of_earlier_request(pipe: Any) -> None:
     around(pipe, "encode_text", stale)
 
 
-@fault(acts="stage prediction")
+@fault(acts="stage prediction", subjects=PIPELINES)
 def batch_neighbour_leaks(pipe: Any) -> None:
     """Bug: in a batch of two, 1 % of the neighbour's prediction ends up in one's own."""
 
-    def leaking(
-        original: Stage, inner: Any, latent: Tensor, step: Any, text: Tensor, branch: str
-    ) -> Tensor:
-        beside = torch.cat([latent, latent.roll(1, dims=-1)])
-        made = original(inner, beside, step, torch.cat([text, text]), branch)
-        own, neighbour = made.tensor_split(2)
-        return own * 0.99 + neighbour * 0.01
+    def leaking(original: Stage, inner: Any, latent: Any, step: Any, text: Any, branch: str) -> Any:
+        beside = each(lambda part: torch.cat([part, part.roll(1, dims=-1)]), latent)
+        twice = each(lambda part: torch.cat([part, part]), text)
+
+        def mixed(made: Tensor) -> Tensor:
+            own, neighbour = made.tensor_split(2)
+            return own * 0.99 + neighbour * 0.01
+
+        return each(mixed, original(inner, beside, step, twice, branch))
 
     around(pipe, "predict", leaking)
 
 
-@fault(acts="every step but the first, update")
+@fault(acts="every step but the first, update", subjects=PIPELINES)
 def step_index_stale(pipe: Any) -> None:
     """Bug: the scheduler's counter stays one step behind, so the last sigma is never reached."""
 
@@ -83,6 +98,7 @@ def step_index_stale(pipe: Any) -> None:
 @fault(
     acts="scheduler, first step",
     source="https://github.com/huggingface/diffusers/pull/5746",
+    subjects=PIPELINES,
 )
 def scheduler_not_reset(pipe: Any) -> None:
     """Bug: the scheduler begins with the counter of an earlier run's second step."""
@@ -95,22 +111,28 @@ def scheduler_not_reset(pipe: Any) -> None:
     around(pipe, "update", late)
 
 
+def _again(inner: Any, made: Any) -> Any:
+    """A copy of a prediction; of one modality, in the dtype that the model has by now."""
+    if isinstance(made, tuple):
+        return each(torch.clone, made)
+    return made.to(inner.first_transformer.dtype).clone()
+
+
 @fault(
     acts="branch uncond, every step but the first",
     source="https://github.com/sgl-project/sglang/issues/35054",
+    subjects=PIPELINES,
 )
 def uncond_of_first_step(pipe: Any) -> None:
     """Bug: the unconditional prediction of the first step is used in all later ones."""
-    first: list[Tensor] = []
+    first: list[Any] = []
 
-    def reuse(
-        original: Stage, inner: Any, latent: Tensor, step: Any, text: Tensor, branch: str
-    ) -> Tensor:
-        if branch == "uncond" and step.index > 0 and first and first[0].shape == latent.shape:
-            return first[0].to(inner.first_transformer.dtype).clone()
+    def reuse(original: Stage, inner: Any, latent: Any, step: Any, text: Any, branch: str) -> Any:
+        if branch == "uncond" and step.index > 0 and first and shapes(first[0]) == shapes(latent):
+            return _again(inner, first[0])
         made = original(inner, latent, step, text, branch)
         if branch == "uncond" and step.index == 0:
-            first[:] = [made.clone()]
+            first[:] = [_again(inner, made)]
         return made
 
     need(pipe.settings.guided, "the case has no guidance")
@@ -120,19 +142,18 @@ def uncond_of_first_step(pipe: Any) -> None:
 @fault(
     acts="stage prediction, every second step",
     source="https://github.com/sgl-project/sglang/pull/36767",
+    subjects=PIPELINES,
 )
 def step_cache_left_on(pipe: Any) -> None:
     """Bug: a step cache that was meant to be off returns every second prediction from memory."""
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, Any] = {}
 
-    def cached(
-        original: Stage, inner: Any, latent: Tensor, step: Any, text: Tensor, branch: str
-    ) -> Tensor:
+    def cached(original: Stage, inner: Any, latent: Any, step: Any, text: Any, branch: str) -> Any:
         known = kept.get(branch)
-        if step.index % 2 and known is not None and known.shape == latent.shape:
-            return known.to(inner.first_transformer.dtype).clone()
+        if step.index % 2 and known is not None and shapes(known) == shapes(latent):
+            return _again(inner, known)
         kept[branch] = original(inner, latent, step, text, branch)
-        return kept[branch].clone()
+        return each(torch.clone, kept[branch])
 
     around(pipe, "predict", cached)
 
@@ -177,7 +198,11 @@ def _residual_kept(pipe: Any, block: nn.Module) -> None:
     on_output(block, share)
 
 
-@fault(acts="transformer, blocks.<middle>.attn1, output buffer", where=("{middle}.attn1",))
+@fault(
+    acts="transformer, blocks.<middle>.attn1, output buffer",
+    where=("{middle}.attn1",),
+    subjects=PIPELINES,
+)
 def attention_buffer_reused(pipe: Any) -> None:
     """Bug: one attention returns its output buffer before it is overwritten: the last call's."""
     for model in models(pipe):
@@ -199,6 +224,7 @@ def _previous_output(pipe: Any, attention: nn.Module) -> None:
 @fault(
     acts="text_encoder, dropout",
     source="https://github.com/huggingface/lerobot/pull/35",
+    subjects=PIPELINES,
 )
 def encoder_in_train_mode(pipe: Any) -> None:
     """Bug: the text encoder is left in training mode, with its dropout on."""
@@ -215,14 +241,14 @@ def encoder_in_train_mode(pipe: Any) -> None:
     around(pipe, "encode_text", seeded)
 
 
-@fault(acts="stage prediction, branch uncond")
+@fault(acts="stage prediction, branch uncond", subjects=PIPELINES)
 def latent_changed_in_place(pipe: Any) -> None:
     """Bug: the conditional forward scales its input in place, so the unconditional sees it."""
 
     def in_place(
-        original: Stage, inner: Any, latent: Tensor, step: Any, text: Tensor, branch: str
-    ) -> Tensor:
-        seen = latent * 1.01 if branch == "uncond" else latent
+        original: Stage, inner: Any, latent: Any, step: Any, text: Any, branch: str
+    ) -> Any:
+        seen = each(lambda part: part * 1.01, latent) if branch == "uncond" else latent
         return original(inner, seen, step, text, branch)
 
     need(pipe.settings.guided, "the case has no guidance")

@@ -19,8 +19,9 @@ from truestep.comparison.distance import distance
 from truestep.functions import check_function, record_function
 from truestep.recording.format import Recording
 from truestep.recording.raised import converted, raised
-from truestep.recording.record import record_pipeline
+from truestep.recording.record import FloorChoice, record_pipeline
 from truestep.recording.replay import replay
+from truestep.runtime.joint import parts
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import generate
 from truestep.verdict import Comparison
@@ -30,10 +31,14 @@ __all__ = ["SUBJECTS", "Outputs", "Subject", "effect", "subjects"]
 
 @dataclass(frozen=True)
 class Outputs:
-    """What gates that look at the end are shown: latents and, of a video model, frames."""
+    """What gates that look at the end are shown: latents and, of a video model, frames.
+
+    Other tools' gates look at these two; the sound `b c n` is kept to say whether a bit differs.
+    """
 
     latent: torch.Tensor
     frames: torch.Tensor | None
+    sound: torch.Tensor | None = None
 
 
 class Subject(Protocol):
@@ -41,7 +46,7 @@ class Subject(Protocol):
 
     Attributes:
         name: Shown in tables.
-        kind: Which entries apply: `wan` or `module`.
+        kind: Which entries apply: `wan`, `ltx2` or `module`.
         dtypes: Working precisions that it is run in.
         depths: Depths at which truestep can check it.
     """
@@ -71,7 +76,11 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class Wan:
-    """A pipeline through the runtime: the digits model, or a tiny random Wan or Cosmos one."""
+    """A pipeline through the runtime: the digits model, or a tiny random Wan, Cosmos or LTX-2 one.
+
+    Attributes:
+        controls: Further settings of its case.
+    """
 
     name: str
     model: Callable[[], str]
@@ -80,6 +89,7 @@ class Wan:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     kind: str = "wan"
     depths: tuple[str, ...] = ("steps", "final")
+    controls: Callable[[], Mapping[str, Any]] = dict
 
     def case(self, draw: Draw, dtype: str) -> Case:
         """The case of a draw."""
@@ -90,7 +100,7 @@ class Wan:
             seed=draw.seed,
             dtype=dtype,
             **values,
-            settings={"device": "cpu"},
+            settings={"device": "cpu", **self.controls()},
         )
 
     def load(self, draw: Draw, dtype: str) -> Any:
@@ -98,8 +108,9 @@ class Wan:
         return load(self.case(draw, dtype))
 
     def record(self, model: Any, draw: Draw, dtype: str) -> Recording:
-        """A full recording with floors for both depths."""
-        return record_pipeline(model, case=self.case(draw, dtype), floor="final")
+        """A full recording with floors for its depths."""
+        floor: FloorChoice = "final" if "final" in self.depths else "steps"
+        return record_pipeline(model, case=self.case(draw, dtype), floor=floor)
 
     def check(
         self, model: Any, recording: Recording, draw: Draw, dtype: str, depth: str
@@ -112,7 +123,13 @@ class Wan:
         """Final latent and decoded frames of a free run."""
         latent = generate(model)
         with torch.no_grad():
-            return Outputs(latent.float(), model.decode(model, latent).float())
+            decoded = model.decode(model, latent)
+        if not model.audio_video:
+            return Outputs(latent.float(), decoded.float())
+        from truestep.runtime.ltx2.latents import from_tokens
+
+        frames, sound = (part.float() for part in decoded)
+        return Outputs(from_tokens(model, latent.video).float(), frames, sound)
 
     def exact(self, model: Any, recording: Recording, *, free: bool) -> dict[str, torch.Tensor]:
         """Every stage on the recorded inputs, and the final latent of a free run."""
@@ -121,7 +138,7 @@ class Wan:
             made = dict(found.outputs)
             made |= {f"effect/{name}": effect for name, (_, effect) in found.effects.items()}
             if free:
-                made["run/final"] = generate(lifted)
+                made |= dict(parts("run/final", generate(lifted)))
         return made
 
 
@@ -192,12 +209,29 @@ def _call(model: Any) -> Callable[..., torch.Tensor]:
 @cache
 def _tiny(kind: str) -> str:
     """Build a tiny pipeline once a process, in a folder that goes with it."""
-    from bench.faults.tiny import build_tiny_cosmos, build_tiny_wan
+    from bench.faults.tiny import build_tiny_cosmos, build_tiny_ltx2, build_tiny_wan
 
+    folder = _folder(kind) / kind
+    if kind.startswith("ltx2-"):
+        return str(build_tiny_ltx2(folder, kind.removeprefix("ltx2-")))
+    return str(build_tiny_cosmos(folder) if kind == "cosmos" else build_tiny_wan(folder, kind))
+
+
+def _folder(kind: str) -> Path:
     holder = tempfile.TemporaryDirectory(prefix=f"truestep-{kind}-")
     _FOLDERS.append(holder)
-    folder = Path(holder.name) / kind
-    return str(build_tiny_cosmos(folder) if kind == "cosmos" else build_tiny_wan(folder, kind))
+    return Path(holder.name)
+
+
+@cache
+def _picture() -> str:
+    """A picture of noise, once a process."""
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
+    path = _folder("picture") / "first.png"
+    Image.frombytes("RGB", (64, 64), bytes(pixels.flatten().tolist())).save(path)
+    return str(path)
 
 
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
@@ -210,6 +244,45 @@ _COSMOS_SIZES: tuple[Mapping[str, Any], ...] = (
     {"height": 16, "width": 32, "num_frames": 9},
     {"height": 32, "width": 32, "num_frames": 13},
 )
+_LTX2 = {
+    "steps": 4,
+    "guidance_scale": 3.0,
+    "max_sequence_length": 16,
+    "negative_prompt": "a blue one",
+}
+_LTX2_SIZES: tuple[Mapping[str, Any], ...] = (
+    {"height": 96, "width": 96, "num_frames": 17},  # as many tokens of video as of sound
+    {"height": 64, "width": 128, "num_frames": 9},
+)
+
+
+def _ltx2(**more: Any) -> Callable[[], Mapping[str, Any]]:
+    """Controls with which no choice is without effect: what both modalities have, differs.
+
+    Passes are run apart, so that entries which change one are seen.
+    """
+    return lambda: {
+        "profile": "official@f4b06fb",
+        "pass_batching": "separate",
+        "stg_blocks": [1],
+        "audio_stg_blocks": [2],
+        "audio_guidance_rescale": 0.5,
+        "fps": 16,
+        **{key: value() if callable(value) else value for key, value in more.items()},
+    }
+
+
+def _of_ltx2(name: str, version: str = "2.3", **more: Any) -> Wan:
+    return Wan(
+        name,
+        lambda: _tiny(f"ltx2-{version}"),
+        _LTX2,
+        _LTX2_SIZES,
+        kind="ltx2",
+        depths=("steps",),
+        controls=_ltx2(**more),
+    )
+
 
 SUBJECTS: tuple[Subject, ...] = (
     Wan(
@@ -227,6 +300,10 @@ SUBJECTS: tuple[Subject, ...] = (
     ),
     Wan("tiny-wan2.2-5b", lambda: _tiny("wan22-ti2v"), _TINY, _TINY_SIZES),
     Wan("tiny-cosmos", lambda: _tiny("cosmos"), _TINY, _COSMOS_SIZES),
+    _of_ltx2("tiny-ltx2"),
+    _of_ltx2("tiny-ltx2-image", image=_picture, image_crf=0),
+    _of_ltx2("tiny-ltx2-clips", videos_per_prompt=2),
+    _of_ltx2("tiny-ltx2.0", "2.0"),
     Terrain(),
 )
 

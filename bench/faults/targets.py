@@ -28,12 +28,15 @@ __all__ = [
     "models",
     "narrowed",
     "need",
+    "on_call",
     "on_input",
     "on_output",
     "replace_forward",
     "residual",
     "self_attention",
+    "shapes",
     "sinusoids",
+    "streams",
     "temporal_factor",
     "with_attention",
 ]
@@ -164,9 +167,27 @@ def replace_forward(module: Any, change: Callable[..., Any]) -> None:
     module.forward = forward
 
 
-def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded through a narrower dtype, in the tensor's own."""
-    return tensor.to(dtype).to(tensor.dtype)
+def on_call(module: nn.Module, change: Callable[..., Any]) -> None:
+    """Pass a module's output through `change(module, arguments, keywords, output)`."""
+    module.register_forward_hook(change, with_kwargs=True)
+
+
+def streams(args: tuple[Any, ...], keywords: Any) -> Any:
+    """What a block was given to add to: its first argument; of LTX-2's, video and sound."""
+    return args[0] if args else (keywords["hidden_states"], keywords["audio_hidden_states"])
+
+
+def shapes(value: Any) -> list[torch.Size]:
+    """The shapes of a tensor's or a tuple's parts."""
+    return [part.shape for part in (value if isinstance(value, tuple) else (value,))]
+
+
+def narrowed(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor, or all of a tuple, rounded through a narrower dtype, in its own."""
+    if isinstance(value, tuple):
+        parts = [narrowed(part, dtype) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value.to(dtype).to(value.dtype)
 
 
 class _Attention(TorchFunctionMode):

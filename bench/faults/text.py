@@ -13,7 +13,7 @@ from torch import nn
 # `--apply FILE.py:FUNCTION` imports this file alone.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench.faults.entry import fault
+from bench.faults.entry import PIPELINES, fault
 from bench.faults.targets import around, need, on_output
 
 Tensor = torch.Tensor
@@ -180,6 +180,7 @@ def encoder_gelu_exact(pipe: Any) -> None:
 @fault(
     acts="stage text, both prompts",
     source="https://github.com/huggingface/diffusers/pull/8947",
+    subjects=PIPELINES,
 )
 def prompts_swapped(pipe: Any) -> None:
     """Bug: prompt and negative prompt are exchanged before they are encoded."""
@@ -193,7 +194,7 @@ def prompts_swapped(pipe: Any) -> None:
     around(pipe, "encode_text", swapped)
 
 
-@fault(acts="stage text, tokenizer")
+@fault(acts="stage text, tokenizer", subjects=PIPELINES)
 def prompt_truncated(pipe: Any) -> None:
     """Bug: the last word of the prompt is lost to a length limit that is one too small."""
 

@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["WAN_KINDS", "build_tiny_cosmos", "build_tiny_ltx2", "build_tiny_wan"]
+__all__ = [
+    "WAN_KINDS",
+    "build_tiny_cosmos",
+    "build_tiny_ltx2",
+    "build_tiny_upsampler",
+    "build_tiny_wan",
+]
 
 WAN_KINDS = ("wan21", "wan22", "wan22-ti2v")
 
@@ -296,4 +302,26 @@ def build_tiny_ltx2(folder: Path, version: str = "2.3") -> Path:
         **parts,
     )
     pipe.save_pretrained(folder)
+    return folder
+
+
+def build_tiny_upsampler(folder: Path, **config: Any) -> Path:
+    """Save a tiny random latent upsampler for `build_tiny_ltx2` to a folder: twice as large.
+
+    Args:
+        folder: Where to.
+        config: Values of its configuration that differ.
+    """
+    import torch
+    from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(2)
+    own: dict[str, Any] = {"in_channels": 8, "mid_channels": 32, "num_blocks_per_stage": 1}
+    model = LTX2LatentUpsamplerModel(**{**own, **config})
+    for parameter in model.parameters():  # a dropped bias must be seen
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=parameter.detach().mean().item(), std=0.1)
+    torch.set_rng_state(generator_state)
+    model.save_pretrained(folder)
     return folder

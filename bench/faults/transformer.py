@@ -13,7 +13,7 @@ from torch.nn import functional
 # `--apply FILE.py:FUNCTION` imports this file alone.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench.faults.entry import fault
+from bench.faults.entry import ALL, PIPELINES, fault
 from bench.faults.places import MIDDLE, NORMS, QK_NORMS
 from bench.faults.targets import (
     attentions,
@@ -24,15 +24,16 @@ from bench.faults.targets import (
     middles,
     models,
     need,
+    on_call,
     on_input,
     on_output,
     residual,
     self_attention,
     sinusoids,
+    streams,
 )
 
 Tensor = torch.Tensor
-BOTH = ("wan", "module")
 
 
 # Norms
@@ -41,7 +42,7 @@ BOTH = ("wan", "module")
 @fault(
     acts="transformer, every norm",
     source="https://github.com/paiml/aprender/pull/1606",
-    subjects=BOTH,
+    subjects=ALL,
     where=NORMS,
 )
 def norm_epsilon(pipe: Any) -> None:
@@ -54,7 +55,7 @@ def norm_epsilon(pipe: Any) -> None:
 
 @fault(
     acts="transformer, first norm with weights in the middle block",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.norm2",),
 )
 def norm_affine_lost(pipe: Any) -> None:
@@ -79,7 +80,9 @@ def _returns_input(module: Any, args: tuple[Any, ...], output: Any) -> Any:
 
 
 @fault(
-    acts="transformer, blocks.<middle>.attn1.norm_q and norm_k", where=("{middle}.attn1.norm_[qk]",)
+    acts="transformer, blocks.<middle>.attn1.norm_q and norm_k",
+    where=("{middle}.attn1.norm_[qk]",),
+    subjects=PIPELINES,
 )
 def qk_norm_missing(pipe: Any) -> None:
     """Bug: one block's self-attention does not normalise its queries and keys."""
@@ -88,7 +91,11 @@ def qk_norm_missing(pipe: Any) -> None:
         on_output(self_attention(block).norm_k, _returns_input)
 
 
-@fault(acts="transformer, blocks.<middle>.attn1.norm_k", where=("{middle}.attn1.norm_k",))
+@fault(
+    acts="transformer, blocks.<middle>.attn1.norm_k",
+    where=("{middle}.attn1.norm_k",),
+    subjects=PIPELINES,
+)
 def k_norm_missing(pipe: Any) -> None:
     """Bug: one block's self-attention normalises its queries only."""
     for block in middles(pipe):
@@ -99,6 +106,7 @@ def k_norm_missing(pipe: Any) -> None:
     acts="transformer, blocks.*.attn1.norm_q and norm_k",
     source="https://github.com/vllm-project/vllm/pull/16311",
     where=QK_NORMS,
+    subjects=PIPELINES,
 )
 def qk_norm_per_head(pipe: Any) -> None:
     """Bug: queries and keys are normalised head by head instead of across all heads."""
@@ -131,6 +139,7 @@ def _normalises_per(heads: int) -> Any:
     acts="transformer, blocks.*.ffn",
     source="https://github.com/kyutai-labs/pocket-tts/pull/278",
     where=("{block}.ffn.net.0",),
+    subjects=PIPELINES,
 )
 def gelu_exact(pipe: Any) -> None:
     """Bug: the feed-forward's GELU is exact where the model was trained with the tanh form."""
@@ -390,19 +399,20 @@ def modulation_without_one(pipe: Any) -> None:
     acts="transformer, scale_shift_table before proj_out",
     source="https://github.com/invoke-ai/InvokeAI/pull/7708",
     where=("(root)",),
+    subjects=PIPELINES,
 )
 def output_shift_scale_swapped(pipe: Any) -> None:
     """Bug: the output norm's shift and scale are unpacked in the wrong order."""
     for model in models(pipe):
         need(hasattr(model, "scale_shift_table"), "the output is not modulated")
         table: Any = model.scale_shift_table
-        table.data.copy_(table.data.flip(1))
+        table.data.copy_(table.data.flip(-2))
 
 
 @fault(
     acts="transformer, sinusoidal timestep embedding",
     source="https://github.com/flashinfer-ai/flashinfer/pull/3819",
-    subjects=BOTH,
+    subjects=ALL,
     where=("condition_embedder.timesteps_proj",),
 )
 def time_sin_cos_flipped(pipe: Any) -> None:
@@ -418,7 +428,7 @@ def time_sin_cos_flipped(pipe: Any) -> None:
 @fault(
     acts="transformer, self-attention scale of every block",
     source="https://github.com/google/hackable_diffusion/pull/29",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{block}.attn1.norm_q",),
 )
 def attention_scale_head_size(pipe: Any) -> None:
@@ -428,7 +438,7 @@ def attention_scale_head_size(pipe: Any) -> None:
 
 @fault(
     acts="transformer, self-attention scale of every block",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{block}.attn1.norm_q",),
 )
 def attention_scale_larger(pipe: Any) -> None:
@@ -486,7 +496,7 @@ def _masked_by(seen: list[Tensor]) -> Any:
 
 @fault(
     acts="transformer, middle block, values of the first attention",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.attn1.to_v",),
 )
 def heads_exchanged(pipe: Any) -> None:
@@ -505,7 +515,7 @@ def heads_exchanged(pipe: Any) -> None:
 
 @fault(
     acts="transformer, middle block, output bias of the last attention",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.attn2.to_out.0",),
 )
 def attention_bias_dropped(pipe: Any) -> None:
@@ -519,7 +529,7 @@ def attention_bias_dropped(pipe: Any) -> None:
 @fault(
     acts="transformer, middle block, bias of its last linear layer",
     source="https://github.com/vllm-project/vllm/issues/39663",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.ffn.net.2",),
 )
 def feed_forward_bias_dropped(pipe: Any) -> None:
@@ -532,7 +542,7 @@ def feed_forward_bias_dropped(pipe: Any) -> None:
 
 @fault(
     acts="transformer, middle block, its largest linear layer",
-    subjects=BOTH,
+    subjects=ALL,
     where=("{middle}.ffn.net.0.proj",),
 )
 def weight_scaled(pipe: Any) -> None:
@@ -545,26 +555,33 @@ def weight_scaled(pipe: Any) -> None:
 # Blocks
 
 
-@fault(acts="transformer, the middle block", subjects=BOTH, where=MIDDLE)
+@fault(acts="transformer, the middle block", subjects=ALL, where=MIDDLE)
 def block_dropped(pipe: Any) -> None:
     """Bug: one block is skipped; in a UNet, one residual layer."""
     for model in models(pipe):
-        on_output(residual(model), _returns_input)
+        on_call(residual(model), lambda _, args, keywords, output: streams(args, keywords))
 
 
-@fault(acts="transformer, the middle block", where=MIDDLE)
+@fault(acts="transformer, the middle block", where=MIDDLE, subjects=PIPELINES)
 def block_repeated(pipe: Any) -> None:
     """Bug: one block runs twice."""
 
-    def again(module: Any, args: tuple[Any, ...], output: Tensor) -> Any:
-        return module.forward(output, *args[1:])
+    def again(module: Any, args: tuple[Any, ...], keywords: Any, output: Any) -> Any:
+        if args:
+            return module.forward(output, *args[1:], **keywords)
+        names = ("hidden_states", "audio_hidden_states")
+        return module.forward(**{**keywords, **dict(zip(names, output, strict=True))})
 
     for model in models(pipe):
         block_list(model)
-        on_output(middle(model), again)
+        on_call(middle(model), again)
 
 
-@fault(acts="transformer, the middle block and the one before", where=("{before}", "{middle}"))
+@fault(
+    acts="transformer, the middle block and the one before",
+    where=("{before}", "{middle}"),
+    subjects=PIPELINES,
+)
 def blocks_exchanged(pipe: Any) -> None:
     """Bug: two neighbouring blocks run in the wrong order."""
     for model in models(pipe):

@@ -13,8 +13,9 @@ from torch import nn
 # `--apply FILE.py:FUNCTION` imports this file alone.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench.faults.entry import fault
+from bench.faults.entry import PIPELINES, fault
 from bench.faults.targets import around, edm, narrowed, need, on_input, on_output, temporal_factor
+from truestep.runtime.joint import each
 
 Tensor = torch.Tensor
 
@@ -72,11 +73,29 @@ def latent_channel_mean_lost(pipe: Any) -> None:
 
 
 @fault(
-    acts="stage decode, scale", source="https://github.com/priyammaz/PyTorch-Adventures/issues/4"
+    acts="stage decode, scale",
+    source="https://github.com/priyammaz/PyTorch-Adventures/issues/4",
+    subjects=PIPELINES,
 )
 def latent_slightly_scaled(pipe: Any) -> None:
     """Bug: latents are 0.5 % too large when they are decoded."""
-    around(pipe, "decode", lambda original, inner, latent: original(inner, latent * 1.005))
+
+    def larger(original: Callable[..., Any], inner: Any, latent: Any) -> Any:
+        return original(inner, each(lambda part: part * 1.005, latent))
+
+    around(pipe, "decode", larger)
+
+
+def _frames_through(pipe: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Pass decoded frames, not the sound beside them, through `change`."""
+
+    def decoded(original: Callable[..., Any], inner: Any, latent: Any) -> Any:
+        made = original(inner, latent)
+        if isinstance(made, tuple):
+            return type(made)(change(made[0]), *made[1:])
+        return change(made)
+
+    around(pipe, "decode", decoded)
 
 
 @fault(acts="stage decode, columns", source="https://github.com/Comfy-Org/ComfyUI/issues/163")
@@ -140,22 +159,19 @@ def causal_padding_repeated(pipe: Any) -> None:
 @fault(
     acts="stage decode, output range",
     source="https://github.com/tdrussell/diffusion-pipe/issues/545",
+    subjects=PIPELINES,
 )
 def frames_clamped_to_unit(pipe: Any) -> None:
     """Bug: frames are clamped to [0, 1] although they are in [-1, 1]."""
-    around(pipe, "decode", lambda original, inner, latent: original(inner, latent).clamp(0, 1))
+    _frames_through(pipe, lambda frames: frames.clamp(0, 1))
 
 
-@fault(acts="stage decode, last frame")
+@fault(acts="stage decode, last frame", subjects=PIPELINES)
 def frame_repeated(pipe: Any) -> None:
     """Bug: the last frame is a copy of the one before."""
 
-    def repeated(original: Callable[..., Tensor], inner: Any, latent: Tensor) -> Tensor:
-        frames = original(inner, latent)
-        return torch.cat([frames[:, :, :-1], frames[:, :, -2:-1]], dim=2)
-
     need(pipe.settings.num_frames > 1, "one frame")
-    around(pipe, "decode", repeated)
+    _frames_through(pipe, lambda f: torch.cat([f[:, :, :-1], f[:, :, -2:-1]], dim=2))
 
 
 @fault(
@@ -169,6 +185,7 @@ def frame_repeated(pipe: Any) -> None:
         "decoder.*.resample.1",
     ),
     model="vae",
+    subjects=PIPELINES,
 )
 def decoder_in_bfloat16(pipe: Any) -> None:
     """Bug: the decoder's convolutions hand on bfloat16; in a bfloat16 VAE they always do."""

@@ -49,7 +49,9 @@ class Settings(AudioVideo):
     Attributes:
         text_recipe: How the prompt becomes embeddings. `pad_trim_zero`: pad to
             `max_sequence_length`, encode with mask, cut to the real length, pad with exact zeros.
-            `keep_padding`: keep what the encoder makes of the padding.
+            `keep_padding`: keep what the encoder makes of the padding. `per_branch_connector`:
+            LTX-2's, and the default of a case that names a profile; a text connector replaces the
+            padding, prompt by prompt.
         scheduler: diffusers scheduler class built from the folder's scheduler configuration.
         flow_shift: Timestep shift (`shift` of FlowMatchEuler, `flow_shift` of UniPC); above 0.
         device: `cpu`, `cuda`, `cuda:N`; None is CUDA where there is one. Not part of the case id.
@@ -73,7 +75,7 @@ class Settings(AudioVideo):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    text_recipe: Literal["pad_trim_zero", "keep_padding"] = "pad_trim_zero"
+    text_recipe: Literal["pad_trim_zero", "keep_padding", "per_branch_connector"] = "pad_trim_zero"
     scheduler: Literal["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"] | None = None
     flow_shift: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$")
@@ -177,6 +179,9 @@ class Case(Generation):
     settings: Settings = Field(default_factory=Settings)
 
     def __init__(self, **data: Any) -> None:
+        if _named_profile(data.get("settings")) is not None and isinstance(data["settings"], dict):
+            own = {"text_recipe": "per_branch_connector", **data["settings"]}
+            data = {**data, "settings": own}
         merged = {
             **_profile_defaults(data.get("settings")),
             **BUILTIN_DEFAULTS.get(str(data.get("model")), {}),
@@ -243,7 +248,8 @@ class Case(Generation):
                     hint="the settings are: "
                     + ", ".join(sorted({*type(self).model_fields, *Settings.model_fields})),
                 )
-        data = self.model_dump()
+        # what nobody set is a profile's to say; another model's own defaults are not asked for
+        data = self.model_dump() if "model" in own else self._as_given()
         data.update(own)
         settings = data["settings"]
         data["settings"] = {
@@ -255,6 +261,12 @@ class Case(Generation):
             replaced._base = self._base
         return replaced
 
+    def _as_given(self) -> dict[str, Any]:
+        """What was set, without defaults."""
+        data = self.model_dump(include=self.model_fields_set | {"model", "prompt"})
+        data["settings"] = self.settings.model_dump(include=self.settings.model_fields_set)
+        return data
+
     def differences(self, reference: Mapping[str, Any]) -> tuple[Difference, ...]:
         """Keys whose canonical value differs from a recorded case's."""
         return mapping_differences(flat_case(self.canonical()), flat_case(reference))
@@ -262,10 +274,15 @@ class Case(Generation):
 
 def _profile_defaults(settings: object) -> Mapping[str, Any]:
     """What a case has by the profile that its settings name; an unknown one is found later."""
-    name = settings.get("profile") if isinstance(settings, Mapping) else None
-    name = settings.profile if isinstance(settings, Settings) else name
+    name = _named_profile(settings)
     known = profiles().get(str(name)) if name is not None else None
     return known.defaults if known else {}
+
+
+def _named_profile(settings: object) -> object:
+    if isinstance(settings, Settings):
+        return settings.profile
+    return settings.get("profile") if isinstance(settings, Mapping) else None
 
 
 def mapping_differences(

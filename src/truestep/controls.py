@@ -54,7 +54,8 @@ class AudioVideo(BaseModel):
         terminal_sigma: Last sigma before 0, in (0, 1); the schedule is stretched to end there.
         sigma_schedule: `shifted` by mu, or one of the two fixed lists of the distilled models:
             `distilled` (8 steps) and `distilled_stage_2` (3 steps).
-        sampler: `euler`, or `res2s`, of second order, with two predictions a step.
+        sampler: `euler`, or `res2s`, of second order: each step has two predictions, which are
+            recorded as steps of their own, and one more ends the run.
         audio_guidance_scale: Classifier-free guidance of the sound; `guidance_scale` is the
             video's. 1 is off.
         audio_guidance_rescale: Share, 0 to 1, by which the guided deviation of the sound is brought
@@ -69,8 +70,10 @@ class AudioVideo(BaseModel):
             `sample`.
         pass_gating: Which passes run, and what they perturb. `per_modality`: a pass runs where a
             modality has a scale for it (other than 1, or 0), and self-attention is perturbed in
-            that modality only. `shared_blocks`: likewise with scales above 1 (or 0), and
-            self-attention is perturbed in both. `shared`: likewise, and `uncond` always runs.
+            that modality only. `shared`: `uncond` always runs, and self-attention is perturbed in
+            both modalities, each in its own blocks, where either has a scale. `shared_blocks`: as
+            `per_modality` with scales above 1 (or 0), and self-attention is perturbed in both, in
+            `stg_blocks`.
         pass_batching: `separate` forwards, `cond_uncond` in one, or `all` in one.
         connector: The text connector sees the prompts in `separate` calls, or in a `joint` one.
         av_adaln: Whose sigma modulates attention between sound and video: its `own` side's, the
@@ -84,6 +87,9 @@ class AudioVideo(BaseModel):
             of the case's dtype, which for float32 changes nothing.
         generator_device: Where noise is drawn: on the `cpu`, or on the run's `device`.
         videos_per_prompt: Clips that are made at once, each from noise of its own; 1 by default.
+        initial: Recording whose clip the run starts from, upsampled and noised: a path. The second
+            of two stages.
+        upsampler: Folder of the latent upsampler that it goes through.
         image: Picture that is the first frame; a path.
         image_crf: H.264 quality, 1 to 51, through which it goes first, as the training data did; 0
             leaves it as it is.
@@ -114,6 +120,8 @@ class AudioVideo(BaseModel):
     disable_autocast: bool | None = None
     generator_device: Literal["cpu", "device"] | None = None
     videos_per_prompt: Annotated[int, Field(ge=1)] | None = None
+    initial: str | None = None
+    upsampler: str | None = None
     image: str | None = None
     image_crf: Annotated[int, Field(ge=0, le=51)] | None = None
 

@@ -268,3 +268,18 @@ def test_sound_without_video_is_not_told_apart() -> None:
 def test_results_survive_json() -> None:
     result = compare(changed(joint(), audio__step=1.01), joint())
     assert Comparison.model_validate_json(result.to_json()) == result
+
+
+@pytest.mark.parametrize(("video", "audio", "named"), [(1.1, 1.3, "audio"), (1.3, 1.1, "video")])
+def test_of_what_one_forward_makes_the_part_that_is_further_off_is_named(
+    video: float, audio: float, named: str
+) -> None:
+    reference = joint()
+    actual = dict(reference)
+    actual["step/0001/cond"] = reference["step/0001/cond"] * video
+    actual["audio/step/0001/cond"] = reference["audio/step/0001/cond"] * audio
+    actual["audio/step/0002/cond"] = reference["audio/step/0002/cond"] * 9.0
+    found = compare(actual, reference)
+    assert found.first_divergence is not None
+    assert (found.first_divergence.step, found.first_divergence.modality) == (1, named)
+    assert f"prediction ({named}), step 1" in found.sentence

@@ -14,15 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truestep.case import Case
+from truestep.checking import check
 from truestep.controls import AudioVideo, Controls, find_profile, resolve
 from truestep.errors import CaseError, ModelLoadError, UsageError
 from truestep.recording.capture import Capture
+from truestep.recording.record import record_pipeline
 from truestep.runtime.joint import Encoded, Joint
 from truestep.runtime.loading import load
 from truestep.runtime.ltx2.guidance import guided_estimate
 from truestep.runtime.ltx2.latents import from_tokens
 from truestep.runtime.ltx2.plan import ORDER, perturbed_blocks, wanted_passes
 from truestep.runtime.pipeline import Pipeline, generate
+from truestep.verdict import Verdict
 
 SEED = 7
 
@@ -228,8 +231,12 @@ def test_blocks_are_perturbed_in_the_modality_whose_scale_asks(ltx2_case: dict[s
     own = {"stg_blocks": (0,), "audio_stg_blocks": (2,), "pass_gating": "per_modality"}
     assert perturbed_blocks(controls(ltx2_case, **own)) == ((0,), (2,))
     assert perturbed_blocks(controls(ltx2_case, **own, stg_scale=0.0)) == ((), (2,))
-    shared = {**own, "pass_gating": "shared_blocks"}
-    assert perturbed_blocks(controls(ltx2_case, **shared)) == ((0,), (0,))
+    one = {**own, "pass_gating": "shared_blocks", "audio_stg_scale": 0.0}
+    assert perturbed_blocks(controls(ltx2_case, **one)) == ((0,), (0,))
+    both = {**own, "pass_gating": "shared", "stg_scale": 0.0}
+    assert perturbed_blocks(controls(ltx2_case, **both)) == ((0,), (2,))
+    off = {**both, "audio_stg_scale": 0.0}
+    assert perturbed_blocks(controls(ltx2_case, **off)) == ((), ())
 
 
 class Counted:
@@ -364,6 +371,27 @@ def test_only_the_asked_modality_is_perturbed(newer: Path, ltx2_case: dict[str, 
     found = watch.tensors
     assert torch.equal(found["step/0000/perturbed"], found["step/0000/cond"])
     assert not torch.equal(found["audio/step/0000/perturbed"], found["audio/step/0000/cond"])
+
+
+@pytest.mark.parametrize("gating", ["per_modality", "shared", "shared_blocks"])
+def test_a_floor_is_measured_with_two_videos_and_under_autocast(
+    newer: Path, ltx2_case: dict[str, Any], gating: str
+) -> None:
+    case = of_model(
+        newer,
+        ltx2_case,
+        videos_per_prompt=2,
+        dtype="bfloat16",
+        disable_autocast=False,
+        pass_gating=gating,
+        pass_batching="all",
+        steps=2,
+    )
+    recording = record_pipeline(load(case), case=case)
+    floor = recording.manifest.noise_floor
+    assert floor is not None
+    assert {run.kind for run in floor.runs} >= {"batch", "jitter", "precision", "repeat"}
+    assert check(case, recording).verdict is Verdict.IDENTICAL
 
 
 def test_hooks_are_gone_after_a_pass_that_raised(newer: Path, ltx2_case: dict[str, Any]) -> None:
@@ -510,6 +538,60 @@ def test_a_missing_embedding_or_mask_is_a_value_error(
         pipe.connect(pipe, {"cond": text, "uncond": broken})
 
 
+def test_the_audit_finds_the_recipe_followed(prepared: tuple[Any, ...]) -> None:
+    from truestep.runtime.text import audit
+
+    findings = audit(prepared[0])
+    assert [finding for finding in findings if not finding.right] == []
+    assert {finding.branch for finding in findings} == {"cond", "uncond"}
+
+
+def cut(pipe: Pipeline) -> None:
+    encode = pipe.encode_text
+    pipe.encode_text = lambda inner, prompts: Encoded(
+        *(part[:, -8:] for part in encode(inner, prompts))
+    )
+
+
+def padded_right(pipe: Pipeline) -> None:
+    encode = pipe.encode_text
+    pipe.encode_text = lambda inner, prompts: Encoded(
+        *(part.flip(1) for part in encode(inner, prompts))
+    )
+
+
+def mixed(pipe: Pipeline) -> None:
+    connect = pipe.connect
+    assert connect is not None
+    pipe.connect = lambda inner, texts: dict(
+        zip(texts, reversed(connect(inner, texts).values()), strict=True)
+    )
+
+
+def not_finite(pipe: Pipeline) -> None:
+    pipe.connectors.register_forward_hook(lambda m, args, made: (made[0] * math.nan, *made[1:]))
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (cut, {"length", "padding"}),
+        (padded_right, {"padding", "rows"}),
+        (mixed, {"connector"}),
+        (not_finite, {"connector", "finite"}),
+    ],
+)
+def test_the_audit_names_what_departs_from_the_recipe(
+    newer: Path, ltx2_case: dict[str, Any], change: Any, wrong: set[str]
+) -> None:
+    from truestep.runtime.text import audit
+
+    pipe = load(of_model(newer, ltx2_case))
+    change(pipe)
+    found = {finding.what for finding in audit(pipe) if not finding.right}
+    assert found == wrong
+
+
 # --- bad input ---------------------------------------------------------------------------------
 
 
@@ -525,6 +607,7 @@ def test_a_missing_embedding_or_mask_is_a_value_error(
         ({"max_sequence_length": 12}, "max_sequence_length 12 does not fit", "=16"),
         ({"sigma_schedule": "distilled"}, "has 8 steps, not 4", "--set steps=8"),
         ({"steps": 1}, "one step cannot be stretched", "--set steps=2"),
+        ({"text_recipe": "keep_padding"}, "keep_padding is not for LTX-2", "per_branch_connector"),
         ({"cfg": "batched"}, "cfg=batched is for models with two passes", "pass_batching"),
         ({"text_attention": "collapsed"}, "not for LTX-2", "drop both"),
         ({"flow_shift": 3.0}, "flow_shift is set", "mu is the shift"),
@@ -575,6 +658,14 @@ def test_controls_of_ltx2_in_a_wan_case_are_refused(
         load(case)
 
 
+def test_the_recipe_of_ltx2_in_a_wan_case_is_refused(
+    tiny_wan: dict[str, Path], tiny_case: dict[str, Any]
+) -> None:
+    case = Case(model=str(tiny_wan["wan21"]), **tiny_case)
+    with pytest.raises(CaseError, match="text_recipe is set, but the model makes video alone"):
+        load(case.replace(text_recipe="per_branch_connector"))
+
+
 def test_a_folder_without_sound_is_refused(
     newer: Path, ltx2_case: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -608,7 +699,7 @@ def test_an_unprepared_pipeline_says_so(newer: Path, ltx2_case: dict[str, Any]) 
 
 def test_a_control_left_alone_is_absent_from_the_case(ltx2_case: dict[str, Any]) -> None:
     case = Case(model="x", **ltx2_case)
-    given = {k for k in ltx2_case["settings"] if k not in ("device",)}
+    given = set(ltx2_case["settings"]) - {"device"}
     assert set(case.canonical()["settings"]) & set(AudioVideo.model_fields) == given
     assert case.replace(mu="constant").id != case.id
     assert case.replace(mu=None).id == case.id

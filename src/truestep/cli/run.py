@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,11 +16,26 @@ from truestep.cli.common import (
     set_option,
 )
 
+if TYPE_CHECKING:
+    from truestep.case import Case
+    from truestep.recording.format import Recording
+    from truestep.runtime.pipeline import Apply
+
+_FPS = 16
+"""Frames a second of a video that is told none."""
+
 
 @click.command("run")
 @case_options
 @set_option
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
+@click.option(
+    "--refine",
+    "upsampler",
+    type=click.Path(path_type=Path),
+    metavar="UPSAMPLER",
+    help="Then make a second stage with this latent upsampler (LTX-2): twice the size.",
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -27,8 +43,12 @@ from truestep.cli.common import (
     show_default=True,
     help="Folder for latent (safetensors) and video (mp4).",
 )
-@click.option("--latent-only", is_flag=True, help="Do not decode.")
-@click.option("--fps", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--latent-only", is_flag=True, help="Do not write a video.")
+@click.option(
+    "--fps",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Frames a second of the video; default: what the model is told, else 16.",
+)
 def command(
     names: tuple[str, ...],
     case_file: Path,
@@ -36,30 +56,76 @@ def command(
     tier: str,
     changes: tuple[str, ...],
     change: str | None,
+    upsampler: Path | None,
     output: Path,
     latent_only: bool,
-    fps: int,
+    fps: float | None,
 ) -> None:
-    """Generate cases; save the final latent and a video of each."""
+    """Generate cases; save the final latent and a video of each, with its sound if it has any."""
     cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
     cases = {name: case.replace(**parse_changes(changes)) for name, case in cases.items()}
     apply = load_change(change)
+    stages = [
+        (name, _stages(case, output=output, upsampler=upsampler)) for name, case in cases.items()
+    ]
+    for name, wanted in stages:
+        for number, case in enumerate(wanted):
+            told = name if not number else f"{name}, second stage"
+            _run(case, told, apply=apply, output=output, latent_only=latent_only, fps=fps)
+
+
+def _stages(case: Case, *, output: Path, upsampler: Path | None) -> list[Case]:
+    if upsampler is None:
+        return [case]
+    from truestep.runtime.ltx2.two_stage import second_stage
+
+    return [case, second_stage(case, _latent(case, output), upsampler=upsampler)]
+
+
+def _latent(case: Case, output: Path) -> Path:
+    return output / f"{case.id}.safetensors"
+
+
+def _run(
+    case: Case,
+    name: str,
+    *,
+    apply: Apply | None,
+    output: Path,
+    latent_only: bool,
+    fps: float | None,
+) -> None:
     from truestep.recording.record import record
-    from truestep.report.video import write_video
     from truestep.runtime.ranks import rank
 
-    for name, case in cases.items():
-        with progress_bar() as progress:
-            recording = record(case, floor="none", apply=apply, progress=progress)
-        if rank():
-            continue  # of two processes, the first one writes
-        path = output / f"{case.id}.safetensors"
-        output.mkdir(parents=True, exist_ok=True)
-        recording.save(path)
-        click.echo(f"latent: {path}")
-        if not latent_only:
-            video = output / f"{case.id}.mp4"
-            write_video(video, recording["video/frames"], fps=fps)
-            click.echo(f"video: {video}")
-        seconds = sum(sum(times) for times in recording.manifest.timings_s.values())
-        click.echo(f"{name}: {case.steps} steps in {seconds:.1f} s")
+    with progress_bar() as progress:
+        recording = record(case, floor="none", apply=apply, progress=progress)
+    if rank():
+        return  # of two processes, the first one writes
+    output.mkdir(parents=True, exist_ok=True)
+    recording.save(_latent(case, output))
+    click.echo(f"latent: {_latent(case, output)}")
+    if not latent_only:
+        video = output / f"{case.id}.mp4"
+        _write(video, recording, case, fps=fps)
+        click.echo(f"video: {video}")
+    seconds = sum(sum(times) for times in recording.manifest.timings_s.values())
+    click.echo(f"{name}: {case.steps} steps in {seconds:.1f} s")
+
+
+def _write(path: Path, recording: Recording, case: Case, *, fps: float | None) -> None:
+    from truestep.report.video import write_clip
+
+    waveform = recording.get("audio/waveform")
+    default: float = _FPS
+    if waveform is not None:
+        from truestep.runtime.ltx2.settings import FPS
+
+        default = FPS
+    write_clip(
+        path,
+        recording["video/frames"],
+        fps=fps or case.settings.fps or default,
+        waveform=waveform,
+        sample_rate=None if waveform is None else recording.manifest.settings["sample_rate"],
+    )

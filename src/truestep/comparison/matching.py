@@ -14,7 +14,7 @@ from truestep.comparison.modality import in_seconds, modalities, told_apart, wit
 from truestep.comparison.structure import structure
 from truestep.environment import library_version
 from truestep.errors import UsageError
-from truestep.recording.names import Address, address
+from truestep.recording.names import Address, address, without_modality
 from truestep.rule import SIZES, Measured, Outcome, bounded, judge, rule_of
 from truestep.verdict import (
     Comparison,
@@ -257,7 +257,7 @@ def build_comparison(
     if fields.get("case_differences"):
         verdicts.append(Verdict.INCOMPARABLE)
     verdict = fields.pop("verdict", None) or Verdict.worst(verdicts)
-    first = next((row for row in rows if row.verdict in (Verdict.DRIFTED, Verdict.INVALID)), None)
+    first = _first_failing(rows)
     divergence = None
     if first is not None:
         divergence = Divergence(
@@ -283,6 +283,21 @@ def build_comparison(
         unexpected=tuple(row.name for row in rows if row.reference is None),
         **fields,
     )
+
+
+def _first_failing(rows: Sequence[Row]) -> Row | None:
+    """The first row that failed; of the two modalities of one tensor the one that is further off.
+
+    What one forward makes of both is made at once: an error in one of them reaches the other inside
+    the model, and is larger where it is made.
+    """
+    failing = [row for row in rows if row.verdict in (Verdict.DRIFTED, Verdict.INVALID)]
+    if not failing:
+        return None
+    name = without_modality(failing[0].name)
+    both = [row for row in failing if without_modality(row.name) == name]
+    worst = Verdict.worst(row.verdict for row in both)
+    return max((row for row in both if row.verdict is worst), key=lambda row: row.ratio or 0.0)
 
 
 def with_divergence(

@@ -26,7 +26,7 @@ from truestep.runtime.pipeline import (
     generate,
 )
 
-KEPT = ("latent/final", "video/frames")
+KEPT = ("latent/final", "audio/latent/final", "video/frames", "audio/waveform")
 """What a generation leaves behind."""
 
 

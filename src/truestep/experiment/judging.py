@@ -10,9 +10,10 @@ from truestep.comparison.matching import compare_tensors
 from truestep.experiment.frames import frame_scores
 from truestep.experiment.records import Sameness
 from truestep.noise import NoiseFloor
-from truestep.verdict import Comparison, Row
+from truestep.verdict import Comparison, Row, Verdict
 
-FINAL, FRAMES = "latent/final", "video/frames"
+FINALS, FRAMES = ("latent/final", "audio/latent/final"), "video/frames"
+"""Final latents, the sound's where there is one; decoded frames."""
 
 
 def sameness(
@@ -27,7 +28,7 @@ def sameness(
 
     Args:
         case: Its id.
-        tensors: Arm to `latent/final` and `video/frames`; an arm may be absent.
+        tensors: Arm to final latents and `video/frames`; an arm may be absent.
         steps: The comparison of the stages, if there is one.
         floor: Of the final latent of a free run.
         pairs: Working precisions of candidate and control against the baseline's.
@@ -58,8 +59,11 @@ def final_row(
     floor: NoiseFloor | None,
     pair: str | None,
 ) -> Row | None:
-    """The final latent against the baseline's; None where one is absent."""
-    if FINAL not in actual or FINAL not in reference:
+    """The final latent against the baseline's, video's or sound's, whichever is worse; None where
+    an arm is absent."""
+    if FINALS[0] not in actual or FINALS[0] not in reference:
         return None
-    sides = ({FINAL: actual[FINAL]}, {FINAL: reference[FINAL]})
-    return compare_tensors(*sides, floor=floor, pair=pair)[0]
+    sides = ({name: side[name] for name in FINALS if name in side} for side in (actual, reference))
+    rows = compare_tensors(*sides, floor=floor, pair=pair)
+    worst = Verdict.worst(row.verdict for row in rows)
+    return max((row for row in rows if row.verdict is worst), key=lambda row: row.ratio or 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from truestep.environment import Environment
 from truestep.errors import TruestepError, WriteError
 from truestep.experiment.arms import Arm, Run, choose, digest, load_arm, own_backend, run
 from truestep.experiment.cluster import Ended, Task, run_tasks
-from truestep.experiment.judging import final_row, sameness
+from truestep.experiment.judging import FINALS, final_row, sameness
 from truestep.experiment.planning import arm_case, own_settings
 from truestep.experiment.records import (
     ARMS,
@@ -401,8 +401,8 @@ class _Cell:
                 memory_mib=made.memory_mib,
                 memory_kind=made.memory_kind,
                 forwards=made.forwards,
-                latent=digest(made.tensors["latent/final"]),
-                frames=digest(made.tensors["video/frames"]),
+                latent=_digests(made, FINALS),
+                frames=_digests(made, ("video/frames", "audio/waveform")),
             )
             self.store.append(self.cell, sample)
             found.append(sample)
@@ -421,6 +421,11 @@ class _Cell:
         runs = [[(s.arm, s.seconds) for s in found] for found in self.rounds.values()]
         ratios = paired_ratios(runs, actual="candidate", reference="baseline")
         return interval(ratios).half_width <= self.plan.until
+
+
+def _digests(made: Run, names: Sequence[str]) -> str:
+    """Of what a generation left behind: of the video, and of the sound where there is one."""
+    return " ".join(digest(made.tensors[name]) for name in names if name in made.tensors)
 
 
 def with_floor(recording: Recording, floor: NoiseFloor | None) -> Recording:

@@ -302,7 +302,8 @@ def _each_connected(
         changed = {}
         for branch, text in texts.items():
             embeds = change(text.embeds)
-            changed[branch] = Encoded(embeds, text.mask.expand(embeds.shape[0], -1))
+            times = embeds.shape[0] // text.mask.shape[0]
+            changed[branch] = Encoded(embeds, text.mask.repeat(times, 1))
         return {branch: back(value) for branch, value in original(inner, changed).items()}
 
     return connect

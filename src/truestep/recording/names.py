@@ -97,6 +97,11 @@ def address(name: str) -> Address:
     return Address()
 
 
+def without_modality(name: str) -> str:
+    """The name that the video part of a tensor has, whichever part this is the name of."""
+    return name.replace(AUDIO, "", 1)
+
+
 def step_name(step: int, what: str) -> str:
     """`step/0007/cond` for step 7 and `cond`."""
     return f"step/{step:04d}/{what}"

@@ -6,7 +6,7 @@ A recording holds the video part under the plain name (`step/0007/cond`), the au
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -48,6 +48,16 @@ def each(change: Callable[..., torch.Tensor], *values: Value) -> Value:
     if not isinstance(first, tuple):
         return change(*values)
     return type(first)(*(change(*parts) for parts in zip(*values, strict=True)))
+
+
+def tensors_of(value: Value) -> tuple[torch.Tensor, ...]:
+    """The tensors of a value, in order."""
+    return tuple(value) if isinstance(value, tuple) else (value,)
+
+
+def made_of(tensors: Iterable[torch.Tensor], *, like: Value) -> Value:
+    """A value of the same kind as another from its tensors."""
+    return type(like)(*tensors) if isinstance(like, tuple) else next(iter(tensors))
 
 
 def floating(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -105,7 +105,8 @@ class Finding:
 
     Attributes:
         branch: `cond` or `uncond`.
-        what: `recipe`, `length`, `tail`, `dtype`, `mask`, `rows` or `finite`.
+        what: `recipe`, `length`, `tail`, `dtype`, `mask`, `rows` or `finite`; of a model with a
+            text connector also `padding` and `connector`.
         found, expected: In words.
         right: Whether the two agree.
     """
@@ -127,6 +128,12 @@ def audit(pipe: Any) -> list[Finding]:
         Findings for the prompt and, with guidance, the negative prompt, in a fixed order.
     """
     settings = pipe.settings
+    if pipe.audio_video:
+        from truestep.runtime.ltx2.text import audited
+
+        pipe.prepare(pipe)
+        with torch.no_grad():
+            return audited(pipe)
     prompts = {"cond": settings.prompt}
     if settings.guided:
         prompts["uncond"] = settings.negative_prompt
@@ -153,14 +160,14 @@ def _audited(pipe: Any, branch: str, prompt: str) -> list[Finding]:
     masked, unmasked = (_encoded(encoder, ids, given, "cpu") for given in (mask, None))
     real = made[:, :count].double()
     wanted = masked[:, : real.shape[1]].double()
-    apart = _apart(real, wanted)
-    without = _apart(real, unmasked[:, : real.shape[1]].double())
+    distance = apart(real, wanted)
+    without = apart(real, unmasked[:, : real.shape[1]].double())
     limit = 64 * torch.finfo(encoder.dtype).eps
     tail = made[:, count:]
     zeros = not bool(tail.any())
     tail_found = "exact zeros" if zeros else f"up to {float(tail.abs().max()):.2g}"
     dtype = (str(made.dtype).removeprefix("torch."), str(encoder.dtype).removeprefix("torch."))
-    ignores = without < apart and without <= limit
+    ignores = without < distance and without <= limit
     own = settings.text_recipe
     return [
         Finding(branch, "recipe", own, f"{recipe}, as {family} was trained", own == recipe),
@@ -183,9 +190,9 @@ def _audited(pipe: Any, branch: str, prompt: str) -> list[Finding]:
         Finding(
             branch,
             "rows",
-            f"rel_l2 {apart:.1e} from the encoder's",
+            f"rel_l2 {distance:.1e} from the encoder's",
             f"at most {limit:.1e}",
-            apart <= limit,
+            distance <= limit,
         ),
         Finding(
             branch,
@@ -197,7 +204,8 @@ def _audited(pipe: Any, branch: str, prompt: str) -> list[Finding]:
     ]
 
 
-def _apart(made: torch.Tensor, wanted: torch.Tensor) -> float:
+def apart(made: torch.Tensor, wanted: torch.Tensor) -> float:
+    """rel_l2; infinite where shapes differ or nothing is there."""
     if made.shape != wanted.shape or not wanted.numel():
         return math.inf
     return float((made - wanted).norm() / wanted.norm())

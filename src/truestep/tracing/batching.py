@@ -16,6 +16,7 @@ import torch
 from truestep.case import Case
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.errors import UsageError
+from truestep.runtime.joint import each, made_of, tensors_of
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Apply, Observer, apply_change, encode
 from truestep.tracing.isolation import Flow, flow
@@ -91,20 +92,21 @@ def case_batch_invariance(case: Case, *, apply: Apply | None = None) -> Comparis
         pipe.prepare(pipe)
         text = encode(pipe, Observer())
         own = text["cond"]
-        texts = torch.cat((own, text.get("uncond", own)))
+        texts = each(lambda *pair: torch.cat(pair), own, text.get("uncond", own))
         step = pipe.make_schedule(pipe).step(0)
         latent = pipe.make_latent(pipe)
-        latents = torch.cat((latent, latent.flip(-1)))
+        latents = each(lambda part: torch.cat((part, part.flip(-1))), latent)
     model = pipe.expert(step.expert)
     if not isinstance(model, torch.nn.Module):
         raise UsageError("the model is no torch module", where=f"case {case.id}")
-    result = batch_invariance(
-        model,
-        latents,
-        texts,
-        call=lambda latent, text: pipe.predict(pipe, latent, step, text, "cond"),
-        branch="cond",
-    )
+    first = tensors_of(latents)
+
+    def call(*parts: Tensor) -> object:
+        own_latent = made_of(parts[: len(first)], like=latents)
+        own_text = made_of(parts[len(first) :], like=texts)
+        return pipe.predict(pipe, own_latent, step, own_text, "cond")
+
+    result = batch_invariance(model, *first, *tensors_of(texts), call=call, branch="cond")
     return result.model_copy(update={"case_id": case.id, "case": case.canonical()})
 
 

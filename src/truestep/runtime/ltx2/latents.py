@@ -9,15 +9,34 @@ import torch
 
 from truestep.errors import CaseError
 from truestep.runtime.joint import Joint
-from truestep.runtime.ltx2.settings import audio_length, latent_shape, of, ratios
+from truestep.runtime.ltx2.settings import (
+    audio_length,
+    first_sigma,
+    latent_shape,
+    of,
+    ratios,
+)
+from truestep.runtime.ltx2.two_stage import (
+    noised,
+    renormalised,
+    spent,
+    starting_point,
+    upsampled,
+    upsampler_scale,
+)
 from truestep.runtime.pipeline import Pipeline
 
 
 def make_latent(pipe: Pipeline) -> Joint:
-    """Normal noise, the video's drawn first; its first frame is the image's, where one is given."""
+    """Normal noise, the video's drawn first; its first frame is the image's, where one is given.
+
+    A second stage's is the upsampled clip of the first, under as much noise as its first sigma is.
+    """
     on_device = of(pipe).generator_device == "device"
     generator = torch.Generator(pipe.device if on_device else "cpu")
     generator.manual_seed(pipe.settings.seed)
+    if pipe.settings.initial is not None:
+        return _second_latent(pipe, generator)
 
     def noise(*shape: int) -> torch.Tensor:
         drawn = torch.randn(shape, generator=generator, device=generator.device)
@@ -27,10 +46,7 @@ def make_latent(pipe: Pipeline) -> Joint:
     count = pipe.settings.videos_per_prompt or 1
     video = noise(count, pipe.transformer.config.in_channels, *latent_shape(pipe))
     if pipe.settings.image is not None:
-        first = _image_latent(pipe)
-        mask = torch.zeros_like(video[:, :1])
-        mask[:, :, 0] = 1.0
-        video = first.repeat(1, 1, video.shape[2], 1, 1) * mask + video * (1 - mask)
+        video = _given_image(pipe, video)
     sound = noise(
         count,
         audio_vae.config.latent_channels,
@@ -38,6 +54,29 @@ def make_latent(pipe: Pipeline) -> Joint:
         audio_vae.config.mel_bins // audio_vae.mel_compression_ratio,
     )
     return Joint(to_tokens(pipe, video), sound.transpose(1, 2).flatten(2, 3))
+
+
+def _second_latent(pipe: Pipeline, generator: torch.Generator) -> Joint:
+    start = Joint(*(part.to(pipe.device) for part in starting_point(pipe)))
+    spent(pipe, generator)
+    sigma = first_sigma(of(pipe))
+    frames, height, width = latent_shape(pipe)
+    scale = upsampler_scale(Path(str(pipe.settings.upsampler)))
+    before = (frames, round(height / scale), round(width / scale))
+    small = from_tokens(pipe, start.video, shape=before)
+    video = noised(to_tokens(pipe, upsampled(pipe, small)), sigma=sigma, generator=generator)
+    if pipe.settings.image is not None:
+        video = to_tokens(pipe, _given_image(pipe, from_tokens(pipe, video)))
+    sound = noised(renormalised(pipe, start.audio), sigma=sigma, generator=generator)
+    return Joint(video, sound)
+
+
+def _given_image(pipe: Pipeline, video: torch.Tensor) -> torch.Tensor:
+    """A latent whose first frame is the image's."""
+    first = _image_latent(pipe)
+    mask = torch.zeros_like(video[:, :1])
+    mask[:, :, 0] = 1.0
+    return first.repeat(1, 1, video.shape[2], 1, 1) * mask + video * (1 - mask)
 
 
 def to_tokens(pipe: Pipeline, latent: torch.Tensor) -> torch.Tensor:
@@ -49,9 +88,11 @@ def to_tokens(pipe: Pipeline, latent: torch.Tensor) -> torch.Tensor:
     return cut.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4, 7).flatten(1, 3)
 
 
-def from_tokens(pipe: Pipeline, tokens: torch.Tensor) -> torch.Tensor:
-    """The reverse of `to_tokens`."""
-    frames, height, width = latent_shape(pipe)
+def from_tokens(
+    pipe: Pipeline, tokens: torch.Tensor, *, shape: tuple[int, int, int] | None = None
+) -> torch.Tensor:
+    """The reverse of `to_tokens`; `shape` is `f h w`, this run's by default."""
+    frames, height, width = shape or latent_shape(pipe)
     config = pipe.transformer.config
     p, t = config.patch_size, config.patch_size_t
     cut = tokens.reshape(tokens.shape[0], frames // t, height // p, width // p, -1, t, p, p)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -191,9 +191,10 @@ def _gates(model: Any, timestep: torch.Tensor, controls: Controls) -> Iterator[N
         yield
 
 
-def _autocast(pipe: Pipeline, controls: Controls) -> Any:
-    dtype = getattr(torch, pipe.settings.dtype)
-    if controls.disable_autocast or dtype is torch.float32:
+def _autocast(pipe: Pipeline, controls: Controls) -> AbstractContextManager[Any]:
+    """Autocast in the transformer's own 16-bit dtype; raised to more bits, it runs without."""
+    dtype = pipe.transformer.dtype
+    if controls.disable_autocast or dtype not in (torch.bfloat16, torch.float16):
         return nullcontext()
     return torch.autocast(torch.device(pipe.device).type, dtype=dtype)
 

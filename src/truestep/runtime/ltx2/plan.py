@@ -22,6 +22,13 @@ Source:
     ltx-pipelines utils/constants.py; diffusers pipelines/ltx2/utils.py.
 """
 
+LAST = 0.0011
+"""Sigma before 0 of the sampler `res2s`; from there the estimate is taken.
+
+Source:
+    ltx_pipelines/utils/samplers.py, `res2s_audio_video_denoising_loop`.
+"""
+
 
 def configured_scheduler(scheduler: Any, controls: Controls) -> Any:
     """The folder's scheduler with the controls' shift and end; itself where it has them."""
@@ -41,8 +48,9 @@ def configured_scheduler(scheduler: Any, controls: Controls) -> Any:
     return type(scheduler).from_config(scheduler.config, **wanted)
 
 
-def shared(controls: Controls) -> bool:
-    return controls.pass_gating != "per_modality"
+def one_list(controls: Controls) -> bool:
+    """Whether both modalities are perturbed in the video's blocks."""
+    return controls.pass_gating == "shared_blocks"
 
 
 def wanted_passes(scale: float, controls: Controls) -> tuple[Branch, ...]:
@@ -78,11 +86,11 @@ def wanted_passes(scale: float, controls: Controls) -> tuple[Branch, ...]:
 
 def perturbed_blocks(controls: Controls) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Blocks whose self-attention passes values through in the perturbed pass: video's, audio's."""
-    if shared(controls):
-        on = bool(controls.stg_scale or controls.audio_stg_scale)
-        blocks = controls.stg_blocks if on else ()
-        return blocks, blocks
-    return (
-        controls.stg_blocks if controls.stg_scale else (),
-        controls.audio_stg_blocks if controls.audio_stg_scale else (),
-    )
+    c = controls
+    own = c.pass_gating == "per_modality"
+    video_on, audio_on = c.stg_scale, c.audio_stg_scale
+    if not own:
+        video_on = audio_on = video_on or audio_on
+    video = c.stg_blocks if video_on else ()
+    audio = (video if one_list(c) else c.audio_stg_blocks) if audio_on else ()
+    return video, audio

@@ -8,7 +8,8 @@ estimate itself. All in float64.
 Where it is not the reference, given the same predictions:
 - Between predictions the reference rounds latents to the model's dtype (bfloat16); here they stay
   in float32, and equal the reference's run with `model_dtype=float32`.
-- The reference has the sigmas of a step, not those of its midpoint, in float32: 1e-7 apart.
+- The reference has the sigmas of a step in float32 and those of its midpoint in float64; here a
+  schedule is float32, and what is computed from it float64: 1e-7 apart.
 - phi is summed where the reference subtracts: 1e-16 / h^2 apart.
 - The reference runs it with the distilled LoRA at part of its strength: give a model folder that
   has it in its weights. diffusers has no such sampler.
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 import torch
 
 from truestep.runtime.joint import Joint
+from truestep.runtime.ltx2.plan import LAST
 from truestep.runtime.ltx2.settings import of
 from truestep.runtime.pipeline import Pipeline, Step
 
@@ -38,9 +40,6 @@ STEP_SEED = -1
 MIDPOINT_SEED = STEP_SEED + 10_000
 """Seeds of the new noise. The entries of the reference give none: these are its loop's defaults,
 whatever the seed of the initial noise is."""
-
-LAST = 0.0011
-"""Sigma before 0; from there the estimate is taken."""
 
 _REFINED_BELOW, _REFINED_ABOVE, _REFINEMENTS = 0.5, 0.03, 100
 """Steps shorter than this, from sigmas above this, have their start refined so often."""
@@ -161,9 +160,7 @@ def to_next(
     h = math.log(sigma / sigma_next)
     _, b1, b2 = weights(h)
     moved = half.start + h * (b1 * half.towards + b2 * (estimate - half.start))
-    return renoised(
-        half.start, moved, sigma=sigma, sigma_next=sigma_next, noise=noise, eta=eta
-    )
+    return renoised(half.start, moved, sigma=sigma, sigma_next=sigma_next, noise=noise, eta=eta)
 
 
 @dataclass
@@ -248,20 +245,20 @@ def advance(pipe: Pipeline, step: Step, guided: Joint, latent: Joint) -> Joint:
     if step.index == len(sigmas) - 2:
         return Joint(*(g.to(x.dtype) for g, x in zip(guided, latent, strict=True)))
     number, second = divmod(step.index, 2)
-    ends = {"sigma": float(sigmas[2 * number]), "sigma_next": float(sigmas[2 * number + 2])}
+    sigma, sigma_next = float(sigmas[2 * number]), float(sigmas[2 * number + 2])
     noise = (state.at_step if second else state.at_midpoint).of(number, latent)
     x, x0 = ([part.to(_wide(part.device)) for part in value] for value in (latent, guided))
     if second:
         if state.step != number:
             raise RuntimeError(f"the second half of step {number} without its first")
         moved = [
-            to_next(*parts[:2], noise=parts[2], **ends)
-            for parts in zip(state.halves, x0, noise, strict=True)
+            to_next(half, estimate, sigma=sigma, sigma_next=sigma_next, noise=new)
+            for half, estimate, new in zip(state.halves, x0, noise, strict=True)
         ]
     else:
         made = [
-            to_midpoint(*parts[:2], noise=parts[2], **ends)
-            for parts in zip(x, x0, noise, strict=True)
+            to_midpoint(start, estimate, sigma=sigma, sigma_next=sigma_next, noise=new)
+            for start, estimate, new in zip(x, x0, noise, strict=True)
         ]
         moved = [middle for middle, _ in made]
         state.halves, state.step = tuple(half for _, half in made), number

@@ -10,12 +10,14 @@ from truestep.controls import Controls, find_profile, resolve
 from truestep.errors import CaseError, UsageError
 from truestep.runtime.attention import set_backend
 from truestep.runtime.ltx2.plan import (
+    LAST,
     SIGMAS,
     configured_scheduler,
+    one_list,
     perturbed_blocks,
-    shared,
     wanted_passes,
 )
+from truestep.runtime.ltx2.two_stage import check_initial
 from truestep.runtime.pipeline import Branch, Pipeline
 
 FPS = 24.0
@@ -28,6 +30,7 @@ def prepare(pipe: Pipeline) -> None:
     Raises:
         CaseError: A setting is missing, has no meaning for this family, or does not fit the model;
             nothing is rounded.
+        FileFormatError: The recording to start from is damaged or lacks a part.
         UsageError: The profile is unknown.
     """
     settings = pipe.settings
@@ -43,6 +46,7 @@ def prepare(pipe: Pipeline) -> None:
     _check_blocks(pipe, controls)
     _check_text(pipe)
     _check_steps(pipe, controls)
+    check_initial(pipe, sigma=first_sigma(controls), audio_length=audio_length(pipe))
     pipe.scheduler = configured_scheduler(pipe.scheduler, controls)
     if settings.attention_backend is not None:
         set_backend(pipe.transformer, settings.attention_backend)
@@ -94,6 +98,12 @@ def _check_family(pipe: Pipeline) -> None:
             "timestep: there is nothing to collapse or to keep",
             hint="drop both",
         )
+    if settings.text_recipe != "per_branch_connector":
+        raise CaseError(
+            f"the text recipe {settings.text_recipe} is not for LTX-2",
+            measured="its text goes through a connector that replaces the padding",
+            hint="--set text_recipe=per_branch_connector",
+        )
     found = version(pipe)
     if found not in profile.versions:
         raise CaseError(
@@ -144,7 +154,7 @@ def _check_blocks(pipe: Pipeline, controls: Controls) -> None:
         ("stg_blocks", controls.stg_scale, controls.stg_blocks),
         ("audio_stg_blocks", controls.audio_stg_scale, controls.audio_stg_blocks),
     ):
-        if scale and not blocks and not (key.startswith("audio") and shared(controls)):
+        if scale and not blocks and not (key.startswith("audio") and one_list(controls)):
             raise CaseError(
                 f"{key} is empty, and its scale is {scale:g}",
                 hint=f"--set {key}=28, or set the scale to 0",
@@ -180,8 +190,12 @@ def _check_steps(pipe: Pipeline, controls: Controls) -> None:
             measured=f"its only sigma is 1, and the last one is to be {controls.terminal_sigma:g}",
             hint="--set steps=2",
         )
-    if controls.sampler != "euler":
-        raise CaseError(f"the sampler {controls.sampler} is not to be had", hint="drop sampler")
+    if controls.sampler == "res2s" and fixed is None and controls.terminal_sigma <= LAST:
+        raise CaseError(
+            f"terminal_sigma {controls.terminal_sigma:g} is below the last sigma of res2s",
+            measured=f"it ends at {LAST:g}",
+            hint="--set terminal_sigma=0.1",
+        )
     if pipe.vae.config.timestep_conditioning:
         raise CaseError(
             "the video VAE is conditioned on a timestep, which no LTX-2 or 2.3 model is",
@@ -243,11 +257,21 @@ def passes(pipe: Pipeline) -> tuple[Branch, ...]:
 def skips(pipe: Pipeline, index: int) -> bool:
     """Whether a step keeps the last denoised estimate, without any forward (`skip_step`).
 
+    The midpoints of `res2s` never do, and its steps are counted without them.
+
     Source:
         ltx-core components/guiders.py, `should_skip_step`.
     """
     period = of(pipe).skip_step + 1
+    if of(pipe).sampler == "res2s":
+        index, midpoint = divmod(index, 2)
+        return not midpoint and index % period != 0
     return index % period != 0
+
+
+def first_sigma(controls: Controls) -> float:
+    """Where the schedule starts."""
+    return SIGMAS.get(controls.sigma_schedule, (1.0,))[0]
 
 
 def given_tokens(pipe: Pipeline, tokens: torch.Tensor) -> torch.Tensor | None:
