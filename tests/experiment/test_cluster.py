@@ -212,6 +212,19 @@ def _processes_with(mark: str) -> list[str]:
 
 
 @pytest.mark.slow
+def test_an_interrupt_that_something_swallowed_still_stops(cluster: None) -> None:
+    tasks = {"first": Task(time.sleep, (0.0,)), "second": Task(time.sleep, (60.0,))}
+    before = signal.getsignal(signal.SIGINT)
+    endings = run_tasks(tasks)
+    assert next(endings).name == "first"
+    with suppress(KeyboardInterrupt):  # as a callback that is no business of ours would
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        next(endings)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
 def test_a_lost_worker_is_retried_and_a_poisoned_task_leaves_the_others(
     cluster: None,
     tmp_path: Path,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,7 @@ def run_tasks(
     worker = ray.remote(max_retries=0, max_calls=1, **wanted)(_on_worker)
     seen = {str(path.resolve()): content for path, content in (shared or {}).items()}
     pending: dict[Any, str] = {}
+    signals = ExitStack()
     tries = dict.fromkeys(tasks, 0)
 
     def submit(name: str) -> None:
@@ -151,10 +154,16 @@ def run_tasks(
         pending[worker.remote(tasks[name], str(Path.cwd()), seen)] = name
 
     try:
+        stopped = signals.enter_context(_interrupts())
         for name in tasks:
             submit(name)
         while pending:
-            (ref,), _ = ray.wait(list(pending), num_returns=1)
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
+            if stopped():
+                raise KeyboardInterrupt
+            if not ready:
+                continue
+            ref = ready[0]
             name = pending.pop(ref)
             try:
                 value = ray.get(ref)
@@ -181,8 +190,33 @@ def run_tasks(
                 )
             yield Ended(name, value)
     finally:
+        signals.close()
         for ref in pending:
             ray.cancel(ref, force=True)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Remember an interrupt: one that comes while Ray's own callbacks run raises inside them, and
+    is lost there.
+
+    Yields:
+        A function that says whether there was one.
+    """
+    seen: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _on_worker(task: Task, folder: str, seen: Mapping[str, bytes | None]) -> Any:
