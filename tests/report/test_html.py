@@ -18,6 +18,7 @@ from truestep.verdict import (
     Comparison,
     Cost,
     FloorUsed,
+    KnownFailure,
     Media,
     Metrics,
     Results,
@@ -252,3 +253,21 @@ def test_a_report_that_cannot_be_written(drifted: Comparison, tmp_path: Path) ->
         write_many(tmp_path / "file" / "r.html", [drifted])
     write_many(tmp_path / "new" / "r.html", [drifted])
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["r.html"]
+
+
+def test_a_known_failure_passes_and_says_so(drifted: Comparison) -> None:
+    known = KnownFailure(
+        name="three",
+        outcome="known",
+        text="known failure: as stated",
+        reason="a kernel",
+        since="2026-01-01",
+        stage="guidance",
+        statistic="rel_l2",
+        stated=1e-2,
+        measured=1e-2,
+        tolerance=2.0,
+    )
+    page = render([drifted.model_copy(update={"known": known}), drifted])
+    assert "2 checks: 1 did not pass, 1 passed (1 drifted, 1 known failure)" in page
+    assert page.count("</span> known failure</span>") == 2  # the index and its own section

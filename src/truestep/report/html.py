@@ -265,12 +265,12 @@ def render(comparisons: Sequence[Comparison]) -> str:
     Returns:
         HTML whose content security policy lets it load nothing and run nothing but its own script.
     """
-    ordered = sorted(comparisons, key=lambda c: c.verdict.passed)
+    ordered = sorted(comparisons, key=lambda c: c.exit_code == 0)
     slim = [c.model_copy(update={"media": _measured(c)}) for c in ordered]
     return page(
         "report.html",
         title=_title(ordered),
-        items=[(c, curve(c.rows), label(c.verdict)) for c in ordered],
+        items=[(c, curve(c.rows), LABELS[c.exit_code], outcome(c)) for c in ordered],
         label=label,
         facts=facts,
         sides=sides,
@@ -288,13 +288,19 @@ def label(verdict: Verdict) -> str:
     return LABELS[verdict.exit_code]
 
 
+def outcome(comparison: Comparison) -> str:
+    """The verdict in a word, or what a ledger of known failures makes of it."""
+    known = comparison.known
+    return "known failure" if known and known.accepted else comparison.verdict.value
+
+
 def _title(comparisons: Sequence[Comparison]) -> str:
     if len(comparisons) == 1:
         return comparisons[0].sentence
     if not comparisons:
         return "invalid: there was nothing to compare"
-    failed = sum(not c.verdict.passed for c in comparisons)
-    counts = Counter(c.verdict.value for c in comparisons)
+    failed = sum(c.exit_code != 0 for c in comparisons)
+    counts = Counter(outcome(c) for c in comparisons)
     kinds = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     passed = len(comparisons) - failed
     return f"{len(comparisons)} checks: {failed} did not pass, {passed} passed ({kinds})"
