@@ -21,6 +21,7 @@ from truestep.noise import (
     pair_of,
     sample_sizes,
 )
+from truestep.recording.names import FINALS
 from truestep.runtime.joint import AUDIO
 from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
 
@@ -224,12 +225,11 @@ def _final(pipe: Pipeline, recording: Recording) -> _Run:
     from truestep.runtime.pipeline import generate
 
     replayed = Replay()
-    finals = ("latent/final", f"{AUDIO}latent/final")
     decodes = "video/frames" in recording
-    watch = Kept(replayed.outputs, (*finals, "video/frames", f"{AUDIO}waveform"))
+    watch = Kept(replayed.outputs, (*FINALS, "video/frames", f"{AUDIO}waveform"))
     run = partial(generate, pipe, observer=watch, output="frames" if decodes else "latent")
     replayed.attempt("latent/final", run)
-    return _Run("final", replayed, tuple(name for name in finals if name in recording))
+    return _Run("final", replayed, tuple(name for name in FINALS if name in recording))
 
 
 def _steps(

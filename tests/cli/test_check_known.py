@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from truestep.cli import main
+from tests.commands import Run, runner
 
-Run = Callable[..., tuple[int, str, str]]
 CASES = """
 [case.{name}]
 model = "{model}"
@@ -57,18 +53,7 @@ def recorded(tiny_wan: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def run(recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     monkeypatch.chdir(recorded)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["truestep", *arguments])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return (code if isinstance(code, int) else int(code is not None)), out, err
-
-    return run
+    return runner(monkeypatch, capsys)
 
 
 def ledger(name: str = "three", *, stage: str = "guidance", size: float) -> tuple[str, str]:

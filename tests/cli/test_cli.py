@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from truestep.cli import main
+from tests.commands import Run, runner
 from truestep.cli.app import VERBS
 from truestep.verdict import Results
-
-Run = Callable[..., tuple[int, str, str]]
 
 FILE = """
 [case.three]
@@ -47,18 +43,7 @@ settings = {{ device = "cpu" }}
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Run the command in an empty folder; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["truestep", *arguments])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return (code if isinstance(code, int) else int(code is not None)), out, err
-
-    return run
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.commands import Run, runner
 from tests.thresholds.samples import VACUOUS
-from truestep.cli import main
 
-Run = Callable[..., tuple[int, str, str]]
 CASES = """
 [case.three]
 model = "{model}"
@@ -52,18 +48,7 @@ def run(
 ) -> Run:
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["truestep", *arguments])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return (code if isinstance(code, int) else int(code is not None)), out, err
-
-    return run
+    return runner(monkeypatch, capsys)
 
 
 def vacuous(path: str = "h100.json", case: str = "three") -> None:

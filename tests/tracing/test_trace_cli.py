@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.commands import Run, runner
 from tests.tracing.models import given, model
 from truestep.case import Case
-from truestep.cli import main
 from truestep.recording.format import Recording
 from truestep.tracing.record import record_trace, verify
 from truestep.verdict import Verdict
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Run the command in an empty folder; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["truestep", *arguments])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capfd.readouterr()
-        return (code if isinstance(code, int) else int(code is not None)), out, err
-
-    return run
+    return runner(monkeypatch, capfd)
 
 
 @pytest.fixture

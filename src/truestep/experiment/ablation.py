@@ -28,8 +28,8 @@ from truestep.experiment.attribution import (
 from truestep.noise import free_running, pair_of
 from truestep.recording.capture import Capture
 from truestep.recording.format import Recording
+from truestep.recording.names import FINALS
 from truestep.recording.record import record_pipeline
-from truestep.runtime.joint import AUDIO
 from truestep.runtime.loading import load
 from truestep.runtime.ltx2.plan import perturbed_blocks, wanted_passes
 from truestep.runtime.pipeline import Pipeline, generate
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
     from truestep.experiment.ablation_records import Choice
     from truestep.recording.capture import Progress
-
-FINALS = ("latent/final", f"{AUDIO}latent/final")
 
 
 def ablate(

@@ -16,6 +16,7 @@ from truestep.environment import usable_device
 from truestep.experiment.records import ArmName
 from truestep.recording.capture import is_compiled
 from truestep.recording.format import bytes_of
+from truestep.recording.names import FINALS
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import (
     MODELS,
@@ -26,7 +27,7 @@ from truestep.runtime.pipeline import (
     generate,
 )
 
-KEPT = ("latent/final", "audio/latent/final", "video/frames", "audio/waveform")
+KEPT = (*FINALS, "video/frames", "audio/waveform")
 """What a generation leaves behind."""
 
 

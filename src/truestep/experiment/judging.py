@@ -10,10 +10,10 @@ from truestep.comparison.matching import compare_tensors
 from truestep.experiment.frames import frame_scores
 from truestep.experiment.records import Sameness
 from truestep.noise import NoiseFloor
+from truestep.recording.names import FINALS
 from truestep.verdict import Comparison, Row, Verdict
 
-FINALS, FRAMES = ("latent/final", "audio/latent/final"), "video/frames"
-"""Final latents, the sound's where there is one; decoded frames."""
+FRAMES = "video/frames"
 
 
 def sameness(

@@ -16,7 +16,7 @@ from truestep.environment import Environment
 from truestep.errors import TruestepError, WriteError
 from truestep.experiment.arms import Arm, Run, choose, digest, load_arm, own_backend, run
 from truestep.experiment.cluster import Ended, Task, run_tasks
-from truestep.experiment.judging import FINALS, final_row, sameness
+from truestep.experiment.judging import final_row, sameness
 from truestep.experiment.planning import arm_case, own_settings
 from truestep.experiment.records import (
     ARMS,
@@ -35,6 +35,7 @@ from truestep.experiment.table import complete_rounds
 from truestep.files import write_text
 from truestep.noise import NoiseFloor, free_running, pair_of
 from truestep.recording.format import Recording
+from truestep.recording.names import FINALS
 from truestep.recording.record import FloorChoice, record_pipeline
 from truestep.runtime.loading import load
 

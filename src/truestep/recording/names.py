@@ -43,6 +43,9 @@ STAGES = (
 )
 """Stages in the order in which a run goes through them."""
 
+FINALS = ("latent/final", f"{AUDIO}latent/final")
+"""Latents after the last step: the video's, and the sound's where there is one."""
+
 _PREFIXES = {"stats", "sketch", "float32", "float64", "samples"}
 _STEP_STAGES = {"latent": "update", "guided": "guidance"}
 _FIRST_PARTS = {"schedule": "schedule", "video": "decoding", "waveform": "decoding"}

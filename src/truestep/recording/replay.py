@@ -16,7 +16,7 @@ from truestep.errors import FileFormatError, TruestepError, UsageError
 from truestep.recording.capture import Progress
 from truestep.recording.names import STAGES, step_name
 from truestep.runtime.guidance import Adaptive
-from truestep.runtime.joint import AUDIO, Value, each, gather, parts
+from truestep.runtime.joint import AUDIO, Value, each, gather
 from truestep.runtime.pipeline import (
     Branch,
     Observer,
@@ -28,6 +28,7 @@ from truestep.runtime.pipeline import (
     encode,
     guide,
     schedule,
+    show,
     show_decoded,
     text_branch,
     text_branches,
@@ -63,11 +64,7 @@ class Replay:
     def keep(self, name: str, run: Callable[[], Value]) -> None:
         """Run a stage and keep a host copy of its output."""
 
-        def kept() -> None:
-            for part, tensor in parts(name, run()):
-                self.outputs[part] = tensor.detach().to("cpu", copy=True)
-
-        self.attempt(name, kept)
+        self.attempt(name, lambda: show(Kept(self.outputs), name, run()))
 
 
 class Kept(Observer):
@@ -272,22 +269,18 @@ def _predictions(
     label: str,
 ) -> None:
     stage = "text" if pipe.connect is None else "connector"
-    passes = pipe.passes(pipe)
+    runnable = [
+        branch for branch in pipe.passes(pipe) if f"{stage}/{text_branch(branch)}" in recording
+    ]
     for done, index in enumerate(chosen):
         step = recorded_step(pipe, recorded, index, experts)
-        latent = given(pipe, recording, step_name(index, "latent"), like=like)
-        texts = recorded_texts(pipe, recording, stage)
-        runnable = [branch for branch in passes if text_branch(branch) in texts]
 
-        def planned(
-            step: Step = step, latent: Value = latent, runnable: Sequence[Branch] = runnable
-        ) -> None:
-            made = pipe.predict_passes(
-                pipe, latent, step, recorded_texts(pipe, recording, stage), runnable
-            )
+        def planned(step: Step = step) -> None:
+            latent = given(pipe, recording, step_name(step.index, "latent"), like=like)
+            texts = recorded_texts(pipe, recording, stage)
+            made = pipe.predict_passes(pipe, latent, step, texts, runnable)
             for branch, prediction in made.items():
-                for name, part in parts(step_name(step.index, branch), prediction):
-                    result.outputs[name] = part.detach().to("cpu", copy=True)
+                show(Kept(result.outputs), step_name(step.index, branch), prediction)
 
         if pipe.skips(pipe, index) and index:
             pass
@@ -301,7 +294,7 @@ def _predictions(
                         pipe,
                         given(pipe, recording, step_name(s.index, "latent"), like=like),
                         s,
-                        recorded_texts(pipe, recording, stage)[text_branch(b)],
+                        given(pipe, recording, f"{stage}/{text_branch(b)}"),
                         b,
                     ),
                 )

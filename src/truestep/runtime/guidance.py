@@ -59,10 +59,15 @@ def combination_dtype(settings: RunSettings) -> torch.dtype | None:
 
 def rescaled(guided: Tensor, cond: Tensor, *, share: float) -> Tensor:
     """Bring each sample's deviation back to that of `cond`, by a share; constant ones are kept."""
-    axes = list(range(1, guided.ndim))
-    wanted, found = (t.std(dim=axes, keepdim=True) for t in (cond, guided))
-    factor = torch.where(found > 0, wanted / found, torch.ones_like(found))
-    return guided * (share * factor + 1 - share)
+    return guided * (share * deviation_ratio(guided, cond) + 1 - share)
+
+
+def deviation_ratio(guided: Tensor, cond: Tensor, *, whole: bool = False) -> Tensor:
+    """Unbiased deviation of `cond` over that of `guided`: of each sample, or of the whole tensor;
+    1 where `guided` is constant."""
+    axes = None if whole else list(range(1, guided.ndim))
+    wanted, found = (t.std(dim=axes, keepdim=not whole) for t in (cond, guided))
+    return torch.where(found > 0, wanted / found, torch.ones_like(found))
 
 
 # --- batched -----------------------------------------------------------------------------------

@@ -160,26 +160,60 @@ def _audited(pipe: Any, branch: str, prompt: str) -> list[Finding]:
     masked, unmasked = (_encoded(encoder, ids, given, "cpu") for given in (mask, None))
     real = made[:, :count].double()
     wanted = masked[:, : real.shape[1]].double()
-    distance = apart(real, wanted)
-    without = apart(real, unmasked[:, : real.shape[1]].double())
-    limit = 64 * torch.finfo(encoder.dtype).eps
+    unseen = unmasked[:, : real.shape[1]].double()
     tail = made[:, count:]
     zeros = not bool(tail.any())
     tail_found = "exact zeros" if zeros else f"up to {float(tail.abs().max()):.2g}"
-    dtype = (str(made.dtype).removeprefix("torch."), str(encoder.dtype).removeprefix("torch."))
-    ignores = without < distance and without <= limit
-    own = settings.text_recipe
+    finite = bool(torch.isfinite(made).all())
     return [
-        Finding(branch, "recipe", own, f"{recipe}, as {family} was trained", own == recipe),
-        Finding(branch, "length", f"{made.shape[1]} rows", f"{full} rows", made.shape[1] == full),
-        Finding(
+        *encoder_findings(
+            pipe,
             branch,
-            "tail",
-            f"{max(made.shape[1] - count, 0)} rows after {count} tokens: {tail_found}",
-            "what the encoder makes of padding" if keeps else "exact zeros",
-            zeros is not keeps or not tail.numel(),
+            made,
+            recipe=(recipe, family),
+            distances=(apart(real, wanted), apart(real, unseen)),
+            padding=Finding(
+                branch,
+                "tail",
+                f"{max(made.shape[1] - count, 0)} rows after {count} tokens: {tail_found}",
+                "what the encoder makes of padding" if keeps else "exact zeros",
+                zeros is not keeps or not tail.numel(),
+            ),
         ),
-        Finding(branch, "dtype", dtype[0], dtype[1], dtype[0] == dtype[1]),
+        Finding(branch, "finite", "finite" if finite else "not finite", "finite", finite),
+    ]
+
+
+def encoder_findings(
+    pipe: Any,
+    branch: str,
+    made: torch.Tensor,
+    *,
+    recipe: tuple[str, str],
+    distances: tuple[float, float],
+    padding: Finding,
+) -> list[Finding]:
+    """What every recipe asks of embeddings.
+
+    Args:
+        made: `b l c`, as the pipeline made them.
+        recipe: The recipe to follow, and what was trained with it.
+        distances: rel_l2 of the rows of real tokens from what the encoder makes of them with its
+            mask, and without.
+        padding: What was found of the other rows.
+    """
+    encoder, full = pipe.text_encoder, pipe.settings.max_sequence_length
+    distance, without = distances
+    limit = 64 * torch.finfo(encoder.dtype).eps
+    ignores = without < distance and without <= limit
+    dtypes = [str(thing.dtype).removeprefix("torch.") for thing in (made, encoder)]
+    own, rows = pipe.settings.text_recipe, made.shape[1]
+    wanted, family = recipe
+    return [
+        Finding(branch, "recipe", own, f"{wanted}, as {family} was trained", own == wanted),
+        Finding(branch, "length", f"{rows} rows", f"{full} rows", rows == full),
+        padding,
+        Finding(branch, "dtype", dtypes[0], dtypes[1], dtypes[0] == dtypes[1]),
         Finding(
             branch,
             "mask",
@@ -193,13 +227,6 @@ def _audited(pipe: Any, branch: str, prompt: str) -> list[Finding]:
             f"rel_l2 {distance:.1e} from the encoder's",
             f"at most {limit:.1e}",
             distance <= limit,
-        ),
-        Finding(
-            branch,
-            "finite",
-            "finite" if bool(torch.isfinite(made).all()) else "not finite",
-            "finite",
-            bool(torch.isfinite(made).all()),
         ),
     ]
 

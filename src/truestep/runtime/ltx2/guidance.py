@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from truestep.runtime.guidance import deviation_ratio
 from truestep.runtime.joint import Joint
 from truestep.runtime.ltx2 import sampler
 from truestep.runtime.ltx2.settings import given_tokens, of, passes
@@ -58,13 +59,9 @@ def _rescaled(
     guided: torch.Tensor, cond: torch.Tensor, *, share: float, std_scope: str
 ) -> torch.Tensor:
     """A constant estimate has no deviation to bring back, and is kept."""
-    if std_scope == "whole":
-        wanted, found = cond.std(), guided.std()
-    else:
-        axes = list(range(1, guided.ndim))
-        wanted, found = (t.std(dim=axes, keepdim=True) for t in (cond, guided))
-    ratio = torch.where(found > 0, wanted / found, torch.ones_like(found))
-    if std_scope == "whole":
+    whole = std_scope == "whole"
+    ratio = deviation_ratio(guided, cond, whole=whole)
+    if whole:
         return guided * (share * ratio + (1 - share))
     return share * (guided * ratio) + (1 - share) * guided
 

@@ -244,11 +244,6 @@ def audio_length(pipe: Pipeline) -> int:
     return round(pipe.settings.num_frames / frame_rate(pipe) * float(a_second))
 
 
-def sample_rate(pipe: Pipeline) -> int:
-    """Samples a second of the decoded sound."""
-    return int(pipe.vocoder.config.output_sampling_rate)
-
-
 def passes(pipe: Pipeline) -> tuple[Branch, ...]:
     """Passes of this run's steps."""
     return wanted_passes(pipe.settings.guidance_scale, of(pipe))

@@ -9,7 +9,7 @@ import torch
 from truestep.runtime.joint import Context, Encoded
 from truestep.runtime.ltx2.settings import of
 from truestep.runtime.pipeline import Branch, Pipeline, text_branches
-from truestep.runtime.text import Finding, apart
+from truestep.runtime.text import Finding, apart, encoder_findings
 
 
 def encode_text(pipe: Pipeline, prompts: list[str]) -> Encoded:
@@ -94,23 +94,20 @@ def audited(pipe: Pipeline) -> list[Finding]:
 
 
 def _of_encoder(pipe: Pipeline, branch: Branch, prompt: str, text: Encoded) -> list[Finding]:
-    full, encoder = pipe.settings.max_sequence_length, pipe.text_encoder
     ids, mask = _tokens(pipe, [prompt])
     count = int(mask.sum())
     words = text.embeds[:1, -count:].double()
-    distance, without = (
+    masked, unmasked = (
         apart(words, _states(pipe, ids, given)[:, -count:].double()) for given in (mask, None)
     )
-    limit = 64 * torch.finfo(encoder.dtype).eps
-    ignores = without < distance and without <= limit
-    names = [str(value.dtype).removeprefix("torch.") for value in (text.embeds, encoder)]
     left = torch.equal(text.mask[:1].long(), mask.long())
-    own, rows = pipe.settings.text_recipe, text.embeds.shape[1]
-    recipe = "per_branch_connector"
-    return [
-        Finding(branch, "recipe", own, f"{recipe}, as LTX-2 was trained", own == recipe),
-        Finding(branch, "length", f"{rows} rows", f"{full} rows", rows == full),
-        Finding(
+    return encoder_findings(
+        pipe,
+        branch,
+        text.embeds,
+        recipe=("per_branch_connector", "LTX-2"),
+        distances=(masked, unmasked),
+        padding=Finding(
             branch,
             "padding",
             f"the mask has {int(text.mask[:1].sum())} tokens"
@@ -118,22 +115,7 @@ def _of_encoder(pipe: Pipeline, branch: Branch, prompt: str, text: Encoded) -> l
             f"{count} tokens after the padding",
             left,
         ),
-        Finding(branch, "dtype", names[0], names[1], names[0] == names[1]),
-        Finding(
-            branch,
-            "mask",
-            "the encoder ran without its mask" if ignores else "the encoder was given its mask",
-            "the encoder is given its mask",
-            not ignores,
-        ),
-        Finding(
-            branch,
-            "rows",
-            f"rel_l2 {distance:.1e} from the encoder's",
-            f"at most {limit:.1e}",
-            distance <= limit,
-        ),
-    ]
+    )
 
 
 def _of_connector(pipe: Pipeline, branch: Branch, made: Context, alone: Context) -> list[Finding]:
