@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from tests.counting import calls, calls_of
 from truestep.comparison.sketch import sketch
 from truestep.errors import FileFormatError, WriteError
 from truestep.recording.capture import tensor_table
@@ -104,6 +105,33 @@ def test_any_safetensors_reader_can_read_it(tmp_path: Path) -> None:
 def test_an_unknown_name_names_the_closest() -> None:
     with pytest.raises(KeyError, match="the closest are latent/final"):
         recording({"latent/final": torch.ones(2)})["latent/finale"]
+
+
+def test_the_closest_name_is_sought_only_where_somebody_reads_it() -> None:
+    rec = recording({f"step/{i:04d}/cond": torch.ones(1) for i in range(20)})
+    absent = [f"step/{i:04d}/mask" for i in range(20)]
+    assert calls_of(lambda: [rec.get(name) for name in absent], "get_close_matches") == 0
+    assert [name for name in absent if name in rec] == []
+    few, many = (recording({str(i): torch.ones(1) for i in range(n)}) for n in (10, 1000))
+    assert calls(lambda: few.get("x")) == calls(lambda: many.get("x"))
+
+
+def test_names_are_found_without_a_search() -> None:
+    """Hashed, not compared one by one: 20 look-ups among 2,000 names compare next to none."""
+
+    class Name(str):
+        compared = 0
+
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+    rec = recording({f"t/{i}": torch.ones(1) for i in range(2000)})
+    assert not any(Name(f"u/{i}") in rec for i in range(20))
+    assert all(Name(f"t/{i}") in rec for i in range(0, 2000, 100))
+    assert Name.compared < 60
 
 
 def test_it_is_a_read_only_mapping() -> None:

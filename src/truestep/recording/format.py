@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,19 @@ from truestep.recording.header import TORCH_NAMES, Header, Slot, digest, manifes
 from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY, STATS, Manifest
 
 _CHUNK = 1 << 20
+
+
+class _NoTensorError(KeyError):
+    """A name that a recording lacks; the closest ones are sought only where the error is read."""
+
+    def __init__(self, name: str, names: Iterable[str]) -> None:
+        super().__init__(name)
+        self._name, self._names = name, names
+
+    def __str__(self) -> str:
+        near = difflib.get_close_matches(self._name, self._names, n=3)
+        likely = f"; the closest are {', '.join(near)}" if near else ""
+        return f"no tensor {self._name!r} in the recording{likely}"
 
 
 class Recording(Mapping[str, torch.Tensor]):
@@ -44,7 +57,7 @@ class Recording(Mapping[str, torch.Tensor]):
         self._digests: dict[str, str] = {}
         for entry in manifest.tensors if source else ():
             self._digests |= headers.stored_digests(entry, manifest.level)
-        self._names = list(self._digests if source else self._tensors)
+        self._names = dict.fromkeys(self._digests if source else self._tensors)
 
     @property
     def path(self) -> Path | None:
@@ -89,9 +102,7 @@ class Recording(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._tensors:
             if self._source is None or name not in self._source.header.tensors:
-                near = difflib.get_close_matches(name, self._names, n=3)
-                likely = f"; the closest are {', '.join(near)}" if near else ""
-                raise KeyError(f"no tensor {name!r} in the recording{likely}")
+                raise _NoTensorError(name, self._names)
             self._tensors[name] = self._source.read(name, self._digests[name])
         return self._tensors[name]
 
