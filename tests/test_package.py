@@ -19,6 +19,7 @@ SOURCE = ROOT / "src" / "truestep"
 
 LAYERS = (
     "errors",
+    "guard",
     "files",
     "standalone",
     "verdict",
