@@ -1,13 +1,66 @@
-"""Write files whole or not at all."""
+"""Write files whole or not at all, whoever else writes them and whenever the process is killed."""
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
+import re
+import secrets
+import shlex
+import shutil
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from truestep.errors import WriteError
+
+STALE_S = 24 * 3600.0
+"""After so long without a change a temporary file of another machine is taken for abandoned."""
+
+
+@contextmanager
+def beside(path: Path, what: str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, in a folder of its own; `settle` moves it into place.
+
+    What is left of it goes with the block, however that ends, and what writers of the same path
+    left that were killed goes first. The folder is there because libraries have temporary files,
+    too.
+
+    Args:
+        path: The file that is to be written; its folder is made if need be.
+        what: What is written, for the error: "the report".
+
+    Raises:
+        WriteError: The block raised OSError.
+    """
+    folder = path.with_name(f"{_mark(path)}{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        folder.mkdir()
+        yield folder / path.name
+    except OSError as error:
+        raise unwritten(path, what, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def settle(temporary: Path, path: Path) -> None:
+    """Move a finished file into place; it is on the disk before it is there, and so is its name."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without it
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -22,24 +75,102 @@ def replacing(path: str | Path, what: str) -> Iterator[Path]:
         WriteError: The block or the move raised OSError; what was there before is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with beside(path, what) as temporary:
         yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise WriteError(
-            f"{what} could not be written",
-            where=str(path),
-            measured=error.strerror or str(error),
-            hint=f"df -h {path.parent}; ls -ld {path.parent}",
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        settle(temporary, path)
 
 
 def write_text(path: str | Path, text: str, what: str) -> None:
     """Write UTF-8 text with a final newline; see `replacing`."""
     with replacing(path, what) as temporary:
         temporary.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
+
+
+@contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder against other processes and threads that do the same.
+
+    The lock is on the folder itself: it leaves no file, and the kernel frees it when its process
+    dies.
+
+    Args:
+        folder: Made if need be.
+        what: What is written, for the error.
+
+    Raises:
+        WriteError: The folder cannot be made or opened.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise unwritten(folder, what, error) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def unwritten(path: Path, what: str, error: Exception) -> WriteError:
+    """The error for a file that could not be written."""
+    number, folder = getattr(error, "errno", None), shlex.quote(str(path.parent))
+    return WriteError(
+        f"{what} could not be written",
+        where=str(path),
+        measured=(getattr(error, "strerror", None) or str(error))[:200],
+        likely={
+            errno.ENOSPC: "the disk is full",
+            errno.EISDIR: "a folder is in its place",
+            errno.ENOTDIR: "a file is in the place of its folder",
+        }.get(number or 0, ""),
+        hint=f"df -h {folder}; ls -ld {folder}",
+    )
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _mark(path: Path) -> str:
+    """How the names of a path's temporary folders begin."""
+    short = path.name.encode()[:180].decode("utf-8", "ignore")
+    return f".{short}."
+
+
+def _machine() -> str:
+    """A mark of this machine, or container: elsewhere a process's number means another process."""
+    space = ""
+    with suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")
+    return f"{zlib.crc32(f'{platform.node()} {space}'.encode()):08x}"
+
+
+def _sweep(path: Path) -> None:
+    """Remove the temporary folders of writers of this path that were killed."""
+    pattern = re.compile(re.escape(_mark(path)) + r"([0-9a-f]{8})\.(\d+)\.[0-9a-f]{8}\.tmp")
+    for entry in path.parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if match is None:
+            continue
+        machine, pid = match.groups()
+        dead = machine == _machine() and not alive(int(pid))
+        if dead or _untouched_s(entry) > STALE_S:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _untouched_s(folder: Path) -> float:
+    """Seconds since a folder, or a file in it, was changed; none where it is gone."""
+    with suppress(OSError):
+        changed = max(place.stat().st_mtime for place in (folder, *folder.iterdir()))
+        return time.time() - changed
+    return 0.0

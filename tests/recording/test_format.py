@@ -370,6 +370,17 @@ def test_killed_writers_leave_a_whole_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_what_no_reader_would_take_is_not_put_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    recording({"x": torch.ones(3)}).save(path)
+    before = path.read_bytes()
+    with pytest.raises(WriteError, match="was not put in place") as caught:
+        recording({"a\x1bb": torch.ones(3)}).save(path)
+    assert "has control characters" in caught.value.measured
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_others_may_read_it(tmp_path: Path) -> None:
     path, plain = tmp_path / "r.safetensors", tmp_path / "plain"
     recording({"x": torch.ones(3)}).save(path)

@@ -18,7 +18,7 @@ from truestep.errors import FileFormatError, ReferenceNotFoundError, UsageError
 from truestep.recording.capture import tensor_table
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
-from truestep.references.lock import LOCK_FILE, Entry, read_lock, set_entry
+from truestep.references.lock import LOCK_FILE, Entry, put_entry, read_lock
 from truestep.references.store import Place, Store, place_of
 
 CASE = Case(model="builtin:digits", prompt="a red three", settings={"device": "cpu"})
@@ -125,9 +125,11 @@ def test_a_newer_lock_says_upgrade(tmp_path: Path) -> None:
 LOCKER = """
 import sys
 from pathlib import Path
-from truestep.references.lock import Entry, set_entry
+from truestep.files import alone
+from truestep.references.lock import Entry, put_entry
 for i in range(25):
-    set_entry(Path(sys.argv[1]), f"{sys.argv[2]}/{i}", Entry(sha256="0"))
+    with alone(Path(sys.argv[1]), "the lock file"):
+        put_entry(Path(sys.argv[1]), f"{sys.argv[2]}/{i}", Entry(sha256="0"))
 """
 
 
@@ -140,8 +142,8 @@ def test_parallel_writers_keep_all_entries(tmp_path: Path) -> None:
 
 
 def test_entries_are_replaced(tmp_path: Path) -> None:
-    set_entry(tmp_path, "a", Entry(sha256="1"))
-    set_entry(tmp_path, "a", Entry(sha256="2"))
+    put_entry(tmp_path, "a", Entry(sha256="1"))
+    put_entry(tmp_path, "a", Entry(sha256="2"))
     assert read_lock(tmp_path).references == {"a": Entry(sha256="2")}
 
 

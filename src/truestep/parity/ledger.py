@@ -7,17 +7,15 @@ the evidence again each time, and `expired` where the world has moved on.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from truestep.errors import FileFormatError, WriteError
-from truestep.files import write_text
+from truestep.errors import FileFormatError
+from truestep.files import alone, write_text
 from truestep.parity import tomlfile
 from truestep.parity.evidence import Evidence, State, expiry, state_of
 from truestep.verdict import Record
@@ -142,7 +140,7 @@ def update_ledger(folder: Path, runs: Iterable[Component], today: date) -> Path:
         WriteError: It cannot be written.
     """
     path = folder / LEDGER
-    with _alone(folder):
+    with alone(folder, "the parity ledger"):
         ledger = read_ledger(folder)
         merged = {entry.key: entry for entry in ledger.component}
         for run in runs:
@@ -156,29 +154,6 @@ def update_ledger(folder: Path, runs: Iterable[Component], today: date) -> Path:
         kept = ledger.model_copy(update={"component": entries})
         write_text(path, _HEADER + tomlfile.dumps(_plain(kept)), "the parity ledger")
     return path
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, so that of two runs at once neither loses what the other wrote.
-
-    The lock is on the folder itself: it leaves no file, and a killed run releases it.
-    """
-    import fcntl
-
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise WriteError(
-            "the parity ledger could not be written",
-            where=str(folder / LEDGER),
-            measured=error.strerror or str(error),
-        ) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _plain(ledger: Ledger) -> dict[str, Any]:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import mmap
-import os
-import re
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +13,13 @@ import torch
 
 from truestep.comparison.sketch import sketch
 from truestep.errors import FileFormatError, WriteError
+from truestep.files import beside, settle
 from truestep.recording import header as headers
 from truestep.recording.header import TORCH_NAMES, Header, Slot, digest, manifest_digest
 from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY, STATS, Manifest
+
+WHAT = "the recording"
+"""What is written, for errors."""
 
 _CHUNK = 1 << 20
 
@@ -240,10 +240,10 @@ def moments(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def write(path: str | Path, recording: Recording) -> str:
-    """Write a recording: temporary file beside it, fsync, rename, fsync of the folder.
+    """Write a recording: temporary file beside it, read back, fsync, rename, fsync of the folder.
 
     Args:
-        path: The file; an existing one is replaced only when the new one is complete.
+        path: The file; an existing one is replaced only when the new one is complete and readable.
         recording: Tensors and manifest; the digests of the tensor table are filled in here.
 
     Returns:
@@ -252,58 +252,50 @@ def write(path: str | Path, recording: Recording) -> str:
     Raises:
         WriteError: The file could not be written; an existing one is untouched.
     """
-    temporary, sha256 = stage(Path(path), recording)
-    settle(temporary, Path(path))
+    path = Path(path)
+    with beside(path, WHAT) as temporary:
+        sha256 = stage(temporary, recording)
+        settle(temporary, path)
     return sha256
 
 
-def stage(path: Path, recording: Recording) -> tuple[Path, str]:
-    """First half of `write`: a complete, flushed temporary file beside `path`, and its SHA-256."""
+def stage(temporary: Path, recording: Recording) -> str:
+    """Write a complete recording to a temporary path (see `files.beside`) and read it back.
+
+    Returns:
+        SHA-256 of the file's content.
+
+    Raises:
+        OSError: It could not be written.
+        WriteError: No reader would take it.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     stored = {name: _own_storage(tensor) for name, tensor in recording.items()}
-    metadata = _metadata(recording.manifest, stored)
-    _sweep(path)
-    # A folder of our own: the library has temporary files too, and a kill may leave one.
-    folder = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    temporary = folder / "recording"
     try:
-        folder.mkdir(parents=True)
-        save_file(stored, temporary, metadata=metadata)
-        temporary.chmod(folder.stat().st_mode & 0o666)  # the library makes it private
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        return temporary, sha256_of(temporary)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise unwritten(path, error) from error
+        save_file(stored, temporary, metadata=_metadata(recording.manifest, stored))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    temporary.chmod(temporary.parent.stat().st_mode & 0o666)  # the library makes it private
+    verify(temporary)
+    return sha256_of(temporary)
 
 
-def settle(temporary: Path, path: Path) -> None:
-    """Second half of `write`: move a finished file into place and flush the folder."""
+def verify(temporary: Path) -> None:
+    """Open what was written as a reader will, before it takes the place of an earlier file.
+
+    Raises:
+        WriteError: No reader would take it.
+    """
     try:
-        temporary.replace(path)
-        shutil.rmtree(temporary.parent)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        shutil.rmtree(temporary.parent, ignore_errors=True)
-        raise unwritten(path, error) from error
-
-
-def unwritten(path: Path, error: Exception) -> WriteError:
-    """The error for a recording that could not be written."""
-    return WriteError(
-        "the recording could not be written",
-        where=str(path),
-        measured=str(error)[:200],
-        likely="a full disk, or a folder that cannot be written to",
-        hint=f"df -h {path.parent}",
-    )
+        headers.read_manifest(temporary)
+    except FileFormatError as error:
+        raise WriteError(
+            "the recording could not be read again, and was not put in place",
+            where=str(temporary.parent.with_name(temporary.name)),
+            measured=": ".join(filter(None, (error.what, error.measured))),
+        ) from error
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
@@ -338,28 +330,6 @@ def metadata_of(manifest: Manifest) -> dict[str, str]:
     exclude: Any = {"tensors": {"__all__": unused}} if unused else None
     text = manifest.model_dump_json(exclude=exclude)
     return {METADATA_KEY: text, DIGEST_KEY: manifest_digest(text)}
-
-
-def _sweep(path: Path) -> None:
-    """Remove temporary folders of writers of this path that were killed."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.[0-9a-f]+\.tmp")
-    if not path.parent.is_dir():
-        return
-    for leftover in path.parent.iterdir():
-        match = pattern.fullmatch(leftover.name)
-        if match and not alive(int(match.group(1))):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def sha256_of(path: Path) -> str:

@@ -1,23 +1,20 @@
 """The lock file of a reference folder: content hashes, journalled so that a kill breaks nothing.
 
 An entry holds the hash of the settled file and, while a replacement is under way, that of the
-pending one. A writer notes the pending hash, renames the file into place, then settles the entry.
-Killed at any moment it leaves a file that matches one of the two.
+pending one. A writer notes the pending hash, renames the file into place, then settles the entry,
+and holds the folder over all three. Killed at any moment it leaves a file that matches one of the
+two.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from truestep.errors import FileFormatError
-from truestep.files import replacing
+from truestep.files import write_text
 from truestep.verdict import Record
 
 LOCK_FILE = "truestep.lock"
@@ -73,31 +70,11 @@ def read_lock(root: Path) -> Lock:
     return lock
 
 
-def set_entry(root: Path, name: str, entry: Entry) -> None:
-    """Replace one entry; safe beside other processes that do the same."""
-    with _exclusive(root):
-        lock = read_lock(root)
-        merged = dict(sorted({**lock.references, name: entry}.items()))
-        _write(root, lock.model_copy(update={"references": merged}))
-
-
-@contextmanager
-def _exclusive(root: Path) -> Iterator[None]:
-    """Hold an advisory lock on the folder; the kernel frees it when the process dies."""
-    root.mkdir(parents=True, exist_ok=True)
-    folder = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
-def _write(root: Path, lock: Lock) -> None:
-    with (
-        replacing(root / LOCK_FILE, "the lock file") as temporary,
-        temporary.open("w", encoding="utf-8") as file,
-    ):
-        file.write(json.dumps(lock.model_dump(mode="json"), indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def put_entry(root: Path, name: str, entry: Entry) -> None:
+    """Replace one entry; the caller holds the folder (`files.alone`)."""
+    lock = read_lock(root)
+    merged = dict(sorted({**lock.references, name: entry}.items()))
+    kept = lock.model_copy(update={"references": merged})
+    write_text(
+        root / LOCK_FILE, json.dumps(kept.model_dump(mode="json"), indent=2), "the lock file"
+    )

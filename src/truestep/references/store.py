@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from truestep.case import DEFAULT_TIER
 from truestep.errors import FileFormatError, ReferenceNotFoundError, UsageError
-from truestep.references.lock import Entry, read_lock, set_entry
+from truestep.references.lock import Entry, put_entry, read_lock
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -77,19 +77,25 @@ class Store:
     def save(self, recording: Recording, place: Place, *, update: bool = False) -> Path:
         """Store a recording as the reference; a kill leaves the old one or the new one.
 
+        Of several writers at once one is last, and what it wrote is there.
+
         Raises:
             UsageError: A reference exists and `update` is false.
             WriteError: It could not be written; an existing reference is untouched.
         """
-        from truestep.recording.format import settle, sha256_of, stage
+        from truestep.files import alone, beside, settle
+        from truestep.recording.format import WHAT, sha256_of, stage
 
         path = self.root / place.name
         self.refuse_existing(place, update=update)
-        temporary, sha256 = stage(path, recording)
-        before = sha256_of(path) if path.exists() else None
-        set_entry(self.root, place.name, Entry(sha256=before, pending=sha256))
-        settle(temporary, path)
-        set_entry(self.root, place.name, Entry(sha256=sha256))
+        with beside(path, WHAT) as temporary:
+            sha256 = stage(temporary, recording)
+            with alone(self.root, WHAT):
+                self.refuse_existing(place, update=update)  # another writer may have been first
+                before = sha256_of(path) if path.exists() else None
+                put_entry(self.root, place.name, Entry(sha256=before, pending=sha256))
+                settle(temporary, path)
+                put_entry(self.root, place.name, Entry(sha256=sha256))
         return path
 
     def refuse_existing(self, place: Place, *, update: bool) -> None:
@@ -135,16 +141,20 @@ class Store:
 
         path = self.root / place.name
         entry = read_lock(self.root).references.get(place.name)
-        if entry is None or sha256_of(path) not in (entry.sha256, entry.pending):
-            raise FileFormatError(
-                "the reference does not match the lock file"
-                if entry
-                else "the reference is not in the lock file",
-                where=str(path),
-                likely="it was changed or copied without `truestep record`",
-                hint="truestep record CASE --update records it anew",
-            )
-        return path
+        while entry is not None:
+            if sha256_of(path) in (entry.sha256, entry.pending):
+                return path
+            before, entry = entry, read_lock(self.root).references.get(place.name)
+            if entry == before:  # else a writer has replaced it in between
+                break
+        raise FileFormatError(
+            "the reference does not match the lock file"
+            if entry
+            else "the reference is not in the lock file",
+            where=str(path),
+            likely="it was changed or copied without `truestep record`",
+            hint="truestep record CASE --update records it anew",
+        )
 
     def _not_found(
         self, case: Case, tier: str, device_class: str, mine: list[Place], seed_command: str

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from truestep.errors import FileFormatError, UsageError, WriteError
-from truestep.recording.format import Recording, alive
+from truestep.files import alive
+from truestep.recording.format import Recording
 from truestep.recording.header import ITEM_SIZES, digest
 from truestep.recording.manifest import Level, Manifest
 from truestep.tracing.writer import SUFFIX, Row, entry_row, join, length_of, stored_parts

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import struct
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from truestep.recording.format import Recording, metadata_of, settle, unwritten
+from truestep.errors import WriteError
+from truestep.files import settle, unwritten
+from truestep.recording.format import Recording, metadata_of, verify
 from truestep.recording.header import ITEM_SIZES, TORCH_NAMES, digest, stored_names
 from truestep.recording.manifest import SKETCH_SIZE, STATS, Level, Manifest, TensorEntry
 
@@ -80,7 +83,7 @@ class Spool:
             self._journal = self._open("journal.jsonl")
             self._write(self._journal, json.dumps({**head, "level": level}).encode() + b"\n")
         except OSError as error:
-            raise unwritten(self.target, error) from error
+            raise unwritten(self.target, "the trace", error) from error
 
     def add(self, fields: tuple[Any, ...], blobs: Sequence[Blob]) -> None:
         """Append one recorded tensor.
@@ -99,7 +102,7 @@ class Spool:
                 digests.append(digest(blob.data))
                 offsets.append(self._append(size, blob.data))
         except OSError as error:
-            raise unwritten(self.target, error) from error
+            raise unwritten(self.target, "the trace", error) from error
         row = (*fields, tuple(digests), tuple(offsets))
         self._rows.append(row)
         self._lines.append(json.dumps(row))
@@ -145,7 +148,7 @@ class Spool:
                 self._write(self._journal, ("\n".join(self._lines) + "\n").encode())
                 self._lines.clear()
         except OSError as error:
-            raise unwritten(self.target, error) from error
+            raise unwritten(self.target, "the trace", error) from error
 
     def close(self, manifest: Manifest) -> Recording:
         """Join the spool into the target, atomically, and open it.
@@ -289,11 +292,23 @@ def join(
                 if sizes[size]:
                     with (folder / f"data.{size}").open("rb") as data:
                         _copy(data, file, sizes[size])
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise unwritten(target, error) from error
-    settle(made, target)
+        verify(made)
+        settle(made, target)
+    except (OSError, WriteError) as error:
+        made.unlink(missing_ok=True)
+        raise _kept(folder, target, error) from error
+    shutil.rmtree(folder)
     return Recording.open(target)
+
+
+def _kept(folder: Path, target: Path, error: OSError | WriteError) -> WriteError:
+    """The error for a trace that could not be written; its spool is left."""
+    shown = error if isinstance(error, WriteError) else unwritten(target, "the trace", error)
+    shown.where = str(target)
+    shown.likely = shown.likely or "what was traced is kept in the spool"
+    place = shlex.quote(str(folder))
+    shown.hint = f"truestep trace recover {place} --output other.safetensors"
+    return shown
 
 
 def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
