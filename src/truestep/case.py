@@ -18,7 +18,6 @@ import difflib
 import hashlib
 import json
 import re
-import sys
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,12 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from truestep.controls import AudioVideo, profiles
 from truestep.errors import CaseError
+from truestep.reading import parse_toml, read
 from truestep.verdict import Difference
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 CASE_FILE = "truestep.toml"
 DEFAULT_TIER = "default"
@@ -313,16 +308,13 @@ def load_cases(path: Path, *, tier: str = DEFAULT_TIER) -> dict[str, Case]:
     Raises:
         CaseError: The file is unreadable, holds no case, or a case in it is not valid.
     """
-    try:
-        text = path.read_text("utf-8")
-        tables = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise CaseError(
-            "the case file cannot be read",
-            where=str(path),
-            measured=str(error),
-            hint="write one with a table [case.NAME] that has model and prompt",
-        ) from None
+    tables = read(
+        path,
+        "the case file cannot be read",
+        parse_toml,
+        raises=CaseError,
+        hint="write one with a table [case.NAME] that has model and prompt",
+    )
     unknown = sorted(set(tables) - {"case"})
     if unknown or not isinstance(tables.get("case"), dict) or not tables["case"]:
         raise CaseError(
@@ -339,6 +331,8 @@ def _case_of(name: str, table: object, *, path: Path, tier: str) -> Case:
     where = f"{path}: [case.{name}]"
     if not isinstance(table, dict):
         raise CaseError("a case must be a table", where=where)
+    if not isinstance(table.get("settings", {}), dict):
+        raise CaseError("settings must be a table", where=where)
     tiers = {k: v for k, v in table.items() if isinstance(v, dict) and k != "settings"}
     base = {k: v for k, v in table.items() if k not in tiers}
     if tier != DEFAULT_TIER and tier not in tiers:
@@ -349,6 +343,8 @@ def _case_of(name: str, table: object, *, path: Path, tier: str) -> Case:
             hint=f"add a table [case.{name}.{tier}] with the values that differ",
         )
     over = tiers.get(tier, {})
+    if not isinstance(over.get("settings", {}), dict):
+        raise CaseError("settings must be a table", where=f"{path}: [case.{name}.{tier}]")
     merged = {**base, **over, "settings": {**base.get("settings", {}), **over.get("settings", {})}}
     try:
         case = Case(**merged)

@@ -359,6 +359,9 @@ def _refuse(case: Case, recording: Recording, accept: Collection[str]) -> Compar
         rule = Rule(name="implementation", text="a reference is what it goes by, or is asked for")
         hint = f"--accept '{strange[0]}' compares with it all the same"
     else:
+        from truestep.recording.replay import require_run
+
+        require_run(recording, where=where)
         return None
     return Comparison(
         tool_version=library_version("truestep") or "",

@@ -36,6 +36,8 @@ def beside(path: Path, what: str) -> Iterator[Path]:
     Raises:
         WriteError: The block raised OSError.
     """
+    if "\0" in str(path):
+        raise unwritten(path, what, ValueError("a path cannot hold a NUL"))
     folder = path.with_name(f"{_mark(path)}{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

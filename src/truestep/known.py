@@ -18,7 +18,6 @@ says of which a joint model's drift is. Tensors that belong to no stage are at s
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
@@ -27,13 +26,9 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from truestep.errors import UsageError
+from truestep.reading import parse_toml, read
 from truestep.recording.names import STAGES
 from truestep.verdict import Comparison, KnownFailure, Record, Row, Verdict
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 LEDGER_FILE = "truestep-known.toml"
 TABLE = "known"
@@ -107,15 +102,13 @@ def read_ledger(path: str | Path, *, cases: Iterable[str] | None = None) -> dict
         UsageError: It cannot be read, an entry is not valid, or one names no case.
     """
     path = Path(path)
-    try:
-        tables = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(
-            "the ledger of known failures cannot be read",
-            where=str(path),
-            measured=str(error).splitlines()[0],
-            hint="it holds [known.CASE] tables with reason, since, stage and rel_l2",
-        ) from None
+    tables = read(
+        path,
+        "the ledger of known failures cannot be read",
+        parse_toml,
+        raises=UsageError,
+        hint="it holds [known.CASE] tables with reason, since, stage and rel_l2",
+    )
     unknown = sorted(set(tables) - {TABLE})
     if unknown or not isinstance(tables.get(TABLE, {}), dict):
         raise UsageError(

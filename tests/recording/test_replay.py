@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from truestep import Recording, check, record
 from truestep.case import Case
-from truestep.errors import UsageError
+from truestep.errors import FileFormatError, UsageError
 from truestep.recording.floor import one_rounding
 from truestep.recording.raised import raised
 from truestep.recording.replay import default_steps, replay
@@ -93,6 +93,40 @@ def test_a_recording_survives_the_disk(reference: Recording, case: Case, tmp_pat
     opened = Recording.open(path)
     assert opened.manifest.noise_floor == reference.manifest.noise_floor
     assert check(case, path).verdict is Verdict.IDENTICAL
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        (("step/0002/guided",), "it lacks step/0002/guided"),
+        (("latent/final",), "it lacks latent/final"),
+        (("schedule/sigmas", "schedule/timesteps"), "it lacks schedule/sigmas, schedule/timesteps"),
+        (("step/0001/latent",), "it lacks step/0001/latent"),
+    ],
+)
+@pytest.mark.parametrize("depth", ["steps", "final"])
+def test_a_recording_that_is_no_whole_run_is_refused(
+    missing: tuple[str, ...],
+    said: str,
+    depth: Literal["steps", "final"],
+    case: Case,
+    reference: Recording,
+) -> None:
+    manifest = reference.manifest
+    table = tuple(entry for entry in manifest.tensors if entry.name not in missing)
+    tensors = {name: tensor for name, tensor in reference.items() if name not in missing}
+    part = Recording.in_memory(tensors, manifest.model_copy(update={"tensors": table}))
+    with pytest.raises(FileFormatError, match="not a whole run") as caught:
+        check(case, part, depth=depth)
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_schedule_of_another_length_is_refused(case: Case, reference: Recording) -> None:
+    tensors = {**reference, "schedule/experts": reference["schedule/experts"][:2]}
+    part = Recording.in_memory(tensors, reference.manifest)
+    with pytest.raises(FileFormatError, match="schedule is not that of its steps"):
+        check(case, part)
 
 
 def test_unchanged_is_identical_at_both_depths(case: Case, reference: Recording) -> None:

@@ -69,24 +69,22 @@ def command(
 
 def _model_problems(model: str) -> list[str]:
     """What is absent from a model folder, by its own model_index.json."""
-    import json
-
     from truestep.case import Case
     from truestep.errors import ModelLoadError
-    from truestep.runtime.loading import NOTES, resolve
+    from truestep.runtime.loading import NOTES, model_index, resolve
 
     try:
         folder = resolve(Case(model=model, prompt="doctor"))
+        index = model_index(folder)
     except ModelLoadError as error:
         return [f"{error.what} ({error.where}): {error.hint}"]
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
     if index.get("_class_name") in NOTES:
         click.echo(f"NOTE {NOTES[index['_class_name']]}", err=True)
     problems = []
     for part, kind in index.items():
         if part.startswith("_") or part == "safety_checker":
             continue  # none is run: see NOTES
-        if not isinstance(kind, list) or kind[0] is None:
+        if not isinstance(kind, list) or kind[:1] in ([], [None]):
             continue
         problems += _component_problems(folder / part)
     return problems

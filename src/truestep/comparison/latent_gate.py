@@ -18,8 +18,9 @@ from truestep.comparison import sources
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.comparison.sources import Source
 from truestep.environment import library_version
-from truestep.errors import UsageError, WriteError
+from truestep.errors import FileFormatError, UsageError, WriteError
 from truestep.files import write_text
+from truestep.reading import parse_json, read
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.verdict import Comparison, Difference, GateResult, Record, Row, Side, Verdict
@@ -418,8 +419,8 @@ def _file_part(prompt: str) -> str:
 def _not_anothers(path: Path, prompt: str) -> None:
     """Refuse to replace the result of another prompt that begins the same."""
     try:
-        written = json.loads(path.read_text("utf-8"))["parameters"]["prompt"]
-    except (OSError, ValueError, KeyError, TypeError):
+        written = read(path, "the result cannot be read", parse_json)["parameters"]["prompt"]
+    except (FileFormatError, KeyError, TypeError):
         return
     if written != prompt:
         raise WriteError(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import pickle
-import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,19 +11,19 @@ import numpy as np
 import torch
 
 from truestep.errors import FileFormatError, UsageError
+from truestep.magic import what_is
+from truestep.reading import reason
 from truestep.recording.format import Recording, read_plain
-from truestep.recording.header import read_manifest
+from truestep.recording.header import manifest_of, read_header
 from truestep.recording.manifest import Manifest
+from truestep.recording.numpy_files import read_npy, read_npz
+from truestep.recording.torch_files import read_pt, tensors_in
 from truestep.verdict import Side
 
 FASTVIDEO_KEYS = {"latent", "expected_slice", "slice_spec", "format_version"}
 """Keys that tell a FastVideo latent bundle from any other dictionary in a .pt file."""
 
-_MAX_NPY = 1 << 40
-_MAX_DEPTH = 50
-
-_NEEDS_CODE = re.compile(r"Unsupported (global|class|type)[^.\n]*\.?\S*", re.IGNORECASE)
-"""What torch says of a pickle that names code it does not allow."""
+_PLAIN_BY = {"quantized": "give tensor.dequantize()", "nested": "give tensor.unbind()"}
 
 
 @dataclass(frozen=True)
@@ -108,10 +104,11 @@ def _tensor(value: object, name: str) -> torch.Tensor:
 def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """The tensor without its graph, if it holds its elements one by one."""
     kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+    kind = "nested" if tensor.is_nested else kind
     if tensor.is_meta or kind != "strided":
         raise UsageError(
             f"{name} is a {'meta' if tensor.is_meta else kind} tensor, which cannot be compared",
-            hint="" if tensor.is_meta else "give tensor.dequantize() or tensor.to_dense()",
+            hint="" if tensor.is_meta else _PLAIN_BY.get(kind, "give tensor.to_dense()"),
         )
     return tensor.detach()
 
@@ -135,109 +132,64 @@ def _refuse(path: Path, what: str, *, measured: str = "", hint: str = "") -> NoR
 
 
 def _load_file(path: Path) -> Source:
-    if path.is_dir():
-        _refuse(path, "a folder was given where a file is needed")
+    suffix = path.suffix.lower()
+    readers: dict[str, Callable[[Path], Source]] = {
+        ".safetensors": _safetensors,
+        ".npy": _npy,
+        ".npz": _npz,
+        **dict.fromkeys((".pt", ".pth", ".bin"), _pt),
+    }
     try:
+        if path.is_dir():
+            _refuse(path, "a folder was given where a file is needed", measured=_is(path))
         size = path.stat().st_size
-    except OSError as error:
-        _refuse(path, "the file cannot be read", measured=str(error.strerror))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        _refuse(path, "the file cannot be read", measured=reason(error))
     if size == 0:
         _refuse(path, "the file is empty")
-    suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        manifest = read_manifest(path)
-        if manifest is not None:
-            return load(Recording.open(path), label=str(path))
-        return Source(str(path), read_plain(path), path)
-    if suffix == ".npy":
-        return Source(str(path), {"tensor": _npy(path)}, path)
-    if suffix == ".npz":
-        return Source(str(path), _npz(path), path)
-    if suffix in {".pt", ".pth", ".bin"}:
-        return _pt(path)
-    _refuse(
-        path,
-        f"files of kind {suffix or '(no suffix)'} cannot be compared",
-        measured="known: .safetensors, .npy, .npz, .pt, .pth, .bin",
-    )
-
-
-def _npy(path: Path) -> torch.Tensor:
-    try:
-        with path.open("rb") as file:
-            _check_npy_size(path, file, path.stat().st_size)
-        return _tensor(np.load(path, allow_pickle=False), "the array")
-    except UsageError as error:
-        _refuse(path, error.what)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
-        _refuse(path, "the .npy file cannot be read", measured=_first_line(error))
-
-
-def _check_npy_size(path: Path, file: Any, size: int) -> None:
-    """Refuse a header that claims more data than the file holds, before memory is taken."""
-    version = np.lib.format.read_magic(file)
-    reader = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    shape, _, dtype = reader(file)
-    if dtype.hasobject:
+    if suffix not in readers:
+        known = f"known: {', '.join(readers)}"
         _refuse(
             path,
-            "the array holds Python objects",
-            measured="loading them could run code",
-            hint="save plain numbers: numpy.save(path, array, allow_pickle=False)",
+            f"files of kind {suffix or '(no suffix)'} cannot be compared",
+            measured=f"{_is(path)}; {known}" if _is(path) else known,
         )
-    need = math.prod(shape) * dtype.itemsize
-    if need > min(size, _MAX_NPY):
-        _refuse(path, "the .npy file is truncated", measured=f"{size:,} bytes, it needs {need:,}")
-
-
-def _npz(path: Path) -> dict[str, torch.Tensor]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            twice = _twice(info.filename for info in archive.infolist())
-            if twice is not None:
-                _refuse(path, f"the .npz file holds entry {twice!r} twice")
-            for info in archive.infolist():
-                if info.file_size > 1000 * max(info.compress_size, 1) + 1_000_000:
-                    _refuse(
-                        path,
-                        f"entry {info.filename!r} is compressed implausibly well",
-                        measured=f"{info.compress_size:,} bytes claim to be {info.file_size:,}",
-                    )
-                with archive.open(info) as file:
-                    _check_npy_size(path, file, info.file_size)
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: _tensor(arrays[name], name) for name in arrays.files}
+        return readers[suffix](path)
     except UsageError as error:
-        _refuse(path, error.what)
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        _refuse(path, "the .npz file cannot be read", measured=_first_line(error))
+        _refuse(path, error.what, hint=error.hint)
+
+
+def _is(path: Path) -> str:
+    kind = what_is(path)
+    return f"it is {kind}" if kind else ""
+
+
+def _safetensors(path: Path) -> Source:
+    header = read_header(path)
+    manifest = manifest_of(header)
+    if manifest is not None:
+        return load(Recording.open(path), label=str(path))
+    return Source(str(path), read_plain(path), path)
+
+
+def _npy(path: Path) -> Source:
+    return Source(str(path), {"tensor": _tensor(read_npy(path), "the array")}, path)
+
+
+def _npz(path: Path) -> Source:
+    arrays = read_npz(path)
+    return Source(str(path), {name: _tensor(arrays[name], name) for name in arrays}, path)
 
 
 def _pt(path: Path) -> Source:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        needed = _NEEDS_CODE.search(str(error))
-        if needed is None:
-            _refuse(path, "the .pt file cannot be read", measured="it is not a pickle of tensors")
-        _refuse(
-            path,
-            "the file needs code to be unpickled, which truestep never runs",
-            measured=needed.group(0).strip(),
-            hint="where you trust it: torch.save(dict_of_plain_tensors, path)",
-        )
-    except Exception as error:  # a damaged archive raises almost anything
-        _refuse(path, "the .pt file cannot be read", measured=_first_line(error))
+    content = read_pt(path)
     if isinstance(content, Mapping) and content.keys() >= FASTVIDEO_KEYS:
         return _fastvideo(path, content)
     try:
-        flat = _flatten(content, "", depth=0)
-    except UsageError as error:
-        _refuse(path, error.what)
+        flat = [(name, _plain(tensor, name)) for name, tensor in tensors_in(content)]
+    except ValueError as error:
+        _refuse(path, str(error))
     twice = _twice(name for name, _ in flat)
     if twice is not None:
         _refuse(path, f"two tensors of the .pt file are called {twice!r} once names are joined")
@@ -263,12 +215,9 @@ def _fastvideo(path: Path, content: Mapping[str, Any]) -> Source:
     tensors = {"latent/final": content["latent"], "signature": content["expected_slice"]}
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         _refuse(path, "the FastVideo bundle's latent or slice is not a tensor")
-    try:
-        tensors = {name: _plain(tensor, name) for name, tensor in tensors.items()}
-    except UsageError as error:
-        _refuse(path, error.what)
+    tensors = {name: _plain(tensor, name) for name, tensor in tensors.items()}
     stated, shape = content.get("shape"), list(tensors["latent/final"].shape)
-    if stated is not None and list(stated) != shape:
+    if stated is not None and (not isinstance(stated, list | tuple) or list(stated) != shape):
         _refuse(
             path,
             "the FastVideo bundle's shape is not that of its latent",
@@ -276,25 +225,3 @@ def _fastvideo(path: Path, content: Mapping[str, Any]) -> Source:
         )
     rest = {key: value for key, value in content.items() if key not in ("latent", "expected_slice")}
     return Source(str(path), tensors, path, bundle=rest)
-
-
-def _flatten(value: object, prefix: str, *, depth: int) -> list[tuple[str, torch.Tensor]]:
-    """Tensors in any nest of mappings and sequences, by dotted name; other values are left out."""
-    if depth > _MAX_DEPTH:
-        raise UsageError(f"the .pt file is nested more than {_MAX_DEPTH} deep, or holds itself")
-    if isinstance(value, torch.Tensor):
-        return [(prefix or "tensor", _plain(value, prefix or "tensor"))]
-    items: list[tuple[str, object]] = []
-    if isinstance(value, Mapping):
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(str(index), item) for index, item in enumerate(value)]
-    found = []
-    for key, item in items:
-        found += _flatten(item, f"{prefix}.{key}" if prefix else key, depth=depth + 1)
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

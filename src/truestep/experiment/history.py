@@ -13,8 +13,11 @@ is killed leaves every run that it had finished, in a batch that is marked as cu
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -22,10 +25,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from truestep.errors import FileFormatError, WriteError
 from truestep.experiment.baseline import Cohort, PerfBatch, PerfRun
+from truestep.magic import what_is
+from truestep.reading import parse_json, reason
 
 DEFAULT_HISTORY = Path("truestep-references") / "perf.sqlite"
 
@@ -34,6 +37,10 @@ APPLICATION_ID = 0x54535046
 
 SCHEMA = 1
 """`user_version` of the file; raised with every change of the tables."""
+
+STEPS, STEPS_PER_BYTE = 10**7, 1000
+"""Steps of SQLite's machine that a reading may take: a table whose pages point at each other has no
+end, and a whole history of 1 MB takes fewer than 10 a byte."""
 
 WAIT_S = 30.0
 """How long a writer waits for another."""
@@ -168,7 +175,7 @@ class History:
     def _cohort(self, row: tuple[str, str, str]) -> Cohort:
         with self._readable("cohort"):
             return Cohort.model_validate(
-                {"source": row[0], "case_id": row[1], "values": json.loads(row[2])}
+                {"source": row[0], "case_id": row[1], "values": parse_json(row[2])}
             )
 
     def _batch(self, row: tuple[object, ...], runs: tuple[PerfRun, ...]) -> PerfBatch:
@@ -189,8 +196,8 @@ class History:
                     {
                         **dict(zip(keys, row[:5], strict=True)),
                         "e2e_ms": "nan" if row[1] is None else row[1],  # SQLite keeps NaN as NULL
-                        "stages_ms": json.loads(row[5]),
-                        "denoise_step_ms": json.loads(row[6]),
+                        "stages_ms": parse_json(row[5]),
+                        "denoise_step_ms": parse_json(row[6]),
                     }
                 )
                 for row in rows
@@ -200,11 +207,11 @@ class History:
     def _readable(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (ValidationError, ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:  # pydantic's are ValueErrors
             raise FileFormatError(
                 f"{what} in the history cannot be read",
                 where=str(self.path),
-                measured=str(error).strip().splitlines()[0][:200],
+                measured=reason(error),
                 likely="the file was changed by another program",
             ) from None
 
@@ -242,7 +249,17 @@ def _connect(path: Path, *, create: bool) -> sqlite3.Connection:
     uri = path.resolve().as_uri()
     writable = create or (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
     mode = "mode=rwc" if create else "mode=rw" if writable else "mode=ro&immutable=1"
-    return sqlite3.connect(f"{uri}?{mode}", uri=True, timeout=WAIT_S, isolation_level=None)
+    db = sqlite3.connect(f"{uri}?{mode}", uri=True, timeout=WAIT_S, isolation_level=None)
+    _limit(db, path.stat().st_size if path.exists() else 0)
+    return db
+
+
+def _limit(db: sqlite3.Connection, size: int) -> None:
+    """Let a damaged or hostile file take no more memory and time than its size justifies."""
+    if hasattr(db, "setlimit"):  # Python 3.11
+        db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, size + 2**20)
+    left = itertools.count((STEPS + STEPS_PER_BYTE * size) // 10**6, -1)
+    db.set_progress_handler(lambda: next(left) <= 0, 10**6)
 
 
 def _prepare(path: Path, db: sqlite3.Connection) -> None:
@@ -259,7 +276,7 @@ def _prepare(path: Path, db: sqlite3.Connection) -> None:
             db.execute(f"PRAGMA user_version = {SCHEMA}")
         db.execute("COMMIT")
         application, schema, tables = _header(db)
-    if application != APPLICATION_ID:
+    if application != APPLICATION_ID or (schema == SCHEMA and _schema(db) != _expected_schema()):
         raise FileFormatError(
             "this is a SQLite file, but not a history of truestep",
             where=str(path),
@@ -281,6 +298,17 @@ def _header(db: sqlite3.Connection) -> tuple[int, int, int]:
         "FROM pragma_application_id, pragma_user_version"
     ).fetchone()
     return int(application), int(schema), int(tables)
+
+
+def _schema(db: sqlite3.Connection) -> set[str]:
+    """What makes the tables; a view or trigger in their place could run anything."""
+    rows = db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'")
+    return {" ".join(str(row[0]).split()) for row in rows}
+
+
+@functools.cache
+def _expected_schema() -> set[str]:
+    return {" ".join(text.split()) for text in _TABLES.split(";") if text.strip()}
 
 
 def _use_log(db: sqlite3.Connection) -> None:
@@ -338,6 +366,20 @@ def _put_run(db: sqlite3.Connection, batch: int, number: int, run: PerfRun) -> N
     )
 
 
+_SYSTEM = re.compile("locked|busy|full|read-?only|unable to open|disk I/O", re.IGNORECASE)
+"""What SQLite says where the file is not to blame."""
+
+
+def _damaged(path: Path, text: str) -> FileFormatError:
+    kind = what_is(path)
+    return FileFormatError(
+        "this is not a history: it is not a SQLite file, or it is damaged",
+        where=str(path),
+        measured=f"it is {kind}; {text}" if kind else text,
+        hint="give another --history; this file was not touched",
+    )
+
+
 @contextmanager
 def _errors(path: Path) -> Iterator[None]:
     """SQLite's and the system's errors as ours."""
@@ -345,6 +387,8 @@ def _errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         text = str(error)
+        if not _SYSTEM.search(text):
+            raise _damaged(path, text) from None
         likely = (
             "another process has been writing for long"
             if "locked" in text or "busy" in text
@@ -359,17 +403,12 @@ def _errors(path: Path) -> Iterator[None]:
             likely=likely,
             hint=f"df -h {path.parent}; ls -ld {path.parent}; the runs before it are kept",
         ) from error
-    except sqlite3.DatabaseError as error:
-        raise FileFormatError(
-            "this is not a history: it is not a SQLite file, or it is damaged",
-            where=str(path),
-            measured=str(error),
-            hint="give another --history; this file was not touched",
-        ) from None
-    except OSError as error:
+    except sqlite3.Error as error:
+        raise _damaged(path, str(error)) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise WriteError(
             "the history could not be written",
             where=str(path),
-            measured=error.strerror or str(error),
+            measured=reason(error),
             hint=f"ls -ld {path.parent}",
         ) from error

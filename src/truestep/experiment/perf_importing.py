@@ -13,13 +13,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from truestep import reading
 from truestep.errors import FileFormatError
 from truestep.experiment.baseline import SCHEMA_VERSION, Cohort, PerfBatch, PerfRun, impossible
 from truestep.experiment.history import Import
 from truestep.verdict import Record, Verdict
-
-MOST_BYTES = 64 * 2**20
-"""Larger files are none of these."""
 
 
 class ImportedFile(Record):
@@ -74,23 +72,12 @@ def read_file(path: Path) -> tuple[ImportedFile, list[Import]]:
 
 
 def _load(path: Path) -> Any:
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise FileFormatError(
-                "the file is too large",
-                where=str(path),
-                measured=f"{path.stat().st_size / 2**20:.0f} MiB, at most {MOST_BYTES // 2**20}",
-                hint="nothing was imported",
-            )
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        text = error.strerror if isinstance(error, OSError) else str(error)
-        raise FileFormatError(
-            "the file is not JSON that can be read",
-            where=str(path),
-            measured=str(text)[:200],
-            hint="nothing was imported",
-        ) from None
+    return reading.read(
+        path,
+        "the file is not JSON that can be read",
+        reading.parse_json,
+        hint="nothing was imported",
+    )
 
 
 def _sglang(path: Path, content: Mapping[str, Any]) -> tuple[ImportedFile, list[Import]]:

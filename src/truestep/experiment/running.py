@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from truestep.case import Case
 from truestep.checking import check_pipeline
 from truestep.environment import Environment
-from truestep.errors import TruestepError, WriteError
+from truestep.errors import FileFormatError, TruestepError, WriteError
 from truestep.experiment.arms import Arm, Run, choose, digest, load_arm, own_backend, run
 from truestep.experiment.cluster import Ended, Task, run_tasks
 from truestep.experiment.judging import final_row, sameness
@@ -34,6 +34,7 @@ from truestep.experiment.store import Store
 from truestep.experiment.table import complete_rounds
 from truestep.files import write_text
 from truestep.noise import NoiseFloor, free_running, pair_of
+from truestep.reading import read
 from truestep.recording.format import Recording
 from truestep.recording.names import FINALS
 from truestep.recording.record import FloorChoice, record_pipeline
@@ -143,8 +144,8 @@ def _keep(store: Store, cell: PlannedCell, ended: Ended, known: dict[str, str]) 
         return
     marker = _marker(store, cell)
     try:
-        doing = Failure.model_validate_json(marker.read_text("utf-8"))
-    except (OSError, ValueError):
+        doing = read(marker, "the marker cannot be read", Failure.model_validate_json)
+    except FileFormatError:
         lines, _ = store.lines(cell)
         session = 1 + max((line.session for line in lines), default=-1)
         doing = Failure(arm="baseline", session=session, doing="starting", text="")

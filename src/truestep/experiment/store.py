@@ -35,6 +35,7 @@ from truestep.experiment.records import (
     Sample,
 )
 from truestep.files import replacing, write_text
+from truestep.reading import parse_json, read
 
 if TYPE_CHECKING:
     import torch
@@ -124,15 +125,12 @@ class Store:
             FileFormatError: There is no plan here, or it is damaged.
         """
         path = self.folder / "plan.json"
-        try:
-            return Plan.model_validate_json(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, ValidationError) as error:
-            raise FileFormatError(
-                "this is not the folder of an experiment, or its plan is damaged",
-                where=str(path),
-                measured=_first_line(error),
-                hint="truestep ab CASE --set KEY=VALUE --output DIR begins one",
-            ) from None
+        return read(
+            path,
+            "this is not the folder of an experiment, or its plan is damaged",
+            lambda data: Plan.model_validate(parse_json(data)),
+            hint="truestep ab CASE --set KEY=VALUE --output DIR begins one",
+        )
 
     def write_environment(self, values: Mapping[str, str]) -> None:
         """Keep the environment of the latest start."""
@@ -142,8 +140,9 @@ class Store:
     def environment(self) -> dict[str, str]:
         """The environment; empty where none was kept."""
         try:
-            found = json.loads((self.folder / "environment.json").read_text("utf-8"))
-        except (OSError, ValueError):
+            path = self.folder / "environment.json"
+            found = read(path, "the environment cannot be read", parse_json)
+        except FileFormatError:
             return {}
         return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
@@ -173,10 +172,9 @@ class Store:
     def lines(self, cell: PlannedCell) -> tuple[list[Sample | Failure | Remark], list[str]]:
         """Every line of a cell that can be read, and what is said of those that cannot."""
         path = self._samples(cell)
-        try:
-            raw = path.read_bytes().split(b"\n")
-        except FileNotFoundError:
+        if not path.exists():
             return [], []
+        raw = read(path, "the samples cannot be read", bytes).split(b"\n")
         found, damaged = [], []
         for number, text in enumerate(raw, start=1):
             if not text.strip():
@@ -209,14 +207,12 @@ class Store:
 
     def tensors(self, cell: PlannedCell, arm: ArmName, case: str) -> dict[str, torch.Tensor]:
         """What was kept of an arm; empty where there is nothing that can be read."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
+        from truestep.recording.format import read_plain
 
         try:
-            found: dict[str, torch.Tensor] = load(self.media(cell, arm, case).read_bytes())
-        except (OSError, SafetensorError, ValueError):
+            return read_plain(self.media(cell, arm, case))
+        except FileFormatError:
             return {}
-        return found
 
     def save_check(self, cell: PlannedCell, check: Sameness) -> None:
         """Keep how the numbers of a case compare, atomically."""
@@ -225,8 +221,9 @@ class Store:
     def check(self, cell: PlannedCell, case: str) -> Sameness | None:
         """How the numbers of a case compare; None where that was not found out."""
         try:
-            return Sameness.model_validate_json(self._check(cell, case).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, ValidationError):
+            path = self._check(cell, case)
+            return read(path, "the check cannot be read", Sameness.model_validate_json)
+        except FileFormatError:
             return None
 
     def recording(self, cell: PlannedCell, case: str) -> Path:
@@ -245,10 +242,6 @@ class Store:
 
     def _check(self, cell: PlannedCell, case: str) -> Path:
         return self._arm(cell, "candidate") / f"{case}.check.json"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
 
 
 def _unwritten(what: str, path: Path, error: OSError) -> WriteError:

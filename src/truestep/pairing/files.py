@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+from truestep import reading
 from truestep.errors import FileFormatError
 from truestep.files import write_text
 from truestep.pairing.records import Pairing
 from truestep.pairing.rename import wildcards
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def write(pairing: Pairing, path: str | Path) -> None:
@@ -41,12 +36,7 @@ def read(path: str | Path) -> dict[str, str]:
     Raises:
         FileFormatError: The file cannot be read, or holds something else.
     """
-    try:
-        found = tomllib.loads(Path(path).read_text("utf-8")).get("rename")
-    except (OSError, ValueError) as error:
-        raise FileFormatError(
-            "the rename map cannot be read", where=str(path), measured=str(error)
-        ) from None
+    found = reading.read(path, "the rename map cannot be read", reading.parse_toml).get("rename")
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise FileFormatError(
             "the file holds no rename map",

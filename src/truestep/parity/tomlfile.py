@@ -5,17 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from truestep.errors import FileFormatError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from truestep import reading
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _WIDTH = 88
@@ -32,16 +26,13 @@ def read(path: Path, what: str) -> dict[str, Any]:
     Raises:
         FileFormatError: It cannot be read or is no TOML.
     """
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FileFormatError(
-            f"{what} cannot be read",
-            where=str(path),
-            measured=str(error).splitlines()[0],
-            likely="a merge conflict or an edit by hand",
-            hint=f"git checkout {path}, or delete it and run the parity tests again",
-        ) from None
+    return reading.read(
+        path,
+        f"{what} cannot be read",
+        reading.parse_toml,
+        likely="a merge conflict or an edit by hand",
+        hint=f"git checkout {path}, or delete it and run the parity tests again",
+    )
 
 
 def _table(data: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:

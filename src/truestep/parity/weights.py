@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from truestep.errors import FileFormatError, MissingExtraError, UsageError
+from truestep.errors import FileFormatError, MissingExtraError, TruestepError, UsageError
+from truestep.magic import what_is
+from truestep.reading import reason
 
 if TYPE_CHECKING:
     import torch
@@ -29,18 +31,21 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
         **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), _torch),
     }
     if path.suffix not in readers:
+        kind = what_is(path)
         raise UsageError(
             f"{path.suffix or 'a file without a suffix'} is no kind of weight file known here",
             where=str(path),
-            measured=f"there are: {', '.join(readers)}",
+            measured=f"{f'it is {kind}; ' if kind else ''}there are: {', '.join(readers)}",
         )
     try:
         found = readers[path.suffix](path)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except TruestepError:
+        raise
+    except Exception as error:  # onnx and h5py raise almost anything for a damaged file
         raise FileFormatError(
             "the weights cannot be read",
             where=str(path),
-            measured=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            measured=f"{type(error).__name__}: {reason(error)}",
         ) from error
     if not found:
         raise FileFormatError("the file holds no tensors", where=str(path))
@@ -48,24 +53,17 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from truestep.recording.format import read_plain
 
-    try:
-        return dict(load_file(path))
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
+    return read_plain(path)
 
 
 def _torch(path: Path) -> dict[str, torch.Tensor]:
-    import pickle
-
     import torch
 
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"refused to unpickle: {str(error).splitlines()[0]}") from None
+    from truestep.recording.torch_files import read_pt
+
+    found = read_pt(path)
     for key in ("state_dict", "model", "module"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -105,11 +103,16 @@ def _hdf5(path: Path) -> dict[str, torch.Tensor]:
         import h5py
     except ImportError:
         raise MissingExtraError("h5py", "bench", "reading HDF5 weights") from None
+    from truestep.recording.numpy_files import DEFLATE_RATIO, SMALL
+
     found: dict[str, torch.Tensor] = {}
 
     def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu":
-            found[name] = torch.from_numpy(np.array(item))
+        if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiu":
+            return
+        if item.nbytes > DEFLATE_RATIO * item.id.get_storage_size() + SMALL:
+            raise ValueError(f"{name} claims {item.nbytes:,} bytes that the file does not hold")
+        found[name] = torch.from_numpy(np.array(item))
 
     with h5py.File(path, "r") as file:
         file.visititems(visit)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ import xxhash
 from pydantic import ValidationError
 
 from truestep.errors import FileFormatError
+from truestep.magic import SAFETENSORS, what_is
+from truestep.reading import check_plain, reason
 from truestep.recording.manifest import (
     DIGEST_KEY,
     FORMAT_VERSION,
@@ -74,7 +77,8 @@ TORCH_NAMES = {
     "F64": "float64",
 }
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What no name has: control characters and halves of characters."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,37 @@ class Header:
     data_start: int
 
 
+RECORD_AGAIN = "restore the file, or record it again: truestep record CASE --update"
+
+_HEAD = 1 << 16
+"""Bytes from the start of a file in which the library writes its metadata."""
+
+
 def refuse(path: Path, what: str, *, measured: str = "", likely: str = "") -> NoReturn:
-    """Raise the error for a file that cannot be used."""
+    """Raise the error for a safetensors file that cannot be used; only recordings are recorded."""
+    again = "copy or download the file again"
+    hint = RECORD_AGAIN if _says_truestep(path) else again
+    raise FileFormatError(what, where=str(path), measured=measured, likely=likely, hint=hint)
+
+
+def _says_truestep(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return f'"{METADATA_KEY}"'.encode() in file.read(_HEAD)
+    except (OSError, ValueError):
+        return False
+
+
+def _refuse_kind(path: Path, size: int) -> None:
+    """Refuse a file that is something else than safetensors, and say what."""
+    kind = what_is(path)
+    if kind in ("", SAFETENSORS):
+        return
     raise FileFormatError(
-        what,
+        "this is not a safetensors file",
         where=str(path),
-        measured=measured,
-        likely=likely,
-        hint="restore the file, or record it again: truestep record CASE --update",
+        measured=f"it is {kind}, {size:,} bytes",
+        hint=f"truestep show {shlex.quote(str(path))} says what it holds",
     )
 
 
@@ -128,7 +155,12 @@ def read_header(path: str | Path) -> Header:
 def _header_text(path: Path) -> tuple[bytes, int, int]:
     try:
         if path.is_dir():
-            refuse(path, "a folder was given where a file is needed")
+            raise FileFormatError(
+                "a folder was given where a file is needed",
+                where=str(path),
+                measured=f"it is {what_is(path)}",
+                hint=f"truestep show {shlex.quote(str(path))} says what it holds",
+            )
         size = path.stat().st_size
         if size < 8:
             empty = "the file is empty" if size == 0 else "the file is too short"
@@ -140,6 +172,7 @@ def _header_text(path: Path) -> tuple[bytes, int, int]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > MAX_HEADER or length > size - 8:
+                _refuse_kind(path, size)
                 refuse(
                     path,
                     "the safetensors header does not fit",
@@ -148,8 +181,10 @@ def _header_text(path: Path) -> tuple[bytes, int, int]:
                     likely="truncated, or not a safetensors file",
                 )
             text = file.read(length)
-    except OSError as error:
-        refuse(path, "the file cannot be read", measured=error.strerror or str(error))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise FileFormatError(
+            "the file cannot be read", where=str(path), measured=reason(error)
+        ) from None
     if len(text) != length:
         refuse(path, "the file was cut while it was read")
     return text, 8 + length, size
@@ -170,8 +205,9 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
             text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant
         )
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        refuse(path, "the header is not valid JSON", measured=reason[:200], likely="a damaged file")
+        refuse(
+            path, "the header is not valid JSON", measured=reason(error), likely="a damaged file"
+        )
     if not isinstance(entries, dict):
         refuse(path, "the header is not a table", measured=type(entries).__name__)
     return entries
@@ -181,9 +217,14 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ELEMENTS
 
 
+def bad_name(name: str) -> bool:
+    """Whether no tensor may be called so."""
+    return name in ("", "__metadata__") or len(name) > MAX_NAME or _CONTROL.search(name) is not None
+
+
 def _slot(path: Path, name: str, entry: object) -> Slot:
     shown = repr(name[:80])
-    if not name or len(name) > MAX_NAME or _CONTROL.search(name):
+    if bad_name(name):
         refuse(path, f"tensor name {shown} is empty, too long or has control characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         refuse(path, f"the entry of tensor {shown} is not dtype, shape and data_offsets")
@@ -275,7 +316,11 @@ def manifest_of(header: Header) -> Manifest | None:
     if text is None:
         return None
     path = header.path
-    if not _manifest_has_digest(text, header.metadata.get(DIGEST_KEY, "")):
+    try:
+        intact = _manifest_has_digest(text, header.metadata.get(DIGEST_KEY, ""))
+    except UnicodeEncodeError:  # half a character
+        intact = False
+    if not intact:
         refuse(
             path,
             "the recording's manifest is damaged",
@@ -285,8 +330,9 @@ def manifest_of(header: Header) -> Manifest | None:
     try:
         raw = json.loads(text)
         version = raw["format_version"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        refuse(path, "the recording's manifest is not valid", measured=str(error)[:200])
+        check_plain({key: value for key, value in raw.items() if key != "tensors"})
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        refuse(path, "the recording's manifest is not valid", measured=reason(error))
     if not _whole(version) or version < 1:
         refuse(path, "the recording's format version is not a number", measured=str(version)[:40])
     if version > FORMAT_VERSION:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from truestep.reading import parse_json
 from truestep.recording.manifest import Implementation
 from truestep.runtime.pipeline import MODELS, Pipeline, Stages
 
@@ -58,9 +58,11 @@ def commits() -> dict[str, str]:
             text = metadata.distribution(name).read_text("direct_url.json")
         except metadata.PackageNotFoundError:
             continue
-        commit = json.loads(text or "{}").get("vcs_info", {}).get("commit_id")
-        if commit:
-            found[name] = str(commit)
+        try:
+            commit = parse_json(text or "{}")["vcs_info"]["commit_id"]
+        except (ValueError, KeyError, TypeError):
+            continue  # not installed from a repository
+        found[name] = str(commit)
     return found
 
 

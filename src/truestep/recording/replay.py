@@ -34,6 +34,8 @@ from truestep.runtime.pipeline import (
     text_branches,
 )
 
+_SCHEDULE = ("schedule/sigmas", "schedule/timesteps", "schedule/experts")
+
 
 @dataclass
 class Replay:
@@ -123,6 +125,37 @@ def recorded_schedule(recording: Mapping[str, torch.Tensor]) -> Schedule:
         recording["schedule/timesteps"],
         recording["schedule/experts"],
     )
+
+
+def require_run(recording: Mapping[str, torch.Tensor], *, where: str) -> None:
+    """Refuse a recording that lacks what every run has, before anything is loaded or run.
+
+    Raises:
+        FileFormatError: The schedule, a latent, what a scheduler was given or the end is missing,
+            or the schedule's parts are of other lengths than the steps that are there.
+    """
+    total = steps_recorded(recording)
+    names = ["text/cond", "latent/initial", "latent/final", *_SCHEDULE]
+    names += [step_name(step, what) for step in range(total) for what in ("latent", "guided")]
+    lacks = [name for name in names if name not in recording]
+    hint = "record it again: truestep record CASE --update"
+    if lacks or not total:
+        more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
+        raise FileFormatError(
+            "the reference is not a whole run: it cannot be replayed",
+            where=where,
+            measured=f"it lacks {', '.join(lacks[:3])}{more}" if lacks else "it has no steps",
+            hint=hint,
+        )
+    shapes = {name: tuple(recording[name].shape) for name in _SCHEDULE}
+    fits = all(len(shape) == 1 and shape[0] >= total for shape in shapes.values())
+    if not fits or len(recording[_SCHEDULE[1]]) != total:
+        raise FileFormatError(
+            "the reference's schedule is not that of its steps",
+            where=where,
+            measured=f"{total} steps; " + ", ".join(f"{n} {list(s)}" for n, s in shapes.items()),
+            hint=hint,
+        )
 
 
 def default_steps(recording: Mapping[str, torch.Tensor]) -> tuple[int, ...]:

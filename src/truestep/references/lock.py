@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from truestep.errors import FileFormatError
 from truestep.files import write_text
+from truestep.reading import parse_json, read
 from truestep.verdict import Record
 
 LOCK_FILE = "truestep.lock"
@@ -42,24 +43,15 @@ def read_lock(root: Path) -> Lock:
         FileFormatError: It is damaged or of a newer version.
     """
     path = root / LOCK_FILE
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         return Lock()
-    except OSError as error:
-        raise FileFormatError(
-            "the lock file cannot be read", where=str(path), measured=str(error.strerror)
-        ) from None
-    try:
-        lock = Lock.model_validate(json.loads(text))
-    except (ValueError, ValidationError) as error:
-        raise FileFormatError(
-            "the lock file is damaged",
-            where=str(path),
-            measured=str(error).splitlines()[0],
-            likely="a merge conflict or an edit by hand",
-            hint=f"git checkout {path}",
-        ) from None
+    lock = read(
+        path,
+        "the lock file is damaged",
+        lambda data: Lock.model_validate(parse_json(data, unique=True)),
+        likely="a merge conflict or an edit by hand",
+        hint=f"git checkout {path}",
+    )
     if lock.lock_version > LOCK_VERSION:
         raise FileFormatError(
             "the lock file was written by a newer truestep",

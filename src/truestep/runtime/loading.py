@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from truestep.case import Case
 from truestep.controls import AudioVideo
 from truestep.environment import usable_device
 from truestep.errors import CaseError, MissingExtraError, ModelLoadError
+from truestep.reading import parse_json, read
 from truestep.runtime.pipeline import Pipeline
 
 COSMOS = "CosmosTextToWorldPipeline"
@@ -45,7 +45,7 @@ def load(case: Case) -> Pipeline:
     except ImportError as error:
         raise MissingExtraError(error.name or "diffusers", "diffusers", "running a model") from None
     folder = resolve(case)
-    family = _index(folder)["_class_name"]
+    family = model_index(folder)["_class_name"]
     if family in LTX2:
         return _ltx2(case, folder)
     _refuse_audio_video(case, folder)
@@ -111,9 +111,9 @@ def _cosmos(case: Case, folder: Path) -> Pipeline:
     device = usable_device(case.settings.device)
     dtype = getattr(torch, case.dtype)
     with _quiet(), _failures(case, folder):
-        config = json.loads((folder / "transformer" / "config.json").read_text("utf-8"))
+        config = _table(folder / "transformer" / "config.json")
         cosmos.require_torchvision(bool(config.get("concat_padding_mask", True)))
-        index = _index(folder)
+        index = model_index(folder)
         parts = {part: _part(folder / part, index[part], dtype=dtype) for part in _PARTS}
         for part in ("text_encoder", "transformer", "vae"):
             parts[part].to(device)
@@ -147,7 +147,7 @@ def _ltx2(case: Case, folder: Path) -> Pipeline:
     from truestep.runtime import ltx2
 
     device = usable_device(case.settings.device)
-    index = _index(folder)
+    index = model_index(folder)
     missing = [part for part in _LTX2_PARTS if not (index.get(part) or [None])[0]]
     if missing:
         raise ModelLoadError(
@@ -229,7 +229,7 @@ def resolve(case: Case) -> Path:
             measured="a diffusers model has a model_index.json",
             hint="give builtin:digits, a diffusers folder, or a hub id like Wan-AI/NAME",
         )
-    name = _index(folder).get("_class_name")
+    name = model_index(folder).get("_class_name")
     if name not in SUPPORTED:
         raise ModelLoadError(
             f"models of class {name} are not supported",
@@ -240,22 +240,23 @@ def resolve(case: Case) -> Path:
     return folder
 
 
-def _index(folder: Path) -> dict[str, Any]:
+def model_index(folder: Path) -> dict[str, Any]:
     """A folder's model_index.json.
 
     Raises:
         ModelLoadError: It cannot be read.
     """
-    path = folder / "model_index.json"
-    try:
-        found = json.loads(path.read_text("utf-8"))
+    return _table(folder / "model_index.json")
+
+
+def _table(path: Path) -> dict[str, Any]:
+    def parse(data: bytes) -> dict[str, Any]:
+        found = parse_json(data)
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, not an object")
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(
-            "model_index.json cannot be read", where=str(path), measured=str(error)
-        ) from None
-    return found
+        return found
+
+    return read(path, f"{path.name} cannot be read", parse, raises=ModelLoadError)
 
 
 def _from_hub(model: str, revision: str | None) -> Path:

@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import Field
 
+from truestep import reading
 from truestep.case import Case
 from truestep.errors import FileFormatError, UsageError
 from truestep.files import write_text
@@ -251,36 +252,22 @@ def write(path: str | Path, thresholds: Thresholds) -> None:
 
 
 def _read(path: Path) -> Thresholds:
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise ValueError(f"{size:,} bytes; at most {LARGEST_FILE:,} are read")
-        text = path.read_text("utf-8")
-        data = json.loads(text, object_pairs_hook=_unique)
-        problem = _shape_problem(data)
-        if problem:
-            raise ValueError(problem)
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # JSON's are ValueErrors
-        raise FileFormatError(
-            "the threshold file cannot be used",
-            where=str(path),
-            measured=(str(error).splitlines() or [type(error).__name__])[0],
-            hint='it holds {"cases": {"ID": {"ssim_threshold": 0.95, ...}}}, as SGLang\'s',
-        ) from None
+    data = reading.read(
+        path,
+        "the threshold file cannot be used",
+        _parse,
+        most=LARGEST_FILE,
+        hint='it holds {"cases": {"ID": {"ssim_threshold": 0.95, ...}}}, as SGLang\'s',
+    )
     return Thresholds(path.name, data)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} is there twice: a reader would drop one silently")
-    return found
+def _parse(text: bytes) -> dict[str, Any]:
+    data: dict[str, Any] = reading.parse_json(text, unique=True)
+    problem = _shape_problem(data)
+    if problem:
+        raise ValueError(problem)
+    return data
 
 
 def _shape_problem(data: object) -> str:

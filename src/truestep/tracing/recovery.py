@@ -6,7 +6,6 @@ or a tensor that was being written is dropped.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,10 +14,14 @@ from typing import Any, BinaryIO
 
 from truestep.errors import FileFormatError, UsageError, WriteError
 from truestep.files import alive
+from truestep.reading import parse_json, read, reason
 from truestep.recording.format import Recording
-from truestep.recording.header import ITEM_SIZES, digest
+from truestep.recording.header import ITEM_SIZES, bad_name, digest
 from truestep.recording.manifest import Level, Manifest
 from truestep.tracing.writer import SUFFIX, Row, entry_row, join, length_of, stored_parts
+
+MAX_JOURNAL = 2**30
+"""Bytes; about 200 a tensor."""
 
 PARTIAL = "partial: the process ended before the trace was closed"
 
@@ -82,35 +85,56 @@ def recover(path: str | Path, *, output: str | Path | None = None) -> Recording:
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[Row], dict[int, int]]:
     """Settings, whole tensors, and how many bytes of each data file they need."""
-    try:
-        lines = (folder / "journal.jsonl").read_bytes().split(b"\n")
-        head = json.loads(lines[0])
-        level: Level = Manifest.model_validate({**head, "tensors": ()}).level
-    except (OSError, ValueError) as error:
-        raise FileFormatError(
-            "the spool's journal cannot be read",
-            where=str(folder),
-            measured=str(error).splitlines()[0][:200],
-            likely="the process was killed before its first module ran",
-        ) from None
+    level: Level
+    head, level, lines = read(
+        folder / "journal.jsonl",
+        "the spool's journal cannot be read",
+        _journal,
+        most=MAX_JOURNAL,
+        likely="the process was killed before its first module ran",
+    )
     rows: list[Row] = []
+    names: set[str] = set()
     sizes: dict[int, int] = {}
     files = {int(p.suffix[1:]): p for p in folder.glob("data.*") if p.suffix[1:].isdecimal()}
     with ExitStack() as stack:
-        opened = {size: stack.enter_context(file.open("rb")) for size, file in files.items()}
-        for line in lines[1:]:
+        try:
+            opened = {size: stack.enter_context(f.open("rb")) for size, f in files.items()}
+        except OSError as error:
+            raise FileFormatError(
+                "the spool's data cannot be read", where=str(folder), measured=reason(error)
+            ) from None
+        for line in lines:
             try:
-                row = entry_row(json.loads(line), level)
-                ends = _whole(row, level, opened)
+                row = entry_row(parse_json(line), level)
+                ends = _whole(row, level, opened, sizes)
             except (ValueError, TypeError, KeyError):
                 break  # the line, or its data, was being written
+            if row.entry.name in names or bad_name(row.entry.name):
+                break
+            names.add(row.entry.name)
             rows.append(row)
             for size, end in ends.items():
                 sizes[size] = max(sizes.get(size, 0), end)
     return head, rows, sizes
 
 
-def _whole(row: Row, level: Level, files: Mapping[int, BinaryIO]) -> dict[int, int]:
+def _journal(data: bytes) -> tuple[dict[str, Any], Level, list[bytes]]:
+    """The settings, the level among them, and the lines after them.
+
+    Raises:
+        ValueError: They cannot be read.
+    """
+    first, *lines = data.split(b"\n")
+    head = parse_json(first)
+    if not isinstance(head, dict):
+        raise ValueError(f"its first line is a {type(head).__name__}, not a table")
+    return head, Manifest.model_validate({**head, "tensors": ()}).level, lines
+
+
+def _whole(
+    row: Row, level: Level, files: Mapping[int, BinaryIO], sizes: Mapping[int, int]
+) -> dict[int, int]:
     """Where the data of a row end, by the size of an item.
 
     Raises:
@@ -120,9 +144,13 @@ def _whole(row: Row, level: Level, files: Mapping[int, BinaryIO]) -> dict[int, i
     expected = (row.entry.digest, row.entry.sketch_digest)
     for (_, dtype, shape, offset), known in zip(stored_parts(row, level), expected, strict=False):
         size, length = ITEM_SIZES[dtype], length_of(dtype, shape)
+        if offset != sizes.get(size, 0) or min(shape, default=0) < 0:
+            raise ValueError("not the next bytes")  # they are appended
         if length:
+            if offset + length > os.fstat(files[size].fileno()).st_size:
+                raise ValueError("the data are not there")
             files[size].seek(offset)
             if digest(files[size].read(length)) != known:
                 raise ValueError("damaged")
-        ends[size] = offset + length
+        ends[size] = sizes.get(size, 0) + length
     return ends

@@ -20,7 +20,6 @@ Source:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ import torch
 
 from truestep.case import Case, RunSettings
 from truestep.errors import CaseError, FileFormatError
+from truestep.reading import parse_json, read
 from truestep.runtime.joint import AUDIO, Joint, gather
 from truestep.runtime.pipeline import Pipeline
 
@@ -207,21 +207,22 @@ def upsampler_scale(folder: Path) -> float:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+    def parse(data: bytes) -> dict[str, Any]:
+        config: dict[str, Any] = parse_json(data)
         found = config.get("_class_name") if isinstance(config, dict) else None
         if found != _CLASS:
             raise ValueError(f"its class is {found}, not {_CLASS}")
         if not any(folder.glob("*.safetensors")):
             raise ValueError("it has no weights (*.safetensors)")
-    except (OSError, ValueError) as error:
-        raise CaseError(
-            "the latent upsampler cannot be used",
-            where=str(folder),
-            measured=str(error),
-            hint="--set upsampler=FOLDER, such as latent_upsampler of Lightricks/LTX-2",
-        ) from None
-    return dict(config)
+        return config
+
+    return read(
+        folder / "config.json",
+        "the latent upsampler cannot be used",
+        parse,
+        raises=CaseError,
+        hint="--set upsampler=FOLDER, such as latent_upsampler of Lightricks/LTX-2",
+    )
 
 
 def starting_point(pipe: Pipeline) -> Joint:
