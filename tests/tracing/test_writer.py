@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.tracing.models import given, model
 from truestep.errors import FileFormatError, UsageError, WriteError
 from truestep.recording.format import Recording
 from truestep.recording.header import read_header
+from truestep.recording.manifest import Level
 from truestep.tracing.recovery import PARTIAL, recover
 from truestep.tracing.writer import Spool
 
@@ -160,6 +162,7 @@ def spool_of(tmp_path: Path, *, pid: int = 2**22 + 1) -> Path:
         name = f"module/a/{order}/main/out.0"
         spool.add((name, order, "float32", (4,), order, "main", "a", 0), [blob])
     spool.flush()
+    spool.release()
     folder = tmp_path / f"t.safetensors.{pid}.spool"
     spool.folder.rename(folder)
     return folder
@@ -189,6 +192,162 @@ def test_what_cannot_be_recovered(tmp_path: Path) -> None:
     alive = folder.rename(tmp_path / f"t.safetensors.{os.getppid()}.spool")
     with pytest.raises(UsageError, match="still running"):
         recover(alive)
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("level", ["stats", "full"])
+def test_a_model_called_from_several_threads_is_traced(tmp_path: Path, level: Level) -> None:
+    net, path = model(), tmp_path / "t.safetensors"
+    results: dict[int, list[torch.Tensor]] = {}
+
+    def work(number: int) -> None:
+        with torch.no_grad():
+            results[number] = [net(given(10 * number + i)) for i in range(10)]
+
+    with truestep.capture(net, path=path, level=level) as trace:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    recording = Recording.open(path)
+    with torch.no_grad(), truestep.capture(net) as alone:
+        net(given())
+    assert len(recording.manifest.tensors) == 80 * len(alone.names)
+    assert {entry.step for entry in recording.manifest.tensors} == set(range(80))
+    assert recording.manifest.forwards == 80
+    assert trace.fired == trace.hooks
+    assert all(recording[name].numel() for name in recording)
+    if level == "full":
+        outputs = {
+            recording[f"module/(root)/{step}/main/out.0"].numpy().tobytes() for step in range(80)
+        }
+        assert outputs == {t.numpy().tobytes() for kept in results.values() for t in kept}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_second_capture_on_one_path_is_refused_before_it_runs(tmp_path: Path) -> None:
+    net, path = model(), tmp_path / "t.safetensors"
+    with truestep.capture(net, path=path):
+        net(given())
+        with (
+            pytest.raises(UsageError, match="another trace is being written to this path"),
+            truestep.capture(net, path=path),
+        ):
+            raise AssertionError("unreached")
+        net(given())
+    assert {entry.step for entry in Recording.open(path).manifest.tensors} == {0, 1}
+    with truestep.capture(net, path=path):  # free again
+        net(given())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_at_the_target_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    path.mkdir()
+    with (
+        pytest.raises(WriteError, match="the trace could not be written") as caught,
+        truestep.capture(model(), path=path),
+    ):
+        raise AssertionError("unreached")
+    assert caught.value.likely == "a folder is in its place"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_put_in_place_stays_in_the_spool(tmp_path: Path) -> None:
+    net, path = model(), tmp_path / "t.safetensors"
+    before = open_files()
+
+    def run() -> None:
+        with truestep.capture(net, path=path):
+            net(given())
+            path.mkdir()
+
+    with pytest.raises(WriteError, match="the trace could not be written") as caught:
+        run()
+    (spool,) = [place for place in tmp_path.iterdir() if place != path]
+    other = tmp_path / "other.safetensors"
+    command = f"truestep trace recover {spool} --output other.safetensors"
+    assert caught.value.hint == command
+    recording = recover(spool, output=other)
+    assert {entry.step for entry in recording.manifest.tensors} == {0}
+    assert PARTIAL not in recording.manifest.notes  # it was closed; this process still runs
+    assert sorted(place.name for place in tmp_path.iterdir()) == [other.name, path.name]
+    del recording
+    assert open_files() == before
+
+
+def test_a_block_that_raises_does_not_replace_a_trace(tmp_path: Path) -> None:
+    net, path = model(), tmp_path / "t.safetensors"
+    with truestep.capture(net, path=path):
+        net(given())
+    before = path.read_bytes()
+
+    def interrupted() -> None:
+        with truestep.capture(net, path=path):
+            net(given())
+            net(given())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        interrupted()
+    assert path.read_bytes() == before
+    (spool,) = [place for place in tmp_path.iterdir() if place != path]
+    if sys.version_info >= (3, 11):
+        assert f"truestep trace recover {spool}" in caught.value.__notes__[0]
+    recording = recover(spool, output=tmp_path / "other.safetensors")
+    assert {entry.step for entry in recording.manifest.tensors} == {0, 1}
+    assert "partial: the traced block raised KeyboardInterrupt" in recording.manifest.notes
+
+
+def test_a_spool_that_a_process_of_our_number_left_is_kept(tmp_path: Path) -> None:
+    old = spool_of(tmp_path, pid=os.getpid())
+    net, path = model(), tmp_path / "t.safetensors"
+    with truestep.capture(net, path=path):
+        net(given())
+    assert old.exists()
+    assert len(recover(old, output=tmp_path / "old.safetensors")) == 2
+
+
+class Odd(nn.Module):
+    """Keys that are equal as text, that are no text, and that are too long."""
+
+    def forward(self, x: torch.Tensor) -> dict[object, torch.Tensor]:
+        return {1: x, "1": x + 1, "\ud800": x, "k" * 2000: x, "fine": x}
+
+
+def test_names_that_no_file_can_hold_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    net = Odd()
+    with truestep.capture(net, path=path) as trace:
+        net(given())
+    assert set(trace.names) == {"module/(root)/0/main/out.1", "module/(root)/0/main/out.fine"}
+    notes = " ".join(Recording.open(path).manifest.notes)
+    assert "(root) has two tensors under out.1: the first was recorded" in notes
+    assert "(root) has tensors under names that no recording can hold (2 times)" in notes
+
+
+def test_a_forked_child_leaves_the_trace_to_its_parent(tmp_path: Path) -> None:
+    net, path = model(), tmp_path / "t.safetensors"
+
+    def run() -> None:
+        with truestep.capture(net, path=path):
+            net(given())
+            child = os.fork()
+            if child == 0:
+                raise SystemExit
+            assert os.waitpid(child, 0)[1] == 0
+            net(given())
+
+    parent = os.getpid()
+    try:
+        run()
+    except SystemExit:
+        os._exit(0 if os.getpid() != parent else 1)
+    assert {entry.step for entry in Recording.open(path).manifest.tensors} == {0, 1}
 
 
 @pytest.mark.slow

@@ -5,18 +5,20 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 
-_said: weakref.WeakKeyDictionary[torch.nn.Module, list[tuple[str, int | None]]] = (
+_said: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, list[tuple[str, int | None]]]] = (
     weakref.WeakKeyDictionary()
 )
+"""What was said to a model, by the thread that said it."""
 
 
 def said(module: torch.nn.Module) -> tuple[str, int | None] | None:
     """Branch and step, where a pipeline has said them, of the call that is being made."""
-    stack = _said.get(module)
+    stack = _said.get(module, {}).get(get_ident())
     return stack[-1] if stack else None
 
 
@@ -28,7 +30,7 @@ def listening(
     @contextmanager
     def cache_context(name: str, **details: Any) -> Iterator[Any]:
         step = details.get("step_index")
-        stack = _said.setdefault(module, [])
+        stack = _said.setdefault(module, {}).setdefault(get_ident(), [])
         stack.append((str(name), step if isinstance(step, int) else None))
         try:
             with original(name, **details) as value:

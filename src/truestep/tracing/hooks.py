@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -103,8 +104,13 @@ def capture(
     Yields:
         The trace; its `recording` is there when the block has ended.
 
+    Where the block raises, what it had recorded is written as a partial trace, but never over a
+    trace that is there: then, and after every other failure, the spool is left beside it, and
+    `truestep trace recover` makes a trace of it.
+
     Raises:
-        UsageError: A glob matches nothing; with the closest names.
+        UsageError: A glob matches nothing; with the closest names. Another trace is being written
+            to the path.
         WriteError: The trace cannot be written.
     """
     check_options(steps, branch)
@@ -129,8 +135,11 @@ def capture(
             yield trace
     except BaseException as error:
         tracer.note(f"partial: the traced block raised {type(error).__name__}")
-        with suppress(WriteError):  # the block's own error comes first; the spool stays
-            trace.recording = close(tracer, head)
+        try:
+            trace.recording = close(tracer, head, replace=False)
+        except WriteError as unwritten:  # the block's own error comes first; the spool stays
+            if hasattr(error, "add_note"):  # from Python 3.11
+                error.add_note(f"the trace was not written: {unwritten.hint}")
         raise
     trace.recording = close(tracer, head)
 
@@ -216,13 +225,23 @@ def settings_of(
     }
 
 
-def close(tracer: Tracer, head: dict[str, Any]) -> Recording:
-    """End a trace: its recording, written where a path was given."""
-    tracer.finish()
+def close(tracer: Tracer, head: dict[str, Any], *, replace: bool = True) -> Recording | None:
+    """End a trace: its recording, written where a path was given; None in a forked child.
+
+    Args:
+        replace: Whether a file that is there may be replaced.
+    """
+    if not tracer.sink.owned():
+        return None
+    try:
+        tracer.finish()
+    except BaseException:
+        tracer.sink.release()
+        raise
     manifest = Manifest.model_validate(
         {**head, "notes": tracer.notes(), "forwards": tracer.calls, "tensors": ()}
     )
-    return tracer.sink.close(manifest)
+    return tracer.sink.close(manifest, replace=replace)
 
 
 def install(
@@ -266,11 +285,14 @@ def _entering(tracer: Tracer, root: torch.nn.Module, branch: str | None) -> Call
         original: Any = root.cache_context
         tracer.replace(root, "cache_context", listening(inner, original))
 
+    counting = threading.Lock()
+
     def begin(*_: object) -> None:
         name, step = said(inner) or ("main", None)
         name = branch or safe_fqn(name)
-        count = calls.get(name, 0)
-        calls[name] = count + 1
+        with counting:
+            count = calls.get(name, 0)
+            calls[name] = count + 1
         tracer.enter(count if step is None else step, name)
 
     return begin

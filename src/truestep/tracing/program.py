@@ -29,6 +29,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 import time
 import weakref
 from collections import Counter
@@ -163,6 +164,7 @@ class Program:
         self._unwatch: Callable[[], None] = lambda: None
         self._unlisten: Callable[[], None] = lambda: None
         self._pid = os.getpid()
+        self._hooking = threading.RLock()
 
     def start(self) -> None:
         """Watch for models, by what every call of a module goes through; torch is loaded."""
@@ -198,11 +200,14 @@ class Program:
         name = type(unwrapped(module)).__name__
         if not fnmatchcase(name, self.request.class_name) or os.getpid() != self._pid:
             return
-        try:
-            self._hook(module, name)
-        except TruestepError as error:  # the program goes on, untraced
-            self.stop()
-            say(f"tracing stopped: {error}")
+        with self._hooking:
+            if module in self._known:  # another thread was first
+                return
+            try:
+                self._hook(module, name)
+            except TruestepError as error:  # the program goes on, untraced
+                self.stop()
+                say(f"tracing stopped: {error}")
 
     def _hook(self, module: torch.nn.Module, name: str) -> None:
         from truestep.tracing.hooks import Root, install
@@ -254,6 +259,7 @@ class Program:
         tracer, self._tracer = self._tracer, None
         if tracer is None:
             return
+        from truestep.files import alone
         from truestep.tracing.hooks import close
         from truestep.tracing.naming import unmatched
 
@@ -261,15 +267,17 @@ class Program:
             tracer.note(f"no module matched {glob!r}")
         tracer.detach()
         try:
-            if self.path.exists() and self.path.stat().st_mtime >= self._began:
-                # Another process of this program has written it.
-                own = self.path.with_name(f"{self.path.stem}.{self._pid}{self.path.suffix}")
-                self._sink.target = own
-            recording = close(tracer, self._head)
+            with alone(self.path.parent, "the trace"):  # several processes may end at once
+                if self.path.exists() and self.path.stat().st_mtime >= self._began:
+                    # Another process of this program has written it.
+                    own = self.path.with_name(f"{self.path.stem}.{self._pid}{self.path.suffix}")
+                    self._sink.target = own
+                recording = close(tracer, self._head)
         except TruestepError as error:
             say(str(error))
             return
-        say(f"trace: {recording.path} ({tracer.fired} of {tracer.hooks} hooks fired)")
+        if recording is not None:
+            say(f"trace: {recording.path} ({tracer.fired} of {tracer.hooks} hooks fired)")
 
 
 def say(text: str) -> None:

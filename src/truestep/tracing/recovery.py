@@ -18,7 +18,15 @@ from truestep.reading import parse_json, read, reason
 from truestep.recording.format import Recording
 from truestep.recording.header import ITEM_SIZES, bad_name, digest
 from truestep.recording.manifest import Level, Manifest
-from truestep.tracing.writer import SUFFIX, Row, entry_row, join, length_of, stored_parts
+from truestep.tracing.writer import (
+    SUFFIX,
+    Row,
+    being_written,
+    entry_row,
+    join,
+    length_of,
+    stored_parts,
+)
 
 MAX_JOURNAL = 2**30
 """Bytes; about 200 a tensor."""
@@ -57,21 +65,21 @@ def recover(path: str | Path, *, output: str | Path | None = None) -> Recording:
         )
     folder = found[0]
     name, _, owner = folder.name.removesuffix(SUFFIX).rpartition(".")
-    if owner.isdecimal() and int(owner) != os.getpid() and alive(int(owner)):
+    target = Path(output) if output else folder.with_name(name)
+    head, rows, sizes, closed = _read(folder)
+    if not closed and _written(folder, owner.partition("-")[0]):
         raise UsageError(
             "the process that writes this trace is still running",
             where=str(folder),
             measured=f"process {owner}",
         )
-    target = Path(output) if output else folder.with_name(name)
     if target.exists():
         raise UsageError(
             "the target exists",
             where=str(target),
             hint=f"truestep trace recover {folder} --output OTHER.safetensors",
         )
-    head, rows, sizes = _read(folder)
-    notes = (*head.get("notes", ()), PARTIAL)
+    notes = (*head.get("notes", ()), *(() if closed else (PARTIAL,)))
     manifest = Manifest.model_validate({**head, "notes": notes, "tensors": ()})
     try:
         for size, end in sizes.items():
@@ -83,8 +91,18 @@ def recover(path: str | Path, *, output: str | Path | None = None) -> Recording:
     return join(folder, target, manifest, rows, sizes)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[Row], dict[int, int]]:
-    """Settings, whole tensors, and how many bytes of each data file they need."""
+def _written(folder: Path, owner: str) -> bool:
+    """Whether a spool is being written: by this process, or by another that lives."""
+    if owner == str(os.getpid()):
+        return folder.absolute() in being_written()
+    return owner.isdecimal() and alive(int(owner))
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[Row], dict[int, int], bool]:
+    """Settings, whole tensors, how many bytes of each data file they need, and whether it ended.
+
+    A trace that was closed, but could not be put in place, ends with all that its manifest says.
+    """
     level: Level
     head, level, lines = read(
         folder / "journal.jsonl",
@@ -106,7 +124,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Row], dict[int, int]]:
             ) from None
         for line in lines:
             try:
-                row = entry_row(parse_json(line), level)
+                fields = parse_json(line)
+                if isinstance(fields, dict):
+                    Manifest.model_validate({**fields, "tensors": ()})
+                    return fields, rows, sizes, True
+                row = entry_row(fields, level)
                 ends = _whole(row, level, opened, sizes)
             except (ValueError, TypeError, KeyError):
                 break  # the line, or its data, was being written
@@ -116,7 +138,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Row], dict[int, int]]:
             rows.append(row)
             for size, end in ends.items():
                 sizes[size] = max(sizes.get(size, 0), end)
-    return head, rows, sizes
+    return head, rows, sizes, False
 
 
 def _journal(data: bytes) -> tuple[dict[str, Any], Level, list[bytes]]:

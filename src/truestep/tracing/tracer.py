@@ -7,6 +7,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from truestep.comparison.sketch import SIZE, STEP, sketch_and_square
 from truestep.errors import WriteError
 from truestep.recording.format import bytes_of
+from truestep.recording.header import bad_name
 from truestep.recording.manifest import STATS, Level
 from truestep.recording.names import module_name
 from truestep.tracing.moments import Moments, from_device, on_device, with_square
@@ -26,8 +29,22 @@ Leaves = Iterable[tuple[str, torch.Tensor]]
 MAX_NOTES = 20
 
 
+@dataclass
+class _Place:
+    """Where one thread is: its root's call, and the modules in it that have begun."""
+
+    step: int
+    branch: str
+    on: bool
+    counts: dict[str, int]
+    begun: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+
+
 class Tracer:
     """Records tensors under the current step and branch.
+
+    Several threads may run the model at once: each has its own step and branch. A thread that no
+    root was called in works for the root that was called last.
 
     Attributes:
         hooks: Modules that are hooked.
@@ -40,14 +57,12 @@ class Tracer:
         self, sink: Spool | Memory, *, level: Level, steps: frozenset[int] | None, inputs: bool
     ) -> None:
         self.sink, self.level, self.steps, self.inputs = sink, level, steps, inputs
-        self.hooks, self.calls, self.active = 0, 0, False
+        self.hooks, self.calls = 0, 0
         self.names: list[str] = []
         self.seen_steps: set[int] = set()
-        self._on = steps is None
-        self._step, self._branch = 0, "main"
-        self._counts: dict[tuple[int, str], dict[str, int]] = {}
-        self._current: dict[str, int] = self._counts.setdefault((0, "main"), {})
-        self._open: dict[str, list[int]] = {}
+        self._counts: dict[tuple[int, str], dict[str, int]] = {(0, "main"): {}}
+        self._latest = _Place(0, "main", steps is None, self._counts[0, "main"])
+        self._places: dict[int, _Place] = {}
         self._fired: list[list[int]] = []
         self._fqns: list[str] = []
         self._notes: dict[str, int] = {}
@@ -68,15 +83,14 @@ class Tracer:
         Args:
             stepless: It is of no denoise step, and is recorded whatever steps were chosen.
         """
-        self._step, self._branch = step, branch
         wanted = stepless or self.steps is None or step in self.steps
-        self._on = wanted and self.sink.owned()
-        self._current = self._counts.setdefault((step, branch), {})
-        self._open.clear()
-        if not stepless:
-            self.seen_steps.add(step)
-            self.calls += 1
-        self.active = True
+        on = wanted and self.sink.owned()
+        with self._lock:
+            counts = self._counts.setdefault((step, branch), {})
+            self._latest = self._places[get_ident()] = _Place(step, branch, on, counts)
+            if not stepless:
+                self.seen_steps.add(step)
+                self.calls += 1
 
     @contextmanager
     def call(self, step: int, branch: str, *, stepless: bool = False) -> Iterator[None]:
@@ -89,10 +103,18 @@ class Tracer:
 
     def leave(self) -> None:
         """A root's call is over: read back what devices computed, and hand it all on."""
-        self.active = False
-        if self._on:
-            self._read_back()
-            self.sink.flush()
+        with self._lock:
+            self._places.pop(get_ident(), None)
+            if self._latest.on:
+                self._read_back()
+                self.sink.flush()
+
+    @property
+    def active(self) -> bool:
+        return bool(self._places)
+
+    def _place(self) -> _Place:
+        return self._places.get(get_ident(), self._latest)
 
     # --- hooks -------------------------------------------------------------------------------
 
@@ -119,19 +141,20 @@ class Tracer:
         takes_inputs = self.inputs
 
         def before(_: object, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-            if not self._on:
+            place = self._place()
+            if not place.on:
                 return
-            call = self._current.get(fqn, 0)
-            self._current[fqn] = call + 1
-            self._open.setdefault(fqn, []).append(call)
+            call = self._next(place, fqn)
+            place.begun.setdefault((get_ident(), fqn), []).append(call)
             if takes_inputs:
                 self.record(fqn, call, argument_leaves(args, kwargs or {}))
 
         def after(_: object, args: object, output: object) -> None:
-            if not self._on:
+            place = self._place()
+            if not place.on:
                 return
-            calls = self._open.get(fqn)
-            call = calls.pop() if calls else 0
+            calls = place.begun.get((get_ident(), fqn))
+            call = calls.pop() if calls else self._next(place, fqn)
             cell[0] += 1
             if type(output) is torch.Tensor:
                 self.record(fqn, call, (("out.0", output),))
@@ -213,7 +236,8 @@ class Tracer:
 
     def detach(self) -> None:
         """Take every hook off, whatever happens."""
-        self._on = self.active = False
+        self._stop()
+        self._places.clear()
         with ExitStack() as stack:
             for undo in self._undo:
                 stack.callback(undo)
@@ -230,15 +254,20 @@ class Tracer:
         Raises:
             WriteError: The disk is full, or alike; `where` names the module.
         """
-        count = 0
+        count, place = 0, self._place()
+        paths: set[str] = set()
         try:
             with self._lock:
                 for path, tensor in found:
                     count += 1
-                    self._take(fqn, call, path, tensor)
+                    if path in paths:
+                        self.note(f"{fqn} has two tensors under {path}: the first was recorded")
+                        continue
+                    paths.add(path)
+                    self._take(place, fqn, call, path, tensor)
         except WriteError as error:
             error.where = f"{error.where} (recording {fqn})"
-            self._on = False
+            self._stop()
             raise
         except Exception as error:  # any tensor subclass or mapping may raise anything
             text = str(error).strip().splitlines()
@@ -246,18 +275,28 @@ class Tracer:
             self.note(f"{fqn} could not be recorded: {kind}")
         return count
 
+    def _stop(self) -> None:
+        """Nothing is recorded from now on."""
+        for place in (self._latest, *self._places.values()):
+            place.on = False
+
     @property
     def recording(self) -> bool:
         """Whether what runs now is recorded."""
-        return self._on
+        return self._place().on
 
     def operator(self, label: str, found: Leaves) -> None:
         """Record the output of one operator."""
-        call = self._current.get(label, 0)
-        self._current[label] = call + 1
-        self.record(label, call, found)
+        self.record(label, self._next(self._place(), label), found)
 
-    def _take(self, fqn: str, call: int, path: str, tensor: torch.Tensor) -> None:
+    def _next(self, place: _Place, label: str) -> int:
+        """Number of a call that begins, within its step and branch."""
+        with self._lock:
+            call = place.counts.get(label, 0)
+            place.counts[label] = call + 1
+        return call
+
+    def _take(self, place: _Place, fqn: str, call: int, path: str, tensor: torch.Tensor) -> None:
         if type(tensor) is not torch.Tensor or tensor.is_complex():
             tensor = self._plain(fqn, tensor)
         if tensor.requires_grad:
@@ -266,8 +305,11 @@ class Tracer:
             what = "meta" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
             self.note(f"{fqn} has tensors that cannot be stored: {what}")
             return
-        step, branch = self._step, self._branch
+        step, branch = place.step, place.branch
         name = module_name(fqn, step=step, branch=branch, slot=path, call=call)
+        if bad_name(name):
+            self.note(f"{fqn} has tensors under names that no recording can hold")
+            return
         dtype = str(tensor.dtype)[6:]
         fields = (name, self._order, dtype, tuple(tensor.shape), step, branch, fqn, call)
         self._order += 1
@@ -321,7 +363,8 @@ class Tracer:
 
     def note(self, text: str) -> None:
         """Keep something the reader of the trace must know; equal notes are counted."""
-        self._notes[text] = self._notes.get(text, 0) + 1
+        with self._lock:
+            self._notes[text] = self._notes.get(text, 0) + 1
 
     @property
     def fired(self) -> int:

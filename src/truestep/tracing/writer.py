@@ -11,19 +11,23 @@ Joining needs the trace's size twice on disk, for a moment.
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import shlex
 import shutil
 import struct
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from truestep.errors import WriteError
+from truestep.errors import UsageError, WriteError
 from truestep.files import settle, unwritten
 from truestep.recording.format import Recording, metadata_of, verify
 from truestep.recording.header import ITEM_SIZES, TORCH_NAMES, digest, stored_names
@@ -58,6 +62,30 @@ def storable(dtype: torch.dtype) -> bool:
     return str(dtype).removeprefix("torch.") in _STORABLE
 
 
+_OPEN: dict[Path, tuple[int, Path]] = {}
+"""Targets that are being traced to: the process, and its spool."""
+
+_BEGINNING = threading.Lock()
+
+
+def _new_folder(target: Path) -> Path:
+    """Make the folder of a new spool; one that a process with our number left is not touched."""
+    for number in itertools.count():
+        owner = f"{os.getpid()}-{number}" if number else str(os.getpid())
+        folder = target.with_name(f"{target.name}.{owner}{SUFFIX}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+def being_written() -> list[Path]:
+    """Spools that this process writes."""
+    return [folder for pid, folder in _OPEN.values() if pid == os.getpid()]
+
+
 class Spool:
     """Tensors appended to files beside the target, which is written when the trace is closed.
 
@@ -67,7 +95,7 @@ class Spool:
 
     def __init__(self, target: str | Path, *, head: dict[str, Any], level: Level) -> None:
         self.target = Path(target)
-        self.folder = self.target.with_name(f"{self.target.name}.{os.getpid()}{SUFFIX}")
+        self._key = self.target.absolute()
         self._level: Level = level
         self._owner = os.getpid()
         self._rows: list[tuple[Any, ...]] = []
@@ -75,15 +103,24 @@ class Spool:
         self._buffers: dict[int, bytearray] = {}
         self._files: dict[int, int] = {}
         self._lines: list[str] = []
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            if self.folder.exists():  # of a process long gone that had our number
-                shutil.rmtree(self.folder)
-            self.folder.mkdir()
-            self._journal = self._open("journal.jsonl")
-            self._write(self._journal, json.dumps({**head, "level": level}).encode() + b"\n")
-        except OSError as error:
-            raise unwritten(self.target, "the trace", error) from error
+        with _BEGINNING:
+            if _OPEN.get(self._key, (0,))[0] == os.getpid():
+                raise UsageError(
+                    "another trace is being written to this path",
+                    where=str(self.target),
+                    likely="one capture within another, or in another thread",
+                    hint="give each its own path",
+                )
+            try:
+                if self.target.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                self.target.parent.mkdir(parents=True, exist_ok=True)
+                self.folder = _new_folder(self.target)
+                self._journal = self._open("journal.jsonl")
+                self._write(self._journal, json.dumps({**head, "level": level}).encode() + b"\n")
+            except OSError as error:
+                raise unwritten(self.target, "the trace", error) from error
+            _OPEN[self._key] = (os.getpid(), self.folder.absolute())
 
     def add(self, fields: tuple[Any, ...], blobs: Sequence[Blob]) -> None:
         """Append one recorded tensor.
@@ -150,28 +187,41 @@ class Spool:
         except OSError as error:
             raise unwritten(self.target, "the trace", error) from error
 
-    def close(self, manifest: Manifest) -> Recording:
+    def close(self, manifest: Manifest, *, replace: bool = True) -> Recording:
         """Join the spool into the target, atomically, and open it.
 
         Args:
             manifest: Everything but the tensor table.
+            replace: Whether an existing target may be replaced; where not, the spool is left.
 
         Raises:
             WriteError: It could not be written; the spool is left, an existing target untouched.
         """
-        self.flush()
-        self._release()
+        try:
+            self.flush()
+            self._write(self._journal, b"%s\n" % manifest.model_dump_json().encode())
+        except (OSError, WriteError) as error:
+            raise _kept(self.folder, self.target, error) from error
+        finally:
+            self.release()
+        if not replace and self.target.exists():
+            exists = FileExistsError(errno.EEXIST, "the trace that is there is complete")
+            raise _kept(self.folder, self.target, exists)
         rows = [entry_row(fields, self._level) for fields in self._rows]
         return join(self.folder, self.target, manifest, rows, self._sizes)
+
+    def release(self) -> None:
+        """Close the files and leave the spool as it is."""
+        with _BEGINNING:
+            _OPEN.pop(self._key, None)
+        for file in (*self._files.values(), self._journal):
+            with suppress(OSError):
+                os.close(file)
+        self._files.clear()
 
     def owned(self) -> bool:
         """Whether this process, not a parent that was forked, opened the spool."""
         return os.getpid() == self._owner
-
-    def _release(self) -> None:
-        for file in (*self._files.values(), self._journal):
-            os.close(file)
-        self._files.clear()
 
 
 class Memory:
@@ -195,13 +245,16 @@ class Memory:
     def flush(self) -> None:
         """Nothing to do."""
 
-    def close(self, manifest: Manifest) -> Recording:
+    def close(self, manifest: Manifest, *, replace: bool = True) -> Recording:
         """The recording, in memory."""
         rows = sorted((entry_row(f, self._level) for f in self._rows), key=lambda r: r.entry.order)
         table = tuple(row.entry for row in rows)
         stored = [name for e in table for name in stored_names(e.name, self._level)]
         tensors = {name: self._tensors[name] for name in stored}
         return Recording(manifest.model_copy(update={"tensors": table}), tensors=tensors)
+
+    def release(self) -> None:
+        """Nothing to do."""
 
     def owned(self) -> bool:
         """Memory belongs to whoever has it."""
