@@ -9,9 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from truestep.noise import Floor, FloorLookup, NoiseFloor, NoiseRun, RunMetrics, coarser
+from truestep.noise import (
+    SHARE_OF_MINIMUM,
+    Floor,
+    FloorLookup,
+    NoiseFloor,
+    NoiseRun,
+    RunMetrics,
+    coarser,
+)
 from truestep.verdict import FloorUsed, Metrics, Rule, Statistic, Verdict
 
 RATE = 1e-4
@@ -203,12 +211,29 @@ def _by_ratio(item: Measured) -> Outcome:
     ratio = ratios[metric]
     if any(math.isnan(value) for value in ratios.values()):
         return Outcome(Verdict.INVALID, math.nan, metric, "a metric is not a number", floor)
-    if ratio <= 1.0:
-        return Outcome(Verdict.EQUIVALENT, ratio, metric, "", floor)
     if ratio > floor.bound:
         return Outcome(Verdict.DRIFTED, ratio, metric, "", floor)
+    small = _over(values.get("bulk", 0.0), SHARE_OF_MINIMUM["bulk"] * floor.rel_l2)
+    if small > 1.0:
+        return _hidden(values, small, Outcome(Verdict.EQUIVALENT, ratio, metric, "", floor))
+    if ratio <= 1.0:
+        return Outcome(Verdict.EQUIVALENT, ratio, metric, "", floor)
     note = "between the analytic floor and its bound: measure a floor to decide"
     return Outcome(Verdict.INCONCLUSIVE, ratio, metric, note, floor)
+
+
+def _hidden(values: Mapping[str, float], ratio: float, by_size: Outcome) -> Outcome:
+    """A few large elements agree and hold the size; the many small ones do not agree."""
+    floor = by_size.floor
+    found = f"the smaller half of the elements differs by {values['bulk']:.1e} of its own size"
+    if floor.source == "tolerance":  # of rel_l2 alone, as was asked for
+        return replace(by_size, note=f"{found}, which rel_l2 does not show")
+    gain = values.get("bulk_gain")
+    if gain is not None and ratio > floor.bound:
+        note = f"structure: the smaller half of the elements is scaled by {gain:.6g}"
+        return Outcome(Verdict.DRIFTED, ratio, "bulk", note, floor)
+    note = f"{found}; large ones hide it, or round it: measure a floor to decide"
+    return Outcome(Verdict.INCONCLUSIVE, ratio, "bulk", note, floor)
 
 
 def _over(value: float, floor: float) -> float:
@@ -242,6 +267,6 @@ def rule_of(floors: Sequence[FloorUsed], *, tests: int = 0) -> Rule:
         text=(
             f"size against the {' and '.join(sources) or 'no'} noise floor ({pairs}): "
             f"rel_l2 and max_abs at most 1 x floor is equivalent, above {span} x drifted, "
-            "between is inconclusive"
+            "between is inconclusive; the smaller half of the elements by itself"
         ),
     )

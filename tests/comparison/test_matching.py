@@ -219,3 +219,68 @@ def test_a_tolerance_judges_against_a_zero_too() -> None:
 def test_a_result_says_its_verdict_once() -> None:
     text = str(build([judge(X * 1.01)]))
     assert text.startswith("drifted: 1 of 1 tensor")
+
+
+def beside(values: torch.Tensor, *, huge: float = 1e9) -> torch.Tensor:
+    return torch.cat([torch.tensor([huge]), values])
+
+
+SMALL = torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "note"),
+    [
+        (-SMALL, "drifted", "structure: the smaller half of the elements is scaled by -1"),
+        (SMALL * 0, "drifted", "structure: the smaller half of the elements is scaled by 0"),
+        (
+            SMALL * 1.001,
+            "drifted",
+            "structure: the smaller half of the elements is scaled by 1.001",
+        ),
+        (SMALL.flip(0), "inconclusive", "large ones hide it, or round it: measure a floor"),
+        (SMALL * (1 + 1e-7), "equivalent", ""),
+    ],
+)
+def test_a_few_large_elements_hide_nothing(values: torch.Tensor, expected: str, note: str) -> None:
+    row = judge(beside(values), beside(SMALL))
+    assert row.verdict.value == expected
+    assert note in row.note
+    assert row.metrics is not None
+    assert row.metrics.rel_l2 < 2e-8
+
+
+def test_half_precision_beside_a_massive_channel() -> None:
+    """As in residual streams: one channel of 64 is 1e5 times the others."""
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
+    x[:, 7] = 1e5
+    flipped = -x
+    flipped[:, 7] = 1e5
+    assert verdict(flipped.bfloat16(), x.bfloat16()) == "drifted"
+    assert verdict(x.bfloat16(), x) == "equivalent"
+
+
+def test_a_tolerance_is_of_rel_l2_alone_and_says_what_it_does_not_show() -> None:
+    row = judge(beside(-SMALL), beside(SMALL), tolerance=1e-3)
+    assert row.verdict is Verdict.EQUIVALENT
+    assert "differs by 2.0e+00 of its own size, which rel_l2 does not show" in row.note
+
+
+def test_a_measured_floor_has_a_test_of_its_own_for_what_is_small() -> None:
+    from truestep.recording.floor import measured_run
+
+    def noisy(seed: int, *, sign: float = 1.0) -> torch.Tensor:
+        drawn = torch.Generator().manual_seed(seed)
+        made = sign * SMALL * (1 + 1e-6 * torch.randn(32, generator=drawn))
+        return beside(made, huge=1e9 + 64 * (seed % 3))
+
+    reference = beside(SMALL)
+    runs = [
+        measured_run("jitter", str(seed), "float32/float32", {"x": (noisy(seed), reference)})
+        for seed in range(9)
+    ]
+    floor = NoiseFloor(runs=tuple(runs))
+    assert judge(noisy(20), reference, floor=floor).verdict is Verdict.EQUIVALENT
+    row = judge(noisy(20, sign=-1.0), reference, floor=floor)
+    assert row.verdict is Verdict.DRIFTED
+    assert row.note.startswith("structure: bulk 2.0e+00")

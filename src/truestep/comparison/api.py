@@ -18,7 +18,9 @@ _UNDER_TEST = ("model", "revision", "dtype")
 """Keys of a case that two recordings may differ in and still be compared: a port's own folder, and
 its working precision, which has a floor of its own."""
 
-_NOT_SKETCHED = "largest element and structure of the differences (a side is at level sketch)"
+_NOT_SKETCHED = (
+    "largest element, smaller half and structure of the differences (a side is at level sketch)"
+)
 
 
 def compare(actual: object, reference: object, *, tolerance: float | None = None) -> Comparison:

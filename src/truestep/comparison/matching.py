@@ -11,7 +11,7 @@ import torch
 from truestep import noise
 from truestep.comparison.distance import distance, distance_to_itself, is_constant, same_bits
 from truestep.comparison.modality import in_seconds, modalities, told_apart, with_modalities
-from truestep.comparison.structure import structure
+from truestep.comparison.structure import bulk, structure
 from truestep.environment import library_version
 from truestep.errors import UsageError
 from truestep.recording.names import Address, address, without_modality
@@ -172,7 +172,10 @@ def _plain(
         value = (actual if constant[0] == "actual" else reference).reshape(-1)[0].item()
         text = f"the {' and the '.join(constant)} side holds one value everywhere ({value:g})"
         return {**found, "verdict": Verdict.INVALID, "note": text}
-    tested = structure(actual, reference) if len(floor.tails) > len(SIZES) else {}
+    if len(floor.tails) > len(SIZES):
+        tested = structure(actual, reference)
+    else:
+        tested = {} if floor.tails else bulk(actual, reference)
     return Measured(metrics, floor, tested)
 
 
@@ -231,9 +234,10 @@ def _likely(metrics: Metrics, verdict: Verdict) -> str:
     if metrics.gain < -0.9 and metrics.cosine_distance > 1.9:
         return "sign flipped"
     off = abs(metrics.gain - 1.0)
-    if metrics.cosine_distance < 0.01 * off**2:
-        return f"scaled by {metrics.gain:.6g}"
-    return ""
+    factor = f"{metrics.gain:.6g}"
+    return (
+        f"scaled by {factor}" if metrics.cosine_distance < 0.01 * off**2 and factor != "1" else ""
+    )
 
 
 def build_comparison(

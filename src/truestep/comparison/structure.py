@@ -11,6 +11,9 @@ against the same statistic of benign runs:
 `row_energy`      largest rms of e over a row of pixels (all frames, channels, columns)
 `token_energy`    largest rms of e over the channels of one position
 ================  ============================================================================
+
+A few huge elements make all of these small. `bulk` is what they cannot hide: the relative distance
+of the half of the elements that is smallest in the reference, in units of that half's own rms.
 """
 
 from __future__ import annotations
@@ -18,7 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+
+BULK_SAMPLE = 16_384
+"""Elements that `bulk` looks at, drawn evenly from larger tensors: it is then known to 1 %."""
+
+BULK_LEAST, BULK_DEVIATIONS = 8, 6.0
+"""A gain of the bulk is believed from this many elements on, this many standard errors away."""
 
 LAYOUTS: Mapping[int, Mapping[str, int]] = {
     5: {"channel": 1, "frame": 2, "row": 3, "column": 4},  # b c f h w
@@ -58,7 +68,57 @@ def structure(actual: torch.Tensor, reference: torch.Tensor) -> dict[str, float]
             found[f"{name}_energy"] = math.sqrt(float(squares.mean(others).max()))
     if "channel" in axes and squares.shape[axes["channel"]] > 1:
         found["token_energy"] = math.sqrt(float(squares.mean(axes["channel"]).max()))
+    small = bulk(actual, reference)
+    return found | {"bulk": small["bulk"]} if small else found
+
+
+def bulk(actual: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """Distance of the elements that are small in the reference, whatever the large ones do.
+
+    Sums beside large values round as those do, so that a small element may hold little but noise:
+    a large `bulk` alone does not tell a fault from that. `bulk_gain` does. Noise on either side
+    draws the least-squares factor between the two, taken either way, towards 0 and never beyond 1.
+
+    Args:
+        actual, reference: Same shape, real, finite.
+
+    Returns:
+        `bulk`, and `bulk_gain`, the factor from the reference to the actual side, where no noise
+        explains it. Empty for an all-zero reference.
+    """
+    first, second = actual.detach().reshape(-1), reference.detach().reshape(-1)
+    if second.numel() > BULK_SAMPLE:
+        drawn = torch.Generator().manual_seed(0)
+        at = torch.randint(second.numel(), (BULK_SAMPLE,), generator=drawn)
+        first, second = first[at.to(first.device)], second[at.to(second.device)]
+    # numpy's calls cost a tenth of torch's, and a comparison may be of very many small tensors
+    a, r = (t.to("cpu", torch.float64).numpy() for t in (first, second))
+    size = np.abs(r)
+    nonzero = size[size > 0]
+    if not nonzero.size:
+        return {}
+    middle = (nonzero.size - 1) // 2
+    most = np.partition(nonzero, middle)[middle]
+    with np.errstate(over="ignore", invalid="ignore"):
+        a, r = a[size <= most] / most, r[size <= most] / most
+        e = a - r
+        ee, er, rr, aa = (float(np.dot(x, y)) for x, y in ((e, e), (e, r), (r, r), (a, a)))
+    if not math.isfinite(ee + aa):
+        return {"bulk": math.inf}
+    found = {"bulk": math.sqrt(ee / rr)}
+    if r.size >= BULK_LEAST and ee and _beyond_noise(ee, er, rr, aa, r.size):
+        found["bulk_gain"] = 1.0 + er / rr
     return found
+
+
+def _beyond_noise(ee: float, er: float, rr: float, aa: float, count: int) -> bool:
+    """Whether the factor from r to a, or from a to r, is above 1 or below 0."""
+    for slope, square in ((er / rr, rr), (-(ee + er) / aa if aa else math.inf, aa)):
+        left = max(ee - slope * slope * square, 0.0) if aa else 0.0
+        error = math.sqrt(left / (count - 1) / square) if square else 0.0
+        if slope > BULK_DEVIATIONS * error or slope < -1.0 - BULK_DEVIATIONS * error:
+            return True
+    return False
 
 
 def _residual(
