@@ -270,7 +270,7 @@ def test_results_say_what_was_not_looked_at() -> None:
     assert result.verdict is Verdict.EQUIVALENT
     assert result.rule.name == "sketch/1"
     assert "against the measured noise floor (float32/float32)" in result.rule.text
-    assert "largest element, smaller half and structure of the differences" in result.not_looked_at[0]
+    assert "smaller half and structure of the differences" in result.not_looked_at[0]
     assert compare(X, recording({"tensor": X})).rule.text.count("analytic noise floor") == 1
     assert Comparison.model_validate_json(result.to_json()).rows[0].note == result.rows[0].note
 
