@@ -64,11 +64,11 @@ SHARE_OF_MINIMUM: Mapping[str, float] = {
     "token_energy": PEAK_SIGMA / 2,
     "bulk": 3.0,
 }
-"""Least floor of each statistic, in multiples of that of rel_l2. Of normal elements the smaller half
-has 0.38 of the size, so that equal noise is 2.65 times as large beside it; blocks with a channel up
-to 1e6 times the others measured 2.8. A matrix product that accumulates
-in float32 may round with a bias: split into bfloat16 parts (matmul precision `high` on CPU) it
-measured a gain of 1.5 epsilon."""
+"""Least floor of each statistic, in multiples of that of rel_l2. The smaller half of normal
+elements has 0.38 of the size, so that equal noise is 2.65 times as large beside it; blocks with a
+channel up to 1e6 times the others measured 2.8. A matrix product that accumulates in float32 may
+round with a bias: split into bfloat16 parts (matmul precision `high` on CPU) it measured a gain of
+1.5 epsilon."""
 
 NARROW_SHARE = 0.25
 """The same for gain and channel mean in 16 bits and less, where products accumulate in float32:
