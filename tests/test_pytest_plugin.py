@@ -199,6 +199,20 @@ def test_a_known_failure_of_no_check_fails_a_complete_run(project: pytest.Pytest
     assert run(project, option, "-k", "test_same").ret == pytest.ExitCode.OK
 
 
+@pytest.mark.parametrize(("scale", "text"), [("float('nan')", "not finite"), ("0.0", "one value")])
+def test_an_update_does_not_write_what_could_judge_nothing(
+    project: pytest.Pytester, scale: str, text: str
+) -> None:
+    run(project, "--truestep-update")
+    kept = {path: path.read_bytes() for path in project.path.rglob("*.safetensors")}
+    change(project, scale)
+    result = run(project, "--truestep-update=all")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*this cannot be a reference: nothing could be judged by it*"])
+    result.stdout.fnmatch_lines([f"*{text}*"])
+    assert kept == {path: path.read_bytes() for path in project.path.rglob("*.safetensors")}
+
+
 def test_an_unreadable_ledger_is_refused_before_any_test(project: pytest.Pytester) -> None:
     result = run(project, "--truestep-known=absent.toml")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

@@ -30,6 +30,7 @@ from truestep.recording.floor import (
     thread_count,
 )
 from truestep.recording.format import Recording
+from truestep.recording.judging import refuse_empty_content, refuse_unsteady
 from truestep.recording.manifest import Manifest
 from truestep.recording.raised import HIGHER, converted
 from truestep.verdict import Comparison, Side
@@ -63,7 +64,8 @@ def record_function(
         A recording with `sample/0000/input/<name>` and `sample/0000/output/<name>`.
 
     Raises:
-        UsageError: There are no samples, their names differ, or the function returns no tensor.
+        UsageError: There are no samples, their names differ, the function returns no tensor or
+            nothing that could be judged, or it returns something else when it is called again.
         WriteError: The recording cannot be written.
     """
     if not samples or any(set(sample) != set(samples[0]) for sample in samples):
@@ -77,6 +79,8 @@ def record_function(
         for name, value in sample.items():
             tensors[f"{_sample(index)}/input/{name}"] = _copy(value)
         tensors.update(outputs[index])
+    made = {name: value for found in outputs for name, value in found.items()}
+    refuse_empty_content(made, where="outputs of the function")
     measured = _measure(function, samples, tensors, progress) if floor else None
     environment = Environment.current("cpu", attention=None)
     manifest = Manifest(
@@ -101,6 +105,7 @@ def check_function(
     reference: Recording | str | Path,
     *,
     tolerance: float | None = None,
+    pair: str | None = None,
     label: str = "candidate",
 ) -> Comparison:
     """Call a candidate on a recording's inputs and judge its outputs.
@@ -109,6 +114,8 @@ def check_function(
         function: Called as the recorded one was; see `record_function`.
         reference: A recording of a function, or its path.
         tolerance: Judge rel_l2 by this limit instead of the noise floor.
+        pair: Declared working precisions, `candidate/reference`; default the reference's own for
+            both, whatever dtype the candidate returns.
         label: What the candidate is called in the result.
 
     Returns:
@@ -137,7 +144,7 @@ def check_function(
             notes.append(f"{_sample(index)}: raised {type(error).__name__}: {error}"[:300])
     expected = {name: recording[name] for name in recording if "/output/" in name}
     rows = compare_tensors(
-        actual, expected, floor=recording.manifest.noise_floor, tolerance=tolerance
+        actual, expected, floor=recording.manifest.noise_floor, pair=pair, tolerance=tolerance
     )
     return build_comparison(
         rows,
@@ -211,7 +218,7 @@ def _measure(
     runs: list[NoiseRun] = []
     notes = []
     todo = _changes(function)
-    dtype = _working_dtype(recorded)
+    dtype = _working_dtype(function, recorded)
     for done, (kind, detail, change) in enumerate(todo):
         try:
             with change(function) as call:
@@ -225,16 +232,18 @@ def _measure(
             continue
         pairs = {name: (value, recorded[name]) for name, value in made.items()}
         runs.append(measured_run(kind, detail, pair_of(dtype, dtype), pairs))
+        refuse_unsteady(runs[-1:], model=function)
         if progress:
             progress(f"noise floor: {kind}", done + 1, len(todo))
     return NoiseFloor(runs=tuple(runs)), tuple(notes)
 
 
-def _working_dtype(recorded: Tensors) -> str:
-    """Dtype of the first floating-point output."""
-    outputs = (t for name, t in recorded.items() if "/output/" in name)
-    found = next((t.dtype for t in outputs if t.is_floating_point()), torch.float32)
-    return str(found).removeprefix("torch.")
+def _working_dtype(function: Function, recorded: Tensors) -> str:
+    """Dtype of a module's parameters; of any other function, of its first output."""
+    parameters = function.parameters() if isinstance(function, torch.nn.Module) else ()
+    outputs = (tensor for name, tensor in recorded.items() if "/output/" in name)
+    found = (tensor.dtype for tensor in (*parameters, *outputs) if tensor.is_floating_point())
+    return str(next(found, torch.float32)).removeprefix("torch.")
 
 
 def _changes(function: Function) -> list[tuple[str, str, Change]]:

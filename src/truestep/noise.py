@@ -34,6 +34,10 @@ EPSILON = {
 }
 """Distance from 1 to the next number, per dtype."""
 
+UNASKED = frozenset({"float8_e4m3fn", "float8_e5m2"})
+"""Dtypes so coarse that their own rounding hides most faults: no floor is assumed for them unless
+they are asked for by name, and what is stored in one is judged by what was measured alone."""
+
 MINIMUM_ULPS = {"float64": 2.0, "float32": 2.0}
 """The floor used is never below this many epsilon (half of one for 16-bit and narrower dtypes: one
 rounding to nearest is 0.29 epsilon of an element)."""
@@ -95,6 +99,7 @@ class RunMetrics(Record):
     name: str
     rel_l2: Float
     max_abs: Float = Field(description="over the rms of the reference")
+    dtype: str = Field(default="", description="of this run, where it is not the reference's")
     structure: dict[str, Float] = Field(default_factory=dict, description="over the same rms")
 
     def values(self) -> dict[str, float]:
@@ -186,7 +191,37 @@ def coarser(first: str, second: str) -> str:
 
 def minimum_floor(dtype: str) -> float:
     """Smallest rel_l2 floor for tensors stored in `dtype`."""
+    dtype = "float32" if dtype in UNASKED else dtype
     return MINIMUM_ULPS.get(dtype, 0.5) * EPSILON.get(dtype, 0.0)
+
+
+def declared_pair(floor: NoiseFloor | None) -> str:
+    """Working precision of the trusted side, of both sides of a check that says nothing else."""
+    working = floor.runs[0].pair.partition("/")[2] if floor and floor.runs else ""
+    return pair_of(working, working) if working else ""
+
+
+def unsteady(runs: Iterable[NoiseRun]) -> dict[str, float]:
+    """Tensors that the same run gave differently a second time, by far more than it rounds.
+
+    Random numbers without a seed and state between calls do this. A floor of such runs holds
+    anything, so it judges nothing.
+
+    Returns:
+        Name to rel_l2.
+    """
+    return {
+        found.name: found.rel_l2
+        for run in runs
+        if run.kind == "repeat"
+        for found in run.tensors
+        if not (found.rel_l2 <= repeat_limit(run.pair) or found.name.endswith(FREE_RUN))
+    }
+
+
+def repeat_limit(pair: str) -> float:
+    """Largest rel_l2 between two runs of the same thing that is still rounding."""
+    return ANALYTIC_BOUND * _default_floor(coarser(*pair.split("/")))
 
 
 @dataclass(frozen=True)
@@ -260,27 +295,46 @@ class Floor:
     """What judges one tensor: a floor by size for the report, and a tail for each statistic.
 
     Without tails (analytic floors, tolerances) the size alone is judged, by ratio.
+
+    Attributes:
+        doubt: Without tails: what is said of a result between floor and bound.
+        unsteady: Why nothing is equivalent by this floor, if so.
     """
 
     used: FloorUsed
     tails: Mapping[str, Tail] = field(default_factory=dict)
+    doubt: str = "between the analytic floor and its bound: measure a floor to decide"
+    unsteady: str = ""
 
 
-def analytic_floor(actual_dtype: str, reference_dtype: str) -> Floor:
-    """Precision-scaled default floor for a pair of dtypes, where none was measured."""
-    dtype = coarser(actual_dtype, reference_dtype)
-    ulps = DEFAULT_ULPS.get(dtype, 1.0)
-    rel_l2 = ulps * EPSILON.get(dtype, 0.0)
-    return Floor(
-        FloorUsed(
-            rel_l2=rel_l2,
-            max_abs=PEAK_SIGMA * rel_l2,
-            bound=ANALYTIC_BOUND,
-            source="analytic",
-            pair=pair_of(actual_dtype, reference_dtype),
-            detail=f"{ulps:g} x epsilon of {dtype}; no floor was measured",
-        )
+def analytic_floor(actual_dtype: str, reference_dtype: str, *, asked: str = "") -> Floor:
+    """Precision-scaled default floor for a pair of dtypes, where none was measured.
+
+    Args:
+        actual_dtype, reference_dtype: Of the two sides.
+        asked: The dtype that was asked for, where that is not the coarser of the two: it sets the
+            floor, and what only the other one's rounding could explain is left undecided.
+    """
+    widest = coarser(actual_dtype, reference_dtype)
+    dtype = asked or widest
+    rel_l2, most = _default_floor(dtype), _default_floor(widest)
+    detail = f"{DEFAULT_ULPS.get(dtype, 1.0):g} x epsilon of {dtype}; no floor was measured"
+    used = FloorUsed(
+        rel_l2=rel_l2,
+        max_abs=PEAK_SIGMA * rel_l2,
+        bound=ANALYTIC_BOUND * max(most / rel_l2, 1.0) if rel_l2 else ANALYTIC_BOUND,
+        source="analytic",
+        pair=pair_of(actual_dtype, reference_dtype),
+        detail=detail,
     )
+    if not most > rel_l2:
+        return Floor(used)
+    doubt = f"within the rounding of {widest}, which nobody asked for: a tolerance of {most:.2g}"
+    return Floor(used, doubt=f"{doubt} judges by it")
+
+
+def _default_floor(dtype: str) -> float:
+    return DEFAULT_ULPS.get(dtype, 1.0) * EPSILON.get(dtype, 0.0)
 
 
 def tolerance_floor(tolerance: float, *, pair: str) -> Floor:
@@ -322,6 +376,8 @@ class FloorLookup:
                 continue
             for metrics in run.tensors:
                 self._by_name.setdefault(metrics.name, []).append((run, metrics))
+        found = unsteady(floor.runs) if floor else {}
+        self._unsteady = {stage_key(name): size for name, size in found.items()}
         self._spreads: dict[tuple[str, str], tuple[float, float]] = {}
         self._shares: dict[str, tuple[float, float]] = {}
 
@@ -335,7 +391,8 @@ class FloorLookup:
 
         Args:
             name: Tensor name, e.g. `step/0007/cond`.
-            dtype: Coarser stored dtype of the two tensors; bounds the floor from below.
+            dtype: The reference's stored dtype. With that of the trusted runs it bounds the floor
+                from below; a candidate's own has no say.
             structure: Fit the tails of structure statistics too.
         """
         exact = self._by_name.get(name)
@@ -344,8 +401,10 @@ class FloorLookup:
         ]
         if not found:
             return None
-        least = minimum_floor(dtype)
         own = [m for _, m in found]
+        for metrics in own:
+            dtype = coarser(metrics.dtype, dtype)
+        least = minimum_floor(dtype)
         wanted = {key: None for m in own for key in m.structure} if structure else {}
         tails = {
             key: self._tail(key, own, name, least * _least_share(key, dtype))
@@ -353,6 +412,16 @@ class FloorLookup:
             if key in SHARE_OF_MINIMUM
         }
         return Floor(self._used(found, tails, least, dtype, own_step=exact is not None), tails)
+
+    def unsteady(self, name: str) -> str:
+        """Why the reference cannot judge a tensor, or nothing."""
+        size = self._unsteady.get(stage_key(name))
+        if size is None:
+            return ""
+        return (
+            f"the reference cannot judge: the trusted side differed from itself by rel_l2 "
+            f"{size:.1e} when it was run again; record it again with fixed random numbers"
+        )
 
     def _tail(self, statistic: str, found: Sequence[RunMetrics], name: str, least: float) -> Tail:
         values = _distinct(m for m in found if m.rel_l2 > 0)
@@ -481,5 +550,7 @@ def free_running(floor: NoiseFloor | None) -> NoiseFloor | None:
                 m.model_copy(update={"name": m.name.replace(FREE_RUN, "latent/final")})
                 for m in found
             )
-            runs.append(run.model_copy(update={"tensors": renamed}))
+            # Chance grows over a free run: a repeat that is far off there is no unsteady reference.
+            kind = f"free run, {run.kind}"
+            runs.append(run.model_copy(update={"kind": kind, "tensors": renamed}))
     return NoiseFloor(runs=tuple(runs)) if runs else None

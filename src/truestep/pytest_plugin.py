@@ -255,11 +255,13 @@ class TruestepFixture:
     ) -> Path | None:
         """The stored reference; None where this run writes it."""
         from truestep.errors import ReferenceNotFoundError
+        from truestep.recording.judging import refuse_empty_content
 
         store, update = self.store, self._config.getoption("truestep_update")
         path = store.root / place.name
         self._checks.used.append(place.name)
         if update == "all" or (update == "new" and not path.exists()):
+            refuse_empty_content(tensors, where=place.case_id)
             store.save(_recording(tensors, place, settings), place, update=True)
             self._checks.written.append(place.name)
             return None

@@ -104,11 +104,21 @@ def judge(items: Sequence[Measured], *, rate: float = RATE) -> list[Outcome]:
             break
         rejected.add((at, name))
     return [
-        _by_tails(item, {n for i, n in rejected if i == at}, level)
-        if item.floor.tails
-        else _by_ratio(item)
+        _steady(
+            item,
+            _by_tails(item, {n for i, n in rejected if i == at}, level)
+            if item.floor.tails
+            else _by_ratio(item),
+        )
         for at, item in enumerate(items)
     ]
+
+
+def _steady(item: Measured, outcome: Outcome) -> Outcome:
+    """Nothing is equivalent to a reference that is not so to itself."""
+    if not item.floor.unsteady or outcome.verdict is not Verdict.EQUIVALENT:
+        return outcome
+    return replace(outcome, verdict=Verdict.INCONCLUSIVE, note=item.floor.unsteady)
 
 
 def judge_run(run: NoiseRun, floor: NoiseFloor, dtypes: Mapping[str, str]) -> list[Outcome]:
@@ -213,13 +223,12 @@ def _by_ratio(item: Measured) -> Outcome:
         return Outcome(Verdict.INVALID, math.nan, metric, "a metric is not a number", floor)
     if ratio > floor.bound:
         return Outcome(Verdict.DRIFTED, ratio, metric, "", floor)
+    within = Outcome(Verdict.EQUIVALENT, ratio, metric, "", floor)
     small = _over(values.get("bulk", 0.0), SHARE_OF_MINIMUM["bulk"] * floor.rel_l2)
-    if small > 1.0:
-        return _hidden(values, small, Outcome(Verdict.EQUIVALENT, ratio, metric, "", floor))
-    if ratio <= 1.0:
-        return Outcome(Verdict.EQUIVALENT, ratio, metric, "", floor)
-    note = "between the analytic floor and its bound: measure a floor to decide"
-    return Outcome(Verdict.INCONCLUSIVE, ratio, metric, note, floor)
+    hidden = _hidden(values, small, within) if small > 1.0 else within
+    if ratio <= 1.0 or hidden.verdict is Verdict.DRIFTED:
+        return hidden
+    return replace(within, verdict=Verdict.INCONCLUSIVE, note=item.floor.doubt)
 
 
 def _hidden(values: Mapping[str, float], ratio: float, by_size: Outcome) -> Outcome:

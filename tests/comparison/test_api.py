@@ -20,7 +20,7 @@ X = torch.randn(1, 4, 3, 8, 8)
 FLOOR = NoiseFloor(
     runs=(
         NoiseRun(
-            kind="repeat",
+            kind="jitter",
             detail="",
             pair="float32/float32",
             tensors=(RunMetrics(name="latent/final", rel_l2=1e-3, max_abs=1e-2),),

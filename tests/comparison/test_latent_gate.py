@@ -121,8 +121,8 @@ def test_thresholds_that_cannot_gate(threshold: float) -> None:
 def test_a_stricter_threshold_overrules_an_equivalent() -> None:
     torch.manual_seed(1)
     noisy = VIDEO.bfloat16()
-    assert check_latent(noisy, VIDEO).verdict is Verdict.EQUIVALENT
-    result = check_latent(noisy, VIDEO, full_cosine_threshold=1e-9)
+    assert check_latent(VIDEO, noisy).verdict is Verdict.EQUIVALENT
+    result = check_latent(VIDEO, noisy, full_cosine_threshold=1e-9)
     assert result.verdict is Verdict.DRIFTED
     assert "full_cosine" in result.rows[0].note
 

@@ -8,6 +8,7 @@ import torch
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.errors import UsageError
 from truestep.noise import NoiseFloor, NoiseRun, RunMetrics
+from truestep.recording.floor import measured_run
 from truestep.verdict import Comparison, Row, Side, Verdict
 
 torch.manual_seed(0)
@@ -15,7 +16,7 @@ X = torch.randn(2, 3, 16, 16)
 FLOOR = NoiseFloor(
     runs=tuple(
         NoiseRun(
-            kind="repeat",
+            kind="jitter",
             detail=str(i),
             pair="float32/float32",
             tensors=(RunMetrics(name="x", rel_l2=1e-4 * (1 + i / 40), max_abs=1e-3 + i * 1e-5),),
@@ -109,10 +110,75 @@ def test_a_tolerance_replaces_the_floor_and_says_so() -> None:
     assert verdict(patched(float("nan")), tolerance=1.0) == "invalid"
 
 
-def test_dtypes_are_noted_and_the_coarser_one_sets_the_floor() -> None:
-    row = judge(X.bfloat16())
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_candidates_own_dtype_does_not_choose_its_floor(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    steady = NoiseFloor(runs=(measured_run("repeat", "", "float32/float32", {"x": (X, X)}),))
+    for values in ({"pair": "float32/float32"}, {"floor": steady}):
+        row = judge(X.to(dtype), **values)
+        assert row.verdict is Verdict.DRIFTED
+        assert row.floor is not None
+        assert row.floor.pair == "float32/float32"
+        assert f"dtype {name} against float32" in row.note
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_where_no_precision_is_declared_a_coarser_candidate_is_left_undecided(
+    dtype: torch.dtype,
+) -> None:
+    row = judge(X.to(dtype))
+    name = str(dtype).removeprefix("torch.")
+    assert row.verdict is Verdict.INCONCLUSIVE
+    assert f"within the rounding of {name}, which nobody asked for" in row.note
+    assert f"dtype {name} against float32" in row.note
+    assert judge(X.to(dtype).float() * 3).verdict is Verdict.DRIFTED
+    assert verdict(X.to(dtype), X.to(dtype).float()) == "equivalent"  # the same values
+    assert verdict(X.to(dtype), tolerance=0.3) == "equivalent"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_finer_candidate_is_judged_by_the_references_precision(dtype: torch.dtype) -> None:
+    row = judge(X, X.to(dtype))
     assert row.verdict is Verdict.EQUIVALENT
-    assert "dtype bfloat16 against float32" in row.note
+    assert f"dtype float32 against {str(dtype).removeprefix('torch.')}" in row.note
+
+
+@pytest.mark.parametrize("dtype", NARROW[:2])
+def test_float8_has_no_floor_unless_it_is_asked_for(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    one_off = X.to(dtype)
+    moved = one_off.view(torch.uint8).clone()
+    moved.view(-1)[7] ^= 1
+    for actual, reference in ((moved.view(dtype), one_off), (X, one_off)):
+        assert verdict(actual, reference) == "inconclusive"
+        assert verdict(actual, reference, pair="float32/float32") == "inconclusive"
+        assert verdict(actual, reference, pair=f"{name}/{name}") == "equivalent"
+        assert verdict(actual, reference, tolerance=0.2) == "equivalent"
+
+
+def test_the_trusted_runs_dtype_in_another_precision_counts() -> None:
+    rounded = X.bfloat16()
+    metrics = measured_run("precision", "loaded in bfloat16", "bfloat16/float32", {"x": (X, X)})
+    plain = NoiseFloor(runs=(metrics,))
+    narrow = measured_run("precision", "", "bfloat16/float32", {"x": (rounded, X)})
+    assert narrow.tensors[0].dtype == "bfloat16"
+    assert metrics.tensors[0].dtype == ""
+    for floor, outcome in ((plain, "drifted"), (NoiseFloor(runs=(narrow,)), "equivalent")):
+        assert verdict(rounded, floor=floor, pair="bfloat16/float32") == outcome
+
+
+def test_nothing_is_equivalent_to_a_reference_that_differs_from_itself() -> None:
+    noisy = NoiseFloor(runs=(measured_run("repeat", "", "float32/float32", {"x": (-X, X)}),))
+    for actual in (-X, X + 1e-9 * torch.randn_like(X), X * 1.5):
+        row = judge(actual, floor=noisy)
+        assert row.verdict is Verdict.INCONCLUSIVE
+        assert "the reference cannot judge: the trusted side differed from itself" in row.note
+    assert verdict(X, floor=noisy) == "identical"
+    steady = NoiseFloor(runs=(measured_run("repeat", "", "float32/float32", {"x": (X, X)}),))
+    assert verdict(X + 1e-8 * torch.randn_like(X), floor=steady) == "equivalent"
 
 
 def test_working_precision_sets_the_analytic_floor() -> None:
@@ -257,7 +323,7 @@ def test_half_precision_beside_a_massive_channel() -> None:
     flipped = -x
     flipped[:, 7] = 1e5
     assert verdict(flipped.bfloat16(), x.bfloat16()) == "drifted"
-    assert verdict(x.bfloat16(), x) == "equivalent"
+    assert verdict(x.bfloat16(), x, pair="bfloat16/float32") == "equivalent"
 
 
 def test_a_tolerance_is_of_rel_l2_alone_and_says_what_it_does_not_show() -> None:

@@ -22,7 +22,7 @@ NAME = "latent/final"
 FLOOR = NoiseFloor(
     runs=tuple(
         NoiseRun(
-            kind="repeat",
+            kind="jitter",
             detail="",
             pair="float32/float32",
             tensors=(RunMetrics(name=NAME, rel_l2=rel_l2, max_abs=6 * rel_l2),),
@@ -104,7 +104,7 @@ PAIRS: dict[str, tuple[torch.Tensor, torch.Tensor, Verdict]] = {
     "few elements rolled": (X[0, 0, 0].roll(1), X[0, 0, 0], Verdict.DRIFTED),
     "one element": (torch.tensor(2.0), torch.tensor(2.0), Verdict.EQUIVALENT),
     "integers equal": (torch.arange(5000), torch.arange(5000), Verdict.EQUIVALENT),
-    "integers off by one": (torch.arange(5000) + 1, torch.arange(5000), Verdict.DRIFTED),
+    "integers off by one": (torch.arange(50) + 1, torch.arange(50), Verdict.DRIFTED),
     "booleans": (X > 0, X > 0, Verdict.EQUIVALENT),
     "one boolean": (X > 0, (X > 0) ^ X.isclose(X.max()), Verdict.DRIFTED),
     "zero integers": (torch.ones(9).long(), torch.zeros(9).long(), Verdict.DRIFTED),

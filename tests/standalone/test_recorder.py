@@ -570,3 +570,10 @@ def test_the_environment_stays_as_it_was() -> None:
     runs = recorder._benign_runs(lambda x: x, [{"x": torch.ones(3)}], [{"out": torch.ones(3)}], str)
     assert len(runs) >= 4
     assert (torch.get_num_threads(), os.getcwd()) == before
+
+
+def test_a_function_that_differs_from_itself_is_refused(tmp_path: Path) -> None:
+    x, path = torch.randn(1, 8, generator=torch.Generator().manual_seed(0)), tmp_path / "r"
+    with pytest.raises(ValueError, match="differs from itself when it is called again"):
+        recorder.record(lambda x: x + torch.randn_like(x), [{"x": x}], path)
+    assert not path.exists()

@@ -328,14 +328,16 @@ def write_latent_bundle(
         case_id, environment, metadata: Kept in the manifest.
 
     Raises:
-        UsageError: The slice does not fit.
+        UsageError: The slice does not fit, or the latent could judge nothing.
         WriteError: It could not be written; an existing file is untouched.
     """
     from datetime import datetime, timezone
 
     from truestep.recording.capture import tensor_table
+    from truestep.recording.judging import refuse_empty_content
 
     spec = slice_for(latent, slice_spec)
+    refuse_empty_content({LATENT: latent}, where=str(path))
     tensors = {LATENT: latent.detach().to("cpu"), SIGNATURE: spec.cut(latent)}
     manifest = Manifest(
         tool_version=library_version("truestep") or "",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 
@@ -45,7 +46,9 @@ def compare_tensors(
     Args:
         actual, reference: Name to tensor.
         floor: The reference's measured noise floor.
-        pair: Working precisions, `candidate/reference`; None is each pair's stored dtypes.
+        pair: Declared working precisions, `candidate/reference`; default those of the floor's own
+            runs. Without either, a candidate coarser than the reference is `inconclusive` where
+            only its dtype's rounding could explain the difference.
         tolerance: Judge rel_l2 by this limit instead.
         describe: Stage, step and branch of a name.
 
@@ -60,7 +63,7 @@ def compare_tensors(
             f"tolerance = {tolerance:g} cannot judge anything",
             measured="a limit on rel_l2 is a number from 0 up, and finite",
         )
-    lookups: dict[str, noise.FloorLookup] = {}
+    floor_of = floors(floor, pair=pair, tolerance=tolerance)
     rows: list[dict[str, Any]] = []
     measured: list[Measured] = []
     for name in [*reference, *(name for name in actual if name not in reference)]:
@@ -69,14 +72,8 @@ def compare_tensors(
         if a is None or r is None:
             rows.append({**base, **one_sided(a)})
             continue
-        working = noise.pair_for(name, pair or noise.pair_of(dtype_name(a), dtype_name(r)))
-        if working not in lookups:
-            lookups[working] = noise.FloorLookup(floor, pair=working)
         same = a.shape == r.shape and same_bits(a, r)
-        used = floor_for(
-            name, a, r, lookups[working], pair=working, tolerance=tolerance, structure=not same
-        )
-        plain = _plain(a, r, used, same=same)
+        plain = _plain(a, r, floor_of(name, a, r, structure=not same), same=same)
         if isinstance(plain, Measured):
             measured.append(plain)
             plain = {"metrics": plain.metrics, "note": dtype_note(a, r)}
@@ -121,32 +118,49 @@ def one_sided(actual: torch.Tensor | None) -> dict[str, Any]:
     return {"verdict": Verdict.INCOMPARABLE, "note": "unexpected: the reference has no such tensor"}
 
 
-def floor_for(
-    name: str,
-    actual: torch.Tensor,
-    reference: torch.Tensor,
-    lookup: noise.FloorLookup,
-    *,
-    pair: str,
-    tolerance: float | None,
-    structure: bool,
-) -> noise.Floor:
+class FloorOf(Protocol):
     """What judges a tensor: the tolerance, the measured floor, or the analytic one."""
-    own, theirs = dtype_name(actual), dtype_name(reference)
-    if tolerance is not None:
-        return noise.tolerance_floor(tolerance, pair=pair)
-    working = _working(own, theirs, pair)
-    stored = working if name == noise.SAMPLES else (own, theirs)  # a mean is kept in float64
-    measured = lookup.find(name, dtype=noise.coarser(*stored), structure=structure)
-    return measured or noise.analytic_floor(*working)
+
+    def __call__(
+        self, name: str, actual: torch.Tensor, reference: torch.Tensor, *, structure: bool
+    ) -> noise.Floor:
+        """The floor of one pair; `structure`: with tails for what is not size."""
 
 
-def _working(own: str, theirs: str, pair: str) -> tuple[str, str]:
-    """Dtypes that scale the analytic floor: the stored ones, or coarser working precisions."""
-    if own not in noise.EPSILON:
-        return own, theirs
+def floors(floor: noise.NoiseFloor | None, *, pair: str | None, tolerance: float | None) -> FloorOf:
+    """What judges the tensors of one check; see `compare_tensors`."""
+    declared = pair or noise.declared_pair(floor)
+    lookups: dict[str, noise.FloorLookup] = {}
+
+    def floor_of(
+        name: str, actual: torch.Tensor, reference: torch.Tensor, *, structure: bool
+    ) -> noise.Floor:
+        own, theirs = dtype_name(actual), dtype_name(reference)
+        working = noise.pair_for(name, declared)
+        if tolerance is not None:
+            return noise.tolerance_floor(tolerance, pair=working or noise.pair_of(own, theirs))
+        if working not in lookups:
+            lookups[working] = noise.FloorLookup(floor, pair=working)
+        lookup = lookups[working]
+        # A mean over predictions is kept in float64.
+        mean = name == noise.SAMPLES and working
+        dtype = noise.coarser(*working.split("/")) if mean else theirs
+        found = lookup.find(name, dtype=dtype, structure=structure)
+        return replace(found or _analytic(own, theirs, working), unsteady=lookup.unsteady(name))
+
+    return floor_of
+
+
+def _analytic(own: str, theirs: str, pair: str) -> noise.Floor:
+    """The analytic floor: of the declared precisions, or of the reference where there are none."""
+    if theirs not in noise.EPSILON:
+        return noise.analytic_floor(theirs, theirs)
     first, _, second = pair.partition("/")
-    return noise.coarser(own, first), noise.coarser(theirs, second)
+    asked = "float32" if theirs in noise.UNASKED and theirs != second else theirs
+    if not pair:
+        return noise.analytic_floor(own, theirs, asked=asked)
+    asked = noise.coarser(asked, noise.coarser(first, second))
+    return noise.analytic_floor(first, noise.coarser(theirs, second), asked=asked)
 
 
 def _plain(

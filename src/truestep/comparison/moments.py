@@ -17,9 +17,8 @@ import torch
 
 from truestep.comparison.matching import (
     compare_tensors,
-    dtype_name,
     dtype_note,
-    floor_for,
+    floors,
     nonfinite_note,
     one_sided,
     row_fields,
@@ -27,7 +26,7 @@ from truestep.comparison.matching import (
 )
 from truestep.comparison.sketch import Estimate, estimate, sketch
 from truestep.comparison.sources import Source
-from truestep.noise import Floor, FloorLookup, NoiseFloor, pair_for, pair_of
+from truestep.noise import Floor, NoiseFloor
 from truestep.recording.format import moments
 from truestep.recording.manifest import STATS
 from truestep.recording.names import address
@@ -59,7 +58,7 @@ def moment_rows(
     """
     compare_tensors({}, {}, tolerance=tolerance)  # refuses what no rule can use
     ours, theirs = _stand_ins(actual), _stand_ins(reference)
-    lookups: dict[str, FloorLookup] = {}
+    floor_of = floors(floor, pair=pair, tolerance=tolerance)
     rows = []
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         a, r = ours.get(name), theirs.get(name)
@@ -67,12 +66,7 @@ def moment_rows(
         if a is None or r is None:
             rows.append(Row(**{**base, **one_sided(a)}))
             continue
-        working = pair_for(name, pair or pair_of(dtype_name(a), dtype_name(r)))
-        if working not in lookups:
-            lookups[working] = FloorLookup(floor, pair=working)
-        used = floor_for(
-            name, a, r, lookups[working], pair=working, tolerance=tolerance, structure=False
-        )
+        used = floor_of(name, a, r, structure=False)
         found = _judge_moments(
             _moments(actual, name, a), _moments(reference, name, r), used, tests=len(theirs)
         )
@@ -158,7 +152,7 @@ def sketch_rows(
     """
     compare_tensors({}, {}, tolerance=tolerance)  # refuses what no rule can use
     ours, theirs = _stand_ins(actual), _stand_ins(reference)
-    lookups: dict[str, FloorLookup] = {}
+    floor_of = floors(floor, pair=pair, tolerance=tolerance)
     rows: list[dict[str, Any] | _Estimated] = []
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         a, r = ours.get(name), theirs.get(name)
@@ -177,12 +171,7 @@ def sketch_rows(
             note = "complex tensors cannot be judged"
             rows.append({**base, "verdict": Verdict.INVALID, "note": note})
             continue
-        working = pair_for(name, pair or pair_of(dtype_name(a), dtype_name(r)))
-        if working not in lookups:
-            lookups[working] = FloorLookup(floor, pair=working)
-        used = floor_for(
-            name, a, r, lookups[working], pair=working, tolerance=tolerance, structure=False
-        )
+        used = floor_of(name, a, r, structure=False)
         base["note"] = dtype_note(a, r)
         rows.append(_pair(_kept(actual, name, a), _kept(reference, name, r), used, base))
     return _judged(rows)

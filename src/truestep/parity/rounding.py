@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from truestep.noise import NoiseFloor, pair_of
+from truestep.noise import NoiseFloor, coarser, declared_pair, pair_of
 from truestep.parity.component import Loaded
 from truestep.parity.nests import flatten
 from truestep.parity.sides import Tensors, module_of
@@ -40,19 +40,39 @@ def with_rounding(
     floor, module = recording.manifest.noise_floor, module_of(port)
     if floor is None or module is None:
         return recording
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    name = str(dtype).removeprefix("torch.")
-    higher = HIGHER.get(name)
-    if higher is None:
+    higher, pair = HIGHER.get(_precision(module)), working_pair(recording, port)
+    if higher is None or pair is None:
         return recording
     try:
         pairs = _pairs(port, module, samples, rebuild, getattr(torch, higher))
-        run = measured_run("precision", f"the port against {higher}", pair_of(name, name), pairs)
+        run = measured_run("precision", f"the port against {higher}", pair, pairs)
     except Exception as error:  # the comparison itself will raise what matters
         return _changed(recording, floor, type(error).__name__)
+    narrow, _, official = pair.partition("/")
+    if narrow != official:  # its rounding is that of its weights, whatever it returns
+        rows = tuple(row.model_copy(update={"dtype": narrow}) for row in run.tensors)
+        run = run.model_copy(update={"tensors": rows})
     if any(not row.rel_l2 <= most for row in run.tensors):
         return _changed(recording, floor, f"it is larger than {most:g}")
     return _changed(recording, NoiseFloor(runs=(*floor.runs, run)), "")
+
+
+def working_pair(recording: Recording, port: Loaded) -> str | None:
+    """Working precisions of port and official side; None where no floor was measured.
+
+    The port's counts where its weights were loaded in a coarser one, not where it returns one.
+    """
+    own, module = declared_pair(recording.manifest.noise_floor), module_of(port)
+    if not own:
+        return None
+    official = own.partition("/")[2]
+    loaded = official if module is None else coarser(official, _precision(module))
+    return pair_of(loaded, official)
+
+
+def _precision(module: torch.nn.Module) -> str:
+    found = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return str(next(found, torch.float32)).removeprefix("torch.")
 
 
 def with_variants(
@@ -71,9 +91,7 @@ def with_variants(
             for key, value in made.items():
                 name = f"sample/{index:04d}/output/{key}"
                 pairs[name] = (value, recording[name])
-        dtype = next((str(r.dtype) for _, r in pairs.values() if r.is_floating_point()), "float32")
-        dtype = dtype.removeprefix("torch.")
-        runs.append(measured_run("variant", detail, pair_of(dtype, dtype), pairs))
+        runs.append(measured_run("variant", detail, declared_pair(floor), pairs))
     return _changed(recording, NoiseFloor(runs=tuple(runs)), "")
 
 

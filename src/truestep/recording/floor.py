@@ -28,6 +28,7 @@ from truestep.noise import (
     sample_sizes,
 )
 from truestep.recording.capture import Progress
+from truestep.recording.judging import refuse_unsteady
 from truestep.recording.raised import HIGHER, raised, raised_precision, raised_stages
 from truestep.recording.replay import replay
 from truestep.runtime.joint import Encoded, Value, each, floating, parts
@@ -107,6 +108,9 @@ def measure(
         steps: Where predictions are replayed.
         final: Also generate freely under each variation, for the floor of the final latent.
         progress: Told about each variation.
+
+    Raises:
+        UsageError: A stage gives something else when it is run again.
     """
     todo = variations(pipe)
     dtype = pipe.settings.dtype
@@ -119,6 +123,7 @@ def measure(
                 for name, latent in parts(FREE_RUN, generate(varied)):
                     outputs[name] = latent.to("cpu")
         runs.append(noise_run(variation, outputs, recording, weights=sample_sizes(runs)))
+        refuse_unsteady(runs[-1:])
         if progress:
             progress(f"noise floor: {variation.kind}", done + 1, total)
     runs += _other_precision(case, recording, steps=steps)
@@ -201,10 +206,15 @@ def measured_run(
                 name=name,
                 rel_l2=metrics.rel_l2,
                 max_abs=metrics.max_abs / scale if scale else metrics.max_abs,
+                dtype=_dtype_beside(output, expected),
                 structure=structure(output, expected) if metrics.rel_l2 else {},
             )
         )
     return NoiseRun(kind=kind, detail=detail, pair=pair, tensors=tuple(rows))
+
+
+def _dtype_beside(output: torch.Tensor, expected: torch.Tensor) -> str:
+    return "" if output.dtype == expected.dtype else str(output.dtype).removeprefix("torch.")
 
 
 @contextmanager

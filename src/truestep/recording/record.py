@@ -44,6 +44,7 @@ def record(
 
     Raises:
         CaseError, ModelLoadError, UsageError: The case cannot be run.
+        UsageError: What was generated could judge nothing, or comes out otherwise each time.
         WriteError: It cannot be written; an existing file is left untouched.
     """
     from truestep.runtime.loading import load
@@ -77,6 +78,7 @@ def record_pipeline(
     from truestep.recording.floor import measure
     from truestep.recording.format import Recording
     from truestep.recording.implementation import examine
+    from truestep.recording.judging import refuse_empty_run
     from truestep.recording.manifest import Manifest
     from truestep.recording.raised import raised_precision, raised_replay
     from truestep.recording.replay import default_steps
@@ -88,6 +90,7 @@ def record_pipeline(
     with attention_observed(pipe) as kernels:
         generate(pipe, observer=capture, output="frames")
     forwards = pipe.forwards - before
+    refuse_empty_run(capture.tensors, where=case.id)
     precision = raised_precision(pipe.settings.dtype)
     if precision and floor != "none":
         steps = default_steps(capture.tensors)
