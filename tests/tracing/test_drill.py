@@ -16,6 +16,7 @@ from truestep.runtime.pipeline import Pipeline
 from truestep.tracing.drill import Subject, drill
 from truestep.tracing.isolation import flow
 from truestep.tracing.naming import named_modules
+from truestep.verdict import Verdict
 
 
 class Block(torch.nn.Module):
@@ -192,6 +193,18 @@ def test_check_names_the_module(case: Case, reference: Recording) -> None:
     assert "`blocks.1.attn2.to_k`, step 0, cond" in result.sentence
     assert any(row.fqn == "blocks.1.attn2.to_k" and not row.verdict.passed for row in result.rows)
     assert any("modules" in text for text in result.looked_at)
+
+
+def test_check_names_the_module_that_makes_nan(case: Case, reference: Recording) -> None:
+    def fault(pipe: Pipeline) -> None:
+        pipe.transformer.blocks[1].attn1.to_q.bias.data[0] = float("nan")
+
+    result = check(case, reference, apply=fault, depth="modules")
+    assert result.verdict is Verdict.INVALID
+    assert result.first_divergence is not None
+    assert result.first_divergence.fqn == "blocks.1.attn1.to_q"
+    assert "(first divergence: `blocks.1.attn1.to_q`, step 0, cond)" in result.sentence
+    assert "non-finite values: " in result.sentence
 
 
 def test_check_opens_the_model_of_the_stage_that_failed(case: Case, reference: Recording) -> None:

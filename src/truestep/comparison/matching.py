@@ -249,9 +249,8 @@ def _likely(metrics: Metrics, verdict: Verdict) -> str:
         return "sign flipped"
     off = abs(metrics.gain - 1.0)
     factor = f"{metrics.gain:.6g}"
-    return (
-        f"scaled by {factor}" if metrics.cosine_distance < 0.01 * off**2 and factor != "1" else ""
-    )
+    gained = metrics.cosine_distance < 0.01 * off * off and factor != "1"
+    return f"scaled by {factor}" if gained else ""
 
 
 def build_comparison(
@@ -364,8 +363,9 @@ def _outcome(
         return f"equivalent: {total}, the worst at {max(ratios):.2g} x the noise floor; {sight}"
     place = f" (first divergence: {first})" if first else ""
     if verdict is Verdict.INVALID and first:
-        note = next(row.note for row in rows if row.name == first.name)
-        return f"invalid: {count} of {total}{place}: {note}"
+        invalid = [row for row in rows if row.verdict is verdict]
+        named = [row for row in invalid if row.name == first.name]  # none: a module of a stage
+        return f"invalid: {count} of {total}{place}: {(named or invalid)[0].note}"
     if verdict is Verdict.DRIFTED:
         row = max((r for r in rows if r.verdict is verdict), key=lambda r: r.ratio or 0.0)
         bound = row.floor.bound if row.floor else math.inf

@@ -94,8 +94,9 @@ def _judge_moments(
         text = f"{a['count']:g} elements against {r['count']:g}"
         return {"verdict": Verdict.INCOMPARABLE, "note": text}
     blind = "moments cannot see a permutation: record at level full or sketch"
-    worst = max(("mean", "abs_mean", "rms"), key=lambda key: abs(a[key] - r[key]))
-    apart = _ratio(abs(a[worst] - r[worst]), r["rms"]) if a[worst] != r[worst] else 0.0
+    gaps = {key: _gap(a[key], r[key], r["rms"]) for key in ("mean", "abs_mean", "rms")}
+    worst = max(gaps, key=lambda key: gaps[key])
+    apart = gaps[worst]
     counts = {"count": int(r["count"]), "nonfinite_actual": 0, "nonfinite_reference": 0}
     metrics = _metrics_of(r["rms"], _ratio(a["rms"], r["rms"]), apart, counts)
     used = bounded(floor, tests=tests)
@@ -107,6 +108,14 @@ def _judge_moments(
         return {**told, "verdict": Verdict.DRIFTED, "note": text}
     agree = "agree exactly" if dict(a) == dict(r) else f"differ by at most {apart:.1e} of the rms"
     return {**told, "verdict": Verdict.INCONCLUSIVE, "note": f"moments {agree}; {blind}"}
+
+
+def _gap(actual: float, reference: float, rms: float) -> float:
+    """How far two moments are apart, over the rms; infinite where that left float64."""
+    if actual == reference:
+        return 0.0
+    gap = _ratio(abs(actual - reference), rms)
+    return math.inf if math.isnan(gap) else gap
 
 
 def _named(stats: torch.Tensor) -> dict[str, float]:
@@ -280,8 +289,8 @@ def _metrics_of(rms: float, ratio: float, rel_l2: float, counts: Mapping[str, in
     """Metrics with gain and cosine distance from |a|^2 = |r|^2 + 2 (a - r) r + |a - r|^2."""
     gain = cosine = math.nan
     if math.isfinite(rel_l2 + ratio):
-        gain = 1.0 + ((ratio - 1.0) * (ratio + 1.0) - rel_l2**2) / 2.0
-        spread = rel_l2**2 - (ratio - 1.0) ** 2
+        gain = 1.0 + ((ratio - 1.0) * (ratio + 1.0) - rel_l2 * rel_l2) / 2.0
+        spread = rel_l2 * rel_l2 - (ratio - 1.0) * (ratio - 1.0)
         cosine = min(max(spread / (2.0 * ratio), 0.0), 2.0) if ratio else 1.0
     return Metrics(
         rel_l2=rel_l2,

@@ -348,7 +348,7 @@ def plot(ablation: Ablation) -> Plot | None:
     frame = Plot((), 0.0, (), height=_LANE * len(runs) + 60)
 
     def x_of(multiple: float) -> float:
-        clipped = min(max(multiple, _LEAST), top)
+        clipped = top if math.isnan(multiple) else min(max(multiple, _LEAST), top)
         share = math.log10(clipped / _LEAST) / math.log10(top / _LEAST)
         return round(frame.left + share * (frame.right - frame.left), 1)
 

@@ -162,7 +162,7 @@ def _growth(comparison: Comparison) -> Iterable[str]:
     width = max(map(len, shown), default=0)
     for name in shown:
         ratio = worst[name]
-        bar = "#" * min(max(round(4 * math.log10(max(ratio, 1e-3) / 0.1)), 0), 40)
+        bar = "#" * round(4 * math.log10(min(max(ratio, 0.1), 1e9) / 0.1))
         mark = " <- introduced" if name == first.fqn else ""
         yield f"  growth       {name:<{width}}  {ratio:>8.3g} x  {bar}{mark}"
     if len(names) - max(begin - 1, 0) > MAX_GROWTH:
