@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from truestep.cli import main
+from truestep.cli import run as run_here
 
 Run = Callable[..., tuple[int, str, str]]
 """Arguments to exit code, stdout and stderr."""
@@ -41,12 +40,8 @@ def runner(patch: pytest.MonkeyPatch, captured: Captured, *verb: str) -> Run:
 
     def run(*arguments: str) -> tuple[int, str, str]:
         patch.setattr(sys, "argv", ["truestep", *verb, *arguments])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
+        code = run_here()
         out, err = captured.readouterr()
-        return (code if isinstance(code, int) else int(code is not None)), out, err
+        return code, out, err
 
     return run

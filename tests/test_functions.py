@@ -81,7 +81,7 @@ def test_a_call_that_raises_is_said(recording: Recording) -> None:
         raise RuntimeError("no kernel image")
 
     result = check_function(broken, recording)
-    assert not result.verdict.passed
+    assert result.verdict is Verdict.INVALID
     assert result.notes[0] == "sample/0000: raised RuntimeError: no kernel image"
 
 

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from truestep.case import Case
 from truestep.environment import library_version
-from truestep.errors import ReferenceNotFoundError, UsageError
+from truestep.errors import (
+    FOREIGN,
+    ProcessEndedError,
+    ReferenceNotFoundError,
+    TruestepError,
+    UsageError,
+    is_foreign,
+    one_line,
+    surviving,
+)
 from truestep.noise import (
     RAISED,
     SAMPLES,
@@ -90,7 +99,12 @@ def check(
     refused = _refuse(case, recording, accept)
     if refused is not None:
         return refused
-    pipe = apply_change(load(candidate), apply)
+    try:
+        with surviving("the model's code"):
+            pipe = apply_change(load(candidate), apply)
+    except ProcessEndedError as error:
+        label = _label(case, candidate, apply)
+        return _invalid(case, recording, label, f"{error.what}, {error.where}")
     if rename:
         _check_rename(rename, pipe, load(case))
     result = check_pipeline(
@@ -156,12 +170,19 @@ def check_pipeline(
 
     manifest = recording.manifest
     before, start = pipe.forwards, time.perf_counter()
-    with attention_observed(pipe) as kernels:
-        run = (
-            _final(pipe, recording)
-            if depth == "final"
-            else _steps(pipe, recording, steps, progress)
-        )
+    try:
+        with attention_observed(pipe) as kernels:
+            run = (
+                _final(pipe, recording)
+                if depth == "final"
+                else _steps(pipe, recording, steps, progress)
+            )
+    except TruestepError:
+        raise
+    except FOREIGN as error:  # outside every stage: the candidate's outcome, or our fault
+        if not is_foreign(error):
+            raise
+        return _invalid(case, recording, label, f"the candidate raised {one_line(error)}")
     seconds = time.perf_counter() - start
     judge = _Judge(
         floor=free_running(manifest.noise_floor) if depth == "final" else manifest.noise_floor,
@@ -188,6 +209,20 @@ def check_pipeline(
             seconds=seconds,
             seconds_generation=sum(sum(times) for times in manifest.timings_s.values()) or None,
         ),
+    )
+
+
+def _invalid(case: Case, recording: Recording, label: str, what: str) -> Comparison:
+    """The result for a candidate that could not be run to its end."""
+    return Comparison(
+        tool_version=library_version("truestep") or "",
+        verdict=Verdict.INVALID,
+        sentence=f"invalid: {what}",
+        rule=Rule(name="run", text="a candidate is judged by what it gives"),
+        case_id=case.id,
+        case=case.canonical(),
+        actual=Side(label=label),
+        reference=build_side(recording),
     )
 
 

@@ -9,6 +9,7 @@
     ├── FileFormatError           exit 2   a file that is unreadable, damaged or hostile
     ├── WriteError                exit 2   a file that could not be written (nothing was replaced)
     ├── ModelLoadError            exit 2   a model that could not be loaded
+    ├── ProcessEndedError         exit 1   code that is not ours ended the process: `invalid`
     ├── ReferenceNotFoundError    exit 3   no reference for a case
     ├── ComponentMissingError     exit 3   a part that a parity test needs is not there
     ├── ParityError               exit 1   a parity test that proves nothing; an AssertionError
@@ -20,11 +21,18 @@ cause, hint with the command to run next.
 
 from __future__ import annotations
 
+import os
 import textwrap
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from truestep.verdict import Comparison
+
+FOREIGN = (Exception, SystemExit)
+"""What code that is not ours may raise and what then is its outcome. An interrupt is none."""
 
 _WIDTH = 100
 _MAX_LINES = 25
@@ -124,6 +132,56 @@ class WriteError(TruestepError):
 
 class ModelLoadError(TruestepError):
     """A model that could not be loaded."""
+
+
+class ProcessEndedError(TruestepError):
+    """Code that is not ours ended the process, or tried to, before anything was judged."""
+
+    exit_code = 1
+
+
+@contextmanager
+def surviving(what: str) -> Iterator[None]:
+    """Make an error of an attempt of code that is not ours to end the process.
+
+    Raises:
+        ProcessEndedError: The block raised SystemExit.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise ProcessEndedError(
+            f"{what} ended the process (SystemExit: {error.code})",
+            where=last_frame(error),
+            likely="a call of sys.exit() or exit() where an exception is meant",
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line: its class and the first line of its text."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether code that is neither ours nor a library's had a part in raising this."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, SystemExit) or any(is_foreign_file(f.filename) for f in frames)
+
+
+def is_foreign_file(file: str) -> bool:
+    """Whether a source file is neither ours nor of an installed library."""
+    import sysconfig
+
+    known = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    folders = (os.path.join(path, "") for path in (*known, os.path.dirname(__file__)))
+    return not file.startswith((*folders, "<frozen"))
+
+
+def last_frame(error: BaseException) -> str:
+    """`file:line` of where an exception was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 class ReferenceNotFoundError(TruestepError):

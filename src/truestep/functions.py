@@ -19,7 +19,7 @@ import torch
 from truestep.checking import build_side
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.environment import Environment, library_version
-from truestep.errors import UsageError
+from truestep.errors import FOREIGN, UsageError, one_line, surviving
 from truestep.noise import NoiseFloor, NoiseRun, pair_of
 from truestep.recording.capture import Progress, tensor_table
 from truestep.recording.floor import (
@@ -33,7 +33,7 @@ from truestep.recording.format import Recording
 from truestep.recording.judging import refuse_empty_content, refuse_unsteady
 from truestep.recording.manifest import Manifest
 from truestep.recording.raised import HIGHER, converted
-from truestep.verdict import Comparison, Side
+from truestep.verdict import Comparison, Row, Side, Verdict
 
 Tensors = Mapping[str, torch.Tensor]
 Function = Callable[..., Any]
@@ -42,6 +42,7 @@ Function = Callable[..., Any]
 Change = Callable[[Function], AbstractContextManager[Callable[[Tensors], dict[str, torch.Tensor]]]]
 
 
+@surviving("the function")
 def record_function(
     function: Function,
     samples: Sequence[Tensors],
@@ -134,25 +135,32 @@ def check_function(
             hint="truestep.record_function(function, samples) makes one",
         )
     actual: dict[str, torch.Tensor] = {}
-    notes = []
+    failed: dict[str, str] = {}
     for index, sample in enumerate(samples):
         try:
             actual.update(_run(_plain(function), [sample], first=index)[0])
         except UsageError:
             raise
-        except Exception as error:  # whatever a candidate raises is its outcome
-            notes.append(f"{_sample(index)}: raised {type(error).__name__}: {error}"[:300])
+        except FOREIGN as error:  # whatever a candidate raises is its outcome
+            failed[_sample(index)] = f"raised {one_line(error)}"
     expected = {name: recording[name] for name in recording if "/output/" in name}
     rows = compare_tensors(
         actual, expected, floor=recording.manifest.noise_floor, pair=pair, tolerance=tolerance
     )
+    rows = [_failed(row, failed) for row in rows]
     return build_comparison(
         rows,
         actual=Side(label=label, environment=dict(Environment.current("cpu", attention=None))),
         reference=build_side(recording),
         looked_at=(f"outputs of {len(samples)} samples",),
-        notes=tuple(notes),
+        notes=tuple(f"{sample}: {text}" for sample, text in failed.items()),
     )
+
+
+def _failed(row: Row, failed: Mapping[str, str]) -> Row:
+    """What a call that raised should have given is `invalid`, not only missing."""
+    text = failed.get(row.name.partition("/output/")[0])
+    return row.model_copy(update={"verdict": Verdict.INVALID, "note": text}) if text else row
 
 
 def _sample(index: int) -> str:
@@ -224,7 +232,7 @@ def _measure(
             with change(function) as call:
                 made = {k: v for out in _run(call, samples) for k, v in out.items()}
             same_shapes = all(v.shape == recorded[k].shape for k, v in made.items())
-        except Exception as error:  # what a function cannot do is no benign change of it
+        except FOREIGN as error:  # what a function cannot do is no benign change of it
             notes.append(f"noise floor without {kind} ({detail}): {type(error).__name__}"[:200])
             continue
         if not same_shapes:

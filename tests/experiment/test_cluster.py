@@ -182,8 +182,9 @@ def test_a_run_that_is_stopped_keeps_what_it_measured_and_leaves_no_process(
         time.sleep(0.02)
     os.killpg(child.pid, signal.SIGINT)
     out, err = child.communicate(timeout=120)
-    assert child.returncode == 4
-    assert err == "stopped; --resume goes on: results\n"
+    assert child.returncode == 130
+    assert "interrupted: kept: results/ (" in err
+    assert err.endswith(" --resume\n")
     assert "of 4 rounds" in out
     kept = measured()
     assert sum(len(lines) for lines in kept.values()) < 48

@@ -4,19 +4,75 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 
 def main() -> None:
-    """Run the command line; every deliberate error is five parts on stderr and an exit code."""
-    from truestep.cli.app import app
-    from truestep.errors import TruestepError
+    """Run the command line, so that no code it runs can end it with 0 unjudged."""
+    from truestep.cli.guard import guarded
 
+    sys.exit(guarded(run))
+
+
+def run() -> int:
+    """Run the command line in this process; every error is five parts on stderr.
+
+    Returns:
+        The exit code.
+    """
+    import click
+
+    from truestep.cli.app import app
+    from truestep.errors import ProcessEndedError, TruestepError, surviving
+
+    began = time.time()
     try:
-        app(prog_name="truestep")
+        try:
+            with surviving("code that is not truestep's"):
+                code = app(prog_name="truestep", standalone_mode=False)
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
+        except click.Abort as error:  # how click passes an interrupt on
+            raise error.__cause__ or KeyboardInterrupt from None
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except ProcessEndedError as error:
+        from truestep.cli.ended import invalid
+
+        return invalid(error, since=began)
     except TruestepError as error:
         sys.stdout.flush()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return 141
+    except KeyboardInterrupt as stop:
+        import signal
+
+        from truestep.cli.ended import interrupted
+
+        return interrupted(getattr(stop, "number", signal.SIGINT), since=began)
+    except BaseException as error:
+        return _unexpected(error)
+
+
+def _unexpected(error: BaseException) -> int:
+    """Say what nobody foresaw: a fault of ours, or of code that is not ours; never a verdict."""
+    from truestep.environment import command_line
+    from truestep.errors import TruestepError, is_foreign, last_frame, one_line
+
+    if os.environ.get("TRUESTEP_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    whose = "code that is not truestep's raised" if is_foreign(error) else "truestep failed:"
+    told = TruestepError(
+        f"{whose} {one_line(error)}",
+        where=last_frame(error),
+        hint=f"TRUESTEP_TRACEBACK=1 {command_line()}",
+    )
+    sys.stdout.flush()
+    print(f"{type(told).__name__}: {told}", file=sys.stderr)
+    return told.exit_code

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -16,6 +15,7 @@ import click
 from truestep.cli.common import (
     case_options,
     choose_cases,
+    end,
     load_change,
     output_options,
     parse_changes,
@@ -195,8 +195,8 @@ def command(
         else:
             there = partial(load_change, change)
             run = partial(run_on_cluster, plan, store, change=there, accelerator=accelerator)
-        experiment = _run(run, store, report=report)
-    sys.exit(_show(experiment, store, json_path=json_path, report=report))
+        experiment = _run(run, store, json_path=json_path, report=report)
+    end(_show(experiment, store, json_path=json_path, report=report))
 
 
 def _planned(
@@ -258,21 +258,27 @@ def _cases(
     return choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
 
 
-def _run(run: Callable[..., None], store: Store, *, report: Path | None) -> Experiment:
-    """Run what is missing, and make the table; also where it was stopped from the keyboard."""
+def _run(
+    run: Callable[..., None], store: Store, *, json_path: str | None, report: Path | None
+) -> Experiment:
+    """Run what is missing, and make the table; also where it was stopped, before that ends it."""
     from truestep.environment import Environment, command_line
     from truestep.experiment.table import summarise
     from truestep.report.ab import write_tables
+
+    def table() -> Experiment:
+        experiment = summarise(store).model_copy(update={"repeat": command_line()})
+        write_tables(store, experiment, report=report)
+        return experiment
 
     store.write_environment(dict(Environment.current()))
     try:
         with progress_bar() as progress:
             run(progress=progress)
     except KeyboardInterrupt:
-        click.echo(f"stopped; --resume goes on: {store.folder}", err=True)
-    experiment = summarise(store).model_copy(update={"repeat": command_line()})
-    write_tables(store, experiment, report=report)
-    return experiment
+        _show(table(), store, json_path=json_path, report=report)
+        raise
+    return table()
 
 
 def _recover(folders: tuple[str, ...], *, json_path: str | None, report: Path | None) -> None:
@@ -289,7 +295,7 @@ def _recover(folders: tuple[str, ...], *, json_path: str | None, report: Path | 
     with store.locked():
         experiment = summarise(store)
         write_tables(store, experiment, report=report)
-    sys.exit(_show(experiment, store, json_path=json_path, report=report))
+    end(_show(experiment, store, json_path=json_path, report=report))
 
 
 def _show(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import click
 from truestep.cli.common import (
     case_options,
     choose_cases,
+    end,
     output_options,
     parse_changes,
     progress_bar,
@@ -66,7 +66,7 @@ def command(
     case = _case(names, case_file=case_file, prompt=prompt, tier=tier)
     case = case.replace(**parse_changes(changes))
     result = _run(case, reference, candidate)
-    sys.exit(_show(result, json_path=json_path, output=output, report=report))
+    end(_show(result, json_path=json_path, output=output, report=report))
 
 
 def _case(names: tuple[str, ...], *, case_file: Path, prompt: str | None, tier: str) -> Case:

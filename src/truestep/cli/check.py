@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from functools import partial
@@ -14,6 +13,7 @@ import click
 from truestep.cli.common import (
     case_options,
     choose_cases,
+    end,
     find_reference,
     finish,
     load_change,
@@ -165,7 +165,7 @@ def command(
             click.echo(f"BROKEN {name}: {type(outcome).__name__}: {outcome}", err=True)
     results = [found[name] for name in cases if name in found]
     code = finish(results, json_path=json_path, report=report) if results else 2
-    sys.exit(2 if broken else code)
+    end(2 if broken else code)
 
 
 def _rename(path: Path | None, depth: str) -> dict[str, str] | None:

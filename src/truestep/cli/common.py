@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from truestep.verdict import Comparison
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def end(code: int) -> NoReturn:
+    """End the verb with an exit code. Not by SystemExit: that is how code that is not ours ends."""
+    click.get_current_context().exit(code)
 
 
 def case_options(function: Command) -> Command:
@@ -160,10 +165,11 @@ def load_change(spec: str | None) -> Callable[[Any], Any] | None:
 
     Raises:
         UsageError: The file cannot be imported or has no such function.
+        ProcessEndedError: It called sys.exit.
     """
     import difflib
 
-    from truestep.errors import UsageError
+    from truestep.errors import ProcessEndedError, UsageError, last_frame
 
     if spec is None:
         return None
@@ -178,6 +184,12 @@ def load_change(spec: str | None) -> Callable[[Any], Any] | None:
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         found.loader.exec_module(module)
+    except SystemExit as error:
+        raise ProcessEndedError(
+            f"the file of --apply ended the process (SystemExit: {error.code})",
+            where=last_frame(error),
+            likely="what a script does when it is run belongs under if __name__ == '__main__'",
+        ) from error
     except Exception as error:  # the user's own code may raise anything
         raise UsageError(
             f"the file of --apply raised {type(error).__name__}: {error}", where=str(path)

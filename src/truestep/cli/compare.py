@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
-from truestep.cli.common import finish, output_options
+from truestep.cli.common import end, finish, output_options
 
 
 @click.command("compare")
@@ -28,4 +27,4 @@ def command(
     from truestep import compare
 
     result = compare(actual, reference, tolerance=tolerance)
-    sys.exit(finish([result], json_path=json_path, report=report))
+    end(finish([result], json_path=json_path, report=report))

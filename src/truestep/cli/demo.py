@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def command(output: Path) -> None:
 
     Every number is measured on this machine while you wait.
     """
-    from truestep.cli.common import progress_bar
+    from truestep.cli.common import end, progress_bar
 
     start = time.perf_counter()
     click.echo("loading torch, diffusers and the builtin digits model ...", err=True)
@@ -76,7 +75,7 @@ def command(output: Path) -> None:
     click.echo(f"report: {report}")
     click.echo(f"repeat: truestep demo --output {output}")
     click.echo(f"{time.perf_counter() - start:.0f} s", err=True)
-    sys.exit(0 if caught == len(bugs) and accepted == len(fine) else 1)
+    end(0 if caught == len(bugs) and accepted == len(fine) else 1)
 
 
 def _line(outcome: object) -> str:

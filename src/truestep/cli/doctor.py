@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
+
+from truestep.cli.common import end
 
 EXTRAS = {
     "diffusers": ("diffusers", "running models"),
@@ -40,7 +41,7 @@ def command(
     from truestep.environment import Environment, attention_kernel, library_version
 
     if recipe is not None:
-        sys.exit(_audit(recipe, prompt, change))
+        end(_audit(recipe, prompt, change))
 
     environment = Environment.current(attention=attention_kernel())
     if as_json:
@@ -64,7 +65,7 @@ def command(
         else "nothing is missing",
         err=as_json,
     )
-    sys.exit(2 if problems else 0)
+    end(2 if problems else 0)
 
 
 def _model_problems(model: str) -> list[str]:

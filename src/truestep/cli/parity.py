@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from truestep.cli.common import end
 
 if TYPE_CHECKING:
     from truestep.parity.keys import State
@@ -84,19 +87,31 @@ def run(
     paths: tuple[Path, ...], keyword: str | None, keep: Path | None, json_path: str | None
 ) -> None:
     """Run parity tests (default: all below this folder) and write what they prove."""
+    from truestep.errors import ProcessEndedError
+
     arguments = [sys.executable, "-m", "pytest", "-q", "-m", "parity", "--truestep-parity"]
     arguments += ["-p", "no:cacheprovider", "-rs", "--tb=short"]
     arguments += ["-k", keyword] if keyword else []
     arguments += [f"--truestep-parity-keep={keep.resolve()}"] if keep else []
     arguments += [str(path) for path in paths or (Path(),)]
-    done = subprocess.run(arguments, stdout=sys.stderr, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        finished = Path(folder) / "session.xml"  # pytest writes it when its session has ended
+        arguments.append(f"--junitxml={finished}")
+        done = subprocess.run(arguments, stdout=sys.stderr, check=False)
+        if not finished.exists() and done.returncode not in (2, 3, 4):
+            raise ProcessEndedError(
+                "a parity test ended pytest before its session was over",
+                measured=f"exit status {done.returncode}; the ledgers say what was proven before",
+                likely="a test or a side called os._exit, crashed or was killed",
+                hint="truestep parity status",
+            )
     if done.returncode not in (0, 1, 2, 5):
-        sys.exit(2)
+        end(2)
     folders = sorted({p if p.is_dir() else p.parent for p in paths or (Path(),)})
     blocks = _blocks(folders)
     _write(blocks, json_path=json_path, markdown=False)
     code = _exit_code(blocks)
-    sys.exit(code if code or done.returncode in (0, 5) else 1)
+    end(code if code or done.returncode in (0, 5) else 1)
 
 
 @command.command("status")
@@ -107,7 +122,7 @@ def status(folder: Path, markdown: bool, json_path: str | None) -> None:
     """Show every ledger below FOLDER; a state whose grounds have changed is shown as expired."""
     blocks = _blocks([folder])
     _write(blocks, json_path=json_path, markdown=markdown)
-    sys.exit(_exit_code(blocks))
+    end(_exit_code(blocks))
 
 
 @command.command("show")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from truestep.cli.common import case_options, choose_cases, progress_bar
+from truestep.cli.common import case_options, choose_cases, end, progress_bar
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -84,7 +83,7 @@ def record(
     def each(name: str, case: Case) -> PerfResult:
         return _record(name, case, runs=runs, label=label, fresh=fresh, path=history)
 
-    sys.exit(_run_each(cases, each, json_path))
+    end(_run_each(cases, each, json_path))
 
 
 @command.command("check")
@@ -111,7 +110,7 @@ def check(
     def each(name: str, case: Case) -> PerfResult:
         return _check(name, case, runs=runs, path=history)
 
-    sys.exit(_run_each(cases, each, json_path))
+    end(_run_each(cases, each, json_path))
 
 
 @command.command("show")
@@ -211,7 +210,7 @@ def import_(files: tuple[Path, ...], history: Path, json_path: str | None) -> No
         if json_path is not None:
             write_text(json_path, result.model_dump_json(indent=2), "the result")
         _print_import(result)
-    sys.exit(result.exit_code)
+    end(result.exit_code)
 
 
 def _run_each(

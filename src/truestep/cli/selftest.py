@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.common import case_options, choose_cases, find_reference, progress_bar
+from truestep.cli.common import case_options, choose_cases, end, find_reference, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +80,7 @@ def command(
             click.echo("\n".join([*table(result.scores), ""]))
         for result in results:
             click.echo(textwrap.fill(result.sentence, 100, break_on_hyphens=False))
-    sys.exit(1 if any(result.scores[0].survived for result in results) else 0)
+    end(1 if any(result.scores[0].survived for result in results) else 0)
 
 
 def _scored(

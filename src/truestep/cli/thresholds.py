@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.common import choose_cases, find_reference, progress_bar
+from truestep.cli.common import choose_cases, end, find_reference, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +104,7 @@ def lint_command(
         if json_path is not None:
             write_text(json_path, found.model_dump_json(indent=2), "the result")
         _print(found)
-    sys.exit(1 if found.findings else 0)
+    end(1 if found.findings else 0)
 
 
 @command.command("write")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import click
 from truestep.cli.common import (
     case_options,
     choose_cases,
+    end,
     finish,
     load_change,
     output_options,
@@ -116,7 +116,7 @@ def compare(
         noise=noise,
         tolerance=tolerance,
     )
-    sys.exit(finish([result], json_path=json_path, report=report))
+    end(finish([result], json_path=json_path, report=report))
 
 
 @command.command("record")
@@ -287,7 +287,7 @@ def batch(
     from truestep.tracing.batching import case_batch_invariance
 
     results = [case_batch_invariance(case, apply=apply) for case in cases.values()]
-    sys.exit(finish(results, json_path=json_path, report=report))
+    end(finish(results, json_path=json_path, report=report))
 
 
 @command.command("replay")
@@ -335,7 +335,7 @@ def replay(
         steps=parse_steps(steps) if steps is not None else None,
         tolerance=tolerance,
     )
-    sys.exit(finish([result], json_path=json_path, report=report))
+    end(finish([result], json_path=json_path, report=report))
 
 
 @command.command("recover")

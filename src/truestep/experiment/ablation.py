@@ -13,7 +13,7 @@ from truestep.comparison.distance import same_bits
 from truestep.comparison.matching import compare_tensors
 from truestep.controls import NAMES, differences, profiles
 from truestep.environment import library_version, usable_device
-from truestep.errors import CaseError, UsageError
+from truestep.errors import CaseError, UsageError, surviving
 from truestep.experiment.ablation_records import Ablation, EndRun, Matrix, MatrixCell, Switch
 from truestep.experiment.attribution import (
     attribute,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from truestep.recording.capture import Progress
 
 
+@surviving("the model")
 def ablate(
     case: Case, *, reference: str, candidate: str, progress: Progress | None = None
 ) -> Ablation:
@@ -114,6 +115,7 @@ def ablate(
     )
 
 
+@surviving("the model")
 def compare_profiles(case: Case, *, progress: Progress | None = None) -> Matrix:
     """Measure how far the profiles are from each other, each with its own noise floor.
 

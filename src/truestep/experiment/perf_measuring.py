@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 import torch
 
 from truestep.case import Case
-from truestep.errors import TruestepError
+from truestep.errors import ProcessEndedError, TruestepError, last_frame
 from truestep.experiment.baseline import Cohort, MemoryKind, PerfRun, cohort_values
 from truestep.recording.capture import attention_observed, run_environment
 from truestep.runtime.loading import load
@@ -111,6 +111,12 @@ def raising(name: str, doing: str) -> Iterator[None]:
         yield
     except TruestepError:
         raise
+    except SystemExit as error:
+        raise ProcessEndedError(
+            f"{name} ended the process (SystemExit: {error.code})",
+            where=f"{doing}: {last_frame(error)}",
+            hint=f"truestep run {name} repeats it; runs measured before it are kept",
+        ) from error
     except Exception as error:
         raise TruestepError(
             f"the case raised {type(error).__name__}: {error}",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from truestep.case import Case
 from truestep.checking import check_pipeline
 from truestep.environment import Environment
-from truestep.errors import FileFormatError, TruestepError, WriteError
+from truestep.errors import FOREIGN, FileFormatError, TruestepError, WriteError
 from truestep.experiment.arms import Arm, Run, choose, digest, load_arm, own_backend, run
 from truestep.experiment.cluster import Ended, Task, run_tasks
 from truestep.experiment.judging import final_row, sameness
@@ -234,7 +234,7 @@ class _Cell:
             yield
         except (WriteError, _ArmFailedError):
             raise
-        except Exception as error:  # an arm is the user's code: it may raise anything
+        except FOREIGN as error:  # an arm is the user's code: it may raise anything
             text = f"{type(error).__name__}: {error}"[:2000]
             failure = Failure(
                 arm=arm,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from truestep.comparison.matching import with_divergence
-from truestep.errors import TruestepError
+from truestep.errors import FOREIGN, TruestepError
 from truestep.pairing import pair_modules
 from truestep.parity.component import Loaded
 from truestep.parity.evidence import Fault
@@ -75,7 +75,7 @@ def explained(
             found, partner = _drilled(official, port, samples[index], rebuild)
             if found is not None and found.fqn == ROOT and not found.kind:
                 found = found.model_copy(update={"kind": _AROUND})
-        except Exception as error:  # a second run in float32 may do what the first one did not
+        except FOREIGN as error:  # a second run in float32 may do what the first one did not
             note = f"no module named: opening both sides raised {type(error).__name__}: {error}"
         else:
             note = "" if found else "no module named: on right inputs each of them is right"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from truestep.errors import FOREIGN
 from truestep.noise import NoiseFloor, coarser, declared_pair, pair_of
 from truestep.parity.component import Loaded
 from truestep.parity.nests import flatten
@@ -46,7 +47,7 @@ def with_rounding(
     try:
         pairs = _pairs(port, module, samples, rebuild, getattr(torch, higher))
         run = measured_run("precision", f"the port against {higher}", pair, pairs)
-    except Exception as error:  # the comparison itself will raise what matters
+    except FOREIGN as error:  # the comparison itself will raise what matters
         return _changed(recording, floor, type(error).__name__)
     narrow, _, official = pair.partition("/")
     if narrow != official:  # its rounding is that of its weights, whatever it returns

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 from truestep.environment import Environment
-from truestep.errors import ComponentMissingError, ParityError, UsageError
+from truestep.errors import (
+    FOREIGN,
+    ComponentMissingError,
+    ParityError,
+    UsageError,
+    one_line,
+    surviving,
+)
 from truestep.functions import check_function, record_function
 from truestep.parity.component import Loaded, Parity
 from truestep.parity.evidence import (
@@ -117,6 +124,7 @@ class Run:
         )
 
 
+@surviving("the parity case")
 def run_parity(run: Run) -> Comparison:
     """Run a parity case, filling `run`.
 
@@ -140,12 +148,8 @@ def run_parity(run: Run) -> Comparison:
     except ComponentMissingError as error:
         run.missing = error
         raise
-    except Exception as error:
-        run.raised = (
-            f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[
-                :300
-            ]
-        )
+    except FOREIGN as error:
+        run.raised = f"raised {one_line(error)}"
         raise
     finally:
         sys.path[:] = path
@@ -202,7 +206,7 @@ def _compare(run: Run) -> BaseException | None:
         index = len({name.split("/")[1] for name in made})
         try:
             found = flatten(port.call(**rebuild(tensors)))
-        except Exception as error:
+        except FOREIGN as error:
             failures.append(error)
             raise
         made.update(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from truestep.errors import surviving
 from truestep.noise import FloorLookup, NoiseFloor, NoiseRun, Tail, pair_of, sample_sizes
 from truestep.recording.capture import Progress
 from truestep.recording.floor import Variation, jitter, noise_run, variations
@@ -73,6 +74,7 @@ class Calibration:
     stages: tuple[StageTail, ...]
 
 
+@surviving("the pipeline")
 def calibrate(
     pipe: Pipeline,
     recording: Mapping[str, torch.Tensor],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from truestep.case import Case
 from truestep.environment import library_version
+from truestep.errors import surviving
 
 if TYPE_CHECKING:
     from truestep.recording.capture import Progress
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 FloorChoice = Literal["none", "steps", "final"]
 
 
+@surviving("the model")
 def record(
     case: Case,
     *,
@@ -45,6 +47,7 @@ def record(
     Raises:
         CaseError, ModelLoadError, UsageError: The case cannot be run.
         UsageError: What was generated could judge nothing, or comes out otherwise each time.
+        ProcessEndedError: The model or the change called sys.exit.
         WriteError: It cannot be written; an existing file is left untouched.
     """
     from truestep.runtime.loading import load
@@ -59,6 +62,7 @@ def record(
     return type(recording).open(path)
 
 
+@surviving("the pipeline")
 def record_pipeline(
     pipe: Pipeline,
     *,

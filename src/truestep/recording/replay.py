@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from truestep.errors import FileFormatError, TruestepError, UsageError
+from truestep.errors import FOREIGN, FileFormatError, TruestepError, UsageError, one_line
 from truestep.recording.capture import Progress
 from truestep.recording.names import STAGES, step_name
 from truestep.runtime.guidance import Adaptive
@@ -59,9 +59,8 @@ class Replay:
             run()
         except TruestepError:  # a setting that cannot be, not a stage that went wrong
             raise
-        except Exception as error:  # whatever a candidate's stage raises is that stage's outcome
-            text = str(error).strip().splitlines()
-            self.failures[name] = f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+        except FOREIGN as error:  # whatever a candidate's stage raises is that stage's outcome
+            self.failures[name] = one_line(error)
 
     def keep(self, name: str, run: Callable[[], Value]) -> None:
         """Run a stage and keep a host copy of its output."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from truestep.case import RunSettings
-from truestep.errors import UsageError
+from truestep.errors import ProcessEndedError, UsageError, last_frame, surviving
 from truestep.runtime.guidance import Adaptive, Branches
 from truestep.runtime.joint import Value, parts
 
@@ -447,17 +447,21 @@ def apply_change(pipe: Pipeline, change: Apply | None) -> Pipeline:
     Raises:
         UsageError: The function raised, returned something else, or changed a setting that only
             loading can honour.
+        ProcessEndedError: It called sys.exit.
     """
     if change is None:
         return pipe
     fixed = (pipe.settings.dtype, pipe.settings.device)
     name = getattr(change, "__qualname__", repr(change))
     try:
-        changed = change(pipe)
+        with surviving(f"the change {name}"):
+            changed = change(pipe)
+    except ProcessEndedError:
+        raise
     except Exception as error:
         raise UsageError(
             f"the change {name} raised {type(error).__name__}: {error}",
-            where=_last_frame(error),
+            where=last_frame(error),
             hint="it is called with the pipeline: transformer, transformer_2, text_encoder, "
             "tokenizer, vae, scheduler, settings and the stage functions",
         ) from error
@@ -473,10 +477,3 @@ def apply_change(pipe: Pipeline, change: Apply | None) -> Pipeline:
             hint="give --set dtype=... or --set device=... instead",
         )
     return result
-
-
-def _last_frame(error: BaseException) -> str:
-    import traceback
-
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""

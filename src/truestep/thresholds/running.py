@@ -9,7 +9,7 @@ import torch
 
 from truestep.case import Case
 from truestep.comparison.audio import sample_rate_of
-from truestep.errors import TruestepError
+from truestep.errors import FOREIGN, TruestepError, one_line
 from truestep.runtime.pipeline import Observer, Pipeline, apply_change, generate
 from truestep.thresholds.file import Limits, Thresholds, limits_of
 from truestep.thresholds.rule import FRAMES, WAVEFORM, Measured, judge, measure
@@ -88,9 +88,8 @@ def with_gate(
         actual = free_run(pipe)
     except TruestepError:
         raise
-    except Exception as error:  # whatever a candidate raises is its outcome
-        text = (str(error).strip().splitlines() or [""])[0]
-        measured = Measured({}, {}, f"the candidate raised {type(error).__name__}: {text}"[:300])
+    except FOREIGN as error:  # whatever a candidate raises is its outcome
+        measured = Measured({}, {}, f"the candidate raised {one_line(error)}")
     else:
         rate = sample_rate_of(reference.manifest.settings)
         measured = measure(actual, decoded(reference), sample_rate=rate)

@@ -15,7 +15,7 @@ import torch
 
 from truestep.case import Case
 from truestep.comparison.matching import build_comparison, compare_tensors
-from truestep.errors import UsageError
+from truestep.errors import UsageError, surviving
 from truestep.runtime.joint import each, made_of, tensors_of
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Apply, Observer, apply_change, encode
@@ -25,6 +25,7 @@ from truestep.verdict import Comparison, Divergence, Row, Side, Verdict
 Tensor = torch.Tensor
 
 
+@surviving("the model")
 def batch_invariance(
     model: torch.nn.Module,
     *args: Any,
@@ -81,6 +82,7 @@ def batch_invariance(
     return _named(result, model)
 
 
+@surviving("the model")
 def case_batch_invariance(case: Case, *, apply: Apply | None = None) -> Comparison:
     """Batch invariance of a case's first prediction: prompt and negative prompt in one batch.
 

@@ -11,7 +11,7 @@ import torch
 
 from truestep.case import Case
 from truestep.comparison.distance import same_bits
-from truestep.errors import TruestepError
+from truestep.errors import TruestepError, surviving
 from truestep.recording.capture import Progress
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Level
@@ -91,6 +91,7 @@ class _Until(Observer):
             raise _DoneError
 
 
+@surviving("the model")
 def record_trace(
     case: Case,
     *,

@@ -15,7 +15,7 @@ import torch
 
 from truestep.comparison.matching import build_comparison, compare_tensors, with_divergence
 from truestep.divergence import ROOT, locate, with_kind
-from truestep.errors import UsageError
+from truestep.errors import FOREIGN, UsageError, surviving
 from truestep.noise import NoiseFloor, pair_of
 from truestep.pairing.rename import renamed
 from truestep.recording.format import Recording
@@ -30,6 +30,7 @@ Tensor = torch.Tensor
 Call = Callable[..., Any]
 
 
+@surviving("the port")
 def replay_trace(
     model: torch.nn.Module,
     trace: str | Path | Recording,
@@ -73,7 +74,7 @@ def replay_trace(
         options: dict[str, Any] = {"step": step, "branch": branch, "parts": names}
         try:
             actual = flow(model, forward, given=expected, **options)
-        except Exception as error:  # whatever a port's code raises on these arguments
+        except FOREIGN as error:  # whatever a port's code raises on these arguments
             raise UsageError(
                 f"the port raised {type(error).__name__} on the recorded inputs: {error}",
                 where=f"step {step}, {branch}",

@@ -1,0 +1,171 @@
+"""What is said of a command that did not run to its end: what ended it, what is kept, what next."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from truestep.environment import command_line
+from truestep.errors import ProcessEndedError, is_foreign_file
+
+_GIB = 2**30
+_MOST_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a verb's process ended.
+
+    Attributes:
+        status: As `os.wait` gives it.
+        peak_bytes: Largest resident memory that it had.
+        crash: What faulthandler wrote of it.
+    """
+
+    status: int
+    peak_bytes: int
+    crash: str
+
+
+def report(ended: Ended, since: float) -> int:
+    """Say what ended the verb's process; see `invalid`."""
+    likely = "code that is not truestep's called os._exit or replaced the process"
+    if os.WIFSIGNALED(ended.status):
+        number = os.WTERMSIG(ended.status)
+        name = signal.Signals(number).name
+        what = f"{name} ended the process"
+        likely = "the code that was running crashed it"
+        if number == signal.SIGKILL:
+            likely = "the system ran out of memory (dmesg says so), or somebody killed it"
+    else:
+        what = (
+            f"the process ended itself with exit status {os.waitstatus_to_exitcode(ended.status)}"
+        )
+    places = re.findall(r'File "(.+)", line (\d+) in (\S+)', ended.crash)
+    place = next((p for p in places if is_foreign_file(p[0])), places[0] if places else None)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    error = ProcessEndedError(
+        f"{what} before anything was judged",
+        where="{}:{}, in {}".format(*place) if place else "",
+        measured=f"peak memory {ended.peak_bytes / _GIB:.2f} GiB of {memory / _GIB:.1f}",
+        likely=likely,
+    )
+    return invalid(error, since=since)
+
+
+def invalid(error: ProcessEndedError, *, since: float) -> int:
+    """Print the outcome `invalid`, also as JSON where that was asked for; returns its exit code."""
+    parameters = asked_for()
+    kept, again = what_is_left(parameters, since)
+    error.measured = "; ".join(part for part in (error.measured, kept) if part)
+    error.hint = error.hint or again
+    error.what = f"invalid: {error.what}"
+    sys.stdout.flush()
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    if parameters.get("json_path") and os.environ.get("RANK", "0") == "0":
+        _write_json(parameters["json_path"], error)
+    return error.exit_code
+
+
+def interrupted(number: int, *, since: float) -> int:
+    """Print one line on what was written and how to go on; returns the exit code, 128 + signal."""
+    kept, again = what_is_left(asked_for(), since)
+    word = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    print(f"{word}: {kept}; to go on: {again}", file=sys.stderr)
+    return 128 + number
+
+
+def asked_for() -> dict[str, Any]:
+    """The verb's arguments and options, as the command line gives them; empty if it cannot be
+    read."""
+    from truestep.cli.app import app
+
+    command: click.Command = app
+    context: click.Context | None = None
+    args = sys.argv[1:]
+    try:
+        while True:
+            context = command.make_context(None, list(args), parent=context, resilient_parsing=True)
+            if not isinstance(command, click.Group):
+                return dict(context.params)
+            rest = getattr(context, "_protected_args", None) or getattr(
+                context, "protected_args", []
+            )
+            _, found, args = command.resolve_command(context, [*rest, *context.args])
+            if found is None:
+                return {}
+            command = found
+    except click.ClickException:
+        return {}
+
+
+def what_is_left(parameters: dict[str, Any], since: float) -> tuple[str, str]:
+    """What was written since a time, in words, and the command that goes on.
+
+    Args:
+        parameters: The verb's arguments and options.
+        since: Seconds since the epoch.
+    """
+    from truestep.references.store import DEFAULT_ROOT
+
+    texts = [value for key, value in parameters.items() if key == "json_path" and value]
+    paths = [value for value in parameters.values() if isinstance(value, Path)]
+    places = dict.fromkeys([*paths, *map(Path, texts), DEFAULT_ROOT])
+    names = [name for place in places for name in _written(place, since)]
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    kept = f"kept: {', '.join(names[:_MOST_NAMES])}{more}" if names else "nothing was written"
+    again = command_line()
+    output = parameters.get("output")
+    if "resume" in parameters and not parameters["resume"] and names:
+        again += " --resume"
+    elif isinstance(output, Path) and (
+        spools := sorted(output.parent.glob(f"{output.name}.*.spool"))
+    ):
+        again = f"truestep trace recover {shlex.quote(str(spools[-1]))}"
+    return kept, again
+
+
+def _written(place: Path, since: float) -> Iterator[str]:
+    """A file that is newer than a time; of a folder, how many files in it are."""
+    try:
+        if place.is_dir():
+            files = (path for path in place.rglob("*") if not path.name.startswith("."))
+            newer = sum(path.is_file() and path.stat().st_mtime >= since for path in files)
+            if newer:
+                yield f"{place}{os.sep} ({newer} file{'s' * (newer > 1)})"
+        elif place.is_file() and place.stat().st_mtime >= since:
+            yield str(place)
+    except OSError:  # it went away, or is not ours to read: nothing can be said of it
+        return
+
+
+def _write_json(path: str, error: ProcessEndedError) -> None:
+    from truestep.environment import library_version
+    from truestep.files import write_text
+    from truestep.verdict import Comparison, Results, Rule, Side, Verdict
+
+    result = Comparison(
+        tool_version=library_version("truestep") or "",
+        verdict=Verdict.INVALID,
+        sentence=error.what,
+        rule=Rule(name="run", text="a candidate is judged by what it gives"),
+        actual=Side(label="candidate"),
+        reference=Side(label="reference"),
+        notes=tuple(part for part in (error.where, error.measured, error.likely) if part),
+        hint=error.hint,
+        repeat=command_line(),
+    )
+    text = Results.of([result]).model_dump_json(indent=2)
+    if path == "-":
+        click.echo(text)
+    else:
+        write_text(path, text, "the result")
