@@ -46,9 +46,9 @@ class _Verbs(click.Group):
 @click.group(
     cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 identical or equivalent, 1 drifted or invalid, 2 usage or unreadable "
-    "file, 3 missing or incomparable, 4 inconclusive, 130 interrupted. A verb that the code which it "
-    "runs ends is invalid.",
+    epilog="Exit codes: 0 identical or equivalent, 1 drifted or invalid (also where the code that "
+    "is run ends the process), 2 usage or unreadable file, 3 missing or incomparable, "
+    "4 inconclusive, 130 interrupted.",
 )
 @click.version_option(package_name="truestep", prog_name="truestep")
 @click.pass_context
