@@ -83,6 +83,15 @@ def test_checkpoints() -> None:
     assert verdict(same) == ("same", "the same checkpoint: 6 paired parameters agree bit for bit")
     assert verdict(narrow)[0] == "rounded"
     assert "as bfloat16" in verdict(narrow)[1]
+    scaled = {name: (tensor * 1.003).bfloat16() for name, tensor in same.items()}
+    assert verdict(scaled)[0] == "another"
+    step = {name: tensor.abs().max() / 127 for name, tensor in same.items()}
+    bytes_ = {k: (v / step[k]).round() * step[k] for k, v in same.items()}
+    assert "as int8" in verdict(bytes_)[1]
+    assert verdict({k: v * 1.003 for k, v in bytes_.items()})[0] == "another"
+    one = same | {"model.conv.weight": same["model.conv.weight"] * 1.003}
+    assert verdict(one)[0] == "changed"
+    assert "but for 1 of 6 paired parameters, which hold other values" in verdict(one)[1]
     assert verdict({"z": torch.zeros(3)}) == ("unmatched", "no parameters could be paired")
     shifted = {k.removeprefix("model."): v + 1 for k, v in same.items()}
     assert verdict(shifted)[0] == "another"

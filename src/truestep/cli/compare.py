@@ -15,16 +15,22 @@ from truestep.cli.common import end, finish, output_options
 @click.option(
     "--tolerance", type=click.FloatRange(min=0), help="Judge rel_l2 by this, not by the floor."
 )
+@click.option(
+    "--weights/--activations",
+    default=None,
+    help="Judge as parameters (bits, exact rounding) or by a noise floor; default: by the names.",
+)
 @output_options
 def command(
     actual: Path,
     reference: Path,
     tolerance: float | None,
+    weights: bool | None,
     json_path: str | None,
     report: Path | None,
 ) -> None:
-    """Compare ACTUAL with REFERENCE: recordings, safetensors, .npy, .npz, .pt, latent bundles."""
+    """Compare ACTUAL with REFERENCE: recordings, weights, safetensors, npy, npz, pt, latents."""
     from truestep import compare
 
-    result = compare(actual, reference, tolerance=tolerance)
+    result = compare(actual, reference, tolerance=tolerance, weights=weights)
     end(finish([result], json_path=json_path, report=report))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+
 from truestep.case import flat_case, mapping_differences
 from truestep.comparison import sources
 from truestep.comparison.audio import sample_rate_of
 from truestep.comparison.latent_gate import LATENT, SIGNATURE, check_latent
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.comparison.moments import moment_rows, sketch_rows, sketch_rule
-from truestep.comparison.sources import side_of
+from truestep.comparison.parameters import are_parameters, compare_parameters, summed
+from truestep.comparison.sources import Source, side_of
 from truestep.environment import Environment
+from truestep.errors import UsageError
 from truestep.noise import pair_of
 from truestep.recording.manifest import Manifest
 from truestep.verdict import Comparison, Difference, Verdict
@@ -23,7 +27,13 @@ _NOT_SKETCHED = (
 )
 
 
-def compare(actual: object, reference: object, *, tolerance: float | None = None) -> Comparison:
+def compare(
+    actual: object,
+    reference: object,
+    *,
+    tolerance: float | None = None,
+    weights: bool | None = None,
+) -> Comparison:
     """Judge two sides' tensors; every tensor of both is accounted for.
 
     Args:
@@ -34,6 +44,9 @@ def compare(actual: object, reference: object, *, tolerance: float | None = None
             `sketch`, distances are estimates, and judged with their error. Against a latent bundle
             (truestep's or FastVideo's) this is `check_latent`.
         tolerance: Judge rel_l2 by this limit instead.
+        weights: Whether the tensors are parameters, which agree bit for bit or by exact rounding,
+            or what a model computed, which agrees within a noise floor. By default their names
+            say so; recordings are never parameters.
 
     Returns:
         The comparison. Between recordings of different cases it is `incomparable`.
@@ -47,6 +60,8 @@ def compare(actual: object, reference: object, *, tolerance: float | None = None
     if SIGNATURE in theirs.tensors and LATENT in theirs.tensors:
         return check_latent(actual, reference, tolerance=tolerance)
     ours_manifest, theirs_manifest = ours.manifest, theirs.manifest
+    if _weights(ours, theirs, weights, tolerance):
+        return _of_parameters(ours, theirs, guessed=weights is None)
     differences: tuple[Difference, ...] = ()
     environment: tuple[Difference, ...] = ()
     floor, pair = None, None
@@ -87,6 +102,41 @@ def compare(actual: object, reference: object, *, tolerance: float | None = None
     undecided = result.verdict is Verdict.INCONCLUSIVE
     hint = "truestep record CASE --level full --output FILE" if undecided else ""
     return result.model_copy(update={"rule": sketch_rule(rows), "hint": hint})
+
+
+def _weights(ours: Source, theirs: Source, weights: bool | None, tolerance: float | None) -> bool:
+    """Whether both sides are to be judged as parameters."""
+    recorded = ours.manifest is not None or theirs.manifest is not None
+    if weights and (recorded or tolerance is not None):
+        raise UsageError(
+            "weights are judged bit by bit",
+            measured="a side is a recording"
+            if recorded
+            else f"tolerance = {tolerance:g} was given",
+            hint="leave out weights",
+        )
+    if weights is not None:
+        return weights
+    names = (*ours.tensors, *theirs.tensors)
+    return not recorded and tolerance is None and are_parameters(names)
+
+
+def _of_parameters(ours: Source, theirs: Source, *, guessed: bool) -> Comparison:
+    rows = compare_parameters(ours.tensors, theirs.tensors)
+    result = summed(
+        build_comparison(
+            rows,
+            actual=side_of(ours),
+            reference=side_of(theirs),
+            looked_at=(f"{len(rows)} parameters by name",),
+        )
+    )
+    if result.verdict.passed or not guessed or not (ours.path and theirs.path):
+        return result
+    sides = " ".join(shlex.quote(str(side.path)) for side in (ours, theirs))
+    note = "the names are those of parameters; if a model computed these tensors, say so"
+    hint = f"truestep compare --activations {sides}"
+    return result.model_copy(update={"notes": (*result.notes, note), "hint": hint})
 
 
 def _case_differences(ours: Manifest, theirs: Manifest) -> tuple[Difference, ...]:

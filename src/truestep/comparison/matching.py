@@ -199,7 +199,8 @@ def _judged(base: dict[str, Any], outcomes: Iterator[Outcome], *, tests: int) ->
         floor = base.get("floor")
         return Row(**{**base, "floor": bounded(floor, tests=tests) if floor else None})
     outcome = next(outcomes)
-    notes = (_likely(base["metrics"], outcome.verdict), outcome.note, base["note"])
+    kind = likely(base["metrics"]) if outcome.verdict is Verdict.DRIFTED else ""
+    notes = (kind, outcome.note, base["note"])
     return Row(
         **{
             **base,
@@ -241,10 +242,8 @@ def nonfinite_note(metrics: Metrics) -> str:
     return f"non-finite values: {', '.join(parts)} (of {total:,})"
 
 
-def _likely(metrics: Metrics, verdict: Verdict) -> str:
-    """A word on the residual's kind, where it is plain from the metrics."""
-    if verdict is not Verdict.DRIFTED:
-        return ""
+def likely(metrics: Metrics) -> str:
+    """A word on the kind of a residual that is a fault, where it is plain from the metrics."""
     if metrics.gain < -0.9 and metrics.cosine_distance > 1.9:
         return "sign flipped"
     off = abs(metrics.gain - 1.0)
@@ -352,7 +351,7 @@ def _outcome(
 ) -> str:
     total = f"{len(rows)} tensor{'s' if len(rows) != 1 else ''}"
     count = sum(row.verdict is verdict for row in rows)
-    ratios = [row.ratio for row in rows if row.ratio is not None and row.verdict.passed]
+    ratios = [row.ratio for row in rows if row.ratio is not None and row.verdict.passed] or [0.0]
     seen = detectable(rows)
     sight = f"a relative change of {seen:.1e} would have been seen" if seen is not None else ""
     if not rows:

@@ -1,4 +1,7 @@
-"""Are two weight files the same checkpoint, the same one in a narrower precision, or two others?"""
+"""Are two weight files the same checkpoint, the same one in a narrower precision, or two others?
+
+Nothing computes parameters: one is another rounded only where every element is the nearest.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,9 @@ from typing import TYPE_CHECKING
 from truestep.verdict import Float, Record
 
 if TYPE_CHECKING:
-    from truestep.parity.keys import Pair, State
+    import torch
 
-STEPS = ((0.0, "same"), (1e-3, "float16"), (2.5e-3, "bfloat16"), (0.1, "int8"))
-"""Largest rel_l2 between a parameter and its rounding: float16 rounds by 2^-12 of each element on
-average, bfloat16 by 2^-9, int8 with a scale a channel by about a hundredth."""
+    from truestep.parity.keys import Pair, State
 
 OTHER = "other values"
 
@@ -27,7 +28,7 @@ class Likeness(Record):
 
 
 class Checkpoints(Record):
-    """Verdict on two state dicts: `same`, `rounded`, `another` or `unmatched`."""
+    """Verdict on two state dicts: `same`, `rounded`, `changed`, `another` or `unmatched`."""
 
     verdict: str
     sentence: str
@@ -44,8 +45,8 @@ def compare_checkpoints(pairs: Iterable[Pair], port: State, official: State) -> 
     for pair in pairs:
         whole = pair.how and not pair.how.startswith("chunk")
         if len(pair.official) == len(pair.port) == 1 and whole:
-            size = _distance(port[pair.port[0]], official[pair.official[0]], pair.how)
-            kind = next((name for limit, name in STEPS if size <= limit), OTHER)
+            own, theirs = _laid_out(port[pair.port[0]], official[pair.official[0]], pair.how)
+            size, kind = _distance(own, theirs), _kind(own, theirs)
             rows.append(
                 Likeness(official=pair.official[0], port=pair.port[0], rel_l2=size, kind=kind)
             )
@@ -62,31 +63,74 @@ def _judge(told: Sequence[Likeness], rows: Sequence[Likeness]) -> Checkpoints:
     elif len(other) * 4 > len(told):
         text = (
             f"another checkpoint: {len(other)} of {count} hold other values (up to rel_l2 "
-            f"{worst:.1g}; rounding to float16 would be below 1e-3)"
+            f"{worst:.1g}; the roundings of neither side)"
         )
         verdict = "another"
-    elif rounded or other:
-        kinds = sorted({row.kind for row in (*rounded, *other)})
-        text = (
-            f"the same checkpoint, {len(rounded) + len(other)} of {count} as {', '.join(kinds)} "
-            f"(up to rel_l2 {worst:.1g})"
-        )
-        verdict = "rounded"
+    elif other:
+        verdict, text = "changed", f"the same checkpoint but for {len(other)} of {count}"
+        text += f", which hold other values (up to rel_l2 {worst:.1g})"
+    elif rounded:
+        kinds = ", ".join(sorted({row.kind for row in rounded}))
+        verdict, text = "rounded", f"the same checkpoint, {len(rounded)} of {count} as {kinds}"
+        text += f" (up to rel_l2 {worst:.1g})"
     else:
         verdict, text = "same", f"the same checkpoint: {count} agree bit for bit"
     return Checkpoints(verdict=verdict, sentence=text, rows=tuple(rows))
 
 
-def _distance(actual: object, reference: object, how: str) -> float:
+def _laid_out(port: object, official: object, how: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both parameters in the port's layout."""
     import torch
 
-    assert isinstance(actual, torch.Tensor)
-    assert isinstance(reference, torch.Tensor)
-    source, target = reference.detach().double(), actual.detach().double()
+    assert isinstance(port, torch.Tensor)
+    assert isinstance(official, torch.Tensor)
+    source = official.detach()
     if how.startswith("permute"):
         order = how.partition("(")[2].partition(")")[0]
         source = source.permute([int(part) for part in order.split(",")])
-    source = source.reshape(target.shape)
-    scale = float(source.norm())
-    size = float((target - source).norm())
+    return port.detach(), source.reshape(port.shape)
+
+
+def _distance(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    target, source = actual.double(), reference.double()
+    scale, size = float(source.norm()), float((target - source).norm())
     return size / scale if scale else size
+
+
+def _kind(actual: torch.Tensor, reference: torch.Tensor) -> str:
+    """`same`, the precision that one is the other's exact rounding to, or other values."""
+    from truestep.comparison.rounding import called, rounded_to
+
+    if bool((actual.double() == reference.double()).all()):
+        return "same"
+    narrow = rounded_to(actual, reference) or rounded_to(reference, actual)
+    if narrow is not None:
+        return called(narrow)
+    return "int8" if _on_grid(actual, reference) else OTHER
+
+
+_GRID = 256
+"""Numbers that one byte has."""
+
+
+def _on_grid(actual: torch.Tensor, reference: torch.Tensor) -> bool:
+    """Whether a tensor is another one on a grid of a byte: one for all of it, a row, or a column.
+
+    The grid is that of its own numbers, and each must be the nearest on it.
+    """
+    tables = [(actual.reshape(1, -1), reference.reshape(1, -1))]
+    if actual.ndim > 1:
+        rows = [t.reshape(len(actual), -1) for t in (actual, reference)]
+        columns = [t.reshape(-1, actual.shape[-1]).T for t in (actual, reference)]
+        tables += [(rows[0], rows[1]), (columns[0], columns[1])]
+    return any(all(map(_nearest, a.double(), r.double())) for a, r in tables)
+
+
+def _nearest(row: torch.Tensor, source: torch.Tensor) -> bool:
+    numbers = row.unique()
+    if len(numbers) > _GRID:
+        return False
+    step = float(numbers.diff().min()) if len(numbers) > 1 else 0.0
+    # Neighbours' distance is known to float32's rounding of the numbers themselves.
+    slack = float(numbers.abs().max()) * 2.0**-22
+    return bool(((row - source).abs() <= step / 2 + slack).all())
