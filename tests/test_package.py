@@ -36,6 +36,7 @@ LAYERS = (
     "models",
     "runtime",
     "recording.manifest",
+    "recording.columns",
     "recording.header",
     "recording.numpy_files",
     "recording.torch_files",

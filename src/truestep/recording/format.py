@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from truestep.comparison.sketch import sketch
 from truestep.errors import FileFormatError, WriteError
 from truestep.files import beside, settle
 from truestep.recording import header as headers
-from truestep.recording.header import TORCH_NAMES, Header, Slot, digest, manifest_digest
+from truestep.recording.header import TORCH_NAMES, Header, Packed, Slot, digest, manifest_digest
 from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY, STATS, Manifest
 
 WHAT = "the recording"
@@ -55,9 +56,14 @@ class Recording(Mapping[str, torch.Tensor]):
         self._tensors = dict(tensors or {})
         self._source = source
         self._digests: dict[str, str] = {}
-        for entry in manifest.tensors if source else ():
+        packed = source is not None and isinstance(source.header.tensors, Packed)
+        for entry in manifest.tensors if source and not packed else ():
             self._digests |= headers.stored_digests(entry, manifest.level)
-        self._names = dict.fromkeys(self._digests if source else self._tensors)
+        self._names: Collection[str] = (
+            source.header.tensors
+            if source and packed
+            else dict.fromkeys(self._digests if source else self._tensors)
+        )
 
     @property
     def path(self) -> Path | None:
@@ -71,8 +77,7 @@ class Recording(Mapping[str, torch.Tensor]):
         Raises:
             FileFormatError: It is unreadable, damaged, of a newer format, or not a recording.
         """
-        header = headers.read_header(path)
-        manifest = headers.manifest_of(header)
+        header, manifest = headers.read_recording(path)
         if manifest is None:
             raise FileFormatError(
                 "the file is a safetensors file, but not a recording",
@@ -95,6 +100,13 @@ class Recording(Mapping[str, torch.Tensor]):
                 kept[f"sketch/{name}"] = sketch(tensor)
         return cls(manifest, tensors=kept)
 
+    def at(self, path: Path) -> Recording:
+        """The same recording once its file has been moved; nothing is read again."""
+        if self._source is None:
+            raise ValueError("the recording has no file")
+        moved = dataclasses.replace(self._source.header, path=path)
+        return Recording(self.manifest, source=_File(moved))
+
     def save(self, path: str | Path) -> str:
         """Write atomically; see `write`."""
         return write(path, self)
@@ -103,7 +115,8 @@ class Recording(Mapping[str, torch.Tensor]):
         if name not in self._tensors:
             if self._source is None or name not in self._source.header.tensors:
                 raise _NoTensorError(name, self._names)
-            self._tensors[name] = self._source.read(name, self._digests[name])
+            known = self._source.header.tensors[name].digest or self._digests[name]
+            self._tensors[name] = self._source.read(name, known)
         return self._tensors[name]
 
     def release(self, name: str) -> None:
@@ -282,14 +295,14 @@ def stage(temporary: Path, recording: Recording) -> str:
     return sha256_of(temporary)
 
 
-def verify(temporary: Path) -> None:
+def verify(temporary: Path) -> Recording:
     """Open what was written as a reader will, before it takes the place of an earlier file.
 
     Raises:
         WriteError: No reader would take it.
     """
     try:
-        headers.read_manifest(temporary)
+        return Recording.open(temporary)
     except FileFormatError as error:
         raise WriteError(
             "the recording could not be read again, and was not put in place",
@@ -312,9 +325,9 @@ def _metadata(manifest: Manifest, stored: Mapping[str, torch.Tensor]) -> dict[st
         for name in names:
             if name not in stored:
                 raise ValueError(f"the manifest names {name!r}, which is not among the tensors")
-        found = (digest(bytes_of(stored[name])) for name in names)
-        update = dict(zip(("digest", "sketch_digest"), found, strict=False))
-        table.append(entry.model_copy(update=update))
+        first, *rest = (digest(bytes_of(stored[name])) for name in names)
+        sketched = rest[0] if rest else entry.sketch_digest
+        table.append(dataclasses.replace(entry, digest=first, sketch_digest=sketched))
         named += len(names)
     if named != len(stored):
         raise ValueError("there are tensors that the manifest does not name")
@@ -327,7 +340,9 @@ def metadata_of(manifest: Manifest) -> dict[str, str]:
     unused = set() if manifest.level == "sketch" else {"sketch_digest"}
     if not any(entry.call for entry in manifest.tensors):
         unused.add("call")
-    exclude: Any = {"tensors": {"__all__": unused}} if unused else None
+    exclude: Any = {"tensors": {"__all__": unused}} if unused else {}
+    if not manifest.columns:
+        exclude["columns"] = True
     text = manifest.model_dump_json(exclude=exclude)
     return {METADATA_KEY: text, DIGEST_KEY: manifest_digest(text)}
 

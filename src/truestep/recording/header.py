@@ -5,12 +5,15 @@ Every number in the file is checked before it is used: sizes, offsets, shapes, n
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import re
 import shlex
 import struct
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +23,8 @@ from pydantic import ValidationError
 
 from truestep.errors import FileFormatError
 from truestep.magic import SAFETENSORS, what_is
-from truestep.reading import check_plain, reason
+from truestep.reading import check_plain, parse_json, reason
+from truestep.recording import columns
 from truestep.recording.manifest import (
     DIGEST_KEY,
     FORMAT_VERSION,
@@ -77,18 +81,27 @@ TORCH_NAMES = {
     "F64": "float64",
 }
 
+SAFETENSORS_NAMES = {name: short for short, name in TORCH_NAMES.items()}
+
+MOMENTS_KINDS = (("F64", (len(STATS),)), ("F32", (SKETCH_SIZE,)))
+"""What stands for a tensor below level `full`: its moments, then its sketch."""
+
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """What no name has: control characters and halves of characters."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one tensor lies: safetensors dtype, shape, and bytes counted from the data's start."""
+    """Where one tensor lies: safetensors dtype, shape, and bytes counted from the data's start.
+
+    `digest` is that of its bytes where the table, not the manifest's row, says it.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ class Header:
     """A checked header. `data_start` is the file offset of the first tensor byte."""
 
     path: Path
-    tensors: dict[str, Slot]
+    tensors: Mapping[str, Slot]
     metadata: dict[str, str]
     data_start: int
 
@@ -307,14 +320,27 @@ def read_manifest(path: str | Path) -> Manifest | None:
     Raises:
         FileFormatError: The manifest is damaged, of a newer format, or disagrees with the header.
     """
-    return manifest_of(read_header(path))
+    return read_recording(path)[1]
 
 
 def manifest_of(header: Header) -> Manifest | None:
     """The manifest in a checked header; see `read_manifest`."""
+    return _resolved(header)[1]
+
+
+def read_recording(path: str | Path) -> tuple[Header, Manifest | None]:
+    """Header and manifest of a recording; the header of a packed one has the tensors in its data.
+
+    Raises:
+        FileFormatError: See `read_header` and `read_manifest`.
+    """
+    return _resolved(read_header(path))
+
+
+def _resolved(header: Header) -> tuple[Header, Manifest | None]:
     text = header.metadata.get(METADATA_KEY)
     if text is None:
-        return None
+        return header, None
     path = header.path
     try:
         intact = _manifest_has_digest(text, header.metadata.get(DIGEST_KEY, ""))
@@ -347,8 +373,147 @@ def manifest_of(header: Header) -> Manifest | None:
     except (ValidationError, RecursionError) as error:
         first = str(error).splitlines()
         refuse(path, "the recording's manifest is not valid", measured=" ".join(first[1:3])[:200])
+    if manifest.columns:
+        return _unpacked(header, manifest)
     _check_table(header, manifest)
-    return manifest
+    return header, manifest
+
+
+class Packed(Mapping[str, Slot]):
+    """The tensors of a packed recording, by stored name; see `recording.columns`."""
+
+    def __init__(self, rows: Sequence[TensorEntry], level: str, begins: dict[int, int]) -> None:
+        """Find where each row's data lie.
+
+        Args:
+            rows: The table, in the order of the data.
+            level: Of the recording.
+            begins: Where the data with items of a size begin.
+        """
+        self._rows, self._level = rows, level
+        self._index = {row.name: number for number, row in enumerate(rows)}
+        self._prefixes = [name.removesuffix("/") for name in stored_names("", level)]
+        self._begins: list[array[int]] = []
+        self.ends = dict(begins)
+        for part in range(len(self._prefixes)):
+            column = array("q")
+            for row in rows:
+                dtype, shape = self._kind(row, part)
+                column.append(self.ends[ITEM_SIZES[dtype]])
+                self.ends[ITEM_SIZES[dtype]] += length_of(dtype, shape)
+            self._begins.append(column)
+
+    def _kind(self, row: TensorEntry, part: int) -> tuple[str, tuple[int, ...]]:
+        if self._level == "full":
+            return SAFETENSORS_NAMES[row.dtype], row.shape
+        return MOMENTS_KINDS[part]
+
+    def _place(self, name: str) -> tuple[int, int] | None:
+        """Number of the row and of the part that a stored name means."""
+        for part, prefix in enumerate(self._prefixes):
+            inner = name.removeprefix(f"{prefix}/") if prefix else name
+            if inner in self._index and (not prefix or name.startswith(f"{prefix}/")):
+                return self._index[inner], part
+        return None
+
+    def __getitem__(self, name: str) -> Slot:
+        place = self._place(name)
+        if place is None:
+            raise KeyError(name)
+        number, part = place
+        row = self._rows[number]
+        dtype, shape = self._kind(row, part)
+        begin = self._begins[part][number]
+        known = row.sketch_digest if part else row.digest
+        return Slot(dtype, shape, begin, begin + length_of(dtype, shape), known)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._place(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        for row in self._rows:
+            yield from stored_names(row.name, self._level)
+
+    def __len__(self) -> int:
+        return len(self._index) * len(self._prefixes)
+
+
+def _unpacked(header: Header, manifest: Manifest) -> tuple[Header, Manifest]:
+    """A packed recording with its table, and with the tensors in its data for those in its header.
+
+    Raises:
+        FileFormatError: A column is damaged, or does not fit the others or the data.
+    """
+    path, kinds = header.path, columns.KINDS
+    data = {f"data.{size}": size for size in (8, 4, 2, 1)}
+    expected = {columns.PREFIX + name for name in kinds}
+    if manifest.tensors or set(manifest.columns) != set(kinds):
+        refuse(path, "the recording's table is neither in its manifest nor in its columns")
+    if expected - set(header.tensors) or set(header.tensors) - expected - set(data):
+        refuse(path, "the recording's columns and its header disagree")
+    for name, slot in header.tensors.items():
+        kind = kinds.get(name.removeprefix(columns.PREFIX), "U8")
+        if slot.dtype != kind or len(slot.shape) != 1:
+            refuse(path, f"tensor {name!r} has another kind than a packed recording's")
+    content = {name: _column(header, name, manifest.columns[name]) for name in kinds}
+    try:
+        words = parse_json(content["words"])
+        rows = columns.rows_of(content, sketched=manifest.level == "sketch", words=words)
+    except (ValueError, RecursionError) as error:
+        refuse(path, "the recording's table is damaged", measured=reason(error))
+    content.clear()
+    begins = {s: header.tensors[n].begin for n, s in data.items() if n in header.tensors}
+    packed = _packed(path, rows, manifest.level, begins)
+    ends = {s: header.tensors[n].end for n, s in data.items() if n in header.tensors}
+    if packed.ends != ends:
+        refuse(path, "the recording's table does not fit its data")
+    if any(rows[i].order < rows[i - 1].order for i in range(1, len(rows))):
+        rows = sorted(rows, key=lambda row: row.order)
+    whole = manifest.model_copy(update={"tensors": tuple(rows)})
+    return dataclasses.replace(header, tensors=packed), whole
+
+
+def _packed(path: Path, rows: Sequence[TensorEntry], level: str, begins: dict[int, int]) -> Packed:
+    known: set[tuple[str, tuple[int, ...]]] = set()
+    for row in rows:
+        if bad_name(row.name):
+            refuse(
+                path, f"tensor name {row.name[:80]!r} is empty, too long or has control characters"
+            )
+        if (row.dtype, row.shape) not in known:
+            _check_entry(path, row)
+            known.add((row.dtype, row.shape))
+    try:
+        packed = Packed(rows, level, begins)
+    except (KeyError, OverflowError):
+        refuse(path, "the recording's table does not fit its data")
+    if len(packed) < len(rows) * len(stored_names("", level)):
+        refuse(path, "the manifest lists a tensor twice")
+    return packed
+
+
+def _column(header: Header, name: str, expected: str) -> bytes:
+    """The content of one column of a packed recording's table."""
+    slot = header.tensors[columns.PREFIX + name]
+    try:
+        with header.path.open("rb") as file:
+            file.seek(header.data_start + slot.begin)
+            content = file.read(slot.end - slot.begin)
+    except OSError as error:
+        refuse(header.path, "the recording's table cannot be read", measured=reason(error))
+    if digest(content) != expected:
+        refuse(
+            header.path,
+            f"column {name} of the recording's table is damaged",
+            measured="its digest does not match",
+            likely="a flipped bit, or an edit by hand",
+        )
+    return content
+
+
+def length_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; the dtype as safetensors has it."""
+    return ITEM_SIZES[dtype] * math.prod(shape)
 
 
 def stored_names(name: str, level: str) -> tuple[str, ...]:

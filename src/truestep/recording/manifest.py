@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from truestep.noise import NoiseFloor
 from truestep.verdict import Float, Record
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read. Written is 1, and 2 where the table is kept beside the header."""
+
+PACKED = 2
+"""The first version that knows packed recordings: see `recording.columns`."""
+
 METADATA_KEY = "truestep"
 DIGEST_KEY = "truestep_digest"
 
@@ -20,14 +26,17 @@ SKETCH_SIZE = 1024
 """Floats in a `sketch/<name>` tensor (float32; see `truestep.comparison.sketch`)."""
 
 
-class TensorEntry(Record):
-    """One row of the tensor table.
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One row of the tensor table. There may be a million, and a model of pydantic's takes 2 kB.
 
     `digest` is xxh3_64 of the stored bytes, hexadecimal: of the tensor, or of its moments
     (`stats/<name>`, float64). `sketch_digest` is that of `sketch/<name>`, and written at level
     `sketch` only. `dtype` and `shape` are of the recorded tensor at every level. A digest that
     begins with `sha256:` is SHA-256 instead: what can be made without xxhash.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     name: str
     kind: str
@@ -59,7 +68,7 @@ class Implementation(Record):
 class Manifest(Record):
     """Everything a reader may want to know before it touches a tensor."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     tool_version: str
     created: str = Field(description="UTC, ISO 8601")
     level: Level
@@ -68,6 +77,9 @@ class Manifest(Record):
     settings: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, str] = Field(default_factory=dict)
     tensors: tuple[TensorEntry, ...] = ()
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="of a packed recording: column of the table to digest"
+    )
     timings_s: dict[str, tuple[Float, ...]] = Field(default_factory=dict)
     forwards: int = 0
     noise_floor: NoiseFloor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -209,7 +210,7 @@ def _renamed(source: Source, names: Mapping[str, str]) -> Source:
     manifest = _manifest(source)
     back = {old: new for new, old in names.items()}
     entries = {e.name: e for e in manifest.tensors if e.name in back}
-    table = tuple(entries[old].model_copy(update={"name": new}) for new, old in names.items())
+    table = tuple(replace(entries[old], name=new) for new, old in names.items())
     prefixes = {"full": ("",), "stats": ("stats/",), "sketch": ("stats/", "sketch/")}
     stored = {
         f"{p}{new}": f"{p}{old}" for new, old in names.items() for p in prefixes[manifest.level]

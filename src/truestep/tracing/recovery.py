@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from truestep.errors import FileFormatError, UsageError, WriteError
 from truestep.files import alive
-from truestep.reading import parse_json, read, reason
+from truestep.reading import parse_json, reason
 from truestep.recording.format import Recording
-from truestep.recording.header import ITEM_SIZES, bad_name, digest
+from truestep.recording.header import ITEM_SIZES, bad_name, digest, length_of
 from truestep.recording.manifest import Level, Manifest
 from truestep.tracing.writer import (
+    MAX_LINE,
     SUFFIX,
     Row,
     being_written,
     entry_row,
     join,
-    length_of,
+    journal_lines,
     stored_parts,
 )
-
-MAX_JOURNAL = 2**30
-"""Bytes; about 200 a tensor."""
 
 PARTIAL = "partial: the process ended before the trace was closed"
 
@@ -66,7 +64,7 @@ def recover(path: str | Path, *, output: str | Path | None = None) -> Recording:
     folder = found[0]
     name, _, owner = folder.name.removesuffix(SUFFIX).rpartition(".")
     target = Path(output) if output else folder.with_name(name)
-    head, rows, sizes, closed = _read(folder)
+    head, count, sizes, closed = _read(folder)
     if not closed and _written(folder, owner.partition("-")[0]):
         raise UsageError(
             "the process that writes this trace is still running",
@@ -88,7 +86,7 @@ def recover(path: str | Path, *, output: str | Path | None = None) -> Recording:
         raise WriteError(
             "the spool cannot be changed", where=str(folder), measured=str(error)
         ) from error
-    return join(folder, target, manifest, rows, sizes)
+    return join(folder, target, manifest, count, sizes)
 
 
 def _written(folder: Path, owner: str) -> bool:
@@ -98,60 +96,58 @@ def _written(folder: Path, owner: str) -> bool:
     return owner.isdecimal() and alive(int(owner))
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[Row], dict[int, int], bool]:
-    """Settings, whole tensors, how many bytes of each data file they need, and whether it ended.
+def _read(folder: Path) -> tuple[dict[str, Any], int, dict[int, int], bool]:
+    """Settings, how many rows are whole, the bytes of data they need, and whether the trace ended.
 
     A trace that was closed, but could not be put in place, ends with all that its manifest says.
     """
-    level: Level
-    head, level, lines = read(
-        folder / "journal.jsonl",
-        "the spool's journal cannot be read",
-        _journal,
-        most=MAX_JOURNAL,
-        likely="the process was killed before its first module ran",
-    )
-    rows: list[Row] = []
+    head, level = _head(folder)
     names: set[str] = set()
     sizes: dict[int, int] = {}
     files = {int(p.suffix[1:]): p for p in folder.glob("data.*") if p.suffix[1:].isdecimal()}
     with ExitStack() as stack:
         try:
             opened = {size: stack.enter_context(f.open("rb")) for size, f in files.items()}
+            lines = stack.enter_context(closing(journal_lines(folder)))
+            for line in lines:
+                fields = parse_json(line)
+                if isinstance(fields, dict):
+                    Manifest.model_validate({**fields, "tensors": ()})
+                    return fields, len(names), sizes, True
+                row = entry_row(fields, level)
+                ends = _whole(row, level, opened, sizes)
+                if row.entry.name in names or bad_name(row.entry.name):
+                    break
+                names.add(row.entry.name)
+                sizes.update(ends)
         except OSError as error:
             raise FileFormatError(
                 "the spool's data cannot be read", where=str(folder), measured=reason(error)
             ) from None
-        for line in lines:
-            try:
-                fields = parse_json(line)
-                if isinstance(fields, dict):
-                    Manifest.model_validate({**fields, "tensors": ()})
-                    return fields, rows, sizes, True
-                row = entry_row(fields, level)
-                ends = _whole(row, level, opened, sizes)
-            except (ValueError, TypeError, KeyError):
-                break  # the line, or its data, was being written
-            if row.entry.name in names or bad_name(row.entry.name):
-                break
-            names.add(row.entry.name)
-            rows.append(row)
-            for size, end in ends.items():
-                sizes[size] = max(sizes.get(size, 0), end)
-    return head, rows, sizes, False
+        except (ValueError, TypeError, KeyError):
+            pass  # the line, or its data, was being written
+    return head, len(names), sizes, False
 
 
-def _journal(data: bytes) -> tuple[dict[str, Any], Level, list[bytes]]:
-    """The settings, the level among them, and the lines after them.
+def _head(folder: Path) -> tuple[dict[str, Any], Level]:
+    """The settings, and the level among them.
 
     Raises:
-        ValueError: They cannot be read.
+        FileFormatError: They cannot be read.
     """
-    first, *lines = data.split(b"\n")
-    head = parse_json(first)
-    if not isinstance(head, dict):
-        raise ValueError(f"its first line is a {type(head).__name__}, not a table")
-    return head, Manifest.model_validate({**head, "tensors": ()}).level, lines
+    try:
+        with (folder / "journal.jsonl").open("rb") as file:
+            head = parse_json(file.readline(MAX_LINE))
+        if not isinstance(head, dict):
+            raise ValueError(f"its first line is a {type(head).__name__}, not a table")
+        return head, Manifest.model_validate({**head, "tensors": ()}).level
+    except (OSError, ValueError) as error:
+        raise FileFormatError(
+            "the spool's journal cannot be read",
+            where=str(folder),
+            measured=reason(error),
+            likely="the process was killed before its first module ran",
+        ) from None
 
 
 def _whole(

@@ -4,7 +4,8 @@ The spool `TARGET.PID.spool` is a folder. `data.8`, `data.4`, ... hold the bytes
 by the size of an item, appended as they come; `journal.jsonl` has a line of settings, then one line
 a tensor with its digest. Closing joins the data files, widest items first so that all tensors are
 aligned, behind a safetensors header, and moves the result into place. Nothing is held in memory but
-the table. A program that is killed leaves its spool: `recover` makes a trace of it.
+names. A program that is killed leaves its spool: `recover` makes a trace of it. A trace whose table
+would outgrow the header is packed: see `recording.columns`.
 
 Joining needs the trace's size twice on disk, for a moment.
 """
@@ -19,25 +20,42 @@ import shlex
 import shutil
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from pydantic import TypeAdapter
 
 from truestep.errors import UsageError, WriteError
 from truestep.files import settle, unwritten
+from truestep.recording import columns
 from truestep.recording.format import Recording, metadata_of, verify
-from truestep.recording.header import ITEM_SIZES, TORCH_NAMES, digest, stored_names
-from truestep.recording.manifest import SKETCH_SIZE, STATS, Level, Manifest, TensorEntry
+from truestep.recording.header import (
+    ITEM_SIZES,
+    MOMENTS_KINDS,
+    SAFETENSORS_NAMES,
+    digest,
+    length_of,
+    stored_names,
+)
+from truestep.recording.manifest import PACKED, Level, Manifest, TensorEntry
 
 SUFFIX = ".spool"
 
+PLAIN = 16_000_000
+"""Bytes of journal up to which each tensor has its own entry in the header. The header takes up to
+four times as much, with names of the longest kind; readers take 100 MB."""
+
+MAX_LINE = 1_000_000
+"""Bytes of a line of the journal; a name has 1,024 characters, a shape 64 numbers."""
+
 _BUFFER = 1 << 18
-_SAFETENSORS_NAMES = {name: short for short, name in TORCH_NAMES.items()}
-_STORABLE = frozenset(TORCH_NAMES.values())
+_ENTRY = TypeAdapter(TensorEntry)
+_STORABLE = frozenset(SAFETENSORS_NAMES)
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,7 @@ class Spool:
         self._key = self.target.absolute()
         self._level: Level = level
         self._owner = os.getpid()
-        self._rows: list[tuple[Any, ...]] = []
+        self._count = 0
         self._sizes: dict[int, int] = {}
         self._buffers: dict[int, bytearray] = {}
         self._files: dict[int, int] = {}
@@ -135,14 +153,13 @@ class Spool:
         digests, offsets = [], []
         try:
             for blob in blobs:
-                size = ITEM_SIZES[_SAFETENSORS_NAMES[blob.dtype]]
+                size = ITEM_SIZES[SAFETENSORS_NAMES[blob.dtype]]
                 digests.append(digest(blob.data))
                 offsets.append(self._append(size, blob.data))
         except OSError as error:
             raise unwritten(self.target, "the trace", error) from error
-        row = (*fields, tuple(digests), tuple(offsets))
-        self._rows.append(row)
-        self._lines.append(json.dumps(row))
+        self._count += 1
+        self._lines.append(json.dumps((*fields, digests, offsets)))
         if len(self._lines) >= 4096:
             self.flush()
 
@@ -207,8 +224,7 @@ class Spool:
         if not replace and self.target.exists():
             exists = FileExistsError(errno.EEXIST, "the trace that is there is complete")
             raise _kept(self.folder, self.target, exists)
-        rows = [entry_row(fields, self._level) for fields in self._rows]
-        return join(self.folder, self.target, manifest, rows, self._sizes)
+        return join(self.folder, self.target, manifest, self._count, self._sizes)
 
     def release(self) -> None:
         """Close the files and leave the spool as it is."""
@@ -271,18 +287,20 @@ def entry_row(fields: Sequence[Any], level: Level) -> Row:
     wanted = len(stored_names(name, level))
     if len(digests) != wanted or len(offsets) not in (0, wanted):
         raise ValueError("digests and offsets do not fit the level")
-    entry = TensorEntry(
-        name=name,
-        kind="module",
-        order=order,
-        dtype=dtype,
-        shape=tuple(shape),
-        digest=digests[0],
-        sketch_digest=digests[1] if wanted > 1 else "",
-        step=step,
-        branch=branch,
-        fqn=fqn,
-        call=call,
+    entry = _ENTRY.validate_python(
+        {
+            "name": name,
+            "kind": "module",
+            "order": order,
+            "dtype": dtype,
+            "shape": shape,
+            "digest": digests[0],
+            "sketch_digest": digests[1] if wanted > 1 else "",
+            "step": step,
+            "branch": branch,
+            "fqn": fqn,
+            "call": call,
+        }
     )
     return Row(entry, tuple(offsets))
 
@@ -290,10 +308,7 @@ def entry_row(fields: Sequence[Any], level: Level) -> Row:
 def stored_parts(row: Row, level: Level) -> list[tuple[str, str, tuple[int, ...], int]]:
     """Stored name, safetensors dtype, shape and offset of what stands for one tensor."""
     entry = row.entry
-    if level == "full":
-        kinds = [(_SAFETENSORS_NAMES[entry.dtype], entry.shape)]
-    else:
-        kinds = [("F64", (len(STATS),)), ("F32", (SKETCH_SIZE,))]
+    kinds = [(SAFETENSORS_NAMES[entry.dtype], entry.shape)] if level == "full" else [*MOMENTS_KINDS]
     names = stored_names(entry.name, level)
     return [
         (name, dtype, shape, offset)
@@ -301,60 +316,139 @@ def stored_parts(row: Row, level: Level) -> list[tuple[str, str, tuple[int, ...]
     ]
 
 
-def length_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor."""
-    count = ITEM_SIZES[dtype]
-    for size in shape:
-        count *= size
-    return count
+def journal_lines(folder: Path) -> Generator[bytes, None, None]:
+    """Lines of a spool's journal after the first, one at a time.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with (folder / "journal.jsonl").open("rb") as file:
+        file.readline()
+        while line := file.readline(MAX_LINE):
+            yield line
 
 
-def _header(manifest: Manifest, rows: list[Row], sizes: dict[int, int]) -> bytes:
-    """A safetensors header, padded so that the data begin on a multiple of 8 bytes."""
+def _rows(folder: Path, level: Level, count: int) -> Iterator[Row]:
+    """The first rows of a spool's journal, which are whole."""
+    for line in islice(journal_lines(folder), count):
+        yield entry_row(json.loads(line), level)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of the file: name, safetensors dtype, shape, and its bytes or where they are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    content: bytes | Path
+
+    @property
+    def alignment(self) -> int:
+        """Size of what is read from it."""
+        if isinstance(self.content, Path):
+            return int(self.content.suffix[1:])
+        return ITEM_SIZES[self.dtype]
+
+
+def _plain(
+    folder: Path, manifest: Manifest, rows: Iterable[Row], sizes: dict[int, int]
+) -> tuple[dict[str, Any], list[_Part]]:
+    """Header and data of a file in which each tensor has its own entry."""
+    ordered = sorted(rows, key=lambda row: row.entry.order)
+    manifest = manifest.model_copy(update={"tensors": tuple(row.entry for row in ordered)})
     bases, position = {}, 0
     for size in sorted(sizes, reverse=True):
         bases[size] = position
         position += sizes[size]
     table: dict[str, Any] = {"__metadata__": metadata_of(manifest)}
-    for row in rows:
+    for row in ordered:
         for name, dtype, shape, offset in stored_parts(row, manifest.level):
             begin = bases.get(ITEM_SIZES[dtype], 0) + offset
             end = begin + length_of(dtype, shape)
             table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return table, _data(folder, sizes)
+
+
+def _packed(
+    folder: Path, manifest: Manifest, rows: Iterable[Row], sizes: dict[int, int]
+) -> tuple[dict[str, Any], list[_Part]]:
+    """Header and data of a file that keeps its table in columns."""
+    content = columns.columns_of(row.entry for row in rows)
+    parts = _data(folder, sizes)
+    for name, kind in columns.KINDS.items():
+        shape = (len(content[name]) // ITEM_SIZES[kind],)
+        parts.append(_Part(columns.PREFIX + name, kind, shape, content[name]))
+    parts.sort(key=lambda part: -part.alignment)
+    digests = {name: digest(data) for name, data in content.items()}
+    update = {"columns": digests, "format_version": PACKED}
+    table: dict[str, Any] = {"__metadata__": metadata_of(manifest.model_copy(update=update))}
+    position = 0
+    for part in parts:
+        end = position + length_of(part.dtype, part.shape)
+        table[part.name] = {
+            "dtype": part.dtype,
+            "shape": list(part.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    return table, parts
+
+
+def _data(folder: Path, sizes: dict[int, int]) -> list[_Part]:
+    """The spool's data, widest items first, so that all tensors are aligned."""
+    return [
+        _Part(f"data.{size}", "U8", (sizes[size],), folder / f"data.{size}")
+        for size in sorted(sizes, reverse=True)
+    ]
 
 
 def join(
-    folder: Path, target: Path, manifest: Manifest, rows: list[Row], sizes: dict[int, int]
+    folder: Path, target: Path, manifest: Manifest, count: int, sizes: dict[int, int]
 ) -> Recording:
-    """Write the target from a spool's data files, move it into place, remove the spool.
+    """Write the target from a spool, read it back, move it into place, remove the spool.
+
+    Args:
+        folder: The spool.
+        target: The file.
+        manifest: Everything but the table.
+        count: How many rows of the journal are whole.
+        sizes: Bytes of each data file that they need, by the size of an item.
 
     Raises:
-        WriteError: It could not be written; the spool is left.
+        WriteError: It could not be written, or no reader would take it; the spool is left, and
+            what is at the target untouched.
     """
-    rows = sorted(rows, key=lambda row: row.entry.order)
-    manifest = manifest.model_copy(update={"tensors": tuple(row.entry for row in rows)})
     made = folder / "recording"
     try:
+        arrange = _plain if (folder / "journal.jsonl").stat().st_size <= PLAIN else _packed
+        table, parts = arrange(folder, manifest, _rows(folder, manifest.level, count), sizes)
         with made.open("wb") as file:
-            file.write(_header(manifest, rows, sizes))
-            file.flush()
-            for size in sorted(sizes, reverse=True):
-                if sizes[size]:
-                    with (folder / f"data.{size}").open("rb") as data:
-                        _copy(data, file, sizes[size])
-        verify(made)
+            text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)  # data begin on a multiple of 8 bytes
+            file.write(struct.pack("<Q", len(text)) + text)
+            for part in parts:
+                _append(part, file)
+        del table, parts, text
+        recording = verify(made)
         settle(made, target)
-    except (OSError, WriteError) as error:
+    except (OSError, ValueError, WriteError) as error:
         made.unlink(missing_ok=True)
         raise _kept(folder, target, error) from error
     shutil.rmtree(folder)
-    return Recording.open(target)
+    return recording.at(target)
 
 
-def _kept(folder: Path, target: Path, error: OSError | WriteError) -> WriteError:
+def _append(part: _Part, file: BinaryIO) -> None:
+    if isinstance(part.content, bytes):
+        file.write(part.content)
+    elif part.shape[0]:
+        file.flush()
+        with part.content.open("rb") as data:
+            _copy(data, file, part.shape[0])
+
+
+def _kept(folder: Path, target: Path, error: OSError | ValueError | WriteError) -> WriteError:
     """The error for a trace that could not be written; its spool is left."""
     shown = error if isinstance(error, WriteError) else unwritten(target, "the trace", error)
     shown.where = str(target)

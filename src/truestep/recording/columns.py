@@ -1,0 +1,147 @@
+"""The tensor table of a large recording, as columns beside its data. No torch, no numpy.
+
+A safetensors header holds 100 MB at most, which 300,000 tensors fill, and rows of JSON take
+kilobytes of memory each. A *packed* recording keeps its table in tensors of the file instead, which
+any reader of safetensors reads, and its data end to end by the size of an item::
+
+    data.8  data.4  data.2  data.1     U8     what is stored, in the order of the rows
+    table.names                        U8     names, UTF-8, a newline after each
+    table.words                        U8     JSON: [texts, shapes]
+    table.order  .step  .call          I64    of each row; a step that is none is the least number
+    table.kind  .dtype  .branch  .fqn  I32    number of a text; -1 is none
+    table.shape                        I32    number of a shape
+    table.digest  .sketch_digest       U64    xxh3_64 of what is stored
+
+A row's data lie behind those of the row before it with items of the same size: there are no offsets
+that could be wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from array import array
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from truestep.recording.manifest import TensorEntry
+
+NO_STEP = -(2**63)
+
+NUMBERS = ("order", "step", "call")
+TEXTS = ("kind", "dtype", "branch", "fqn")
+DIGESTS = ("digest", "sketch_digest")
+
+KINDS = {
+    "names": "U8",
+    "words": "U8",
+    **dict.fromkeys(NUMBERS, "I64"),
+    **dict.fromkeys((*TEXTS, "shape"), "I32"),
+    **dict.fromkeys(DIGESTS, "U64"),
+}
+"""Columns, and their safetensors dtypes."""
+
+PREFIX = "table."
+"""What the names of the columns' tensors begin with."""
+
+_CODES = {"I64": "q", "I32": "i", "U64": "Q"}
+
+
+def columns_of(rows: Iterable[TensorEntry]) -> dict[str, bytes]:
+    """A table as columns.
+
+    Raises:
+        ValueError: A number has more than 64 bits, or a digest is not one of xxh3_64.
+    """
+    names = bytearray()
+    numbers = {name: array(_CODES[kind]) for name, kind in KINDS.items() if kind in _CODES}
+    texts: dict[str, int] = {}
+    shapes: dict[tuple[int, ...], int] = {}
+    try:
+        for row in rows:
+            names += row.name.encode() + b"\n"
+            numbers["order"].append(row.order)
+            numbers["step"].append(NO_STEP if row.step is None else row.step)
+            numbers["call"].append(row.call)
+            numbers["shape"].append(shapes.setdefault(row.shape, len(shapes)))
+            for key in TEXTS:
+                text = getattr(row, key)
+                number = -1 if text is None else texts.setdefault(text, len(texts))
+                numbers[key].append(number)
+            numbers["digest"].append(int(row.digest, 16))
+            numbers["sketch_digest"].append(int(row.sketch_digest or "0", 16))
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
+    words = json.dumps([list(texts), list(shapes)]).encode()
+    return {"names": bytes(names), "words": words, **{n: _out(v) for n, v in numbers.items()}}
+
+
+def rows_of(columns: Mapping[str, bytes], *, sketched: bool, words: Any) -> list[TensorEntry]:
+    """A table from its columns.
+
+    Args:
+        columns: The content of each.
+        sketched: Whether rows have the digest of a sketch.
+        words: The column of that name, parsed.
+
+    Raises:
+        ValueError: The columns do not fit each other.
+    """
+    names = columns["names"].decode().split("\n")
+    if names.pop():
+        raise ValueError("the last name has no end")
+    numbers = {
+        key: _in(columns[key], _CODES[kind]) for key, kind in KINDS.items() if kind in _CODES
+    }
+    if any(len(column) != len(names) for column in numbers.values()):
+        raise ValueError("its columns have different lengths")
+    texts, shapes = _words(words)
+    for key, limit in (*((key, len(texts)) for key in TEXTS), ("shape", len(shapes))):
+        low = -1 if key in ("branch", "fqn") else 0
+        if names and not (low <= min(numbers[key]) and max(numbers[key]) < limit):
+            raise ValueError(f"column {key} points to a text that is not there")
+    texts.append(None)  # what -1 points to
+    return [
+        TensorEntry(
+            name=name,
+            kind=texts[kind],
+            order=order,
+            dtype=texts[dtype],
+            shape=shapes[shape],
+            digest=f"{digest:016x}",
+            sketch_digest=f"{sketch:016x}" if sketched else "",
+            step=None if step == NO_STEP else step,
+            branch=texts[branch],
+            fqn=texts[fqn],
+            call=call,
+        )
+        for name, order, step, call, kind, dtype, branch, fqn, shape, digest, sketch in zip(
+            names, *(numbers[key] for key in (*NUMBERS, *TEXTS, "shape", *DIGESTS)), strict=True
+        )
+    ]
+
+
+def _words(words: Any) -> tuple[list[Any], list[tuple[int, ...]]]:
+    fits = isinstance(words, list) and len(words) == 2 and all(isinstance(w, list) for w in words)
+    if not fits or not all(isinstance(text, str) for text in words[0]):
+        raise ValueError("its words are not texts and shapes")
+    for shape in words[1]:
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError("its words are not texts and shapes")
+    return list(words[0]), [tuple(shape) for shape in words[1]]
+
+
+def _out(column: array[int]) -> bytes:
+    if sys.byteorder == "big":
+        column.byteswap()
+    return column.tobytes()
+
+
+def _in(data: bytes, code: str) -> array[int]:
+    column = array(code)
+    if len(data) % column.itemsize:
+        raise ValueError("a column ends within a number")
+    column.frombytes(data)
+    if sys.byteorder == "big":
+        column.byteswap()
+    return column
