@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "truestep"
 
 LAYERS = (
+    "text",
     "errors",
     "guard",
     "files",

@@ -28,6 +28,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
+from truestep.text import visible
+
 if TYPE_CHECKING:
     from truestep.verdict import Comparison
 
@@ -41,10 +43,10 @@ _MAX_LINES = 25
 def _block(label: str, text: str) -> list[str]:
     """Indent `text` under a label, wrapping single-line text and keeping tables as they are."""
     lead = f"  {label:<8} "
-    if "\n" in text:
-        return [lead.rstrip(), *("  " + line for line in text.splitlines())]
+    if "\n" in text and label == "measured":  # a table; nothing else has lines of its own
+        return [lead.rstrip(), *("  " + visible(line) for line in text.split("\n"))]
     return textwrap.wrap(
-        text,
+        visible(text),
         width=_WIDTH,
         initial_indent=lead,
         subsequent_indent=" " * len(lead),
@@ -86,12 +88,12 @@ class TruestepError(Exception):
                 body += _block(label, text)
         if self.likely:
             body += _block("likely", self.likely)
-        tail = ["", f"hint: {self.hint}"] if self.hint else []
+        tail = ["", f"hint: {visible(self.hint)}"] if self.hint else []
         room = _MAX_LINES - len(tail) - 2
         if len(body) > room:
             cut = len(body) - room + 1
             body = [*body[: room - 1], f"  ... {cut} more lines"]
-        return "\n".join([self.what, *([""] if body else []), *body, *tail])
+        return "\n".join([visible(self.what), *([""] if body else []), *body, *tail])
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.__dict__.copy()))

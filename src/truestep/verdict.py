@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
+from truestep.text import visible
+
 SCHEMA_VERSION = 1
 
 
@@ -490,12 +492,12 @@ class Comparison(Record):
             metrics, floor = row.metrics, row.floor
             lines.append(
                 (
-                    row.name,
+                    visible(row.name),
                     row.verdict.value,
                     f"{metrics.rel_l2:.1e}" if metrics else "-",
                     f"{floor.rel_l2:.1e}" if floor else "-",
                     f"{row.ratio:.3g}" if row.ratio is not None else "-",
-                    row.note,
+                    visible(row.note),
                 )
             )
         widths = [max(len(line[i]) for line in lines) for i in range(6)] if lines else []
@@ -525,11 +527,11 @@ class Comparison(Record):
         word = f"{self.verdict.value}: "
         head = what if what.startswith(word) else word + what
         return "\n".join(
-            [head]
-            + ([f"  {where}"] if where else [])
-            + [f"  {line}" for line in measured.splitlines()]
-            + [f"  rule: {self.rule.text}"]
-            + ([f"hint: {hint}"] if hint else [])
+            [visible(head)]
+            + ([f"  {visible(where)}"] if where else [])
+            + [f"  {line}" for line in measured.split("\n")]
+            + [f"  rule: {visible(self.rule.text)}"]
+            + ([f"hint: {visible(hint)}"] if hint else [])
         )
 
 

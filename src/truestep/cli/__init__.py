@@ -24,6 +24,7 @@ def run() -> int:
 
     from truestep.cli.app import app
     from truestep.errors import ProcessEndedError, TruestepError, surviving
+    from truestep.text import say
 
     began = time.time()
     try:
@@ -35,15 +36,19 @@ def run() -> int:
         except click.Abort as error:  # how click passes an interrupt on
             raise error.__cause__ or KeyboardInterrupt from None
     except click.ClickException as error:
-        error.show()
+        context = getattr(error, "ctx", None)
+        if context is not None:
+            say(context.get_usage(), err=True, lines=True)
+            say(f"Try '{context.command_path} --help' for help.", err=True)
+            say(err=True)
+        say(f"Error: {error.format_message()}", err=True)
         return error.exit_code
     except ProcessEndedError as error:
         from truestep.cli.ended import invalid
 
         return invalid(error, since=began)
     except TruestepError as error:
-        sys.stdout.flush()
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        say(f"{type(error).__name__}: {error}", err=True, lines=True)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,6 +67,7 @@ def _unexpected(error: BaseException) -> int:
     """Say what nobody foresaw: a fault of ours, or of code that is not ours; never a verdict."""
     from truestep.environment import command_line
     from truestep.errors import TruestepError, is_foreign, last_frame, one_line
+    from truestep.text import say
 
     if os.environ.get("TRUESTEP_TRACEBACK"):
         import traceback
@@ -73,6 +79,5 @@ def _unexpected(error: BaseException) -> int:
         where=last_frame(error),
         hint=f"TRUESTEP_TRACEBACK=1 {command_line()}",
     )
-    sys.stdout.flush()
-    print(f"{type(told).__name__}: {told}", file=sys.stderr)
+    say(f"{type(told).__name__}: {told}", err=True, lines=True)
     return told.exit_code

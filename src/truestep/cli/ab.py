@@ -22,6 +22,7 @@ from truestep.cli.common import (
     progress_bar,
     set_option,
 )
+from truestep.text import say_json
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -305,7 +306,7 @@ def _show(
     from truestep.report.ab import print_experiment
 
     if json_path == "-":
-        click.echo(experiment.model_dump_json(indent=2))
+        say_json(experiment.model_dump_json(indent=2))
         return experiment.exit_code
     if json_path is not None:
         write_text(json_path, experiment.model_dump_json(indent=2), "the result")

@@ -16,6 +16,7 @@ from truestep.cli.common import (
     progress_bar,
     set_option,
 )
+from truestep.text import say_json
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -103,7 +104,7 @@ def _show(
 
     write_files(result, output=output, report=report)
     if json_path == "-":
-        click.echo(result.model_dump_json(indent=2))
+        say_json(result.model_dump_json(indent=2))
         return result.exit_code
     if json_path is not None:
         write_text(json_path, result.model_dump_json(indent=2), "the result")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from truestep.cli.common import case_options, choose_cases, find_reference, progress_bar
+from truestep.text import say
 
 
 @click.command("calibrate")
@@ -71,16 +72,16 @@ def command(
         else:
             store = Store(references or DEFAULT_ROOT)
             store.save(updated, place_of(updated, tier=tier), update=True)
-        click.echo(f"CALIBRATED {name}: {found.added} benign runs added")
-        click.echo("  stage       runs  needed  floor    x floor  before  spread  outcomes")
+        say(f"CALIBRATED {name}: {found.added} benign runs added")
+        say("  stage       runs  needed  floor    x floor  before  spread  outcomes")
         for row in found.stages:
-            click.echo(
+            say(
                 f"  {row.stage:<10}  {row.runs:4d}  {row.needed or '-':>6}  {row.floor:.1e}  "
                 f"{row.bound:7.3g}  {row.before:6.3g}  {row.spread:6.0%}  {row.outcomes}"
             )
-        click.echo(
+        say(
             f"  false alarms {found.flagged} of {found.added} benign runs, each judged by the "
             f"others: below {found.flagged_below:.1%} with 95 % confidence"
         )
-        click.echo(f"  bounds are made for 1 false alarm in {1 / RATE:,.0f} checks")
-        click.echo(f"reference: {path}")
+        say(f"  bounds are made for 1 false alarm in {1 / RATE:,.0f} checks")
+        say(f"reference: {path}")

@@ -22,6 +22,7 @@ from truestep.cli.common import (
     progress_bar,
     set_option,
 )
+from truestep.text import say, visible
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -162,7 +163,8 @@ def command(
             if len(cases) == 1:
                 raise outcome
             broken += 1  # one broken case must not cost the others' results
-            click.echo(f"BROKEN {name}: {type(outcome).__name__}: {outcome}", err=True)
+            text = f"BROKEN {visible(name)}: {type(outcome).__name__}: {outcome}"
+            say(text, err=True, lines=True)
     results = [found[name] for name in cases if name in found]
     code = finish(results, json_path=json_path, report=report) if results else 2
     end(2 if broken else code)

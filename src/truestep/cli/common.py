@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from truestep.text import say_json, visible
+
 if TYPE_CHECKING:
     from truestep.case import Case
     from truestep.verdict import Comparison
@@ -226,7 +228,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     )
 
     bar = Progress(
-        TextColumn("{task.description:<24}"),
+        TextColumn("{task.description:<24}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TextColumn("{task.fields[pace]}"),
@@ -239,6 +241,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     tasks: dict[str, TaskID] = {}
 
     def show(what: str, done: int, total: int) -> None:
+        what = visible(what)
         key = what.split(":")[0]
         if key not in tasks or done <= 1:
             if key in tasks:
@@ -273,7 +276,7 @@ def finish(
 
         html.write_many(report, results.comparisons)
     if json_path == "-":
-        click.echo(results.model_dump_json(indent=2))
+        say_json(results.model_dump_json(indent=2))
         return results.exit_code
     if json_path is not None:
         write_text(json_path, results.model_dump_json(indent=2), "the result")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from truestep.text import say
+
 
 @click.command("demo")
 @click.option(
@@ -24,7 +26,7 @@ def command(output: Path) -> None:
     from truestep.cli.common import end, progress_bar
 
     start = time.perf_counter()
-    click.echo("loading torch, diffusers and the builtin digits model ...", err=True)
+    say("loading torch, diffusers and the builtin digits model ...", err=True)
     from truestep import demo
     from truestep.recording.record import record_pipeline
     from truestep.report import html
@@ -32,10 +34,10 @@ def command(output: Path) -> None:
 
     output.mkdir(parents=True, exist_ok=True)
     pipe = load(demo.CASE)
-    click.echo("1  generate: a text-to-video model trained on real handwritten digits")
-    click.echo(f"   video: {demo.write_clips(output, pipe)}  ({', '.join(demo.PROMPTS)})")
+    say("1  generate: a text-to-video model trained on real handwritten digits")
+    say(f"   video: {demo.write_clips(output, pipe)}  ({', '.join(demo.PROMPTS)})")
 
-    click.echo(f"2  record a trusted run: {demo.CASE.prompt!r}, {demo.CASE.steps} steps")
+    say(f"2  record a trusted run: {demo.CASE.prompt!r}, {demo.CASE.steps} steps")
     with progress_bar() as progress:
         recording = record_pipeline(pipe, case=demo.CASE, progress=progress)
     path = output / "reference.safetensors"
@@ -43,20 +45,20 @@ def command(output: Path) -> None:
     floor = recording.manifest.noise_floor
     runs = [run for run in floor.runs if run.pair == "float32/float32"] if floor else []
     worst = max(m.rel_l2 for run in runs for m in run.tensors)
-    click.echo(
+    say(
         f"   noise floor: {len(runs)} harmless runs ({', '.join(sorted({r.kind for r in runs}))}), "
         f"largest rel_l2 {worst:.1e}"
     )
-    click.echo(f"   reference: {path}")
+    say(f"   reference: {path}")
 
-    click.echo("3  change something, and ask: is it still the same model?")
+    say("3  change something, and ask: is it still the same model?")
     header = ("change", "truestep", "first seen in", "x floor", "usual cosine gate")
-    click.echo("   {:<30} {:<11} {:<20} {:>8}   {}".format(*header))
+    say("   {:<30} {:<11} {:<20} {:>8}   {}".format(*header))
     outcomes = []
     for change in demo.changes():
         outcome = demo.try_change(change, pipe, recording)
         outcomes.append(outcome)
-        click.echo("   " + _line(outcome))
+        say("   " + _line(outcome))
 
     report = output / "report.html"
     html.write_many(report, [outcome.comparison for outcome in outcomes])
@@ -66,15 +68,15 @@ def command(output: Path) -> None:
     accepted = sum(o.comparison.verdict.passed for o in fine)
     missed = sum(o.gate.passed is True for o in bugs)
     costs = [o.comparison.cost.share for o in outcomes if o.comparison.cost]
-    click.echo()
-    click.echo(
+    say()
+    say(
         f"truestep caught {caught} of {len(bugs)} port bugs and accepted {accepted} of {len(fine)} "
         f"harmless changes, each at {min(costs):.0%} to {max(costs):.0%} of a generation's "
         f"forwards; the cosine gate (5e-3, 1e-2) let {missed} of {len(bugs)} bugs pass."
     )
-    click.echo(f"report: {report}")
-    click.echo(f"repeat: truestep demo --output {output}")
-    click.echo(f"{time.perf_counter() - start:.0f} s", err=True)
+    say(f"report: {report}")
+    say(f"repeat: truestep demo --output {output}")
+    say(f"{time.perf_counter() - start:.0f} s", err=True)
     end(0 if caught == len(bugs) and accepted == len(fine) else 1)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from truestep.cli.common import end
+from truestep.text import say, say_json
 
 EXTRAS = {
     "diffusers": ("diffusers", "running models"),
@@ -45,12 +46,12 @@ def command(
 
     environment = Environment.current(attention=attention_kernel())
     if as_json:
-        click.echo(json.dumps(dict(environment), indent=2))
+        say_json(json.dumps(dict(environment), indent=2))
     else:
         for key, value in environment.items():
-            click.echo(f"  {key:<26} {value}")
+            say(f"  {key:<26} {value}")
         for dtype in ("float32", "bfloat16"):
-            click.echo(f"  {'attention in ' + dtype:<26} {attention_kernel(dtype=dtype)}")
+            say(f"  {'attention in ' + dtype:<26} {attention_kernel(dtype=dtype)}")
     problems = []
     for package, (extra, purpose) in EXTRAS.items():
         if library_version(package) is None:
@@ -58,8 +59,8 @@ def command(
     if model is not None:
         problems += _model_problems(model)
     for problem in problems:
-        click.echo(f"PROBLEM {problem}", err=as_json)
-    click.echo(
+        say(f"PROBLEM {problem}", err=as_json)
+    say(
         f"{len(problems)} problem{'s' if len(problems) != 1 else ''} found"
         if problems
         else "nothing is missing",
@@ -80,7 +81,7 @@ def _model_problems(model: str) -> list[str]:
     except ModelLoadError as error:
         return [f"{error.what} ({error.where}): {error.hint}"]
     if index.get("_class_name") in NOTES:
-        click.echo(f"NOTE {NOTES[index['_class_name']]}", err=True)
+        say(f"NOTE {NOTES[index['_class_name']]}", err=True)
     problems = []
     for part, kind in index.items():
         if part.startswith("_") or part == "safety_checker":
@@ -121,13 +122,13 @@ def _audit(name: str, prompt: str | None, change: str | None) -> int:
     wrong = 0
     for case in cases.values():
         pipe = apply_change(load(case), apply)
-        click.echo(f"{case.id}: text recipe {pipe.settings.text_recipe}")
+        say(f"{case.id}: text recipe {pipe.settings.text_recipe}")
         for finding in audit(pipe):
             wrong += not finding.right
             word = "ok   " if finding.right else "WRONG"
             text = (
                 finding.found if finding.right else f"{finding.found}; expected {finding.expected}"
             )
-            click.echo(f"  {word} {finding.branch:<7} {finding.what:<7} {text}")
-    click.echo(f"{wrong} properties differ from the recipe" if wrong else "the recipe is followed")
+            say(f"  {word} {finding.branch:<7} {finding.what:<7} {text}")
+    say(f"{wrong} properties differ from the recipe" if wrong else "the recipe is followed")
     return 1 if wrong else 0

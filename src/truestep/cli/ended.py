@@ -16,6 +16,7 @@ import click
 
 from truestep.environment import command_line
 from truestep.errors import ProcessEndedError, is_foreign_file
+from truestep.text import say, say_json
 
 _GIB = 2**30
 _MOST_NAMES = 5
@@ -69,8 +70,7 @@ def invalid(error: ProcessEndedError, *, since: float) -> int:
     error.measured = "; ".join(part for part in (error.measured, kept) if part)
     error.hint = error.hint or again
     error.what = f"invalid: {error.what}"
-    sys.stdout.flush()
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    say(f"{type(error).__name__}: {error}", err=True, lines=True)
     if parameters.get("json_path") and os.environ.get("RANK", "0") == "0":
         _write_json(parameters["json_path"], error)
     return error.exit_code
@@ -80,7 +80,7 @@ def interrupted(number: int, *, since: float) -> int:
     """Print one line on what was written and how to go on; returns the exit code, 128 + signal."""
     kept, again = what_is_left(asked_for(), since)
     word = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-    print(f"{word}: {kept}; to go on: {again}", file=sys.stderr)
+    say(f"{word}: {kept}; to go on: {again}", err=True)
     return 128 + number
 
 
@@ -166,6 +166,6 @@ def _write_json(path: str, error: ProcessEndedError) -> None:
     )
     text = Results.of([result]).model_dump_json(indent=2)
     if path == "-":
-        click.echo(text)
+        say_json(text)
     else:
         write_text(path, text, "the result")

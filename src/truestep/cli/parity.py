@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from truestep.cli.common import end
+from truestep.text import say
 
 if TYPE_CHECKING:
     from truestep.parity.keys import State
@@ -73,9 +74,9 @@ def new(
         official_dir=official_dir,
         force=force,
     )
-    click.echo(f"test: {test}")
-    click.echo(f"packet: {packet}")
-    click.echo(f"next: truestep parity run {test}")
+    say(f"test: {test}")
+    say(f"packet: {packet}")
+    say(f"next: truestep parity run {test}")
 
 
 @command.command("run")
@@ -141,13 +142,14 @@ def show(name: str, folder: Path) -> None:
         known = ", ".join(f"{item.family}/{item.component}" for _, item in found)
         raise UsageError(f"no component {name!r}", measured=f"there are: {known or 'none'}")
     for block, item in chosen:
-        click.echo(details(item))
-        click.echo()
-        click.echo(tomlfile.dumps({"evidence": _filled(item.evidence.model_dump(mode="json"))}))
+        say(details(item), lines=True)
+        say()
+        evidence = _filled(item.evidence.model_dump(mode="json"))
+        say(tomlfile.dumps({"evidence": evidence}), lines=True)
         path = packet_path(Path(block.path).parent / item.test.partition("::")[0])
         packet = read_packet(path)
         if packet is not None:
-            click.echo(tomlfile.dumps({"packet": _filled(packet.model_dump(mode="json"))}))
+            say(tomlfile.dumps({"packet": _filled(packet.model_dump(mode="json"))}), lines=True)
 
 
 def _filled(value: Any) -> Any:
@@ -178,13 +180,13 @@ def keys(sources: tuple[Path, ...], write_to: Path | None) -> None:
     rows += side_by_side(pairs, port, official)
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     for row in rows:
-        click.echo("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
-    click.echo(compare_checkpoints(pairs, port, official).sentence)
+        say("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+    say(compare_checkpoints(pairs, port, official).sentence)
     unmatched = sum(not pair.how for pair in pairs)
     if write_to is not None:
         write_text(write_to, skeleton(pairs, port, official), "the conversion skeleton")
-        click.echo(f"conversion: {write_to}")
-    click.echo(
+        say(f"conversion: {write_to}")
+    say(
         f"{len(pairs) - unmatched} pairs of {len(official)} official and {len(port)} port "
         f"parameters; {unmatched} unmatched"
     )
@@ -241,20 +243,21 @@ def _write(blocks: list[Block], *, json_path: str | None, markdown: bool) -> Non
         data = {"schema_version": 1, "ledgers": [block.model_dump(mode="json") for block in blocks]}
         text = json.dumps(data, indent=2)
         if json_path == "-":
-            click.echo(text)
+            say(text)
             return
         write_text(json_path, text, "the status")
     if markdown:
-        click.echo(ledger.markdown(blocks), nl=False)
+        say(ledger.markdown(blocks).removesuffix("\n"), lines=True)
         return
     for block in blocks:
-        click.echo(f"ledger: {block.path}")
+        say(f"ledger: {block.path}")
         for item in block.everything:
-            click.echo("\n".join(_lines(item)))
+            for line in _lines(item):
+                say(line)
     every = [item for block in blocks for item in block.everything]
     proven = sum(item.proven for item in every)
     noun = "component" if len(every) == 1 else "components and pipelines"
-    click.echo(f"{proven} of {len(every)} {noun} proven")
+    say(f"{proven} of {len(every)} {noun} proven")
 
 
 def _lines(item: Status) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from truestep.cli.common import case_options, choose_cases, end, progress_bar
+from truestep.text import say, say_json, visible
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -159,15 +160,15 @@ def show(
     if report is not None:
         trend.write(report, made)
     if json_path == "-":
-        click.echo(made.model_dump_json(indent=2))
+        say_json(made.model_dump_json(indent=2))
         return
     if json_path is not None:
         write_text(json_path, made.model_dump_json(indent=2), "the trend")
     for line in trend.lines(made):
-        click.echo(line)
-    click.secho(made.sentence, bold=True)
+        say(line)
+    say(made.sentence, colour="reset")
     if report is not None:
-        click.echo(f"report: {report}")
+        say(f"report: {report}")
 
 
 @command.command("import")
@@ -205,7 +206,7 @@ def import_(files: tuple[Path, ...], history: Path, json_path: str | None) -> No
         known=known,
     )
     if json_path == "-":
-        click.echo(result.model_dump_json(indent=2))
+        say_json(result.model_dump_json(indent=2))
     else:
         if json_path is not None:
             write_text(json_path, result.model_dump_json(indent=2), "the result")
@@ -226,7 +227,8 @@ def _run_each(
         except TruestepError as error:
             if len(cases) == 1:
                 raise
-            click.echo(f"BROKEN {name}: {type(error).__name__}: {error}", err=True)
+            text = f"BROKEN {visible(name)}: {type(error).__name__}: {error}"
+            say(text, err=True, lines=True)
     code = _finish(results, json_path) if results else 2
     return code if len(results) == len(cases) else 2
 
@@ -429,20 +431,20 @@ def _finish(results: list[PerfResult], json_path: str | None) -> int:
     if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks for all
         return bundle.exit_code
     if json_path == "-":
-        click.echo(bundle.model_dump_json(indent=2))
+        say_json(bundle.model_dump_json(indent=2))
         return bundle.exit_code
     if json_path is not None:
         write_text(json_path, bundle.model_dump_json(indent=2), "the result")
     for result in results:
         for line in _lines(result):
-            click.echo(line)
+            say(line)
     if len(results) > 1:
         counts = [r.verdict.value for r in results]
         parts = ", ".join(f"{counts.count(w)} {w}" for w in dict.fromkeys(counts))
-        click.secho(f"{len(results)} cases: {parts}", fg=_COLOURS[bundle.exit_code], bold=True)
+        say(f"{len(results)} cases: {parts}", colour=_COLOURS[bundle.exit_code])
     else:
-        click.secho(results[0].sentence, fg=_COLOURS[bundle.exit_code], bold=True)
-    click.echo(f"repeat: {bundle.repeat}")
+        say(results[0].sentence, colour=_COLOURS[bundle.exit_code])
+    say(f"repeat: {bundle.repeat}")
     return bundle.exit_code
 
 
@@ -503,14 +505,14 @@ def _lines(result: PerfResult) -> Iterator[str]:
 
 def _print_import(result: PerfImport) -> None:
     for file in result.files:
-        click.echo(f"{file.path}: {file.source}, {len(file.cases)} cases")
+        say(f"{file.path}: {file.source}, {len(file.cases)} cases")
         for name, reason in list(file.left_out.items())[:20]:
-            click.echo(f"  left out     {name}: {reason}")
+            say(f"  left out     {name}: {reason}")
         if len(file.left_out) > 20:
-            click.echo(f"  left out     ... {len(file.left_out) - 20} more")
+            say(f"  left out     ... {len(file.left_out) - 20} more")
         for note in file.notes[:5]:
-            click.echo(f"  note         {note}")
+            say(f"  note         {note}")
         if len(file.notes) > 5:
-            click.echo(f"  note         ... {len(file.notes) - 5} more")
-    click.secho(result.sentence, fg=_COLOURS[result.exit_code], bold=True)
-    click.echo(f"history: {result.history}")
+            say(f"  note         ... {len(file.notes) - 5} more")
+    say(result.sentence, colour=_COLOURS[result.exit_code])
+    say(f"history: {result.history}")

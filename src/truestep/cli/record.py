@@ -15,6 +15,7 @@ from truestep.cli.common import (
     progress_bar,
     set_option,
 )
+from truestep.text import say
 
 
 @click.command("record")
@@ -86,8 +87,8 @@ def command(
         path = output or store.save(recording, place_of(recording, tier=tier), update=update)
         manifest = recording.manifest
         runs = len(manifest.noise_floor.runs) if manifest.noise_floor else 0
-        click.echo(
+        say(
             f"RECORDED {name}: {len(manifest.tensors)} tensors, {manifest.forwards} forwards, "
             f"noise floor from {runs} benign runs"
         )
-        click.echo(f"reference: {path}")
+        say(f"reference: {path}")

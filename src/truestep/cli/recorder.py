@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from truestep.text import say
+
 
 @click.command("recorder")
 @click.option(
@@ -21,7 +23,7 @@ def command(path: Path, force: bool) -> None:
     official implementation. Recordings that it makes are judged here."""
     text = standalone_source()
     if str(path) == "-":
-        click.echo(text, nl=False)
+        say(text.removesuffix("\n"), lines=True)
         return
     from truestep.errors import UsageError, WriteError
 
@@ -41,7 +43,7 @@ def command(path: Path, force: bool) -> None:
             measured=error.strerror or str(error),
             likely="a full disk, or a folder that cannot be written to",
         ) from error
-    click.echo(f"{path}: copy it to the other environment; python {path.name} --help")
+    say(f"{path}: copy it to the other environment; python {path.name} --help")
 
 
 def standalone_source() -> str:

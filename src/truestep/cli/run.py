@@ -15,6 +15,7 @@ from truestep.cli.common import (
     progress_bar,
     set_option,
 )
+from truestep.text import say
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -104,13 +105,13 @@ def _run(
         return  # of two processes, the first one writes
     output.mkdir(parents=True, exist_ok=True)
     recording.save(_latent(case, output))
-    click.echo(f"latent: {_latent(case, output)}")
+    say(f"latent: {_latent(case, output)}")
     if not latent_only:
         video = output / f"{case.id}.mp4"
         _write(video, recording, case, fps=fps)
-        click.echo(f"video: {video}")
+        say(f"video: {video}")
     seconds = sum(sum(times) for times in recording.manifest.timings_s.values())
-    click.echo(f"{name}: {case.steps} steps in {seconds:.1f} s")
+    say(f"{name}: {case.steps} steps in {seconds:.1f} s")
 
 
 def _write(path: Path, recording: Recording, case: Case, *, fps: float | None) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from truestep.cli.common import case_options, choose_cases, end, find_reference, progress_bar
+from truestep.text import say, say_json, visible
 
 if TYPE_CHECKING:
     import torch
@@ -72,14 +73,17 @@ def command(
         results=tuple(results),
     )
     if json_path == "-":
-        click.echo(found.model_dump_json(indent=2))
+        say_json(found.model_dump_json(indent=2))
     else:
         if json_path is not None:
             write_text(json_path, found.model_dump_json(indent=2), "the result")
         for result in results:
-            click.echo("\n".join([*table(result.scores), ""]))
+            for line in table(result.scores):
+                say(line)
+            say()
         for result in results:
-            click.echo(textwrap.fill(result.sentence, 100, break_on_hyphens=False))
+            for line in textwrap.wrap(visible(result.sentence), 100, break_on_hyphens=False):
+                say(line)
     end(1 if any(result.scores[0].survived for result in results) else 0)
 
 

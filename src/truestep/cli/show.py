@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from truestep.text import say, say_json, visible
+
 if TYPE_CHECKING:
     from truestep.controls import Cell
 
@@ -49,7 +51,7 @@ def _show_profiles(names: list[str], *, as_json: bool) -> None:
     if as_json:
         import json
 
-        click.echo(json.dumps(_profile_data(names), indent=2))
+        say_json(json.dumps(_profile_data(names), indent=2))
     elif not names:
         _list_profiles()
     elif len(names) == 1:
@@ -94,25 +96,25 @@ def _list_profiles() -> None:
 
     width = max(map(len, profiles()))
     for name, profile in profiles().items():
-        click.echo(f"{name:<{width}}  LTX-{', '.join(profile.versions):<8}  {profile.about}")
-    click.echo()
-    click.echo("truestep show profile NAME prints its controls, and two names what differs")
+        say(f"{name:<{width}}  LTX-{', '.join(profile.versions):<8}  {profile.about}")
+    say()
+    say("truestep show profile NAME prints its controls, and two names what differs")
 
 
 def _print_profile(name: str) -> None:
     from truestep.controls import find_profile
 
     profile = find_profile(name)
-    click.echo(f"{profile.name}: {profile.about}; LTX-{' and '.join(profile.versions)}")
-    click.echo()
+    say(f"{profile.name}: {profile.about}; LTX-{' and '.join(profile.versions)}")
+    say()
     width = max(map(len, profile.cells))
     for key, cell in profile.cells.items():
-        click.echo(f"  {key:<{width}}  {_value(cell.value)}")
-        click.echo(_source(cell.source))
-    click.echo()
+        say(f"  {key:<{width}}  {_value(cell.value)}")
+        say(_source(cell.source), lines=True)
+    say()
     defaults = ", ".join(f"{key} {value}" for key, value in profile.defaults.items())
-    click.echo("  a case that says nothing has")
-    click.echo(_source(defaults))
+    say("  a case that says nothing has")
+    say(_source(defaults), lines=True)
 
 
 def _print_differences(first: str, second: str) -> None:
@@ -120,15 +122,15 @@ def _print_differences(first: str, second: str) -> None:
 
     found = differences(first, second)
     if not found:
-        click.echo(f"{first} and {second} agree in all {len(NAMES)} controls")
+        say(f"{first} and {second} agree in all {len(NAMES)} controls")
         return
-    click.echo(f"{first} and {second} differ in {len(found)} of {len(NAMES)} controls")
+    say(f"{first} and {second} differ in {len(found)} of {len(NAMES)} controls")
     for name, cells in found.items():
-        click.echo()
-        click.echo(f"  {name}")
+        say()
+        say(f"  {name}")
         for profile, cell in zip((first, second), cells, strict=True):
-            click.echo(f"    {profile}: {_value(cell.value)}")
-            click.echo(_source(cell.source))
+            say(f"    {profile}: {_value(cell.value)}")
+            say(_source(cell.source), lines=True)
 
 
 def _value(value: object) -> str:
@@ -140,7 +142,7 @@ def _value(value: object) -> str:
 
 def _source(text: str) -> str:
     return textwrap.fill(
-        text,
+        visible(text),
         width=100,
         initial_indent=" " * 6,
         subsequent_indent=" " * 6,
@@ -159,19 +161,19 @@ def _show_file(file: Path, *, everything: bool, as_json: bool) -> None:
     manifest = read_manifest(file)
     if as_json:
         if manifest is not None:
-            click.echo(manifest.model_dump_json(indent=2))
+            say_json(manifest.model_dump_json(indent=2))
             return
         plain = {
             name: {"dtype": info.dtype, "shape": list(info.shape)}
             for name, info in header.tensors.items()
         }
-        click.echo(json.dumps({"tensors": plain}, indent=2))
+        say_json(json.dumps({"tensors": plain}, indent=2))
         return
     size = file.stat().st_size
     count = len(header.tensors if manifest is None else manifest.tensors)
-    click.echo(f"{file}: {count} tensors, {size / 1e6:.1f} MB")
+    say(f"{file}: {count} tensors, {size / 1e6:.1f} MB")
     if manifest is None:
-        click.echo("a safetensors file that truestep did not write")
+        say("a safetensors file that truestep did not write")
         rows = [(n, i.dtype, "x".join(map(str, i.shape))) for n, i in header.tensors.items()]
     else:
         _print_manifest(manifest)
@@ -180,11 +182,11 @@ def _show_file(file: Path, *, everything: bool, as_json: bool) -> None:
         ]
     shown = rows if everything else rows[:SHOWN]
     widths = [max((len(row[i]) for row in shown), default=0) for i in range(2)]
-    click.echo()
+    say()
     for name, dtype, shape in shown:
-        click.echo(f"  {name:<{widths[0]}}  {dtype:<{widths[1]}}  {shape}")
+        say(f"  {name:<{widths[0]}}  {dtype:<{widths[1]}}  {shape}")
     if len(rows) > len(shown):
-        click.echo(f"  ... {len(rows) - len(shown)} more (--all)")
+        say(f"  ... {len(rows) - len(shown)} more (--all)")
 
 
 def _print_manifest(manifest: object) -> None:
@@ -234,4 +236,4 @@ def _print_manifest(manifest: object) -> None:
         times = ", ".join(f"{k} {sum(v):.2f} s" for k, v in manifest.timings_s.items())
         lines.append(("time", times))
     for label, text in lines:
-        click.echo(f"  {label:<10} {text}")
+        say(f"  {label:<10} {text}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from truestep.cli.common import choose_cases, end, find_reference, progress_bar
+from truestep.text import say, say_json, visible
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def lint_command(
         update={"tool_version": library_version("truestep") or "", "repeat": command_line()}
     )
     if json_path == "-":
-        click.echo(found.model_dump_json(indent=2))
+        say_json(found.model_dump_json(indent=2))
     else:
         if json_path is not None:
             write_text(json_path, found.model_dump_json(indent=2), "the result")
@@ -173,13 +174,13 @@ def write_command(
     with progress_bar() as progress:
         found = calibrated(pipe, recording, commit=commit, progress=progress)
     write(output, existing.with_case(key, found.entry))
-    click.echo(f"WRITTEN {key}: limits from {found.runs} benign free runs")
-    click.echo("  metric             worst benign       limit")
+    say(f"WRITTEN {key}: limits from {found.runs} benign free runs")
+    say("  metric             worst benign       limit")
     for metric, limit in found.limits.items():
-        click.echo(f"  {metric:<17}  {found.floor[metric]:>12.6g}  {limit:>10.6g}")
-    click.echo("  clip               not written: no CLIP weights here")
-    click.echo(f"thresholds: {output}")
-    click.echo(f"next: truestep thresholds lint {output} --case {key} --reference {path}")
+        say(f"  {metric:<17}  {found.floor[metric]:>12.6g}  {limit:>10.6g}")
+    say("  clip               not written: no CLIP weights here")
+    say(f"thresholds: {output}")
+    say(f"next: truestep thresholds lint {output} --case {key} --reference {path}")
 
 
 def _case(name: str | None, *, case_file: Path, tier: str) -> Case | None:
@@ -272,21 +273,21 @@ def _generated(case: Case) -> Tensors:
 
 
 def _print(found: Lint) -> None:
-    click.echo(f"{'FAILED' if found.findings else 'PASSED'} {found.file}")
+    say(f"{'FAILED' if found.findings else 'PASSED'} {found.file}")
     for line in _lines(found):
-        click.echo(line)
-    click.echo()
-    click.secho(found.sentence, fg="red" if found.findings else "green", bold=True)
-    click.echo(f"repeat: {found.repeat}")
+        say(line)
+    say()
+    say(found.sentence, colour="red" if found.findings else "green")
+    say(f"repeat: {found.repeat}")
 
 
 def _lines(found: Lint) -> list[str]:
     """The findings one can grep, at most 20 of them, and what was tried."""
     lines = []
     for finding in found.findings[:MAX_FINDINGS]:
-        lead = f"  {finding.kind:<13}  {finding.case}: "
+        lead = visible(f"  {finding.kind:<13}  {finding.case}: ")
         lines += textwrap.wrap(
-            finding.text,
+            visible(finding.text),
             width=100,
             initial_indent=lead,
             subsequent_indent=" " * 17,

@@ -21,6 +21,7 @@ from truestep.cli.common import (
     progress_bar,
     set_option,
 )
+from truestep.text import say
 
 _SELECT = click.option(
     "--select",
@@ -188,7 +189,7 @@ def record(
             progress=progress,
         )
     if checked:
-        click.echo(f"untraced against traced: {checked.verdict.value}, {checked.reason}")
+        say(f"untraced against traced: {checked.verdict.value}, {checked.reason}")
     _summary(recording)
 
 
@@ -365,9 +366,9 @@ def _report(output: Path, began: float) -> bool:
     for path in found:
         _summary(Recording.open(path))
     for path in left:
-        click.echo(f"partial: the program was killed. truestep trace recover {path}")
+        say(f"partial: the program was killed. truestep trace recover {path}")
     if not found and not left:
-        click.echo(
+        say(
             "NOT TRACED: no model was called, none was of that class, or the program runs a Python "
             "that ignores PYTHONPATH (-I, -E)"
         )
@@ -379,9 +380,9 @@ def _summary(recording: Any) -> None:
     modules = len({entry.fqn for entry in manifest.tensors})
     steps = len({entry.step for entry in manifest.tensors})
     for note in manifest.notes:
-        click.echo(f"note: {note}")
-    click.echo(
+        say(f"note: {note}")
+    say(
         f"TRACED: {len(manifest.tensors)} tensors of {modules} modules in {steps} steps, "
         f"level {manifest.level}"
     )
-    click.echo(f"trace: {recording.path}")
+    say(f"trace: {recording.path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from truestep.parity.evidence import SideEvidence
 from truestep.parity.ledger import Status, measured, plural
+from truestep.text import visible
 
 
 def details(item: Status) -> str:
@@ -43,7 +44,8 @@ def details(item: Status) -> str:
     rows += [("concern", concern) for concern in item.concerns]
     width = max(len(label) for label, _ in rows)
     lines = [f"{item.family}/{item.component} ({item.kind}): {item.status}"]
-    return "\n".join(lines + [f"  {label:<{width}}  {text}" for label, text in rows if text])
+    lines += [f"  {label:<{width}}  {text}" for label, text in rows if text]
+    return "\n".join(map(visible, lines))
 
 
 def _side(side: SideEvidence) -> str:

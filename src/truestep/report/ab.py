@@ -13,6 +13,7 @@ from truestep.experiment.records import CellResult, Experiment, Finding
 from truestep.experiment.table import nothing_text, ratio_text
 from truestep.files import write_text
 from truestep.report.html import LABELS, embedded_json, number, page
+from truestep.text import say
 from truestep.verdict import Media
 
 if TYPE_CHECKING:
@@ -180,14 +181,14 @@ def _label(finding: Finding) -> str:
 def print_experiment(experiment: Experiment, *, folder: str, report: str | None) -> None:
     """Print it; the last lines are the sentence, where things lie, and how to repeat it."""
     for line in lines(experiment):
-        click.echo(line)
-    click.echo()
-    click.secho(experiment.sentence, fg=_COLOURS[experiment.exit_code], bold=True)
-    click.echo(f"results: {folder}")
+        say(line)
+    say()
+    say(experiment.sentence, colour=_COLOURS[experiment.exit_code])
+    say(f"results: {folder}")
     if report:
-        click.echo(f"report: {report}")
+        say(f"report: {report}")
     if experiment.repeat:
-        click.echo(f"repeat: {experiment.repeat}")
+        say(f"repeat: {experiment.repeat}")
 
 
 def media_of(store: Store, experiment: Experiment) -> dict[str, tuple[Media, ...]]:

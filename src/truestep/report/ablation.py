@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from truestep.experiment.ablation_records import (
     MODALITIES,
     Ablation,
@@ -21,6 +19,7 @@ from truestep.experiment.ablation_records import (
 from truestep.experiment.attribution import NOT_ADDITIVE, ORDER_TEXT
 from truestep.files import write_text
 from truestep.report.html import LABELS, embedded_json, number, page
+from truestep.text import say, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -256,18 +255,18 @@ def print_result(result: Ablation | Matrix, *, output: str | None, report: str |
     )
     for caption, table in tables(result):
         _print_table(console, caption, table)
-        click.echo()
+        say()
     for text in remarks(result):
-        console.print(f"- {text}", soft_wrap=not sys.stdout.isatty())
-    click.echo()
+        console.print(visible(f"- {text}"), soft_wrap=not sys.stdout.isatty())
+    say()
     colour = "green" if result.exit_code == 0 else "red"
-    click.secho(result.sentence, fg=colour, bold=True)
+    say(result.sentence, colour=colour)
     if output:
-        click.echo(f"table: {output}")
+        say(f"table: {output}")
     if report:
-        click.echo(f"report: {report}")
+        say(f"report: {report}")
     if result.repeat:
-        click.echo(f"repeat: {result.repeat}")
+        say(f"repeat: {result.repeat}")
 
 
 def _print_table(console: Console, caption: str, table: Table) -> None:
@@ -276,11 +275,13 @@ def _print_table(console: Console, caption: str, table: Table) -> None:
     from rich.text import Text
 
     heads, rows = table
-    shown = RichTable(title=caption, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    shown = RichTable(
+        title=Text(visible(caption)), title_justify="left", box=box.SIMPLE, pad_edge=False
+    )
     for head in heads:
-        shown.add_column(head, overflow="fold", no_wrap=head == heads[0])
+        shown.add_column(Text(visible(head)), overflow="fold", no_wrap=head == heads[0])
     for row in rows:
-        shown.add_row(*map(Text, row))
+        shown.add_row(*(Text(visible(cell)) for cell in row))
     console.print(shown)
 
 

@@ -6,8 +6,7 @@ import math
 import textwrap
 from collections.abc import Iterable
 
-import click
-
+from truestep.text import say, visible
 from truestep.verdict import Comparison, GateResult, Results, Row, Verdict
 
 MAX_GROWTH = 16
@@ -19,9 +18,11 @@ _COLOURS = {0: "green", 1: "red", 3: "yellow", 4: "yellow"}
 def print_results(results: Results, *, report: str | None = None) -> None:
     """Print every comparison; the last line is the sentence, then `report:` and `repeat:`."""
     for comparison in results.comparisons:
-        for line in lines(comparison):
-            click.echo(line)
-        click.echo()
+        first, *others = lines(comparison)
+        say(first, colour=_COLOURS[comparison.exit_code], first_word=True)
+        for line in others:
+            say(line)
+        say()
     if len(results.comparisons) == 1:
         comparison = results.comparisons[0]
         sentence = comparison.sentence
@@ -33,12 +34,12 @@ def print_results(results: Results, *, report: str | None = None) -> None:
         sentence = f"{len(results.comparisons)} cases: {parts}"
         known = sum(c.known is not None and c.known.accepted for c in results.comparisons)
         sentence += f" (known failures, as stated: {known})" if known else ""
-    click.secho(sentence, fg=_COLOURS[results.exit_code], bold=True)
+    say(sentence, colour=_COLOURS[results.exit_code])
     if report:
-        click.echo(f"report: {report}")
+        say(f"report: {report}")
     repeat = next((c.repeat for c in results.comparisons if c.repeat), "")
     if repeat:
-        click.echo(f"repeat: {repeat}")
+        say(f"repeat: {repeat}")
 
 
 def lines(comparison: Comparison) -> Iterable[str]:
@@ -46,10 +47,9 @@ def lines(comparison: Comparison) -> Iterable[str]:
     word = "PASSED" if comparison.exit_code == 0 else "FAILED"
     if comparison.known and comparison.known.accepted:
         word = "KNOWN"
-    colour = _COLOURS[comparison.exit_code]
     name = comparison.case_id or comparison.actual.label
     what = f" [{comparison.actual.label}]" if comparison.case_id else ""
-    yield f"{click.style(word, fg=colour, bold=True)} {comparison.verdict.value} {name}{what}"
+    yield f"{word} {comparison.verdict.value} {name}{what}"
     for difference in comparison.case_differences:
         yield f"  case         {difference.key}: {difference.actual} (was {difference.reference})"
     for difference in comparison.environment_differences:
@@ -101,7 +101,7 @@ def _numbers(gate: GateResult) -> str:
 def _wrapped(label: str, text: str) -> Iterable[str]:
     lead = f"  {label:<13}"[:15]
     return textwrap.wrap(
-        text,
+        visible(text),
         width=100,
         initial_indent=lead if len(label) < 13 else lead + " ",
         subsequent_indent=" " * 15,

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truestep.errors import TruestepError, UsageError
+from truestep.text import visible
 from truestep.tracing.site.waiting import when_loaded
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ class Program:
 
 def say(text: str) -> None:
     """One line on stderr: stdout is the program's."""
-    print(f"truestep: {text}", file=sys.stderr, flush=True)
+    print(f"truestep: {visible(text)}", file=sys.stderr, flush=True)
 
 
 def start_from_environment() -> None:

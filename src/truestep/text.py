@@ -1,0 +1,68 @@
+"""Text of files, models and users, made harmless before it reaches a terminal or a log.
+
+Names of tensors, prompts, paths and texts of exceptions are not ours. What acts on a terminal in
+them (escape sequences, C1 controls), begins a line of its own, or hides and turns round what is
+read (zero-width and bidirectional characters) is shown as its escape; letters of any script stay.
+"""
+
+from __future__ import annotations
+
+import re
+
+_ACTING = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\u3164\ud800-\udfff\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
+)
+"""Unicode's Cc, Zl, Zp and Cs, what of Cf is not seen, and the letters that are blank."""
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    r"""Text in which nothing acts: `\x1b`, `\n`, `\u202e` are shown so.
+
+    Args:
+        text: Any text; what is visible already stays as it is.
+        lines: Keep its line breaks: for text that we have put together of visible parts.
+    """
+    if lines:
+        return "\n".join(map(visible, text.split("\n")))
+    return _ACTING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def visible_json(text: str) -> str:
+    """The same JSON with what acts in its strings as JSON's own escapes."""
+    import json
+
+    return "\n".join(_ACTING.sub(lambda c: json.dumps(c[0])[1:-1], x) for x in text.split("\n"))
+
+
+def say(
+    text: str = "",
+    *,
+    err: bool = False,
+    lines: bool = False,
+    colour: str | None = None,
+    first_word: bool = False,
+) -> None:
+    """Print a line, or several; all that the command line prints goes through here.
+
+    Args:
+        text: What to print; see `visible`.
+        err: On stderr.
+        lines: Keep the line breaks; each part of the text must be visible already.
+        colour: Print it bold and in this colour, where the output is a terminal.
+        first_word: Only the first word.
+    """
+    import click
+
+    shown, rest = visible(text, lines=lines), ""
+    if first_word:
+        shown, space, rest = shown.partition(" ")
+        rest = space + rest
+    click.echo((click.style(shown, fg=colour, bold=True) if colour else shown) + rest, err=err)
+
+
+def say_json(text: str) -> None:
+    """Print JSON on stdout; see `visible_json`."""
+    import click
+
+    click.echo(visible_json(text))
