@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from truestep.case import Case
 from truestep.environment import library_version
@@ -24,25 +22,24 @@ from truestep.errors import (
 from truestep.noise import (
     RAISED,
     SAMPLES,
-    NoiseFloor,
     free_running,
     is_prediction,
     pair_of,
     sample_sizes,
 )
-from truestep.recording.names import FINALS
+from truestep.repeats import UNSTEADY, Judge, with_second_answers
 from truestep.runtime.joint import AUDIO
 from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
 
 if TYPE_CHECKING:
-    import torch
-
+    from truestep.recording.answers import Answers
     from truestep.recording.capture import Progress
     from truestep.recording.format import Recording
     from truestep.recording.replay import Replay
     from truestep.runtime.pipeline import Apply, Pipeline
 
 Depth = Literal["steps", "modules", "final"]
+Expect = Literal["same", "different"]
 
 
 def check(
@@ -56,6 +53,7 @@ def check(
     tolerance: float | None = None,
     rename: Mapping[str, str] | None = None,
     accept: Collection[str] = (),
+    expect: Expect | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Say whether a candidate is still the same model as a recorded reference.
@@ -69,8 +67,9 @@ def check(
             compares the latents.
         apply: The change under test: receives the pipeline and changes it or returns another.
         settings: Values that differ from the case (`guidance_scale`, `model`, `dtype`, ...).
-        steps: At `steps`: where predictions are made; default first, middle, last and both sides
-            of an expert switch.
+        steps: At `steps`: where predictions are made; default the first and last step of every
+            expert and three in a row. A model that keeps state from step to step is
+            followed through all steps.
         tolerance: Judge rel_l2 by this limit instead of the noise floor.
         rename: At `modules`: names of the candidate's modules to the reference's, `*` for one part
             of a dotted name. It goes before the pairs that equal names or weights give.
@@ -87,6 +86,7 @@ def check(
             names modules that there are not, or is given at another depth.
     """
     from truestep.recording.format import Recording
+    from truestep.recording.touched import snapshot
     from truestep.runtime.loading import load
     from truestep.runtime.pipeline import apply_change
 
@@ -99,12 +99,16 @@ def check(
     refused = _refuse(case, recording, accept)
     if refused is not None:
         return refused
+    before: Mapping[str, object] = {}
     try:
         with surviving("the model's code"):
-            pipe = apply_change(load(candidate), apply)
+            pipe = load(candidate)
+            before = snapshot(pipe) if apply is not None else {}
+            pipe = apply_change(pipe, apply)
     except ProcessEndedError as error:
         label = _label(case, candidate, apply)
         return _invalid(case, recording, label, f"{error.what}, {error.where}")
+    idle = _idle(pipe, case, candidate, recording, before) if apply or settings else False
     if rename:
         _check_rename(rename, pipe, load(case))
     result = check_pipeline(
@@ -118,9 +122,59 @@ def check(
         label=_label(case, candidate, apply),
         progress=progress,
     )
-    if depth != "modules" or result.verdict.passed:
+    result = _expected(_said_idle(result) if idle else result, expect)
+    if depth != "modules" or result.verdict in _NOTHING_TO_OPEN:
         return result
     return _opened(pipe, case, recording, result, rename)
+
+
+def _idle(
+    pipe: Pipeline,
+    case: Case,
+    candidate: Case,
+    recording: Recording,
+    before: Mapping[str, object],
+) -> bool:
+    """Whether settings and change together left everything as the case has it."""
+    from truestep.recording.touched import snapshot, touched
+
+    changed = {difference.key for difference in candidate.differences(case.canonical())}
+    where = ("device", "attention_backend")  # no part of a case's content
+    changed |= {k for k in where if getattr(candidate.settings, k) != getattr(case.settings, k)}
+    if pipe.weights and pipe.weights == recording.manifest.environment.get("model.weights"):
+        changed -= {"model", "revision"}  # another folder with the same files
+    return not changed and not (before and touched(before, snapshot(pipe)))
+
+
+def _said_idle(result: Comparison) -> Comparison:
+    """A result whose change touched nothing says so in its first line and its last."""
+    from truestep.recording.touched import NOTHING
+
+    label = f"{result.actual.label}: {NOTHING.partition(':')[0]}"
+    return result.model_copy(
+        update={
+            "actual": result.actual.model_copy(update={"label": label}),
+            "sentence": f"{result.sentence}; the change {NOTHING}",
+        }
+    )
+
+
+def _expected(result: Comparison, expect: Expect | None) -> Comparison:
+    """A result set against what the change is for."""
+    if expect != "different":
+        return result
+    if result.verdict.passed:
+        sentence = f"unmet: expected different, but {result.sentence}"
+        return result.model_copy(
+            update={"expect": expect, "verdict": Verdict.UNMET, "sentence": sentence}
+        )
+    sentence = result.sentence
+    if result.verdict is Verdict.DRIFTED:
+        sentence += "; as expected"
+    return result.model_copy(update={"expect": expect, "sentence": sentence})
+
+
+_NOTHING_TO_OPEN = (Verdict.IDENTICAL, Verdict.EQUIVALENT, Verdict.UNMET)
 
 
 def _check_rename(rename: Mapping[str, str], pipe: Pipeline, trusted: Pipeline) -> None:
@@ -166,17 +220,26 @@ def check_pipeline(
     """Check a loaded pipeline; see `check`."""
     from truestep.comparison.matching import build_comparison
     from truestep.environment import Environment
+    from truestep.recording.answers import repeat_failure, run_freely, run_stages
     from truestep.recording.capture import attention_observed, run_environment
 
     manifest = recording.manifest
     before, start = pipe.forwards, time.perf_counter()
+    judge = Judge(
+        floor=free_running(manifest.noise_floor) if depth == "final" else manifest.noise_floor,
+        pair=pair_of((candidate or case).dtype, case.dtype),
+        tolerance=tolerance,
+    )
     try:
         with attention_observed(pipe) as kernels:
             run = (
-                _final(pipe, recording)
+                run_freely(pipe, recording)
                 if depth == "final"
-                else _steps(pipe, recording, steps, progress)
+                else run_stages(pipe, recording, steps, judge, progress)
             )
+            rows = _rows(run, recording, judge)
+            if depth != "final":
+                rows = repeat_failure(pipe, recording, rows, run, judge)
     except TruestepError:
         raise
     except FOREIGN as error:  # outside every stage: the candidate's outcome, or our fault
@@ -184,15 +247,10 @@ def check_pipeline(
             raise
         return _invalid(case, recording, label, f"the candidate raised {one_line(error)}")
     seconds = time.perf_counter() - start
-    judge = _Judge(
-        floor=free_running(manifest.noise_floor) if depth == "final" else manifest.noise_floor,
-        pair=pair_of((candidate or case).dtype, case.dtype),
-        tolerance=tolerance,
-    )
     environment = run_environment(pipe, attention=kernels())
     looked, not_looked = _coverage(recording, run)
-    return build_comparison(
-        _rows(run, recording, judge),
+    result = build_comparison(
+        rows,
         case_id=case.id,
         case=case.canonical(),
         actual=Side(label=label, environment=dict(environment)),
@@ -202,7 +260,7 @@ def check_pipeline(
         not_looked_at=not_looked,
         media=_media(run, recording),
         sample_rate=_sample_rate(recording),
-        notes=pipe.fallbacks,
+        notes=(*run.notes, *pipe.fallbacks),
         cost=Cost(
             forwards=pipe.forwards - before,
             forwards_generation=manifest.forwards,
@@ -210,6 +268,9 @@ def check_pipeline(
             seconds_generation=sum(sum(times) for times in manifest.timings_s.values()) or None,
         ),
     )
+    if result.verdict.passed or not any(UNSTEADY in row.note for row in result.failing):
+        return result
+    return result.model_copy(update={"sentence": f"{result.sentence}; {UNSTEADY}"})
 
 
 def _invalid(case: Case, recording: Recording, label: str, what: str) -> Comparison:
@@ -235,93 +296,7 @@ def build_side(recording: Recording) -> Side:
     )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What the candidate gave, the names of the recorded tensors that it answers to, and what it
-    could not be asked."""
-
-    depth: Depth
-    replayed: Replay
-    wanted: tuple[str, ...]
-    unseen: str = ""
-
-
-class _Judge(TypedDict):
-    """How rows are judged; see `compare_tensors`."""
-
-    floor: NoiseFloor | None
-    pair: str
-    tolerance: float | None
-
-
-def _final(pipe: Pipeline, recording: Recording) -> _Run:
-    """Generate freely; what the pipeline raises is the outcome of the latent."""
-    from truestep.recording.replay import Kept, Replay
-    from truestep.runtime.pipeline import generate
-
-    replayed = Replay()
-    decodes = "video/frames" in recording
-    watch = Kept(replayed.outputs, (*FINALS, "video/frames", f"{AUDIO}waveform"))
-    run = partial(generate, pipe, observer=watch, output="frames" if decodes else "latent")
-    replayed.attempt("latent/final", run)
-    return _Run("final", replayed, tuple(name for name in FINALS if name in recording))
-
-
-def _steps(
-    pipe: Pipeline,
-    recording: Recording,
-    steps: tuple[int, ...] | None,
-    progress: Progress | None,
-) -> _Run:
-    from truestep.recording.replay import chosen_steps, replay
-
-    chosen = chosen_steps(recording, steps)
-    replayed = replay(pipe, recording, steps=chosen, progress=progress, label="check")
-    replayed, unseen = _with_raised(pipe, recording, replayed, chosen)
-    wanted = _looked_at(recording, chosen)
-    if not any(name.startswith(RAISED) for name in replayed.outputs):
-        wanted = tuple(name for name in wanted if not name.startswith(RAISED))
-    return _Run("steps", replayed, wanted, unseen)
-
-
-def _with_raised(
-    pipe: Pipeline, recording: Recording, replayed: Replay, chosen: tuple[int, ...]
-) -> tuple[Replay, str]:
-    """Add the stages raised to a higher precision, where the reference has them.
-
-    A candidate that agrees bit for bit in its own precision is the same, whatever casts are written
-    into it: it is not raised.
-
-    Returns:
-        The replay, and why it could not be raised, if so.
-    """
-    from truestep.comparison.distance import same_bits
-    from truestep.recording.raised import raised_precision, raised_replay
-    from truestep.recording.replay import Replay
-
-    recorded = [name for name in recording if name.startswith(RAISED)]
-    agrees = all(same_bits(v, recording[k]) for k, v in replayed.outputs.items() if k in recording)
-    if not recorded or (agrees and not replayed.failures):
-        return replayed, ""
-    precision = recorded[0].partition("/")[0]
-    if raised_precision(pipe.settings.dtype) != precision:
-        return replayed, f"{precision} replay of a {pipe.settings.dtype} candidate"
-    try:
-        more = raised_replay(pipe, recording, steps=chosen, precision=precision)
-    except (TypeError, RuntimeError) as error:
-        return replayed, f"{precision} replay ({str(error).splitlines()[0]})"
-    answered = [name for name in more.outputs if name in recording]
-    failed = [text for text in more.failures.values() if text]
-    if failed and not answered:
-        return replayed, f"{precision} replay (the candidate raised {failed[0]})"
-    return Replay(
-        outputs={**replayed.outputs, **more.outputs},
-        failures={**replayed.failures, **more.failures},
-        effects={**replayed.effects, **more.effects},
-    ), ""
-
-
-def _rows(run: _Run, recording: Recording, judge: _Judge) -> list[Row]:
+def _rows(run: Answers, recording: Recording, judge: Judge) -> list[Row]:
     from truestep.comparison.matching import compare_tensors
     from truestep.comparison.structure import sample_mean
     from truestep.recording.names import address
@@ -331,14 +306,15 @@ def _rows(run: _Run, recording: Recording, judge: _Judge) -> list[Row]:
         k: v for k, v in run.replayed.outputs.items() if k in expected or address(k).stage == "text"
     }
     floor = judge["floor"]
-    runs = [run for run in floor.runs if run.pair == judge["pair"]] if floor else []
-    averaged = any(m.name == SAMPLES for run in runs for m in run.tensors)
-    sizes = sample_sizes(runs) if averaged else {}
-    if sizes and set(sizes) == {name for name in expected if is_prediction(name)}:
+    benign = [each for each in floor.runs if each.pair == judge["pair"]] if floor else []
+    averaged = any(m.name == SAMPLES for each in benign for m in each.tensors)
+    sizes = sample_sizes(benign) if averaged else {}
+    if sizes and set(sizes) <= {name for name in expected if is_prediction(name)}:
         mean = sample_mean(actual, expected, sizes)
         if mean is not None:
             actual[SAMPLES], expected[SAMPLES] = mean
     rows = compare_tensors(actual, expected, **judge)
+    rows = with_second_answers(rows, run.second, expected, run.second, judge)
     rows = [_text_by_effect(row, run.replayed, recording, judge) for row in rows]
     return [_beneath_rounding(_failed(row, run.replayed), rows) for row in rows]
 
@@ -425,27 +401,16 @@ def _label(case: Case, candidate: Case, apply: Apply | None) -> str:
     return ", ".join(parts) or "unchanged"
 
 
-def _looked_at(recording: Mapping[str, torch.Tensor], chosen: tuple[int, ...]) -> tuple[str, ...]:
-    """Names of the recorded tensors that a replay at these steps answers to, in order."""
-    from truestep.recording.names import address
-
-    names = []
-    for name in recording:
-        place = address(name)
-        if place.stage == "prediction" and place.step not in chosen:
-            continue
-        if name.endswith("step/0000/latent"):  # the initial latent once more
-            continue
-        names.append(name)
-    return tuple(names)
-
-
-def _coverage(recording: Recording, run: _Run) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _coverage(recording: Recording, run: Answers) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """In words: what a run looked at, and what it did not."""
     if run.depth == "final":
         return (
-            ("final latent of a free run",),
-            ("each stage on its own (--depth steps)", "decoding: shown, not judged"),
+            ("final latents of two free runs, one after the other",),
+            (
+                "each stage on its own (--depth steps)",
+                "decoding: shown, not judged",
+                *_one_size(recording),
+            ),
         )
     from truestep.recording.names import STAGES, address
     from truestep.recording.replay import steps_recorded
@@ -469,10 +434,22 @@ def _coverage(recording: Recording, run: _Run) -> tuple[tuple[str, ...], tuple[s
         unseen.append(run.unseen)
     if "video/frames" not in recording:
         unseen.append("decoding (the reference holds no frames)")
-    return tuple(looked), (*unseen, "accumulation over a free run (--depth final)")
+    unseen += ["accumulation over a free run (--depth final)", *_one_size(recording)]
+    return tuple(looked), tuple(unseen)
 
 
-def _text_by_effect(row: Row, replayed: Replay, recording: Recording, judge: _Judge) -> Row:
+def _one_size(recording: Recording) -> tuple[str, ...]:
+    """What a reference of one size and one batch cannot show."""
+    settings = recording.manifest.settings
+    if not {"width", "height", "num_frames"} <= settings.keys():
+        return ()
+    size = "x".join(str(settings[key]) for key in ("width", "height", "num_frames"))
+    clips = settings.get("videos_per_prompt") or 1
+    batch = "batches (one sample only)" if clips == 1 else f"other batches than {clips} samples"
+    return (f"other sizes than {size}", batch)
+
+
+def _text_by_effect(row: Row, replayed: Replay, recording: Recording, judge: Judge) -> Row:
     """Judge text of another length by the prediction that the candidate makes of it."""
     from truestep.comparison.matching import compare_tensors
 
@@ -516,7 +493,7 @@ def _failed(row: Row, replayed: Replay) -> Row:
     )
 
 
-def _media(run: _Run, recording: Recording) -> tuple[Media, ...]:
+def _media(run: Answers, recording: Recording) -> tuple[Media, ...]:
     """What both sides decode to, from the same latent or at the end of a free run."""
     own = "the candidate's free run" if run.depth == "final" else "the reference's latent"
     found = (*_frames(run.replayed, recording), *_sound(run.replayed, recording))

@@ -25,6 +25,7 @@ class Verdict(str, Enum):
     EQUIVALENT = "equivalent"
     DRIFTED = "drifted"
     INVALID = "invalid"
+    UNMET = "unmet"
     MISSING = "missing"
     INCOMPARABLE = "incomparable"
     INCONCLUSIVE = "inconclusive"
@@ -59,6 +60,7 @@ _EXIT = {
     Verdict.EQUIVALENT: 0,
     Verdict.DRIFTED: 1,
     Verdict.INVALID: 1,
+    Verdict.UNMET: 1,
     Verdict.MISSING: 3,
     Verdict.INCOMPARABLE: 3,
     Verdict.INCONCLUSIVE: 4,
@@ -66,6 +68,7 @@ _EXIT = {
 _SEVERITY = (
     Verdict.INVALID,
     Verdict.DRIFTED,
+    Verdict.UNMET,
     Verdict.INCOMPARABLE,
     Verdict.MISSING,
     Verdict.INCONCLUSIVE,
@@ -418,6 +421,7 @@ class Comparison(Record):
         modalities: Audio and video apart, where the tensors have both.
         looked_at, not_looked_at: Coverage in words.
         known: What the ledger of known failures says of it, if it has an entry.
+        expect: What the change was for; `drifted` has exit code 0 where that is `different`.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -440,6 +444,7 @@ class Comparison(Record):
     not_looked_at: tuple[str, ...] = ()
     gates: tuple[GateResult, ...] = ()
     known: KnownFailure | None = None
+    expect: Literal["same", "different"] | None = None
     cost: Cost | None = None
     media: tuple[Media, ...] = ()
     notes: tuple[str, ...] = ()
@@ -462,7 +467,10 @@ class Comparison(Record):
 
     @property
     def exit_code(self) -> int:
-        """The verdict's exit code, or what a ledger entry makes of it: 0 as stated, else 1."""
+        """The verdict's exit code, or what a ledger entry makes of it: 0 as stated, else 1; 0 for
+        `drifted` where the change was to be different."""
+        if self.expect == "different" and self.verdict is Verdict.DRIFTED:
+            return 0
         if self.known is None or self.known.outcome == "not judged":
             return self.verdict.exit_code
         return 0 if self.known.accepted else 1

@@ -133,9 +133,9 @@ def test_unchanged_is_identical_at_both_depths(case: Case, reference: Recording)
     steps = check(case, reference)
     assert steps.verdict is Verdict.IDENTICAL
     assert steps.cost is not None
-    assert steps.cost.share == pytest.approx(6 / 12)
-    assert any("prediction at steps 0, 3, 5 of 6" in text for text in steps.looked_at)
-    assert any("other 3 steps" in text for text in steps.not_looked_at)
+    assert steps.cost.share == pytest.approx((5 + 1) * 2 / 12)  # one step is predicted twice
+    assert any("prediction at steps 0, 2, 3, 4, 5 of 6" in text for text in steps.looked_at)
+    assert any("prediction at the other 1 step" in text for text in steps.not_looked_at)
     final = check(case, reference, depth="final")
     assert final.verdict is Verdict.IDENTICAL
     assert [row.name for row in final.rows] == ["latent/final"]
@@ -298,7 +298,8 @@ def test_steps_around_the_expert_switch_are_chosen(reference_22: Recording) -> N
     experts = reference_22["schedule/experts"].tolist()
     switch = experts.index(2)
     assert 0 < switch < 7
-    assert {0, switch - 1, switch, 4, 7} == set(default_steps(reference_22))
+    assert {0, switch - 1, switch, 7} <= set(default_steps(reference_22))
+    assert {switch - 3, switch - 2, switch + 1, switch + 2} <= {-1, *default_steps(reference_22)}
 
 
 def test_a_stage_that_raises_is_invalid_and_the_others_still_run(

@@ -59,6 +59,7 @@ def diffusers_run(pipe: Any, case: Case, *, output_type: str = "latent") -> Tens
         num_frames=case.num_frames,
         num_inference_steps=case.steps,
         guidance_scale=case.guidance_scale,
+        num_videos_per_prompt=case.settings.videos_per_prompt or 1,
         max_sequence_length=case.max_sequence_length,
         generator=torch.Generator("cpu").manual_seed(case.seed),
         output_type=output_type,
@@ -111,6 +112,7 @@ def padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"negative_prompt": "a blue one"},
         {"fps": 16},
         {"height": 32, "num_frames": 1},
+        {"videos_per_prompt": 2},
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )

@@ -40,6 +40,7 @@ def diffusers_latent(case: Case, folder: Path, *, output_type: str = "latent") -
         num_inference_steps=case.steps,
         guidance_scale=case.guidance_scale,
         guidance_scale_2=case.guidance_scale_2,
+        num_videos_per_prompt=case.settings.videos_per_prompt or 1,
         max_sequence_length=case.max_sequence_length,
         generator=torch.Generator("cpu").manual_seed(case.seed),
         output_type=output_type,
@@ -84,7 +85,14 @@ def test_digits_latent_is_bit_equal_to_diffusers(scheduler: str | None, dtype: s
     assert torch.equal(generate(load(case)), diffusers_latent(case, digits.path()))
 
 
-@pytest.mark.parametrize("changes", [{"guidance_scale": 1.0}, {"negative_prompt": "a blue one"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_scale": 1.0},
+        {"negative_prompt": "a blue one"},
+        {"settings": {"device": "cpu", "videos_per_prompt": 2}},
+    ],
+)
 def test_other_guidance_is_bit_equal(
     changes: dict[str, Any], tiny_wan: WanFolders, tiny_case: dict[str, Any]
 ) -> None:
@@ -124,6 +132,8 @@ def test_dtype_keeps_what_the_model_keeps_in_float32(
     ("changes", "message", "hint"),
     [
         ({"height": 20}, "height 20 does not fit the model", "--set height=16"),
+        ({"height": 144}, "height 144 does not fit the model", "--set height=128"),
+        ({"num_frames": 65}, "num_frames 65 does not fit the model", "--set num_frames=63"),
         ({"num_frames": 6}, "num_frames 6 does not fit the model", "--set num_frames=5"),
         ({"guidance_scale_2": 2.0}, "guidance_scale_2 is set, but the model has one", "leave"),
         (

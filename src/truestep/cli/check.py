@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     help="Replay each stage on recorded inputs; also name the module that departs; or generate "
     "freely and compare latents.",
 )
-@click.option("--steps", metavar="I,J,...", help="Where to predict; default first, middle, last.")
+@click.option(
+    "--steps", metavar="I,J,...", help="Where to predict; default first, three in a row, last."
+)
 @click.option(
     "--tolerance", type=click.FloatRange(min=0), help="Judge rel_l2 by this, not by the floor."
 )
@@ -61,6 +63,11 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="NAME",
     help="Judge by a reference that is quantised or patched in what has this in its name.",
+)
+@click.option(
+    "--expect",
+    type=click.Choice(["same", "different"]),
+    help="different: the change is for something; `unmet` (exit 1) where the model stays the same.",
 )
 @click.option(
     "--thresholds",
@@ -103,6 +110,7 @@ def command(
     tolerance: float | None,
     rename: Path | None,
     accept: tuple[str, ...],
+    expect: str | None,
     thresholds: Path | None,
     platform: str | None,
     known: Path | None,
@@ -140,6 +148,7 @@ def command(
         "tolerance": tolerance,
         "rename": _rename(rename, depth),
         "accept": accept,
+        "expect": expect,
     }
     check = partial(
         _check,

@@ -19,7 +19,6 @@ from truestep.noise import FloorLookup, NoiseFloor, NoiseRun, Tail, pair_of, sam
 from truestep.recording.capture import Progress
 from truestep.recording.floor import Variation, jitter, noise_run, variations
 from truestep.recording.names import address
-from truestep.recording.replay import replay
 from truestep.rule import RATE, judge_run
 from truestep.runtime.pipeline import Pipeline
 from truestep.verdict import Verdict
@@ -100,7 +99,7 @@ def calibrate(
     for done in range(runs):
         variation = _mixed(pipe, dice, number=start + done, seed=seed)
         with variation.vary(pipe) as varied:
-            outputs = replay(varied, recording, only=STAGES).outputs
+            outputs = variation.run(varied, recording)
         weights = sample_sizes((*floor.runs, *new))
         new.append(noise_run(variation, outputs, recording, weights=weights))
         if progress:
@@ -133,7 +132,7 @@ def _mixed(pipe: Pipeline, dice: random.Random, *, number: int, seed: int) -> Va
             yield inner
 
     detail = " + ".join(part.detail for part in parts)
-    return replace(moved, kind="mixed", detail=detail, vary=vary)
+    return replace(moved, kind="mixed", detail=detail, vary=vary, stages=STAGES)
 
 
 def _flagged(

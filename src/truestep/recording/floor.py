@@ -16,6 +16,7 @@ import torch
 
 from truestep.case import Case
 from truestep.comparison.distance import distance
+from truestep.comparison.matching import compare_tensors
 from truestep.comparison.structure import sample_mean, structure
 from truestep.errors import TruestepError
 from truestep.noise import (
@@ -24,13 +25,15 @@ from truestep.noise import (
     NoiseFloor,
     NoiseRun,
     RunMetrics,
+    is_prediction,
     pair_of,
     sample_sizes,
 )
 from truestep.recording.capture import Progress
 from truestep.recording.judging import refuse_unsteady
+from truestep.recording.names import STAGES
 from truestep.recording.raised import HIGHER, raised, raised_precision, raised_stages
-from truestep.recording.replay import replay
+from truestep.recording.replay import floor_steps, keeps_state, replay, steps_recorded
 from truestep.runtime.joint import Encoded, Value, each, floating, parts
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Branch, Pipeline, Step, Texts, generate, text_branch
@@ -55,25 +58,63 @@ class Variation:
         detail: What exactly was varied.
         vary: The change.
         pair: Working precisions, candidate first.
+        stages: Stages that it is run on.
+        only: Of the floor's steps, the one at which it predicts (index); None is all of them.
+        pairwise: Also predict at the step after it.
     """
 
     kind: str
     detail: str
     vary: Vary
     pair: str
+    stages: tuple[str, ...] = STAGES
+    only: int | None = None
+    pairwise: bool = False
+
+    def run(
+        self,
+        pipe: Pipeline,
+        recording: Mapping[str, torch.Tensor],
+        *,
+        steps: Iterable[int] | None = None,
+        in_order: bool | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Replay a pipeline that the change was made to: predictions, guidance and update at the
+        given steps, by default `floor_steps`, or at the one of them that the change is tried at."""
+        return replay(
+            pipe,
+            recording,
+            steps=self.at(recording, steps),
+            only=self.stages,
+            thinned=True,
+            in_order=in_order,
+        ).outputs
+
+    def at(
+        self, recording: Mapping[str, torch.Tensor], steps: Iterable[int] | None
+    ) -> tuple[int, ...]:
+        """Steps at which it predicts."""
+        every = tuple(steps) if steps is not None else floor_steps(recording)
+        if self.only is None:
+            return every
+        step = every[self.only % len(every)]
+        following = min(step + 1, steps_recorded(recording) - 1)
+        return tuple(sorted({step, following if self.pairwise else step}))
 
 
 def variations(pipe: Pipeline) -> list[Variation]:
-    """All harmless changes that this machine can make to a pipeline, in its working precision."""
+    """All harmless changes that this machine can make to a pipeline, in its working precision.
+
+    What they cost is part of every recording, so that each runs where it says something: all steps
+    for what tells how large rounding is, one step for what adds to the sample.
+    """
     dtype = str(pipe.first_transformer.dtype).removeprefix("torch.")
     pair = pair_of(dtype, dtype)
     higher = HIGHER[dtype]
     found = [
+        Variation("repeat", "the same run again", _unchanged, pair, only=1, pairwise=True),
         Variation("precision", f"{dtype} against {higher}", _precision(higher), pair),
-        Variation("repeat", "the same run again", _unchanged, pair),
-    ]
-    found += [
-        Variation("batch", f"row {row} in a batch of 2", in_batch(row), pair) for row in (0, 1)
+        Variation("batch", "both passes in one batch, others beside a neighbour", batched, pair),
     ]
     current, cores = torch.get_num_threads(), os.cpu_count() or 1
     found += [
@@ -81,8 +122,15 @@ def variations(pipe: Pipeline) -> list[Variation]:
         for count in sorted({1, min(2, cores), cores} - {current})
     ]
     found.append(Variation("attention", "math kernel", math_attention, pair))
-    found += [jitter(seed, pair) for seed in range(JITTERS)]
+    found.append(jitter(0, pair))
+    found += [
+        replace(jitter(seed, pair), only=seed, stages=_WITHOUT_DECODING)
+        for seed in range(1, JITTERS)
+    ]
     return found
+
+
+_WITHOUT_DECODING = tuple(stage for stage in STAGES if stage != "decoding")
 
 
 def jitter(seed: int, pair: str) -> Variation:
@@ -105,7 +153,7 @@ def measure(
         pipe: The trusted pipeline.
         recording: Its full recording.
         case: What was recorded; loaded once more in the other common precision.
-        steps: Where predictions are replayed.
+        steps: Where predictions are replayed; default first, middle and last.
         final: Also generate freely under each variation, for the floor of the final latent.
         progress: Told about each variation.
 
@@ -116,9 +164,13 @@ def measure(
     dtype = pipe.settings.dtype
     total = len(todo) + 2
     runs: list[NoiseRun] = []
+    in_order = keeps_state(pipe)
     for done, variation in enumerate(todo):
         with variation.vary(pipe) as varied:
-            outputs = replay(varied, recording, steps=steps).outputs
+            outputs = variation.run(varied, recording, steps=steps, in_order=in_order)
+            if variation.kind == "repeat" and not _answered_alike(outputs, recording):
+                in_order = True  # another answer where steps were left out: it keeps state
+                outputs = variation.run(varied, recording, steps=steps, in_order=in_order)
             if final:
                 for name, latent in parts(FREE_RUN, generate(varied)):
                     outputs[name] = latent.to("cpu")
@@ -126,31 +178,46 @@ def measure(
         refuse_unsteady(runs[-1:])
         if progress:
             progress(f"noise floor: {variation.kind}", done + 1, total)
-    runs += _other_precision(case, recording, steps=steps)
+    runs += _other_precision(case, recording, steps=steps, in_order=in_order)
     if progress:
         progress("noise floor: other precision", total - 1, total)
     precision = raised_precision(dtype)
     if precision and any(name.startswith(f"{precision}/") for name in recording):
-        runs += _raised(pipe, recording, precision=precision, steps=steps)
+        runs += _raised(pipe, recording, precision=precision, steps=steps, in_order=in_order)
     if progress:
         progress("noise floor: raised", total, total)
     return NoiseFloor(runs=tuple(runs))
 
 
+def _answered_alike(
+    outputs: Mapping[str, torch.Tensor], recording: Mapping[str, torch.Tensor]
+) -> bool:
+    """Whether predictions are the recorded ones, or rounding away from them."""
+    predictions = {name: value for name, value in outputs.items() if is_prediction(name)}
+    rows = compare_tensors(predictions, {name: recording[name] for name in predictions})
+    return all(row.verdict.passed for row in rows)
+
+
 def _other_precision(
-    case: Case, recording: Mapping[str, torch.Tensor], *, steps: Iterable[int] | None
+    case: Case,
+    recording: Mapping[str, torch.Tensor],
+    *,
+    steps: Iterable[int] | None,
+    in_order: bool,
 ) -> list[NoiseRun]:
     """The trusted model in the other precision: the floor for a candidate that runs in it."""
     dtype = OTHER[case.dtype]
     pair = pair_of(dtype, case.dtype)
-    todo = [Variation("precision", f"loaded in {dtype}", _unchanged, pair)]
-    todo += [jitter(seed, pair) for seed in (0, 1)]
+    todo = [
+        Variation("precision", f"loaded in {dtype}", _unchanged, pair),
+        replace(jitter(0, pair), stages=_WITHOUT_DECODING),
+    ]
     runs: list[NoiseRun] = []
     try:
         other = load(case.replace(dtype=dtype))
         for variation in todo:
             with variation.vary(other) as varied:
-                outputs = replay(varied, recording, steps=steps).outputs
+                outputs = variation.run(varied, recording, steps=steps, in_order=in_order)
             runs.append(noise_run(variation, outputs, recording, weights=sample_sizes(runs)))
     except (TruestepError, RuntimeError):  # a device without this dtype: no floor for that pair
         return []
@@ -163,6 +230,7 @@ def _raised(
     *,
     precision: str,
     steps: Iterable[int] | None,
+    in_order: bool,
 ) -> list[NoiseRun]:
     """Benign runs of the stages raised to a higher precision, against their recorded outputs."""
     pair = pair_of(precision, precision)
@@ -170,7 +238,14 @@ def _raised(
     with raised(pipe, precision) as lifted:
         for variation in variations(lifted):
             with variation.vary(lifted) as varied:
-                found = raised_stages(varied, recording, steps=steps, precision=precision)
+                found = raised_stages(
+                    varied,
+                    recording,
+                    steps=replace(variation, pairwise=False).at(recording, steps),
+                    precision=precision,
+                    only=variation.stages,
+                    in_order=in_order,
+                )
             runs.append(noise_run(replace(variation, pair=pair), found.outputs, recording))
     return runs
 
@@ -256,6 +331,20 @@ def math_attention(pipe: Pipeline) -> Iterator[Pipeline]:
     """Run with `math_kernel`."""
     with math_kernel():
         yield replace(pipe)
+
+
+@contextmanager
+def batched(pipe: Pipeline) -> Iterator[Pipeline]:
+    """Run both guidance passes as one batch, or apart where a pipeline batches them already; text
+    and decoding beside a neighbour, and predictions where there are no two passes to join."""
+    settings, passes = pipe.settings, pipe.passes(pipe)
+    joined = not pipe.audio_video and len(passes) == 2 and settings.text_recipe == "pad_trim_zero"
+    with in_batch(0)(pipe) as varied:
+        if joined:
+            plan = "batched" if settings.cfg == "sequential" else "sequential"
+            other = settings.model_copy(update={"cfg": plan})
+            varied = replace(varied, settings=other, predict=pipe.predict)
+        yield varied
 
 
 def in_batch(row: int) -> Vary:

@@ -38,6 +38,9 @@ values the finer one has too."""
 SAMPLE = 4096
 """Elements of a weight that are looked at."""
 
+FEW = 64
+"""Of them, those that are looked at first: of most weights these tell already."""
+
 _LIBRARIES = ("truestep", "torch", "diffusers", "transformers")
 _TRUSTED = ("torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
 """Packages whose own wrappers around a method are no patch of it."""
@@ -104,17 +107,20 @@ def rounded_to(weight: torch.Tensor, narrow: torch.dtype) -> bool:
     flat = weight.flatten()
     step = max(flat.numel() // SAMPLE, 1)
     values = flat[::step][:SAMPLE].cpu().double()
-    if values.unique().numel() < 16 or not bool(values.isfinite().all()):
-        return False  # zeros, ones: of any dtype
-    largest = float(flat.abs().max())
-    top = torch.finfo(narrow).max
-    slack = torch.finfo(weight.dtype).eps
-    for scale in (1.0, largest / top):
-        scaled = values / scale
+    few = values[:: max(values.numel() // FEW, 1)]
+    top, slack = torch.finfo(narrow).max, torch.finfo(weight.dtype).eps
+
+    def fits(some: torch.Tensor, scale: float) -> bool:
+        scaled = some / scale
         near = scaled.to(torch.float32).to(narrow).double()
-        if bool(((near - scaled).abs() <= slack * scaled.abs()).all()):
-            return True
-    return False
+        return bool(((near - scaled).abs() <= slack * scaled.abs()).all())
+
+    if not bool(values.isfinite().all()):
+        return False
+    scales = [scale for scale in (1.0, float(flat.abs().max()) / top) if fits(few, scale)]
+    if not scales or values.unique().numel() < 16:
+        return False  # zeros, ones: of any dtype
+    return any(fits(values, scale) for scale in scales)
 
 
 # --- patched -----------------------------------------------------------------------------------

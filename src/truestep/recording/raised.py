@@ -120,16 +120,18 @@ def raised_stages(
     steps: Iterable[int] | None,
     precision: str,
     only: Iterable[str] | None = None,
+    in_order: bool | None = None,
 ) -> Replay:
-    """Replay stages of a pipeline that is raised already; by default those that were recorded.
+    """Replay stages of a pipeline that is raised already: those of `only` that were recorded, or,
+    where none was yet, all of them.
 
     Guidance is kept at the same steps as the predictions.
     """
     chosen = chosen_steps(recording, steps)
-    if only is None:
-        prefix = f"{precision}/"
-        only = {address(name).stage for name in recording if name.startswith(prefix)}
-    found = replay(lifted, recording, steps=chosen, only=only)
+    prefix = f"{precision}/"
+    recorded = {address(name).stage for name in recording if name.startswith(prefix)}
+    only = recorded if only is None else set(only) & (recorded or set(only))
+    found = replay(lifted, recording, steps=chosen, only=only, in_order=in_order)
     return Replay(
         outputs={
             f"{precision}/{name}": value

@@ -85,7 +85,7 @@ def record_pipeline(
     from truestep.recording.judging import refuse_empty_run
     from truestep.recording.manifest import Manifest
     from truestep.recording.raised import raised_precision, raised_replay
-    from truestep.recording.replay import default_steps
+    from truestep.recording.replay import floor_steps
     from truestep.runtime.pipeline import generate
 
     implementation = examine(pipe)
@@ -97,7 +97,7 @@ def record_pipeline(
     refuse_empty_run(capture.tensors, where=case.id)
     precision = raised_precision(pipe.settings.dtype)
     if precision and floor != "none":
-        steps = default_steps(capture.tensors)
+        steps = floor_steps(capture.tensors)
         lifted = raised_replay(pipe, capture.tensors, steps=steps, precision=precision)
         capture.tensors.update(lifted.outputs)
     measured = (

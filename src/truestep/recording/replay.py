@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -26,6 +28,7 @@ from truestep.runtime.pipeline import (
     Texts,
     connect,
     encode,
+    forget,
     guide,
     schedule,
     show,
@@ -44,6 +47,8 @@ class Replay:
     Attributes:
         outputs: By the name of the recorded tensor that each answers to.
         failures: What a stage raised instead.
+        again: What some steps of each expert gave when they were predicted once more, after others,
+            and the texts when they were encoded once more.
         effects: Where the text's length differs from the recorded one: text name to (prediction
             name, prediction made with the pipeline's own text). Rows of padding cannot be compared
             element by element, but what the model makes of them can.
@@ -51,6 +56,7 @@ class Replay:
 
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    again: dict[str, torch.Tensor] = field(default_factory=dict)
     effects: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
 
     def attempt(self, name: str, run: Callable[[], object]) -> None:
@@ -62,10 +68,10 @@ class Replay:
         except FOREIGN as error:  # whatever a candidate's stage raises is that stage's outcome
             self.failures[name] = one_line(error)
 
-    def keep(self, name: str, run: Callable[[], Value]) -> None:
-        """Run a stage and keep a host copy of its output."""
-
-        self.attempt(name, lambda: show(Kept(self.outputs), name, run()))
+    def keep(self, name: str, run: Callable[[], Value], *, kept: bool = True) -> None:
+        """Run a stage and keep a host copy of its output, where it is asked for."""
+        watch = Kept(self.outputs) if kept else Observer()
+        self.attempt(name, lambda: show(watch, name, run()))
 
 
 class Kept(Observer):
@@ -157,21 +163,34 @@ def require_run(recording: Mapping[str, torch.Tensor], *, where: str) -> None:
         )
 
 
-def default_steps(recording: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    """First, middle and last step, and both sides of an expert switch."""
+def floor_steps(recording: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """First, middle and last step: where benign runs predict."""
     total = steps_recorded(recording)
-    chosen = {0, total // 2, total - 1}
-    experts = recording["schedule/experts"]
-    switches = (experts[1:] != experts[:-1]).nonzero().flatten().tolist()
-    for switch in switches:
-        chosen |= {switch, switch + 1}
+    return tuple(sorted({0, total // 2, total - 1}))
+
+
+def default_steps(recording: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """First and last step of every expert, and three in a row: halfway, or beside a switch.
+
+    What a model keeps from one step to the next acts only where a step follows its neighbour; of
+    three in a row a cache that answers every other step answers one, whichever it begins with.
+    """
+    experts = recording["schedule/experts"].tolist()[: steps_recorded(recording)]
+    switches = [step for step in range(1, len(experts)) if experts[step] != experts[step - 1]]
+    ends = [0, *switches, len(experts)]
+    chosen: set[int] = set()
+    for begin, end in pairwise(ends):
+        beside = begin if begin else end - 3
+        row = (begin + end) // 2 - 1 if len(ends) == 2 else beside
+        inside = (step for step in range(row, row + 3) if begin <= step < end)
+        chosen |= {begin, end - 1, *inside}
     return tuple(sorted(chosen))
 
 
 def chosen_steps(
     recording: Mapping[str, torch.Tensor], steps: Iterable[int] | None
 ) -> tuple[int, ...]:
-    """Steps to predict at: the given ones, or the default.
+    """Steps to predict at: the given ones, or `default_steps`.
 
     Raises:
         UsageError: A step is out of range.
@@ -195,6 +214,9 @@ def replay(
     *,
     steps: Iterable[int] | None = None,
     only: Iterable[str] = STAGES,
+    thinned: bool = False,
+    again: bool = False,
+    in_order: bool | None = None,
     progress: Progress | None = None,
     label: str = "replay",
 ) -> Replay:
@@ -203,8 +225,12 @@ def replay(
     Args:
         pipe: The pipeline under test; its settings say what it would generate.
         recording: A full recording of the same case.
-        steps: Where predictions are made; default first, middle, last and around expert switches.
+        steps: Where predictions are made; default `default_steps`.
         only: Stages to run.
+        thinned: Keep guidance and update at `steps` only, not at every step.
+        again: Also encode the texts, and predict one or two steps of each expert, a second time.
+        in_order: Predict at every step up to the last of `steps`, as a model that keeps state needs
+            it; None is where it says so (`keeps_state`).
         progress: Told about each forward.
         label: What the progress is called.
 
@@ -215,12 +241,14 @@ def replay(
     _check_parts(pipe, recording)
     result, wanted = Replay(), set(only)
     chosen = chosen_steps(recording, steps)
+    kept = set(chosen) if thinned else None
     recorded = recorded_schedule(recording)
     with torch.no_grad():
         pipe.prepare(pipe)
+        forget(pipe)
         keep = Kept(result.outputs)
+        alone = pipe if pipe.connect is None else replace(pipe, connect=None)
         if "text" in wanted:
-            alone = pipe if pipe.connect is None else replace(pipe, connect=None)
             result.attempt("text/cond", lambda: encode(alone, keep))
         if "connector" in wanted and pipe.connect is not None:
             texts = recorded_texts(pipe, recording, "text")
@@ -238,14 +266,22 @@ def replay(
         like = own[0] if own else None
         experts = result.outputs.get("schedule/experts", recorded.experts)
         if "prediction" in wanted:
-            _predictions(pipe, recording, recorded, experts, chosen, result, like, progress, label)
+            predict_at = predict_steps(pipe, chosen, in_order=in_order)
+            source = _Inputs(recording, recorded, experts, like)
+            _predictions(pipe, source, predict_at, result.outputs, result, progress, label)
             _text_effects(
                 pipe, recording, recorded_step(pipe, recorded, chosen[0], experts), result
             )
+            if again:
+                forget(pipe)
+                repeated = _repeated(source, predict_at, in_order=predict_at != chosen)
+                _predictions(pipe, source, repeated, result.again, result, first_pass=True)
+        if again and "text" in wanted:
+            result.attempt("text/cond", lambda: encode(alone, Kept(result.again)))
         if "guidance" in wanted:
-            _guidance(pipe, recording, recorded, result, like)
+            _guidance(pipe, recording, recorded, result, like, kept)
         if "update" in wanted:
-            _updates(pipe, recording, recorded, result, like)
+            _updates(pipe, recording, recorded, result, like, kept)
         if "decoding" in wanted and "video/frames" in recording:
             final = given(pipe, recording, "latent/final")
             result.attempt("video/frames", lambda: show_decoded(keep, pipe.decode(pipe, final)))
@@ -289,49 +325,96 @@ def recorded_step(pipe: Pipeline, recorded: Schedule, index: int, experts: torch
     )
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What predictions are made from: the recording, its schedule, the expert of each step, and a
+    latent whose order in memory the recorded ones are given."""
+
+    recording: Mapping[str, torch.Tensor]
+    schedule: Schedule
+    experts: torch.Tensor
+    like: Value | None
+
+
+def keeps_state(pipe: Pipeline) -> bool:
+    """Whether a transformer says that it keeps something from step to step (diffusers' caches)."""
+    return any(bool(getattr(pipe.expert(number), "is_cache_enabled", False)) for number in (1, 2))
+
+
+def predict_steps(
+    pipe: Pipeline, chosen: Sequence[int], *, in_order: bool | None = None
+) -> tuple[int, ...]:
+    """Steps at which a pipeline predicts, where it is to be judged at the chosen ones.
+
+    What keeps state is wrong at a step whose predecessors it did not see.
+    """
+    follows = keeps_state(pipe) if in_order is None else in_order
+    return tuple(range(max(chosen) + 1)) if follows else tuple(chosen)
+
+
+def _repeated(source: _Inputs, steps: Sequence[int], *, in_order: bool) -> tuple[int, ...]:
+    """Steps of each expert to predict once more, after all others.
+
+    The last two that followed their neighbours, backwards: what was kept from a neighbour shows,
+    since now they follow another step. The first of its expert where there is none, or where steps
+    only count in order.
+    """
+    expert = {step: int(source.experts[step]) for step in steps if step < len(source.experts)}
+    repeated: list[int] = []
+    for number in dict.fromkeys(expert.values()):
+        own = [step for step in steps if expert.get(step) == number]
+        followed = [step for step in own[:-1] if step - 1 in own]
+        repeated += own[:1] if in_order or not followed else followed[:-3:-1]
+    return tuple(repeated)
+
+
 def _predictions(
     pipe: Pipeline,
-    recording: Mapping[str, torch.Tensor],
-    recorded: Schedule,
-    experts: torch.Tensor,
-    chosen: tuple[int, ...],
+    source: _Inputs,
+    steps: Sequence[int],
+    outputs: dict[str, torch.Tensor],
     result: Replay,
-    like: Value | None,
-    progress: Progress | None,
-    label: str,
+    progress: Progress | None = None,
+    label: str = "",
+    *,
+    first_pass: bool = False,
 ) -> None:
+    """Predict at steps, in order, into `outputs`; failures are the result's.
+
+    `first_pass` leaves the other passes out, where each is a forward of its own.
+    """
+    recording, like = source.recording, source.like
     stage = "text" if pipe.connect is None else "connector"
     runnable = [
         branch for branch in pipe.passes(pipe) if f"{stage}/{text_branch(branch)}" in recording
     ]
-    for done, index in enumerate(chosen):
-        step = recorded_step(pipe, recorded, index, experts)
+    if first_pass and not _together(pipe):
+        runnable = runnable[:1]
 
-        def planned(step: Step = step) -> None:
-            latent = given(pipe, recording, step_name(step.index, "latent"), like=like)
-            texts = recorded_texts(pipe, recording, stage)
-            made = pipe.predict_passes(pipe, latent, step, texts, runnable)
-            for branch, prediction in made.items():
-                show(Kept(result.outputs), step_name(step.index, branch), prediction)
+    def together(step: Step) -> None:
+        latent = given(pipe, recording, step_name(step.index, "latent"), like=like)
+        texts = recorded_texts(pipe, recording, stage)
+        made = pipe.predict_passes(pipe, latent, step, texts, runnable)
+        for branch, prediction in made.items():
+            show(Kept(outputs), step_name(step.index, branch), prediction)
 
+    def alone(step: Step, branch: Branch) -> None:
+        latent = given(pipe, recording, step_name(step.index, "latent"), like=like)
+        text = given(pipe, recording, f"{stage}/{text_branch(branch)}")
+        prediction = pipe.predict(pipe, latent, step, text, branch)
+        show(Kept(outputs), step_name(step.index, branch), prediction)
+
+    for done, index in enumerate(steps):
+        step = recorded_step(pipe, source.schedule, index, source.experts)
         if pipe.skips(pipe, index) and index:
             pass
         elif _together(pipe) and len(runnable) > 1:
-            result.attempt(step_name(index, "cond"), planned)
+            result.attempt(step_name(index, "cond"), partial(together, step))
         else:
             for branch in runnable:
-                result.keep(
-                    step_name(index, branch),
-                    lambda s=step, b=branch: pipe.predict(  # type: ignore[misc]
-                        pipe,
-                        given(pipe, recording, step_name(s.index, "latent"), like=like),
-                        s,
-                        given(pipe, recording, f"{stage}/{text_branch(b)}"),
-                        b,
-                    ),
-                )
+                result.attempt(step_name(index, branch), partial(alone, step, branch))
         if progress:
-            progress(label, done + 1, len(chosen))
+            progress(label, done + 1, len(steps))
 
 
 def _together(pipe: Pipeline) -> bool:
@@ -369,6 +452,7 @@ def _guidance(
     recorded: Schedule,
     result: Replay,
     like: Value | None,
+    kept: Collection[int] | None,
 ) -> None:
     """Combine the recorded branches at every step; unguided, the prediction passes through."""
     adaptive = Adaptive(pipe.settings, len(recorded.timesteps))
@@ -390,7 +474,8 @@ def _guidance(
             }
             return guide(pipe, step, made, adaptive, skipped=skipped)
 
-        result.keep(step_name(index, "guided"), combined)
+        if kept is None or index in kept or adaptive.on:
+            result.keep(step_name(index, "guided"), combined, kept=kept is None or index in kept)
 
 
 def _updates(
@@ -399,6 +484,7 @@ def _updates(
     recorded: Schedule,
     result: Replay,
     like: Value | None,
+    kept: Collection[int] | None,
 ) -> None:
     """Drive a freshly reset scheduler through all steps on recorded latents and predictions."""
     total = len(recorded.timesteps)
@@ -423,4 +509,5 @@ def _updates(
         result.keep(
             name,
             lambda s=step, g=guided, z=latent: pipe.update(pipe, s, g, z),  # type: ignore[misc]
+            kept=kept is None or index in kept,
         )

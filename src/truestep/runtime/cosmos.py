@@ -141,7 +141,7 @@ def _limits(pipe: Pipeline) -> tuple[int, int, int]:
 
 
 def encode_text(pipe: Pipeline, prompts: list[str]) -> torch.Tensor:
-    """Prompts, as they are, to embeddings `b l c` by the settings' recipe.
+    """Prompts, as they are, to embeddings `b l c` by the settings' recipe; a row a video.
 
     A negative prompt that is not given is empty; diffusers' pipeline then takes the
     `DEFAULT_NEGATIVE_PROMPT` of its file, which is to be written into the case.
@@ -152,7 +152,7 @@ def encode_text(pipe: Pipeline, prompts: list[str]) -> torch.Tensor:
         prompts,
         max_length=pipe.settings.max_sequence_length,
         device=pipe.device,
-    )
+    ).repeat_interleave(pipe.settings.videos_per_prompt or 1, 0)
 
 
 def make_schedule(pipe: Pipeline) -> Schedule:
@@ -168,7 +168,7 @@ def make_schedule(pipe: Pipeline) -> Schedule:
 def _latent_shape(pipe: Pipeline) -> tuple[int, int, int, int, int]:
     settings, vae = pipe.settings, pipe.vae.config
     return (
-        1,
+        settings.videos_per_prompt or 1,
         pipe.transformer.config.in_channels,
         (settings.num_frames - 1) // vae.temporal_compression_ratio + 1,
         settings.height // vae.spatial_compression_ratio,
@@ -177,7 +177,7 @@ def _latent_shape(pipe: Pipeline) -> tuple[int, int, int, int, int]:
 
 
 def make_latent(pipe: Pipeline) -> torch.Tensor:
-    """Normal noise `1 c f h w` of deviation `sigma_max`, float32, from a CPU generator."""
+    """Normal noise `b c f h w` of deviation `sigma_max`, float32, from a CPU generator."""
     generator = torch.Generator("cpu").manual_seed(pipe.settings.seed)
     noise = torch.randn(_latent_shape(pipe), generator=generator, dtype=torch.float32)
     made: torch.Tensor = noise.to(pipe.device) * pipe.scheduler.config.sigma_max

@@ -54,7 +54,11 @@ def load(case: Case) -> Pipeline:
 
 def _refuse_audio_video(case: Case, folder: Path) -> None:
     """Refuse controls of audio-video models in a case of another family."""
-    own = [name for name in AudioVideo.model_fields if getattr(case.settings, name) is not None]
+    own = [
+        name
+        for name in AudioVideo.model_fields
+        if name != "videos_per_prompt" and getattr(case.settings, name) is not None
+    ]
     if case.settings.text_recipe == "per_branch_connector":
         own = [*own, "text_recipe"]
     if own:

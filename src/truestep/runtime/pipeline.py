@@ -417,6 +417,7 @@ def generate(
     watch = observer or Observer()
     with torch.no_grad():
         pipe.prepare(pipe)
+        forget(pipe)
         with watch.timed("text", pipe.device):
             text = encode(pipe, watch)
         with watch.timed("schedule", pipe.device):
@@ -431,6 +432,17 @@ def generate(
             decoded = pipe.decode(pipe, latent)
         show_decoded(watch, decoded)
         return decoded
+
+
+def forget(pipe: Pipeline) -> None:
+    """Begin a run without what diffusers' caches kept of the one before.
+
+    Source:
+        diffusers 0.42.1, pipelines/pipeline_utils.py: `maybe_free_model_hooks`, which ends a run.
+    """
+    for model in (pipe.transformer, pipe.transformer_2):
+        if getattr(model, "is_cache_enabled", False):
+            model._reset_stateful_cache()
 
 
 def show_decoded(observer: Observer, decoded: Value) -> None:

@@ -41,6 +41,7 @@ def prepare(pipe: Pipeline) -> None:
             measured=f"it must be 1 more than a multiple of {temporal}",
             hint=f"--set num_frames={fitting}",
         )
+    _check_positions(pipe)
     if settings.guidance_scale_2 is not None and pipe.boundary_ratio is None:
         raise CaseError(
             "guidance_scale_2 is set, but the model has one expert",
@@ -54,6 +55,30 @@ def prepare(pipe: Pipeline) -> None:
     follow_plan(pipe)
 
 
+def _check_positions(pipe: Pipeline) -> None:
+    """Refuse a size beyond the last position that the rotary embedding knows.
+
+    Source:
+        diffusers 0.42.1, models/transformers/transformer_wan.py: `WanRotaryPosEmbed` slices tables
+        of `rope_max_seq_len` positions, whose views then do not fit.
+    """
+    config, vae = pipe.first_transformer.config, pipe.vae.config
+    largest = [config.rope_max_seq_len * patch for patch in config.patch_size]
+    pixels = {
+        "num_frames": (largest[0] - 1) * vae.scale_factor_temporal + 1,
+        "height": largest[1] * vae.scale_factor_spatial,
+        "width": largest[2] * vae.scale_factor_spatial,
+    }
+    for key, have, limit in zip(pixels, _latent_size(pipe), largest, strict=True):
+        if have > limit:
+            raise CaseError(
+                f"{key} {getattr(pipe.settings, key)} does not fit the model",
+                measured=f"it must be {pixels[key]} at most: its rotary embedding has "
+                f"{config.rope_max_seq_len:,} positions an axis",
+                hint=f"--set {key}={pixels[key]}",
+            )
+
+
 def clean(prompt: str) -> str:
     """Normalise a prompt exactly as diffusers' Wan pipeline does (ftfy, entities, white space)."""
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -63,14 +88,14 @@ def clean(prompt: str) -> str:
 
 
 def encode_text(pipe: Pipeline, prompts: list[str]) -> torch.Tensor:
-    """Prompts to embeddings `b l c` by the settings' recipe."""
+    """Prompts to embeddings `b l c` by the settings' recipe; a row a video."""
     return RECIPES[pipe.settings.text_recipe](
         pipe.tokenizer,
         pipe.text_encoder,
         [clean(prompt) for prompt in prompts],
         max_length=pipe.settings.max_sequence_length,
         device=pipe.device,
-    )
+    ).repeat_interleave(pipe.settings.videos_per_prompt or 1, 0)
 
 
 def configured_scheduler(scheduler: Any, settings: RunSettings) -> Any:
@@ -111,17 +136,21 @@ def make_schedule(pipe: Pipeline) -> Schedule:
     return Schedule(pipe.scheduler.sigmas, timesteps, experts)
 
 
-def make_latent(pipe: Pipeline) -> torch.Tensor:
-    """Standard normal noise `1 c f h w`, float32, from a CPU generator with the case's seed."""
-    settings = pipe.settings
-    config = pipe.vae.config
-    shape = (
-        1,
-        pipe.first_transformer.config.in_channels,
+def _latent_size(pipe: Pipeline) -> tuple[int, int, int]:
+    """Frames, height and width of the latent."""
+    settings, config = pipe.settings, pipe.vae.config
+    return (
         (settings.num_frames - 1) // config.scale_factor_temporal + 1,
         settings.height // config.scale_factor_spatial,
         settings.width // config.scale_factor_spatial,
     )
+
+
+def make_latent(pipe: Pipeline) -> torch.Tensor:
+    """Standard normal noise `b c f h w`, float32, from a CPU generator with the case's seed."""
+    settings = pipe.settings
+    channels = pipe.first_transformer.config.in_channels
+    shape = (settings.videos_per_prompt or 1, channels, *_latent_size(pipe))
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(pipe.device)
 
