@@ -18,6 +18,7 @@ import torch
 
 from truestep.checking import build_side
 from truestep.comparison.matching import build_comparison, compare_tensors
+from truestep.comparison.plain import plain
 from truestep.environment import Environment, library_version
 from truestep.errors import FOREIGN, UsageError, one_line, surviving
 from truestep.noise import NoiseFloor, NoiseRun, pair_of
@@ -177,7 +178,7 @@ def _samples(recording: Recording) -> list[dict[str, torch.Tensor]]:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return plain(tensor).to("cpu", copy=True).contiguous()
 
 
 def _named(result: Any) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from tests.counting import calls, calls_of
 from truestep.comparison.sketch import sketch
-from truestep.errors import FileFormatError, WriteError
+from truestep.errors import FileFormatError, UsageError, WriteError
 from truestep.recording.capture import tensor_table
 from truestep.recording.format import Recording, moments, sha256_of
 from truestep.recording.header import read_header
@@ -391,3 +391,22 @@ def test_others_may_read_it(tmp_path: Path) -> None:
 def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
     path = tmp_path / "r.safetensors"
     assert recording({"x": torch.ones(3)}).save(path) == sha256_of(path)
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_change_in_memory_is_seen_where_the_tensor_is_next_used(
+    on_disk: bool, tmp_path: Path
+) -> None:
+    rec = recording({"x": torch.randn(9, 4), "y": torch.ones(2)})
+    if on_disk:
+        rec.save(tmp_path / "r.safetensors")
+        rec = Recording.open(tmp_path / "r.safetensors")
+    before = rec["x"].clone()
+    assert torch.equal(rec["x"], before)
+    rec["x"][3, 1] += 1
+    with pytest.raises(UsageError, match="tensor 'x' of a recording was changed in memory"):
+        rec["x"]
+    assert torch.equal(rec["y"], torch.ones(2))
+    if on_disk:
+        rec.release("x")
+        assert torch.equal(rec["x"], before)

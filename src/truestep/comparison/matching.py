@@ -12,6 +12,7 @@ import torch
 from truestep import noise
 from truestep.comparison.distance import distance, distance_to_itself, is_constant, same_bits
 from truestep.comparison.modality import in_seconds, modalities, told_apart, with_modalities
+from truestep.comparison.plain import plain
 from truestep.comparison.structure import bulk, structure
 from truestep.environment import library_version
 from truestep.errors import UsageError
@@ -67,17 +68,20 @@ def compare_tensors(
     rows: list[dict[str, Any]] = []
     measured: list[Measured] = []
     for name in [*reference, *(name for name in actual if name not in reference)]:
-        a, r = actual.get(name), reference.get(name)
+        a, r = (
+            None if tensor is None else plain(tensor, name)
+            for tensor in (actual.get(name), reference.get(name))
+        )
         base = row_fields(name, a, r, describe(name))
         if a is None or r is None:
             rows.append({**base, **one_sided(a)})
             continue
         same = a.shape == r.shape and same_bits(a, r)
-        plain = _plain(a, r, floor_of(name, a, r, structure=not same), same=same)
-        if isinstance(plain, Measured):
-            measured.append(plain)
-            plain = {"metrics": plain.metrics, "note": dtype_note(a, r)}
-        rows.append({**base, **plain})
+        found = _without_rule(a, r, floor_of(name, a, r, structure=not same), same=same)
+        if isinstance(found, Measured):
+            measured.append(found)
+            found = {"metrics": found.metrics, "note": dtype_note(a, r)}
+        rows.append({**base, **found})
     outcomes = iter(judge(measured))
     tests = sum(len(item.values()) for item in measured)
     return [_judged(row, outcomes, tests=tests) for row in rows]
@@ -163,7 +167,7 @@ def _analytic(own: str, theirs: str, pair: str) -> noise.Floor:
     return noise.analytic_floor(first, noise.coarser(theirs, second), asked=asked)
 
 
-def _plain(
+def _without_rule(
     actual: torch.Tensor, reference: torch.Tensor, floor: noise.Floor, *, same: bool
 ) -> dict[str, Any] | Measured:
     """What needs no rule to be judged, or the measured pair for the rule."""

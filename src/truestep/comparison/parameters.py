@@ -15,6 +15,7 @@ import torch
 
 from truestep.comparison.distance import distance, same_bits
 from truestep.comparison.matching import likely, one_sided, row_fields, shape_note
+from truestep.comparison.plain import plain
 from truestep.comparison.rounding import (
     Rounding,
     called,
@@ -75,7 +76,10 @@ def compare_parameters(
     used: set[str] = set()
     rows: list[Row] = []
     for name in [*reference, *(name for name in actual if name not in reference)]:
-        a, r = actual.get(name), reference.get(name)
+        a, r = (
+            None if tensor is None else plain(tensor, name)
+            for tensor in (actual.get(name), reference.get(name))
+        )
         fields = row_fields(name, a, r, Address())
         if a is None or r is None:
             if not _BESIDE.search(name):

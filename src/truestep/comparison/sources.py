@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from truestep.comparison.plain import plain
 from truestep.errors import FileFormatError, UsageError
 from truestep.magic import what_is
 from truestep.reading import reason
@@ -110,7 +111,7 @@ def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
             f"{name} is a {'meta' if tensor.is_meta else kind} tensor, which cannot be compared",
             hint="" if tensor.is_meta else _PLAIN_BY.get(kind, "give tensor.to_dense()"),
         )
-    return tensor.detach()
+    return plain(tensor, name)
 
 
 def _from_numpy(array: np.ndarray[Any, Any], name: str) -> torch.Tensor:

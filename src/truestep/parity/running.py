@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from truestep.comparison.plain import plain
 from truestep.environment import Environment
 from truestep.errors import (
     FOREIGN,
@@ -210,7 +211,7 @@ def _compare(run: Run) -> BaseException | None:
             failures.append(error)
             raise
         made.update(
-            {f"sample/{index:04d}/output/{k}": v.detach().clone() for k, v in found.items()}
+            {f"sample/{index:04d}/output/{k}": plain(v, k).clone() for k, v in found.items()}
         )
         return found
 

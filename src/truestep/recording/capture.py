@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from truestep.comparison.plain import plain
 from truestep.environment import Environment, watch_attention
 from truestep.recording.manifest import TensorEntry
 from truestep.recording.names import address
@@ -40,7 +41,7 @@ class Capture(Observer):
 
     def tensor(self, name: str, value: torch.Tensor) -> None:
         """Keep a real copy: later in-place work cannot reach it."""
-        self.tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        self.tensors[name] = plain(value, name).to("cpu", copy=True).contiguous()
 
     def step_done(self, index: int, total: int) -> None:
         """Report the step."""

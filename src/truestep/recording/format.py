@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from truestep.comparison.plain import plain
 from truestep.comparison.sketch import sketch
-from truestep.errors import FileFormatError, WriteError
+from truestep.errors import FileFormatError, UsageError, WriteError
 from truestep.files import beside, settle
 from truestep.recording import header as headers
 from truestep.recording.header import TORCH_NAMES, Header, Packed, Slot, digest, manifest_digest
@@ -41,8 +42,9 @@ class _NoTensorError(KeyError):
 class Recording(Mapping[str, torch.Tensor]):
     """What one run produced: a read-only mapping from tensor name to tensor, with a manifest.
 
-    Opened from a file, a tensor is mapped when first asked for, and its digest is checked then.
-    Tensors share the file's pages: do not write to them.
+    Opened from a file, a tensor is mapped when first asked for. Tensors share the file's pages, or
+    the memory of what was recorded: do not write to them. The digest of a tensor is checked each
+    time that it is asked for, so that nothing is judged by what a candidate left there.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Recording(Mapping[str, torch.Tensor]):
             if source and packed
             else dict.fromkeys(self._digests if source else self._tensors)
         )
+        self._seen = {name: digest(bytes_of(tensor)) for name, tensor in self._tensors.items()}
 
     @property
     def path(self) -> Path | None:
@@ -89,6 +92,7 @@ class Recording(Mapping[str, torch.Tensor]):
     @classmethod
     def in_memory(cls, tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> Recording:
         """A recording that is not on disk; below level `full` only what stands for each is kept."""
+        tensors = {name: plain(tensor, name).to("cpu") for name, tensor in tensors.items()}
         if manifest.level == "full":
             return cls(manifest, tensors=tensors)
         if set(tensors) != {entry.name for entry in manifest.tensors}:
@@ -112,12 +116,23 @@ class Recording(Mapping[str, torch.Tensor]):
         return write(path, self)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._tensors:
+        tensor = self._tensors.get(name)
+        if tensor is None:
             if self._source is None or name not in self._source.header.tensors:
                 raise _NoTensorError(name, self._names)
             known = self._source.header.tensors[name].digest or self._digests[name]
-            self._tensors[name] = self._source.read(name, known)
-        return self._tensors[name]
+            tensor = self._tensors[name] = self._source.read(name, known)
+            slow = known.startswith(headers.SHA256)
+            self._seen[name] = digest(bytes_of(tensor)) if slow else known
+        elif digest(bytes_of(tensor)) != self._seen[name]:
+            raise UsageError(
+                f"tensor {name!r} of a recording was changed in memory",
+                where=str(self.path or "a recording in memory"),
+                measured="its bytes are not those that were recorded",
+                likely="a candidate wrote to it in place, or to memory that it shares",
+                hint="give what runs copies: tensor.clone()",
+            )
+        return tensor
 
     def release(self, name: str) -> None:
         """Forget a mapped tensor and let its pages go; whoever holds it reads the file again.

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 
+from truestep.comparison.plain import plain
 from truestep.errors import FOREIGN, FileFormatError, TruestepError, UsageError, one_line
 from truestep.recording.capture import Progress
 from truestep.recording.names import STAGES, step_name
@@ -86,7 +87,7 @@ class Kept(Observer):
     def tensor(self, name: str, value: torch.Tensor) -> None:
         """Keep a copy, where the name is wanted."""
         if self._names is None or name in self._names:
-            self._outputs[name] = value.detach().to("cpu", copy=True)
+            self._outputs[name] = plain(value, name).to("cpu", copy=True)
 
 
 def steps_recorded(recording: Mapping[str, torch.Tensor]) -> int:

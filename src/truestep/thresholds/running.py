@@ -9,6 +9,7 @@ import torch
 
 from truestep.case import Case
 from truestep.comparison.audio import sample_rate_of
+from truestep.comparison.plain import plain
 from truestep.errors import FOREIGN, TruestepError, one_line
 from truestep.runtime.pipeline import Observer, Pipeline, apply_change, generate
 from truestep.thresholds.file import Limits, Thresholds, limits_of
@@ -29,7 +30,7 @@ class _Keep(Observer):
 
     def tensor(self, name: str, value: torch.Tensor) -> None:
         if name in DECODED:
-            self.tensors[name] = value.detach().to("cpu", copy=True)
+            self.tensors[name] = plain(value, name).to("cpu", copy=True)
 
 
 def free_run(pipe: Pipeline) -> dict[str, torch.Tensor]:

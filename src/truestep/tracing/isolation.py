@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from truestep.comparison.plain import plain
 from truestep.noise import NoiseRun
 from truestep.recording.floor import math_kernel, measured_run, one_rounding
 from truestep.recording.names import module_name
@@ -260,7 +261,7 @@ def _sizes(tensor: Tensor) -> list[int]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return plain(tensor).to("cpu", copy=True).contiguous()
 
 
 def _swapped(nest: Any, swaps: Mapping[int, Tensor]) -> Any:

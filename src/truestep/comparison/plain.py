@@ -1,0 +1,28 @@
+"""Tensors as they enter a comparison: their own bytes, whatever class they are of."""
+
+from __future__ import annotations
+
+import torch
+
+from truestep.errors import UsageError
+
+
+def plain(tensor: torch.Tensor, name: str = "a value") -> torch.Tensor:
+    """A tensor without its graph and without what a subclass makes of its operations.
+
+    It shares the memory of the one given. A subclass may overload what compares and copies
+    (`__torch_function__`, `__eq__`), so that it agrees with anything.
+
+    Raises:
+        UsageError: Its elements are not its own memory: sharded, quantised by a library, fake.
+    """
+    kind = type(tensor)
+    if kind is torch.Tensor:
+        return tensor.detach()
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise UsageError(
+            f"{name} is a {kind.__name__}, whose elements only its own class can read",
+            hint="give a plain tensor: tensor.full_tensor(), or tensor.dequantize()",
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(torch.Tensor)
