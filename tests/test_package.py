@@ -87,6 +87,8 @@ LAYERS = (
     "parity",
     "report",
     "cli",
+    "pytest_fixture",
+    "pytest_marked",
     "pytest_plugin",
 )
 """Data flow, first to last: a module imports its own layer and earlier ones at its top level."""
