@@ -55,6 +55,7 @@ LAYERS = (
     "comparison.moments",
     "comparison.latent_gate",
     "comparison.api",
+    "recording.judging",
     "recording.capture",
     "recording.implementation",
     "recording.replay",
