@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 pytest_plugins = ["pytester"]
@@ -167,8 +169,7 @@ def test_an_internal_error_fails(project: pytest.Pytester) -> None:
 def subprocess(project: pytest.Pytester, *args: str) -> pytest.RunResult:
     """As a user runs it, not within a test."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER"):
-            patch.delenv(name, raising=False)
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)
         return project.runpytest_subprocess(*LEAN, "-p", "no:cacheprovider", REQUIRED, *args)
 
 
@@ -240,6 +241,13 @@ def test_under_xdist(
     result = subprocess(project, "-n", "2", *arguments)
     assert result.ret not in (0, None)
     assert {n for n, why in reasons(result).items() if why == "deselected"} == expected
+
+
+def test_a_run_within_a_test_is_not_forked(project: pytest.Pytester) -> None:
+    process = os.getpid()
+    for _ in range(2):
+        run(project)
+    assert os.getpid() == process
 
 
 def test_an_unguarded_run_says_so(project: pytest.Pytester) -> None:

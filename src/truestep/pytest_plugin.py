@@ -25,6 +25,9 @@ from truestep.pytest_marked import MARK, NEVER_REACHED, Marked
 STATE = pytest.StashKey["_Session"]()
 WATCHED: pytest.StashKey[Watched | None] = pytest.StashKey()
 
+RUNS_IN = "TRUESTEP_PYTEST_PID"
+"""Variable that tells a run within a test of another from one in a process of its own."""
+
 
 @dataclass
 class _Session:
@@ -118,9 +121,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, object, object]:
     """Go on in a child process where the run must not end with 0 unjudged, before any test file."""
     options = early_config.known_args_namespace
-    inner = {"PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER"} & set(os.environ)
+    inner = os.environ.get(RUNS_IN) == str(os.getpid()) or "PYTEST_XDIST_WORKER" in os.environ
     if (options.truestep_require_executed or options.truestep_parity) and not inner:
         early_config.stash[WATCHED] = fork("pytest")
+    os.environ[RUNS_IN] = str(os.getpid())
     try:
         return (yield)
     except Exception:  # pytest tells it and ends with this code
