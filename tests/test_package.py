@@ -20,6 +20,7 @@ SOURCE = ROOT / "src" / "truestep"
 LAYERS = (
     "text",
     "errors",
+    "alone",
     "guard",
     "files",
     "reading",

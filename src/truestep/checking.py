@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from truestep.alone import alone
 from truestep.case import Case
 from truestep.environment import library_version
 from truestep.errors import (
@@ -42,6 +43,7 @@ Depth = Literal["steps", "modules", "final"]
 Expect = Literal["same", "different"]
 
 
+@alone()
 def check(
     case: Case,
     reference: Recording | str | Path,
@@ -205,6 +207,7 @@ def _opened(
     return locate_module(pipe, trusted, recording, result, rename=rename)
 
 
+@alone()
 def check_pipeline(
     pipe: Pipeline,
     recording: Recording,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from truestep.alone import alone
 from truestep.checking import build_side
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.comparison.plain import plain
@@ -43,6 +44,7 @@ Function = Callable[..., Any]
 Change = Callable[[Function], AbstractContextManager[Callable[[Tensors], dict[str, torch.Tensor]]]]
 
 
+@alone()
 @surviving("the function")
 def record_function(
     function: Function,
@@ -102,6 +104,7 @@ def record_function(
     return Recording.open(path)
 
 
+@alone()
 def check_function(
     function: Function,
     reference: Recording | str | Path,

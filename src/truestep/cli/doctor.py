@@ -20,7 +20,8 @@ EXTRAS = {
 
 
 @click.command("doctor")
-@click.option("--model", help="Also check that this model is complete.")
+@click.argument("folder", required=False, metavar="[MODEL]")
+@click.option("--model", help="The same as MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="The environment as JSON.")
 @click.option(
     "--recipe",
@@ -30,13 +31,18 @@ EXTRAS = {
 @click.option("--prompt", help="With --recipe and a model instead of a case.")
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
 def command(
+    folder: str | None,
     model: str | None,
     as_json: bool,
     recipe: str | None,
     prompt: str | None,
     change: str | None,
 ) -> None:
-    """Show the environment that decides numbers, and what is missing with how to install it."""
+    """Show the environment that decides numbers, and what is missing with how to install it.
+
+    With MODEL (a folder or hub id) also whether it is complete, and whether all that it needs can
+    be imported.
+    """
     import json
 
     from truestep.environment import Environment, attention_kernel, library_version
@@ -56,6 +62,7 @@ def command(
     for package, (extra, purpose) in EXTRAS.items():
         if library_version(package) is None:
             problems.append(f"{package} is missing ({purpose}): pip install 'truestep[{extra}]'")
+    model = model or folder
     if model is not None:
         problems += _model_problems(model)
     for problem in problems:
@@ -88,8 +95,27 @@ def _model_problems(model: str) -> list[str]:
             continue  # none is run: see NOTES
         if not isinstance(kind, list) or kind[:1] in ([], [None]):
             continue
+        problems += _import_problems(part, kind)
         problems += _component_problems(folder / part)
     return problems
+
+
+def _import_problems(part: str, kind: list[str]) -> list[str]:
+    """Why a component's class cannot be had here; nothing of its weights is read."""
+    from truestep.errors import one_line
+    from truestep.runtime.loading import component_class, import_error
+
+    try:
+        component_class(part, kind)
+    except (ValueError, RuntimeError, ImportError, AttributeError) as error:
+        absent = import_error(error)
+        if absent is None:
+            return [f"{part}: {one_line(error)}"]
+        package = (absent.name or "").partition(".")[0]
+        lacks = package and isinstance(absent, ModuleNotFoundError)
+        fix = f": pip install {package}" if lacks else ""
+        return [f"{part}: {'.'.join(kind)} cannot be imported: {one_line(absent)}{fix}"]
+    return []
 
 
 def _component_problems(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from truestep.alone import alone
 from truestep.case import Case
 from truestep.checking import check_pipeline
 from truestep.comparison.distance import same_bits
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from truestep.recording.capture import Progress
 
 
+@alone()
 @surviving("the model")
 def ablate(
     case: Case, *, reference: str, candidate: str, progress: Progress | None = None
@@ -115,6 +117,7 @@ def ablate(
     )
 
 
+@alone()
 @surviving("the model")
 def compare_profiles(case: Case, *, progress: Progress | None = None) -> Matrix:
     """Measure how far the profiles are from each other, each with its own noise floor.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from truestep.alone import alone
 from truestep.comparison.plain import plain
 from truestep.environment import Environment
 from truestep.errors import (
@@ -125,6 +126,7 @@ class Run:
         )
 
 
+@alone()
 @surviving("the parity case")
 def run_parity(run: Run) -> Comparison:
     """Run a parity case, filling `run`.

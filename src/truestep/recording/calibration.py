@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from truestep.alone import alone
 from truestep.errors import surviving
 from truestep.noise import FloorLookup, NoiseFloor, NoiseRun, Tail, pair_of, sample_sizes
 from truestep.recording.capture import Progress
@@ -73,6 +74,7 @@ class Calibration:
     stages: tuple[StageTail, ...]
 
 
+@alone()
 @surviving("the pipeline")
 def calibrate(
     pipe: Pipeline,

@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from truestep.alone import alone
 from truestep.case import Case
 from truestep.environment import library_version
 from truestep.errors import surviving
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 FloorChoice = Literal["none", "steps", "final"]
 
 
+@alone()
 @surviving("the model")
 def record(
     case: Case,
@@ -62,6 +64,7 @@ def record(
     return type(recording).open(path)
 
 
+@alone()
 @surviving("the pipeline")
 def record_pipeline(
     pipe: Pipeline,

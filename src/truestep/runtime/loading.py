@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from truestep.alone import alone
 from truestep.case import Case
 from truestep.controls import AudioVideo
 from truestep.environment import usable_device
@@ -31,6 +33,7 @@ NOTES: Mapping[str, str] = {
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
+@alone()
 def load(case: Case) -> Pipeline:
     """Load all components in the case's dtype, as `from_pretrained(torch_dtype=...)` does.
 
@@ -182,17 +185,42 @@ def _part(folder: Path, kind: Sequence[str], *, dtype: Any) -> Any:
     Raises:
         ValueError: The class is neither diffusers' nor transformers': no other code is run.
     """
+    loaded = component_class(folder.name, kind)
+    if folder.name in ("tokenizer", "scheduler"):
+        return loaded.from_pretrained(folder, local_files_only=True)
+    return loaded.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+
+
+def component_class(part: str, kind: Sequence[str]) -> Any:
+    """The class of a component, imported; `kind` is its entry in model_index.json.
+
+    Raises:
+        ValueError: The class is neither diffusers' nor transformers' (no other code is run), or
+            they have none of this name.
+        ImportError: Something that it needs cannot be imported.
+    """
     library, name = kind
     if library == "ltx2":  # diffusers' own pipeline modules
         library = "diffusers.pipelines.ltx2"
     if library.partition(".")[0] not in ("diffusers", "transformers"):
-        raise ValueError(f"{folder.name} is of {library}.{name}, not of diffusers or transformers")
+        raise ValueError(f"{part} is of {library}.{name}, not of diffusers or transformers")
     found = getattr(importlib.import_module(library), name, None)
     if found is None:
         raise ValueError(f"{library} has no class {name}")
-    if folder.name in ("tokenizer", "scheduler"):
-        return found.from_pretrained(folder, local_files_only=True)
-    return found.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    found.from_pretrained  # noqa: B018 - of a stand-in for what is not installed, this raises
+    return found
+
+
+_RAISED = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+)
+"""What the libraries raise over a folder that is damaged, or that they cannot load."""
 
 
 @contextmanager
@@ -200,14 +228,33 @@ def _failures(case: Case, folder: Path) -> Iterator[None]:
     """Whatever the libraries raise over a damaged folder, as one clear error."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except _RAISED as error:
+        absent = import_error(error)
+        if absent is not None:
+            raise ModelLoadError(
+                "a part of the model cannot be imported",
+                where=str(folder),
+                measured=f"{type(absent).__name__}: {absent}",
+                likely="a package that it needs is missing, or of another version: nothing is "
+                "wrong with the folder",
+                hint=f"truestep doctor {shlex.quote(case.model)}",
+            ) from error
         raise ModelLoadError(
             "the model could not be loaded",
             where=str(folder),
             measured=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}",
             likely="a component's folder, weights or configuration is missing or damaged",
-            hint=f"truestep doctor --model {case.model}",
+            hint=f"truestep doctor {shlex.quote(case.model)}",
         ) from error
+
+
+def import_error(error: BaseException | None) -> ImportError | None:
+    """The failed import that an error comes of, if it does; libraries raise others over it."""
+    first = None
+    while error is not None:
+        first = error if isinstance(error, ImportError) else first
+        error = error.__cause__ or error.__context__
+    return first
 
 
 def resolve(case: Case) -> Path:

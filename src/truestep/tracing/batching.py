@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from truestep.alone import alone
 from truestep.case import Case
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.errors import UsageError, surviving
@@ -25,6 +26,7 @@ from truestep.verdict import Comparison, Divergence, Row, Side, Verdict
 Tensor = torch.Tensor
 
 
+@alone()
 @surviving("the model")
 def batch_invariance(
     model: torch.nn.Module,
@@ -82,6 +84,7 @@ def batch_invariance(
     return _named(result, model)
 
 
+@alone()
 @surviving("the model")
 def case_batch_invariance(case: Case, *, apply: Apply | None = None) -> Comparison:
     """Batch invariance of a case's first prediction: prompt and negative prompt in one batch.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from truestep.alone import alone
 from truestep.case import Case
 from truestep.comparison.distance import same_bits
 from truestep.errors import TruestepError, surviving
@@ -91,6 +92,7 @@ class _Until(Observer):
             raise _DoneError
 
 
+@alone()
 @surviving("the model")
 def record_trace(
     case: Case,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from truestep.alone import alone
 from truestep.comparison.matching import build_comparison, compare_tensors, with_divergence
 from truestep.divergence import ROOT, locate, with_kind
 from truestep.errors import FOREIGN, UsageError, surviving
@@ -30,6 +31,7 @@ Tensor = torch.Tensor
 Call = Callable[..., Any]
 
 
+@alone()
 @surviving("the port")
 def replay_trace(
     model: torch.nn.Module,
