@@ -21,6 +21,7 @@ from truestep.rule import SIZES, Measured, Outcome, bounded, judge, rule_of
 from truestep.verdict import (
     Comparison,
     Divergence,
+    FloorUsed,
     Metrics,
     Row,
     Rule,
@@ -31,6 +32,7 @@ from truestep.verdict import (
 )
 
 EXACT = Rule(name="bits/1", text="every tensor agrees bit for bit")
+NOTHING = Rule(name="none/1", text="no distance was judged: what does not agree cannot be compared")
 
 
 def compare_tensors(
@@ -77,7 +79,8 @@ def compare_tensors(
             rows.append({**base, **one_sided(a)})
             continue
         same = a.shape == r.shape and same_bits(a, r)
-        found = _without_rule(a, r, floor_of(name, a, r, structure=not same), same=same)
+        used = floor_of(name, a, r, structure=not same)
+        found = _without_rule(a, r, used, same=same, inner=base["stage"] == "module")
         if isinstance(found, Measured):
             measured.append(found)
             found = {"metrics": found.metrics, "note": dtype_note(a, r)}
@@ -168,9 +171,18 @@ def _analytic(own: str, theirs: str, pair: str) -> noise.Floor:
 
 
 def _without_rule(
-    actual: torch.Tensor, reference: torch.Tensor, floor: noise.Floor, *, same: bool
+    actual: torch.Tensor,
+    reference: torch.Tensor,
+    floor: noise.Floor,
+    *,
+    same: bool,
+    inner: bool,
 ) -> dict[str, Any] | Measured:
-    """What needs no rule to be judged, or the measured pair for the rule."""
+    """What needs no rule to be judged, or the measured pair for the rule.
+
+    Inside of a model (`inner`) two tensors that hold one value everywhere are judged by it: the
+    timestep of every sample is such.
+    """
     if actual.shape != reference.shape:
         return {"verdict": Verdict.INCOMPARABLE, "note": shape_note(actual, reference)}
     if not actual.numel():
@@ -186,7 +198,8 @@ def _without_rule(
     constant = [
         side for side, t in (("actual", actual), ("reference", reference)) if is_constant(t)
     ]
-    if constant and (metrics.max_abs > 0 or len(constant) == 1):
+    equal = metrics.max_abs == 0.0  # in two dtypes
+    if constant and not ((inner or equal) and one_value(actual) and one_value(reference)):
         value = (actual if constant[0] == "actual" else reference).reshape(-1)[0].item()
         text = f"the {' and the '.join(constant)} side holds one value everywhere ({value:g})"
         return {**found, "verdict": Verdict.INVALID, "note": text}
@@ -195,6 +208,13 @@ def _without_rule(
     else:
         tested = {} if floor.tails else bulk(actual, reference)
     return Measured(metrics, floor, tested)
+
+
+def one_value(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds one value everywhere, whole numbers too."""
+    if tensor.is_floating_point():
+        return is_constant(tensor)
+    return bool((tensor == tensor.reshape(-1)[0]).all())
 
 
 def _judged(base: dict[str, Any], outcomes: Iterator[Outcome], *, tests: int) -> Row:
@@ -294,7 +314,7 @@ def build_comparison(
         verdict=verdict,
         sentence=_sentence(verdict, rows, divergence, fields),
         rows=tuple(rows),
-        rule=rule_of(judged, tests=_tests(rows)) if judged else EXACT if rows else rule_of([]),
+        rule=_rule(rows, judged),
         first_divergence=divergence,
         modalities=modalities(rows),
         actual=actual,
@@ -303,6 +323,15 @@ def build_comparison(
         unexpected=tuple(row.name for row in rows if row.reference is None),
         **fields,
     )
+
+
+def _rule(rows: Sequence[Row], judged: Sequence[FloorUsed]) -> Rule:
+    """What judged the rows; that every tensor agrees is said only where every one does."""
+    if judged:
+        return rule_of(judged, tests=_tests(rows))
+    if rows and all(row.verdict is Verdict.IDENTICAL for row in rows):
+        return EXACT
+    return NOTHING
 
 
 def _first_failing(rows: Sequence[Row]) -> Row | None:

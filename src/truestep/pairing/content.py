@@ -158,10 +158,16 @@ def _alike(actual: Tensor, reference: Tensor) -> bool:
     """A quick look at a few elements, which no other layout of the same numbers survives."""
     count = actual.numel()
     places = np.unique(np.linspace(0, count - 1, _PROBES).astype(np.int64) if count else [])
-    x, y = (_at(tensor, places) for tensor in (actual, reference))
+    x, y = (_unit(_at(tensor, places)) for tensor in (actual, reference))
     x, y = x - x.mean(), y - y.mean()
     product = np.linalg.norm(x) * np.linalg.norm(y)
     return bool(len(places) < 8 or not product or abs(x @ y) > 0.9 * product)
+
+
+def _unit(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Values over the largest of them, so that their squares stay inside float64."""
+    peak = float(np.abs(values).max(initial=0.0))
+    return values / peak if 0.0 < peak < math.inf else values
 
 
 def _at(tensor: Tensor, places: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

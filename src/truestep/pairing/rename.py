@@ -32,6 +32,13 @@ def renamed(name: str, rename: Mapping[str, str]) -> str | None:
     return None
 
 
+def numbered(name: str) -> tuple[str, str] | None:
+    """`blocks.*.norm2` and `3` of `blocks.3.norm2`: its first number apart; None without one."""
+    parts = name.split(".")
+    at = _first_number(parts)
+    return None if at is None else (".".join([*parts[:at], "*", *parts[at + 1 :]]), parts[at])
+
+
 def wildcards(names: Mapping[str, str]) -> dict[str, str]:
     """Shorten a map: rules that differ only in one number, the same on both sides, become one.
 

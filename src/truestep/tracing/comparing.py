@@ -13,17 +13,17 @@ from truestep.comparison.distance import distance
 from truestep.comparison.matching import build_comparison, compare_tensors, with_divergence
 from truestep.comparison.moments import moment_rows, sketch_rows
 from truestep.comparison.sources import Source, side_of
-from truestep.divergence import ROOT, with_kind
+from truestep.divergence import with_kind
 from truestep.environment import Environment
 from truestep.errors import UsageError
-from truestep.growth import introduced, origins
+from truestep.growth import Inside, inside, introduced, origins
 from truestep.noise import NoiseFloor, NoiseRun, RunMetrics, pair_of
-from truestep.pairing import Pairing, pair_activations
-from truestep.pairing.rename import renamed
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
-from truestep.recording.names import address, split_call
+from truestep.recording.names import address
+from truestep.tracing.isolation import alike, laid_out
 from truestep.tracing.naming import listed
+from truestep.tracing.trace_names import Named, exchange, fqns, match_inputs, name_modules
 from truestep.verdict import Comparison, Difference, Row, Verdict
 
 PARTIAL = "partial"
@@ -36,10 +36,17 @@ class Streamed(Mapping[str, torch.Tensor]):
     Args:
         tensors: What is read from; pages of a recording go back to the system.
         names: Name here to name there, in order.
+        shapes: Shapes to lay some of them out in, by name here; see `isolation.laid_out`.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        names: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self._tensors, self._names = tensors, dict(names)
+        self._shapes = shapes or {}
         self._last: str | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -47,7 +54,11 @@ class Streamed(Mapping[str, torch.Tensor]):
         if self._last not in (None, stored) and isinstance(self._tensors, Recording):
             self._tensors.release(str(self._last))
         self._last = stored
-        return self._tensors[stored]
+        tensor = self._tensors[stored]
+        if name not in self._shapes:
+            return tensor
+        view = laid_out(tensor, torch.empty(self._shapes[name], device="meta"))
+        return tensor if view is None else view
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -93,35 +104,30 @@ def compare_traces(
     ours, theirs = (
         _loaded(side, label) for side, label in ((actual, "actual"), (reference, "reference"))
     )
-    mapping, notes = _names(ours, theirs, rename)
-    own = {new: old for old, new in mapping.items() if new is not None}
-    scope, left_out = _scope(own, _modules(theirs))
-    kept = {name: name for name in _modules(theirs) if scope(name)}
-    if not kept or not any(scope(name) for name in own):
-        raise UsageError(
-            "the two traces have nothing in common",
-            measured=f"actual: {_span(own)}; reference: {_span(_modules(theirs))}",
-            likely="other steps, branches or models were traced",
-            hint="truestep show TRACE lists what a trace holds",
-        )
-    sides = (
-        _renamed(ours, {name: old for name, old in own.items() if scope(name)}),
-        _renamed(theirs, kept),
-    )
+    names = (_modules(ours), _modules(theirs))
+    named = name_modules(ours, theirs, names, rename)
+    sides, left_out = _paired(ours, theirs, named)
     runs = [_noise_run(side, sides[1]) for side in noise]
     stored = _manifest(theirs).noise_floor
-    floor = NoiseFloor(runs=(*(stored.runs if stored else ()), *runs))
-    rows = _rows(*sides, floor=floor if floor.runs else None, tolerance=tolerance)
-    rows = _gone(_settled(origins(rows)), partial=_partial(ours) or _partial(theirs))
+    runs = [*(stored.runs if stored else ()), *runs]
+    floor = NoiseFloor(runs=tuple(runs)) if runs else None
+    rows = _judged(*sides, floor=floor, tolerance=tolerance)
+    exchanged = exchange(named, rows, ours, theirs, names) if rename is None else None
+    if exchanged is not None:
+        named = exchanged
+        sides, left_out = _paired(ours, theirs, named)
+        rows = _judged(*sides, floor=floor, tolerance=tolerance)
+    seen = inside(rows)
+    rows = _gone(_settled(origins(seen.rows)), partial=_partial(ours) or _partial(theirs))
     result = build_comparison(
         rows,
         actual=side_of(ours),
         reference=side_of(theirs),
         environment_differences=_environment(ours, theirs),
         looked_at=(f"{len({row.fqn for row in rows})} modules", f"{len(rows)} tensors"),
-        not_looked_at=left_out,
-        notes=(*notes, *_cut(ours, "actual"), *_cut(theirs, "reference")),
-        hint=_hint(rows, bool(floor.runs), tolerance),
+        not_looked_at=(*left_out, *_unseen(seen)),
+        notes=(*named.notes, *_undone(seen), *_cut(ours, "actual"), *_cut(theirs, "reference")),
+        hint=_hint(rows, floor is not None, tolerance),
     )
     return _located(result, sides)
 
@@ -160,49 +166,52 @@ def _cut(source: Source, side: str) -> list[str]:
 # --- names -----------------------------------------------------------------------------------
 
 
-def _names(
-    ours: Source, theirs: Source, rename: Mapping[str, str] | None
-) -> tuple[dict[str, str | None], list[str]]:
-    """What each of our tensors is called on the other side; None without a partner."""
-    names, others = _modules(ours), _modules(theirs)
-    inner = [set(_fqns(side)) - {ROOT} for side in (names, others)]
-    if rename is None and (inner[0] & inner[1] or not all(inner)):
-        return {name: name for name in names}, []
-    notes = []
-    if rename is None:
-        pairing = pair_activations(Pairing(), ours.tensors, theirs.tensors)
-        rename = pairing.rename()
-        notes.append(f"no module has the same name on both sides: {pairing.sentence()}")
-        if not rename:
-            raise UsageError(
-                "no module of the actual trace has a partner in the reference",
-                measured=f"actual: {listed(_fqns(names))}; reference: {listed(_fqns(others))}",
-                likely="a trace of another model, or of another input",
-                hint="--rename MAP.toml names the pairs; traces at level sketch or full pair by "
-                "what modules return",
-            )
-    found = {name: _moved(name, rename) for name in names}
-    alone = [name for name, new in found.items() if new is None]
-    partners = {address(new).fqn for new in found.values() if new}
-    lost = [fqn for fqn in _fqns(others) if fqn not in partners]
-    if alone:
-        notes.append(f"without a partner in the reference: {listed(_fqns(alone))}")
-    if lost:
-        notes.append(f"without a partner in the actual trace: {listed(lost)}")
-    return found, notes
+def _paired(
+    ours: Source, theirs: Source, named: Named
+) -> tuple[tuple[Source, Source], tuple[str, ...]]:
+    """Both sides under the reference's names, as far as both recorded the place; and what is not.
+
+    Raises:
+        UsageError: They have no step and branch in common.
+    """
+    own = {new: old for old in _modules(ours) if (new := named.name(old)) is not None}
+    own = match_inputs(own, ours, theirs)
+    scope, left_out = _scope(own, _modules(theirs))
+    kept = {name: name for name in _modules(theirs) if scope(name)}
+    own = {name: old for name, old in own.items() if scope(name)}
+    if not kept or not own:
+        raise UsageError(
+            "the two traces have nothing in common",
+            measured=f"actual: {_span(_modules(ours))}; reference: {_span(_modules(theirs))}",
+            likely="other steps, branches or models were traced",
+            hint="truestep show TRACE lists what a trace holds",
+        )
+    return (_renamed(ours, own), _renamed(theirs, kept)), left_out
 
 
-def _moved(name: str, rename: Mapping[str, str]) -> str | None:
-    head, label, rest = name.split("/", 2)
-    fqn, _ = split_call(label)
-    target = rename[fqn] if fqn in rename else renamed(fqn, rename)
-    if target is None and fqn == ROOT:
-        target = fqn
-    return None if target is None else f"{head}/{target}{label.removeprefix(fqn)}/{rest}"
+def _undone(seen: Inside) -> list[str]:
+    if not seen.undone:
+        return []
+    text = (
+        f"{len(seen.undone)} tensors inside of modules that agree are other ones, which is not "
+        f"judged: {listed(_labels(seen.undone))}"
+    )
+    return [text]
 
 
-def _fqns(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(address(name).fqn or "" for name in names))
+def _unseen(seen: Inside) -> list[str]:
+    return [
+        f"{listed(_labels(rows))} (only the {label} trace opened what is around them)"
+        for label, rows in (
+            ("reference", [row for row in seen.unseen if row.actual is None]),
+            ("actual", [row for row in seen.unseen if row.reference is None]),
+        )
+        if rows
+    ]
+
+
+def _labels(rows: Iterable[Row]) -> list[str]:
+    return fqns(row.name for row in rows)
 
 
 def _renamed(source: Source, names: Mapping[str, str]) -> Source:
@@ -270,8 +279,54 @@ def _span(names: Iterable[str]) -> str:
 # --- rows ------------------------------------------------------------------------------------
 
 
-def _rows(
+def _judged(
     ours: Source, theirs: Source, *, floor: NoiseFloor | None, tolerance: float | None
+) -> list[Row]:
+    """Rows of both sides; a tensor that only is laid out otherwise is compared, with a note."""
+    shapes = {entry.name: entry.shape for entry in _manifest(theirs).tensors}
+    sketched = "sketch" in {_manifest(side).level for side in (ours, theirs)}
+    changed = {
+        entry.name: entry.shape
+        for entry in _manifest(ours).tensors
+        if entry.shape != shapes.get(entry.name, entry.shape)
+        and _same_layout(entry.shape, shapes[entry.name], sketched=sketched)
+    }
+    rows = _rows(_laid_out(ours, {n: shapes[n] for n in changed}), theirs, floor, tolerance)
+    return [_with_shape(row, changed.get(row.name)) for row in rows]
+
+
+def _same_layout(own: Sequence[int], other: Sequence[int], *, sketched: bool) -> bool:
+    """Whether one is the other with dimensions of size 1 more or less, or its tokens in rows."""
+    if sketched:  # a sketch is of the elements in their order
+        return [n for n in own if n != 1] == [n for n in other if n != 1]
+    return alike(*(torch.empty(tuple(shape), device="meta") for shape in (own, other)))
+
+
+def _laid_out(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Source:
+    """A side with some tensors in other shapes."""
+    manifest = _manifest(source)
+    table = tuple(
+        entry.model_copy(update={"shape": shapes.get(entry.name, entry.shape)})
+        for entry in manifest.tensors
+    )
+    tensors = Streamed(source.tensors, {name: name for name in source.tensors}, shapes)
+    return Source(
+        source.label, tensors, source.path, manifest.model_copy(update={"tensors": table})
+    )
+
+
+def _with_shape(row: Row, own: tuple[int, ...] | None) -> Row:
+    """A row with the shape that its actual side really has."""
+    if own is None or row.actual is None or row.reference is None:
+        return row
+    note = f"shape {list(own)} laid out as {list(row.reference.shape)}"
+    actual = row.actual.model_copy(update={"shape": own})
+    notes = "; ".join(part for part in (row.note, note) if part)
+    return row.model_copy(update={"actual": actual, "note": notes})
+
+
+def _rows(
+    ours: Source, theirs: Source, floor: NoiseFloor | None, tolerance: float | None
 ) -> list[Row]:
     levels = {_manifest(side).level for side in (ours, theirs)}
     if "stats" in levels:
@@ -315,7 +370,7 @@ def _working(source: Source) -> str:
 def _settled(rows: Sequence[Row]) -> list[Row]:
     """Without a measured floor, an error that no module introduced may be grown rounding."""
     failing = [row for row in rows if row.verdict is Verdict.DRIFTED]
-    if any(row.origin == "introduced" or row.floor is None for row in failing):
+    if any(row.origin == "introduced" for row in rows) or any(r.floor is None for r in failing):
         return list(rows)
     if any(row.floor and row.floor.source != "analytic" for row in failing):
         return list(rows)
