@@ -83,8 +83,8 @@ def inside(rows: Sequence[Row]) -> Inside:
     }
     both = {spot[0] for spot in agree}
     opened = (
-        {holder for row in rows if row.actual is not None for holder in _holders(row)},
-        {holder for row in rows if row.reference is not None for holder in _holders(row)},
+        {holder for row in rows if row.actual is not None for holder in _around(row)},
+        {holder for row in rows if row.reference is not None for holder in _around(row)},
     )
     kept, undone, unseen = list[Row](), list[Row](), list[Row]()
     for row in rows:
@@ -119,9 +119,14 @@ def _agrees(row: Row) -> bool:
 
 
 def _holders(row: Row) -> list[str]:
-    """Modules around a row, the nearest first; of an input its own module is one."""
-    fqn = row.fqn or ROOT
-    found = [fqn] if _call(row)[1] == "in" else []
+    """Modules that may undo what a row shows, the nearest first: an input's own, and all around."""
+    own = [row.fqn or ROOT] if _call(row)[1] == "in" else []
+    return own + [fqn for fqn in _around(row) if fqn not in own]
+
+
+def _around(row: Row) -> list[str]:
+    """Modules around a row's own, the nearest first."""
+    fqn, found = row.fqn or ROOT, list[str]()
     while fqn != ROOT:
         fqn = parent(fqn)
         found.append(fqn)
