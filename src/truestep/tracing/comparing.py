@@ -306,8 +306,7 @@ def _laid_out(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Source:
     """A side with some tensors in other shapes."""
     manifest = _manifest(source)
     table = tuple(
-        entry.model_copy(update={"shape": shapes.get(entry.name, entry.shape)})
-        for entry in manifest.tensors
+        replace(entry, shape=shapes.get(entry.name, entry.shape)) for entry in manifest.tensors
     )
     tensors = Streamed(source.tensors, {name: name for name in source.tensors}, shapes)
     return Source(
