@@ -32,6 +32,7 @@ from truestep.recording.floor import (
     thread_count,
 )
 from truestep.recording.format import Recording
+from truestep.recording.instructions import Elsewhere
 from truestep.recording.judging import refuse_empty_content, refuse_unsteady
 from truestep.recording.manifest import Manifest
 from truestep.recording.raised import HIGHER, converted
@@ -228,25 +229,36 @@ def _measure(
 ) -> tuple[NoiseFloor, tuple[str, ...]]:
     """Benign runs, and which kinds the function cannot do."""
     runs: list[NoiseRun] = []
-    notes = []
+    notes: list[str] = []
     todo = _changes(function)
     dtype = _working_dtype(function, recorded)
-    for done, (kind, detail, change) in enumerate(todo):
-        try:
-            with change(function) as call:
-                made = {k: v for out in _run(call, samples) for k, v in out.items()}
-            same_shapes = all(v.shape == recorded[k].shape for k, v in made.items())
-        except FOREIGN as error:  # what a function cannot do is no benign change of it
-            notes.append(f"noise floor without {kind} ({detail}): {type(error).__name__}"[:200])
-            continue
-        if not same_shapes:
-            notes.append(f"noise floor without {kind} ({detail}): other shapes")
-            continue
+
+    def measured(kind: str, detail: str, made: Tensors) -> NoiseRun:
         pairs = {name: (value, recorded[name]) for name, value in made.items()}
-        runs.append(measured_run(kind, detail, pair_of(dtype, dtype), pairs))
-        refuse_unsteady(runs[-1:], model=function)
-        if progress:
-            progress(f"noise floor: {kind}", done + 1, len(todo))
+        return measured_run(kind, detail, pair_of(dtype, dtype), pairs)
+
+    with Elsewhere(notes.append) as elsewhere:
+        for done, (kind, detail, change) in enumerate(todo):
+
+            def again(change: Change = change) -> dict[str, torch.Tensor]:
+                with change(function) as call:
+                    return {k: v for out in _run(call, samples) for k, v in out.items()}
+
+            try:
+                made = elsewhere.start(again, recorded) if kind == "repeat" else again()
+                same_shapes = all(v.shape == recorded[k].shape for k, v in made.items())
+            except FOREIGN as error:  # what a function cannot do is no benign change of it
+                notes.append(f"noise floor without {kind} ({detail}): {type(error).__name__}"[:200])
+                continue
+            if not same_shapes:
+                notes.append(f"noise floor without {kind} ({detail}): other shapes")
+                continue
+            runs.append(measured(kind, detail, made))
+            refuse_unsteady(runs[-1:], model=function)
+            if progress:
+                progress(f"noise floor: {kind}", done + 1, len(todo))
+        other = elsewhere.run(lambda made: measured("instructions", elsewhere.detail, made))
+        runs += [] if other is None else [other]
     return NoiseFloor(runs=tuple(runs)), tuple(notes)
 
 

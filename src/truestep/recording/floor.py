@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from truestep.noise import (
     sample_sizes,
 )
 from truestep.recording.capture import Progress
+from truestep.recording.instructions import Elsewhere
 from truestep.recording.judging import refuse_unsteady
 from truestep.recording.names import STAGES
 from truestep.recording.raised import HIGHER, raised, raised_precision, raised_stages
@@ -45,6 +47,7 @@ OTHER = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 JITTERS = 3
 """Jitter runs in a recording's own floor; `truestep calibrate` adds more."""
 
+Tensors = Mapping[str, torch.Tensor]
 Vary = Callable[[Pipeline], AbstractContextManager[Pipeline]]
 """A harmless change: yields the varied pipeline, then undoes what is global."""
 
@@ -54,13 +57,13 @@ class Variation:
     """One harmless change.
 
     Attributes:
-        kind: `precision`, `repeat`, `batch`, `threads`, `attention` or `jitter`.
+        kind: `precision`, `repeat`, `batch`, `threads`, `attention`, `jitter` or `instructions`.
         detail: What exactly was varied.
         vary: The change.
         pair: Working precisions, candidate first.
         stages: Stages that it is run on.
         only: Of the floor's steps, the one at which it predicts (index); None is all of them.
-        pairwise: Also predict at the step after it.
+        pairwise: Also predict at the step after it, or after the middle one.
     """
 
     kind: str
@@ -95,11 +98,11 @@ class Variation:
     ) -> tuple[int, ...]:
         """Steps at which it predicts."""
         every = tuple(steps) if steps is not None else floor_steps(recording)
-        if self.only is None:
-            return every
-        step = every[self.only % len(every)]
-        following = min(step + 1, steps_recorded(recording) - 1)
-        return tuple(sorted({step, following if self.pairwise else step}))
+        step = every[(1 if self.only is None else self.only) % len(every)]
+        chosen = set(every) if self.only is None else {step}
+        if self.pairwise:
+            chosen.add(min(step + 1, steps_recorded(recording) - 1))
+        return tuple(sorted(chosen))
 
 
 def variations(pipe: Pipeline) -> list[Variation]:
@@ -112,7 +115,7 @@ def variations(pipe: Pipeline) -> list[Variation]:
     pair = pair_of(dtype, dtype)
     higher = HIGHER[dtype]
     found = [
-        Variation("repeat", "the same run again", _unchanged, pair, only=1, pairwise=True),
+        Variation("repeat", "the same run again", _unchanged, pair, pairwise=True),
         Variation("precision", f"{dtype} against {higher}", _precision(higher), pair),
         Variation("batch", "both passes in one batch, others beside a neighbour", batched, pair),
     ]
@@ -146,6 +149,7 @@ def measure(
     steps: Iterable[int] | None = None,
     final: bool = False,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> NoiseFloor:
     """Measure the noise floor of a recording on the pipeline that made it.
 
@@ -156,37 +160,64 @@ def measure(
         steps: Where predictions are replayed; default first, middle and last.
         final: Also generate freely under each variation, for the floor of the final latent.
         progress: Told about each variation.
+        note: Told which kind could not be measured, and why.
 
     Raises:
         UsageError: A stage gives something else when it is run again.
     """
     todo = variations(pipe)
-    dtype = pipe.settings.dtype
-    total = len(todo) + 2
+    total = len(todo) + 3
     runs: list[NoiseRun] = []
     in_order = keeps_state(pipe)
-    for done, variation in enumerate(todo):
-        with variation.vary(pipe) as varied:
-            outputs = variation.run(varied, recording, steps=steps, in_order=in_order)
-            if variation.kind == "repeat" and not _answered_alike(outputs, recording):
-                in_order = True  # another answer where steps were left out: it keeps state
-                outputs = variation.run(varied, recording, steps=steps, in_order=in_order)
-            if final:
-                for name, latent in parts(FREE_RUN, generate(varied)):
-                    outputs[name] = latent.to("cpu")
-        runs.append(noise_run(variation, outputs, recording, weights=sample_sizes(runs)))
-        refuse_unsteady(runs[-1:])
+    with Elsewhere(note) as elsewhere:
+        for done, variation in enumerate(todo):
+            with variation.vary(pipe) as varied:
+                again = partial(variation.run, varied, recording, steps=steps)
+                if variation.kind == "repeat":
+                    outputs = dict(elsewhere.start(partial(again, in_order=in_order), recording))
+                    if not _answered_alike(outputs, recording):
+                        in_order = True  # another answer where steps were left out: it keeps state
+                        outputs = dict(elsewhere.start(partial(again, in_order=True), recording))
+                else:
+                    outputs = again(in_order=in_order)
+                if final:
+                    for name, latent in parts(FREE_RUN, generate(varied)):
+                        outputs[name] = latent.to("cpu")
+            runs.append(noise_run(variation, outputs, recording, weights=sample_sizes(runs)))
+            refuse_unsteady(runs[-1:])
+            if progress:
+                progress(f"noise floor: {variation.kind}", done + 1, total)
+        runs += _other_precision(case, recording, steps=steps, in_order=in_order)
         if progress:
-            progress(f"noise floor: {variation.kind}", done + 1, total)
-    runs += _other_precision(case, recording, steps=steps, in_order=in_order)
-    if progress:
-        progress("noise floor: other precision", total - 1, total)
-    precision = raised_precision(dtype)
+            progress("noise floor: other precision", total - 2, total)
+        runs += _elsewhere(elsewhere, todo[0].pair, recording, weights=sample_sizes(runs))
+        if progress:
+            progress("noise floor: instructions", total - 1, total)
+    precision = raised_precision(pipe.settings.dtype)
     if precision and any(name.startswith(f"{precision}/") for name in recording):
-        runs += _raised(pipe, recording, precision=precision, steps=steps, in_order=in_order)
+        runs += _raised(
+            pipe, recording, precision=precision, steps=steps, in_order=in_order, note=note
+        )
     if progress:
         progress("noise floor: raised", total, total)
     return NoiseFloor(runs=tuple(runs))
+
+
+def _elsewhere(
+    elsewhere: Elsewhere,
+    pair: str,
+    recording: Tensors,
+    *,
+    weights: Mapping[str, float] | None = None,
+) -> list[NoiseRun]:
+    """The run that another process made with other instructions, if it could."""
+
+    def measured(outputs: Tensors) -> NoiseRun:
+        variation = Variation("instructions", elsewhere.detail, _unchanged, pair)
+        return noise_run(variation, outputs, recording, weights=weights)
+
+    run = elsewhere.run(measured)
+    return [] if run is None else [run]
 
 
 def _answered_alike(
@@ -231,22 +262,29 @@ def _raised(
     precision: str,
     steps: Iterable[int] | None,
     in_order: bool,
+    note: Callable[[str], None],
 ) -> list[NoiseRun]:
     """Benign runs of the stages raised to a higher precision, against their recorded outputs."""
     pair = pair_of(precision, precision)
     runs = []
-    with raised(pipe, precision) as lifted:
+    with raised(pipe, precision) as lifted, Elsewhere(note) as elsewhere:
         for variation in variations(lifted):
             with variation.vary(lifted) as varied:
-                found = raised_stages(
-                    varied,
-                    recording,
-                    steps=replace(variation, pairwise=False).at(recording, steps),
-                    precision=precision,
-                    only=variation.stages,
-                    in_order=in_order,
-                )
-            runs.append(noise_run(replace(variation, pair=pair), found.outputs, recording))
+
+                def again(one: Variation = variation, varied: Pipeline = varied) -> Tensors:
+                    return raised_stages(
+                        varied,
+                        recording,
+                        steps=replace(one, pairwise=False).at(recording, steps),
+                        precision=precision,
+                        only=one.stages,
+                        in_order=in_order,
+                    ).outputs
+
+                repeats = variation.kind == "repeat"
+                outputs = elsewhere.start(again, recording) if repeats else again()
+            runs.append(noise_run(replace(variation, pair=pair), outputs, recording))
+        runs += _elsewhere(elsewhere, pair, recording)
     return runs
 
 

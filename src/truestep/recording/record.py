@@ -103,10 +103,18 @@ def record_pipeline(
         steps = floor_steps(capture.tensors)
         lifted = raised_replay(pipe, capture.tensors, steps=steps, precision=precision)
         capture.tensors.update(lifted.outputs)
+    notes: list[str] = []
     measured = (
         None
         if floor == "none"
-        else measure(pipe, capture.tensors, case=case, final=floor == "final", progress=progress)
+        else measure(
+            pipe,
+            capture.tensors,
+            case=case,
+            final=floor == "final",
+            progress=progress,
+            note=notes.append,
+        )
     )
     manifest = Manifest(
         tool_version=library_version("truestep") or "",
@@ -120,7 +128,7 @@ def record_pipeline(
         timings_s={stage: tuple(times) for stage, times in capture.seconds.items()},
         forwards=forwards,
         noise_floor=measured,
-        notes=pipe.fallbacks,
+        notes=(*pipe.fallbacks, *notes),
         implementation=implementation,
     )
     return Recording.in_memory(capture.tensors, manifest)

@@ -1,0 +1,271 @@
+"""A run as the operators it was made of, so that another process can make it again.
+
+A tape holds every operator that PyTorch's dispatcher ran, with its arguments, and every tensor that
+came from outside (weights, inputs). It needs neither the model's code nor its libraries: whatever a
+Python function, a pipeline or a TorchScript module did is there, and control flow is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+IDLE_S = 60.0
+"""A process that plays tapes ends after so long without one."""
+
+MADE = "made"
+"""What it answers when it has played one; anything else is why it could not."""
+
+
+class Operation(NamedTuple):
+    """One operator of a tape.
+
+    Attributes:
+        name: `namespace::operator.overload`.
+        args, kwargs: Encoded; a tensor is `["tensor", NUMBER]`.
+        results: Numbers of the tensors that it returned, in order; -1 where it returned none.
+        seed: Number of the state that torch's own generator had, where it drew from that.
+    """
+
+    name: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    results: list[int]
+    seed: int | None = None
+
+
+class Tape(TorchDispatchMode):
+    """Records while it is entered; see the module's text.
+
+    Attributes:
+        operations: In order.
+        outside: Number to tensor, of what the operations did not make.
+        problem: Why the tape cannot be played, if so.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[Operation] = []
+        self.outside: dict[int, torch.Tensor] = {}
+        self.problem = ""
+        self._numbers = WeakIdKeyDictionary()
+        self._count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator and keep it."""
+        kwargs = kwargs or {}
+        name, mutable, draws = _traits(func)
+        seed = self._seed(kwargs) if draws else None
+        encoded = [self._encoded(value) for value in args]
+        named = {key: self._encoded(value) for key, value in kwargs.items()}
+        if mutable:
+            self._keep_before(func, args, kwargs)
+        made = func(*args, **kwargs)
+        tensors = _flat(made)
+        if mutable or any(isinstance(value, torch.Tensor) for value in tensors):
+            results = [
+                self._number(value) if isinstance(value, torch.Tensor) else -1 for value in tensors
+            ]
+            self.operations.append(Operation(name, encoded, named, results, seed))
+        return made
+
+    def number(self, tensor: torch.Tensor) -> int | None:
+        """Number of a tensor that an operation made; None of any other."""
+        found: int | None = self._numbers.get(tensor)
+        return None if found in self.outside else found
+
+    def size(self) -> int:
+        """Bytes of what came from outside."""
+        return sum(t.numel() * t.itemsize for t in self.outside.values())
+
+    def _number(self, tensor: torch.Tensor) -> int:
+        found: int | None = self._numbers.get(tensor)
+        if found is None:
+            self._numbers[tensor] = found = self._count
+            self._count += 1
+            if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+                self.problem = self.problem or f"a tensor on {tensor.device.type} ({tensor.layout})"
+        return found
+
+    def _taken(self, tensor: torch.Tensor) -> int:
+        before = self._count
+        number = self._number(tensor)
+        if number >= before:
+            self.outside[number] = tensor.detach()
+        return number
+
+    def _state(self, generator: torch.Generator) -> int:
+        state = generator.get_state()
+        self._numbers[state] = number = self._count
+        self._count += 1
+        self.outside[number] = state
+        return number
+
+    def _seed(self, kwargs: Mapping[str, Any]) -> int | None:
+        given = isinstance(kwargs.get("generator"), torch.Generator)
+        return None if given else self._state(torch.default_generator)
+
+    def _keep_before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Keep a copy of what an operation is about to change, as it was when it was taken."""
+        for at, argument in enumerate(func._schema.arguments):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            value = kwargs.get(argument.name, args[at] if at < len(args) else None)
+            for tensor in _flat(value) if written else ():
+                if isinstance(tensor, torch.Tensor):
+                    self._copy_of_storage(tensor)
+
+    def _copy_of_storage(self, tensor: torch.Tensor) -> None:
+        place = tensor.untyped_storage().data_ptr()
+        same = [n for n, t in self.outside.items() if t.untyped_storage().data_ptr() == place]
+        if len(same) > 1:
+            self.problem = self.problem or "tensors that share memory are changed in place"
+        for number in same[:1]:
+            kept = self.outside[number]
+            copy = torch.empty_strided(kept.shape, kept.stride(), dtype=kept.dtype)
+            self.outside[number] = copy.copy_(kept)
+
+    def _encoded(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return ["tensor", self._taken(value)]
+        if isinstance(value, torch.Generator):
+            return ["generator", self._state(value)]
+        if isinstance(value, (list, tuple)):
+            return ["list", [self._encoded(item) for item in value]]
+        for kind in (torch.dtype, torch.device, torch.layout, torch.memory_format):
+            if isinstance(value, kind):
+                return [kind.__name__, str(value).removeprefix("torch.")]
+        if isinstance(value, complex):
+            return ["complex", value.real, value.imag]
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        self.problem = self.problem or f"an argument of type {type(value).__name__}"
+        return None
+
+
+@cache
+def _traits(func: Any) -> tuple[str, bool, bool]:
+    """Name of an operator, whether it changes an argument, and whether it draws at random."""
+    draws = torch.Tag.nondeterministic_seeded in func.tags
+    return func.name(), func._schema.is_mutable, draws
+
+
+def _flat(made: Any) -> list[Any]:
+    if isinstance(made, (list, tuple)):
+        return [item for part in made for item in _flat(part)]
+    return [made]
+
+
+def save(tape: Tape, outputs: Mapping[str, int], path: Path, *, flags: Mapping[str, Any]) -> None:
+    """Write a tape for `play`."""
+    content = {
+        "operations": [list(operation) for operation in tape.operations],
+        "outside": dict(tape.outside),
+        "outputs": dict(outputs),
+        "flags": dict(flags),
+    }
+    torch.save(content, path)
+
+
+def play(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Run a tape's operators.
+
+    Args:
+        content: What `save` wrote.
+
+    Returns:
+        Its outputs by name.
+    """
+    values: dict[int, torch.Tensor] = dict(content["outside"])
+    wanted = set(content["outputs"].values())
+    last: dict[int, int] = {}
+    for at, (_, args, kwargs, _, seed) in enumerate(content["operations"]):
+        for number in (
+            *_mentioned([args, list(kwargs.values())]),
+            *([] if seed is None else [seed]),
+        ):
+            last[number] = at
+    ends: dict[int, list[int]] = {}
+    for number, at in last.items():
+        if number not in wanted:
+            ends.setdefault(at, []).append(number)
+    with torch.no_grad():
+        for at, (name, args, kwargs, results, seed) in enumerate(content["operations"]):
+            if seed is not None:
+                torch.set_rng_state(values[seed])
+            made = _operator(name)(
+                *(_decoded(value, values) for value in args),
+                **{key: _decoded(value, values) for key, value in kwargs.items()},
+            )
+            for number, value in zip(results, _flat(made), strict=True):
+                if number >= 0 and (number in last or number in wanted):
+                    values[number] = value
+            for number in ends.get(at, ()):
+                values.pop(number, None)
+    return {name: values[number] for name, number in content["outputs"].items()}
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    namespace, _, rest = name.partition("::")
+    operator, _, overload = rest.partition(".")
+    found = getattr(getattr(torch.ops, namespace), operator)
+    chosen: Callable[..., Any] = getattr(found, overload or "default")
+    return chosen
+
+
+def _mentioned(value: Any) -> list[int]:
+    if isinstance(value, list):
+        if len(value) == 2 and value[0] in ("tensor", "generator"):
+            return [value[1]]
+        return [number for item in value for number in _mentioned(item)]
+    return []
+
+
+def _decoded(value: Any, values: Mapping[int, torch.Tensor]) -> Any:
+    if not isinstance(value, list):
+        return value
+    kind, *rest = value
+    if kind == "tensor":
+        return values[rest[0]]
+    if kind == "generator":
+        generator = torch.Generator("cpu")
+        generator.set_state(values[rest[0]])
+        return generator
+    if kind == "list":
+        return [_decoded(item, values) for item in rest[0]]
+    if kind == "complex":
+        return complex(*rest)
+    if kind == "device":
+        return torch.device(rest[0])
+    return getattr(torch, rest[0])
+
+
+def main() -> None:
+    """Play tapes as they are asked for, by lines of source and target, until nobody asks more."""
+    import select
+    import sys
+
+    while select.select([sys.stdin], [], [], IDLE_S)[0] and (line := sys.stdin.readline()):
+        source, target = line.rstrip("\n").split("\t")
+        try:
+            content = torch.load(source, weights_only=True, mmap=True)
+            flags = content["flags"]
+            torch.set_num_threads(flags["threads"])
+            torch.set_float32_matmul_precision(flags["matmul_precision"])
+            torch.backends.mkldnn.set_flags(flags["mkldnn"])
+            torch.save({name: made.clone() for name, made in play(content).items()}, target)
+            answer = MADE
+        except Exception as error:  # whatever an operator raises here, the asking side says
+            answer = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()
