@@ -18,10 +18,12 @@ def blocks(language: str) -> list[str]:
 
 
 def comparable(text: str) -> str:
-    """Measured numbers differ between machines; everything else must not."""
+    """Measured numbers differ between machines, and with them where a line is broken; everything
+    else must not."""
+    text = re.sub(r"\n {15,}", " ", text)
     text = re.sub(r"\d\.\d{1,2}e[+-]\d\d", "N", text)
     text = re.sub(r"; \d+\.\d\d s", "; S s", text)
-    text = re.sub(r"above \d(\.\d+)? x", "above B x", text)
+    text = re.sub(r"above \d+(\.\d+)? x", "above B x", text)
     text = re.sub(r"(flash-cpu|math)", "KERNEL", text)
     text = re.sub(r"[0-9a-f]{12}", "HASH", text)
     return re.sub(r" +", " ", text).strip()

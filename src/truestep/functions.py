@@ -32,7 +32,7 @@ from truestep.recording.floor import (
     thread_count,
 )
 from truestep.recording.format import Recording
-from truestep.recording.instructions import Elsewhere
+from truestep.recording.instructions import Elsewhere, prepare
 from truestep.recording.judging import refuse_empty_content, refuse_unsteady
 from truestep.recording.manifest import Manifest
 from truestep.recording.raised import HIGHER, converted
@@ -78,6 +78,8 @@ def record_function(
             "the samples cannot be recorded",
             measured="needed: at least one, all with the same input names",
         )
+    if floor:
+        prepare()
     tensors: dict[str, torch.Tensor] = {}
     outputs = _run(_plain(function), samples)
     for index, sample in enumerate(samples):
@@ -245,7 +247,9 @@ def _measure(
                     return {k: v for out in _run(call, samples) for k, v in out.items()}
 
             try:
-                made = elsewhere.start(again, recorded) if kind == "repeat" else again()
+                given = (value for sample in samples for value in sample.values())
+                repeats = kind == "repeat"
+                made = elsewhere.start(again, recorded, given) if repeats else again()
                 same_shapes = all(v.shape == recorded[k].shape for k, v in made.items())
             except FOREIGN as error:  # what a function cannot do is no benign change of it
                 notes.append(f"noise floor without {kind} ({detail}): {type(error).__name__}"[:200])

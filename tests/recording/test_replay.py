@@ -14,6 +14,7 @@ from truestep import Recording, check, record
 from truestep.case import Case
 from truestep.errors import FileFormatError, UsageError
 from truestep.recording.floor import one_rounding
+from truestep.recording.instructions import other_set
 from truestep.recording.raised import raised
 from truestep.recording.replay import default_steps, replay
 from truestep.runtime.loading import load
@@ -67,9 +68,11 @@ def test_the_floor_is_kept_run_by_run(reference: Recording) -> None:
     floor = reference.manifest.noise_floor
     assert floor is not None
     kinds = [run.kind for run in floor.runs if run.pair == "float32/float32"]
+    other = ["instructions"] if other_set() else []
     assert sorted(set(kinds)) == [
         "attention",
         "batch",
+        *other,
         "jitter",
         "precision",
         "repeat",

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -46,7 +47,10 @@ MOST_BYTES = 4 * 2**30
 """Weights and inputs beyond this are not copied to another process."""
 
 PATIENCE = 50.0
-"""The other process may take as many times as long as the taped run, and a minute to start."""
+"""The other process may take as many times as long as the taped run, ..."""
+
+STARTING_S = 120.0
+"""... beside what it takes to start on a busy machine."""
 
 
 class _Kept(Record):
@@ -104,12 +108,14 @@ class Elsewhere:
         self,
         again: Callable[[], Mapping[str, torch.Tensor]],
         recorded: Mapping[str, torch.Tensor],
+        inputs: Iterable[torch.Tensor] | None = None,
     ) -> Mapping[str, torch.Tensor]:
         """Make a run here, and begin it elsewhere.
 
         Args:
             again: Makes it.
             recorded: What it gave before; the noise is measured against this.
+            inputs: Outputs that PyTorch did not make from these are left out.
 
         Returns:
             What `again` returned.
@@ -122,9 +128,12 @@ class Elsewhere:
         began, tape = time.perf_counter(), Tape()
         with tape:
             outputs = again()
-        self._until = PATIENCE * (time.perf_counter() - began) + 60.0
+        self._until = max(PATIENCE * (time.perf_counter() - began), 0.0) + STARTING_S
         numbers = {name: tape.number(tensor) for name, tensor in outputs.items()}
         known = {name: number for name, number in numbers.items() if number is not None}
+        if inputs is not None:
+            made = tape.made_from(inputs)
+            known = {name: number for name, number in known.items() if number in made}
         problem = tape.problem
         if not known:
             problem = problem or "nothing that PyTorch made"
@@ -213,6 +222,10 @@ class _Player:
         """Let the next one have it."""
         _idle.append(self)
 
+    def disown(self) -> None:
+        """Leave it to another process."""
+        self._process.returncode = 0
+
     def end(self) -> None:
         """Stop it."""
         self._process.kill()
@@ -238,7 +251,22 @@ def _end_all() -> None:
         _idle.pop().end()
 
 
-os.register_at_fork(after_in_child=_idle.clear)
+def _forget() -> None:
+    """In a child, players are the parent's."""
+    for player in _idle:
+        player.disown()
+    _idle.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def prepare() -> None:
+    """Start a player that a recording will need, beside its first run, where there is a core."""
+    chosen = other_set()
+    if chosen and not _idle and (os.cpu_count() or 1) > 1:
+        with suppress(OSError):
+            _idle.append(_Player(chosen[1]))
 
 
 def _flags() -> dict[str, object]:
@@ -283,10 +311,10 @@ def _digest(run: NoiseRun) -> str:
 
 def _read(key: str) -> NoiseRun | None:
     """A kept run; one that is not whole, or not of this key, is as good as none."""
-    path = cache_folder() / f"{key}.json"
     try:
-        kept = _Kept.model_validate_json(path.read_bytes())
-    except (OSError, ValueError):
+        content = (cache_folder() / f"{key}.json").read_bytes()
+        kept = _Kept.model_validate_json(content)
+    except (OSError, RuntimeError, ValueError):  # not there, no home folder, damaged
         return None
     return kept.run if kept.key == key and kept.digest == _digest(kept.run) else None
 
@@ -297,5 +325,5 @@ def _keep(key: str, run: NoiseRun) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         kept = _Kept(key=key, digest=_digest(run), run=run)
         write_text(folder / f"{key}.json", kept.model_dump_json(), "cache entry")
-    except (OSError, WriteError):  # a cache that cannot be written costs time alone
+    except (OSError, RuntimeError, WriteError):  # a cache that cannot be written costs time alone
         return

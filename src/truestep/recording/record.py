@@ -85,12 +85,15 @@ def record_pipeline(
     from truestep.recording.floor import measure
     from truestep.recording.format import Recording
     from truestep.recording.implementation import examine
+    from truestep.recording.instructions import prepare
     from truestep.recording.judging import refuse_empty_run
     from truestep.recording.manifest import Manifest
     from truestep.recording.raised import raised_precision, raised_replay
     from truestep.recording.replay import floor_steps
     from truestep.runtime.pipeline import generate
 
+    if floor != "none" and pipe.device == "cpu":
+        prepare()
     implementation = examine(pipe)
     capture = Capture(progress=progress, label="record")
     before = pipe.forwards

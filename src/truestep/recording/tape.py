@@ -7,7 +7,7 @@ Python function, a pipeline or a TorchScript module did is there, and control fl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +81,16 @@ class Tape(TorchDispatchMode):
         """Number of a tensor that an operation made; None of any other."""
         found: int | None = self._numbers.get(tensor)
         return None if found in self.outside else found
+
+    def made_from(self, tensors: Iterable[torch.Tensor]) -> set[int]:
+        """Numbers of all that operations made from these."""
+        numbers = {self._numbers.get(tensor) for tensor in tensors}
+        found: set[int] = set()
+        for _, args, kwargs, results, _ in self.operations:
+            mentioned = _mentioned([args, list(kwargs.values())])
+            if not numbers.isdisjoint(mentioned) or not found.isdisjoint(mentioned):
+                found.update(results)
+        return found
 
     def size(self) -> int:
         """Bytes of what came from outside."""
