@@ -253,7 +253,8 @@ def moments(tensor: torch.Tensor) -> torch.Tensor:
         values = [0.0, float(nonfinite), *[float("nan")] * (len(STATS) - 2)]
     else:
         mean, power = total / count, square / count
-        deviation = max(power - mean * mean, 0.0) ** 0.5
+        # Of a constant the difference is rounding, whose size depends on the order of the sums.
+        deviation = max(power - mean * mean, 0.0) ** 0.5 if low < high else 0.0
         values = [
             float(count),
             float(nonfinite),

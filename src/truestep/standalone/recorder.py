@@ -495,7 +495,8 @@ def _moments(flat: torch.Tensor) -> torch.Tensor:
     values = [math.nan] * 6
     if count:
         mean, size, power = (part / count for part in sums)
-        values = [mean, size, max(power - mean * mean, 0.0) ** 0.5, power**0.5, low, high]
+        variance = max(power - mean * mean, 0.0) if low < high else 0.0
+        values = [mean, size, variance**0.5, power**0.5, low, high]
     found = [count, flat.numel() - count, *values]
     return torch.tensor(found, dtype=torch.float64, device="cpu")
 

@@ -143,6 +143,5 @@ def from_device(sums: Sequence[float]) -> Values:
         none = math.nan
         return (0.0, others, none, none, none, none, none, none)
     mean, power = total / count, power / count
-    # Of a constant the difference is rounding, whose size depends on the order of the sums.
     deviation = math.sqrt(max(power - mean * mean, 0.0)) if low < high else 0.0
     return (count, others, mean, absolute / count, deviation, math.sqrt(power), low, high)
