@@ -45,7 +45,10 @@ def test_a_missing_reference_fails_and_leaves_the_candidate(project: pytest.Pyte
     result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines(["*this check has no reference yet*"])
     result.stdout.fnmatch_lines(["*hint: pytest test_a.py::test_same --truestep-update"])
-    assert len(list(project.path.glob("truestep-references/*/*/*/*.candidate"))) == 2
+    candidates = "truestep-references/*/*/*/*.candidate"
+    assert len(list(project.path.glob(candidates))) == 2
+    run(project, "--truestep-update").assert_outcomes(passed=2)
+    assert list(project.path.glob(candidates)) == []
 
 
 def test_update_writes_then_passes_then_catches(project: pytest.Pytester) -> None:

@@ -21,13 +21,16 @@ STALE_S = 24 * 3600.0
 """After so long without a change a temporary file of another machine is taken for abandoned."""
 
 
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})\.(\d+)\.[0-9a-f]{8}\.tmp")
+"""Name of a temporary folder: what is written, machine, process, and a random number."""
+
+
 @contextmanager
 def beside(path: Path, what: str) -> Iterator[Path]:
     """Yield a temporary path beside `path`, in a folder of its own; `settle` moves it into place.
 
-    What is left of it goes with the block, however that ends, and what writers of the same path
-    left that were killed goes first. The folder is there because libraries have temporary files,
-    too.
+    What is left of it goes with the block, however that ends; what killed writers left beside
+    `path` goes first. The folder is there because libraries have temporary files, too.
 
     Args:
         path: The file that is to be written; its folder is made if need be.
@@ -38,10 +41,12 @@ def beside(path: Path, what: str) -> Iterator[Path]:
     """
     if "\0" in str(path):
         raise unwritten(path, what, ValueError("a path cannot hold a NUL"))
-    folder = path.with_name(f"{_mark(path)}{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    short = path.name.encode()[:180].decode("utf-8", "ignore")
+    own = f".{short}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    folder = path.with_name(own)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        _sweep(path.parent)
         folder.mkdir()
         yield folder / path.name
     except OSError as error:
@@ -143,12 +148,6 @@ def alive(pid: int) -> bool:
     return True
 
 
-def _mark(path: Path) -> str:
-    """How the names of a path's temporary folders begin."""
-    short = path.name.encode()[:180].decode("utf-8", "ignore")
-    return f".{short}."
-
-
 def _machine() -> str:
     """A mark of this machine, or container: elsewhere a process's number means another process."""
     space = ""
@@ -157,11 +156,10 @@ def _machine() -> str:
     return f"{zlib.crc32(f'{platform.node()} {space}'.encode()):08x}"
 
 
-def _sweep(path: Path) -> None:
-    """Remove the temporary folders of writers of this path that were killed."""
-    pattern = re.compile(re.escape(_mark(path)) + r"([0-9a-f]{8})\.(\d+)\.[0-9a-f]{8}\.tmp")
-    for entry in path.parent.iterdir():
-        match = pattern.fullmatch(entry.name)
+def _sweep(folder: Path) -> None:
+    """Remove the temporary folders of killed writers."""
+    for entry in folder.iterdir():
+        match = _TEMPORARY.fullmatch(entry.name)
         if match is None:
             continue
         machine, pid = match.groups()

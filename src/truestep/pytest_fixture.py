@@ -245,6 +245,7 @@ class TruestepFixture:
         """The stored reference; None where this run writes it."""
         from truestep.errors import ReferenceNotFoundError
         from truestep.recording.judging import refuse_empty_content
+        from truestep.references.store import candidate_of
 
         __tracebackhide__ = True
         store, update = self.store, self._config.getoption("truestep_update")
@@ -257,7 +258,7 @@ class TruestepFixture:
             return None
         if path.exists():
             return store.verified(place)
-        candidate = path.with_name(path.name + ".candidate")
+        candidate = candidate_of(path)
         _recording(tensors, place, settings).save(candidate)
         raise ReferenceNotFoundError(
             "this check has no reference yet",

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ROOT = Path("truestep-references")
 SUFFIX = ".safetensors"
+CANDIDATE = ".candidate"
+"""What is added to the name of a reference that is not there yet, for what would be it."""
 
 _PART = re.compile(r"[\w][\w.+-]*")
 
@@ -41,6 +43,11 @@ class Place:
                     hint="use letters, digits, dots, dashes and underscores",
                 )
         return f"{self.tier}/{self.device_class}/{self.attention}/{self.case_id}{SUFFIX}"
+
+
+def candidate_of(path: Path) -> Path:
+    """Where what a check made is kept until there is a reference; `Store.save` removes it."""
+    return path.with_name(path.name + CANDIDATE)
 
 
 def place_of(recording: Recording, *, tier: str = DEFAULT_TIER) -> Place:
@@ -96,6 +103,7 @@ class Store:
                 put_entry(self.root, place.name, Entry(sha256=before, pending=sha256))
                 settle(temporary, path)
                 put_entry(self.root, place.name, Entry(sha256=sha256))
+        candidate_of(path).unlink(missing_ok=True)
         return path
 
     def refuse_existing(self, place: Place, *, update: bool) -> None:

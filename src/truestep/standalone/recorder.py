@@ -55,8 +55,6 @@ _CONTROL, _FQN, _KEY = (re.compile(rf"[{chars}\x00-\x1f\x7f]") for chars in ("",
 Function = Callable[..., Any]
 Tensors = Mapping[str, torch.Tensor]
 
-# --- a function: inputs, outputs, noise floor -----------------------------------------------------
-
 
 def inputs(seed: int, **wanted: Any) -> dict[str, torch.Tensor]:
     """Make the same inputs on every machine, from a CPU generator.
@@ -159,12 +157,12 @@ def _refuse_unsteady(rows: Sequence[dict[str, Any]], dtype: str) -> None:
     """Raise where a second call gave something that no rounding explains."""
     epsilon = torch.finfo(getattr(torch, dtype)).eps
     limit = 4 * epsilon * (32 if epsilon < 1e-6 else 1)
-    for row in rows:
-        if float(row["rel_l2"]) > limit:
+    for name, size in ((row["name"], float(row["rel_l2"])) for row in rows):
+        if size > limit:
             raise ValueError(
-                f"the function differs from itself when it is called again: {row['name']}, rel_l2 "
-                f"{float(row['rel_l2']):.1e}. Dropout that is on, random numbers without a seed or "
-                "state between calls do this; a reference of it could judge nothing"
+                f"the function differs from itself when it is called again: {name}, rel_l2 "
+                f"{size:.1e}. Dropout that is on, random numbers without a seed or state between "
+                "calls do this; a reference of it could judge nothing"
             )
 
 
@@ -207,9 +205,6 @@ def _distance(name: str, actual: torch.Tensor, reference: torch.Tensor) -> dict[
     return {"name": name, "rel_l2": rel_l2, "max_abs": largest, "structure": found}
 
 
-# --- modules inside a model -----------------------------------------------------------------------
-
-
 class capture:  # noqa: N801 (read as a function: `with capture(...) as trace`)
     """Record what modules return (and are given) while a block of code runs.
 
@@ -241,10 +236,9 @@ class capture:  # noqa: N801 (read as a function: `with capture(...) as trace`)
         self.store = _Store(level)
         names = _named(module, self.store.note)
         globs = [part.strip() for part in select.split(",")]
-        hits = {
-            glob: {n for n in names if fnmatch.fnmatchcase(n, glob.lstrip("!"))} for glob in globs
-        }
+        hits = {}
         for glob in globs:
+            hits[glob] = {n for n in names if fnmatch.fnmatchcase(n, glob.lstrip("!"))}
             if not hits[glob]:
                 near = difflib.get_close_matches(glob.strip("*.?!"), names, n=3, cutoff=0.0)
                 raise ValueError(f"no module fits {glob!r}; the closest are {', '.join(near)}")
@@ -358,9 +352,6 @@ def _escaped(match: Any) -> str:
     return f"%{ord(match.group()):02X}"
 
 
-# --- the file -------------------------------------------------------------------------------------
-
-
 class _Store:
     """Tensors on their way into a file, each with its row of the manifest's table."""
 
@@ -403,11 +394,10 @@ class _Store:
         path, header, position = Path(target), {}, 0
         order = sorted(self.stored, key=lambda name: -self.stored[name].element_size())  # aligned
         for name in order:
-            tensor = self.stored[name]
-            end = position + tensor.numel() * tensor.element_size()
+            tensor, begin = self.stored[name], position
+            position += tensor.numel() * tensor.element_size()
             dtype, shape = _DTYPES[str(tensor.dtype)[6:]], list(tensor.shape)
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
-            position = end
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, position]}
         for name, row in self.table.items():
             row["digest"] = _digest(self.stored[name if self.level == "full" else f"stats/{name}"])
             if self.level == "sketch":
@@ -427,19 +417,24 @@ class _Store:
         ours = {"truestep": text, "truestep_digest": _digest(text.encode())}
         head = json.dumps({"__metadata__": ours, **header}).encode()
         head += b" " * (-len(head) % 8)
+        if len(head) > 100_000_000:  # the limit of the format: no reader would take it
+            raise ValueError(f"{len(order):,} tensors in one file: record fewer modules or steps")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        mark = f".{path.name}.{platform.node()}."
+        for left in path.parent.glob("*.tmp") if Path("/proc/self").exists() else ():
+            pid = left.name[len(mark) : -4]
+            if left.name.startswith(mark) and not Path("/proc", pid).exists():
+                left.unlink()  # its writer was killed
+        temporary = path.with_name(f"{mark}{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as file:
                 file.write(struct.pack("<Q", len(head)) + head)
-                for name in order:
-                    file.write(_bytes(self.stored[name]))
+                file.writelines(_bytes(self.stored[name]) for name in order)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
-            if temporary.exists():
-                temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -553,9 +548,6 @@ def _hash(stream: int, count: int) -> torch.Tensor:
 
 def _shift(state: torch.Tensor, bits: int) -> torch.Tensor:
     return (state >> bits) & ((1 << (64 - bits)) - 1)
-
-
-# --- a program that is not to be edited -----------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
