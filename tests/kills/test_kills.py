@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_writer_survives_kills_interrupts_and_races() -> None:
-    options = ["--every", "9", "--lines", "61", "--random", "3", "--races", "1"]
+    options = ["--every", "9", "--lines", "301", "--random", "3", "--races", "1"]
     ended = subprocess.run(
         [sys.executable, "-m", "tests.kills.run", *options],
         cwd=ROOT,
@@ -27,8 +27,8 @@ def test_every_writer_survives_kills_interrupts_and_races() -> None:
     last = ended.stdout.splitlines()[-1]
     told = re.fullmatch(r"([\d,]+) kills, ([\d,]+) interrupts, (\d+) races: 0 faults", last)
     assert told is not None, last
-    assert int(told[1]) > 100
-    assert int(told[3]) > 10
+    assert int(told[1]) > 60
+    assert int(told[3]) > 8
 
 
 def in_place(folder: Path, value: int) -> None:
