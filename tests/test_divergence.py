@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from truestep.divergence import ROOT, kind_of, locate, parent
+from truestep.divergence import ROOT, kind_of, locate, parent, with_origins
 from truestep.verdict import Row, TensorInfo, Verdict
 
 INFO = TensorInfo(dtype="float32", shape=(1,))
@@ -111,3 +111,25 @@ def test_a_transposition_is_a_kind() -> None:
     square = torch.randn(1, 16, 16)
     found = kind_of(square.transpose(1, 2).contiguous(), square)
     assert found == "transposed: axes 1 and 2 exchanged"
+
+
+def test_what_a_module_was_given_is_not_its_error() -> None:
+    rows = [
+        row("a", "out.0", "drifted"),
+        row("b", "in.0", "drifted"),
+        row("b.part", "out.0", "drifted"),
+        row("b", "out.0", "drifted"),
+        row("c", "out.0"),
+        row(ROOT, "out.0", "drifted"),
+    ]
+    told = {f"{r.fqn} {r.name.rpartition('/')[2]}": r.origin for r in with_origins(rows, None)}
+    assert told == {
+        "a out.0": "introduced",
+        "b in.0": "inherited",
+        "b.part out.0": "introduced",
+        "b out.0": "inherited",
+        "c out.0": "",
+        f"{ROOT} out.0": "inherited",
+    }
+    before = locate([row("b", "in.0", "drifted")])
+    assert [r.origin for r in with_origins([row("b", "in.0", "drifted")], before)] == ["introduced"]

@@ -11,6 +11,7 @@ import pytest
 from truestep.errors import EquivalenceError
 from truestep.verdict import (
     Comparison,
+    Divergence,
     Metrics,
     Results,
     Row,
@@ -128,3 +129,25 @@ def test_a_thousand_failures_stay_on_one_screen() -> None:
 def test_results_take_the_worst() -> None:
     results = Results.of([comparison(Verdict.IDENTICAL), comparison(Verdict.MISSING)])
     assert (results.verdict, results.exit_code) == (Verdict.MISSING, 3)
+
+
+def test_the_cause_is_listed_first_and_what_is_inherited_is_counted() -> None:
+    def row(name: str, origin: str, verdict: Verdict = Verdict.DRIFTED) -> Row:
+        return Row(name=name, verdict=verdict, metrics=metrics(0.5), origin=origin)  # type: ignore[arg-type]
+
+    rows = (
+        row("in", "inherited"),
+        row("also", "introduced"),
+        row("cause", "introduced"),
+        *(row(f"later{i}", "inherited") for i in range(30)),
+        row("open", "", Verdict.INCONCLUSIVE),
+    )
+    result = comparison(Verdict.DRIFTED, *rows).model_copy(
+        update={"first_divergence": Divergence(name="cause")}
+    )
+    assert [r.name for r in result.causes] == ["cause", "also"]
+    assert result.uncounted(1) == "1 more failed, 31 inherited, 1 undecided"
+    assert "31 inherited, 1 undecided; " in result.table()
+    grown = comparison(Verdict.DRIFTED, row("a", "inherited"), row("b", "inherited"))
+    assert [r.name for r in grown.causes] == ["a", "b"]
+    assert grown.uncounted(2) == ""

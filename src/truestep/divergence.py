@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from truestep.verdict import Divergence, Row, Verdict
+from truestep.verdict import GIVEN, Divergence, Row, Verdict
 
 _FAILED = (Verdict.DRIFTED, Verdict.INVALID)
 ROOT = "(root)"
@@ -33,15 +33,15 @@ def locate(rows: Sequence[Row]) -> Divergence | None:
     extra = next((row for row in rows if row.reference is None), None)
     skipped: Row | None = None
     for row in rows:
-        inward = not row.name.rpartition("/")[2].startswith("out.")
+        inward = _inward(row)
         if row.verdict is Verdict.MISSING and row.fqn not in called:
             skipped = skipped or row
             continue
         found = _wrong(row, inward, extra)
         if found is None:
             continue
-        around = skipped is not None and row.fqn == parent(skipped.fqn or "")
-        if skipped is not None and (inward or around):
+        holder = skipped is not None and row.fqn == parent(skipped.fqn or "")
+        if skipped is not None and (inward or holder):
             break  # what follows lacks what the skipped module makes
         return found
     if skipped is not None:
@@ -57,7 +57,7 @@ def _wrong(row: Row, inward: bool, extra: Row | None) -> Divergence | None:
     if failed(row) and not inward:
         return _divergence(row, fqn, kind=None)
     if failed(row) and fqn == ROOT:
-        return _divergence(row, ROOT, kind="given another input")
+        return _divergence(row, ROOT, kind=GIVEN)
     if failed(row):
         return _divergence(row, parent(fqn), kind=f"before {fqn}")
     if row.verdict is Verdict.MISSING:
@@ -68,6 +68,33 @@ def _wrong(row: Row, inward: bool, extra: Row | None) -> Divergence | None:
     if row.verdict is Verdict.INCOMPARABLE and row.reference is not None:
         return _divergence(row, parent(fqn) if inward else fqn, kind=row.note)
     return None
+
+
+def with_origins(rows: Sequence[Row], place: Divergence | None) -> list[Row]:
+    """Say of rows that failed on right inputs whether their module made the error.
+
+    Args:
+        rows: As for `locate`.
+        place: What was located in them.
+
+    Returns:
+        The rows. What a module was about to be given is another's error, but for that of the place
+        itself; so is what it returns where a module inside of it is wrong.
+    """
+    wrong = {row.fqn or ROOT for row in rows if failed(row) and not _inward(row)}
+    holders = {holder for fqn in wrong for holder in around(fqn)}
+    found = []
+    for row in rows:
+        if failed(row):
+            own = not _inward(row) and (row.fqn or ROOT) not in holders
+            own = own or (place is not None and row.name == place.name)
+            row = row.model_copy(update={"origin": "introduced" if own else "inherited"})
+        found.append(row)
+    return found
+
+
+def _inward(row: Row) -> bool:
+    return not row.name.rpartition("/")[2].startswith("out.")
 
 
 def failed(row: Row) -> bool:
@@ -90,6 +117,15 @@ def parent(fqn: str) -> str:
     if last.isdecimal():
         head = head.rpartition(".")[0]
     return head or ROOT
+
+
+def around(fqn: str) -> list[str]:
+    """Modules around a module, the nearest first, to the root."""
+    found = list[str]()
+    while fqn != ROOT:
+        fqn = parent(fqn)
+        found.append(fqn)
+    return found
 
 
 def with_kind(

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from truestep.divergence import ROOT, parent
+from truestep.divergence import ROOT, around, parent
 from truestep.pairing.rename import numbered
-from truestep.verdict import Divergence, Row, Verdict
+from truestep.verdict import GIVEN, Divergence, Row, Verdict
 
 JUMP = {"measured": 4.0, "analytic": 16.0, "tolerance": 4.0}
 """An output is introduced where it is this many times further over its floor than all that went
@@ -83,23 +83,23 @@ def inside(rows: Sequence[Row]) -> Inside:
     }
     both = {spot[0] for spot in agree}
     opened = (
-        {holder for row in rows if row.actual is not None for holder in _around(row)},
-        {holder for row in rows if row.reference is not None for holder in _around(row)},
+        {holder for row in rows if row.actual is not None for holder in around(row.fqn or ROOT)},
+        {holder for row in rows if row.reference is not None for holder in around(row.fqn or ROOT)},
     )
     kept, undone, unseen = list[Row](), list[Row](), list[Row]()
     for row in rows:
         chain = [(fqn, row.step, row.branch) for fqn in _holders(row)]
-        around = next((spot for spot in chain if agree.get(spot)), None)
+        agreed = next((spot for spot in chain if agree.get(spot)), None)
         shut = next((spot[0] for spot in chain if spot[0] in both), None)
         side = 0 if row.actual is None else 1 if row.reference is None else None
         if side is not None and shut is not None and shut not in opened[side]:
             unseen.append(row)
-        elif row.verdict.passed or around is None:
+        elif row.verdict.passed or agreed is None:
             kept.append(row)
-        elif row.verdict is Verdict.INCONCLUSIVE and around in undecided:
+        elif row.verdict is Verdict.INCONCLUSIVE and agreed in undecided:
             kept.append(row)  # undecided inside of what is undecided
-        elif _diluted(row, errors.get(around, 0.0)):
-            note = f"too small in {around[0]}, which agrees, to be seen there"
+        elif _diluted(row, errors.get(agreed, 0.0)):
+            note = f"too small in {agreed[0]}, which agrees, to be seen there"
             unsure = {"verdict": Verdict.INCONCLUSIVE, "note": _joined(row.note, note)}
             kept.append(row.model_copy(update=unsure))
         else:
@@ -121,16 +121,7 @@ def _agrees(row: Row) -> bool:
 def _holders(row: Row) -> list[str]:
     """Modules that may undo what a row shows, the nearest first: an input's own, and all around."""
     own = [row.fqn or ROOT] if _call(row)[1] == "in" else []
-    return own + [fqn for fqn in _around(row) if fqn not in own]
-
-
-def _around(row: Row) -> list[str]:
-    """Modules around a row's own, the nearest first."""
-    fqn, found = row.fqn or ROOT, list[str]()
-    while fqn != ROOT:
-        fqn = parent(fqn)
-        found.append(fqn)
-    return found
+    return own + [fqn for fqn in around(row.fqn or ROOT) if fqn not in own]
 
 
 def _errors(rows: Iterable[Row]) -> dict[Spot, float]:
@@ -150,13 +141,13 @@ def _error(row: Row) -> float:
     return metrics.rel_l2 * metrics.rms_reference * math.sqrt(metrics.count)
 
 
-def _diluted(row: Row, around: float) -> bool:
+def _diluted(row: Row, outside: float) -> bool:
     """Whether a row is plainly wrong, and its error still there in what is around it."""
     if row.verdict is not Verdict.DRIFTED or row.floor is None or row.metrics is None:
         return False
     if row.metrics.rel_l2 > ANOTHER:
         return False
-    return (row.ratio or 0.0) > JUMP[row.floor.source] and around >= ARRIVES * _error(row)
+    return (row.ratio or 0.0) > JUMP[row.floor.source] and outside >= ARRIVES * _error(row)
 
 
 def _layer(row: Row) -> tuple[str, str]:
@@ -182,10 +173,15 @@ def origins(rows: Sequence[Row]) -> list[Row]:
     found, before = list[Row](), 0.0
     excess = [_excess(row) for row in rows]
     starts: dict[tuple[str, ...], int] = {}
+    given: dict[Spot, float] = {}
     for index, row in enumerate(rows):
         call, slot = _call(row)
         starts.setdefault(call, index)
-        known = before
+        spots = [(fqn, row.step, row.branch) for fqn in around(row.fqn or ROOT)]
+        known = max([before, *(given.get(spot, 0.0) for spot in spots)])
+        if slot == "in":
+            spot = (row.fqn or ROOT, row.step, row.branch)
+            given[spot] = max(given.get(spot, 0.0), excess[index])
         if slot == "out" and _call(rows[starts[call]])[1] == "in":
             known = max(
                 (
@@ -219,7 +215,7 @@ def introduced(rows: Sequence[Row]) -> list[Divergence]:
         slot = _call(row)[1]
         given = slot == "in" and own != ROOT
         at = parent(own) if given else own
-        kind = f"before {own}" if given else "given another input" if slot == "in" else None
+        kind = f"before {own}" if given else GIVEN if slot == "in" else None
         kind = _joined(kind or "", row.note) if row.verdict is Verdict.INCOMPARABLE else kind
         place = Divergence(
             name=row.name, stage="module", step=row.step, branch=row.branch, fqn=at, kind=kind
@@ -243,9 +239,9 @@ def _call(row: Row) -> tuple[tuple[str, ...], str]:
     return tuple(head.split("/")), slot.partition(".")[0]
 
 
-def _inside(row: Row, around: Row) -> bool:
+def _inside(row: Row, outer: Row) -> bool:
     """Whether a row is an output of a part of another row's module, in its step and branch."""
-    if (row.step, row.branch) != (around.step, around.branch) or _call(row)[1] != "out":
+    if (row.step, row.branch) != (outer.step, outer.branch) or _call(row)[1] != "out":
         return False
-    own, outer = row.fqn or ROOT, around.fqn or ROOT
-    return own != outer and (outer == ROOT or own.startswith(f"{outer}."))
+    own, holder = row.fqn or ROOT, outer.fqn or ROOT
+    return own != holder and (holder == ROOT or own.startswith(f"{holder}."))

@@ -17,6 +17,9 @@ from truestep.text import visible
 
 SCHEMA_VERSION = 1
 
+GIVEN = "given another input"
+"""How the kind of a divergence begins where the whole model was given what it should not be."""
+
 
 class Verdict(str, Enum):
     """Outcome of a comparison. Has no truth value: compare with a member or read `exit_code`."""
@@ -182,7 +185,7 @@ class Row(Record):
     ratio_metric: str | None = Field(default=None, description="the statistic that `ratio` is of")
     statistics: tuple[Statistic, ...] = Field(default=(), description="structure of the residual")
     origin: Literal["", "introduced", "inherited"] = Field(
-        default="", description="of a failing row of two traces: made in the module, or given to it"
+        default="", description="of a failing row of a module: made in it, or given to it"
     )
     note: str = ""
 
@@ -481,6 +484,35 @@ class Comparison(Record):
         return tuple(row for row in self.rows if not row.verdict.passed)
 
     @property
+    def causes(self) -> tuple[Row, ...]:
+        """Failing rows to list: the first divergence, what else was introduced, what decided.
+
+        What a module was given by the one before it is only counted, and so is what is undecided
+        beside that; unless nothing else failed.
+        """
+        first = self.first_divergence.name if self.first_divergence else None
+        told = [row for row in self.failing if row.origin != "inherited"]
+        if any(row.origin for row in self.failing):
+            told = [row for row in told if row.verdict is not Verdict.INCONCLUSIVE]
+
+        def late(row: Row) -> tuple[bool, bool, bool]:
+            return row.name != first, row.origin != "introduced", row.verdict is not self.verdict
+
+        return tuple(sorted(told or self.failing, key=late))
+
+    def uncounted(self, shown: int) -> str:
+        """What a list of so many of the causes leaves out: `3 more failed, 12 inherited`."""
+        causes, names = self.causes, {row.name for row in self.causes}
+        rest = [row for row in self.failing if row.name not in names]
+        inherited = sum(row.origin == "inherited" for row in rest)
+        counts = {
+            "more failed": len(causes) - shown,
+            "inherited": inherited,
+            "undecided": len(rest) - inherited,
+        }
+        return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+
+    @property
     def detectable(self) -> float | None:
         """Smallest rel_l2 that would have been called `drifted` in any stage that was judged."""
         return detectable(self.rows)
@@ -492,7 +524,7 @@ class Comparison(Record):
 
     def table(self, *, limit: int = 20) -> str:
         """Failing rows as an aligned text table, with one line that accounts for the rest."""
-        shown = self.failing[:limit]
+        shown = self.causes[:limit]
         if not self.rows:
             return "no tensors were compared"
         lines = [("tensor", "verdict", "rel_l2", "floor", "ratio", "note")] if shown else []
@@ -513,7 +545,7 @@ class Comparison(Record):
             "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
             for line in lines
         ]
-        more = len(self.failing) - len(shown)
+        more = self.uncounted(len(shown))
         within = [row for row in self.rows if row.verdict.passed]
         worst = max((row.ratio for row in within if row.ratio is not None), default=None)
         nonfinite = sum(
@@ -522,7 +554,7 @@ class Comparison(Record):
             if row.metrics and (row.metrics.nonfinite_actual or row.metrics.nonfinite_reference)
         )
         text.append(
-            (f"{more} more failed; " if more else "")
+            (f"{more}; " if more else "")
             + f"{len(within)} within the floor"
             + (f" (worst ratio {worst:.2g})" if worst is not None else "")
             + f"; {len(self.missing)} missing, {len(self.unexpected)} unexpected, "

@@ -350,3 +350,21 @@ def test_a_measured_floor_has_a_test_of_its_own_for_what_is_small() -> None:
     row = judge(noisy(20, sign=-1.0), reference, floor=floor)
     assert row.verdict is Verdict.DRIFTED
     assert row.note.startswith("structure: bulk 2.0e+00")
+
+
+def test_the_rule_says_that_all_agree_only_where_they_do() -> None:
+    assert build([judge(X)]).rule.text == "every tensor agrees bit for bit"
+    for rows in ([judge(X[:1])], [judge(X), judge(X[:1])], []):
+        assert build(rows).rule.text.startswith("no distance was judged")
+
+
+def test_two_values_everywhere_are_judged_inside_of_a_model() -> None:
+    timestep = torch.full((4,), 999.0)
+    name = "module/(root)/0/main/in.timestep"
+    for other, verdict in (
+        (torch.full((4,), 999), Verdict.EQUIVALENT),
+        (torch.full((4,), 998.0), Verdict.DRIFTED),
+        (torch.arange(4.0), Verdict.INVALID),
+    ):
+        (row,) = compare_tensors({name: timestep}, {name: other})
+        assert row.verdict is verdict, row.note

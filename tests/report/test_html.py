@@ -233,6 +233,14 @@ def test_a_ratio_of_another_metric_says_so() -> None:
     assert "3 × floor (max_abs); rel_l2 3.0e+06 × floor" in found.series[0].points[0].title
 
 
+def test_no_curve_denies_the_verdict() -> None:
+    """What failed has no step, so every line would be within the floor."""
+    fine = [row(i, 0.5) for i in range(5)]
+    text = Row(name="text/cond", verdict=Verdict.DRIFTED, stage="text")
+    assert curve([*fine, text]) is None
+    assert curve([*fine, text, row(5, 3.0)]) is not None
+
+
 def test_no_steps_no_curve() -> None:
     assert curve([Row(name="x", verdict=Verdict.IDENTICAL)]) is None
 

@@ -193,6 +193,10 @@ def test_check_names_the_module(case: Case, reference: Recording) -> None:
     assert "`blocks.1.attn2.to_k`, step 0, cond" in result.sentence
     assert any(row.fqn == "blocks.1.attn2.to_k" and not row.verdict.passed for row in result.rows)
     assert any("modules" in text for text in result.looked_at)
+    listed = result.causes
+    assert listed[0].name == "module/blocks.1.attn2.to_k/0/cond/out.0"
+    assert not any("/in." in row.name for row in listed)
+    assert "inherited" in result.uncounted(len(listed))
 
 
 def test_check_names_the_module_that_makes_nan(case: Case, reference: Recording) -> None:
@@ -205,6 +209,8 @@ def test_check_names_the_module_that_makes_nan(case: Case, reference: Recording)
     assert result.first_divergence.fqn == "blocks.1.attn1.to_q"
     assert "(first divergence: `blocks.1.attn1.to_q`, step 0, cond)" in result.sentence
     assert "non-finite values: " in result.sentence
+    assert "the second time" not in "".join((result.sentence, *result.notes))  # NaN is one answer
+    assert "values that are not finite" in (result.first_divergence.operator or "")
 
 
 def test_check_opens_the_model_of_the_stage_that_failed(case: Case, reference: Recording) -> None:

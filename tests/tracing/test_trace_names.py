@@ -281,3 +281,25 @@ def test_official_wan_takes_what_the_test_says() -> None:
     with torch.no_grad():
         made = OfficialWan.forward(official_wan(), [latent[0]], timestep, text)
         assert torch.allclose(made[0], diffusers_wan()(latent, timestep, text)[0][0], atol=1e-5)
+
+
+def test_the_schedule_is_judged_before_what_follows_from_it() -> None:
+    """The latent of the second step is further off than the timestep, and follows from it."""
+
+    def traced(steps: tuple[float, float], gain: float) -> Recording:
+        model = diffusers_wan()
+        with torch.no_grad(), capture(model, level="full", inputs=True) as trace:
+            for index, step in enumerate(steps):
+                latent, timestep, text = wan_inputs(step)
+                model(latent * gain**index, timestep, text)
+        assert trace.recording is not None
+        return trace.recording
+
+    result = compare_traces(traced((999.0, 624.0), 1.01), traced((999.0, 625.0), 1.0))
+    assert named(result) == ("(root)", "given another input: `in.1` is 624 (was 625)")
+    assert result.first_divergence is not None
+    assert result.first_divergence.step == 1
+    assert result.causes[0].name == "module/(root)/1/main/in.1"
+    assert result.uncounted(len(result.causes)).endswith("inherited")
+    other = compare_traces(traced((999.0, 625.0), 1.01), traced((999.0, 625.0), 1.0))
+    assert named(other) == ("(root)", "given another input; scaled by 1.01")

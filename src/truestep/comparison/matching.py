@@ -353,7 +353,7 @@ def with_divergence(
     comparison: Comparison, divergence: Divergence, rows: Sequence[Row]
 ) -> Comparison:
     """A comparison whose first divergence was followed into a model, with the rows it took."""
-    fields = {"case_differences": comparison.case_differences}
+    fields = {"case_differences": comparison.case_differences, "deeper": rows}
     known = comparison.first_divergence
     if known is not None and (known.stage, known.step) == (divergence.stage, divergence.step):
         divergence = divergence.model_copy(update={"modality": known.modality})
@@ -396,7 +396,7 @@ def _outcome(
     place = f" (first divergence: {first})" if first else ""
     if verdict is Verdict.INVALID and first:
         invalid = [row for row in rows if row.verdict is verdict]
-        named = [row for row in invalid if row.name == first.name]  # none: a module of a stage
+        named = [r for r in (*invalid, *fields.get("deeper", ())) if r.name == first.name]
         return f"invalid: {count} of {total}{place}: {(named or invalid)[0].note}"
     if verdict is Verdict.DRIFTED:
         row = max((r for r in rows if r.verdict is verdict), key=lambda r: r.ratio or 0.0)

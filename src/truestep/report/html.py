@@ -86,7 +86,7 @@ def curve(rows: Sequence[Row]) -> Curve | None:
     Several tensors of one place are one point: the worst of them.
 
     Returns:
-        The curve; None where no row that has a step was judged.
+        The curve; None where no row that has a step was judged, or all that failed is elsewhere.
     """
     judged = [r for r in rows if r.step is not None and _height(r) is not None]
     if not any(r.floor for r in judged):
@@ -94,6 +94,8 @@ def curve(rows: Sequence[Row]) -> Curve | None:
     deep = all(r.stage == "module" for r in judged)
     if deep:
         judged = _forwards(judged)
+    if all(r.verdict.passed for r in judged) and not all(r.verdict.passed for r in rows):
+        return None  # what failed is of no step: a picture in which all is well would deny it
     order = {fqn: at for at, fqn in enumerate(dict.fromkeys(r.fqn or "" for r in judged))}
     place = {id(r): order[r.fqn or ""] if deep else r.step or 0 for r in judged}
     first, last = min(place.values()), max(place.values())

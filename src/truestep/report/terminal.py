@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable
 
 from truestep.text import say, visible
-from truestep.verdict import Comparison, GateResult, Results, Row, Verdict
+from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Verdict
 
 MAX_GROWTH = 16
 MAX_ROWS = 20
@@ -112,10 +112,8 @@ def _wrapped(label: str, text: str) -> Iterable[str]:
 
 def _table(comparison: Comparison) -> Iterable[str]:
     """Failing rows first (at most 20, 5 a stage), then one line a stage for what passed."""
-    # What decided comes first: thousands of undecided rows must not hide it.
-    failing = sorted(comparison.failing, key=lambda row: row.verdict is not comparison.verdict)
     picked: list[Row] = []
-    for row in failing:
+    for row in comparison.causes:
         same = sum(_stage(other) == _stage(row) for other in picked)
         if len(picked) < MAX_ROWS and (not row.stage or same < MAX_ROWS_OF_STAGE):
             picked.append(row)
@@ -126,8 +124,8 @@ def _table(comparison: Comparison) -> Iterable[str]:
         for cells in shown:
             head = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False))
             yield f"  {head}  {cells[5]}".rstrip()
-        if len(failing) > len(picked):
-            yield f"  ... {len(failing) - len(picked)} more failed"
+        if more := comparison.uncounted(len(picked)):
+            yield f"  ... {more}"
     stages: dict[str, list[Row]] = {}
     for row in comparison.rows:
         if row.verdict.passed:
@@ -143,7 +141,7 @@ def _table(comparison: Comparison) -> Iterable[str]:
 def _growth(comparison: Comparison) -> Iterable[str]:
     """Of two traces: how far the modules near the root are over the floor, in one forward."""
     first = comparison.first_divergence
-    if first is None or not any(row.origin for row in comparison.rows):
+    if first is None or not any(row.origin and row.stage == "module" for row in comparison.rows):
         return
     worst: dict[str, float] = {}
     for row in comparison.rows:
@@ -153,6 +151,7 @@ def _growth(comparison: Comparison) -> Iterable[str]:
         if output and here and (fqn.count(".") <= 1 or fqn == first.fqn):
             ratio = math.inf if row.verdict is Verdict.INVALID else row.ratio or 0.0
             worst[fqn] = max(worst.get(fqn, 0.0), ratio)
+    given = (first.kind or "").startswith(GIVEN)
     names = list(worst)
     begin = next((at for at, name in enumerate(names) if worst[name] > 1), 0)
     if begin > 2:
@@ -163,7 +162,7 @@ def _growth(comparison: Comparison) -> Iterable[str]:
     for name in shown:
         ratio = worst[name]
         bar = "#" * round(4 * math.log10(min(max(ratio, 0.1), 1e9) / 0.1))
-        mark = " <- introduced" if name == first.fqn else ""
+        mark = " <- introduced" if name == first.fqn and not given else ""
         yield f"  growth       {name:<{width}}  {ratio:>8.3g} x  {bar}{mark}"
     if len(names) - max(begin - 1, 0) > MAX_GROWTH:
         yield f"  growth       ... {len(names) - max(begin - 1, 0) - MAX_GROWTH} more modules"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,15 @@ import torch
 
 from truestep.comparison import sources
 from truestep.comparison.distance import distance
-from truestep.comparison.matching import build_comparison, compare_tensors, with_divergence
+from truestep.comparison.matching import (
+    build_comparison,
+    compare_tensors,
+    one_value,
+    with_divergence,
+)
 from truestep.comparison.moments import moment_rows, sketch_rows
 from truestep.comparison.sources import Source, side_of
-from truestep.divergence import with_kind
+from truestep.divergence import ROOT, with_kind
 from truestep.environment import Environment
 from truestep.errors import UsageError
 from truestep.growth import Inside, inside, introduced, origins
@@ -24,7 +30,10 @@ from truestep.recording.names import address
 from truestep.tracing.isolation import alike, laid_out
 from truestep.tracing.naming import listed
 from truestep.tracing.trace_names import Named, exchange, fqns, match_inputs, name_modules
-from truestep.verdict import Comparison, Difference, Row, Verdict
+from truestep.verdict import GIVEN, Comparison, Difference, Divergence, Row, Verdict
+
+FEW = 16
+"""So many elements, one for every sample, are timesteps and no latent."""
 
 PARTIAL = "partial"
 """How a note of a trace begins that was cut short."""
@@ -129,7 +138,7 @@ def compare_traces(
         notes=(*named.notes, *_undone(seen), *_cut(ours, "actual"), *_cut(theirs, "reference")),
         hint=_hint(rows, floor is not None, tolerance),
     )
-    return _located(result, sides)
+    return _located(result, sides, named)
 
 
 def _loaded(what: str | Path | Recording, label: str) -> Source:
@@ -394,7 +403,7 @@ def _gone(rows: Sequence[Row], *, partial: bool) -> list[Row]:
     ]
 
 
-def _located(result: Comparison, sides: tuple[Source, Source]) -> Comparison:
+def _located(result: Comparison, sides: tuple[Source, Source], named: Named) -> Comparison:
     places = introduced(result.rows)
     if not places:
         if result.first_divergence is None:
@@ -404,13 +413,42 @@ def _located(result: Comparison, sides: tuple[Source, Source]) -> Comparison:
         return with_divergence(result, first, ())
     name = places[0].name
     first = with_kind(places[0], *(side.tensors.get(name) for side in sides))
+    first = _schedule(result.rows, first, sides) or first
+    notes = []
+    own = next((a for a, r in named.partners.items() if r == first.fqn), first.fqn)
+    if own != first.fqn:
+        notes.append(f"`{first.fqn}` is `{own}` in the actual trace")
     least = any(_manifest(side).level == "stats" for side in sides)  # of which nothing follows
     if len(places) > 1 and not least:
         others = listed([place.fqn or "" for place in places[1:]])
-        result = result.model_copy(
-            update={"notes": (*result.notes, f"further errors are introduced in {others}")}
-        )
+        notes.append(f"further errors are introduced in {others}")
+    result = result.model_copy(update={"notes": (*result.notes, *notes)})
     return with_divergence(result, first, ())
+
+
+def _schedule(
+    rows: Sequence[Row], first: Divergence, sides: tuple[Source, Source]
+) -> Divergence | None:
+    """A timestep that the model is given wrongly, before all else that it is: the rest follows.
+
+    A timestep is what holds one value, or few, where the whole model is given another input.
+    """
+    if first.fqn != ROOT or not (first.kind or "").startswith(GIVEN):
+        return None
+    for row in rows:
+        here = (row.fqn, row.step, row.branch) == (ROOT, first.step, first.branch)
+        if not here or row.verdict.passed or not _is_input(row.name) or row.reference is None:
+            continue
+        kept = [side.tensors.get(row.name) for side in sides]
+        constant = all(t is not None and (t.numel() == 1 or one_value(t)) for t in kept)
+        if not constant and math.prod(row.reference.shape) > FEW:
+            continue
+        kind = f"{GIVEN}: `{row.name.rpartition('/')[2]}`"
+        if constant:
+            values = [tensor.reshape(-1)[0].item() for tensor in kept if tensor is not None]
+            kind += f" is {values[0]:.7g} (was {values[1]:.7g})"
+        return first.model_copy(update={"name": row.name, "kind": kind})
+    return None
 
 
 def _hint(rows: Sequence[Row], measured: bool, tolerance: float | None) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from truestep.comparison.distance import same_bits
 from truestep.comparison.matching import compare_tensors
-from truestep.divergence import failed, locate, parent, with_kind
+from truestep.divergence import failed, locate, parent, with_kind, with_origins
 from truestep.noise import NoiseFloor, pair_of
 from truestep.recording.names import address, split_call
 from truestep.recording.raised import HIGHER
@@ -26,7 +26,7 @@ from truestep.tracing.isolation import Flow, Forward, benign_flows, flow, roundi
 from truestep.tracing.naming import ROOT, callable_module, named_modules
 from truestep.tracing.partners import Part, Partners, namesake
 from truestep.tracing.statements import differing_parameters, first_operator, operators
-from truestep.verdict import Divergence, Row
+from truestep.verdict import GIVEN, Divergence, Row
 
 Tensor = torch.Tensor
 MAX_LEVELS = 12
@@ -135,7 +135,7 @@ def drill(
         row for level in levels for row in level.rows if row.fqn != level.here or row.fqn == ROOT
     ]
     left_out = dict.fromkeys(name for level in levels for name in level.left_out)
-    return Drilled(found, tuple(rows), tuple(path), tuple(left_out))
+    return Drilled(found, tuple(with_origins(rows, found)), tuple(path), tuple(left_out))
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _with_operator(
     names = [fqn] if fqn in ours and (partners is None or fqn == ROOT) else []
     if partners is not None and fqn != ROOT:
         names = [n for n in ours if any(part.fqn == fqn for part in partners.candidate(n))]
-    if theirs is None or len(names) != 1 or kind.startswith((*_FINAL, "given another input")):
+    if theirs is None or len(names) != 1 or kind.startswith((*_FINAL, GIVEN)):
         return found
     own = ours[names[0]]
     place: dict[str, Any] = {"step": found.step or 0, "branch": found.branch or "main"}

@@ -198,9 +198,16 @@ def differing_parameters(actual: torch.nn.Module, reference: torch.nn.Module) ->
         elif own[name].shape != tensor.shape:
             told.append(f"{name} has shape {list(own[name].shape)} for {list(tensor.shape)}")
         elif not torch.equal(own[name].to(tensor.device, tensor.dtype), tensor):
-            told.append(f"{name} differs by {distance(own[name].data, tensor.data).rel_l2:.2g}")
+            told.append(f"{name} {_apart(own[name].data, tensor.data)}")
     told += [f"{name} is extra" for name in own if name not in theirs]
     return ", ".join(told) or None
+
+
+def _apart(actual: torch.Tensor, reference: torch.Tensor) -> str:
+    found = distance(actual, reference)
+    if found.nonfinite_actual != found.nonfinite_reference:
+        return f"has {found.nonfinite_actual:,} of {actual.numel():,} values that are not finite"
+    return f"differs by {found.rel_l2:.2g}"
 
 
 def _differs(
