@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-fast lint format bench bench-verdict bench-exact bench-location schema kills clean
+.PHONY: help demo test test-fast lint format fuzz bench bench-verdict bench-exact bench-location schema kills clean
 
 help:
 	@echo "make demo   run the main job on the builtin model (under 3 minutes)"
 	@echo "make test   all tests    make test-fast   without the slow ones"
 	@echo "make lint   ruff and mypy    make format   fix what ruff can"
 	@echo "make kills  1,000 kills and 100 races of every writer: nothing lost, nothing unreadable (half an hour)"
+	@echo "make fuzz   a million damaged files, read: fuzz-output (hours; goes on where it stopped)"
 	@echo "make bench  speed and memory, as JSON lines"
 	@echo "make bench-verdict  the fault corpus under every gate: bench/results (hours; goes on where it stopped)"
 	@echo "make bench-exact  every exact setting on every pipeline of the corpus: bench/results"
@@ -49,6 +50,8 @@ format: $(STAMP)
 
 kills: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills.run
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --out fuzz-output
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.bench_compare

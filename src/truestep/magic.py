@@ -8,15 +8,21 @@ from pathlib import Path
 
 ARCHIVE, NUMPY, PICKLE = "a zip archive", "a numpy array (.npy)", "a pickle"
 SAFETENSORS, JSON, TEXT = "a safetensors file", "a JSON file", "a text file"
+OLD_PT, ONNX, HDF5 = "a .pt file of before torch 1.6", "an ONNX model", "an HDF5 file (Keras)"
+SQLITE = "a SQLite database"
+MODEL, REFERENCES = "a diffusers model folder", "a folder of references"
+EXPERIMENT = "the folder of an experiment (truestep ab)"
+SPOOL = "the spool of a trace that was not closed"
 
 _STARTS = (
     (0, b"PK\x03\x04", ARCHIVE),
     (0, b"PK\x05\x06", ARCHIVE),
     (0, b"\x93NUMPY", NUMPY),
+    (0, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", OLD_PT),
     (0, b"GGUF", "a GGUF model (llama.cpp)"),
     (0, b"GGML", "a GGML model (llama.cpp)"),
-    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)"),
-    (0, b"SQLite format 3\0", "a SQLite database"),
+    (0, b"\x89HDF\r\n\x1a\n", HDF5),
+    (0, b"SQLite format 3\0", SQLITE),
     (0, b"\x89PNG\r\n\x1a\n", "a PNG picture"),
     (0, b"\xff\xd8\xff", "a JPEG picture"),
     (0, b"GIF8", "a GIF picture"),
@@ -43,16 +49,18 @@ _STARTS = (
 """Offset, bytes, what begins so."""
 
 _FOLDERS = (
-    ("model_index.json", "a diffusers model folder"),
+    ("model_index.json", MODEL),
     ("modular_model_index.json", "a modular diffusers pipeline"),
-    ("truestep.lock", "a folder of references"),
-    ("plan.json", "the folder of an experiment (truestep ab)"),
-    ("journal.jsonl", "the spool of a trace that was not closed"),
+    ("truestep.lock", REFERENCES),
+    ("plan.json", EXPERIMENT),
+    ("journal.jsonl", SPOOL),
     ("config.json", "the folder of one model"),
 )
 """A file in a folder, and what such a folder is."""
 
 _HEAD = 512
+
+_ONNX_FIELDS = (b"\x12", b"\x1a", b"\x22", b"\x28", b"2", b":", b"B")
 
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 
@@ -82,8 +90,9 @@ def kind_of(head: bytes, size: int) -> str:
         return SAFETENSORS
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return PICKLE
-    if head[:1] == b"\x08" and head[2:3] == b"\x12":  # ir_version, then producer_name
-        return "an ONNX model"
+    # A number, the IR's version, then another field of the message.
+    if len(head) > 2 and head[:1] == b"\x08" and 0 < head[1] < 32 and head[2:3] in _ONNX_FIELDS:
+        return ONNX
     try:
         text = head.decode("utf-8").lstrip()
     except UnicodeDecodeError as error:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from truestep.errors import FileFormatError, TruestepError
 
 if sys.version_info >= (3, 11):
@@ -160,5 +162,7 @@ def reason(error: BaseException) -> str:
         return f"it is not UTF-8: byte {error.start}"
     if isinstance(error, RecursionError):
         return f"it is nested more than {DEEPEST} deep"
-    lines = str(error).strip().splitlines()
+    lines = str(error).encode("utf-8", "backslashreplace").decode().strip().splitlines()
+    if isinstance(error, ValidationError):  # after the count, the key and what is wrong with it
+        return " ".join(line.strip() for line in lines[1:3])[:200]
     return lines[0][:200] if lines else type(error).__name__

@@ -106,8 +106,12 @@ def test_weight_files(tmp_path: Path) -> None:
     assert key_lines(state())[3] == "conv.weight  float32 [4, 3, 5]"
     (tmp_path / "b.safetensors").write_bytes(b"no")
     (tmp_path / "b.pt").write_bytes(b"no")
-    for name in ("b.safetensors", "b.pt", "c.pt"):
-        with pytest.raises(FileFormatError, match="the weights cannot be read"):
+    for name, said in (
+        ("b.safetensors", "it is not a safetensors file"),
+        ("b.pt", "the .pt file cannot be read"),
+        ("c.pt", "the .pt file cannot be read"),
+    ):
+        with pytest.raises(FileFormatError, match=said):
             load_state(tmp_path / name)
     with pytest.raises(UsageError, match=r"\.zip is no kind of weight file"):
         load_state(tmp_path / "a.zip")

@@ -22,7 +22,7 @@ VERBS = {
     "thresholds": "Lint SGLang-Diffusion's threshold files, and write them from a measured floor.",
     "parity": "Component parity tests: scaffold, run, and a ledger of what is proven.",
     "recorder": "Write one file that records where truestep cannot be installed.",
-    "show": "Show what a recording or safetensors file holds, or what profiles say.",
+    "show": "Show what a file or folder is and holds, or what profiles say.",
     "doctor": "Show machine, libraries, attention kernel and what is missing.",
 }
 

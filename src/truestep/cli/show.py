@@ -1,4 +1,4 @@
-"""`truestep show`: what a file holds, from its header alone, and what profiles say. No torch."""
+"""`truestep show`: what a file or folder is and holds, and what profiles say."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SHOWN = 20
 
 
 @click.command("show")
-@click.argument("what", nargs=-1, required=True, metavar="FILE | profile [A [B]]")
+@click.argument("what", nargs=-1, required=True, metavar="FILE | FOLDER | profile [A [B]]")
 @click.option("--all", "everything", is_flag=True, help=f"Every tensor, not the first {SHOWN}.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON; of a file, its manifest.")
 def command(what: tuple[str, ...], everything: bool, as_json: bool) -> None:
-    """Show what a recording or any safetensors file holds; reads the header only.
+    """Show what a file or folder is and holds; of a recording, its header alone is read.
 
     `truestep show profile` lists the references that an LTX-2 run can follow; with a name, every
     control of it with its source; with two, those in which they differ.
@@ -35,7 +35,7 @@ def command(what: tuple[str, ...], everything: bool, as_json: bool) -> None:
     elif names:
         raise UsageError("show takes one file", measured=f"got {len(what)}: {', '.join(what)}")
     else:
-        _show_file(Path(first), everything=everything, as_json=as_json)
+        show_file(Path(first), everything=everything, as_json=as_json)
 
 
 def _show_profiles(names: list[str], *, as_json: bool) -> None:
@@ -151,42 +151,40 @@ def _source(text: str) -> str:
     )
 
 
-def _show_file(file: Path, *, everything: bool, as_json: bool) -> None:
-    """Print the header of a file."""
+def show_file(file: Path, *, everything: bool, as_json: bool) -> None:
+    """Print what a file or folder is and holds."""
     import json
 
-    from truestep.recording.header import read_header, read_manifest
+    from truestep.cli.contents import contents_of
 
-    header = read_header(file)
-    manifest = read_manifest(file)
+    found = contents_of(file)
     if as_json:
-        if manifest is not None:
-            say_json(manifest.model_dump_json(indent=2))
-            return
-        plain = {
-            name: {"dtype": info.dtype, "shape": list(info.shape)}
-            for name, info in header.tensors.items()
-        }
-        say_json(json.dumps({"tensors": plain}, indent=2))
+        manifest = found.manifest
+        text = (
+            json.dumps(found.plain(), indent=2)
+            if manifest is None
+            else manifest.model_dump_json(indent=2)
+        )
+        say_json(text)
         return
-    size = file.stat().st_size
-    count = len(header.tensors if manifest is None else manifest.tensors)
-    say(f"{file}: {count} tensors, {size / 1e6:.1f} MB")
-    if manifest is None:
-        say("a safetensors file that truestep did not write")
-        rows = [(n, i.dtype, "x".join(map(str, i.shape))) for n, i in header.tensors.items()]
-    else:
-        _print_manifest(manifest)
-        rows = [
-            (e.name, e.dtype, "x".join(map(str, e.shape)) or "scalar") for e in manifest.tensors
-        ]
-    shown = rows if everything else rows[:SHOWN]
+    size = "" if file.is_dir() else f", {file.stat().st_size / 1e6:.1f} MB"
+    count = f"{len(found.rows)} {found.noun}" if found.rows or found.noun == "tensors" else ""
+    say(f"{file}: {count or found.kind}{size}")
+    if found.manifest is not None:
+        _print_manifest(found.manifest)
+    elif count:
+        say(found.kind)
+    for line in found.lines:
+        say(f"  {line}")
+    rows = found.rows if everything else found.rows[:SHOWN]
+    shown = [tuple(map(visible, row)) for row in rows]
     widths = [max((len(row[i]) for row in shown), default=0) for i in range(2)]
-    say()
+    if shown:
+        say()
     for name, dtype, shape in shown:
-        say(f"  {name:<{widths[0]}}  {dtype:<{widths[1]}}  {shape}")
-    if len(rows) > len(shown):
-        say(f"  ... {len(rows) - len(shown)} more (--all)")
+        say(f"  {name:<{widths[0]}}  {dtype:<{widths[1]}}  {shape}".rstrip())
+    if len(found.rows) > len(shown):
+        say(f"  ... {len(found.rows) - len(shown)} more (--all)")
 
 
 def _print_manifest(manifest: object) -> None:

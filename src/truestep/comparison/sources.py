@@ -133,13 +133,6 @@ def _refuse(path: Path, what: str, *, measured: str = "", hint: str = "") -> NoR
 
 
 def _load_file(path: Path) -> Source:
-    suffix = path.suffix.lower()
-    readers: dict[str, Callable[[Path], Source]] = {
-        ".safetensors": _safetensors,
-        ".npy": _npy,
-        ".npz": _npz,
-        **dict.fromkeys((".pt", ".pth", ".bin"), _pt),
-    }
     try:
         if path.is_dir():
             _refuse(path, "a folder was given where a file is needed", measured=_is(path))
@@ -148,6 +141,21 @@ def _load_file(path: Path) -> Source:
         _refuse(path, "the file cannot be read", measured=reason(error))
     if size == 0:
         _refuse(path, "the file is empty")
+    return read_source(path, path.suffix.lower())
+
+
+def read_source(path: Path, suffix: str) -> Source:
+    """Read a file as what a suffix says.
+
+    Raises:
+        FileFormatError: It is damaged, of an unknown kind, or needs code to unpickle.
+    """
+    readers: dict[str, Callable[[Path], Source]] = {
+        ".safetensors": _safetensors,
+        ".npy": _npy,
+        ".npz": _npz,
+        **dict.fromkeys((".pt", ".pth", ".bin"), _pt),
+    }
     if suffix not in readers:
         known = f"known: {', '.join(readers)}"
         _refuse(

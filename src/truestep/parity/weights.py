@@ -86,13 +86,18 @@ def _onnx(path: Path) -> dict[str, torch.Tensor]:
     for item in graph.initializer:
         array = numpy_helper.to_array(item)
         if array.dtype.kind in "fiub":
-            found[item.name] = torch.from_numpy(np.array(array))
+            found[_name(item.name)] = torch.from_numpy(np.array(array))
     for name in [key for key, value in found.items() if value.dtype in (torch.int8, torch.uint8)]:
         scale = found.get(f"{name.removesuffix('_q')}_scale")
         if name.endswith("_q") and scale is not None:  # an integer matrix times its scale
             found[name.removesuffix("_q")] = found.pop(name).float() * scale
             del found[f"{name.removesuffix('_q')}_scale"]
     return found
+
+
+def _name(name: str | bytes) -> str:
+    """A name of ONNX, which is bytes where it is not UTF-8."""
+    return name if isinstance(name, str) else name.decode("utf-8", "backslashreplace")
 
 
 def _hdf5(path: Path) -> dict[str, torch.Tensor]:

@@ -301,7 +301,7 @@ def stage(temporary: Path, recording: Recording) -> str:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    stored = {name: _own_storage(tensor) for name, tensor in recording.items()}
+    stored = _stored(recording)
     try:
         save_file(stored, temporary, metadata=_metadata(recording.manifest, stored))
     except SafetensorError as error:
@@ -325,6 +325,19 @@ def verify(temporary: Path) -> Recording:
             where=str(temporary.parent.with_name(temporary.name)),
             measured=": ".join(filter(None, (error.what, error.measured))),
         ) from error
+
+
+def _stored(recording: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that share no memory, each a contiguous host tensor."""
+    stored: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in recording.items():
+        own = _own_storage(tensor)
+        if own.numel() and own.data_ptr() in places:  # one output under two names
+            own = own.clone()
+        places.add(own.data_ptr())
+        stored[name] = own
+    return stored
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:

@@ -122,6 +122,7 @@ _HEAD = 1 << 16
 
 def refuse(path: Path, what: str, *, measured: str = "", likely: str = "") -> NoReturn:
     """Raise the error for a safetensors file that cannot be used; only recordings are recorded."""
+    measured = measured.encode("utf-8", "backslashreplace").decode()  # halves of characters
     again = "copy or download the file again"
     hint = RECORD_AGAIN if _says_truestep(path) else again
     raise FileFormatError(what, where=str(path), measured=measured, likely=likely, hint=hint)
@@ -356,7 +357,8 @@ def _resolved(header: Header) -> tuple[Header, Manifest | None]:
     try:
         raw = json.loads(text)
         version = raw["format_version"]
-        check_plain({key: value for key, value in raw.items() if key != "tensors"})
+        halves = "\\ud" in text or "\\uD" in text  # of characters; the table is large, and typed
+        check_plain({k: v for k, v in raw.items() if halves or k != "tensors"})
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         refuse(path, "the recording's manifest is not valid", measured=reason(error))
     if not _whole(version) or version < 1:
@@ -371,8 +373,7 @@ def _resolved(header: Header) -> tuple[Header, Manifest | None]:
     try:
         manifest = Manifest.model_validate(raw)
     except (ValidationError, RecursionError) as error:
-        first = str(error).splitlines()
-        refuse(path, "the recording's manifest is not valid", measured=" ".join(first[1:3])[:200])
+        refuse(path, "the recording's manifest is not valid", measured=reason(error))
     if manifest.columns:
         return _unpacked(header, manifest)
     _check_table(header, manifest)
