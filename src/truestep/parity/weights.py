@@ -117,6 +117,10 @@ def _hdf5(path: Path) -> dict[str, torch.Tensor]:
             return
         if item.nbytes > DEFLATE_RATIO * item.id.get_storage_size() + SMALL:
             raise ValueError(f"{name} claims {item.nbytes:,} bytes that the file does not hold")
+        pieces = range(item.id.get_num_chunks()) if item.chunks else ()
+        for piece in map(item.id.get_chunk_info, pieces):
+            if piece.byte_offset + piece.size > path.stat().st_size:
+                raise ValueError(f"a chunk of {name} lies outside the file")
         found[name] = torch.from_numpy(np.array(item))
 
     with h5py.File(path, "r") as file:
