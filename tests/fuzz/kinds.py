@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,12 +24,16 @@ from safetensors.torch import save_file
 from tests.fuzz import mutate
 from truestep import check_latent, compare
 from truestep.comparison import sources
+from truestep.comparison.sketch import sketch
 from truestep.noise import NoiseFloor, NoiseRun, RunMetrics
 from truestep.recording.capture import tensor_table
-from truestep.recording.format import Recording
-from truestep.recording.header import manifest_digest
+from truestep.recording.format import Recording, moments
+from truestep.recording.header import digest, manifest_digest
 from truestep.recording.manifest import Level, Manifest
 from truestep.verdict import Results
+
+if TYPE_CHECKING:
+    from truestep.tracing.writer import Spool
 
 Files = Mapping[str, bytes]
 Mutator = Callable[[bytes, random.Random], bytes]
@@ -85,6 +89,12 @@ def _zipped(data: bytes, generator: random.Random) -> bytes:
 
 def _recording(data: bytes, generator: random.Random) -> bytes:
     return mutate.safetensors(data, generator, digest=manifest_digest)
+
+
+def _packed(data: bytes, generator: random.Random) -> bytes:
+    if generator.random() < 0.3:
+        return _recording(data, generator)
+    return mutate.columns(data, generator, digest=digest, manifest_digest=manifest_digest)
 
 
 # --- uses ------------------------------------------------------------------------------------
@@ -370,6 +380,18 @@ def _seed_traces(folder: Path) -> None:
         _write(folder / f"{level}.safetensors", tensors, level)
 
 
+def _seed_packed(folder: Path) -> None:
+    """Traces that keep their table in columns."""
+    from unittest import mock
+
+    levels: tuple[Level, ...] = ("full", "sketch")
+    for level in levels:
+        spool = _spool(folder / f"{level}.safetensors", level)
+        manifest = _manifest({}, level)
+        with mock.patch("truestep.tracing.writer.PLAIN", 0):
+            spool.close(manifest)
+
+
 def _seed_plain(folder: Path) -> None:
     save_file({"x": torch.arange(6.0), "y": torch.zeros(2, 2).bfloat16()}, folder / "p.safetensors")
 
@@ -558,20 +580,28 @@ def _seed_experiment(folder: Path) -> None:
         store.save_tensors(cell, arm, cases[0].name, frames)
 
 
-def _seed_spool(folder: Path) -> None:
+def _spool(target: Path, level: Level) -> Spool:
+    """A spool with every tensor of a small trace."""
     from truestep.tracing.writer import Blob, Spool
 
-    target = folder / "s" / "t.safetensors"
-    head = _manifest({}, "full").model_dump(mode="json", exclude={"tensors"})
-    spool = Spool(target, head=head, level="full")
+    head = _manifest({}, level).model_dump(mode="json", exclude={"tensors"})
+    spool = Spool(target, head=head, level=level)
     for order, (name, tensor) in enumerate(_module_tensors().items()):
         if tensor.dtype is not torch.float32:
             continue
         _, fqn, step, branch, _ = name.split("/")
-        data = tensor.contiguous().numpy().tobytes()
         shape = tuple(tensor.shape)
-        fields = (name, order, "float32", shape, int(step), branch, fqn, 0)
-        spool.add(fields, [Blob("float32", shape, data)])
+        stored = [tensor] if level == "full" else [moments(tensor), sketch(tensor)]
+        blobs = [
+            Blob(str(t.dtype).removeprefix("torch."), tuple(t.shape), t.numpy().tobytes())
+            for t in stored
+        ]
+        spool.add((name, order, "float32", shape, int(step), branch, fqn, 0), blobs)
+    return spool
+
+
+def _seed_spool(folder: Path) -> None:
+    spool = _spool(folder / "s" / "t.safetensors", "full")
     spool.flush()
     # As if its process were gone.
     spool.folder.rename(spool.folder.with_name("t.safetensors.4194305.spool"))
@@ -645,6 +675,7 @@ _LEDGER_LIKE = {".toml": _text}
 KINDS: dict[str, Kind] = {
     "recording": Kind(_seed_recordings, {"": _recording}, _use_recording),
     "trace": Kind(_seed_traces, {"": _recording}, _use_trace),
+    "packed": Kind(_seed_packed, {"": _packed}, _use_trace),
     "sketch": Kind(_seed_sketches, {"": _recording}, _use_recording),
     "safetensors": Kind(_seed_plain, {"": mutate.safetensors}, _use_weights),
     "npy": Kind(_seed_npy, {"": _numpy}, _use_tensors),
@@ -674,5 +705,5 @@ KINDS: dict[str, Kind] = {
     "other": Kind(_seed_any, {"": mutate.raw}, _use_any),
 }
 
-MAIN = ("recording", "trace", "sketch")
+MAIN = ("recording", "trace", "packed", "sketch")
 """Kinds of which most mutants are made."""

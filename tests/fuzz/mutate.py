@@ -320,6 +320,45 @@ def safetensors(
     return struct.pack("<Q", len(made)) + made + body
 
 
+def columns(
+    data: bytes,
+    generator: random.Random,
+    *,
+    digest: Callable[[bytes], str],
+    manifest_digest: Callable[[str], str],
+) -> bytes:
+    """A packed recording with one column of its table changed, and all digests honest.
+
+    Args:
+        data: The file.
+        generator: Decides.
+        digest, manifest_digest: Of a column, and of the manifest.
+    """
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    metadata = header.pop("__metadata__")
+    manifest = json.loads(metadata["truestep"])
+    order = sorted(header, key=lambda name: header[name]["data_offsets"])
+    parts = {name: body[slice(*header[name]["data_offsets"])] for name in order}
+    chosen = generator.choice([name for name in order if name.startswith("table.")])
+    words = chosen == "table.words" and generator.random() < 0.7
+    content = parts[chosen]
+    changed = json_text(plain(json.loads(content), generator)) if words else raw(content, generator)
+    size = len(content) // max(header[chosen]["shape"][0], 1) or 1
+    parts[chosen] = changed[: len(changed) // size * size]
+    position = 0
+    for name in order:
+        end = position + len(parts[name])
+        header[name] |= {"data_offsets": [position, end]}
+        position = end
+    header[chosen]["shape"] = [len(parts[chosen]) // size]
+    manifest["columns"][chosen.removeprefix("table.")] = digest(parts[chosen])
+    metadata["truestep"] = json.dumps(manifest)
+    metadata["truestep_digest"] = manifest_digest(metadata["truestep"])
+    made = json.dumps({"__metadata__": metadata, **header}).encode()
+    return struct.pack("<Q", len(made)) + made + b"".join(parts.values())
+
+
 _SCHEMA = (
     "CREATE VIEW v AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT i FROM n",
     "CREATE TRIGGER t AFTER INSERT ON run BEGIN DELETE FROM run; END",

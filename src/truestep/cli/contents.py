@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from truestep.recording.manifest import Manifest
 
-Row = tuple[str, str, str]
+Row = tuple[str, str, tuple[int, ...] | str]
 """Name, dtype and shape; of a folder, a part, what it is, and its size."""
 
 
@@ -42,7 +42,8 @@ class Contents:
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
-        rows = {name: {"dtype": dtype, "shape": shape} for name, dtype, shape in self.rows}
+        labels = ("dtype", "shape") if self.noun == "tensors" else ("kind", "size")
+        rows = {name: dict(zip(labels, rest, strict=True)) for name, *rest in self.rows}
         return {"kind": self.kind, self.noun: rows, "notes": list(self.lines)}
 
 
@@ -90,9 +91,9 @@ def _safetensors(path: Path, _: str) -> Contents:
     header = read_header(path)
     manifest = manifest_of(header)
     if manifest is not None:
-        rows = tuple((e.name, e.dtype, _shape(e.shape)) for e in manifest.tensors)
+        rows = tuple((e.name, e.dtype, e.shape) for e in manifest.tensors)
         return Contents("a recording", rows, manifest=manifest)
-    rows = tuple((name, slot.dtype, _shape(slot.shape)) for name, slot in header.tensors.items())
+    rows = tuple((name, slot.dtype, slot.shape) for name, slot in header.tensors.items())
     return Contents("a safetensors file that truestep did not write", rows)
 
 
@@ -141,7 +142,7 @@ def _weights(path: Path, kind: str) -> Contents:
 
 def _rows(tensors: Mapping[str, torch.Tensor]) -> tuple[Row, ...]:
     return tuple(
-        (name, str(tensor.dtype).removeprefix("torch."), _shape(tensor.shape))
+        (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in tensors.items()
     )
 
@@ -208,7 +209,3 @@ def _size(path: Path) -> str:
 
 def _bytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size:,} bytes"
-
-
-def _shape(shape: tuple[int, ...] | torch.Size) -> str:
-    return "x".join(map(str, shape)) or "scalar"

@@ -168,7 +168,8 @@ def show_file(file: Path, *, everything: bool, as_json: bool) -> None:
         say_json(text)
         return
     size = "" if file.is_dir() else f", {file.stat().st_size / 1e6:.1f} MB"
-    count = f"{len(found.rows)} {found.noun}" if found.rows or found.noun == "tensors" else ""
+    holds = found.rows or found.manifest is not None
+    count = f"{len(found.rows)} {found.noun}" if holds else ""
     say(f"{file}: {count or found.kind}{size}")
     if found.manifest is not None:
         _print_manifest(found.manifest)
@@ -177,7 +178,7 @@ def show_file(file: Path, *, everything: bool, as_json: bool) -> None:
     for line in found.lines:
         say(f"  {line}")
     rows = found.rows if everything else found.rows[:SHOWN]
-    shown = [tuple(map(visible, row)) for row in rows]
+    shown = [(visible(name), visible(kind), _shape(last)) for name, kind, last in rows]
     widths = [max((len(row[i]) for row in shown), default=0) for i in range(2)]
     if shown:
         say()
@@ -185,6 +186,10 @@ def show_file(file: Path, *, everything: bool, as_json: bool) -> None:
         say(f"  {name:<{widths[0]}}  {dtype:<{widths[1]}}  {shape}".rstrip())
     if len(found.rows) > len(shown):
         say(f"  ... {len(found.rows) - len(shown)} more (--all)")
+
+
+def _shape(shape: tuple[int, ...] | str) -> str:
+    return shape if isinstance(shape, str) else "x".join(map(str, shape)) or "scalar"
 
 
 def _print_manifest(manifest: object) -> None:
