@@ -70,7 +70,7 @@ def read_pt(path: Path) -> Any:
     """
     try:
         _look_through(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _loaded(path, "cpu")
         _check_sizes(path, content)
         return content
     except FileFormatError:
@@ -83,6 +83,13 @@ def read_pt(path: Path) -> Any:
     except Exception as error:  # a damaged archive raises almost anything
         own = ARCHIVE if zipfile.is_zipfile(path) else PICKLE
         refuse_as(path, "the .pt file cannot be read", error, own=own)
+
+
+def _loaded(path: Path, device: str) -> Any:
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location=device, weights_only=True)
+    with path.open("rb") as file:  # given the name, torch would go by it
+        return torch.load(file, map_location=device, weights_only=True)
 
 
 def tensors_in(value: object, prefix: str = "", *, depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -128,7 +135,7 @@ def _scan_old(path: Path, file: BinaryIO, size: int) -> None:
     """
     for _ in range(5):
         _scan(path, file, size)
-    content = torch.load(path, map_location="meta", weights_only=True)
+    content = _loaded(path, "meta")
     for name, tensor in tensors_in(content):
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         last = tensor.storage_offset() + sum((n - 1) * step for n, step in steps)
