@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import ValidationError
 
@@ -31,8 +31,16 @@ MOST_BYTES = 64 * 2**20
 MOST_TOML = 4 * 2**20
 """Largest TOML file: its parser is written in Python, and people write these by hand."""
 
+_TOML_TEXTS = re.compile(
+    r'"""(?:[^\\]|\\.)*?"""|' + r"'''.*?'''|" + r'"(?:[^"\\\n]|\\.)*"|' + r"'[^'\n]*'|#[^\n]*",
+    re.DOTALL,
+)
+"""Strings and comments of TOML."""
+
 DEEPEST = 100
 """Nests of JSON and TOML; what is read is written, printed and compared by code that recurses."""
+
+_BLOCK = 1 << 16
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -65,7 +73,7 @@ def read(
             size = os.fstat(file.fileno()).st_size
             if size > most:
                 raise ValueError(f"{size:,} bytes; at most {most:,} are read")
-            data = file.read(size or most + 1)  # a pipe says 0
+            data = file.read(size) if size else _piped(file, most)
             if len(data) > most:
                 raise ValueError(f"more than {most:,} bytes")
         return parse(data)
@@ -73,6 +81,14 @@ def read(
         raise raises(
             what, where=str(path), measured=reason(error), likely=likely, hint=hint
         ) from None
+
+
+def _piped(file: BinaryIO, most: int) -> bytes:
+    """What comes from a pipe, which does not say how much that is, up to a block past `most`."""
+    data = b""
+    while len(data) <= most and (block := file.read(_BLOCK)):
+        data += block
+    return data
 
 
 def parse_text(data: bytes) -> str:
@@ -93,7 +109,15 @@ def parse_toml(data: bytes) -> dict[str, Any]:
     """
     if len(data) > MOST_TOML:
         raise ValueError(f"{len(data):,} bytes; at most {MOST_TOML:,} are read")
-    tables = tomllib.loads(data.decode("utf-8"))
+    text = data.decode("utf-8")
+    words = re.split(r"[^\w.-]+", _TOML_TEXTS.sub("_", text).translate({32: None, 9: None}))
+    if max(word.count(".") for word in words) >= DEEPEST:
+        # tomllib takes the square of a dotted key's length in memory.
+        raise ValueError(f"a key is nested more than {DEEPEST} deep")
+    try:
+        tables = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {DEEPEST} deep") from None
     check_plain(tables)
     return tables
 

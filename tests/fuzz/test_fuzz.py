@@ -23,7 +23,8 @@ COUNT = 100
 def test_damaged_files_end_in_an_error_of_the_tree(name: str, tmp_path: Path) -> None:
     if name in ("onnx", "hdf5"):
         pytest.importorskip("onnx" if name == "onnx" else "h5py")
-    tally = fuzz(Bench(name, tmp_path, seed=1), range(300 if name in MAIN else COUNT))
+    count = 300 if name in MAIN else COUNT
+    tally = run({name: count}, seed=1, out=tmp_path, processes=1).of(name)
     assert tally.failures == []
     assert tally.refused > 0
     assert tally.refused + tally.read == tally.done
@@ -40,7 +41,8 @@ def _allocate(path: Path, _: Path) -> None:
 
 
 def _hang(path: Path, _: Path) -> None:
-    while path.read_bytes() != b"good":
+    data = path.read_bytes()
+    while data != b"good":
         pass
 
 

@@ -50,7 +50,7 @@ def read_npy(path: Path) -> Array:
     except FileFormatError:
         raise
     except Exception as error:  # numpy's header parser raises almost anything
-        refuse_as(path, "the .npy file cannot be read", error, own=NUMPY)
+        refuse_as(path, "the .npy file cannot be read", error, own=(NUMPY,))
 
 
 def read_npz(path: Path) -> dict[str, Array]:
@@ -72,7 +72,7 @@ def read_npz(path: Path) -> dict[str, Array]:
     except FileFormatError:
         raise
     except Exception as error:  # a damaged archive raises almost anything
-        refuse_as(path, "the .npz file cannot be read", error, own=ARCHIVE)
+        refuse_as(path, "the .npz file cannot be read", error, own=(ARCHIVE,))
 
 
 def check_archive(path: Path, entries: list[zipfile.ZipInfo], *, kind: str) -> None:
@@ -132,11 +132,13 @@ def _array(path: Path, file: BinaryIO | Any, size: int) -> Array:
     return array
 
 
-def refuse_as(path: Path, what: str, error: Exception, *, own: str) -> NoReturn:
+def refuse_as(path: Path, what: str, error: Exception, *, own: tuple[str, ...]) -> NoReturn:
     """Refuse a file for what its parser raised, and say what it is where that is not `own`."""
     kind = what_is(path)
     measured = f"{type(error).__name__}: {reason(error)}"[:200]
-    _refuse(path, what, measured=f"it is {kind}; {measured}" if kind not in ("", own) else measured)
+    _refuse(
+        path, what, measured=f"it is {kind}; {measured}" if kind not in ("", *own) else measured
+    )
 
 
 def _refuse(path: Path, what: str, *, measured: str = "", hint: str = "") -> NoReturn:

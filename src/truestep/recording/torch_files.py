@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 
 from truestep.errors import FileFormatError
-from truestep.magic import ARCHIVE, PICKLE
+from truestep.magic import ARCHIVE, OLD_PT, PICKLE
 from truestep.recording.numpy_files import check_archive, clamped, refuse_as
 
 DEEPEST = 50
@@ -53,6 +53,8 @@ _PLAIN = frozenset(
 }
 """What a pickle of plain tensors may name: nothing that allocates by a number in the file."""
 
+_OWN = (ARCHIVE, OLD_PT, PICKLE)
+
 _QUANTIZED, _NESTED = "torch._utils _rebuild_qtensor", "torch._utils _rebuild_nested_tensor"
 
 _NEEDS_CODE = re.compile(r"Unsupported (global|class|type)[^.\n]*\.?\S*", re.IGNORECASE)
@@ -81,8 +83,7 @@ def read_pt(path: Path) -> Any:
             _refuse(path, "the .pt file cannot be read", measured="it is not a pickle of tensors")
         _needs_code(path, needed.group(0).strip())
     except Exception as error:  # a damaged archive raises almost anything
-        own = ARCHIVE if zipfile.is_zipfile(path) else PICKLE
-        refuse_as(path, "the .pt file cannot be read", error, own=own)
+        refuse_as(path, "the .pt file cannot be read", error, own=_OWN)
 
 
 def _loaded(path: Path, device: str) -> Any:
