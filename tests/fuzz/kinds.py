@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -414,11 +415,21 @@ def _seed_npz(folder: Path) -> None:
     np.savez_compressed(folder / "c.npz", **arrays)
 
 
+def _without_addresses(data: bytes) -> bytes:
+    """A .pt file of the old form, whose storages are called by their addresses."""
+    names = dict.fromkeys(re.findall(rb"X.\0\0\0\d{5,}", data, re.DOTALL))
+    for number, name in enumerate(names):
+        data = data.replace(name, b"X\1\0\0\0%d" % number)
+    return data
+
+
 def _seed_pt(folder: Path) -> None:
     shared = torch.arange(8.0)
     content = {"a": shared, "b": [shared[2:4], {"c": torch.ones(2, 2).bfloat16()}], "n": 3}
     torch.save(content, folder / "new.pt")
-    torch.save(content, folder / "old.pt", _use_new_zipfile_serialization=False)
+    old = io.BytesIO()
+    torch.save(content, old, _use_new_zipfile_serialization=False)
+    (folder / "old.pt").write_bytes(_without_addresses(old.getvalue()))
     torch.save({"model": {"w": torch.nn.Parameter(torch.ones(2))}}, folder / "state.pt")
 
 

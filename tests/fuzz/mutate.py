@@ -266,7 +266,8 @@ def archive(
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as target:
         for name, content in entries:
-            target.writestr(name.replace("\0", "") or "x", content)
+            entry = zipfile.ZipInfo(name.replace("\0", "") or "x")  # of no time: always the same
+            target.writestr(entry, content, method)
     made = bytearray(buffer.getvalue())
     if kind == 5:
         _header_field(made, generator)

@@ -18,6 +18,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -81,6 +82,8 @@ class Bench:
         self.good, self.place = folder / "good", folder / "mutant"
         self.good.mkdir(parents=True)
         self.kind.seeds(self.good)
+        for path in self.good.rglob("*.safetensors"):
+            path.write_bytes(_ordered(path.read_bytes()))
         self.names = sorted(path.name for path in self.good.iterdir())
         self.files = {name: _files_of(self.good / name) for name in self.names}
         for name in self.names:  # imports and tables are made by the good ones
@@ -145,6 +148,16 @@ def _judge(error: TruestepError) -> str:
     if error.exit_code not in EXIT_CODES or len(text.splitlines()) > 25:
         return f"an error that is none: exit {error.exit_code}: {text[:300]}"
     return "refused"
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order, which the library writes in any."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def _files_of(path: Path) -> dict[str, bytes]:

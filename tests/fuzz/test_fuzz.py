@@ -87,6 +87,10 @@ def test_every_fault_is_seen(
 
 
 def test_a_mutant_is_made_again_from_its_number(tmp_path: Path) -> None:
+    for kind in KINDS:
+        benches = [Bench(kind, tmp_path / kind / name, seed=4) for name in "ab"]
+        mutants = [[bench.mutant(number) for number in range(20)] for bench in benches]
+        assert mutants[0] == mutants[1], kind
     benches = [Bench("npz", tmp_path / name, seed=4) for name in "ab"]
     mutants = [[bench.mutant(number) for number in range(20)] for bench in benches]
     assert mutants[0] == mutants[1]
