@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def test_constants_are_the_sources() -> None:
     assert nothing.limits("a", video=False).values == image
     assert nothing.limits("a", video=True).values == video
     assert set(nothing.limits("a", video=True).source.values()) == {"constant"}
+    sound = {
+        "audio_spectral": 0.95,
+        "audio_correlation": 0.90,
+        "audio_rms_db": 2.0,
+        "audio_duration_s": 0.10,
+    }
+    assert nothing.limits("a", video=True, sound=True).values == {**video, **sound}
+    assert nothing.limits("a", video=False, sound=True).values == {**image, **sound}
 
 
 def test_case_goes_before_default_before_constant() -> None:
@@ -51,23 +60,49 @@ def test_case_goes_before_default_before_constant() -> None:
     assert (limits.source["psnr_db"], limits.source["mad"]) == ("file", "constant")
 
 
+def test_defaults_of_the_sound_have_no_suffix() -> None:
+    data = {
+        "cases": {"a": {"audio_rms_db_diff_threshold": 1.5}},
+        "default_audio_spectral_similarity_threshold": 0.8,
+        "default_audio_waveform_correlation_threshold": 0.7,
+        "default_audio_rms_db_diff_threshold": 3.0,
+        "default_audio_duration_diff_threshold": 0.2,
+        "default_audio_duration_diff_threshold_video": 9.0,
+    }
+    for video in (True, False):
+        limits = Thresholds("x", data).limits("a", video=video, sound=True)
+        found = {key: value for key, value in limits.values.items() if key.startswith("audio_")}
+        assert found == {
+            "audio_spectral": 0.8,
+            "audio_correlation": 0.7,
+            "audio_rms_db": 1.5,
+            "audio_duration_s": 0.2,
+        }
+        assert limits.source["audio_rms_db"] == "case"
+    silent = Thresholds("x", data).limits("b", video=True)
+    assert not any(name.startswith("audio_") for name in silent.values)
+
+
 def test_a_case_is_found_by_name_and_by_id_and_its_absence_is_said() -> None:
     case = Case(model="builtin:digits", prompt="a red three", num_frames=1)
     named = Thresholds("x", {"cases": {"three": {"ssim_threshold": 0.1}}})
     by_id = Thresholds("x", {"cases": {case.id: {"ssim_threshold": 0.2}}})
-    assert limits_of(named, "three", case)[0].values["ssim"] == 0.1
-    assert limits_of(by_id, "three", case)[0].values["ssim"] == 0.2
-    limits, note = limits_of(by_id.with_case(case.id, {}), "three", case)
+    assert limits_of(named, "three", case, sound=False)[0].values["ssim"] == 0.1
+    assert limits_of(by_id, "three", case, sound=False)[0].values["ssim"] == 0.2
+    limits, note = limits_of(by_id.with_case(case.id, {}), "three", case, sound=False)
     assert (limits.values["ssim"], note) == (0.95, "")  # one frame is an image
-    assert limits_of(named, "four", case)[1] == "x has no case 'four': its defaults judge"
+    assert (
+        limits_of(named, "four", case, sound=False)[1] == "x has no case 'four': its defaults judge"
+    )
 
 
-def test_a_platform_lies_over_the_base_key_by_key(save: Save) -> None:
+def test_a_platform_lies_over_the_base_case_by_case(save: Save) -> None:
     base = save({"a": VACUOUS, "b": {"psnr_threshold": 9}}, default_ssim_threshold_video=0.7)
     save({"a": {"psnr_threshold": 30.0}, "c": {}}, name="b200.json", _comment="x")
     found = read(base, platform="b200")
     assert found.label == "h100.json + b200.json"
-    assert found.cases["a"] == {**VACUOUS, "psnr_threshold": 30.0}
+    assert found.cases["a"] == {"psnr_threshold": 30.0}  # as SGLang's reader: not key by key
+    assert found.limits("a", video=True).values["ssim"] == 0.7
     assert (found.cases["b"], found.cases["c"]) == ({"psnr_threshold": 9}, {})
     assert found.data["default_ssim_threshold_video"] == 0.7
     assert read(base, platform="h100") == read(base)
@@ -80,6 +115,14 @@ def test_a_platform_is_found_in_the_folder_beside_a_single_file(save: Save) -> N
     base = save({"a": VACUOUS}, name="consistency_threshold.json")
     save({"a": {"ssim_threshold": 0.9}}, name="consistency_thresholds/5090.json")
     assert read(base, platform="5090").limits("a", video=True).values["ssim"] == 0.9
+
+
+def test_a_platform_without_cases_changes_nothing(save: Save) -> None:
+    base = save({"a": VACUOUS}, default_ssim_threshold_video=0.7)
+    alone = read(save({}, name="b200.json"))
+    assert alone.cases == {}
+    found = read(base, platform="b200")
+    assert found.data == read(base).data
 
 
 @settings(deadline=None)
@@ -103,7 +146,7 @@ def test_what_is_written_is_read_back_unknown_keys_included(
 
 
 @settings(deadline=None)
-@given(st.sampled_from([m for m in METRICS if m.video is not None]), NUMBERS)
+@given(st.sampled_from(METRICS), NUMBERS)
 def test_a_number_survives_as_the_limit_it_is(
     tmp_path_factory: pytest.TempPathFactory, metric: object, number: float
 ) -> None:
@@ -117,7 +160,7 @@ def test_a_number_survives_as_the_limit_it_is(
     [
         ("", "Expecting value"),
         ("[]", "a list instead of an object"),
-        ("{}", "neither a case nor a default"),
+        ("{}", "neither cases nor a default"),
         ('{"cases": []}', "cases is a list instead of an object"),
         ('{"cases": {"a": 3}}', "case 'a' is a int instead of an object"),
         ('{"cases": {"a": {}, "a": {}}}', "key 'a' is there twice"),
@@ -154,10 +197,10 @@ def test_a_failed_write_leaves_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     write(path, Thresholds("x", {"cases": {"a": {}}}))
     before = path.read_bytes()
 
-    def broken(self: Path, target: Path) -> None:
+    def broken(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", broken)
+    monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(WriteError, match="the threshold file could not be written"):
         write(path, Thresholds("x", {"cases": {"b": {}}}))
     assert path.read_bytes() == before

@@ -77,7 +77,7 @@ def test_without_another_seed_it_is_said() -> None:
     )
 
 
-def test_sound_that_nothing_judges_is_found() -> None:
+def test_damaged_sound_that_passes_is_found() -> None:
     both = {**VIDEO, "audio/waveform": WAVEFORM}
     other = {"video/frames": OTHER_FRAMES, "audio/waveform": WAVEFORM.roll(7, -1)}
 
@@ -86,11 +86,17 @@ def test_sound_that_nothing_judges_is_found() -> None:
         found = lint(thresholds, both, tried_on="here", other=other, sample_rate=16_000)
         return [finding.text for finding in found.findings]
 
-    assert "another seed in the sound passes: nothing in the file judges it" in of_sound(TIGHT)[0]
+    assert of_sound(TIGHT) == [
+        "10 % gain in the sound passes: audio_spectral 1 >= 0.95, audio_correlation 1 >= 0.9, "
+        "audio_rms_db 0.8279 <= 2, audio_duration_s 0 <= 0.1",
+        "10 % noise in the sound passes: audio_spectral 0.9989 >= 0.95, audio_correlation 0.9953 "
+        ">= 0.9, audio_rms_db 0.04437 <= 2, audio_duration_s 0 <= 0.1",
+    ]  # by the constants of SGLang's reader
     assert of_sound({**TIGHT, **TIGHT_SOUND}) == []
     loose = {**TIGHT, **TIGHT_SOUND, "audio_rms_db_diff_threshold": 1.0}
     assert of_sound(loose) == [
-        "10 % gain in the sound passes: audio_correlation 1 >= 0.9999, audio_rms_db 0.8279 <= 1"
+        "10 % gain in the sound passes: audio_spectral 1 >= 0.95, audio_correlation 1 >= 0.9999, "
+        "audio_rms_db 0.8279 <= 1, audio_duration_s 0 <= 0.1"
     ]
 
 
@@ -115,6 +121,27 @@ def test_a_single_key(key: str, value: object, kind: Kind, text: str) -> None:
     default = f"default_{key}_video"
     found = of(linted(TIGHT, **{default: value}), kind)
     assert any(f.case in ("(file)", "(defaults, video)") for f in found)
+
+
+def test_the_keys_that_sglang_reads_are_known() -> None:
+    defaults = {
+        "default_clip_threshold_image": 0.92,
+        "default_mean_abs_diff_threshold_video": 0.02,
+        "default_audio_spectral_similarity_threshold": 0.95,
+        "default_audio_waveform_correlation_threshold": 0.9,
+        "default_audio_rms_db_diff_threshold": 2.0,
+        "default_audio_duration_diff_threshold": 0.1,
+    }
+    assert of(linted(TIGHT, **defaults), Kind.UNKNOWN_KEY) == []
+    (found,) = of(linted(TIGHT, default_audio_rms_db_diff_threshold_video=2), Kind.UNKNOWN_KEY)
+    assert found.text.endswith("did you mean default_audio_rms_db_diff_threshold?")
+
+
+def test_a_file_without_cases_says_that_nothing_was_tried() -> None:
+    found = lint(Thresholds("b200.json", {"cases": {}}), VIDEO, tried_on="here")
+    assert (found.findings, found.tried) == ((), ())
+    text = "b200.json: no case and no default: laid over another file, it changes nothing"
+    assert found.sentence == text
 
 
 def test_comments_and_our_own_key_are_no_unknown_keys() -> None:

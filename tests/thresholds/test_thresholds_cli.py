@@ -118,6 +118,26 @@ def test_lint_tries_the_digits_model_where_there_is_no_reference(run: Run) -> No
     assert found["repeat"] == "truestep thresholds lint h100.json --json"
 
 
+def test_findings_of_one_kind_are_one_line(run: Run) -> None:
+    loose = {"ssim_threshold": 0.29, "psnr_threshold": 11.7, "mean_abs_diff_threshold": 47.0}
+    cases = {f"case_{i}": loose for i in range(30)}
+    Path("h100.json").write_text(json.dumps({"_comment": "x", "cases": cases}))
+    code, out, _ = run("thresholds", "lint", "h100.json")
+    assert code == 1
+    text = " ".join(out.split())
+    assert (
+        "no provenance 30 cases: no runs, date, environment or commit: who measured these limits, "
+        "and on what?: case_0, case_1, case_2, case_3 and 26 more" in text
+    )
+    assert "vacuous 30 cases: case_0: another seed passes: ssim 0.9" in text
+    assert "likewise case_1, case_2, case_3 and 26 more" in text
+    assert len([line for line in out.splitlines() if line.startswith("  vacuous")]) <= 6
+    assert "30 vacuous, 30 no provenance" in text
+    Path("b200.json").write_text('{"cases": {}}')
+    code, out, _ = run("thresholds", "lint", "b200.json")
+    assert (code, "tried" in out) == (0, False)
+
+
 def test_unusable_files_and_options_are_refused(run: Run) -> None:
     Path("x.json").write_text("{}")
     code, _, err = run("thresholds", "lint", "x.json")

@@ -202,7 +202,7 @@ def _thresholds(
 
     thresholds = read(path, platform=platform)
     for name, case in cases.items():
-        limits_of(thresholds, name, case)
+        limits_of(thresholds, name, case, sound=True)
     return thresholds
 
 

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     import torch
 
     from truestep.case import Case
-    from truestep.thresholds.linting import Lint
+    from truestep.thresholds.linting import Finding, Lint
 
 MAX_FINDINGS = 20
+MAX_NAMES = 3
 STAND_IN = "builtin:digits, a stand-in (--case or --reference tries the model's own frames)"
 
 Tensors = dict[str, "torch.Tensor"]
@@ -282,20 +283,22 @@ def _print(found: Lint) -> None:
 
 
 def _lines(found: Lint) -> list[str]:
-    """The findings one can grep, at most 20 of them, and what was tried."""
+    """The findings one can grep, each kind once, at most 20 of them, and what was tried."""
     lines = []
-    for finding in found.findings[:MAX_FINDINGS]:
-        lead = visible(f"  {finding.kind:<13}  {finding.case}: ")
+    groups = _groups(found)
+    for group in groups[:MAX_FINDINGS]:
         lines += textwrap.wrap(
-            visible(finding.text),
+            visible(_told(group)),
             width=100,
-            initial_indent=lead,
+            initial_indent=f"  {group[0].kind:<13}  ",
             subsequent_indent=" " * 17,
             break_on_hyphens=False,
             break_long_words=False,
         )
-    more = len(found.findings) - MAX_FINDINGS
+    more = len(groups) - MAX_FINDINGS
     lines += [f"  ... {more} more findings (--json has all)"] if more > 0 else []
+    if not found.tried:
+        return lines
     lines.append(f"  tried on       {found.tried_on}")
     lines += textwrap.wrap(
         ", ".join(found.tried),
@@ -305,3 +308,23 @@ def _lines(found: Lint) -> list[str]:
     )
     lines += [f"  not tried      {reason}" for reason in found.not_tried]
     return lines
+
+
+def _groups(found: Lint) -> list[list[Finding]]:
+    """Findings that say the same of several cases, together; in order of the first of each."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in found.findings:
+        groups.setdefault((finding.kind, finding.damage or finding.text), []).append(finding)
+    return list(groups.values())
+
+
+def _told(group: list[Finding]) -> str:
+    """One finding, or the first of several with their number and the names of some."""
+    first, rest = group[0], [finding.case for finding in group[1:]]
+    if not rest:
+        return f"{first.case}: {first.text}"
+    more = f" and {len(rest) - MAX_NAMES} more" if len(rest) > MAX_NAMES else ""
+    names = f"{', '.join(rest[:MAX_NAMES])}{more}"
+    if first.damage:  # each by its own numbers
+        return f"{len(group)} cases: {first.case}: {first.text}; likewise {names}"
+    return f"{len(group)} cases: {first.text}: {first.case}, {names}"

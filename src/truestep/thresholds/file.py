@@ -5,9 +5,9 @@ SGLang's reader asks for the keys it knows and ignores all others, in a case too
 truestep keeps how a limit was measured (`"truestep"`). No torch.
 
 Source:
-    SGLang-Diffusion, multimodal_gen/test/test_utils.py, `get_consistency_thresholds` and
-    `_merge_threshold_metadata`; test/server/consistency_thresholds/*.json. Names of the sound
-    limits: test/unit/test_consistency_metrics.py, `AudioConsistencyThresholds`.
+    sglang 0.5.23, multimodal_gen/test/test_utils.py, `get_consistency_thresholds`,
+    `get_audio_consistency_thresholds` and `_merge_threshold_metadata`;
+    test/server/consistency_thresholds/*.json.
 """
 
 from __future__ import annotations
@@ -38,26 +38,29 @@ class Metric:
 
     Attributes:
         name: As results name it.
-        key: In a case. With `default_` before and `_image` or `_video` after, a default's.
+        key: In a case.
         at_least: Whether larger is better: `>=` passes, else `<=`.
         possible: Smallest and largest value that the metric can have and still differ.
-        image, video: The limit where a file has none; None where nothing is judged then.
+        image, video: The limit where a file has none.
+        sound: Whether it is of the sound, and judged only where there is one.
     """
 
     name: str
     key: str
     at_least: bool
     possible: tuple[float, float]
-    image: float | None = None
-    video: float | None = None
+    image: float
+    video: float
+    sound: bool = False
 
     def holds(self, value: float, limit: float) -> bool:
         """Whether a value passes; NaN never does."""
         return value >= limit if self.at_least else value <= limit
 
     def default_key(self, *, video: bool) -> str:
-        """Key of the file's own default."""
-        return f"default_{self.key}_{'video' if video else 'image'}"
+        """Key of the file's own default; the sound's is the same for both."""
+        suffix = "" if self.sound else "_video" if video else "_image"
+        return f"default_{self.key}{suffix}"
 
 
 IMAGE_METRICS = (
@@ -68,11 +71,22 @@ IMAGE_METRICS = (
 )
 """140 dB is one 8-bit value of one pixel in a frame of 1.5 gigapixels."""
 
+_ANY = (0.0, math.inf)
 AUDIO_METRICS = (
-    Metric("audio_spectral", "audio_spectral_similarity_threshold", True, (-1.0, 1.0)),
-    Metric("audio_correlation", "audio_waveform_correlation_threshold", True, (-1.0, 1.0)),
-    Metric("audio_rms_db", "audio_rms_db_diff_threshold", False, (0.0, math.inf)),
-    Metric("audio_duration_s", "audio_duration_diff_threshold", False, (0.0, math.inf)),
+    Metric(
+        "audio_spectral", "audio_spectral_similarity_threshold", True, (-1.0, 1.0), 0.95, 0.95, True
+    ),
+    Metric(
+        "audio_correlation",
+        "audio_waveform_correlation_threshold",
+        True,
+        (-1.0, 1.0),
+        0.9,
+        0.9,
+        True,
+    ),
+    Metric("audio_rms_db", "audio_rms_db_diff_threshold", False, _ANY, 2.0, 2.0, True),
+    Metric("audio_duration_s", "audio_duration_diff_threshold", False, _ANY, 0.1, 0.1, True),
 )
 METRICS = (*IMAGE_METRICS, *AUDIO_METRICS)
 DEFAULT_KEYS = frozenset(m.default_key(video=v) for m in METRICS for v in (True, False))
@@ -146,12 +160,13 @@ class Thresholds:
         found: Mapping[str, Mapping[str, Any]] = self.data.get(CASES, {})
         return found
 
-    def limits(self, case: str, *, video: bool) -> Limits:
+    def limits(self, case: str, *, video: bool, sound: bool = False) -> Limits:
         """What a case is judged by: its own limit, else the file's default, else the constant.
 
         Args:
             case: Its id in the file. One that is not there is judged by the defaults.
             video: Whether it makes more than one frame.
+            sound: Whether it makes sound. Without, only limits of its own on sound are kept.
 
         Raises:
             FileFormatError: A limit that applies is no finite number.
@@ -159,16 +174,17 @@ class Thresholds:
         own = self.cases.get(case, {})
         values, source = {}, {}
         for metric in METRICS:
+            if metric.sound and not sound and metric.key not in own:
+                continue
             default = metric.default_key(video=video)
-            constant = metric.video if video else metric.image
             for where, holder, key in (("case", own, metric.key), ("file", self.data, default)):
                 if key in holder:
                     values[metric.name] = self._number(holder[key], f"{case}: {key}")
                     source[metric.name] = where
                     break
             else:
-                if constant is not None:
-                    values[metric.name], source[metric.name] = constant, "constant"
+                values[metric.name] = metric.video if video else metric.image
+                source[metric.name] = "constant"
         return Limits(f"sglang {self.label} [{case}]", values, source)
 
     def _number(self, value: object, key: str) -> float:
@@ -187,22 +203,19 @@ class Thresholds:
         return Thresholds(self.label, {**self.data, CASES: cases})
 
     def overlaid(self, over: Thresholds) -> Thresholds:
-        """A copy with another file's keys laid over it, in a case key by key."""
-        cases = {k: dict(v) for k, v in self.cases.items()}
-        for case, entry in over.cases.items():
-            cases[case] = {**cases.get(case, {}), **entry}
-        data = {**self.data, **over.data, CASES: cases}
+        """A copy with another file's keys laid over it; a case of both is the other's alone."""
+        data = {**self.data, **over.data, CASES: {**self.cases, **over.cases}}
         return Thresholds(f"{self.label} + {over.label}", data)
 
 
-def limits_of(thresholds: Thresholds, name: str, case: Case) -> tuple[Limits, str]:
+def limits_of(thresholds: Thresholds, name: str, case: Case, *, sound: bool) -> tuple[Limits, str]:
     """The limits of a case, under its name or its id, and what to say where it has none.
 
     Raises:
         FileFormatError: A limit that applies is no finite number.
     """
     key = next((k for k in (name, case.id) if k in thresholds.cases), name)
-    limits = thresholds.limits(key, video=case.num_frames > 1)
+    limits = thresholds.limits(key, video=case.num_frames > 1, sound=sound)
     if key in thresholds.cases:
         return limits, ""
     return limits, f"{thresholds.label} has no case {name!r}: its defaults judge"
@@ -279,6 +292,6 @@ def _shape_problem(data: object) -> str:
     bad = next((k for k, v in cases.items() if not isinstance(v, dict)), None)
     if bad is not None:
         return f"case {bad!r} is a {type(cases[bad]).__name__} instead of an object"
-    if not cases and not DEFAULT_KEYS & set(data):
-        return "neither a case nor a default in it"
+    if CASES not in data and not DEFAULT_KEYS & set(data):
+        return "neither cases nor a default in it"
     return ""

@@ -120,15 +120,17 @@ def lint(
     findings = list(_of_file(thresholds)) if only is None else []
     for case in cases:
         findings += _of_case(case, thresholds.cases.get(case, {}))
-    trials = {n: a for n, a in damaged(reference, other, fine=fine) if not _same(a, reference)}
+    defaults = DEFAULTS if only is None and DEFAULT_KEYS & set(thresholds.data) else ()
+    judged = (*cases, *defaults)
+    every = damaged(reference, other, fine=fine) if judged else ()
+    trials = {name: actual for name, actual in every if not _same(actual, reference)}
     measured = {
         name: measure(actual, reference, sample_rate=sample_rate) for name, actual in trials.items()
     }
-    defaults = DEFAULTS if only is None and DEFAULT_KEYS & set(thresholds.data) else ()
-    for case in (*cases, *defaults):
+    for case in judged:
         video = reference[FRAMES].shape[2] > 1 if case not in DEFAULTS else case == DEFAULTS[1]
         try:
-            limits = thresholds.limits(case, video=video)
+            limits = thresholds.limits(case, video=video, sound=WAVEFORM in reference)
         except FileFormatError:  # a finding already
             continue
         for name, values in measured.items():
@@ -179,7 +181,7 @@ def _vacuous(
 ) -> Finding:
     by_name = {metric.name: metric for metric in METRICS}
     sound = damage.endswith(IN_SOUND)
-    own = [name for name in limits.values if name.startswith("audio_") == sound]
+    own = [name for name in limits.values if by_name[name].sound == sound]
     parts = [
         f"{name} {values[name]:.4g} {'>=' if by_name[name].at_least else '<='} "
         f"{limits.values[name]:g}"
@@ -269,6 +271,8 @@ def _of_provenance(case: str, entry: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _sentence(label: str, findings: list[Finding], cases: int) -> str:
     noun = "case" if cases == 1 else "cases"
+    if not (cases or findings):
+        return f"{label}: no case and no default: laid over another file, it changes nothing"
     if not findings:
         return f"{label}: {cases} {noun}, nothing wrong found"
     kinds = {kind: len({f.case for f in findings if f.kind is kind}) for kind in Kind}

@@ -78,7 +78,8 @@ def with_gate(
     """
     from truestep.runtime.loading import load
 
-    limits, note = limits_of(thresholds, name or case.id, case)
+    sound = reference is not None and WAVEFORM in reference
+    limits, note = limits_of(thresholds, name or case.id, case, sound=sound)
     incomparable = comparison.verdict in (Verdict.MISSING, Verdict.INCOMPARABLE)
     if reference is None or incomparable:
         nothing = dict.fromkeys(limits.values, comparison.verdict.value)
