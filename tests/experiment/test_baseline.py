@@ -21,6 +21,7 @@ from truestep.experiment.baseline import (
     cohort_values,
     impossible,
     missing_result,
+    unequal_sums,
 )
 from truestep.experiment.statistics import Outcome
 from truestep.verdict import Verdict
@@ -201,7 +202,15 @@ def test_a_possible_run_has_nothing_wrong() -> None:
 
 
 def test_steps_that_are_only_samples_are_not_summed() -> None:
-    assert impossible(make_run(denoise_step_ms={"0": 179.0, "3": 179.0})) == []
+    assert unequal_sums(make_run(denoise_step_ms={"0": 179.0, "3": 179.0})) == {}
+
+
+def test_parts_that_do_not_add_up_are_impossible_only_where_they_were_measured_here() -> None:
+    torn = make_run(denoise_step_ms={str(i): 150.0 for i in range(4)})
+    assert list(unequal_sums(torn)) == ["steps"]
+    assert impossible(torn) == []
+    assert impossible(torn, stages=("text", "denoise")) == list(unequal_sums(torn).values())
+    assert list(unequal_sums(make_run(e2e_ms=700.0))) == ["stages"]
 
 
 def test_no_results_are_invalid() -> None:

@@ -226,7 +226,7 @@ def impossible(run: PerfRun, *, stages: Sequence[str] = (), steps: int | None = 
 
     Args:
         run: The run.
-        stages: Stages that must be there.
+        stages: Stages that must be there, and add up: of a run that was measured here.
         steps: Denoise steps that must be there; None where that is not known.
     """
     every: list[tuple[str, float]] = [("e2e_ms", run.e2e_ms)]
@@ -240,18 +240,29 @@ def impossible(run: PerfRun, *, stages: Sequence[str] = (), steps: int | None = 
         found.append(f"denoise_step_ms has {len(run.denoise_step_ms)} steps, the case {steps}")
     if run.memory_mib is None and run.memory_kind != "unknown":
         found.append("memory_mib is missing")
-    if found:
-        return found
+    return found if found or not stages else list(unequal_sums(run).values())
+
+
+def unequal_sums(run: PerfRun) -> dict[str, str]:
+    """Which parts of a run do not add up to their whole (`steps`, `stages`), and by how much."""
+    found = {}
     denoise, total = denoise_stage(run), sum(run.denoise_step_ms.values())
-    every_step = {str(i) for i in range(len(run.denoise_step_ms))} == set(run.denoise_step_ms)
-    if denoise is not None and run.denoise_step_ms and every_step:  # some files hold samples only
+    if denoise is not None and every_step(run):
         value = run.stages_ms[denoise]
         if abs(total - value) > max(STEP_SUM_SLACK * value, STEP_SUM_SLACK_MS):
-            found.append(f"the steps sum to {total:.4g} ms, stages_ms {denoise} says {value:.4g}")
+            found["steps"] = (
+                f"the steps sum to {total:.4g} ms, stages_ms {denoise} says {value:.4g}"
+            )
     whole = sum(run.stages_ms.values())
     if whole - run.e2e_ms > max(STEP_SUM_SLACK * run.e2e_ms, STEP_SUM_SLACK_MS):
-        found.append(f"the stages sum to {whole:.4g} ms, e2e_ms says {run.e2e_ms:.4g}")
+        found["stages"] = f"the stages sum to {whole:.4g} ms, e2e_ms says {run.e2e_ms:.4g}"
     return found
+
+
+def every_step(run: PerfRun) -> bool:
+    """Whether the steps are all there; some files hold samples of them only."""
+    steps = run.denoise_step_ms
+    return bool(steps) and set(steps) == {str(i) for i in range(len(steps))}
 
 
 def denoise_stage(run: PerfRun) -> str | None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +17,47 @@ from pydantic import Field
 
 from truestep import reading
 from truestep.errors import FileFormatError
-from truestep.experiment.baseline import SCHEMA_VERSION, Cohort, PerfBatch, PerfRun, impossible
+from truestep.experiment.baseline import (
+    SCHEMA_VERSION,
+    Cohort,
+    PerfBatch,
+    PerfRun,
+    every_step,
+    impossible,
+    unequal_sums,
+)
 from truestep.experiment.history import Import
 from truestep.verdict import Record, Verdict
+
+MOST_NAMED = 3
+"""Cases that a note names; it counts the others."""
+
+ROUNDING = 1e-3
+"""Share by which a mean may be beyond its samples, as all are rounded."""
+
+ZERO_STAGE = "a stage of 0, below the file's resolution of 0.01 ms, is left out"
+NO_STAGE = "per_frame_generation is not a stage"
+UNEQUAL = {
+    "steps": "the steps do not sum to their stage (work around the loop, offload, two stages)",
+    "stages": "the stages sum to more than the whole (some run at once)",
+}
+
+MEAN = "avg_generation_time_s"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What one case of a file says.
+
+    Attributes:
+        wrong: What of it cannot be true.
+        notes: Kind of what is odd, and the numbers.
+    """
+
+    cohort: Cohort
+    runs: list[PerfRun]
+    wrong: list[str]
+    notes: list[tuple[str, str]]
 
 
 class ImportedFile(Record):
@@ -25,7 +65,7 @@ class ImportedFile(Record):
 
     Attributes:
         left_out: Cases whose numbers cannot be true, each with the reason.
-        notes: What of the file says nothing, and was left out.
+        notes: What is odd in the file, or says nothing; a kind is one line with its cases.
     """
 
     path: str
@@ -58,7 +98,7 @@ def read_file(path: Path) -> tuple[ImportedFile, list[Import]]:
     if isinstance(content, Mapping) and "scenarios" in content:
         return _sglang(path, content)
     results = content if isinstance(content, list) else [content]
-    if results and all(isinstance(r, Mapping) and "avg_generation_time_s" in r for r in results):
+    if results and all(isinstance(r, Mapping) and MEAN in r for r in results):
         return _fastvideo(path, results)
     latent = isinstance(content, Mapping) and "slice_spec" in content
     raise FileFormatError(
@@ -90,15 +130,13 @@ def _sglang(path: Path, content: Mapping[str, Any]) -> tuple[ImportedFile, list[
         raise _malformed(path, "metadata", "is not a table")
     values = {k: str(metadata[k]) for k in ("model", "hardware") if metadata.get(k)}
     started = str(metadata.get("last_updated") or "")
-    notes: list[str] = []
 
-    def run_of(name: str, data: Mapping[str, Any]) -> tuple[Cohort, list[PerfRun]]:
+    def read(name: str, data: Mapping[str, Any]) -> _Entry:
         at = f"scenarios.{name}"
         stages = _times(path, f"{at}.stages_ms", data.get("stages_ms", {}))
         per_frame = stages.pop("per_frame_generation", None)  # a rate, not a stage
         zero = [key for key, value in stages.items() if value == 0]
-        notes.extend(f"{name}: {key} is 0, below the file's resolution of 0.01 ms" for key in zero)
-        notes.extend([f"{name}: per_frame_generation is not a stage"] if per_frame else [])
+        notes = [(ZERO_STAGE, key) for key in zero] + ([(NO_STAGE, "")] if per_frame else [])
         run = PerfRun(
             started=started,
             e2e_ms=_number(path, f"{at}.expected_e2e_ms", data.get("expected_e2e_ms")),
@@ -109,11 +147,30 @@ def _sglang(path: Path, content: Mapping[str, Any]) -> tuple[ImportedFile, list[
             load_ms=_optional(path, f"{at}.expected_load_ms", data.get("expected_load_ms")),
             **_memory(path, f"{at}.runtime_peak_vram_mb", data.get("runtime_peak_vram_mb")),
         )
+        samples = list(run.denoise_step_ms.values()) if every_step(run) else []
+        wrong = []
         for key in ("expected_avg_denoise_ms", "expected_median_denoise_ms"):
-            _optional(path, f"{at}.{key}", data.get(key))
-        return Cohort(source="sglang", case_id=name, values=values), [run]
+            middle = _optional(path, f"{at}.{key}", data.get(key))
+            wrong += _outside(key, middle, samples)
+        for kind, text in unequal_sums(run).items():
+            notes.append((UNEQUAL[kind], text))
+        cohort = Cohort(source="sglang", case_id=name, values=values)
+        return _Entry(cohort, [run], wrong, notes)
 
-    return _collect(path, "sglang", scenarios, run_of, started=started, notes=notes)
+    return _collect(path, "sglang", scenarios, read, started=started)
+
+
+def _outside(key: str, middle: float | None, samples: Sequence[float]) -> list[str]:
+    """Why a mean or median cannot be that of its own samples."""
+    if middle is None:
+        return []
+    if not 0 <= middle < math.inf:
+        return [f"{key} is {middle:g}"]
+    low, high = min(samples, default=middle), max(samples, default=middle)
+    slack = ROUNDING * high
+    if low - slack <= middle <= high + slack:
+        return []
+    return [f"{key} is {middle:g}, outside its own samples: {low:g} to {high:g}"]
 
 
 _COMPONENTS = {
@@ -146,8 +203,8 @@ def _fastvideo(path: Path, results: list[Mapping[str, Any]]) -> tuple[ImportedFi
             raise _malformed(path, f"result {number}", "has neither benchmark_id nor model_id")
         named[name if name not in named else f"{name} #{number}"] = result
 
-    def run_of(name: str, data: Mapping[str, Any]) -> tuple[Cohort, list[PerfRun]]:
-        times = data.get("individual_times_s") or [data["avg_generation_time_s"]]
+    def read(name: str, data: Mapping[str, Any]) -> _Entry:
+        times = data.get("individual_times_s") or [data[MEAN]]
         peaks = data.get("individual_peak_memories_mb") or [data.get("max_peak_memory_mb")]
         if not isinstance(times, list) or not isinstance(peaks, list):
             raise _malformed(path, f"{name}.individual_times_s", "is not a list")
@@ -169,32 +226,38 @@ def _fastvideo(path: Path, results: list[Mapping[str, Any]]) -> tuple[ImportedFi
         ]
         values = {key: str(data[key]) for key in _IDENTITY if data.get(key) not in (None, "")}
         case_id = str(data.get("benchmark_id") or data.get("model_id"))
-        return Cohort(source="fastvideo", case_id=case_id, values=values), runs
+        mean = _number(path, f"{name}.{MEAN}", data[MEAN])
+        wrong = _outside(MEAN, mean, [run.e2e_ms / 1e3 for run in runs])
+        cohort = Cohort(source="fastvideo", case_id=case_id, values=values)
+        return _Entry(cohort, runs, wrong, [])
 
     started = str(results[0].get("timestamp") or "")
-    return _collect(path, "fastvideo", named, run_of, started=started, notes=[])
+    return _collect(path, "fastvideo", named, read, started=started)
 
 
 def _collect(
     path: Path,
     source: Literal["sglang", "fastvideo"],
     entries: Mapping[str, Any],
-    run_of: Callable[[str, Mapping[str, Any]], tuple[Cohort, list[PerfRun]]],
+    read: Callable[[str, Mapping[str, Any]], _Entry],
     *,
     started: str,
-    notes: list[str],
 ) -> tuple[ImportedFile, list[Import]]:
     """Batches of what can be true, and the reason for what cannot."""
     items: list[Import] = []
     left_out: dict[str, str] = {}
+    notes: dict[str, list[str]] = {}
     for name, data in entries.items():
         if not isinstance(data, Mapping):
             raise _malformed(path, str(name), "is not a table")
-        cohort, runs = run_of(str(name), data)
-        wrong = [text for run in runs for text in impossible(run)]
+        entry = read(str(name), data)
+        cohort, runs = entry.cohort, entry.runs
+        wrong = [text for run in runs for text in impossible(run)] + entry.wrong
         if wrong:
             left_out[str(name)] = wrong[0]
             continue
+        for kind, text in entry.notes:
+            notes.setdefault(kind, []).append(f"{name} ({text})" if text else str(name))
         batch = PerfBatch(
             started=runs[0].started or started, label=path.name, baseline=1, runs=tuple(runs)
         )
@@ -206,10 +269,17 @@ def _collect(
             source=source,
             cases=tuple(item.cohort.case_id for item in items),
             left_out=left_out,
-            notes=tuple(notes),
+            notes=tuple(_note(kind, named) for kind, named in notes.items()),
         ),
         items,
     )
+
+
+def _note(kind: str, named: Sequence[str]) -> str:
+    """A note of one kind on several cases."""
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    count = f"{len(named)} cases: " if len(named) > 1 else ""
+    return f"{count}{kind}: {', '.join(named[:MOST_NAMED])}{more}"
 
 
 def _times(path: Path, at: str, value: object, *, steps: bool = False) -> dict[str, float]:
