@@ -113,3 +113,49 @@ def test_errors() -> None:
     other = Recording.in_memory({}, plain.manifest.model_copy(update={"tensors": ()}))
     with pytest.raises(UsageError, match="not a recording of a function"):
         check_function(Block(), other)
+
+
+def test_a_function_that_answers_otherwise_when_called_again_is_drifted(
+    recording: Recording,
+) -> None:
+    block = Block()
+    calls: list[int] = []
+
+    def tired(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        answer: torch.Tensor = block(x, scale)
+        return answer * (1.01 if len(calls) > len(SAMPLES) else 1.0)
+
+    result = check_function(tired, recording)
+    assert result.verdict is Verdict.DRIFTED
+    assert result.sentence.endswith("the same input gave another output the second time")
+    assert "identical, then drifted" in result.failing[0].note
+
+
+def test_a_function_that_only_answers_the_first_call_wrong_is_told_as_such(
+    recording: Recording,
+) -> None:
+    block = Block()
+    calls: list[int] = []
+
+    def cold(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        answer: torch.Tensor = block(x, scale)
+        return answer * (1.01 if len(calls) == 1 else 1.0)
+
+    result = check_function(cold, recording)
+    assert [row.name for row in result.failing] == ["sample/0000/output/out"]
+    assert "drifted, then identical" in result.failing[0].note
+
+
+def test_every_sample_is_called_twice_and_in_another_order(recording: Recording) -> None:
+    block, seen = Block(), []
+
+    def watched(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        seen.append(float(x.sum()))
+        answer: torch.Tensor = block(x, scale)
+        return answer
+
+    assert check_function(watched, recording).verdict is Verdict.IDENTICAL
+    assert len(seen) == 2 * len(SAMPLES)
+    assert seen[len(SAMPLES) :] == seen[: len(SAMPLES)][::-1]

@@ -28,7 +28,7 @@ from truestep.noise import (
     pair_of,
     sample_sizes,
 )
-from truestep.repeats import UNSTEADY, Judge, with_second_answers
+from truestep.repeats import Judge, said_unsteady, with_second_answers
 from truestep.runtime.joint import AUDIO
 from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
 
@@ -271,9 +271,7 @@ def check_pipeline(
             seconds_generation=sum(sum(times) for times in manifest.timings_s.values()) or None,
         ),
     )
-    if result.verdict.passed or not any(UNSTEADY in row.note for row in result.failing):
-        return result
-    return result.model_copy(update={"sentence": f"{result.sentence}; {UNSTEADY}"})
+    return said_unsteady(result)
 
 
 def _invalid(case: Case, recording: Recording, label: str, what: str) -> Comparison:

@@ -8,7 +8,7 @@ call measured; a candidate is fed the same inputs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,6 +36,7 @@ from truestep.recording.instructions import Elsewhere, prepare
 from truestep.recording.judging import refuse_empty_content, refuse_unsteady
 from truestep.recording.manifest import Manifest
 from truestep.recording.raised import HIGHER, converted
+from truestep.repeats import Judge, differing, said_unsteady, with_second_answers
 from truestep.verdict import Comparison, Row, Side, Verdict
 
 Tensors = Mapping[str, torch.Tensor]
@@ -127,7 +128,8 @@ def check_function(
         label: What the candidate is called in the result.
 
     Returns:
-        The comparison; a call that raises is `invalid`, with what it raised.
+        The comparison; a call that raises is `invalid`, with what it raised. Every sample is called
+        twice, the second time in reverse order: an answer that is not given again is judged, too.
 
     Raises:
         FileFormatError: The reference cannot be read.
@@ -141,27 +143,39 @@ def check_function(
             where=str(recording.path or "reference"),
             hint="truestep.record_function(function, samples) makes one",
         )
-    actual: dict[str, torch.Tensor] = {}
     failed: dict[str, str] = {}
-    for index, sample in enumerate(samples):
+    indices = range(len(samples))
+    actual = _answers(function, samples, indices, failed)
+    again = {} if failed else _answers(function, samples, reversed(indices), failed)
+    expected = {name: recording[name] for name in recording if "/output/" in name}
+    judge = Judge(floor=recording.manifest.noise_floor, pair=pair, tolerance=tolerance)
+    rows = compare_tensors(actual, expected, **judge)
+    otherwise = differing(actual, again, judge)
+    rows = with_second_answers(rows, again, expected, otherwise, judge)
+    rows = [_failed(row, failed) for row in rows]
+    comparison = build_comparison(
+        rows,
+        actual=Side(label=label, environment=dict(Environment.current("cpu", attention=None))),
+        reference=build_side(recording),
+        looked_at=(f"outputs of {len(samples)} samples, each called again in reverse order",),
+        notes=tuple(f"{sample}: {text}" for sample, text in failed.items()),
+    )
+    return said_unsteady(comparison)
+
+
+def _answers(
+    function: Function, samples: Sequence[Tensors], order: Iterable[int], failed: dict[str, str]
+) -> dict[str, torch.Tensor]:
+    """Outputs of samples, called in an order; what a call raises is its outcome."""
+    outputs: dict[str, torch.Tensor] = {}
+    for index in order:
         try:
-            actual.update(_run(_plain(function), [sample], first=index)[0])
+            outputs.update(_run(_plain(function), [samples[index]], first=index)[0])
         except UsageError:
             raise
         except FOREIGN as error:  # whatever a candidate raises is its outcome
             failed[_sample(index)] = f"raised {one_line(error)}"
-    expected = {name: recording[name] for name in recording if "/output/" in name}
-    rows = compare_tensors(
-        actual, expected, floor=recording.manifest.noise_floor, pair=pair, tolerance=tolerance
-    )
-    rows = [_failed(row, failed) for row in rows]
-    return build_comparison(
-        rows,
-        actual=Side(label=label, environment=dict(Environment.current("cpu", attention=None))),
-        reference=build_side(recording),
-        looked_at=(f"outputs of {len(samples)} samples",),
-        notes=tuple(f"{sample}: {text}" for sample, text in failed.items()),
-    )
+    return outputs
 
 
 def _failed(row: Row, failed: Mapping[str, str]) -> Row:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypedDict
 
-from truestep.verdict import Row, Verdict
+from truestep.verdict import Comparison, Row, Verdict
 
 if TYPE_CHECKING:
     import torch
@@ -84,3 +84,10 @@ def _worse(first: Row, second: Row) -> Row:
     row = first if first.verdict is worst else second
     said = f"{UNSTEADY}: {first.verdict.value}, then {second.verdict.value}"
     return row.model_copy(update={"note": "; ".join(p for p in (said, row.note) if p)})
+
+
+def said_unsteady(result: Comparison) -> Comparison:
+    """A failing result whose sentence says that answers were not given again, where it fails so."""
+    if result.verdict.passed or not any(UNSTEADY in row.note for row in result.failing):
+        return result
+    return result.model_copy(update={"sentence": f"{result.sentence}; {UNSTEADY}"})
