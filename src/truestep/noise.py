@@ -380,6 +380,7 @@ class FloorLookup:
         self._unsteady = {stage_key(name): size for name, size in found.items()}
         self._spreads: dict[tuple[str, str], tuple[float, float]] = {}
         self._shares: dict[str, tuple[float, float]] = {}
+        self._places: dict[tuple[str, str, bool], Floor | None] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
@@ -395,6 +396,12 @@ class FloorLookup:
                 from below; a candidate's own has no say.
             structure: Fit the tails of structure statistics too.
         """
+        key = (name if name in self._by_name else stage_key(name), dtype, structure)
+        if key not in self._places:
+            self._places[key] = self._find(name, dtype=dtype, structure=structure)
+        return self._places[key]
+
+    def _find(self, name: str, *, dtype: str, structure: bool) -> Floor | None:
         exact = self._by_name.get(name)
         found = exact or [
             item for other in self._of_stage(stage_key(name)) for item in self._by_name[other]

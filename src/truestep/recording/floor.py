@@ -33,7 +33,7 @@ from truestep.noise import (
 from truestep.recording.capture import Progress
 from truestep.recording.instructions import Elsewhere
 from truestep.recording.judging import refuse_unsteady
-from truestep.recording.names import STAGES
+from truestep.recording.names import STAGES, address
 from truestep.recording.raised import HIGHER, raised, raised_precision, raised_stages
 from truestep.recording.replay import floor_steps, keeps_state, replay, steps_recorded
 from truestep.runtime.joint import Encoded, Value, each, floating, parts
@@ -103,6 +103,18 @@ class Variation:
         if self.pairwise:
             chosen.add(min(step + 1, steps_recorded(recording) - 1))
         return tuple(sorted(chosen))
+
+    def without_neighbour(
+        self,
+        outputs: Mapping[str, torch.Tensor],
+        recording: Mapping[str, torch.Tensor],
+        steps: Iterable[int] | None,
+    ) -> dict[str, torch.Tensor]:
+        """Its outputs without those of the neighbouring step, which no other change was tried at:
+        a step's own floor is made of all of them."""
+        alone = replace(self, pairwise=False).at(recording, steps)
+        neighbour = set(self.at(recording, steps)) - set(alone)
+        return {k: v for k, v in outputs.items() if address(k).step not in neighbour}
 
 
 def variations(pipe: Pipeline) -> list[Variation]:
@@ -180,6 +192,7 @@ def measure(
                         outputs = dict(elsewhere.start(partial(again, in_order=True), recording))
                 else:
                     outputs = again(in_order=in_order)
+                outputs = variation.without_neighbour(outputs, recording, steps)
                 if final:
                     for name, latent in parts(FREE_RUN, generate(varied)):
                         outputs[name] = latent.to("cpu")
@@ -190,7 +203,13 @@ def measure(
         runs += _other_precision(case, recording, steps=steps, in_order=in_order)
         if progress:
             progress("noise floor: other precision", total - 2, total)
-        runs += _elsewhere(elsewhere, todo[0].pair, recording, weights=sample_sizes(runs))
+        runs += _elsewhere(
+            elsewhere,
+            todo[0].pair,
+            recording,
+            weights=sample_sizes(runs),
+            kept=partial(todo[0].without_neighbour, recording=recording, steps=steps),
+        )
         if progress:
             progress("noise floor: instructions", total - 1, total)
     precision = raised_precision(pipe.settings.dtype)
@@ -209,12 +228,14 @@ def _elsewhere(
     recording: Tensors,
     *,
     weights: Mapping[str, float] | None = None,
+    kept: Callable[[Tensors], Tensors] = dict,
 ) -> list[NoiseRun]:
-    """The run that another process made with other instructions, if it could."""
+    """The run that another process made with other instructions, if it could; of its outputs those
+    that are `kept`."""
 
     def measured(outputs: Tensors) -> NoiseRun:
         variation = Variation("instructions", elsewhere.detail, _unchanged, pair)
-        return noise_run(variation, outputs, recording, weights=weights)
+        return noise_run(variation, kept(outputs), recording, weights=weights)
 
     run = elsewhere.run(measured)
     return [] if run is None else [run]
