@@ -56,6 +56,7 @@ def test_words_and_exit_codes() -> None:
         "missing": 3,
         "incomparable": 3,
         "inconclusive": 4,
+        "unmet": 1,
     }
 
 
