@@ -23,6 +23,7 @@ LAYERS = (
     "alone",
     "guard",
     "files",
+    "randomness",
     "reading",
     "magic",
     "standalone",

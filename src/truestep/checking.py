@@ -28,6 +28,7 @@ from truestep.noise import (
     pair_of,
     sample_sizes,
 )
+from truestep.randomness import own_randomness
 from truestep.repeats import Judge, said_unsteady, with_second_answers
 from truestep.runtime.joint import AUDIO
 from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
@@ -44,6 +45,7 @@ Expect = Literal["same", "different"]
 
 
 @alone()
+@own_randomness()
 def check(
     case: Case,
     reference: Recording | str | Path,

@@ -23,6 +23,7 @@ from truestep.comparison.plain import plain
 from truestep.environment import Environment, library_version
 from truestep.errors import FOREIGN, UsageError, one_line, surviving
 from truestep.noise import NoiseFloor, NoiseRun, pair_of
+from truestep.randomness import own_randomness
 from truestep.recording.capture import Progress, tensor_table
 from truestep.recording.floor import (
     JITTERS,
@@ -48,6 +49,7 @@ Change = Callable[[Function], AbstractContextManager[Callable[[Tensors], dict[st
 
 @alone()
 @surviving("the function")
+@own_randomness()
 def record_function(
     function: Function,
     samples: Sequence[Tensors],
@@ -109,6 +111,7 @@ def record_function(
 
 
 @alone()
+@own_randomness()
 def check_function(
     function: Function,
     reference: Recording | str | Path,

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,48 @@ def test_a_killed_run_leaves_a_readable_history(tmp_path: Path) -> None:
         assert history.baseline(COHORT) == []
         record(history)
         assert len(history.baseline(COHORT)) == 1
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["with its index", "the log alone"])
+def test_what_a_killed_writer_left_in_the_log_is_seen_in_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    path = tmp_path / "perf.sqlite"
+    code = (
+        "import os, signal, sys\n"
+        "from tests.experiment.test_history import open_history, record\n"
+        "with open_history(sys.argv[1]) as history:\n"
+        "    record(history)\n"
+        "with open_history(sys.argv[1]) as history:\n"
+        "    record(history, day=2)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False, timeout=60)
+    assert done.returncode == -9
+    assert (tmp_path / "perf.sqlite-wal").stat().st_size
+    if not shared:
+        (tmp_path / "perf.sqlite-shm").unlink()
+    before = {place.name: place.read_bytes() for place in tmp_path.iterdir()}
+    monkeypatch.setattr(module.os, "access", lambda *_: False)
+    if not shared:  # what SQLite says where it cannot write beside the file
+        monkeypatch.setattr(module, "_header", refusing_once(module._header))
+    with open_history(path, create=False) as history:
+        assert [batch.label for batch in history.batches(COHORT)] == ["day 1", "day 2"]
+    if not shared:
+        after = {place.name: place.read_bytes() for place in tmp_path.iterdir()}
+        assert {name: after[name] for name in before} == before
+
+
+def refusing_once(header: Any) -> Any:
+    calls: list[int] = []
+
+    def first(db: sqlite3.Connection) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise sqlite3.OperationalError("unable to open database file")
+        return header(db)
+
+    return first
 
 
 def test_two_processes_write_at_once(tmp_path: Path) -> None:

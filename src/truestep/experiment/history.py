@@ -18,12 +18,14 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from truestep.errors import FileFormatError, WriteError
 from truestep.experiment.baseline import Cohort, PerfBatch, PerfRun
@@ -233,24 +235,43 @@ def open_history(path: str | Path, *, create: bool = True) -> Iterator[History]:
         raise FileFormatError(
             "there is no history", where=str(path), hint="truestep perf record CASE makes one"
         )
-    with _errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        connection = _connect(path, create=create)
-    try:
+    with ExitStack() as stack:
         with _errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if create or (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+                connection = _connect(path, "rwc" if create else "rw")
+            else:
+                connection = _reading(path, stack)
+            stack.callback(connection.close)
             _prepare(path, connection)
         yield History(path, connection)
-    finally:
-        connection.close()
 
 
-def _connect(path: Path, *, create: bool) -> sqlite3.Connection:
-    """Open the file; one that may not be written is read as it lies there."""
-    uri = path.resolve().as_uri()
-    writable = create or (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
-    mode = "mode=rwc" if create else "mode=rw" if writable else "mode=ro&immutable=1"
-    db = sqlite3.connect(f"{uri}?{mode}", uri=True, timeout=WAIT_S, isolation_level=None)
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.resolve().as_uri()}?mode={mode}"
+    db = sqlite3.connect(uri, uri=True, timeout=WAIT_S, isolation_level=None)
     _limit(db, path.stat().st_size if path.exists() else 0)
+    return db
+
+
+def _reading(path: Path, stack: ExitStack) -> sqlite3.Connection:
+    """Open a file that may not be written, with what its write-ahead log holds.
+
+    SQLite needs to write beside a file to read its log, unless a process that writes has done so;
+    a log that such a process left when it was killed is read from a copy of both.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    if not (log.is_file() and log.stat().st_size):
+        return _connect(path, "ro&immutable=1")
+    db = _connect(path, "ro")
+    try:
+        _header(db)
+    except sqlite3.OperationalError:
+        db.close()
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="truestep-")))
+        for file in (log, path):
+            shutil.copyfile(file, folder / file.name)
+        return _connect(folder / path.name, "rw")
     return db
 
 

@@ -10,6 +10,7 @@ from truestep.alone import alone
 from truestep.case import Case
 from truestep.environment import library_version
 from truestep.errors import surviving
+from truestep.randomness import own_randomness
 
 if TYPE_CHECKING:
     from truestep.recording.capture import Progress
@@ -22,6 +23,7 @@ FloorChoice = Literal["none", "steps", "final"]
 
 @alone()
 @surviving("the model")
+@own_randomness()
 def record(
     case: Case,
     *,

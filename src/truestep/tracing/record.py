@@ -13,6 +13,7 @@ from truestep.alone import alone
 from truestep.case import Case
 from truestep.comparison.distance import same_bits
 from truestep.errors import TruestepError, surviving
+from truestep.randomness import own_randomness
 from truestep.recording.capture import Progress
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Level
@@ -94,6 +95,7 @@ class _Until(Observer):
 
 @alone()
 @surviving("the model")
+@own_randomness()
 def record_trace(
     case: Case,
     *,
