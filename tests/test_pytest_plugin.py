@@ -319,7 +319,7 @@ def known(project: pytest.Pytester, text: str, **others: float) -> str:
     body = "".join(f"{key} = {value}\n" for key, value in values.items())
     project.makefile(
         ".toml",
-        ledger=f'[known."{text}"]\nreason = "issue 41"\nsince = 2026-10-01\n'
+        ledger=f'[known."{text}"]\nreason = "issue 41"\nsince = 2024-10-01\n'
         f'stage = "tensors"\n{body}',
     )
     return "--truestep-known=ledger.toml"
@@ -331,7 +331,7 @@ def test_a_known_failure_passes_and_says_so(project: pytest.Pytester) -> None:
     result = run(project, known(project, "test_a.py::test_same::x"), "-k", "test_same")
     result.assert_outcomes(passed=1, deselected=1)
     result.stdout.fnmatch_lines(
-        ["KNOWN FAILURE test_a.py::test_same::x: known failure at tensors since 2026-10-01: *"]
+        ["KNOWN FAILURE test_a.py::test_same::x: known failure at tensors since 2024-10-01: *"]
     )
 
 

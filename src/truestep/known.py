@@ -6,10 +6,10 @@ it is worse, drifts somewhere else, or got better. A ledger (`truestep-known.tom
 
     [known.red-three]
     reason = "the fused kernel drops the bias of blocks.3.attn2.to_q (issue 41)"
-    since = 2026-10-01
+    since = 2024-10-01
     stage = "prediction"
     rel_l2 = 1.2e-2
-    tolerance = 1.5
+    tolerance = 0.5
 
 `ratio` in place of `rel_l2` states a multiple of the noise floor. `modality` (`audio` or `video`)
 says of which a joint model's drift is. Tensors that belong to no stage are at stage `tensors`.
@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from datetime import date
+from contextlib import suppress
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from truestep.errors import UsageError
 from truestep.reading import parse_toml, read
@@ -36,9 +37,16 @@ TABLE = "known"
 TENSORS = "tensors"
 """Stage of the tensors that belong to none."""
 
-TOLERANCE = 1.5
-"""What is stated may be off by this factor, either way, where an entry does not say: two benign
-roundings on top of a drift move it by far less, another fault of its size by more."""
+TOLERANCE = 0.5
+"""Share by which what is stated may be off, either way, where an entry does not say, and the most
+that it may say: two benign roundings on top of a drift move it by far less, another fault of its
+size by more."""
+
+NOTHING_LEFT = 1.0
+"""A rel_l2 from which on a tensor could as well be another: whatever fails has that size."""
+
+
+_FIRST_TO_HAVE_A_DATE = timezone(timedelta(hours=14))
 
 
 class Entry(Record):
@@ -46,20 +54,40 @@ class Entry(Record):
 
     Attributes:
         reason: Why it drifts, and who knows of it.
-        since: When it was first seen.
+        since: When it was first seen; a date that has been.
         stage: Where it drifts; see `truestep.recording.names`. modality: of a joint model.
         rel_l2: Its size; the largest of the drifted tensors of that stage.
         ratio: The same in multiples of the noise floor. One of the two is given.
-        tolerance: Factor, above 1, by which the measured size may differ, either way.
+        tolerance: Share by which the measured size may differ, either way; at most 0.5.
     """
 
-    reason: str = Field(min_length=1)
+    reason: str
     since: date
     stage: str
     modality: Literal["audio", "video"] | None = None
-    rel_l2: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    rel_l2: float | None = Field(default=None, gt=0, lt=NOTHING_LEFT, allow_inf_nan=False)
     ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    tolerance: float = Field(default=TOLERANCE, gt=1, allow_inf_nan=False)
+    tolerance: float = Field(default=TOLERANCE, gt=0, le=TOLERANCE, allow_inf_nan=False)
+
+    @field_validator("reason")
+    @classmethod
+    def _says_something(cls, reason: str) -> str:
+        if not any(character.isalnum() for character in reason):
+            raise ValueError("say why it drifts, and who knows of it")
+        return reason
+
+    @field_validator("since", mode="before")
+    @classmethod
+    def _has_been(cls, since: object) -> object:
+        """Refuse what pydantic would make a date of (numbers, times), and the future."""
+        if isinstance(since, str):
+            with suppress(ValueError):
+                since = date.fromisoformat(since)
+        if not isinstance(since, date) or isinstance(since, datetime):
+            raise ValueError("write it as a date that there is: since = 2024-10-01")
+        if since > datetime.now(_FIRST_TO_HAVE_A_DATE).date():
+            raise ValueError("this date is in the future: say when it was first seen")
+        return since
 
     @model_validator(mode="after")
     def _consistent(self) -> Entry:
@@ -198,6 +226,9 @@ def _judge(comparison: Comparison, entry: Entry, name: str) -> tuple[_Outcome, f
     if comparison.verdict is not Verdict.DRIFTED:
         text = f"the known failure is not judged: {comparison.verdict} is not a drift"
         return "not judged", None, text
+    unjudged = _unjudged(comparison, entry)
+    if unjudged:
+        return "not judged", None, f"the known failure is not judged: {unjudged}"
     drifted = [row for row in comparison.rows if row.verdict is Verdict.DRIFTED]
     stray = [row for row in drifted if not _there(row, entry)]
     if stray:
@@ -208,15 +239,36 @@ def _judge(comparison: Comparison, entry: Entry, name: str) -> tuple[_Outcome, f
     measured = _largest(drifted, entry)
     if measured is None:
         return "worse", None, f"drifts at {entry.place}, and its {entry.statistic} is not known"
+    gone = [r.name for r in drifted if r.metrics and not r.metrics.rel_l2 < NOTHING_LEFT]
+    if gone:
+        text = f"worse than known at {entry.place}: of {gone[0]} nothing is left (rel_l2 1 or more)"
+        return "worse", measured, text
     unit = "rel_l2" if entry.statistic == "rel_l2" else "x floor"
     both = f"stated {entry.stated:.1e}, measured {measured:.1e} {unit}"
-    if not measured <= entry.stated * entry.tolerance:  # NaN is worse
+    factor = 1 + entry.tolerance
+    if not measured <= entry.stated * factor:  # NaN is worse
         return "worse", measured, f"worse than known at {entry.place}: {both}"
-    if measured < entry.stated / entry.tolerance:
+    if measured < entry.stated / factor:
         return "better", measured, f"better than known at {entry.place}: tighten me: {both}"
     since = entry.since.isoformat()
-    text = f"known failure at {entry.place} since {since}: {both}: {entry.reason}"
+    count = f"{len(drifted)} tensor{'s' if len(drifted) > 1 else ''}"
+    text = f"known failure at {entry.place} since {since}: {count}, {both}: {entry.reason}"
     return "known", measured, text
+
+
+def _unjudged(comparison: Comparison, entry: Entry) -> str:
+    """What besides a drift is wrong, and no ledger expects; empty where nothing is."""
+    if comparison.case_differences:
+        return f"{comparison.case_differences[0].key} is not the reference's"
+    absent = [*comparison.missing, *comparison.unexpected]
+    if absent:
+        more = f" and {len(absent) - 1} more" if absent[1:] else ""
+        return f"{absent[0]}{more} is on one side only"
+    for row in comparison.rows:
+        undecided = row.verdict is Verdict.INCONCLUSIVE and _there(row, entry)
+        if not (row.verdict.passed or row.verdict is Verdict.DRIFTED or undecided):
+            return f"{row.name} at {_place(row)} is {row.verdict}, which is not a drift"
+    return ""
 
 
 def _there(row: Row, entry: Entry) -> bool:
@@ -228,9 +280,12 @@ def _place(row: Row) -> str:
 
 
 def _largest(rows: Iterable[Row], entry: Entry) -> float | None:
-    """Largest stated statistic of some rows; None where none has it."""
+    """Largest stated statistic of some rows; None where one of them does not have it."""
     if entry.statistic == "ratio":
-        found = [row.ratio for row in rows if row.ratio is not None]
+        found = [row.ratio for row in rows]
     else:
-        found = [row.metrics.rel_l2 for row in rows if row.metrics is not None]
-    return next((v for v in found if v != v), max(found)) if found else None  # NaN hides nothing
+        found = [row.metrics.rel_l2 if row.metrics else None for row in rows]
+    values = [value for value in found if value is not None]
+    if not values or len(values) < len(found):
+        return None
+    return next((value for value in values if value != value), max(values))  # NaN hides nothing

@@ -296,7 +296,7 @@ class KnownFailure(Record):
         stage, modality: Where it is stated to drift.
         statistic: What is stated: `rel_l2`, or `ratio` to the floor.
         stated, measured: Its value; `measured` is the largest of the drifted tensors there.
-        tolerance: Factor, both ways, within which the two agree.
+        tolerance: Share, both ways, within which the two agree.
     """
 
     name: str
