@@ -133,6 +133,16 @@ class DiffusersBlock(nn.Module):
         return x + self.ffn(self.norm3(x) * (1 + scale2) + shift2) * gate2
 
 
+class Exchanged(DiffusersBlock):
+    """All names are those of diffusers; `norm2` and `norm3` mean what they do in official Wan."""
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        shift, scale, gate, shift2, scale2, gate2 = (self.scale_shift_table + time).unbind(0)
+        x = x + self.attn1(self.norm1(x) * (1 + scale) + shift) * gate
+        x = x + self.attn2(self.norm3(x), text)
+        return x + self.ffn(self.norm2(x) * (1 + scale2) + shift2) * gate2
+
+
 class OfficialBlock(nn.Module):
     """The same, where `norm3` is the learned one and `norm2` that of the network."""
 
@@ -224,6 +234,18 @@ def diffusers_wan() -> DiffusersWan:
             block.norm2.weight.normal_()  # type: ignore[union-attr, operator]
             block.norm2.bias.normal_()  # type: ignore[union-attr, operator]
     return made
+
+
+def exchanged_wan() -> DiffusersWan:
+    """The weights of `diffusers_wan`, where `norm2` and `norm3` have exchanged their names."""
+    model = diffusers_wan()
+    for index, block in enumerate(model.blocks):
+        twin = Exchanged()
+        twin.norm2, twin.norm3 = nn.LayerNorm(WIDTH, elementwise_affine=False), nn.LayerNorm(WIDTH)
+        state = block.state_dict()
+        twin.load_state_dict({name.replace("norm2", "norm3"): t for name, t in state.items()})
+        model.blocks[index] = twin
+    return model.eval()
 
 
 def official_wan() -> OfficialWan:

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from examples.parity.wan_port.port import ported
+from tests.tracing.models import diffusers_wan, exchanged_wan, wan_inputs
 from truestep.errors import UsageError
 from truestep.models import digits
+from truestep.tracing.drill import Subject, drill
 from truestep.tracing.partners import Part, Partners, check_rename, partners_of
 
 
@@ -166,3 +168,45 @@ def test_digits_is_paired_but_for_what_the_port_computes_inline() -> None:
     assert inline == {
         *("rope", "condition_embedder", "timesteps_proj", "act_fn", "norm_out", "norm3", "0", "1")
     }
+
+
+def test_namesakes_that_mean_other_modules_are_told_by_their_weights() -> None:
+    found = partners_of(exchanged_wan(), diffusers_wan())
+    assert found is not None
+    for layer in range(3):
+        assert found.candidate(f"blocks.{layer}.norm3") == (Part(f"blocks.{layer}.norm2"),)
+        assert found.candidate(f"blocks.{layer}.norm2") == (Part(f"blocks.{layer}.norm3"),)
+        assert found.candidate(f"blocks.{layer}.attn1.to_q") == (
+            Part(f"blocks.{layer}.attn1.to_q"),
+        )
+    assert not found.unmatched
+
+
+def test_weights_that_one_layer_has_exchanged_are_not_a_name() -> None:
+    ours = diffusers_wan()
+    attention: Any = ours.blocks[1].attn1  # type: ignore[union-attr]
+    attention.to_q, attention.to_k = attention.to_k, attention.to_q
+    assert partners_of(ours, diffusers_wan()) is None
+    other = exchanged_wan()
+    attention = other.blocks[1].attn1  # type: ignore[union-attr]
+    attention.to_q, attention.to_k = attention.to_k, attention.to_q
+    found = partners_of(other, diffusers_wan())
+    assert found is not None
+    assert found.candidate("blocks.1.attn1.to_q") == (Part("blocks.1.attn1.to_q"),)
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_port_whose_names_mean_other_modules_is_opened_rightly(fault: bool) -> None:
+    ours, theirs = exchanged_wan(), diffusers_wan()
+    if fault:
+        ours.blocks[1].norm3.bias.data.add_(0.3)  # type: ignore[union-attr, operator]
+    given = wan_inputs()
+    drilled = drill(
+        Subject(ours, lambda: ours(*given)),
+        Subject(theirs, lambda: theirs(*given)),
+        step=0,
+        branch="main",
+        partners=partners_of(ours, theirs),
+    )
+    place = drilled.divergence
+    assert (place.fqn if place else None) == ("blocks.1.norm2" if fault else None)

@@ -11,10 +11,9 @@ from torch import nn
 
 from tests.tracing.models import (
     WIDTH,
-    DiffusersBlock,
-    DiffusersWan,
     OfficialWan,
     diffusers_wan,
+    exchanged_wan,
     official_wan,
     wan_inputs,
 )
@@ -141,32 +140,11 @@ def test_a_fault_in_such_a_port_is_named(name: str) -> None:
     assert named(result) == (fqn, kind)
 
 
-class Exchanged(DiffusersBlock):
-    """All names are those of diffusers; `norm2` and `norm3` mean what they do in official Wan."""
-
-    def forward(self, x: torch.Tensor, text: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        shift, scale, gate, shift2, scale2, gate2 = (self.scale_shift_table + time).unbind(0)
-        x = x + self.attn1(self.norm1(x) * (1 + scale) + shift) * gate
-        x = x + self.attn2(self.norm3(x), text)
-        return x + self.ffn(self.norm2(x) * (1 + scale2) + shift2) * gate2
-
-
-def exchanged() -> DiffusersWan:
-    model = diffusers_wan()
-    for index, block in enumerate(model.blocks):
-        twin = Exchanged()
-        twin.norm2, twin.norm3 = nn.LayerNorm(WIDTH, elementwise_affine=False), nn.LayerNorm(WIDTH)
-        state = block.state_dict()
-        twin.load_state_dict({name.replace("norm2", "norm3"): t for name, t in state.items()})
-        model.blocks[index] = twin
-    return model.eval()
-
-
 def test_equal_names_are_exchanged_where_outputs_and_order_say_so() -> None:
-    right = compare_traces(diffusers(model=exchanged()), diffusers())
+    right = compare_traces(diffusers(model=exchanged_wan()), diffusers())
     assert right.verdict.passed, right.sentence
     wrong = compare_traces(
-        diffusers(lambda m: m.blocks[1].norm3.bias.add_(0.3), model=exchanged()), diffusers()
+        diffusers(lambda m: m.blocks[1].norm3.bias.add_(0.3), model=exchanged_wan()), diffusers()
     )
     assert named(wrong) == ("blocks.1.norm2", "constant offset 0.3")
 

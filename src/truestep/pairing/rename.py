@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from truestep.errors import UsageError
 
@@ -37,6 +37,25 @@ def numbered(name: str) -> tuple[str, str] | None:
     parts = name.split(".")
     at = _first_number(parts)
     return None if at is None else (".".join([*parts[:at], "*", *parts[at + 1 :]]), parts[at])
+
+
+def closed(
+    links: Mapping[str, str], actual: Collection[str], reference: Collection[str]
+) -> dict[str, str]:
+    """Pairs, and the name that an exchange leaves over on one side with that on the other.
+
+    Args:
+        links: Actual names to the reference's: `norm3` is `norm2`.
+        actual, reference: Names that may still be paired: `norm2` is then `norm3`.
+    """
+    made = dict(links)
+    for start in [a for a in links if a not in set(links.values())]:
+        end = start
+        while end in made:
+            end = made[end]
+        if end in actual and start in reference:
+            made[end] = start
+    return made
 
 
 def wildcards(names: Mapping[str, str]) -> dict[str, str]:

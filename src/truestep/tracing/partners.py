@@ -11,11 +11,15 @@ from itertools import takewhile
 
 import torch
 
+from truestep.comparison.distance import distance, same_bits
 from truestep.errors import UsageError
 from truestep.pairing.records import Pairing
-from truestep.pairing.rename import renamed
+from truestep.pairing.rename import closed, numbered, renamed
 from truestep.pairing.state import parent as holder
-from truestep.tracing.naming import ROOT, callable_module, named_modules
+from truestep.tracing.naming import ROOT, callable_module, named_modules, unwrapped
+
+ROUNDED = 0.02
+"""Weights that are closer than this are the same in two dtypes: bfloat16 is 1.7e-3 away."""
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -89,7 +93,7 @@ def partners_of(
     *,
     rename: Mapping[str, str] | None = None,
 ) -> Partners | None:
-    """Pair two models' modules; None where every trusted module has a namesake.
+    """Pair two models' modules; None where every trusted module has a namesake that it means.
 
     Args:
         candidate, trusted: The two sides.
@@ -103,7 +107,7 @@ def partners_of(
 
     ours, theirs = ([*named_modules(side).modules] for side in (candidate, trusted))
     if not rename and set(theirs) <= set(ours):
-        return None
+        return _by_name(ours, theirs, exchanged(candidate, trusted))
     pairing = pair_modules(candidate, trusted, rename=rename)
     callables = [
         name
@@ -117,6 +121,108 @@ def partners_of(
         if tensor.ndim
     }
     return _completed(pairing, ours, theirs, callables, rename or {}, sizes)
+
+
+def exchanged(candidate: torch.nn.Module, trusted: torch.nn.Module) -> dict[str, str]:
+    """Modules whose namesakes are other ones, as official Wan's `norm3` is diffusers' `norm2`.
+
+    That is so where other code is around them, and where the weights, or their shapes, say so in
+    most layers: in one layer, or under the same code, two modules have exchanged their weights.
+
+    Returns:
+        Candidate's names to trusted ones.
+    """
+    ours, theirs = (dict(named_modules(side).modules) for side in (candidate, trusted))
+    links: dict[str, str] = {}
+    for around, parts in _children(theirs).items():
+        if around not in ours or _code(ours[around]) is _code(theirs[around]):
+            continue
+        other = [n for n in parts if n in ours and not _same_weights(ours[n], theirs[n])]
+        hits = {
+            a: [r for r in other if r != a and _same_weights(ours[a], theirs[r])]
+            for a in other
+            if ours[a].state_dict()
+        }
+        wanted = Counter(r for found in hits.values() for r in found)
+        sure = {a: r[0] for a, r in hits.items() if len(r) == 1 and wanted[r[0]] == 1}
+        links |= closed(sure, other, other)
+    made: dict[str, str] = {}
+    for rule, target in dict.fromkeys((_layer(a), _layer(r)) for a, r in links.items()):
+        pairs = {n: _filled(target, n) for n in ours if _layer(n) == rule}
+        pairs = {a: r for a, r in pairs.items() if a in theirs and r in theirs}
+        said = [
+            links.get(a) == r or _shapes(ours[a]) == _shapes(theirs[r]) != _shapes(theirs[a])
+            for a, r in pairs.items()
+        ]
+        if 2 * sum(said) > len(said):
+            made |= pairs
+    return made
+
+
+def _children(modules: Mapping[str, torch.nn.Module]) -> dict[str, list[str]]:
+    """Modules by the one that holds them."""
+    found: dict[str, list[str]] = {}
+    for name in modules:
+        if name != ROOT:
+            found.setdefault(holder(name) or ROOT, []).append(name)
+    return found
+
+
+def _code(module: torch.nn.Module) -> type:
+    return type(unwrapped(module))
+
+
+def _layer(name: str) -> str:
+    place = numbered(name)
+    return place[0] if place else name
+
+
+def _filled(rule: str, like: str) -> str:
+    """A rule's name in the layer of another name."""
+    place = numbered(like)
+    return rule.replace("*", place[1], 1) if place else rule
+
+
+def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in module.state_dict().items() if isinstance(t, torch.Tensor)}
+
+
+def _shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors that a module holds."""
+    return {name: tuple(tensor.shape) for name, tensor in _tensors(module).items()}
+
+
+def _same_weights(own: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two modules hold the same parameters, up to the rounding of a dtype."""
+    if _shapes(own) != _shapes(other):
+        return False
+    theirs = _tensors(other)
+    return all(_same_tensor(tensor, theirs[name]) for name, tensor in _tensors(own).items())
+
+
+def _same_tensor(own: torch.Tensor, other: torch.Tensor) -> bool:
+    if own.is_meta or other.is_meta:
+        return True  # nothing is known of it
+    if own.dtype == other.dtype and same_bits(own, other):
+        return True
+    return bool(own.numel()) and distance(own, other).rel_l2 < ROUNDED
+
+
+def _by_name(
+    ours: Iterable[str], theirs: Iterable[str], moved: Mapping[str, str]
+) -> Partners | None:
+    """Every module with its namesake, but for those that mean others, and what is in them."""
+    if not moved:
+        return None
+    known = set(theirs)
+    own: dict[str, tuple[Part, ...]] = {}
+    for name in ours:
+        target = renamed(name, moved) or name
+        if name != ROOT and target in known:
+            own[name] = (Part(target),)
+    met = {part.fqn for parts in own.values() for part in parts}
+    unmatched = tuple(name for name in theirs if name != ROOT and name not in met)
+    return Partners(own, {}, unmatched, len(met))
 
 
 def _completed(

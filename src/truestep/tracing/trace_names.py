@@ -19,7 +19,7 @@ from truestep.errors import UsageError
 from truestep.growth import Spot, agreeing, gross
 from truestep.pairing import Pairing, pair_activations
 from truestep.pairing.content import fit, fit_any, is_constant
-from truestep.pairing.rename import numbered, renamed
+from truestep.pairing.rename import closed, numbered, renamed
 from truestep.recording.manifest import STATS
 from truestep.recording.names import address, split_call
 from truestep.tracing.isolation import alike, matched_slots
@@ -256,7 +256,7 @@ def _exchanged(
     groups = _siblings(partners, wrong, ran)
     sure: dict[str, str] = {}
     for (_, around), group in groups.items():
-        links = _closed(_links(group, same), group)
+        links = closed(_links(group, same), group.own, group.others)
         told = [verdict for spot, verdict in agree.items() if spot[0] == around]
         names_only = (told and all(told)) or _in_order(links, *ran)
         paired = set(partners.values())
@@ -325,18 +325,6 @@ def _links(group: _Siblings, same: Callable[[str, str], bool]) -> dict[str, str]
     hits = {a: [r for r in group.others if same(a, r)] for a in group.own}
     wanted = Counter(r for found in hits.values() for r in found)
     return {a: found[0] for a, found in hits.items() if len(found) == 1 and wanted[found[0]] == 1}
-
-
-def _closed(links: Mapping[str, str], group: _Siblings) -> dict[str, str]:
-    """Links, and the name that an exchange leaves over on one side with that on the other."""
-    made = dict(links)
-    for start in [a for a in links if a not in set(links.values())]:
-        end = start
-        while end in made:
-            end = made[end]
-        if end in group.own and start in group.others:
-            made[end] = start
-    return made
 
 
 def _in_order(links: Mapping[str, str], own: Mapping[str, int], others: Mapping[str, int]) -> bool:
