@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-fast lint format fuzz bench bench-verdict bench-exact bench-location schema kills clean
+.PHONY: help demo test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location schema kills clean
 
 help:
 	@echo "make demo   run the main job on the builtin model (under 3 minutes)"
 	@echo "make test   all tests    make test-fast   without the slow ones"
+	@echo "make test-machines  the tests under other instruction sets and thread counts, and references across (hours)"
 	@echo "make lint   ruff and mypy    make format   fix what ruff can"
 	@echo "make kills  1,000 kills and 100 races of every writer: nothing lost, nothing unreadable (half an hour)"
 	@echo "make fuzz   a million damaged files, read: fuzz-output (hours; goes on where it stopped)"
@@ -38,6 +39,10 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
+
+test-machines: $(STAMP)
+	$(BIN)/python tests/machines.py -- -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_machines --output bench/results/machines
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

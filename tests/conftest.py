@@ -1,4 +1,5 @@
-"""Tiny random pipelines in diffusers layout, shared by the tests. No network, one thread."""
+"""Tiny random pipelines in diffusers layout, shared by the tests. No network; one thread, or
+TRUESTEP_TEST_THREADS."""
 
 from __future__ import annotations
 
@@ -7,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("TRUESTEP_TEST_THREADS", "1"))
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _same_threads() -> Iterator[None]:
     """Restore torch's thread count, which tests of the noise floor change."""
     yield
     import sys
@@ -21,7 +22,7 @@ def _one_thread() -> Iterator[None]:
     if "torch" in sys.modules:
         import torch
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ.get("TRUESTEP_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

@@ -98,7 +98,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
-        message = "chromium or chromedriver is not installed"
+        message = (
+            "chromium or chromedriver is not installed: "
+            "`apt-get install chromium chromium-driver` (Debian) gets both"
+        )
         if os.environ.get("TRUESTEP_REQUIRE_BROWSER"):
             pytest.fail(message)
         pytest.skip(message)
