@@ -62,6 +62,8 @@ LAYERS = (
     "recording.implementation",
     "recording.replay",
     "recording.raised",
+    "recording.tape",
+    "recording.instructions",
     "recording.floor",
     "recording.record",
     "recording.calibration",
