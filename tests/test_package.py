@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "truestep"
 LAYERS = (
     "text",
     "errors",
-    "alone",
+    "turns",
     "guard",
     "files",
     "randomness",

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from truestep.alone import alone
 from truestep.case import Case
 from truestep.environment import library_version
 from truestep.errors import (
@@ -31,6 +30,7 @@ from truestep.noise import (
 from truestep.randomness import own_randomness
 from truestep.repeats import Judge, said_unsteady, with_second_answers
 from truestep.runtime.joint import AUDIO
+from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ Depth = Literal["steps", "modules", "final"]
 Expect = Literal["same", "different"]
 
 
-@alone()
+@taking_turns()
 @own_randomness()
 def check(
     case: Case,
@@ -209,7 +209,7 @@ def _opened(
     return locate_module(pipe, trusted, recording, result, rename=rename)
 
 
-@alone()
+@taking_turns()
 def check_pipeline(
     pipe: Pipeline,
     recording: Recording,

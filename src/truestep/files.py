@@ -93,6 +93,33 @@ def write_text(path: str | Path, text: str, what: str) -> None:
         temporary.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
 
 
+ROOM = 64 * 2**20
+"""Free bytes without which nothing is begun: a small recording with what is written beside it."""
+
+
+def require_room(path: Path, what: str) -> None:
+    """Refuse, before anything is computed for it, a file that could not be written.
+
+    Args:
+        path: The file that will be written; its folder need not be there yet.
+        what: What will be written, for the error.
+
+    Raises:
+        WriteError: Its folder is not writable, something else is in its place, or the disk is full.
+    """
+    if path.is_dir():
+        raise unwritten(path, what, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise unwritten(path, what, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise unwritten(path, what, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    if shutil.disk_usage(folder).free < ROOM:
+        raise unwritten(path, what, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
 @contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
     """Hold a folder against other processes and threads that do the same.

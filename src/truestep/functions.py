@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from truestep.alone import alone
 from truestep.checking import build_side
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.comparison.plain import plain
@@ -38,6 +37,7 @@ from truestep.recording.judging import refuse_empty_content, refuse_unsteady
 from truestep.recording.manifest import Manifest
 from truestep.recording.raised import HIGHER, converted
 from truestep.repeats import Judge, differing, said_unsteady, with_second_answers
+from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Row, Side, Verdict
 
 Tensors = Mapping[str, torch.Tensor]
@@ -47,7 +47,7 @@ Function = Callable[..., Any]
 Change = Callable[[Function], AbstractContextManager[Callable[[Tensors], dict[str, torch.Tensor]]]]
 
 
-@alone()
+@taking_turns()
 @surviving("the function")
 @own_randomness()
 def record_function(
@@ -110,7 +110,7 @@ def record_function(
     return Recording.open(path)
 
 
-@alone()
+@taking_turns()
 @own_randomness()
 def check_function(
     function: Function,

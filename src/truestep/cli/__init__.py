@@ -48,7 +48,9 @@ def run() -> int:
 
         return invalid(error, since=began)
     except TruestepError as error:
-        say(f"{type(error).__name__}: {error}", err=True, lines=True)
+        from truestep.cli.words import spelled
+
+        say(f"{type(error).__name__}: {spelled(error)}", err=True, lines=True)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from truestep.cli.common import case_options, choose_cases, find_reference, progress_bar
+from truestep.cli.common import case_options, chosen_or_recorded, find_reference, progress_bar
 from truestep.text import say
 
 
@@ -40,7 +40,14 @@ def command(
     from truestep.rule import RATE
     from truestep.runtime.loading import load
 
-    cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
+    cases = chosen_or_recorded(
+        names,
+        reference=reference,
+        references=references,
+        case_file=case_file,
+        prompt=prompt,
+        tier=tier,
+    )
     if reference is not None and len(cases) != 1:
         raise UsageError(f"--reference takes one case, {len(cases)} were chosen")
     for name, case in cases.items():

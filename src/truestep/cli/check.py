@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from functools import partial
@@ -12,7 +13,7 @@ import click
 
 from truestep.cli.common import (
     case_options,
-    choose_cases,
+    chosen_or_recorded,
     end,
     find_reference,
     finish,
@@ -22,10 +23,12 @@ from truestep.cli.common import (
     progress_bar,
     set_option,
 )
+from truestep.cli.words import spell_out, spelled
 from truestep.text import say, visible
 
 if TYPE_CHECKING:
     from truestep.case import Case
+    from truestep.errors import ReferenceNotFoundError
     from truestep.known import Entry
     from truestep.thresholds.file import Thresholds
     from truestep.verdict import Comparison
@@ -125,13 +128,20 @@ def command(
     The change is --set, --model or --apply; without one the check says whether this environment
     still reproduces the reference.
     """
-    from truestep.errors import UsageError
+    from truestep.errors import TruestepError, UsageError
     from truestep.known import judged
     from truestep.references.store import DEFAULT_ROOT
 
     if accelerator is not None and ray is None:
         raise click.UsageError("--accelerator needs --ray: it chooses among a cluster's machines")
-    cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
+    cases = chosen_or_recorded(
+        names,
+        reference=reference,
+        references=references,
+        case_file=case_file,
+        prompt=prompt,
+        tier=tier,
+    )
     if reference is not None and len(cases) != 1:
         raise UsageError(f"--reference takes one case, {len(cases)} were chosen")
     settings = parse_changes(changes)
@@ -167,8 +177,11 @@ def command(
     with closing(endings):
         for name, outcome in endings:
             if not isinstance(outcome, Exception):
-                found[name] = judged(outcome, ledger, name)
+                hint = spell_out(outcome.hint, name)
+                found[name] = judged(outcome.model_copy(update={"hint": hint}), ledger, name)
                 continue
+            if isinstance(outcome, TruestepError):
+                spelled(outcome, name)
             if len(cases) == 1:
                 raise outcome
             broken += 1  # one broken case must not cost the others' results
@@ -270,6 +283,25 @@ def _on_cluster(
             yield ended.name, ended.value if ended.error is None else ended.error
 
 
+def _name_changed(
+    changed: Case, case: Case, error: ReferenceNotFoundError, references: Path | None, tier: str
+) -> None:
+    """Where the case has a reference as it is *changed*, say how that is judged.
+
+    It is not taken by itself: what is set is the change under test, and would be no longer tested.
+    """
+    from truestep.errors import TruestepError
+
+    if changed == case:
+        return
+    try:
+        path = find_reference(changed.id, changed, references=references, tier=tier)
+    except TruestepError:
+        return
+    error.likely = "--set is the change under test; there is a reference recorded with it"
+    error.hint = f"truestep check --reference {shlex.quote(str(path))}"
+
+
 def _check(
     name: str,
     case: Case,
@@ -287,6 +319,7 @@ def _check(
     try:
         path = reference or find_reference(name, case, references=references, tier=tier)
     except ReferenceNotFoundError as error:
+        _name_changed(case.replace(**options["settings"]), case, error, references, tier)
         return missing_reference(case, error)
     if thresholds is None:
         return check(case, path, apply=load_change(change), **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from truestep.cli.words import case_words
 from truestep.text import say_json, visible
 
 if TYPE_CHECKING:
@@ -45,16 +47,33 @@ def case_options(function: Command) -> Command:
     return function
 
 
+def _writable(
+    context: click.Context, option: click.Parameter, value: str | Path | None
+) -> str | Path | None:
+    """Refuse a result file that could not be written, before anything is computed for it."""
+    if value is not None and value != "-" and not context.resilient_parsing:
+        from truestep.files import require_room
+
+        require_room(Path(value), f"the file of {option.opts[0]}")
+    return value
+
+
 def output_options(function: Command) -> Command:
     """`--json [PATH]` and `--report PATH`."""
     for option in (
-        click.option("--report", type=click.Path(path_type=Path), help="Write an HTML report."),
+        click.option(
+            "--report",
+            type=click.Path(path_type=Path),
+            callback=_writable,
+            help="Write an HTML report.",
+        ),
         click.option(
             "--json",
             "json_path",
             is_flag=False,
             flag_value="-",
             metavar="[PATH]",
+            callback=_writable,
             help="Write the result as JSON; without a path, or with -, to stdout alone.",
         ),
     ):
@@ -91,11 +110,19 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
 
 
 def choose_cases(
-    names: Sequence[str], *, case_file: Path, prompt: str | None, tier: str
+    names: Sequence[str],
+    *,
+    case_file: Path,
+    prompt: str | None,
+    tier: str,
+    references: Path | None = None,
 ) -> dict[str, Case]:
     """Cases by name, from a case file given as a name, or ad hoc from a model and `--prompt`.
 
     No names (or `all`) means every case of the case file.
+
+    Args:
+        references: A folder of references, whose case ids are names, too.
 
     Raises:
         CaseError: A name is none of these, or a case is not valid.
@@ -116,7 +143,68 @@ def choose_cases(
     picked = [name for name in wanted if not name.endswith(".toml")]
     if not picked:
         return chosen
-    return {name: _picked(name, chosen, case_file) for name in picked}
+    return {
+        name: _recorded(name, chosen, references) or _picked(name, chosen, case_file)
+        for name in picked
+    }
+
+
+def chosen_or_recorded(
+    names: Sequence[str],
+    *,
+    reference: Path | None,
+    references: Path | None,
+    case_file: Path,
+    prompt: str | None,
+    tier: str,
+) -> dict[str, Case]:
+    """Cases of a verb that has references: also by the id of one that is stored, or by the file of
+    one alone, which holds its case."""
+    from truestep.references.store import DEFAULT_ROOT
+
+    if reference is not None and not names and prompt is None:
+        case = case_of(reference)
+        return {case.id: case}
+    root = references or DEFAULT_ROOT
+    return choose_cases(names, case_file=case_file, prompt=prompt, tier=tier, references=root)
+
+
+def changed_cases(cases: dict[str, Case], changes: Sequence[str]) -> dict[str, Case]:
+    """The cases as --set changes them; one that goes by its id goes by its new one."""
+    values = parse_changes(changes)
+    changed = {name: (case, case.replace(**values)) for name, case in cases.items()}
+    return {new.id if name == old.id else name: new for name, (old, new) in changed.items()}
+
+
+def _recorded(name: str, cases: dict[str, Case], references: Path | None) -> Case | None:
+    """The case of this id that a reference holds, where no case file has it."""
+    from truestep.references.store import Store
+
+    if references is None or name in cases or name in {case.id for case in cases.values()}:
+        return None
+    store = Store(references)
+    place = next((place for place in store.places() if place.case_id == name), None)
+    return None if place is None else case_of(store.root / place.name)
+
+
+def case_of(path: Path) -> Case:
+    """The case that a recording is of.
+
+    Raises:
+        UsageError: It is not a recording of a case.
+    """
+    from truestep.case import Case
+    from truestep.errors import UsageError
+    from truestep.recording.header import read_manifest
+
+    manifest = read_manifest(path)
+    if manifest is None or manifest.case is None:
+        raise UsageError(
+            "the reference is not a recording of a case",
+            where=str(path),
+            hint=f"truestep show {shlex.quote(str(path))}  # says what it is",
+        )
+    return Case(**manifest.case)
 
 
 def case_device_class(case: Case) -> str:
@@ -138,7 +226,7 @@ def find_reference(name: str, case: Case, *, references: Path | None, tier: str)
         case,
         tier=tier,
         device_class=case_device_class(case),
-        seed_command=f"truestep record {name}",
+        seed_command=f"truestep record {case_words(name, verb='record')}",
     )
 
 
@@ -158,8 +246,17 @@ def _picked(name: str, cases: dict[str, Case], case_file: Path) -> Case:
         where=str(case_file),
         measured=f"it holds: {', '.join(cases)}" if cases else "there is no such file",
         likely=f"did you mean {near[0]!r}?" if near else "",
-        hint=f'for a case without a file: truestep VERB {name} --prompt "..."',
+        hint=_instead(name, cases, case_file),
     )
+
+
+def _instead(name: str, cases: dict[str, Case], case_file: Path) -> str:
+    """What to type for a case that there is not."""
+    from truestep.environment import command_line
+
+    if cases:
+        return f"grep '^.case' {shlex.quote(str(case_file))}  # lists them"
+    return f"{command_line()} --prompt 'a red three moving left'  # a case without a file"
 
 
 def load_change(spec: str | None) -> Callable[[Any], Any] | None:

@@ -6,14 +6,12 @@ import os
 import re
 import shlex
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
+from truestep.cli.words import asked_for
 from truestep.environment import command_line
 from truestep.errors import ProcessEndedError, is_foreign_file
 from truestep.text import say, say_json
@@ -65,7 +63,7 @@ def report(ended: Ended, since: float) -> int:
 
 def invalid(error: ProcessEndedError, *, since: float) -> int:
     """Print the outcome `invalid`, also as JSON where that was asked for; returns its exit code."""
-    parameters = asked_for()
+    _, parameters = asked_for()
     kept, again = what_is_left(parameters, since)
     error.measured = "; ".join(part for part in (error.measured, kept) if part)
     error.hint = error.hint or again
@@ -78,34 +76,10 @@ def invalid(error: ProcessEndedError, *, since: float) -> int:
 
 def interrupted(number: int, *, since: float) -> int:
     """Print one line on what was written and how to go on; returns the exit code, 128 + signal."""
-    kept, again = what_is_left(asked_for(), since)
+    kept, again = what_is_left(asked_for()[1], since)
     word = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
     say(f"{word}: {kept}; to go on: {again}", err=True)
     return 128 + number
-
-
-def asked_for() -> dict[str, Any]:
-    """The verb's arguments and options, as the command line gives them; empty if it cannot be
-    read."""
-    from truestep.cli.app import app
-
-    command: click.Command = app
-    context: click.Context | None = None
-    args = sys.argv[1:]
-    try:
-        while True:
-            context = command.make_context(None, list(args), parent=context, resilient_parsing=True)
-            if not isinstance(command, click.Group):
-                return dict(context.params)
-            rest = getattr(context, "_protected_args", None) or getattr(
-                context, "protected_args", []
-            )
-            _, found, args = command.resolve_command(context, [*rest, *context.args])
-            if found is None:
-                return {}
-            command = found
-    except click.ClickException:
-        return {}
 
 
 def what_is_left(parameters: dict[str, Any], since: float) -> tuple[str, str]:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from truestep.cli.common import (
     case_device_class,
     case_options,
+    changed_cases,
     choose_cases,
+    end,
     load_change,
-    parse_changes,
     progress_bar,
     set_option,
 )
-from truestep.text import say
+from truestep.cli.words import case_words, spelled
+from truestep.text import say, visible
+
+if TYPE_CHECKING:
+    from truestep.case import Case
+    from truestep.recording.format import Recording
+    from truestep.references.store import Place, Store
 
 
 @click.command("record")
@@ -55,40 +65,73 @@ def command(
     """Record a case as its reference: everything it computed, and its measured noise floor.
 
     CASES are names in the case file, case files, or one model together with --prompt; none is all.
+    Of several cases those that have a reference keep it, and the others are recorded; a single one
+    that has one is an error. The last line is the command that checks against it.
     """
-    from truestep.errors import UsageError
-    from truestep.references.store import DEFAULT_ROOT, Store
+    from truestep.errors import TruestepError, UsageError
+    from truestep.files import require_room
+    from truestep.recording.format import WHAT
+    from truestep.references.store import DEFAULT_ROOT, Store, place_of
 
     cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
     if output is not None and len(cases) != 1:
         raise UsageError(f"--output takes one case, {len(cases)} were chosen")
-    cases = {name: case.replace(**parse_changes(changes)) for name, case in cases.items()}
+    cases = changed_cases(cases, changes)
     store = Store(references or DEFAULT_ROOT)
     apply = load_change(change)
-    if output is None and not update:
-        for case in cases.values():  # before any compute is spent
-            existing = [p for p in store.places() if (p.case_id, p.tier) == (case.id, tier)]
-            for place in existing:
-                if place.device_class == case_device_class(case):
-                    store.refuse_existing(place, update=False)
-    from truestep.recording.record import record
-    from truestep.references.store import place_of
-
+    require_room(output or store.root / "reference", WHAT)  # before any compute is spent
+    kept = {} if output or update else _existing(store, cases, tier)
+    if len(cases) == 1:
+        for place in kept.values():
+            store.refuse_existing(place, update=False)
+    broken = 0
     for name, case in cases.items():
-        with progress_bar() as progress:
-            recording = record(
-                case,
-                path=output,
-                level=level,  # type: ignore[arg-type]
-                floor=floor,  # type: ignore[arg-type]
-                apply=apply,
-                progress=progress,
+        if name in kept:
+            say(f"KEPT {name}: it has a reference, {store.root / kept[name].name}")
+            continue
+        try:
+            recording = _recorded(case, output, level=level, floor=floor, apply=apply)
+            path = output or store.save(recording, place_of(recording, tier=tier), update=update)
+        except TruestepError as error:
+            if len(cases) == 1:
+                raise
+            broken += 1  # one broken case must not cost the others' references
+            text = f"{type(error).__name__}: {spelled(error, name)}"
+            say(f"BROKEN {visible(name)}: {text}", err=True, lines=True)
+            continue
+        _told(name, recording, path)
+        if level == "full":
+            named = not (changes or output)
+            words = (
+                case_words(name, verb="check") if named else shlex.join(["--reference", str(path)])
             )
-        path = output or store.save(recording, place_of(recording, tier=tier), update=update)
-        manifest = recording.manifest
-        runs = len(manifest.noise_floor.runs) if manifest.noise_floor else 0
-        say(
-            f"RECORDED {name}: {len(manifest.tensors)} tensors, {manifest.forwards} forwards, "
-            f"noise floor from {runs} benign runs"
-        )
-        say(f"reference: {path}")
+            say(f"check: truestep check {words}")
+    end(2 if broken else 0)
+
+
+def _existing(store: Store, cases: Mapping[str, Case], tier: str) -> dict[str, Place]:
+    """The references that cases have on the device class they run on here."""
+    places = [place for place in store.places() if place.tier == tier]
+    found = {}
+    for name, case in cases.items():
+        for place in places:
+            if (place.case_id, place.device_class) == (case.id, case_device_class(case)):
+                found[name] = place
+    return found
+
+
+def _recorded(case: Case, output: Path | None, **options: Any) -> Recording:
+    from truestep.recording.record import record
+
+    with progress_bar() as progress:
+        return record(case, path=output, progress=progress, **options)
+
+
+def _told(name: str, recording: Recording, path: Path) -> None:
+    manifest = recording.manifest
+    runs = len(manifest.noise_floor.runs) if manifest.noise_floor else 0
+    say(
+        f"RECORDED {name}: {len(manifest.tensors)} tensors, {manifest.forwards} forwards, "
+        f"noise floor from {runs} benign runs"
+    )
+    say(f"reference: {path}")

@@ -9,9 +9,9 @@ import click
 
 from truestep.cli.common import (
     case_options,
+    changed_cases,
     choose_cases,
     load_change,
-    parse_changes,
     progress_bar,
     set_option,
 )
@@ -64,7 +64,7 @@ def command(
 ) -> None:
     """Generate cases; save the final latent and a video of each, with its sound if it has any."""
     cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
-    cases = {name: case.replace(**parse_changes(changes)) for name, case in cases.items()}
+    cases = changed_cases(cases, changes)
     apply = load_change(change)
     stages = [
         (name, _stages(case, output=output, upsampler=upsampler)) for name, case in cases.items()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.common import case_options, choose_cases, end, find_reference, progress_bar
+from truestep.cli.common import case_options, chosen_or_recorded, end, find_reference, progress_bar
 from truestep.text import say, say_json, visible
 
 if TYPE_CHECKING:
@@ -61,7 +61,14 @@ def command(
     from truestep.selftest import Selftests, table
 
     chosen = [parse_gate(text) for text in gates or ("cosine:5e-3,1e-2",)]
-    cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
+    cases = chosen_or_recorded(
+        names,
+        reference=reference,
+        references=references,
+        case_file=case_file,
+        prompt=prompt,
+        tier=tier,
+    )
     results: list[Selftest] = []
     for name, case in cases.items():
         path = reference or find_reference(name, case, references=references, tier=tier)

@@ -12,6 +12,7 @@ import click
 
 from truestep.cli.common import (
     case_options,
+    changed_cases,
     choose_cases,
     end,
     finish,
@@ -283,7 +284,7 @@ def batch(
     Every module is run on the inputs it has when each sample is alone: what differs is its own.
     """
     cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
-    cases = {name: case.replace(**parse_changes(changes)) for name, case in cases.items()}
+    cases = changed_cases(cases, changes)
     apply = load_change(change)
     from truestep.tracing.batching import case_batch_invariance
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from truestep.alone import alone
 from truestep.case import Case
 from truestep.checking import check_pipeline
 from truestep.comparison.distance import same_bits
@@ -34,6 +33,7 @@ from truestep.recording.record import record_pipeline
 from truestep.runtime.loading import load
 from truestep.runtime.ltx2.plan import perturbed_blocks, wanted_passes
 from truestep.runtime.pipeline import Pipeline, generate
+from truestep.turns import taking_turns
 from truestep.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from truestep.recording.capture import Progress
 
 
-@alone()
+@taking_turns()
 @surviving("the model")
 def ablate(
     case: Case, *, reference: str, candidate: str, progress: Progress | None = None
@@ -117,7 +117,7 @@ def ablate(
     )
 
 
-@alone()
+@taking_turns()
 @surviving("the model")
 def compare_profiles(case: Case, *, progress: Progress | None = None) -> Matrix:
     """Measure how far the profiles are from each other, each with its own noise floor.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from truestep.alone import alone
 from truestep.comparison.plain import plain
 from truestep.environment import Environment
 from truestep.errors import (
@@ -58,6 +57,7 @@ from truestep.parity.stubs import take_used
 from truestep.parity.summary import numbers_of, uncovered
 from truestep.recording.capture import tensor_table
 from truestep.recording.format import Recording
+from truestep.turns import taking_turns
 from truestep.verdict import Comparison
 
 
@@ -126,7 +126,7 @@ class Run:
         )
 
 
-@alone()
+@taking_turns()
 @surviving("the parity case")
 def run_parity(run: Run) -> Comparison:
     """Run a parity case, filling `run`.

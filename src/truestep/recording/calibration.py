@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from truestep.alone import alone
 from truestep.errors import surviving
 from truestep.noise import FloorLookup, NoiseFloor, NoiseRun, Tail, pair_of, sample_sizes
 from truestep.recording.capture import Progress
@@ -22,6 +21,7 @@ from truestep.recording.floor import Variation, jitter, noise_run, variations
 from truestep.recording.names import address
 from truestep.rule import RATE, judge_run
 from truestep.runtime.pipeline import Pipeline
+from truestep.turns import taking_turns
 from truestep.verdict import Verdict
 
 STAGES = ("text", "prediction", "decoding")
@@ -74,7 +74,7 @@ class Calibration:
     stages: tuple[StageTail, ...]
 
 
-@alone()
+@taking_turns()
 @surviving("the pipeline")
 def calibrate(
     pipe: Pipeline,

@@ -6,11 +6,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from truestep.alone import alone
 from truestep.case import Case
 from truestep.environment import library_version
 from truestep.errors import surviving
 from truestep.randomness import own_randomness
+from truestep.turns import taking_turns
 
 if TYPE_CHECKING:
     from truestep.recording.capture import Progress
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FloorChoice = Literal["none", "steps", "final"]
 
 
-@alone()
+@taking_turns()
 @surviving("the model")
 @own_randomness()
 def record(
@@ -66,7 +66,7 @@ def record(
     return type(recording).open(path)
 
 
-@alone()
+@taking_turns()
 @surviving("the pipeline")
 def record_pipeline(
     pipe: Pipeline,

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from truestep.alone import alone
 from truestep.case import Case
 from truestep.controls import AudioVideo
 from truestep.environment import usable_device
 from truestep.errors import CaseError, MissingExtraError, ModelLoadError
 from truestep.reading import parse_json, read
 from truestep.runtime.pipeline import Pipeline
+from truestep.turns import taking_turns
 
 COSMOS = "CosmosTextToWorldPipeline"
 LTX2 = ("LTX2Pipeline", "LTX2ImageToVideoPipeline")
@@ -33,7 +33,7 @@ NOTES: Mapping[str, str] = {
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
-@alone()
+@taking_turns()
 def load(case: Case) -> Pipeline:
     """Load all components in the case's dtype, as `from_pretrained(torch_dtype=...)` does.
 

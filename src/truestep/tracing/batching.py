@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from truestep.alone import alone
 from truestep.case import Case
 from truestep.comparison.matching import build_comparison, compare_tensors
 from truestep.errors import UsageError, surviving
@@ -21,12 +20,13 @@ from truestep.runtime.joint import each, made_of, tensors_of
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Apply, Observer, apply_change, encode
 from truestep.tracing.isolation import Flow, flow
+from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Divergence, Row, Side, Verdict
 
 Tensor = torch.Tensor
 
 
-@alone()
+@taking_turns()
 @surviving("the model")
 def batch_invariance(
     model: torch.nn.Module,
@@ -84,7 +84,7 @@ def batch_invariance(
     return _named(result, model)
 
 
-@alone()
+@taking_turns()
 @surviving("the model")
 def case_batch_invariance(case: Case, *, apply: Apply | None = None) -> Comparison:
     """Batch invariance of a case's first prediction: prompt and negative prompt in one batch.

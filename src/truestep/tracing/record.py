@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from truestep.alone import alone
 from truestep.case import Case
 from truestep.comparison.distance import same_bits
 from truestep.errors import TruestepError, surviving
@@ -22,6 +21,7 @@ from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Apply, Observer, Pipeline, apply_change, encode, generate
 from truestep.tracing.hooks import capture, wants
 from truestep.tracing.nests import leaves
+from truestep.turns import taking_turns
 from truestep.verdict import Verdict
 
 
@@ -93,7 +93,7 @@ class _Until(Observer):
             raise _DoneError
 
 
-@alone()
+@taking_turns()
 @surviving("the model")
 @own_randomness()
 def record_trace(

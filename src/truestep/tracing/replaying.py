@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from truestep.alone import alone
 from truestep.comparison.matching import build_comparison, compare_tensors, with_divergence
 from truestep.divergence import ROOT, locate, with_kind
 from truestep.errors import FOREIGN, UsageError, surviving
@@ -25,13 +24,14 @@ from truestep.recording.raised import HIGHER
 from truestep.tracing.isolation import Flow, benign_flows, flow
 from truestep.tracing.naming import listed, named_modules
 from truestep.tracing.partners import Names, Part, namesake
+from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Divergence, Row, Side
 
 Tensor = torch.Tensor
 Call = Callable[..., Any]
 
 
-@alone()
+@taking_turns()
 @surviving("the port")
 def replay_trace(
     model: torch.nn.Module,

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from truestep import check, record
-from truestep.alone import alone
 from truestep.case import Case
 from truestep.errors import ModelLoadError
 from truestep.runtime import loading
+from truestep.turns import taking_turns
 from truestep.verdict import Verdict
 
 
@@ -49,9 +49,9 @@ def test_the_default_dtype_is_restored_whatever_happens() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        alone()(stopped)()
+        taking_turns()(stopped)()
     assert torch.get_default_dtype() is torch.float32
-    with alone(), alone():  # the same thread may go in again
+    with taking_turns(), taking_turns():  # the same thread may go in again
         pass
 
 

@@ -15,7 +15,7 @@ _LOCK = threading.RLock()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def taking_turns() -> Iterator[None]:
     """Have the process to oneself; torch's default dtype is afterwards what it was."""
     import torch
 

@@ -1,0 +1,110 @@
+"""Hints as commands that can be pasted: with the case, the tier and the files of this command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from typing import Any
+
+import click
+
+from truestep.errors import TruestepError
+
+_OF_A_CASE = re.compile(r"\btruestep ((?:(?:trace|perf) )?[a-z]+) CASE\b")
+_CARRIED = ("case_file", "tier", "references")
+"""Options that say which case, and which reference of it: a hint needs them as this command did."""
+
+
+def asked_for() -> tuple[str, dict[str, Any]]:
+    """The verb (`trace record`) and its arguments and options, as this process's command line gives
+    them; nothing where it cannot be read."""
+    from truestep.cli.app import app
+
+    command: click.Command = app
+    context: click.Context | None = None
+    args = sys.argv[1:]
+    verb: list[str] = []
+    try:
+        while True:
+            context = command.make_context(None, list(args), parent=context, resilient_parsing=True)
+            if not isinstance(command, click.Group):
+                return " ".join(verb), dict(context.params)
+            rest = getattr(context, "_protected_args", None) or getattr(
+                context, "protected_args", []
+            )
+            name, found, args = command.resolve_command(context, [*rest, *context.args])
+            if found is None:
+                return "", {}
+            verb.append(name or "")
+            command = found
+    except click.ClickException:
+        return "", {}
+
+
+def spell_out(hint: str, name: str | None = None) -> str:
+    """A hint with this command's own case in the place of CASE, or this command before an option.
+
+    Args:
+        hint: As the library gives it.
+        name: The case concerned, where the command has several.
+    """
+    from truestep.environment import command_line
+
+    own, parameters = asked_for()
+    if not own:
+        return hint
+    if hint.startswith("--"):
+        return f"{command_line()} {hint}"
+    chosen = _chosen(parameters) if name is None else name
+    if chosen is None:
+        return hint
+    return _OF_A_CASE.sub(lambda m: f"truestep {m[1]} {case_words(chosen, verb=m[1])}", hint)
+
+
+def spelled(error: TruestepError, name: str | None = None) -> TruestepError:
+    """The error, its hint spelled out."""
+    error.hint = spell_out(error.hint, name)
+    return error
+
+
+def case_words(name: str, *, verb: str) -> str:
+    """What chooses a case of this command in another verb, quoted for a shell.
+
+    The same verb is given the same changes.
+    """
+    own, parameters = asked_for()
+    options = _options(verb)
+    prompt, names = parameters.get("prompt"), parameters.get("names") or ()
+    if prompt is not None:
+        words = [*names, "--prompt", prompt]
+    else:
+        words = [*(n for n in names if n.endswith(".toml") and n != name), name]
+    for key in _CARRIED:
+        option, value = options.get(key), parameters.get(key)
+        needed = key != "case_file" or prompt is None
+        if needed and option is not None and value is not None and value != option.default:
+            words += [option.opts[0], str(value)]
+    for key in ("changes", "change") if verb == own else ():
+        value = parameters.get(key) or ()
+        for text in (value,) if isinstance(value, str) else value:
+            words += [options[key].opts[0], text]
+    return shlex.join(words)
+
+
+def _options(verb: str) -> dict[str, click.Parameter]:
+    from truestep.cli.app import app
+
+    command: click.Command | None = app
+    for name in verb.split():
+        if isinstance(command, click.Group):
+            command = command.get_command(click.Context(command), name)
+    return {p.name: p for p in command.params if p.name} if command is not None else {}
+
+
+def _chosen(parameters: dict[str, Any]) -> str | None:
+    """The one case that this command names, as it names it."""
+    names = [name for name in parameters.get("names") or () if not name.endswith(".toml")]
+    if parameters.get("prompt") is not None:
+        return names[0] if names else ""
+    return names[0] if len(names) == 1 and names[0] != "all" else None
