@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -96,7 +97,8 @@ def check(
 
     if rename and depth != "modules":
         raise UsageError(
-            f"a rename map is of no use at depth {depth!r}", hint="--depth modules opens the models"
+            f"a rename map is of no use at depth {depth!r}",
+            hint="--depth modules  # opens the models",
         )
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
     candidate = case.replace(**dict(settings or {}))
@@ -343,7 +345,7 @@ def _refuse(case: Case, recording: Recording, accept: Collection[str]) -> Compar
         raise UsageError(
             "the reference is not a recording of a case",
             where=where,
-            hint="truestep compare ACTUAL REFERENCE judges plain tensors",
+            hint=f"truestep show {shlex.quote(where)}  # truestep compare judges plain tensors",
         )
     if manifest.level != "full":
         raise UsageError(
@@ -363,15 +365,15 @@ def _refuse(case: Case, recording: Recording, accept: Collection[str]) -> Compar
         sentence = f"the reference is of another case ({keys} differ)"
         rule = Rule(name="case", text="a reference judges its own case only")
         hint = (
-            "truestep record CASE seeds a reference of this case; "
-            "--set KEY=VALUE tests a change of it"
+            "truestep record CASE  # seeds a reference of this case; "
+            "check --set KEY=VALUE tests a change of it"
         )
     elif strange:
         more = f" and {len(strange) - 1} more" if strange[1:] else ""
         kind = "quantised" if strange[0] in made.quantised else "patched"
         sentence = f"the reference was made by a {kind} implementation ({strange[0]}{more})"
         rule = Rule(name="implementation", text="a reference is what it goes by, or is asked for")
-        hint = f"--accept '{strange[0]}' compares with it all the same"
+        hint = f"--accept {shlex.quote(strange[0])}  # compares with it all the same"
     else:
         from truestep.recording.replay import require_run
 

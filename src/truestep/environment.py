@@ -143,7 +143,7 @@ def usable_device(device: str | None) -> str:
         raise UsageError(
             f"device {device!r} cannot be used here",
             measured=str(error).strip().splitlines()[0],
-            hint="--set device=cpu, or a torch build for the device; truestep doctor",
+            hint="--set device=cpu  # or a torch build for the device",
         ) from None
     return device
 

@@ -167,7 +167,7 @@ def suited(gate: Gate, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.T
         raise UsageError(
             f"gate {gate.name} has nothing to judge",
             measured=f"it judges {gate.domain}; the reference holds {', '.join(tensors) or 'none'}",
-            hint="record a reference with decoded frames: truestep record CASE --update",
+            hint="truestep record CASE --update  # with decoded frames",
         )
     for name, tensor in found.items():
         usable = tensor.ndim == 5 and tensor.shape[2] >= 2 and tensor.is_floating_point()

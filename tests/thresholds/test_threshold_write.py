@@ -119,7 +119,7 @@ def test_no_limits_without_a_floor_or_frames(recording: Recording) -> None:
     refuse(recording)
     bare = recording.manifest.model_copy(update={"noise_floor": None})
     with pytest.raises(UsageError, match="no limits without a measured noise floor") as caught:
-        refuse(Recording.in_memory(dict(recording), bare), name="three")
+        refuse(Recording.in_memory(dict(recording), bare))
     assert "hint: truestep record three --update" in str(caught.value)
     kept = {name: tensor for name, tensor in recording.items() if name != "video/frames"}
     with pytest.raises(UsageError, match="no decoded frames to measure on"):

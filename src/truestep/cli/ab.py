@@ -290,7 +290,7 @@ def _recover(folders: tuple[str, ...], *, json_path: str | None, report: Path | 
     from truestep.report.ab import write_tables
 
     if len(folders) != 1:
-        raise UsageError("recover takes one folder", hint="truestep ab recover DIR")
+        raise UsageError("recover takes one folder", hint="truestep ab recover truestep-ab")
     store = Store(folders[0])
     store.plan()
     with store.locked():

@@ -59,7 +59,7 @@ def command(
     if everything == bool(reference or candidate) or bool(reference) != bool(candidate):
         raise UsageError(
             "ablate needs --from and --to, or --all alone",
-            hint="truestep ablate CASE --from official@f4b06fb --to diffusers-0.42.1",
+            hint="--from official@f4b06fb --to diffusers-0.42.1",
         )
     for name in (reference, candidate):
         if name is not None:

@@ -61,7 +61,7 @@ def command(
                 where=str(path),
                 measured=same.sentence,
                 likely="another version of the model or of a library, or another machine",
-                hint="truestep check CASE; truestep record CASE --update",
+                hint="truestep check CASE",
             )
         with progress_bar() as progress:
             found = calibrate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from truestep.cli.common import case_options, choose_cases, end, progress_bar
+from truestep.cli.words import spell_out, spelled
 from truestep.text import say, say_json, visible
 
 if TYPE_CHECKING:
@@ -223,8 +225,11 @@ def _run_each(
     results: list[PerfResult] = []
     for name, case in cases.items():
         try:
-            results.append(each(name, case))
+            result = each(name, case)
+            hint = spell_out(result.hint, name)
+            results.append(result.model_copy(update={"hint": hint}))
         except TruestepError as error:
+            spelled(error, name)
             if len(cases) == 1:
                 raise
             text = f"BROKEN {visible(name)}: {type(error).__name__}: {error}"
@@ -417,7 +422,7 @@ def _nothing_to_show(name: str | None, history: Path, cohorts: list[Cohort]) -> 
         f"the history holds no runs of {name!r}" if name else "the history holds no runs",
         where=str(history),
         measured=f"it holds: {', '.join(ids[:6])}{more}" if ids else "",
-        hint=f"truestep perf record {name or 'CASE'}",
+        hint=f"truestep perf record {shlex.quote(name)}" if name else "truestep perf record",
     )
 
 

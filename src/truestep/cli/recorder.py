@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -31,7 +32,7 @@ def command(path: Path, force: bool) -> None:
         raise UsageError(
             "the recorder was not written: there is a file of this name",
             where=str(path),
-            hint=f"truestep recorder --write {path} --force",
+            hint=f"truestep recorder --write {shlex.quote(str(path))} --force",
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -137,7 +137,7 @@ def _tensors(name: str, recording: Recording) -> dict[str, torch.Tensor]:
             "the reference holds no tensors to damage",
             where=str(recording.path),
             measured=f"recorded at level {recording.manifest.level}; needed: full",
-            hint=f"truestep record {name} --update",
+            hint="truestep record CASE --level full --update",
         )
     wanted = ["latent/final", step_name(steps_recorded(recording) // 2, "cond"), "video/frames"]
     return {key: recording[key] for key in wanted if key in recording}

@@ -157,11 +157,11 @@ def write_command(
         raise UsageError(
             f"the file has limits of case {key!r}",
             where=str(output),
-            hint="--update replaces them, --as ID writes beside them",
+            hint="--update  # replaces them; --as ID writes beside them",
         )
     path = reference or find_reference(name, case, references=references, tier=tier)
     recording = Recording.open(path)
-    refuse(recording, name=name)
+    refuse(recording)
     pipe = load(case)
     same = check_pipeline(pipe, recording, case=case)
     if not same.verdict.passed:
@@ -170,7 +170,7 @@ def write_command(
             where=str(path),
             measured=same.sentence,
             likely="another version of the model or of a library, or another machine",
-            hint=f"truestep check {name}; truestep record {name} --update",
+            hint="truestep check CASE",
         )
     with progress_bar() as progress:
         found = calibrated(pipe, recording, commit=commit, progress=progress)

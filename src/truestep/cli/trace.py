@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from truestep.cli.common import (
     progress_bar,
     set_option,
 )
+from truestep.cli.words import case_words
 from truestep.text import say
 
 _SELECT = click.option(
@@ -161,10 +163,11 @@ def record(
 
     cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
     if len(cases) != 1:
+        words = case_words(next(iter(cases), "CASE"), verb="trace record")
         raise UsageError(
             f"a trace is of one case, {len(cases)} were chosen",
             measured=", ".join(cases),
-            hint=f"truestep trace record {next(iter(cases), 'CASE')} --output {output}",
+            hint=f"truestep trace record {words} --output {shlex.quote(str(output))}",
         )
     case = next(iter(cases.values())).replace(**parse_changes(changes))
     chosen = parse_steps(steps) if steps is not None else None

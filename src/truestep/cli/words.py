@@ -75,7 +75,7 @@ def case_words(name: str, *, verb: str) -> str:
     """
     own, parameters = asked_for()
     options = _options(verb)
-    prompt, names = parameters.get("prompt"), parameters.get("names") or ()
+    prompt, names = parameters.get("prompt"), _names(parameters)
     if prompt is not None:
         words = [*names, "--prompt", prompt]
     else:
@@ -102,9 +102,14 @@ def _options(verb: str) -> dict[str, click.Parameter]:
     return {p.name: p for p in command.params if p.name} if command is not None else {}
 
 
+def _names(parameters: dict[str, Any]) -> list[str]:
+    one = parameters.get("name")
+    return [one] if one else list(parameters.get("names") or ())
+
+
 def _chosen(parameters: dict[str, Any]) -> str | None:
     """The one case that this command names, as it names it."""
-    names = [name for name in parameters.get("names") or () if not name.endswith(".toml")]
+    names = [name for name in _names(parameters) if not name.endswith(".toml")]
     if parameters.get("prompt") is not None:
         return names[0] if names else ""
     return names[0] if len(names) == 1 and names[0] != "all" else None

@@ -568,5 +568,5 @@ def missing_result(
         cohort_id=cohort.id,
         cohort=cohort,
         alternatives=tuple(shown),
-        hint=f"truestep perf record {case_name}",
+        hint="truestep perf record CASE",
     )

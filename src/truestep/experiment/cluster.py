@@ -99,7 +99,7 @@ def _start(address: str) -> None:
             where=f"--ray {address}",
             measured=" ".join(str(error).split())[:300],
             likely="" if own else "it does not run, or it asks for a token (RAY_AUTH_TOKEN)",
-            hint="ray start --head starts a cluster; --ray local needs none",
+            hint="ray start --head  # starts a cluster; --ray local needs none",
         ) from error
 
 
@@ -114,7 +114,7 @@ def _require(accelerator: str | None) -> None:
             f"no machine of the cluster has an accelerator of type {accelerator!r}",
             where=f"--accelerator {accelerator}",
             measured=f"it has: {', '.join(types)}" if types else "it has none",
-            hint="ray status lists the resources of a cluster",
+            hint="ray status  # lists the resources of a cluster",
         )
 
 

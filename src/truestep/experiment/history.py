@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import sqlite3
 import time
@@ -233,7 +234,7 @@ def open_history(path: str | Path, *, create: bool = True) -> Iterator[History]:
     path = Path(path)
     if not create and not path.is_file():
         raise FileFormatError(
-            "there is no history", where=str(path), hint="truestep perf record CASE makes one"
+            "there is no history", where=str(path), hint="truestep perf record  # makes one"
         )
     with ExitStack() as stack:
         with _errors(path):
@@ -404,6 +405,7 @@ def _damaged(path: Path, text: str) -> FileFormatError:
 @contextmanager
 def _errors(path: Path) -> Iterator[None]:
     """SQLite's and the system's errors as ours."""
+    folder = shlex.quote(str(path.parent))
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -422,7 +424,7 @@ def _errors(path: Path) -> Iterator[None]:
             where=str(path),
             measured=text,
             likely=likely,
-            hint=f"df -h {path.parent}; ls -ld {path.parent}; the runs before it are kept",
+            hint=f"df -h {folder}; ls -ld {folder}  # the runs before it are kept",
         ) from error
     except sqlite3.Error as error:
         raise _damaged(path, str(error)) from None
@@ -431,5 +433,5 @@ def _errors(path: Path) -> Iterator[None]:
             "the history could not be written",
             where=str(path),
             measured=reason(error),
-            hint=f"ls -ld {path.parent}",
+            hint=f"ls -ld {folder}",
         ) from error

@@ -115,13 +115,13 @@ def raising(name: str, doing: str) -> Iterator[None]:
         raise ProcessEndedError(
             f"{name} ended the process (SystemExit: {error.code})",
             where=f"{doing}: {last_frame(error)}",
-            hint=f"truestep run {name} repeats it; runs measured before it are kept",
+            hint="truestep run CASE  # repeats it; runs measured before it are kept",
         ) from error
     except Exception as error:
         raise TruestepError(
             f"the case raised {type(error).__name__}: {error}",
             where=f"{name}, {doing}",
-            hint=f"truestep run {name} repeats it; runs measured before it are kept",
+            hint="truestep run CASE  # repeats it; runs measured before it are kept",
         ) from error
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,8 +105,8 @@ class Store:
             raise UsageError(
                 "there is an experiment in this folder already",
                 where=str(self.folder),
-                hint=f"--resume goes on with it, truestep ab recover {self.folder} shows it, "
-                "another --output keeps it",
+                hint="--resume  # goes on with it; truestep ab recover shows it, another --output "
+                "keeps it",
             )
         ours, theirs = (p.model_dump(mode="json") for p in (plan, self.plan()))
         free = {"rounds", "until", "most_rounds", "margin", "expect", "tool_version"}
@@ -250,5 +251,5 @@ def _unwritten(what: str, path: Path, error: OSError) -> WriteError:
         where=str(path),
         measured=error.strerror or str(error),
         likely="the disk is full" if error.errno == errno.ENOSPC else "",
-        hint=f"df -h {path.parent}; what was measured is kept: truestep ab ... --resume goes on",
+        hint=f"df -h {shlex.quote(str(path.parent))}  # what is measured is kept: --resume goes on",
     )

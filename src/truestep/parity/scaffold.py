@@ -186,7 +186,7 @@ def write_scaffold(
     path = output / f"{stem}.py"
     if path.exists() and not force:
         raise UsageError(
-            "this parity test exists", where=str(path), hint="--force replaces it; or edit it"
+            "this parity test exists", where=str(path), hint="--force  # replaces it; or edit it"
         )
     for label, spec in (("--official", official), ("--port", port)):
         if spec and not re.fullmatch(r"[\w.]+:\w+", spec):

@@ -144,7 +144,7 @@ def require_run(recording: Mapping[str, torch.Tensor], *, where: str) -> None:
     names = ["text/cond", "latent/initial", "latent/final", *_SCHEDULE]
     names += [step_name(step, what) for step in range(total) for what in ("latent", "guided")]
     lacks = [name for name in names if name not in recording]
-    hint = "record it again: truestep record CASE --update"
+    hint = "truestep record CASE --update  # records it again"
     if lacks or not total:
         more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
         raise FileFormatError(

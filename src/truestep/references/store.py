@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,7 +114,7 @@ class Store:
             raise UsageError(
                 "a reference of this case exists",
                 where=str(path),
-                hint="truestep record CASE --update replaces it",
+                hint="truestep record CASE --update  # replaces it",
             )
 
     def find(
@@ -161,7 +162,7 @@ class Store:
             else "the reference is not in the lock file",
             where=str(path),
             likely="it was changed or copied without `truestep record`",
-            hint="truestep record CASE --update records it anew",
+            hint=f"truestep check --reference {shlex.quote(str(path))}  # judges by it as it is",
         )
 
     def _not_found(

@@ -321,7 +321,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
             where=f"revision {revision or 'main'}",
             measured=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}",
             likely="no network, no such model, or a gated one without a token",
-            hint=f"hf download {model}, then give its folder as model",
+            hint=f"hf download {shlex.quote(model)}  # then give its folder as model",
         ) from None
 
 

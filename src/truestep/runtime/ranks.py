@@ -46,7 +46,7 @@ def join(device: str) -> None:
         raise UsageError(
             "cfg = parallel runs one branch on each of two processes",
             measured=f"there are {distributed.get_world_size()}",
-            hint="torchrun --nproc-per-node 2",
+            hint="torchrun --nproc-per-node 2 -m truestep run CASE --set cfg=parallel",
         )
 
 
@@ -71,7 +71,7 @@ def one_branch_each(
             where=f"rank {rank}",
             measured=(str(error).strip().splitlines() or [""])[0][:200],
             likely="the other process died, or ran out of memory: see its own error above",
-            hint="cfg=sequential runs on one process",
+            hint="--set cfg=sequential  # runs on one process",
         ) from None
     return made[0], made[1]
 

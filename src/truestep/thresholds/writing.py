@@ -98,7 +98,7 @@ def calibrated(
     return Calibrated(entry, limits, floor, len(found))
 
 
-def refuse(recording: Recording, *, name: str = "CASE") -> None:
+def refuse(recording: Recording) -> None:
     """Raise unless limits can be measured for a recording, before anything runs.
 
     Raises:
@@ -111,14 +111,14 @@ def refuse(recording: Recording, *, name: str = "CASE") -> None:
             "no limits without a measured noise floor: a guessed one passes everything or nothing",
             where=where,
             measured="the reference was recorded with --floor none",
-            hint=f"truestep record {name} --update",
+            hint="truestep record CASE --update",
         )
     if FRAMES not in recording:
         raise UsageError(
             "the reference holds no decoded frames to measure on",
             where=where,
             measured=f"recorded at level {recording.manifest.level}; needed: full, with frames",
-            hint=f"truestep record {name} --update",
+            hint="truestep record CASE --update",
         )
 
 

@@ -352,7 +352,7 @@ def _noise_run(what: str | Path | Recording, reference: Source) -> NoiseRun:
             "a noise floor is measured on traces at level full",
             where=source.label,
             measured=f"levels {_manifest(source).level} and {_manifest(reference).level}",
-            hint="--tolerance judges by a number instead",
+            hint="--tolerance 1e-3  # judges by a number instead",
         )
     names = [n for n in reference.tensors if n in set(_modules(source))]
     own = Streamed(source.tensors, {n: n for n in names})

@@ -97,7 +97,7 @@ def patterns(select: str) -> tuple[list[str], list[str]]:
     """
     globs = [part.strip() for part in select.split(",") if part.strip()]
     if not globs:
-        raise UsageError("no modules were chosen", hint="--select '*' takes all")
+        raise UsageError("no modules were chosen", hint="--select '*'  # takes all")
     taken = [glob for glob in globs if not glob.startswith("!")]
     return taken or ["*"], [glob[1:] for glob in globs if glob.startswith("!")]
 

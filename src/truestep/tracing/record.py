@@ -133,7 +133,7 @@ def record_trace(
             checked.reason,
             where=f"case {case.id}, first prediction",
             likely="a module that keeps state between calls, or looks at its hooks",
-            hint="--no-check-untraced records all the same",
+            hint="--no-check-untraced  # records all the same",
         )
     last = max(steps) if steps and not wants("vae", select) else None
     with capture(pipe, steps=steps, path=path, case=case, progress=progress, **options) as trace:

@@ -38,7 +38,7 @@ def prepare(pipe: Pipeline) -> None:
         raise CaseError(
             "an LTX-2 case must name the reference that it follows",
             measured="engines that run LTX-2 disagree in a dozen choices",
-            hint="--set profile=diffusers-0.42.1, or another of: truestep show profile",
+            hint="--set profile=diffusers-0.42.1  # or another of truestep show profile",
         )
     pipe.controls = controls = resolve(settings)
     _check_family(pipe)
@@ -89,7 +89,7 @@ def _check_family(pipe: Pipeline) -> None:
         raise CaseError(
             f"cfg={settings.cfg} is for models with two passes",
             measured="LTX-2 has up to four",
-            hint="--set pass_batching=separate, cond_uncond or all",
+            hint="--set pass_batching=separate  # or cond_uncond, or all",
         )
     if settings.text_attention != "full" or settings.text_cache:
         raise CaseError(
@@ -148,7 +148,7 @@ def _check_blocks(pipe: Pipeline, controls: Controls) -> None:
             raise CaseError(
                 f"{key} names block {bad[0]}, which the model has not",
                 measured=f"its blocks are 0 to {count - 1}",
-                hint=f"--set {key}={count - 1}, or --set stg_scale=0 --set audio_stg_scale=0",
+                hint=f"--set {key}={count - 1}  # or --set stg_scale=0 --set audio_stg_scale=0",
             )
     for key, scale, blocks in (
         ("stg_blocks", controls.stg_scale, controls.stg_blocks),
@@ -157,7 +157,7 @@ def _check_blocks(pipe: Pipeline, controls: Controls) -> None:
         if scale and not blocks and not (key.startswith("audio") and one_list(controls)):
             raise CaseError(
                 f"{key} is empty, and its scale is {scale:g}",
-                hint=f"--set {key}=28, or set the scale to 0",
+                hint=f"--set {key}=28  # or set the scale to 0",
             )
 
 
