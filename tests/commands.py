@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from truestep.cli import run as run_here
+from truestep.cli import run_here
 
 Run = Callable[..., tuple[int, str, str]]
 """Arguments to exit code, stdout and stderr."""

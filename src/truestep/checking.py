@@ -98,7 +98,7 @@ def check(
     if rename and depth != "modules":
         raise UsageError(
             f"a rename map is of no use at depth {depth!r}",
-            hint="--depth modules  # opens the models",
+            hint="depth='modules' opens the models",
         )
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
     candidate = case.replace(**dict(settings or {}))

@@ -220,7 +220,7 @@ def test_a_tolerance_is_held_by_the_whole_interval() -> None:
     assert row.note.startswith("sketch: estimate ")
     assert row.note.endswith(") straddles the bound 1.00e-02: record at level full to decide")
     result = sketched(actual, X, tolerance=1e-2)
-    assert result.hint == "truestep record CASE --level full --output FILE"
+    assert result.hint == "record it whole: truestep record CASE --level full --output FILE"
     assert "user tolerance 0.01" in result.rule.text
     with pytest.raises(UsageError, match="tolerance = inf cannot judge"):
         sketched(actual, X, tolerance=math.inf)

@@ -70,9 +70,9 @@ class Blocked:
         if name == "transformers.models.umt5.modeling_umt5":
             raise ModuleNotFoundError("No module named 'zzz'", name="zzz")
 sys.meta_path.insert(0, Blocked())
-from truestep.cli import run
+from truestep.cli import run_here
 sys.argv = ["truestep", *sys.argv[1:]]
-sys.exit(run())
+sys.exit(run_here())
 """
 
 

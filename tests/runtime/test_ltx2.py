@@ -612,7 +612,7 @@ def test_the_audit_names_what_departs_from_the_recipe(
         ({"text_attention": "collapsed"}, "not for LTX-2", "drop both"),
         ({"flow_shift": 3.0}, "flow_shift is set", "mu is the shift"),
         ({"scheduler": "UniPCMultistepScheduler"}, "scheduler is set", "sigma_schedule"),
-        ({"image": "nowhere.png"}, "the image cannot be read", "--set image=PATH"),
+        ({"image": "nowhere.png"}, "the image cannot be read", "give --set image=PATH"),
     ],
 )
 def test_what_does_not_fit_is_said_before_any_forward(

@@ -120,7 +120,7 @@ def test_no_limits_without_a_floor_or_frames(recording: Recording) -> None:
     bare = recording.manifest.model_copy(update={"noise_floor": None})
     with pytest.raises(UsageError, match="no limits without a measured noise floor") as caught:
         refuse(Recording.in_memory(dict(recording), bare))
-    assert "hint: truestep record three --update" in str(caught.value)
+    assert "hint: truestep record CASE --update" in str(caught.value)
     kept = {name: tensor for name, tensor in recording.items() if name != "video/frames"}
     with pytest.raises(UsageError, match="no decoded frames to measure on"):
         refuse(Recording.in_memory(kept, recording.manifest))

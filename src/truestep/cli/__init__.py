@@ -11,10 +11,10 @@ def main() -> None:
     """Run the command line, so that no code it runs can end it with 0 unjudged."""
     from truestep.cli.guard import guarded
 
-    sys.exit(guarded(run))
+    sys.exit(guarded(run_here))
 
 
-def run() -> int:
+def run_here() -> int:
     """Run the command line in this process; every error is five parts on stderr.
 
     Returns:

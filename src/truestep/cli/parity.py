@@ -227,7 +227,7 @@ def _blocks(folders: list[Path]) -> list[Block]:
     if not paths:
         raise UsageError(
             f"no {LEDGER} below {', '.join(str(folder) for folder in folders)}",
-            hint="truestep parity new FAMILY COMPONENT --kind KIND, then truestep parity run",
+            hint="begin: truestep parity new FAMILY COMPONENT --kind KIND; truestep parity run",
         )
     environment = relevant(Environment.current(None))
     return [block_of(path.parent, environment, date.today()) for path in paths]

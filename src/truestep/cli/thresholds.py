@@ -223,7 +223,7 @@ def _decoded(path: Path) -> Tensors:
             "there are no decoded frames to damage",
             where=str(path),
             measured=f"needed: {FRAMES}, b c f h w with 3 channels, in [-1, 1]",
-            hint="truestep record CASE --update",
+            hint="record the case with its frames: truestep record",
         )
     return tensors
 

@@ -259,7 +259,7 @@ def run(
             "the program cannot be started",
             where=program[0],
             measured=error.strerror or str(error),
-            hint="truestep trace run -- python run.py",
+            hint="e.g. truestep trace run -- python run.py",
         ) from None
     code = ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
     if not _report(output, began):

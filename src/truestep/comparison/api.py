@@ -100,7 +100,7 @@ def compare(
     if not estimated:
         return result
     undecided = result.verdict is Verdict.INCONCLUSIVE
-    hint = "truestep record CASE --level full --output FILE" if undecided else ""
+    hint = "record it whole: truestep record CASE --level full --output FILE" if undecided else ""
     return result.model_copy(update={"rule": sketch_rule(rows), "hint": hint})
 
 

@@ -182,7 +182,7 @@ def validate(
     if not (baseline or candidate or apply or alike):
         raise UsageError(
             "the arms do not differ: there is no switch to test",
-            hint="--set KEY=VALUE, --apply FILE.py:FUNCTION, or --expect same for an A/A run",
+            hint="give --set KEY=VALUE, --apply FILE.py:FUNCTION, or --expect same for an A/A run",
         )
     cells = tuple(cells)
     for planned in cases:

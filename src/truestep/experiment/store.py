@@ -130,7 +130,7 @@ class Store:
             path,
             "this is not the folder of an experiment, or its plan is damaged",
             lambda data: Plan.model_validate(parse_json(data)),
-            hint="truestep ab CASE --set KEY=VALUE --output DIR begins one",
+            hint="begin one: truestep ab CASE --set KEY=VALUE --output DIR",
         )
 
     def write_environment(self, values: Mapping[str, str]) -> None:

@@ -128,7 +128,7 @@ def read_ledger(folder: Path) -> Ledger:
             "the parity ledger is damaged",
             where=f"{path}: {'.'.join(str(part) for part in first['loc'])}",
             measured=first["msg"],
-            hint=f"git checkout {path}, or delete it and run the parity tests again",
+            hint=f"git checkout {path}  # or delete it and run the parity tests again",
         ) from None
 
 

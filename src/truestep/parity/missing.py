@@ -140,7 +140,7 @@ class Family:
                 where=str(home),
                 measured=f"expected below {folder}",
                 likely="an installed package of the same name comes first",
-                hint=f"unset {self.variable('OFFICIAL_REF')} to test the installed package",
+                hint=f"unset {self.variable('OFFICIAL_REF')}  # tests the installed package",
             )
         found = _attribute(module, spec, kind)
         _imported.append(found)
@@ -187,7 +187,7 @@ class Family:
                 kind,
                 f"{', '.join(wanted)} of {self.name}",
                 searched=(f"${variable} (not set)",),
-                hint=f"export {variable}=DIR",
+                hint=f"set it: export {variable}=DIR",
             )
         found: list[Path] = []
         for pattern in wanted:
@@ -197,7 +197,7 @@ class Family:
                     kind,
                     f"{pattern} in {folder}",
                     searched=(f"${variable} = {os.environ.get(variable, '(not set)')}",),
-                    hint=f"export {variable}=DIR",
+                    hint=f"set it: export {variable}=DIR",
                 )
             found += [path for path in matches if path not in found]
         return found

@@ -31,7 +31,7 @@ def read(path: Path, what: str) -> dict[str, Any]:
         f"{what} cannot be read",
         reading.parse_toml,
         likely="a merge conflict or an edit by hand",
-        hint=f"git checkout {path}, or delete it and run the parity tests again",
+        hint=f"git checkout {path}  # or delete it and run the parity tests again",
     )
 
 

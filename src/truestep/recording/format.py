@@ -85,7 +85,7 @@ class Recording(Mapping[str, torch.Tensor]):
             raise FileFormatError(
                 "the file is a safetensors file, but not a recording",
                 where=str(path),
-                hint="truestep compare judges any two safetensors files",
+                hint="any two safetensors files are judged by truestep compare",
             )
         return cls(manifest, source=_File(header))
 

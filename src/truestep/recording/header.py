@@ -145,7 +145,7 @@ def _refuse_kind(path: Path, size: int) -> None:
         "this is not a safetensors file",
         where=str(path),
         measured=f"it is {kind}, {size:,} bytes",
-        hint=f"truestep show {shlex.quote(str(path))} # says what it holds",
+        hint=f"truestep show {shlex.quote(str(path))}  # says what it holds",
     )
 
 
@@ -173,7 +173,7 @@ def _header_text(path: Path) -> tuple[bytes, int, int]:
                 "a folder was given where a file is needed",
                 where=str(path),
                 measured=f"it is {what_is(path)}",
-                hint=f"truestep show {shlex.quote(str(path))} # says what it holds",
+                hint=f"truestep show {shlex.quote(str(path))}  # says what it holds",
             )
         size = path.stat().st_size
         if size < 8:

@@ -147,7 +147,7 @@ def _loaded(what: str | Path | Recording, label: str) -> Source:
         raise UsageError(
             "this side is no trace: it holds no tensors of modules",
             where=source.label,
-            hint="truestep trace record CASE --output FILE, truestep trace run, or capture()",
+            hint="make one: truestep trace record CASE --output FILE, trace run, or capture()",
         )
     return source
 
@@ -193,7 +193,7 @@ def _paired(
             "the two traces have nothing in common",
             measured=f"actual: {_span(_modules(ours))}; reference: {_span(_modules(theirs))}",
             likely="other steps, branches or models were traced",
-            hint="truestep show TRACE lists what a trace holds",
+            hint="see what a trace holds: truestep show TRACE",
         )
     return (_renamed(ours, own), _renamed(theirs, kept)), left_out
 
@@ -352,7 +352,7 @@ def _noise_run(what: str | Path | Recording, reference: Source) -> NoiseRun:
             "a noise floor is measured on traces at level full",
             where=source.label,
             measured=f"levels {_manifest(source).level} and {_manifest(reference).level}",
-            hint="--tolerance 1e-3  # judges by a number instead",
+            hint="leave out --noise; --tolerance judges by a number instead",
         )
     names = [n for n in reference.tensors if n in set(_modules(source))]
     own = Streamed(source.tensors, {n: n for n in names})

@@ -7,6 +7,7 @@ or a tensor that was being written is dropped.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -59,7 +60,9 @@ def recover(path: str | Path, *, output: str | Path | None = None) -> Recording:
             "there is no spool to recover" if not found else f"{len(found)} spools were left",
             where=str(path),
             measured="\n".join(str(place) for place in found[:10]),
-            hint=f"truestep trace recover {found[0]}" if found else "ls -d *.spool",
+            hint=f"truestep trace recover {shlex.quote(str(found[0]))}"
+            if found
+            else "ls -d *.spool",
         )
     folder = found[0]
     name, _, owner = folder.name.removesuffix(SUFFIX).rpartition(".")
@@ -75,7 +78,7 @@ def recover(path: str | Path, *, output: str | Path | None = None) -> Recording:
         raise UsageError(
             "the target exists",
             where=str(target),
-            hint=f"truestep trace recover {folder} --output OTHER.safetensors",
+            hint=f"truestep trace recover {shlex.quote(str(folder))} --output other.safetensors",
         )
     notes = (*head.get("notes", ()), *(() if closed else (PARTIAL,)))
     manifest = Manifest.model_validate({**head, "notes": notes, "tensors": ()})

@@ -95,7 +95,7 @@ def name_modules(
             "no module of the actual trace has a partner in the reference",
             measured=f"actual: {listed(own)}; reference: {listed(others)}",
             likely="a trace of another model, or of another input",
-            hint="--rename MAP.toml names the pairs; traces at level sketch or full pair by "
+            hint="name the pairs with --rename MAP.toml; traces at level sketch or full pair by "
             "what modules return",
         )
     if not found:

@@ -117,7 +117,7 @@ def _image_latent(pipe: Pipeline) -> torch.Tensor:
             "the image cannot be read",
             where=str(path),
             measured=str(error),
-            hint="--set image=PATH",
+            hint="give --set image=PATH",
         ) from None
     crf = of(pipe).image_crf
     if crf:

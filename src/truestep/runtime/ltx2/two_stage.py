@@ -108,7 +108,7 @@ def check_initial(pipe: Pipeline, *, sigma: float, audio_length: int) -> None:
         raise CaseError(
             f"{has} is set, and {lacks} is not",
             measured="a second stage starts from the recording of the first, upsampled",
-            hint=f"--set {lacks}=PATH  # or drop {has}",
+            hint=f"give --set {lacks}=PATH, or drop {has}",
         )
     if sigma >= 1:
         raise CaseError(
@@ -137,7 +137,7 @@ def _opened(path: Path) -> Recording:
         raise CaseError(
             "there is no recording to start from",
             where=str(path),
-            hint="truestep run CASE  # makes the first stage",
+            hint="make the first stage with truestep run",
         )
     return Recording.open(path)
 
@@ -148,7 +148,7 @@ def _check_size(recording: Recording, settings: RunSettings, *, scale: float) ->
         raise FileFormatError(
             "a run cannot start from this recording: it does not say of what case it is",
             where=str(recording.path),
-            hint="truestep run CASE  # makes the first stage, with an LTX-2 model",
+            hint="make the first stage with truestep run, and an LTX-2 model",
         )
     names = ("height", "width", "num_frames")
     factors = (scale, scale, 1)
@@ -176,7 +176,7 @@ def _check_sound(recording: Recording, settings: RunSettings, *, audio_length: i
             f"a run cannot start from this recording: it has no {missing[0]}",
             where=str(recording.path),
             measured=f"its level is {recording.manifest.level}; needed: full, of video and sound",
-            hint="truestep run CASE  # makes the first stage, with an LTX-2 model",
+            hint="make the first stage with truestep run, and an LTX-2 model",
         )
     clips, length, _ = rows[AUDIO + "latent/final"]
     if (clips, length) != (settings.videos_per_prompt or 1, audio_length):
@@ -221,7 +221,7 @@ def _config(folder: Path) -> dict[str, Any]:
         "the latent upsampler cannot be used",
         parse,
         raises=CaseError,
-        hint="--set upsampler=FOLDER  # such as latent_upsampler of Lightricks/LTX-2",
+        hint="give --set upsampler=FOLDER, such as latent_upsampler of Lightricks/LTX-2",
     )
 
 

@@ -1,0 +1,587 @@
+"""Every hint is a command that works as it is printed, or is listed here as advice.
+
+A hint is provoked, read from what was printed, taken apart by a real shell, and run.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import truestep
+from tests.commands import Run, runner
+from truestep import cli
+
+SOURCE = Path(truestep.__file__).parent
+COMMAND = re.compile(
+    r"(truestep|--\S+|pip|git|df|ls|torchrun|ray|hf|unset|grep|TRUESTEP_TRACEBACK=1)( |\S+=|$)"
+)
+
+
+def templates(node: ast.expr) -> Iterator[str]:
+    """The texts that an expression may be, `{}` for what is put in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.JoinedStr):
+        yield "".join(str(p.value) if isinstance(p, ast.Constant) else "{}" for p in node.values)
+    elif isinstance(node, ast.IfExp):
+        yield from (*templates(node.body), *templates(node.orelse))
+    elif isinstance(node, ast.BoolOp):
+        for value in node.values:
+            yield from templates(value)
+    elif isinstance(node, ast.BinOp):
+        for left in [*templates(node.left)] or ["{}"]:
+            for right in [*templates(node.right)] or ["{}"]:
+                yield left + right
+
+
+def expressions(tree: ast.Module) -> Iterator[ast.expr]:
+    """What is given as a hint: by keyword, by assignment, or by a function that makes one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "hint":
+            yield node.value
+        elif isinstance(node, ast.Assign):
+            names = [ast.unparse(target).rpartition(".")[2] for target in node.targets]
+            if "hint" in names:
+                yield node.value
+        elif isinstance(node, ast.FunctionDef) and node.name in ("_hint", "_instead"):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Return) and inner.value is not None:
+                    yield inner.value
+
+
+def hints() -> set[str]:
+    """All hints of the source."""
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        for expression in expressions(ast.parse(path.read_text())):
+            found |= set(templates(expression))
+    return found - {""}
+
+
+ADVICE = {
+    "; did you mean {}?",
+    "Loaded(call, module=...), state=..., or weights=[...] of files with names",
+    "Loaded(call, weights=[...]) names the weight files of a side",
+    "Loosened(rel_l2=..., reason=..., owner=..., expires='2027-01-31')",
+    "`truestep parity keys {}` lists the weights of both sides, paired",
+    "a case file holds [case.NAME] tables only",
+    "a name is matched whole: 'blocks.0*' takes a block and what is in it",
+    "add a table [case.{}.{}] with the values that differ",
+    "all of them are listed by truestep thresholds lint FILE",
+    "any two safetensors files are judged by truestep compare",
+    "begin one: truestep ab CASE --set KEY=VALUE --output DIR",
+    "begin: truestep parity new FAMILY COMPONENT --kind KIND; truestep parity run",
+    "branch='cond'",
+    "call .eval() on it before it is recorded",
+    "call pipeline.prepare(pipeline)",
+    "call=lambda **recorded: port(...) passes what the trace does not hold",
+    "call=lambda *recorded, **named: model(...) puts the arguments together",
+    "change the pipeline in place and return nothing, or return a Pipeline",
+    "compare all of them: truestep ablate CASE --all",
+    "convert it in the loader's function: every output has to be compared",
+    "delete stub({}, ...) from the parity test",
+    "depth='modules' opens the models",
+    "draw everything from it: torch.randn(..., generator=generator)",
+    "drop both",
+    "drop {}",
+    "e.g. --gate cosine:5e-3,1e-2 --gate ssim:0.93",
+    "e.g. --gate {}",
+    "e.g. --matrix dtype=float32,bfloat16 --matrix compile=off,on",
+    "e.g. --matrix {}=A,B",
+    "e.g. --set guidance_scale=3.1",
+    "e.g. truestep trace run -- python run.py",
+    "gate the latents of any engine with truestep.check_latent()",
+    "give --set KEY=VALUE, --apply FILE.py:FUNCTION, or --expect same for an A/A run",
+    "give --set dtype=... or --set device=... instead",
+    "give --set image=PATH",
+    "give --set upsampler=FOLDER, such as latent_upsampler of Lightricks/LTX-2",
+    "give --set {}=PATH, or drop {}",
+    "give a model folder of LTX-2 or LTX-2.3",
+    "give a plain tensor: tensor.full_tensor(), or tensor.dequantize()",
+    "give another --history",
+    "give another --history; this file was not touched",
+    "give another --output",
+    "give another value, or --expect same for an A/A run",
+    "give both or neither",
+    "give builtin:digits, a diffusers folder, or a hub id like Wan-AI/NAME",
+    "give each its own path",
+    "give each its own: truestep.check(x, name='another')",
+    "give each side its own code, or allow_shared={'path/end.py': 'why it is no proof'}",
+    "give one tensor, or a file whose tensor is called {}",
+    "give one that upsamples height and width only",
+    "give slice_spec= as it was given to check_latent",
+    "give slice_spec=: {}",
+    "give slice_spec=SliceSpec(kind=..., ranges=...) or one of {}",
+    "give tensors, numpy arrays, a mapping of them, a recording or a path",
+    "give the upsampler of the model's own version",
+    "give what runs copies: tensor.clone()",
+    "install {}, or stub it: with stub({}, ...)",
+    "it holds [known.CASE] tables only",
+    "it holds [known.CASE] tables with reason, since, stage and rel_l2",
+    'it holds {"cases": {"ID": {"ssim_threshold": 0.95, ...}}}, as SGLang\'s',
+    "it is called with the pipeline: transformer, transformer_2, text_encoder, tokenizer,"
+    " vae, scheduler, settings and the stage functions",
+    "leave fps out of the case",
+    "leave guidance_scale_2 out of the case",
+    "leave out --noise; --tolerance judges by a number instead",
+    "leave out --resume to begin one",
+    "leave out weights",
+    "leave {} out of the case",
+    "look at what the trusted side gives, then record again",
+    "make it on the CPU; the loaders' functions move it",
+    "make one: truestep trace record CASE --output FILE, trace run, or capture()",
+    "make the first stage with truestep run",
+    "make the first stage with truestep run, and an LTX-2 model",
+    "measure again, and agree on a new Loosened(..., expires=...)",
+    "measure again; a clock, a stage or the history is wrong",
+    "measure the floor: --noise TRACE of the trusted model, run with other threads or again",
+    "name one of them",
+    "name the pairs with --rename MAP.toml; traces at level sketch or full pair by what "
+    "modules return",
+    "names are the candidate's on the left, the trusted model's on the right",
+    "nothing was imported",
+    "package.module:Class",
+    "record it whole: truestep record CASE --level full --output FILE",
+    "record it with --level full --inputs",
+    "record it with --select '*' --inputs: {} must be among the modules",
+    "record the case with its frames: truestep record",
+    "record the reference again with this slice, or give its own slice_spec=",
+    "rename or delete the entry",
+    "rename={'layers.*': 'blocks.*'} says which belong together",
+    "return Loaded(model.eval(), ...)",
+    "return a module, a function, Loaded(...), or a truestep recording",
+    "return a tensor, a sequence of tensors or a mapping of them",
+    "return tensors in any nest of tuple, list, dict and dataclass",
+    "run in a folder that all machines share; --ray local needs none",
+    "run them one by one, each with its own --output",
+    "save it with all its parts: LTX2Pipeline.save_pretrained",
+    "save plain numbers: numpy.save(path, array, allow_pickle=False)",
+    "save tensor.contiguous(), or a smaller part of it",
+    "save tensor.{}",
+    "see what a trace holds: truestep show TRACE",
+    "seed or reset it inside what is recorded",
+    "set fps and videos_per_prompt as the first stage has them",
+    "set it: export {}=DIR",
+    "the settings are: {}",
+    "thread.join() at the end of the test",
+    "truestep.check_latent(latents['video'], name='video'), and so for each; "
+    "truestep.check(latents) judges all in one",
+    "truestep.record_function(function, samples) makes one",
+    "use at most as many * on the right as on the left",
+    "use diffusers.EDMEulerScheduler or one with its interface",
+    "use letters, digits, dots, dashes and underscores",
+    "wait for it, or give another --output",
+    "where you trust it: torch.save(dict_of_plain_tensors, path)",
+    "write it as expires='2027-01-31'",
+    "write it as namespace::operator(Tensor q) -> Tensor",
+    "write it as package.module:Class",
+    "write one with a table [case.NAME] that has model and prompt",
+    "write the results of each prompt to a folder of its own",
+    "{} --prompt 'a red three moving left'  # a case without a file",
+    "{} --truestep-update",
+}
+"""What no command can do for the reader."""
+
+ELSEWHERE = {
+    "pip install 'truestep[{}]'": "installs a package",
+    "pip install --upgrade truestep": "installs a package",
+    "pip install torchvision": "installs a package",
+    "hf download {}  # then give its folder as model": "needs the network",
+    "ray start --head  # starts a cluster; --ray local needs none": "starts a cluster",
+    "ray status  # lists the resources of a cluster": "needs a cluster",
+    "torchrun --nproc-per-node 2 -m truestep run CASE --set cfg=parallel": "needs two processes",
+    "--set cfg=sequential  # runs on one process": "of a process of torch.distributed that is gone",
+    "--set device=cpu  # or a torch build for the device": "of a machine with such a device",
+    "truestep doctor": "of an attention backend of another machine",
+    "git checkout {}": "needs a repository",
+    "git checkout {}  # or delete it and run the parity tests again": "needs a repository",
+    "unset {}  # tests the installed package": "a variable of the reader's shell",
+    "TRUESTEP_TRACEBACK=1 {}": "tests/cli/test_guard",
+    "truestep parity status": "tests/cli/test_guard",
+    "--accept {}  # compares with it all the same": "tests/recording/test_implementation",
+    "df -h {}  # what is measured is kept: --resume goes on": "as any df",
+    "df -h {}; ls -ld {}  # the runs before it are kept": "as any df",
+    "ls -ld {}": "as any ls",
+    "truestep perf record": "as the one that makes a history",
+    "--set scheduler=FlowMatchEulerDiscreteScheduler": "of a model with a third scheduler",
+    "truestep run CASE  # repeats it; runs measured before it are kept": "of a case that raises",
+    "ls -d *.spool": "fails where there is none, which is what it tells",
+}
+"""Commands that no test can run here, and why; or the test that does."""
+
+
+def test_every_hint_is_run_or_is_advice() -> None:
+    found = hints()
+    commands = {hint for hint in found if COMMAND.match(hint)}
+    assert found - commands == ADVICE
+    assert commands - set(SCENARIOS) == set(ELSEWHERE)
+    assert set(SCENARIOS) <= commands
+
+
+@pytest.mark.parametrize("hint", sorted(set(hints()) - ADVICE))
+def test_a_command_has_no_placeholder_and_its_prose_is_a_comment(hint: str) -> None:
+    command = hint.partition("  # ")[0]
+    words = [
+        w for w in re.findall(r"\b[A-Z]{2,}\b", command) if w not in ("CASE", "TRUESTEP_TRACEBACK")
+    ]
+    assert not words
+    assert " or " not in command
+    assert ", " not in command
+
+
+FILE = """
+[case.a]
+model = "wan"
+prompt = "it's a red three 猫"
+steps = 2
+height = 16
+width = 16
+num_frames = 5
+max_sequence_length = 8
+settings = {{ device = "cpu" }}
+
+[case.b]
+model = "wan"
+prompt = "a blue one"
+steps = 2
+height = 16
+width = 16
+num_frames = 5
+max_sequence_length = 8
+settings = {{ device = "cpu" }}
+
+[case.l]
+model = "{ltx2}"
+prompt = "a red three moving left"
+steps = 2
+height = 64
+width = 96
+num_frames = 17
+max_sequence_length = 16
+[case.l.settings]
+device = "cpu"
+profile = "diffusers-0.42.1"
+stg_blocks = [1]
+audio_stg_blocks = [1]
+"""
+
+CHANGE = """
+def same(pipe):
+    pass
+
+def watched(pipe):
+    layer = pipe.transformer.proj_out
+    own = layer.forward
+    layer.forward = lambda x: own(x) + bool(layer._forward_hooks)
+
+def raises(pipe):
+    def update(*given, **named):
+        raise ValueError("no")
+    pipe.update = update
+"""
+
+
+@pytest.fixture(scope="module")
+def recorded(
+    tiny_wan: dict[str, Path], tiny_ltx2: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder of cases; references of `a` whole, and of `b` without a floor."""
+    from truestep import record
+    from truestep.case import load_cases
+    from truestep.references.store import Store, place_of
+
+    folder = tmp_path_factory.mktemp("hints")
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.chdir(folder)
+    shutil.copytree(tiny_wan["wan21"], folder / "wan")
+    text = FILE.format(ltx2=tiny_ltx2["2.3"])
+    (folder / "truestep.toml").write_text(text)
+    (folder / "my cases.toml").write_text(text.replace("a blue one", "a green one"))
+    (folder / "change.py").write_text(CHANGE)
+    for name, case in load_cases(folder / "truestep.toml").items():
+        if name != "l":
+            recording = record(case, floor="none")
+            Store(folder / "truestep-references").save(recording, place_of(recording))
+    save_file({"x": torch.zeros(2)}, folder / "plain.safetensors")
+    monkeypatch.undo()
+    return folder
+
+
+@pytest.fixture
+def run(
+    recorded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Run:
+    """The command line in a copy of that folder."""
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return runner(monkeypatch, capfd)
+
+
+def printed(out: str, err: str) -> str:
+    """The hint that a command has printed."""
+    found = re.findall(r"^(?:  hint {9}|hint: )(.*)$", out + err, re.MULTILINE)
+    assert found, (out, err)
+    return str(found[0])
+
+
+def paste(run: Run, hint: str) -> tuple[int, str, str]:
+    """Run a hint as a shell reads it; truestep's own verbs in this process."""
+    script = f"truestep() {{ printf '%s\\0' \"$@\"; printf '\\n'; }}\n{hint}\n"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    if not hint.startswith("truestep "):
+        return done.returncode, done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    results = [run(*words.split("\0")[:-1]) for words in done.stdout.splitlines()]
+    return results[-1]
+
+
+def given(*arguments: str) -> Callable[[Path], tuple[str, ...]]:
+    """A command that needs nothing made before."""
+    return lambda folder: arguments
+
+
+def other_reference(folder: Path) -> tuple[str, ...]:
+    path = next(folder.rglob("*blue-one*.safetensors"))
+    return ("check", "a", "--reference", str(path))
+
+
+def sketch(folder: Path) -> None:
+    from truestep.case import load_cases
+    from truestep.recording.record import record
+    from truestep.references.store import Store, place_of
+
+    recording = record(load_cases(folder / "truestep.toml")["a"], level="sketch", floor="none")
+    Store(folder / "truestep-references").save(recording, place_of(recording), update=True)
+
+
+def of_sketch(*arguments: str) -> Callable[[Path], tuple[str, ...]]:
+    def make(folder: Path) -> tuple[str, ...]:
+        sketch(folder)
+        return arguments
+
+    return make
+
+
+def without(folder: Path, name: str) -> None:
+    """Replace the reference of `a` by one that lacks a tensor."""
+    from truestep.recording.format import Recording
+    from truestep.references.store import Store, place_of
+
+    recording = Recording.open(next(folder.rglob("*red-three*.safetensors")))
+    kept = {key: tensor.clone() for key, tensor in recording.items() if key != name}
+    rows = tuple(row for row in recording.manifest.tensors if row.name in kept)
+    manifest = recording.manifest.model_copy(update={"tensors": rows})
+    shorter = Recording.in_memory(kept, manifest)
+    Store(folder / "truestep-references").save(shorter, place_of(shorter), update=True)
+
+
+def cut(folder: Path) -> tuple[str, ...]:
+    without(folder, "step/0001/guided")
+    return ("check", "a")
+
+
+def copied(folder: Path) -> tuple[str, ...]:
+    """A reference that came from elsewhere, and is in no lock file."""
+    (folder / "truestep-references" / "truestep.lock").unlink()
+    return ("check", "a")
+
+
+def experiment(folder: Path) -> tuple[str, ...]:
+    """An experiment whose candidate fails at once, begun twice."""
+    arguments = ("ab", "a", "--apply", "change.py:raises", "--rounds", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["truestep", *arguments])
+        cli.run_here()
+    return arguments
+
+
+def twice(*arguments: str) -> Callable[[Path], tuple[str, ...]]:
+    """A command that has run once already."""
+
+    def make(folder: Path) -> tuple[str, ...]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["truestep", *arguments])
+            cli.run_here()
+        return arguments
+
+    return make
+
+
+def beneath_a_file(folder: Path) -> tuple[str, ...]:
+    (folder / "no folder").write_text("")
+    return ("record", "a", "--output", "no folder/r.safetensors")
+
+
+def spools(count: int) -> Callable[[Path], tuple[str, ...]]:
+    """What killed programs left of a trace; where it is one, the trace is there as well."""
+
+    def make(folder: Path) -> tuple[str, ...]:
+        code = (
+            "import os, sys, torch\nfrom truestep import capture\n"
+            "model = torch.nn.Linear(2, 2)\n"
+            "with capture(model, path='my trace.safetensors'):\n"
+            "    model(torch.ones(1, 2))\n    os._exit(0)\n"
+        )
+        for _ in range(count):
+            subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+        if count == 1:
+            save_file({"x": torch.zeros(1)}, folder / "my trace.safetensors")
+        return ("trace", "recover", "my trace.safetensors")
+
+    return make
+
+
+def activations(folder: Path) -> tuple[str, ...]:
+    """Names of parameters, values that agree within rounding and not in their bits."""
+    value = torch.linspace(1, 2, 64).reshape(8, 8)
+    save_file({"blocks.0.weight": value}, folder / "x.safetensors")
+    save_file({"blocks.0.weight": value * (1 + 1e-6)}, folder / "y.safetensors")
+    return ("compare", "x.safetensors", "y.safetensors")
+
+
+def no_floor(folder: Path) -> tuple[str, ...]:
+    return ("thresholds", "write", "a", "--output", "limits.json")
+
+
+def another_model(folder: Path) -> tuple[str, ...]:
+    """The case's model is another one by now."""
+    from safetensors.torch import load_file
+
+    weights = next((folder / "wan" / "transformer").glob("*.safetensors"))
+    changed = {name: tensor * 1.5 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    return ("calibrate", "a", "--runs", "1")
+
+
+def damaged_model(folder: Path) -> tuple[str, ...]:
+    weights = next((folder / "wan" / "vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    return ("run", "a", "--latent-only")
+
+
+def limits_there(folder: Path) -> tuple[str, ...]:
+    """A threshold file that has the case already, and a reference with a floor."""
+    twice("record", "a", "--update")(folder)
+    (folder / "limits.json").write_text('{"cases": {"a": {"ssim_threshold": 0.9}}}')
+    return ("thresholds", "write", "a", "--output", "limits.json")
+
+
+def no_frames(folder: Path) -> tuple[str, ...]:
+    without(folder, "video/frames")
+    return ("selftest", "a", "--gate", "ssim:0.9")
+
+
+def of_a_function(folder: Path) -> tuple[str, ...]:
+    samples = [{"x": torch.linspace(1, 2, 8)}]
+    truestep.record_function(lambda x: 2 * x, samples, path=folder / "f.safetensors", floor=False)
+    return ("check", "a", "--reference", "f.safetensors")
+
+
+def measured(folder: Path) -> tuple[str, ...]:
+    """A history of another case; what the measured numbers say is another matter."""
+    twice("perf", "record", "a", "--runs", "1")(folder)
+    return ("perf", "show", "b")
+
+
+def array(folder: Path) -> tuple[str, ...]:
+    np.save(folder / "my array.npy", np.zeros(3))
+    return ("check", "a", "--reference", "my array.npy")
+
+
+def as_changed(folder: Path) -> tuple[str, ...]:
+    """The only reference is of the case as --set changes it."""
+    shutil.rmtree(folder / "truestep-references")
+    return twice("record", "a", "--set", "steps=1", "--floor", "none")(folder)[:-2]
+
+
+Scenario = tuple[Callable[[Path], tuple[str, ...]], tuple[int, ...]]
+
+LTX2 = ("run", "l", "--latent-only", "--set")
+
+SCENARIOS: dict[str, Scenario] = {
+    "--force  # replaces it; or edit it": (
+        twice("parity", "new", "acme", "mixer", "--kind", "generic"), (0,)),
+    "--from official@f4b06fb --to diffusers-0.42.1": (given("ablate", "l", "--from", "x"), (0, 1)),
+    "--no-check-untraced  # records all the same": (
+        given("trace", "record", "a", "--apply", "change.py:watched"), (0,)),
+    "--resume  # goes on with it; truestep ab recover shows it, another --output keeps it": (
+        experiment, (1, 4)),
+    "--select '*'  # takes all": (given("trace", "record", "a", "--select", ","), (0,)),
+    "--set max_sequence_length={}": (given(*LTX2, "max_sequence_length=17"), (0,)),
+    "--set num_frames=121": (given(*LTX2, "num_frames=1", "--set", "fps=1000"), (0,)),
+    "--set num_frames={}": (given("run", "a", "--latent-only", "--set", "num_frames=6"), (0,)),
+    "--set pass_batching=separate  # or cond_uncond, or all": (given(*LTX2, "cfg=batched"), (2,)),
+    "--set profile=diffusers-0.42.1  # or another of truestep show profile": (
+        given(*LTX2, "profile=none"), (0,)),
+    "--set steps=2": (given(*LTX2, "steps=1"), (0,)),
+    "--set steps={}": (given(*LTX2, "sigma_schedule=distilled"), (0,)),
+    "--set text_recipe=per_branch_connector": (
+        given(*LTX2, "text_recipe=keep_padding"), (0,)),
+    "--set {}=28  # or set the scale to 0": (given(*LTX2, "stg_blocks="), (2,)),
+    "--set {}={}": (given("run", "a", "--latent-only", "--set", "height=20"), (0,)),
+    "--set {}={}  # or --set stg_scale=0 --set audio_stg_scale=0": (
+        given(*LTX2, "stg_blocks=99"), (0,)),
+    "--steps 0,5": (given("trace", "record", "a", "--steps", "x"), (0, 2)),
+    "df -h {}; ls -ld {}": (beneath_a_file, (0,)),
+    "grep '^.case' {}  # lists them": (given("check", "c", "--file", "my cases.toml"), (0,)),
+    "truestep ab recover truestep-ab": (given("ab", "recover"), (2,)),
+    "truestep check --reference {}": (
+        lambda folder: ("check", *as_changed(folder)[1:]), (0,)),
+    "truestep check --reference {}  # judges by it as it is": (copied, (0,)),
+    "truestep check CASE": (another_model, (1,)),
+    "truestep compare --activations {}": (activations, (0,)),
+    "truestep perf record  # makes one": (given("perf", "show"), (0, 1, 4)),
+    "truestep record CASE  # seeds a reference of this case; check --set KEY=VALUE tests a change "
+    "of it": (other_reference, (0, 2)),
+    "truestep record CASE --level full --update": (of_sketch("check", "a"), (0,)),
+    "truestep record CASE --update": (no_floor, (0,)),
+    "truestep record CASE --update  # records it again": (cut, (0,)),
+    "truestep record CASE --update  # replaces it": (given("record", "a"), (0,)),
+    "truestep recorder --write {} --force": (twice("recorder", "--write", "my recorder.py"), (0,)),
+    "--set terminal_sigma=0.1": (
+        given(*LTX2, "sampler=res2s", "--set", "terminal_sigma=0.001"), (0,)),
+    "--set sigma_schedule=distilled_stage_2 --set steps=3": (  # then the paths are looked at
+        given(*LTX2, "initial=x.safetensors", "--set", "upsampler=y"), (2,)),
+    "--update  # replaces them; --as ID writes beside them": (limits_there, (0,)),
+    "truestep doctor {}": (damaged_model, (2,)),
+    "truestep perf record CASE": (given("perf", "check", "a", "--runs", "1"), (0, 1, 4)),
+    "truestep perf record {}": (measured, (0, 1, 4)),
+    "truestep record CASE --update  # with decoded frames": (no_frames, (0,)),
+    "truestep show {}  # says what it holds": (array, (0,)),
+    "truestep show {}  # truestep compare judges plain tensors": (
+        of_a_function, (0,)),
+    "truestep show profile": (given("show", "profile", "x"), (0,)),
+    "truestep show {}  # says what it is": (
+        given("check", "--reference", "plain.safetensors"), (0,)),
+    "truestep trace record {} --output {}": (
+        given("trace", "record", "--file", "my cases.toml", "--output", "my trace"), (0,)),
+    "truestep trace recover {}": (spools(2), (0,)),
+    "truestep trace recover {} --output other.safetensors": (spools(1), (0,)),
+}  # fmt: skip
+"""Hint to the command that provokes it, and the exit codes that the hint may have then."""
+
+
+@pytest.mark.parametrize("hint", sorted(SCENARIOS))
+def test_a_hint_works_as_printed(hint: str, run: Run, tmp_path: Path) -> None:
+    provoke, codes = SCENARIOS[hint]
+    code, out, err = run(*provoke(tmp_path))
+    assert code != 0, (out, err)
+    shown = printed(out, err)
+    pattern = re.escape(hint.removeprefix("truestep ")).replace(re.escape("{}"), ".+")
+    assert re.search(pattern.replace("CASE", ".+"), shown), shown
+    code, out, err = paste(run, shown)
+    assert code in codes, (shown, out, err)
