@@ -26,7 +26,8 @@ def command(path: Path, force: bool) -> None:
     if str(path) == "-":
         say(text.removesuffix("\n"), lines=True)
         return
-    from truestep.errors import UsageError, WriteError
+    from truestep.errors import UsageError
+    from truestep.files import write_text
 
     if path.exists() and not force:
         raise UsageError(
@@ -34,16 +35,7 @@ def command(path: Path, force: bool) -> None:
             where=str(path),
             hint=f"truestep recorder --write {shlex.quote(str(path))} --force",
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise WriteError(
-            "the recorder could not be written",
-            where=str(path),
-            measured=error.strerror or str(error),
-            likely="a full disk, or a folder that cannot be written to",
-        ) from error
+    write_text(path, text, "the recorder")
     say(f"{path}: copy it to the other environment; python {path.name} --help")
 
 
