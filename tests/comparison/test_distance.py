@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.counting import calls_of
 from truestep.comparison.distance import CHUNK, distance, distance_to_itself, is_constant, same_bits
 from truestep.verdict import Metrics
 
@@ -249,3 +250,34 @@ def test_any_pair_is_within_1e_6(
     if expected["cosine_distance"] < 1e-17:  # below what the oracle resolves
         del expected["cosine_distance"]
     assert_close(distance(actual, reference), expected)
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.01, 0.1, -1.0])
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+def test_any_number_of_threads_gives_the_same_numbers(gain: float, noise: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    reference = torch.randn(40 * CHUNK + 5, generator=generator)
+    actual = gain * reference + noise * torch.randn(40 * CHUNK + 5, generator=generator)
+    torch.set_num_threads(1)
+    alone = distance(actual, reference)
+    torch.set_num_threads(2)
+    assert distance(actual, reference) == alone
+
+
+def test_a_gain_that_a_sample_does_not_show_is_summed_again() -> None:
+    """The sample takes every 256th element: these have a gain of their own."""
+    reference = torch.randn(16 * CHUNK, generator=torch.Generator().manual_seed(4))
+    actual = reference * 1.5
+    actual[::256] = reference[::256] * 3
+    assert_close(distance(actual, reference), exact(actual, reference))
+    actual = reference * 1.5
+    actual[::256] = -reference[::256]
+    assert_close(distance(actual, reference), exact(actual, reference))
+
+
+def test_a_pass_over_a_gain_is_one_pass() -> None:
+    """What is left of a gain is summed beside it, not in a second pass over the tensors."""
+    reference = torch.randn(16 * CHUNK)
+    for actual in (reference * 1.01, reference * 1.01 + 1e-4 * torch.randn(16 * CHUNK), -reference):
+        assert calls_of(lambda a=actual: distance(a, reference), "_fast") == 16
+        assert calls_of(lambda a=actual: distance(a, reference), "_exact") == 0

@@ -1,29 +1,52 @@
 """Distances of one tensor pair in one chunked pass, without cancellation.
 
-With d = a - r and the sums S = sum d^2, D = sum d r, R = sum r^2 every metric follows::
+With d = a - r and, for a shift h, e = d - h r, every metric follows from the sums E = sum e^2,
+X = sum e r and R = sum r^2::
 
-    rel_l2          = sqrt(S / R)
-    gain            = 1 + D / R                    (least-squares factor from r to a)
-    |a|^2           = R + 2 D + S
-    cosine distance = (S - (|a| - |r|)^2) / (2 |a| |r|)
+    rel_l2          = sqrt(S / R),  S = E + 2 h X + h^2 R
+    gain            = 1 + h + X / R                (least-squares factor from r to a)
+    |a|^2           = E + 2 (1 + h) X + (1 + h)^2 R
+    cosine distance = s / (1 + sqrt(1 - s)),  s = (E - X^2 / R) / |a|^2
 
-so that a difference of 1e-13 reads 1e-13. Chunks are summed in float32 and accumulated in float64;
-where float32 cannot carry a chunk (float64 input, overflow, underflow, or a cosine distance that is
-a small remainder of a large gain) it is summed in float64, scaled by a power of two where squares
-would leave float64's range too. Differences of 64-bit integers are taken before they are rounded.
+so that a difference of 1e-13 reads 1e-13. The shift is 0, or the gain - 1 of a sample where the
+difference is mostly a gain: E is then what is left, and nothing cancels. Rows of a chunk are summed
+in float32 and accumulated in float64; where float32 cannot carry a chunk (float64 input, overflow,
+underflow) it is summed in float64, scaled by a power of two where squares would leave float64's
+range too, and so is all of it where the sums show that something cancelled after all. Differences
+of 64-bit integers are taken before they are rounded.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from truestep.verdict import Metrics
 
 CHUNK = 65_536
-"""Elements a chunk: operands, difference and products (1.25 MB in float32) stay in the L2 cache."""
+"""Elements a chunk: operands, difference and residual (1 MB in float32) stay in the L2 cache."""
+
+_ROW = 1024
+"""Elements summed in float32: a BLAS dot of more equal terms drifts (1.6e-5 in 65,536)."""
+
+_BLOCK = 16384
+"""Elements taken to float64 at once, which then stay in the L1 cache."""
+
+_SMALL = 8192
+"""Up to this many elements float64 throughout costs less than looking whether it is needed."""
+
+_SHARED = 16
+"""Chunks that are worth a thread."""
+
+_SAMPLE = 4096
+"""Elements that say which shift to take; a bad guess costs a second pass, not accuracy."""
 
 _SAFE_SQUARES = (1e-25, 1e30)
 """Sums of squares outside this range may have lost terms to float32 underflow or overflow."""
@@ -31,30 +54,66 @@ _SAFE_SQUARES = (1e-25, 1e30)
 _SAFE_SQUARES_64 = (1e-280, 1e300)
 """The same for float64; beyond it both sides are scaled by 2^600 or 2^-600, which is exact."""
 
-_CANCELLATION, _CANCELLATION_64 = 0.25, 1e-6
-"""Below this share of S, summed in float32 and in float64, the cosine's numerator is computed again
-from the residual, in float64."""
+_CANCELLATION, _CANCELLATION_64 = 0.5, 1e-6
+"""Below this share of E, summed in float32 and in float64, E - X^2 / R is summed again with the
+shift that it shows, in float64."""
+
+_RESOLVED = 2e-7
+"""Most that rounding of e to float32 may be of E."""
+
+_NEAR = 0.25
+"""Up to this gain - 1 (mostly) float32 does not round a - r."""
 
 _WIDE = 0.5
 """Below this cosine similarity its distance is 1 minus it: nothing cancels."""
 
 _SMALL_GAIN = 0.3
-"""Below this, gain and norm ratio are small remainders and are computed again in float64."""
+"""Below this, and below this share of 1 + h, gain and norm are small remainders and are summed by
+themselves."""
+
+Array = npt.NDArray[Any]
+_dots = getattr(np, "vecdot", None) or (lambda x, y: np.einsum("ij,ij->i", x, y))
 
 
 @dataclass
 class _Sums:
-    difference: float = 0.0
+    """Sums of one chunk, or of all.
+
+    Attributes:
+        residual, cross, reference: E, X and R.
+        actual, product: sum a^2 and sum a r, where they were summed by themselves.
+        peak, peak_at: Largest |d| and where it is.
+        nonzero: Of chunks summed in float64: whether anything is.
+    """
+
+    residual: float = 0.0
     cross: float = 0.0
-    actual: float | None = None  # sum a^2 and sum a r, where all chunks were summed in float64
-    product: float = 0.0
     reference: float = 0.0
-    nonzero: bool = False  # of chunks summed in float64
+    actual: float | None = None
+    product: float = 0.0
     peak: float = -1.0
-    peak_index: int = 0
+    peak_at: int = 0
     count: int = 0
+    nonzero: bool = False
     nonfinite_actual: int = 0
     nonfinite_reference: int = 0
+    shift: float = 0.0
+
+    @property
+    def difference(self) -> float:
+        """S."""
+        if not self.shift:
+            return self.residual
+        h = self.shift
+        return max(self.residual + 2 * h * self.cross + h * h * self.reference, 0.0)
+
+    @property
+    def square(self) -> float:
+        """|a|^2; summed itself where it may be a small remainder."""
+        if self.actual is not None:
+            return self.actual
+        g = 1.0 + self.shift
+        return max(self.residual + 2 * g * self.cross + g * g * self.reference, 0.0)
 
 
 def distance(actual: torch.Tensor, reference: torch.Tensor) -> Metrics:
@@ -62,7 +121,7 @@ def distance(actual: torch.Tensor, reference: torch.Tensor) -> Metrics:
 
     Args:
         actual: Any shape, real, any device; integers and booleans count as numbers.
-        reference: Same shape, any real dtype.
+        reference: Same shape, any real dtype. Chunks are shared among torch's threads.
 
     Returns:
         The metrics. Positions that are not finite on either side are left out of the sums and
@@ -76,70 +135,88 @@ def distance(actual: torch.Tensor, reference: torch.Tensor) -> Metrics:
         raise ValueError(f"shapes differ: {tuple(actual.shape)} and {tuple(reference.shape)}")
     if actual.is_complex() or reference.is_complex():
         raise ValueError("complex tensors have no order: compare real and imaginary parts")
-    sums = _sum(actual, reference, exact=_needs_float64(actual, reference))
+    shape = tuple(actual.shape)
+    a, r = actual.detach().reshape(-1), reference.detach().reshape(-1)
+    exact = a.numel() <= _SMALL or _needs_float64(a, r)
+    shift, terms, narrow = (0.0, 0.0, True) if exact else _guess(a, r)
+    sums = _sum(a, r, exact=exact, shift=shift, narrow=narrow)
     power = _power(sums)
     if power:
         return _scaled(actual, reference, power)
-    metrics = _metrics(sums, tuple(actual.shape))
     if not sums.count or not sums.difference or not sums.reference:
-        return metrics
-    if min(abs(metrics.gain), metrics.norm_ratio) < _SMALL_GAIN and sums.actual is None:
-        sums = _sum(actual, reference, exact=True)
-        metrics = _metrics(sums, tuple(actual.shape))
-    if not _square(sums) or not _small_angle(sums, metrics):
-        return metrics
-    similarity = metrics.gain / metrics.norm_ratio
-    if similarity < _WIDE:
-        cosine = 1.0 - similarity
-    else:
-        cosine = _cosine_from_residual(actual, reference, sums, metrics.gain)
-    return metrics.model_copy(update={"cosine_distance": cosine})
+        return _metrics(sums, shape)
+    if not exact and _remainder(sums, terms if narrow else math.inf):
+        sums = _sum(a, r, exact=True)
+        exact = True
+    if _left(sums) < (_CANCELLATION_64 if exact else _CANCELLATION) * sums.residual:
+        again = _sum(a, r, exact=True, shift=sums.shift + sums.cross / sums.reference)
+        return _metrics(sums, shape, left=_left(again), square=again.square)
+    return _metrics(sums, shape)
 
 
 def distance_to_itself(tensor: torch.Tensor) -> Metrics:
     """What `distance` says of a tensor and its bit-equal copy; quicker for small ones."""
     if not tensor.is_floating_point() or tensor.itemsize == 1 or not 0 < tensor.numel() <= CHUNK:
         return distance(tensor, tensor)
-    norm = float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
-    if not _SAFE_SQUARES[0] < norm * norm < _SAFE_SQUARES[1]:  # zero, tiny, huge or not finite
+    values = _float64(tensor.detach().reshape(-1))
+    with np.errstate(all="ignore"):
+        square = float(np.dot(values, values))
+    if not _SAFE_SQUARES[0] < square < _SAFE_SQUARES[1]:  # zero, tiny, huge or not finite
         return distance(tensor, tensor)
-    sums = _Sums(reference=norm * norm, peak=0.0, count=tensor.numel())
+    sums = _Sums(reference=square, actual=square, peak=0.0, count=tensor.numel())
     return _metrics(sums, tuple(tensor.shape))
 
 
-def _small_angle(sums: _Sums, metrics: Metrics) -> bool:
-    """Whether the cosine's numerator is a smaller remainder of S than the sums can carry."""
-    limit = _CANCELLATION if sums.actual is None else _CANCELLATION_64
-    numerator = metrics.cosine_distance * 2 * math.sqrt(_square(sums)) * math.sqrt(sums.reference)
-    return not numerator > limit * sums.difference
+def _guess(a: torch.Tensor, r: torch.Tensor) -> tuple[float, float, bool]:
+    """From a few elements: the shift, as how many terms the sums count, and whether e is narrow.
 
-
-def _cosine_from_residual(
-    actual: torch.Tensor, reference: torch.Tensor, sums: _Sums, gain: float
-) -> float:
-    """Cosine distance from E = min over g of sum (a - g r)^2, for which 1 - cos^2 = E / |a|^2.
-
-    The gain may be off by the rounding of float32 sums: what is left of r in e = a - gain r is
-    taken out, E = |e|^2 - (e r)^2 / |r|^2.
+    That is whether e may be taken in float32. A few huge elements are few terms.
     """
-    residual = cross = square = 0.0
-    with torch.no_grad():
-        first, second = actual.detach().reshape(-1), reference.detach().reshape(-1)
-        for start in range(0, first.numel(), CHUNK):
-            a = first[start : start + CHUNK].to(second.device, torch.float64)
-            r = second[start : start + CHUNK].to(torch.float64)
-            e = torch.sub(a, r, alpha=gain)
-            part = float(torch.dot(e, e))
-            if not math.isfinite(part):
-                fine = torch.isfinite(a) & torch.isfinite(r)
-                e, r = e.masked_fill(~fine, 0.0), r.masked_fill(~fine, 0.0)
-                part = float(torch.dot(e, e))
-            residual += part
-            cross += float(torch.dot(e, r))
-            square += float(torch.dot(r, r))
-    residual = max(residual - cross * (cross / square), 0.0)
-    share = min(residual / _square(sums), 1.0)
-    return share / (1.0 + math.sqrt(1.0 - share))
+    step = max(a.numel() // _SAMPLE, 1)
+    x, y = _float64(a[::step]), _float64(r[::step])
+    with np.errstate(all="ignore"):
+        d = x - y
+        dd, dr, rr = (float(np.dot(*pair)) for pair in ((d, d), (d, y), (y, y)))
+        if not rr or not dd or not math.isfinite(dd + rr):
+            return 0.0, 0.0, True
+        shift = float(np.float32(dr / rr))
+        e = d - shift * y
+        ee = float(np.dot(e, e))
+        if not ee < _CANCELLATION * dd:
+            return 0.0, 0.0, True
+        terms = step * rr * (rr / float(np.dot(y * y, y * y)))
+    return shift, terms, _resolved(ee, rr, shift, terms)
+
+
+def _resolved(residual: float, reference: float, shift: float, terms: float) -> bool:
+    """Whether rounding of h r, and of d where r is not near a, is nothing beside e in float32."""
+    if not residual:
+        return False
+    rounded = max(abs(shift), float(abs(shift) > _NEAR)) * 2.0**-25
+    share = rounded * math.sqrt(reference / residual)
+    return share * share + 2.0 * share / math.sqrt(terms) < _RESOLVED
+
+
+def _remainder(sums: _Sums, terms: float) -> bool:
+    """Whether float32 sums cannot carry what is asked of them.
+
+    Args:
+        terms: As `_guess` gives them, of an e in float32; else infinite.
+    """
+    gain = 1.0 + sums.shift
+    found, norm = gain + sums.cross / sums.reference, math.sqrt(sums.square / sums.reference)
+    if sums.actual is None and min(abs(found), norm) < _SMALL_GAIN * abs(gain):
+        return True
+    if not sums.shift:
+        return False
+    if sums.difference < _CANCELLATION * sums.residual:  # the sample's gain is not the tensor's
+        return True
+    return math.isfinite(terms) and not _resolved(sums.residual, sums.reference, sums.shift, terms)
+
+
+def _left(sums: _Sums) -> float:
+    """E - X^2 / R: what no gain explains."""
+    return max(sums.residual - sums.cross * (sums.cross / sums.reference), 0.0)
 
 
 def _power(sums: _Sums) -> int:
@@ -167,98 +244,162 @@ def _needs_float64(*tensors: torch.Tensor) -> bool:
     return any(tensor.dtype in wide for tensor in tensors)
 
 
-def _sum(actual: torch.Tensor, reference: torch.Tensor, *, exact: bool) -> _Sums:
-    sums = _Sums()
-    with torch.no_grad():
-        first, second = actual.detach().reshape(-1), reference.detach().reshape(-1)
-        scratch = torch.empty(2, min(CHUNK, first.numel()), device=second.device)
-        if exact:
-            sums.actual = 0.0
-        for start in range(0, first.numel(), CHUNK):
-            a, r = first[start : start + CHUNK], second[start : start + CHUNK]
-            if exact or not _add_fast(sums, a, r, start, scratch):
-                _add_exact(sums, a, r, start)
+def _sum(
+    a: torch.Tensor, r: torch.Tensor, *, exact: bool, shift: float = 0.0, narrow: bool = True
+) -> _Sums:
+    """Sum up two flat tensors, chunks in several threads where torch has several."""
+    starts = range(0, a.numel(), CHUNK)
+    workers = max(min(torch.get_num_threads(), len(starts) // _SHARED), 1)
+    if workers == 1:
+        parts = _part(a, r, starts, exact, shift, narrow)
+    else:
+        each = -(-len(starts) // workers)
+        shares = [starts[at : at + each] for at in range(0, len(starts), each)]
+        with ThreadPoolExecutor(len(shares)) as pool:
+            jobs = [pool.submit(_part, a, r, share, exact, shift, narrow) for share in shares]
+            parts = [part for job in jobs for part in job.result()]
+    return _total(parts, shift)
+
+
+def _total(parts: Sequence[_Sums], shift: float) -> _Sums:
+    """One sum of all chunks, the same however they were shared."""
+    if len(parts) == 1:
+        return parts[0]
+    total = _Sums(shift=shift)
+    for name in ("residual", "cross", "reference", "product"):
+        setattr(total, name, math.fsum(getattr(part, name) for part in parts))
+    for name in ("count", "nonfinite_actual", "nonfinite_reference"):
+        setattr(total, name, sum(getattr(part, name) for part in parts))
+    squares = [part.actual for part in parts]
+    if None not in squares:
+        total.actual = math.fsum(square for square in squares if square is not None)
+    total.nonzero = any(part.nonzero for part in parts)
+    for part in parts:
+        if part.peak > total.peak:
+            total.peak, total.peak_at = part.peak, part.peak_at
+    return total
+
+
+def _part(
+    a: torch.Tensor, r: torch.Tensor, starts: range, exact: bool, shift: float, narrow: bool
+) -> list[_Sums]:
+    """Sums of some chunks; the largest difference is located in the first that has it."""
+    parts = []
+    scratch = np.empty((2, CHUNK), np.float32) if not exact else np.empty((2, 0), np.float32)
+    peak = -1.0
+    with np.errstate(all="ignore"):
+        for start in starts:
+            x, y = a[start : start + CHUNK], r[start : start + CHUNK]
+            part = None if exact else _fast(x, y, shift, narrow, scratch, peak)
+            if part is None:
+                part = _exact(x, y, shift)
+            part.peak_at += start
+            peak = max(peak, part.peak)
+            parts.append(part)
+    return parts
+
+
+def _fast(
+    a: torch.Tensor, r: torch.Tensor, shift: float, narrow: bool, scratch: Array, peak: float
+) -> _Sums | None:
+    """Sums of a chunk in float32; None where that is not safe."""
+    x, y = _float32(a), _float32(r)
+    d, e = scratch[0, : len(y)], scratch[1, : len(y)]
+    np.subtract(x, y, out=d)
+    low, high = float(d.min()), float(d.max())
+    largest = max(abs(low), abs(high))
+    if not math.isfinite(largest):
+        return None
+    if not shift:
+        e = d
+    elif narrow:
+        np.multiply(y, np.float32(shift), out=e)
+        np.subtract(d, e, out=e)
+    else:
+        for at in range(0, len(e), _BLOCK):
+            part = slice(at, at + _BLOCK)
+            wide = y[part].astype(np.float64)
+            wide *= -1.0 - shift
+            wide += x[part].astype(np.float64)
+            e[part] = wide
+    ee, er, rr = _dot(e, e), _dot(e, y), _dot(y, y)
+    safe_low, safe_high = _SAFE_SQUARES
+    if not (ee == 0.0 or safe_low < ee < safe_high) or not (rr == 0.0 or safe_low < rr < safe_high):
+        return None
+    if (ee == 0.0 and bool(e.any())) or (rr == 0.0 and bool(y.any())):
+        return None
+    at = 0
+    if largest > peak:
+        at = int(d.argmax() if high >= -low else d.argmin())
+    sums = _Sums(ee, er, rr, peak=largest, peak_at=at, count=len(y), shift=shift)
+    if shift and abs(1.0 + shift) < _SMALL_GAIN:
+        sums.actual, sums.product = _dot(x, x), _dot(x, y)
+        if not (sums.actual == 0.0 or safe_low < sums.actual < safe_high):
+            return None
     return sums
 
 
-def _add_fast(
-    sums: _Sums, a: torch.Tensor, r: torch.Tensor, start: int, scratch: torch.Tensor
-) -> bool:
-    """Add a chunk summed in float32; False, and nothing added, where that is not safe."""
-    a, r = a.to(r.device, torch.float32), r.to(torch.float32)
-    d, product = scratch[0, : len(r)], scratch[1, : len(r)]
-    torch.sub(a, r, out=d)
-    low, high = torch.aminmax(d)
-    # Multiply and sum: torch sums pairwise, while a BLAS dot of equal terms drifts by 1.6e-5.
-    pairs = ((d, d), (d, r), (r, r))
-    totals = [torch.mul(first, second, out=product).sum() for first, second in pairs]
-    dd, dr, rr, least, most = torch.stack([*totals, low, high]).tolist()
-    safe_low, safe_high = _SAFE_SQUARES
-    if not (dd == 0.0 or safe_low < dd < safe_high) or not (rr == 0.0 or safe_low < rr < safe_high):
-        return False
-    peak = max(abs(least), abs(most))
-    if (dd == 0.0 and peak > 0.0) or not math.isfinite(peak) or (rr == 0.0 and bool(r.any())):
-        return False
-    sums.difference += dd
-    sums.cross += dr
-    sums.reference += rr
-    sums.count += len(d)
-    if peak > sums.peak:
-        sums.peak = peak
-        sums.peak_index = start + int((d.argmax() if most >= -least else d.argmin()).item())
-    return True
+def _dot(x: Array, y: Array) -> float:
+    """Sum of products: rows in float32, their sums in float64."""
+    whole = len(x) - len(x) % _ROW
+    rows = _dots(x[:whole].reshape(-1, _ROW), y[:whole].reshape(-1, _ROW))
+    return float(rows.sum(dtype=np.float64)) + float(np.dot(x[whole:], y[whole:]))
 
 
-def _add_exact(sums: _Sums, a: torch.Tensor, r: torch.Tensor, start: int) -> None:
-    """Add a chunk in float64, leaving out and counting what is not finite."""
-    whole = _whole_difference(a.to(r.device), r)
-    a, r = a.to(r.device, torch.float64), r.to(torch.float64)
-    aa, rr = float(torch.dot(a, a)), float(torch.dot(r, r))
-    if not math.isfinite(aa + rr):  # not finite, or finite and huge
-        fine_a, fine_r = torch.isfinite(a), torch.isfinite(r)
-        sums.nonfinite_actual += int((~fine_a).sum())
-        sums.nonfinite_reference += int((~fine_r).sum())
-        fine = fine_a & fine_r
-        sums.count -= int((~fine).sum())
-        a, r = a.masked_fill(~fine, 0.0), r.masked_fill(~fine, 0.0)
-        aa, rr = float(torch.dot(a, a)), float(torch.dot(r, r))
-        if not fine.any():
-            sums.count += len(a)
-            return
-    d = a - r
-    if whole is not None:
-        d = torch.where(d.abs() < 2.0**52, whole.to(torch.float64), d)
-    sums.count += len(a)
-    sums.nonzero = sums.nonzero or aa + rr > 0.0 or bool(a.any()) or bool(r.any())
-    if sums.actual is not None:
-        sums.actual += aa
-        sums.product += float(torch.dot(a, r))
-    sums.difference += float(torch.dot(d, d))
-    sums.cross += float(torch.dot(d, r))
-    sums.reference += rr
-    low, high = (float(value) for value in torch.aminmax(d))
-    peak = max(abs(low), abs(high))
-    if peak > sums.peak:
-        sums.peak = peak
-        sums.peak_index = start + int((d.argmax() if high >= -low else d.argmin()).item())
+def _exact(a: torch.Tensor, r: torch.Tensor, shift: float) -> _Sums:
+    """Sums of a chunk in float64, leaving out and counting what is not finite."""
+    whole = _whole_difference(a, r)
+    x, y = _float64(a), _float64(r)
+    sums = _Sums(actual=0.0, count=len(x), shift=shift)
+    with np.errstate(all="ignore"):
+        xx, yy = float(np.dot(x, x)), float(np.dot(y, y))
+        if not math.isfinite(xx + yy):  # not finite, or finite and huge
+            fine_x, fine_y = np.isfinite(x), np.isfinite(y)
+            fine = fine_x & fine_y
+            sums.nonfinite_actual = int((~fine_x).sum())
+            sums.nonfinite_reference = int((~fine_y).sum())
+            sums.count = int(fine.sum())
+            if not sums.count:
+                return sums
+            x, y = np.where(fine, x, 0.0), np.where(fine, y, 0.0)
+            xx, yy = float(np.dot(x, x)), float(np.dot(y, y))
+        d = x - y
+        if whole is not None:
+            d = np.where(np.abs(d) < 2.0**52, whole.astype(np.float64), d)
+        # A difference of nearly equal terms: of the two ways, that with the smaller ones.
+        e = d - shift * y if abs(shift) < _WIDE else x - (1.0 + shift) * y
+        size = np.abs(d)
+        sums.peak_at = int(size.argmax())
+        sums.peak = float(size[sums.peak_at])
+        sums.actual, sums.reference, sums.product = xx, yy, float(np.dot(x, y))
+        sums.residual, sums.cross = float(np.dot(e, e)), float(np.dot(e, y))
+    sums.nonzero = xx + yy > 0.0 or bool(x.any()) or bool(y.any())
+    return sums
 
 
-def _whole_difference(a: torch.Tensor, r: torch.Tensor) -> torch.Tensor | None:
+def _float64(tensor: torch.Tensor) -> Array:
+    return tensor.to("cpu", torch.float64).numpy()
+
+
+def _float32(tensor: torch.Tensor) -> Array:
+    if tensor.dtype is torch.bfloat16:  # its bits are float32's upper half
+        upper = tensor.to("cpu").contiguous().view(torch.int16).numpy().view(np.uint16)
+        return (upper.astype(np.uint32) << 16).view(np.float32)
+    return tensor.to("cpu", torch.float32).numpy()
+
+
+def _whole_difference(a: torch.Tensor, r: torch.Tensor) -> Array | None:
     """a - r of 64-bit integers modulo 2^64: exact where small, which float64 above 2^53 is not."""
     wide = {torch.int64, torch.uint64}
     if a.dtype not in wide or r.dtype not in wide:
         return None
-    return a.view(torch.int64) - r.view(torch.int64)
+    return (a.to(r.device).view(torch.int64) - r.view(torch.int64)).cpu().numpy()
 
 
-def _square(sums: _Sums) -> float:
-    """|a|^2; summed itself where it may be a small remainder of R + 2 D + S."""
-    if sums.actual is not None:
-        return sums.actual
-    return max(sums.reference + 2 * sums.cross + sums.difference, 0.0)
-
-
-def _metrics(sums: _Sums, shape: tuple[int, ...]) -> Metrics:
+def _metrics(
+    sums: _Sums, shape: tuple[int, ...], *, left: float | None = None, square: float | None = None
+) -> Metrics:
+    """The metrics of all sums; `left` is E - X^2 / R where it was summed by itself."""
     nan = math.nan
     if not sums.count:
         return Metrics(
@@ -274,30 +415,32 @@ def _metrics(sums: _Sums, shape: tuple[int, ...]) -> Metrics:
             nonfinite_reference=sums.nonfinite_reference,
         )
     difference, reference = sums.difference, sums.reference
-    norm_a, norm_r = math.sqrt(_square(sums)), math.sqrt(reference)
+    own = sums.square if square is None else square
     if difference == 0.0:
         rel_l2, gain, ratio, cosine = 0.0, 1.0, 1.0, 0.0
-    elif norm_r == 0.0:
+    elif reference == 0.0:
         rel_l2, gain, ratio, cosine = math.inf, nan, math.inf, nan
     else:
         rel_l2 = math.sqrt(difference / reference)
-        gain = 1.0 + sums.cross / reference
+        gain = 1.0 + sums.shift + sums.cross / reference
         if sums.actual is not None and abs(gain) < _SMALL_GAIN:
             gain = sums.product / reference
-        ratio = norm_a / norm_r
-        # |a| - |r| from the difference of squares, which does not cancel
-        gap = (2 * sums.cross + difference) / (norm_a + norm_r)
-        numerator = difference - gap * gap
-        cosine = max(numerator, 0.0) / (2 * norm_a * norm_r) if norm_a else 1.0
+        ratio = math.sqrt(own) / math.sqrt(reference)
+        similarity = gain / ratio if ratio else 0.0
+        if similarity < _WIDE:
+            cosine = 1.0 - similarity
+        else:
+            share = min((_left(sums) if left is None else left) / own, 1.0)
+            cosine = share / (1.0 + math.sqrt(1.0 - share))
     return Metrics(
         count=sums.count,
         rel_l2=rel_l2,
         max_abs=sums.peak,
-        max_abs_index=_unravel(sums.peak_index, shape),
+        max_abs_index=_unravel(sums.peak_at, shape),
         cosine_distance=cosine,
         norm_ratio=ratio,
         gain=gain,
-        rms_reference=norm_r / math.sqrt(sums.count),
+        rms_reference=math.sqrt(reference) / math.sqrt(sums.count),
         nonfinite_actual=sums.nonfinite_actual,
         nonfinite_reference=sums.nonfinite_reference,
     )
@@ -320,7 +463,18 @@ def same_bits(actual: torch.Tensor, reference: torch.Tensor) -> bool:
         first = first.to(second.device)
     if not first.numel():
         return True
-    return torch.equal(_bytes(first), _bytes(second))
+    if second.device.type != "cpu":
+        return torch.equal(_bytes(first), _bytes(second))
+    a, b = _bytes(first).numpy(), _bytes(second).numpy()
+    if not len(a) % 8:  # eight at a time, where their places in memory allow
+        a, b = a.view(np.int64), b.view(np.int64)
+    return all(
+        bool((a[at : at + _SAME] == b[at : at + _SAME]).all()) for at in range(0, len(a), _SAME)
+    )
+
+
+_SAME = 1 << 18
+"""Items compared at once: what they give stays in the cache, and the first difference ends it."""
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
