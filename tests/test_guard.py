@@ -57,7 +57,7 @@ def test_the_likely_cause_is_named() -> None:
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 130])
 def test_what_was_judged_is_passed_on(code: int) -> None:
-    found = run(START + f'sys.exit(guard.run(lambda: print("done") or {code}, what="x"))')
+    found = run(WATCHED + f"print('done'); watched.judged({code}); sys.exit({code})")
     assert (found.returncode, found.stdout, found.stderr) == (code, "done\n", "")
 
 

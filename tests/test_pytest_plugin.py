@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import textwrap
 
 import pytest
 import torch  # noqa: F401  pytester unloads what a run imported, and torch cannot load twice
@@ -49,6 +51,42 @@ def test_a_missing_reference_fails_and_leaves_the_candidate(project: pytest.Pyte
     assert len(list(project.path.glob(candidates))) == 2
     run(project, "--truestep-update").assert_outcomes(passed=2)
     assert list(project.path.glob(candidates)) == []
+
+
+def test_the_hints_work_as_printed(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = """
+    import os
+
+    import pytest
+    import torch
+
+    @pytest.mark.parametrize("prompt", ["a 'red' cat", "caf\u00e9 [x]", "b $HOME"])
+    def test_prompt(truestep, prompt):
+        truestep.check(torch.arange(4.0) * float(os.environ.get("SCALE", "1")))
+    """
+    project.mkpydir("deep").joinpath("test_b.py").write_text(textwrap.dedent(body), "utf-8")
+    monkeypatch.chdir(project.mkdir("elsewhere"))
+    arguments = ("--rootdir", str(project.path), str(project.path / "deep"))
+    folder = "--truestep-references=" + str(project.path / "kept here")
+
+    def hints(result: pytest.RunResult) -> list[list[str]]:
+        lines = [line.partition("hint: ")[2] for line in result.outlines]
+        return [shlex.split(line.partition("pytest ")[2]) for line in lines if "pytest " in line]
+
+    result = run(project, *arguments, folder)
+    result.assert_outcomes(failed=3)
+    assert len(hints(result)) == 3
+    for hint in hints(result):
+        run(project, *hint).assert_outcomes(passed=1)
+    run(project, *arguments, folder).assert_outcomes(passed=3)
+    monkeypatch.setenv("SCALE", "1.01")
+    result = run(project, *arguments, folder)
+    result.assert_outcomes(failed=3)
+    for hint in hints(result):
+        run(project, *hint).assert_outcomes(passed=1)
+    run(project, *arguments, folder).assert_outcomes(passed=3)
 
 
 def test_update_writes_then_passes_then_catches(project: pytest.Pytester) -> None:

@@ -13,7 +13,6 @@ import mmap
 import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from truestep.errors import TruestepError
@@ -46,26 +45,14 @@ class Watched:
             self._page[:2] = bytes((1, exit_code & 0xFF))
 
 
-def run(function: Callable[[], int], *, what: str) -> int:
-    """Run a function in a watched child.
+def fork(what: str) -> Watched | None:
+    """Go on in a child. Call it before torch, or any thread, is there.
+
+    The parent does not return: it ends with the exit code that the child judged, or with 1 and a
+    message where the child ended before it had.
 
     Args:
-        function: Returns the exit code that it judged.
-        what: Names it in messages (`truestep check`).
-
-    Returns:
-        That exit code, in the child. The parent does not return: it ends with the same code, or
-        with 1 and a message where the child ended before the function did.
-    """
-    watched = fork(what)
-    exit_code = function()
-    if watched is not None:
-        watched.judged(exit_code)
-    return exit_code
-
-
-def fork(what: str) -> Watched | None:
-    """Go on in a child; see `run`. Call it before torch, or any thread, is there.
+        what: Names the run in that message.
 
     Returns:
         The child's side. None, and no child, where this process has threads already, which a fork

@@ -288,11 +288,11 @@ class TruestepFixture:
         entry = "::".join(part for part in (self._node.nodeid, name) if part)
         self._checks.compared.names.append(entry)
         comparison = judged(comparison, self._config.stash.get(LEDGER, {}), entry)
+        accept = f"to accept the change: {self._command()} --truestep-update=all"
         named = comparison.model_copy(
             update={
                 "case_id": place.case_id,
-                "hint": comparison.hint
-                or f"to accept the change: {self._command()} --truestep-update=all",
+                "hint": comparison.hint or (accept if comparison.known is None else ""),
                 "repeat": self._command(),
             }
         )
@@ -312,9 +312,12 @@ class TruestepFixture:
         """The command that runs this test again, from where this run was started."""
         file, colons, rest = self._node.nodeid.partition("::")
         path = os.path.relpath(self._config.rootpath / file, self._config.invocation_params.dir)
-        folder = self._config.getoption("truestep_references")
-        option = [f"--truestep-references={folder}"] if folder else []
-        return shlex.join(["pytest", path + colons + rest, *option])
+        given = {
+            "--rootdir": self._config.getoption("rootdir"),
+            "--truestep-references": self._config.getoption("truestep_references"),
+        }
+        options = [f"{name}={value}" for name, value in given.items() if value]
+        return shlex.join(["pytest", path + colons + rest, *options])
 
 
 def _only(latent: object) -> Any:

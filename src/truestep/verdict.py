@@ -588,6 +588,7 @@ def assert_equivalent(actual: object, reference: object = None) -> Comparison:
     Raises:
         EquivalenceError: With the failing rows, for any other verdict.
     """
+    __tracebackhide__ = True  # pytest shows the caller's line
     from truestep.errors import EquivalenceError
 
     if isinstance(actual, Comparison):
