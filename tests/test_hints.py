@@ -520,6 +520,10 @@ SCENARIOS: dict[str, Scenario] = {
         given("trace", "record", "a", "--apply", "change.py:watched"), (0,)),
     "--resume  # goes on with it; truestep ab recover shows it, another --output keeps it": (
         experiment, (1, 4)),
+    "--rounds {}": (
+        given("ab", "a", "--apply", "change.py:raises", "--rounds", "3", "--expect", "faster"),
+        (1, 4),
+    ),
     "--select '*'  # takes all": (given("trace", "record", "a", "--select", ","), (0,)),
     "--set max_sequence_length={}": (given(*LTX2, "max_sequence_length=17"), (0,)),
     "--set num_frames=121": (given(*LTX2, "num_frames=1", "--set", "fps=1000"), (0,)),

@@ -150,7 +150,11 @@ def alone(folder: Path, what: str) -> Iterator[None]:
 
 def unwritten(path: Path, what: str, error: Exception) -> WriteError:
     """The error for a file that could not be written."""
-    number, folder = getattr(error, "errno", None), shlex.quote(str(path.parent))
+    number, there = getattr(error, "errno", None), path.parent
+    with suppress(OSError, ValueError):  # a name that the system does not take
+        while not there.exists() and there != there.parent:
+            there = there.parent
+    folder = shlex.quote(str(there))
     return WriteError(
         f"{what} could not be written",
         where=str(path),

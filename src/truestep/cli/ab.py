@@ -22,7 +22,7 @@ from truestep.cli.common import (
     progress_bar,
     set_option,
 )
-from truestep.text import say_json
+from truestep.text import say, say_json
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -32,6 +32,20 @@ if TYPE_CHECKING:
 
 _DIMENSION = re.compile(r"[A-Za-z_]\w*=")
 """A positional argument that goes on with --matrix."""
+
+
+_FEWEST = 4
+"""Fewer rounds make no interval of the speed; see `experiment.statistics`."""
+
+
+def _too_few(rounds: int, expect: tuple[Expectation, ...]) -> None:
+    """Refuse rounds that cannot decide what is expected; else say what they leave open."""
+    from truestep.errors import UsageError
+
+    text = f"--rounds {rounds} cannot decide the speed: {_FEWEST} are the least"
+    if {"faster", "same"} & set(expect):
+        raise UsageError(text, hint=f"--rounds {_FEWEST}")
+    say(f"note: {text}; whether the model stays the same is judged", err=True)
 
 
 def _share(value: object) -> float:
@@ -170,6 +184,8 @@ def command(
         raise click.UsageError("--accelerator needs --ray: it chooses among a cluster's machines")
     if names[:1] == ("recover",):
         _recover(names[1:], json_path=json_path, report=report)
+    if until is None and rounds < _FEWEST:  # said before the first forward, not after the last
+        _too_few(rounds, expect)
     dimensions = [*matrix, *(n for n in names if matrix and _DIMENSION.match(n))]
     names = tuple(name for name in names if name not in dimensions)
     plan, apply = _planned(

@@ -63,9 +63,12 @@ def command(
     fps: float | None,
 ) -> None:
     """Generate cases; save the final latent and a video of each, with its sound if it has any."""
+    from truestep.files import require_room
+
     cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
     cases = changed_cases(cases, changes)
     apply = load_change(change)
+    require_room(output / "latent", "the latent")  # before any compute is spent
     stages = [
         (name, _stages(case, output=output, upsampler=upsampler)) for name, case in cases.items()
     ]

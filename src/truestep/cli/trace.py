@@ -177,7 +177,10 @@ def record(
             measured=f"its steps are 0 to {case.steps - 1}",
         )
     apply = load_change(change)
+    from truestep.files import require_room
     from truestep.tracing.record import record_trace
+
+    require_room(output, "the trace")  # before any compute is spent
 
     with progress_bar() as progress:
         recording, checked = record_trace(
