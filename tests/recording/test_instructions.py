@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from truestep import check_function, record_function
 from truestep.errors import UsageError
 from truestep.noise import NoiseRun
 from truestep.recording import instructions, tape
+from truestep.recording.floor import measured_run
 from truestep.recording.format import Recording
+from truestep.recording.instructions import Elsewhere
 
 SAMPLES = [{"input": torch.randn(2, 64, generator=torch.Generator().manual_seed(5))}]
 
@@ -152,3 +155,36 @@ print(torch.backends.cpu.get_cpu_capability(), other_set())
         [sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "DEFAULT ('not limited', {})"
+
+
+def test_what_is_known_by_its_identity_is_not_taped_again() -> None:
+    layer = torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    recorded = {"out": layer(x).detach()}
+    calls: list[bool] = []
+
+    def again() -> dict[str, torch.Tensor]:
+        calls.append(_taped())
+        return {"out": layer(x)}
+
+    def measured(made: Mapping[str, torch.Tensor]) -> NoiseRun:
+        pairs = {"out": (made["out"], recorded["out"])}
+        return measured_run("instructions", "other", "float32/float32", pairs)
+
+    runs = []
+    for _ in range(2):
+        with torch.no_grad(), Elsewhere(pytest.fail, identity="a linear layer") as elsewhere:
+            elsewhere.known(recorded)
+            elsewhere.start(again, recorded)
+            runs.append(elsewhere.run(measured))
+    assert calls == [True, False]
+    assert runs[0] is not None
+    assert runs[0] == runs[1]
+    with Elsewhere(pytest.fail, identity="another one") as elsewhere:
+        assert not elsewhere.known(recorded)
+
+
+def _taped() -> bool:
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    return _get_current_dispatch_mode() is not None

@@ -136,16 +136,17 @@ def variations(pipe: Pipeline) -> list[Variation]:
         Variation("threads", f"{current} -> {count} threads", threads(count), pair)
         for count in sorted({1, min(2, cores), cores} - {current})
     ]
-    found.append(Variation("attention", "math kernel", math_attention, pair))
+    found.append(Variation("attention", "math kernel", math_attention, pair, stages=_OF_MODELS))
     found.append(jitter(0, pair))
     found += [
-        replace(jitter(seed, pair), only=seed, stages=_WITHOUT_DECODING)
+        replace(jitter(seed, pair), only=seed, stages=_BEFORE_DECODING)
         for seed in range(1, JITTERS)
     ]
     return found
 
 
-_WITHOUT_DECODING = tuple(stage for stage in STAGES if stage != "decoding")
+_OF_MODELS = ("text", "connector", "prediction", "decoding")
+_BEFORE_DECODING = ("text", "connector", "prediction")
 
 
 def jitter(seed: int, pair: str) -> Variation:
@@ -162,6 +163,7 @@ def measure(
     final: bool = False,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
+    identity: str = "",
 ) -> NoiseFloor:
     """Measure the noise floor of a recording on the pipeline that made it.
 
@@ -173,6 +175,7 @@ def measure(
         final: Also generate freely under each variation, for the floor of the final latent.
         progress: Told about each variation.
         note: Told which kind could not be measured, and why.
+        identity: What runs, in a text that says all of it; see `Elsewhere`.
 
     Raises:
         UsageError: A stage gives something else when it is run again.
@@ -181,7 +184,9 @@ def measure(
     total = len(todo) + 3
     runs: list[NoiseRun] = []
     in_order = keeps_state(pipe)
-    with Elsewhere(note) as elsewhere:
+    with Elsewhere(note, identity=identity) as elsewhere:
+        if elsewhere.known(recording):  # else the repeat, taped, is what the other process makes
+            todo[0] = replace(todo[0], only=1)
         for done, variation in enumerate(todo):
             with variation.vary(pipe) as varied:
                 again = partial(variation.run, varied, recording, steps=steps)
@@ -214,8 +219,9 @@ def measure(
             progress("noise floor: instructions", total - 1, total)
     precision = raised_precision(pipe.settings.dtype)
     if precision and any(name.startswith(f"{precision}/") for name in recording):
+        elsewhere = Elsewhere(note, identity=f"{precision} {identity}" if identity else "")
         runs += _raised(
-            pipe, recording, precision=precision, steps=steps, in_order=in_order, note=note
+            pipe, recording, elsewhere, precision=precision, steps=steps, in_order=in_order
         )
     if progress:
         progress("noise floor: raised", total, total)
@@ -262,7 +268,7 @@ def _other_precision(
     pair = pair_of(dtype, case.dtype)
     todo = [
         Variation("precision", f"loaded in {dtype}", _unchanged, pair),
-        replace(jitter(0, pair), stages=_WITHOUT_DECODING),
+        replace(jitter(0, pair), only=1, stages=_BEFORE_DECODING),
     ]
     runs: list[NoiseRun] = []
     try:
@@ -279,16 +285,17 @@ def _other_precision(
 def _raised(
     pipe: Pipeline,
     recording: Mapping[str, torch.Tensor],
+    elsewhere: Elsewhere,
     *,
     precision: str,
     steps: Iterable[int] | None,
     in_order: bool,
-    note: Callable[[str], None],
 ) -> list[NoiseRun]:
     """Benign runs of the stages raised to a higher precision, against their recorded outputs."""
     pair = pair_of(precision, precision)
     runs = []
-    with raised(pipe, precision) as lifted, Elsewhere(note) as elsewhere:
+    with raised(pipe, precision) as lifted, elsewhere:
+        elsewhere.known(recording)
         for variation in variations(lifted):
             with variation.vary(lifted) as varied:
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import xxhash
@@ -76,14 +77,17 @@ class Elsewhere:
 
     Args:
         note: Told why there is no run by other instructions, if so.
+        identity: What runs, in a text that says all of it (case, weights, patches): a run that was
+            kept under it is found without a tape. Empty where there is no such text.
     """
 
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self._note = note
+    def __init__(self, note: Callable[[str], None], *, identity: str = "") -> None:
+        self._note, self._identity = note, identity
         self._folder = tempfile.TemporaryDirectory(prefix="truestep-")
         self._player: _Player | None = None
         self._cached: NoiseRun | None = None
-        self._key = ""
+        self._key = self._shortcut = ""
+        self._known = False
         self._until = 0.0
         chosen = other_set()
         self.detail = f"instructions {chosen[0]}" if chosen else ""
@@ -104,6 +108,14 @@ class Elsewhere:
             self._player.end()
         self._folder.cleanup()
 
+    def known(self, recorded: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the run elsewhere is kept under its identity, so that none needs to be begun."""
+        if self.detail and self._identity:
+            self._shortcut = _key({"identity": self._identity}, recorded, self._variables)
+            self._cached = _read(self._shortcut)
+            self._known = self._cached is not None
+        return self._known
+
     def start(
         self,
         again: Callable[[], Mapping[str, torch.Tensor]],
@@ -120,7 +132,7 @@ class Elsewhere:
         Returns:
             What `again` returned.
         """
-        if not self.detail:
+        if not self.detail or self._known:
             return again()
         if self._player is not None:  # begun with another run
             self._player.end()
@@ -142,10 +154,15 @@ class Elsewhere:
         if problem:
             self._say(problem)
             return outputs
-        self._key = _key(tape, known, {name: recorded[name] for name in known}, self._variables)
+        told = {"operations": tape.operations, "outputs": known}
+        tensors: dict[Any, torch.Tensor] = dict(tape.outside)
+        tensors |= {name: recorded[name] for name in known}
+        self._key = _key(told, tensors, self._variables)
         self._cached = _read(self._key)
         if self._cached is None:
             self._begin(tape, known)
+        elif self._shortcut:
+            _keep(self._shortcut, self._cached)
         return outputs
 
     def run(self, measured: Callable[[Mapping[str, torch.Tensor]], NoiseRun]) -> NoiseRun | None:
@@ -162,7 +179,8 @@ class Elsewhere:
             return None
         player.release()
         run = measured(torch.load(self._folder_path / "made", weights_only=True))
-        _keep(self._key, run)
+        for key in filter(None, (self._key, self._shortcut)):
+            _keep(key, run)
         return run
 
     def _begin(self, tape: Tape, outputs: Mapping[str, int]) -> None:
@@ -287,18 +305,17 @@ def cache_folder() -> Path:
 
 
 def _key(
-    tape: Tape,
-    outputs: Mapping[str, int],
-    recorded: Mapping[str, torch.Tensor],
+    told: Mapping[str, object],
+    tensors: Mapping[Any, torch.Tensor],
     variables: Mapping[str, str],
 ) -> str:
-    """Hash of all that such a run depends on: tape, weights, inputs, machine, libraries."""
+    """Hash of all that such a run depends on: what runs, its tensors, machine and libraries."""
     digest = xxhash.xxh3_128()
-    for thing in (tape.operations, dict(outputs), _flags(), dict(variables)):
+    for thing in (dict(told), _flags(), dict(variables)):
         digest.update(repr(thing).encode())
     limits = {name: os.environ.get(name) for name in LIMITS}
     digest.update(repr((sorted(Environment.current("cpu").items()), limits)).encode())
-    for name, tensor in (*tape.outside.items(), *recorded.items()):
+    for name, tensor in tensors.items():
         digest.update(repr((name, tensor.dtype, tensor.shape, tensor.stride())).encode())
         flat = tensor.detach().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

@@ -119,6 +119,7 @@ def record_pipeline(
             final=floor == "final",
             progress=progress,
             note=notes.append,
+            identity=repr((case.canonical(), pipe.weights, implementation)) if pipe.weights else "",
         )
     )
     manifest = Manifest(
