@@ -8,7 +8,7 @@ from truestep.case import flat_case, mapping_differences
 from truestep.comparison import sources
 from truestep.comparison.audio import sample_rate_of
 from truestep.comparison.latent_gate import LATENT, SIGNATURE, check_latent
-from truestep.comparison.matching import build_comparison, compare_tensors
+from truestep.comparison.matching import build_comparison, compare_tensors, traced_back
 from truestep.comparison.moments import moment_rows, sketch_rows, sketch_rule
 from truestep.comparison.parameters import are_parameters, compare_parameters, summed
 from truestep.comparison.sources import Source, side_of
@@ -84,6 +84,8 @@ def compare(
         rows = compare_tensors(
             ours.tensors, theirs.tensors, floor=floor, pair=pair, tolerance=tolerance
         )
+    if ours_manifest is not None and theirs_manifest is not None:
+        rows = traced_back(rows)
     estimated = "sketch" in levels and "stats" not in levels
     result = build_comparison(
         rows,

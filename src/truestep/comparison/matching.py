@@ -334,6 +334,31 @@ def _rule(rows: Sequence[Row], judged: Sequence[FloorUsed]) -> Rule:
     return NOTHING
 
 
+_SOURCES = ("text", "schedule", "latent")
+"""Stages that take nothing from one another; every other one of a run takes from all before it."""
+
+
+def traced_back(rows: Sequence[Row]) -> list[Row]:
+    """Say of two whole runs which failing rows began it, and which only follow.
+
+    Args:
+        rows: In the order in which the tensors were made. A text, a schedule, an initial latent
+            that fails began it; else the first place that fails. What comes later is inherited.
+    """
+    failing = [row for row in rows if row.verdict in (Verdict.DRIFTED, Verdict.INVALID)]
+    begun = [row for row in failing if row.stage in _SOURCES]
+    if not begun:
+        begun = [r for r in failing if (r.stage, r.step) == (failing[0].stage, failing[0].step)]
+    names = {row.name for row in begun}
+    origin = {r.name: "introduced" if r.name in names else "inherited" for r in failing}
+    return [
+        row.model_copy(update={"origin": origin[row.name]})
+        if row.stage and row.name in origin
+        else row
+        for row in rows
+    ]
+
+
 def _first_failing(rows: Sequence[Row]) -> Row | None:
     """The first row that failed; of the two modalities of one tensor the one that is further off.
 
