@@ -216,3 +216,21 @@ def test_free_runs_are_kept_apart() -> None:
     assert free is not None
     assert [(m.name, m.rel_l2) for m in free.runs[0].tensors] == [("latent/final", 1e-3)]
     assert free_running(FLOOR) is None
+
+
+def test_a_run_by_other_instructions_that_is_further_off_is_an_outcome_of_its_own() -> None:
+    near = [run("jitter", step__0000__cond=1e-7 * (1 + i / 20)) for i in range(6)]
+    alone = NoiseFloor(runs=tuple(near))
+
+    def bound(other: float) -> float:
+        floor = NoiseFloor(runs=(*near, run("instructions", step__0000__cond=other)))
+        found = FloorLookup(floor, pair="float32/float32").find("step/0000/cond", dtype="float32")
+        assert found is not None
+        return found.tails["rel_l2"].critical(1e-7)
+
+    lookup = FloorLookup(alone, pair="float32/float32").find("step/0000/cond", dtype="float32")
+    assert lookup is not None
+    plain = lookup.tails["rel_l2"].critical(1e-7)
+    assert bound(1.2e-7) == pytest.approx(plain, rel=0.2)  # like the others: one of them
+    for other in (1e-6, 3e-6):  # a third instruction set may be 1.5 times as far off as the second
+        assert 1.5 * other < bound(other) < 10 * other

@@ -89,6 +89,11 @@ roundings are the square root of two apart, and bounds are then 1.7 x the typica
 MARGIN = 1.1
 """Nothing within this multiple of the largest benign value is surprising, whatever the tail."""
 
+OTHER_OUTCOME = 2.0
+"""A run by other instructions that is further off than this times the others is an outcome of its
+own: a third set is then as far off as that one, not as the others. It measured up to 1.4 times the
+others on Wan, 2.5 on a recurrent detector, 5 on LTX-2."""
+
 MODE_GAP = math.log(4.0)
 """Benign values further apart than this factor are two outcomes, not one spread."""
 
@@ -414,7 +419,7 @@ class FloorLookup:
         least = minimum_floor(dtype)
         wanted = {key: None for m in own for key in m.structure} if structure else {}
         tails = {
-            key: self._tail(key, own, name, least * _least_share(key, dtype))
+            key: self._tail(key, found, name, least * _least_share(key, dtype))
             for key in ("rel_l2", "max_abs", *wanted)
             if key in SHARE_OF_MINIMUM
         }
@@ -430,8 +435,14 @@ class FloorLookup:
             f"{size:.1e} when it was run again; record it again with fixed random numbers"
         )
 
-    def _tail(self, statistic: str, found: Sequence[RunMetrics], name: str, least: float) -> Tail:
-        values = _distinct(m for m in found if m.rel_l2 > 0)
+    def _tail(
+        self,
+        statistic: str,
+        found: Sequence[tuple[NoiseRun, RunMetrics]],
+        name: str,
+        least: float,
+    ) -> Tail:
+        values = _distinct(m for _, m in found if m.rel_l2 > 0)
         seen = [abs(v) for m in values if (v := m.values().get(statistic)) is not None and v != 0]
         largest = max([least, *seen])
         if statistic in SIGNED:
@@ -441,6 +452,12 @@ class FloorLookup:
             scale = max(size * rms, least / 3, 1e-30)
             return Tail(scale, 0.0, freedom, len(seen), largest)
         _, upper = modes(seen)
+        others = [
+            abs(m.values().get(statistic, 0.0)) for run, m in found if run.kind == "instructions"
+        ]
+        _, without = modes(v for v in seen if v not in others)
+        if max(others, default=0.0) > OTHER_OUTCOME * max(_geometric(without), least / 2):
+            upper = [max(others)]
         spread, freedom = self._spread(statistic, spread_key(name))
         if not upper or max(upper) <= least:  # bit-equal, or below what can be told apart
             return Tail(least, max(spread, LEAST_SPREAD), math.inf, len(seen), least)
@@ -455,7 +472,9 @@ class FloorLookup:
                     continue
                 values = [
                     m.values().get(statistic, 0.0)
-                    for m in _distinct(m for _, m in items if m.rel_l2 > 0)
+                    for m in _distinct(
+                        m for run, m in items if m.rel_l2 > 0 and run.kind != "instructions"
+                    )
                 ]
                 _, upper = modes(abs(v) for v in values)
                 logs = [math.log(v) for v in upper]
