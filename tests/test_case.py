@@ -167,6 +167,9 @@ def test_case_file_with_tiers(tmp_path: Path) -> None:
         ("[case]\na = 3", "a case must be a table"),
         ("[case.a]\nmodel='builtin:digits'\nprompt='x'\nstep=3", "[case.a]"),
         ("[case.a", "the case file cannot be read"),
+        ("[case.a]\nx = " + "[" * 3000, "nested more than 100 deep"),
+        ("[case.a]\nsettings = 3", "settings must be a table"),
+        ("[case.a]\nsteps = 0x" + "f" * 5000, "an integer of 20000 bits"),
     ],
 )
 def test_bad_case_files(text: str, message: str, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class NoiseRun(Record):
 
     kind: str
     detail: str
-    pair: str
+    pair: str = Field(pattern="^[^/]+/[^/]+$")
     tensors: tuple[RunMetrics, ...]
 
 

@@ -257,6 +257,61 @@ def test_a_damaged_row_is_named(tmp_path: Path) -> None:
             history.batches(COHORT)
 
 
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        (f"UPDATE cohort SET identity = '{'[' * 3000}'", "cohort in the history cannot be read"),
+        ("UPDATE cohort SET identity = 3", "cohort in the history cannot be read"),
+        (f"UPDATE run SET stages_ms = '{{\"a\": {'9' * 400}}}'", "a run of batch 1 in the history"),
+        ("UPDATE run SET started = CAST(x'ff' AS TEXT)", "this is not a history"),
+        ("DROP TABLE run", "not a history of truestep"),
+        ("CREATE TRIGGER t AFTER INSERT ON run BEGIN DELETE FROM run; END", "not a history of"),
+        ("CREATE TABLE more (x)", "not a history of truestep"),
+    ],
+)
+def test_what_another_program_wrote_is_refused(statement: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "perf.sqlite"
+    with open_history(path) as history:
+        record(history)
+        history._db.execute(statement)
+    with (
+        pytest.raises(FileFormatError, match=said),
+        open_history(path, create=False) as history,
+    ):
+        history.cohorts()
+
+
+def test_a_view_without_an_end_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "perf.sqlite"
+    with open_history(path) as history:
+        record(history)
+        history._db.execute("DROP TABLE run")
+        history._db.execute(
+            "CREATE VIEW run AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) "
+            "SELECT i FROM n"
+        )
+    with (
+        pytest.raises(FileFormatError, match="not a history of truestep"),
+        open_history(path, create=False),
+    ):
+        pass
+
+
+def test_a_reading_without_an_end_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STEPS", 10**6)
+    monkeypatch.setattr(module, "STEPS_PER_BYTE", 0)
+    with (
+        pytest.raises(FileFormatError, match="interrupted"),
+        open_history(tmp_path / "perf.sqlite") as history,
+        module._errors(history.path),
+    ):
+        history._db.execute(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT sum(i) FROM n"
+        ).fetchall()
+
+
 def test_a_nan_comes_back_as_one(tmp_path: Path) -> None:
     with open_history(tmp_path / "perf.sqlite") as history:
         batch = history.begin(COHORT, started="")

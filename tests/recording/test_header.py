@@ -93,6 +93,38 @@ def test_hostile_headers(
     assert len(text.splitlines()) <= 25
 
 
+@pytest.mark.parametrize("honest", [True, False])
+def test_only_a_recording_is_to_be_recorded_again(honest: bool, tmp_path: Path) -> None:
+    metadata = {"__metadata__": {"truestep": "{}"}} if honest else {}
+    path = write(tmp_path / "f.safetensors", {**metadata, **GOOD}, b"")
+    with pytest.raises(FileFormatError, match="the file is truncated") as caught:
+        read_header(path)
+    assert ("truestep record CASE --update" in caught.value.hint) is honest
+    assert ("copy or download the file again" in caught.value.hint) is not honest
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"PK\3\4" + bytes(40), "a zip archive"),
+        (b"\x93NUMPY\1\0" + bytes(40), "a numpy array (.npy)"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "a PNG picture"),
+        (b"\x08\x07\x12\x07pytorch" + bytes(40), "an ONNX model"),
+        (b"GGUF" + bytes(40), "a GGUF model (llama.cpp)"),
+    ],
+)
+def test_what_is_something_else_is_not_called_truncated(
+    data: bytes, kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError, match="this is not a safetensors file") as caught:
+        read_header(path)
+    assert f"it is {kind}, " in caught.value.measured
+    assert "truncated" not in str(caught.value)
+    assert caught.value.hint == f"truestep show {path} says what it holds"
+
+
 def test_absent_empty_short_and_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "short").write_bytes(b"abc")
@@ -143,6 +175,17 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
+def nest(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def one_run(pair: str) -> dict[str, Any]:
+    return {"runs": [{"kind": "repeat", "detail": "", "pair": pair, "tensors": []}]}
+
+
 def rewritten(path: Path, change: Any, *, honest: bool = True) -> Path:
     """The file with its manifest changed, its digest recomputed if honest."""
     data = path.read_bytes()
@@ -164,6 +207,12 @@ def rewritten(path: Path, change: Any, *, honest: bool = True) -> Path:
         (lambda m: m.update(format_version="1"), "format version is not a number"),
         (lambda m: m.pop("format_version"), "manifest is not valid"),
         (lambda m: m.update(level="half"), "manifest is not valid"),
+        (lambda m: m.update(case_id="\ud800"), "manifest is not valid"),
+        (lambda m: m.update(settings={"\udfff": 1}), "manifest is not valid"),
+        (lambda m: m["tensors"][0].update(branch="\ud800"), "manifest is not valid"),
+        (lambda m: m.update(settings={"x": 10**400}), "manifest is not valid"),
+        (lambda m: m.update(settings={"x": nest(200)}), "manifest is not valid"),
+        (lambda m: m.update(noise_floor=one_run("float32")), "manifest is not valid"),
         (lambda m: m.update(surprise=1), "manifest is not valid"),
         (lambda m: m["tensors"].pop(), "manifest and header disagree"),
         (lambda m: m["tensors"].append(m["tensors"][0]), "lists a tensor twice"),

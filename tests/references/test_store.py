@@ -109,9 +109,21 @@ def test_paths_stay_inside(part: str) -> None:
         Place(part).name  # noqa: B018
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"lock_version": 1, "references": 3}', "<<<<<<<"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"lock_version": 1, "references": 3}',
+        "<<<<<<<",
+        "\udcff",  # a byte that is not UTF-8
+        "[" * 3000,
+        '{"references": {"\\ud800": {}}}',
+        '{"references": {}, "references": {}}',
+    ],
+)
 def test_damaged_locks(text: str, tmp_path: Path) -> None:
-    (tmp_path / LOCK_FILE).write_text(text)
+    (tmp_path / LOCK_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(FileFormatError, match="the lock file is damaged"):
         read_lock(tmp_path)
 

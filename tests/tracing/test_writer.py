@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +177,48 @@ def test_damaged_data_end_the_recovery(tmp_path: Path) -> None:
     data[20] ^= 1
     (folder / "data.4").write_bytes(data)
     assert len(recover(folder, output=tmp_path / "o.safetensors")) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "change"),
+    [
+        (2, lambda row: row.__setitem__(0, "module/a/0/main/out.0")),  # a name twice
+        (2, lambda row: row.__setitem__(0, "a\nb")),
+        (2, lambda row: row.__setitem__(0, "__metadata__")),
+        (2, lambda row: row.__setitem__(3, [2**50])),
+        (2, lambda row: row.__setitem__(3, [-4])),
+        (2, lambda row: row.__setitem__(9, [2**60])),
+        (2, lambda row: row.__setitem__(9, [0])),  # over the row before it
+        (2, lambda row: row.__setitem__(9, ["0"])),
+        (2, lambda row: row.__setitem__(2, "float128")),
+        (2, lambda row: row.clear()),
+    ],
+)
+def test_a_hostile_line_ends_the_recovery(
+    line: int, change: Callable[[list[Any]], object], tmp_path: Path
+) -> None:
+    folder = spool_of(tmp_path)
+    journal = folder / "journal.jsonl"
+    lines = journal.read_bytes().split(b"\n")
+    row = json.loads(lines[line])
+    change(row)
+    lines[line] = json.dumps(row).encode()
+    journal.write_bytes(b"\n".join(lines))
+    output = tmp_path / "o.safetensors"
+    assert list(recover(folder, output=output)) == ["module/a/0/main/out.0"]
+    assert output.stat().st_size < 5000
+
+
+@pytest.mark.parametrize(
+    "head", [b"[1, 2]", b"3", b"null", b"[" * 3000, b'{"level": 3}', b"\xff", b'{"level": "full"}']
+)
+def test_a_journal_whose_head_is_none(head: bytes, tmp_path: Path) -> None:
+    folder = spool_of(tmp_path)
+    journal = folder / "journal.jsonl"
+    journal.write_bytes(b"\n".join([head, *journal.read_bytes().split(b"\n")[1:]]))
+    with pytest.raises(FileFormatError, match="journal cannot be read"):
+        recover(folder)
+    assert (folder / "data.4").stat().st_size == 32
 
 
 def test_what_cannot_be_recovered(tmp_path: Path) -> None:

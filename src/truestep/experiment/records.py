@@ -87,7 +87,7 @@ class PlannedCell(Record):
     """
 
     name: str
-    folder: str
+    folder: str = Field(pattern=r"^[^/.\x00][^/\x00]*(/[^/.\x00][^/\x00]*)*$")  # stays below
     settings: dict[str, Any] = Field(default_factory=dict)
     compile: bool = False
 

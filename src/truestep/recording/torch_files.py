@@ -29,6 +29,8 @@ EXPANSION, SMALL = 16, 16 * 2**20
 """Elements that share memory (expanded or overlapping tensors) may need this many times the file's
 bytes once each has its own, or this many bytes."""
 
+_STORAGE = "torch.storage UntypedStorage"
+
 _PLAIN = frozenset(
     f"torch._utils {name}"
     for name in (
@@ -46,6 +48,7 @@ _PLAIN = frozenset(
     "torch device",
     "torch.serialization _get_layout",
     "_codecs encode",
+    _STORAGE,
     "__builtin__ set",
     "__builtin__ complex",
     "builtins set",
@@ -147,8 +150,13 @@ def _scan_old(path: Path, file: BinaryIO, size: int) -> None:
 def _scan(path: Path, file: BinaryIO, size: int) -> None:
     """Look through one pickle without running it."""
     number: int | None = None
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
     for operation, argument, _ in pickletools.genops(file):
         name = operation.name
+        called = _step(operation, argument, stack, memo)
+        if called == _STORAGE:  # a class that takes a number of bytes; others only name it
+            _needs_code(path, f"a call of {_STORAGE}")
         if name == "GLOBAL":
             _check_global(path, str(argument))
         elif name == "BINPERSID" and (number is None or not 0 <= number <= size):
@@ -161,6 +169,26 @@ def _scan(path: Path, file: BinaryIO, size: int) -> None:
             number = argument
         elif name not in _BETWEEN:
             number = None
+
+
+def _step(operation: Any, argument: Any, stack: list[Any], memo: dict[int, Any]) -> Any:
+    """Follow the names on a pickle's stack over one operation; what it calls, if it calls one."""
+    name = operation.name
+    if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+        memo[len(memo) if argument is None else argument] = stack[-1]
+        return None
+    if name in ("GET", "BINGET", "LONG_BINGET"):
+        stack.append(memo[argument])
+        return None
+    before = operation.stack_before
+    if pickletools.markobject in before:
+        while stack.pop() is not pickletools.markobject:
+            pass
+        before = before[: before.index(pickletools.markobject)]
+    taken = [stack.pop() for _ in before]
+    made = {"GLOBAL": argument, "MARK": pickletools.markobject}.get(name)
+    stack += [made for _ in operation.stack_after]
+    return taken[-1] if name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX") else None
 
 
 def _check_global(path: Path, name: str) -> None:
