@@ -122,7 +122,7 @@ def test_what_is_something_else_is_not_called_truncated(
         read_header(path)
     assert f"it is {kind}, " in caught.value.measured
     assert "truncated" not in str(caught.value)
-    assert caught.value.hint == f"truestep show {path} says what it holds"
+    assert caught.value.hint == f"truestep show {path}  # says what it holds"
 
 
 def test_absent_empty_short_and_folder(tmp_path: Path) -> None:
