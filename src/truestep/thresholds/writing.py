@@ -11,7 +11,7 @@ import torch
 from truestep.comparison.audio import sample_rate_of
 from truestep.errors import UsageError
 from truestep.gates import levels
-from truestep.noise import FloorLookup, NoiseFloor, NoiseRun, RunMetrics
+from truestep.noise import FloorLookup, NoiseFloor, NoiseRun, RunMetrics, pair_of
 from truestep.recording.capture import Progress
 from truestep.recording.floor import variations
 from truestep.recording.format import Recording
@@ -168,16 +168,17 @@ def _value(metric: Metric, size: float) -> float:
 def _limit(metric: Metric, values: tuple[float, ...], least: float) -> float:
     """The limit that a fitted tail gives, never tighter than the least that rounding does."""
     sizes = [_size(metric, value) for value in values]
+    pair = pair_of(metric.name, metric.name)
     runs = tuple(
         NoiseRun(
             kind="free",
             detail=str(at),
-            pair=metric.name,
+            pair=pair,
             tensors=(RunMetrics(name=metric.name, rel_l2=size, max_abs=size),),
         )
         for at, size in enumerate(sizes)
     )
-    floor = FloorLookup(NoiseFloor(runs=runs), pair=metric.name).find(metric.name, dtype="")
+    floor = FloorLookup(NoiseFloor(runs=runs), pair=pair).find(metric.name, dtype="")
     critical = floor.tails["rel_l2"].critical(RATE) if floor and any(sizes) else 0.0
     size = max(critical, 2 * _size(metric, least))
     return _value(metric, min(size, LARGEST_SIZE.get(metric.name, math.inf)))

@@ -161,7 +161,7 @@ def _manifest(source: Source) -> Manifest:
 
 def _modules(source: Source) -> list[str]:
     """Names of module tensors, as they are without a prefix for the level."""
-    return [e.name for e in _manifest(source).tensors if e.name.startswith("module/")]
+    return [e.name for e in _manifest(source).tensors if address(e.name).stage == "module"]
 
 
 def _partial(source: Source) -> bool:
