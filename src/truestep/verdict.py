@@ -487,13 +487,14 @@ class Comparison(Record):
     def causes(self) -> tuple[Row, ...]:
         """Failing rows to list: the first divergence, what else was introduced, what decided.
 
-        What a module was given by the one before it is only counted, and so is what is undecided
-        beside that; unless nothing else failed.
+        What a module was given by the one before it is only counted, and so is what is undecided or
+        missing beside that; unless nothing else failed.
         """
         first = self.first_divergence.name if self.first_divergence else None
         told = [row for row in self.failing if row.origin != "inherited"]
         if any(row.origin for row in self.failing):
-            told = [row for row in told if row.verdict is not Verdict.INCONCLUSIVE]
+            beside = {Verdict.INCONCLUSIVE, *((Verdict.MISSING,) if self.exit_code == 1 else ())}
+            told = [row for row in told if row.verdict not in beside]
 
         def late(row: Row) -> tuple[bool, bool, bool]:
             return row.name != first, row.origin != "introduced", row.verdict is not self.verdict
@@ -505,10 +506,12 @@ class Comparison(Record):
         causes, names = self.causes, {row.name for row in self.causes}
         rest = [row for row in self.failing if row.name not in names]
         inherited = sum(row.origin == "inherited" for row in rest)
+        missing = sum(row.verdict is Verdict.MISSING for row in rest)
         counts = {
             "more failed": len(causes) - shown,
             "inherited": inherited,
-            "undecided": len(rest) - inherited,
+            "missing": missing,
+            "undecided": len(rest) - inherited - missing,
         }
         return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from examples.parity.wan_port.port import ported
 from tests.tracing.models import (
     WIDTH,
     OfficialWan,
@@ -281,3 +284,32 @@ def test_the_schedule_is_judged_before_what_follows_from_it() -> None:
     assert result.uncounted(len(result.causes)).endswith("inherited")
     other = compare_traces(traced((999.0, 625.0), 1.01), traced((999.0, 625.0), 1.0))
     assert named(other) == ("(root)", "given another input; scaled by 1.01")
+
+
+def test_the_renamed_and_fused_port_passes_and_its_fault_is_named(
+    tiny_wan: dict[str, Path],
+) -> None:
+    from diffusers import WanTransformer3DModel
+
+    wan = WanTransformer3DModel.from_pretrained(tiny_wan["wan21"], subfolder="transformer").eval()
+
+    def traced(model: nn.Module) -> Recording:
+        generator = torch.Generator().manual_seed(0)
+        given = {
+            "hidden_states": torch.randn(1, wan.config.in_channels, 2, 4, 4, generator=generator),
+            "timestep": torch.tensor([500]),
+            "encoder_hidden_states": torch.randn(1, 8, wan.config.text_dim, generator=generator),
+        }
+        with torch.no_grad(), capture(model, level="full", inputs=True) as trace:
+            model(**given, return_dict=False)
+        assert trace.recording is not None
+        return trace.recording
+
+    port: Any = copy.deepcopy(ported(wan))
+    right = compare_traces(traced(port), traced(wan))
+    assert right.verdict.passed, right.sentence
+    port.layers[1].mlp.up.bias.data.add_(0.01)
+    wrong = compare_traces(traced(port), traced(wan))
+    assert named(wrong) == ("blocks.1.ffn.net.0.proj", "constant offset 0.01")
+    assert "`blocks.1.ffn.net.0.proj` is `layers.1.mlp.up` in the actual trace" in wrong.notes
+    assert [row.name for row in wrong.causes] == ["module/blocks.1.ffn.net.0.proj/0/main/out.0"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from truestep.comparison.matching import build_comparison, compare_tensors, with_divergence
-from truestep.divergence import ROOT, locate, with_kind
+from truestep.divergence import ROOT, locate, with_kind, with_origins
 from truestep.errors import FOREIGN, UsageError, surviving
 from truestep.noise import NoiseFloor, pair_of
 from truestep.pairing.rename import renamed
@@ -98,8 +98,8 @@ def replay_trace(
             pair=pair if tolerance is None else None,
             tolerance=tolerance,
         )
-        rows += found
         place = locate(found)
+        rows += with_origins(found, place)
         if first is None and place is not None:
             name = place.name
             first = with_kind(place, actual.tensors.get(name), wanted.get(name))

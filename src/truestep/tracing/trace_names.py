@@ -104,7 +104,12 @@ def name_modules(
     some = (
         "some modules have no namesake" if set(common) - {ROOT} else "no module has the same name"
     )
-    return _told(partners, own, others, (f"{some} on both sides: {pairing.sentence()}",))
+    return _told(
+        partners,
+        own,
+        others,
+        (f"{some} on both sides: {len(found)} are paired by what they return",),
+    )
 
 
 def _told(
