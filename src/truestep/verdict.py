@@ -493,8 +493,12 @@ class Comparison(Record):
         first = self.first_divergence.name if self.first_divergence else None
         told = [row for row in self.failing if row.origin != "inherited"]
         if any(row.origin for row in self.failing):
-            beside = {Verdict.INCONCLUSIVE, *((Verdict.MISSING,) if self.exit_code == 1 else ())}
-            told = [row for row in told if row.verdict not in beside]
+            told = [
+                row
+                for row in told
+                if row.verdict is not Verdict.INCONCLUSIVE
+                and not (self.exit_code == 1 and _one_sided(row))
+            ]
 
         def late(row: Row) -> tuple[bool, bool, bool]:
             return row.name != first, row.origin != "introduced", row.verdict is not self.verdict
@@ -506,12 +510,12 @@ class Comparison(Record):
         causes, names = self.causes, {row.name for row in self.causes}
         rest = [row for row in self.failing if row.name not in names]
         inherited = sum(row.origin == "inherited" for row in rest)
-        missing = sum(row.verdict is Verdict.MISSING for row in rest)
+        alone = sum(_one_sided(row) for row in rest)
         counts = {
             "more failed": len(causes) - shown,
             "inherited": inherited,
-            "missing": missing,
-            "undecided": len(rest) - inherited - missing,
+            "on one side only": alone,
+            "undecided": len(rest) - inherited - alone,
         }
         return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
@@ -576,6 +580,10 @@ class Comparison(Record):
             + [f"  rule: {visible(self.rule.text)}"]
             + ([f"hint: {visible(hint)}"] if hint else [])
         )
+
+
+def _one_sided(row: Row) -> bool:
+    return (row.actual is None) is not (row.reference is None)
 
 
 def assert_equivalent(actual: object, reference: object = None) -> Comparison:
