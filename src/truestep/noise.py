@@ -467,9 +467,8 @@ class FloorLookup:
         """Log-spread of a size within the tensors of a stage, and its degrees of freedom."""
         if (statistic, key) not in self._spreads:
             squares, freedom = PRIOR_FREEDOM * PRIOR_SPREAD**2, PRIOR_FREEDOM
-            for name, items in self._by_name.items():
-                if spread_key(name) != key:
-                    continue
+            for name in self._of_spread.get(key, ()):
+                items = self._by_name[name]
                 values = [
                     m.values().get(statistic, 0.0)
                     for m in _distinct(
@@ -490,9 +489,8 @@ class FloorLookup:
         if key not in self._shares:
             shares = [
                 m.structure["gain"] / m.rel_l2
-                for name, items in self._by_name.items()
-                if spread_key(name) == key
-                for m in _distinct(m for _, m in items if m.rel_l2 > 0)
+                for name in self._of_spread.get(key, ())
+                for m in _distinct(m for _, m in self._by_name[name] if m.rel_l2 > 0)
                 if "gain" in m.structure
             ]
             count = max(len(shares), 1)
@@ -539,6 +537,13 @@ class FloorLookup:
         for name in self._by_name:
             by_stage[stage_key(name)].append(name)
         return by_stage
+
+    @cached_property
+    def _of_spread(self) -> Mapping[str, list[str]]:
+        by_spread = defaultdict(list)
+        for name in self._by_name:
+            by_spread[spread_key(name)].append(name)
+        return by_spread
 
     def _of_stage(self, key: str) -> list[str]:
         return self._stages.get(key, [])

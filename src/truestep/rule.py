@@ -96,17 +96,17 @@ def judge(items: Sequence[Measured], *, rate: float = RATE) -> list[Outcome]:
         for name, value in item.values().items()
         if name in item.floor.tails
     ]
-    rejected: set[tuple[int, str]] = set()
+    rejected: dict[int, set[str]] = {}
     level = rate / max(len(tests), 1)
     for done, (surprise, at, name) in enumerate(sorted(tests)):  # Holm, 1979
         level = rate / (len(tests) - done)
         if surprise > level:
             break
-        rejected.add((at, name))
+        rejected.setdefault(at, set()).add(name)
     return [
         _steady(
             item,
-            _by_tails(item, {n for i, n in rejected if i == at}, level)
+            _by_tails(item, rejected.get(at, set()), level)
             if item.floor.tails
             else _by_ratio(item),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -85,9 +86,18 @@ def compare_tensors(
             measured.append(found)
             found = {"metrics": found.metrics, "note": dtype_note(a, r)}
         rows.append({**base, **found})
+        forget(name, actual, reference)
     outcomes = iter(judge(measured))
     tests = sum(len(item.values()) for item in measured)
     return [_judged(row, outcomes, tests=tests) for row in rows]
+
+
+def forget(name: str, *sides: Mapping[str, torch.Tensor]) -> None:
+    """Let the pages of a tensor go where a side is a file: not more than a pair is in memory."""
+    for side in sides:
+        release = getattr(side, "release", None)
+        if release is not None:
+            release(name)
 
 
 def row_fields(
@@ -153,11 +163,14 @@ def floors(floor: noise.NoiseFloor | None, *, pair: str | None, tolerance: float
         mean = name == noise.SAMPLES and working
         dtype = noise.coarser(*working.split("/")) if mean else theirs
         found = lookup.find(name, dtype=dtype, structure=structure)
-        return replace(found or _analytic(own, theirs, working), unsteady=lookup.unsteady(name))
+        judge = found or _analytic(own, theirs, working)
+        unsteady = lookup.unsteady(name)
+        return replace(judge, unsteady=unsteady) if unsteady else judge
 
     return floor_of
 
 
+@cache
 def _analytic(own: str, theirs: str, pair: str) -> noise.Floor:
     """The analytic floor: of the declared precisions, or of the reference where there are none."""
     if theirs not in noise.EPSILON:

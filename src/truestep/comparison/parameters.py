@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from truestep.comparison.distance import distance, same_bits
-from truestep.comparison.matching import likely, one_sided, row_fields, shape_note
+from truestep.comparison.matching import forget, likely, one_sided, row_fields, shape_note
 from truestep.comparison.plain import plain
 from truestep.comparison.rounding import (
     Rounding,
@@ -88,6 +88,7 @@ def compare_parameters(
         scales = [_scale_of(name, side, other) for side, other in _both(actual, reference)]
         used.update(stored for stored, _ in filter(None, scales))
         rows.append(Row(**fields, **_judged(a, r, *(found and found[1] for found in scales))))
+        forget(name, actual, reference)
     return [row for row in rows if not (row.name in used and None in (row.actual, row.reference))]
 
 

@@ -14,7 +14,7 @@ from truestep.comparison.plain import plain
 from truestep.errors import FileFormatError, UsageError
 from truestep.magic import what_is
 from truestep.reading import reason
-from truestep.recording.format import Recording, read_plain
+from truestep.recording.format import Plain, Recording
 from truestep.recording.header import manifest_of, read_header
 from truestep.recording.manifest import Manifest
 from truestep.recording.numpy_files import read_npy, read_npz
@@ -179,7 +179,7 @@ def _safetensors(path: Path) -> Source:
     manifest = manifest_of(header)
     if manifest is not None:
         return load(Recording.open(path), label=str(path))
-    return Source(str(path), read_plain(path), path)
+    return Source(str(path), Plain(header), path)
 
 
 def _npy(path: Path) -> Source:

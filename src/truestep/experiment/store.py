@@ -211,7 +211,7 @@ class Store:
         from truestep.recording.format import read_plain
 
         try:
-            return read_plain(self.media(cell, arm, case))
+            return dict(read_plain(self.media(cell, arm, case)))
         except FileFormatError:
             return {}
 

@@ -55,7 +55,7 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
 def _safetensors(path: Path) -> dict[str, torch.Tensor]:
     from truestep.recording.format import read_plain
 
-    return read_plain(path)
+    return dict(read_plain(path))
 
 
 def _torch(path: Path) -> dict[str, torch.Tensor]:

@@ -210,14 +210,39 @@ def _mapped(memory: mmap.mmap | None, start: int, slot: Slot) -> torch.Tensor:
     return raw.view(dtype).reshape(slot.shape)
 
 
-def read_plain(path: str | Path) -> dict[str, torch.Tensor]:
+class Plain(Mapping[str, torch.Tensor]):
+    """Tensors of any safetensors file, mapped when they are asked for."""
+
+    def __init__(self, header: Header) -> None:
+        self._file = _File(header)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._file.header.tensors:
+            raise KeyError(name)
+        return self._file.read(name, None)
+
+    def release(self, name: str) -> None:
+        """Let the pages of a tensor go; whoever holds it reads the file again."""
+        if name in self._file.header.tensors:
+            self._file.release(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file.header.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.header.tensors)
+
+    def __len__(self) -> int:
+        return len(self._file.header.tensors)
+
+
+def read_plain(path: str | Path) -> Plain:
     """All tensors of any safetensors file, mapped, through the same checks.
 
     Raises:
         FileFormatError: It is unreadable or damaged.
     """
-    file = _File(headers.read_header(path))
-    return {name: file.read(name, None) for name in file.header.tensors}
+    return Plain(headers.read_header(path))
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
