@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import os
 import textwrap
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
@@ -167,6 +166,8 @@ def one_line(error: BaseException) -> str:
 
 def is_foreign(error: BaseException) -> bool:
     """Whether code that is neither ours nor a library's had a part in raising this."""
+    import traceback
+
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, SystemExit) or any(is_foreign_file(f.filename) for f in frames)
 
@@ -182,6 +183,8 @@ def is_foreign_file(file: str) -> bool:
 
 def last_frame(error: BaseException) -> str:
     """`file:line` of where an exception was raised."""
+    import traceback
+
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 

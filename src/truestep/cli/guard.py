@@ -8,7 +8,6 @@ child sends once the verb has returned.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -123,6 +122,8 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
 def _die_with(parent: int) -> None:
     """Where the system can (Linux): a parent that is killed takes this process with it."""
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
