@@ -9,7 +9,7 @@ from truestep.comparison.matching import build_comparison, compare_tensors, trac
 from truestep.errors import UsageError
 from truestep.noise import NoiseFloor, NoiseRun, RunMetrics
 from truestep.recording.floor import measured_run
-from truestep.verdict import Comparison, Row, Side, Verdict
+from truestep.verdict import Comparison, Difference, Row, Side, Verdict
 
 torch.manual_seed(0)
 X = torch.randn(2, 3, 16, 16)
@@ -415,3 +415,15 @@ def test_what_began_it_is_told_from_what_follows(
     assert {name.replace("/", "_") for name in introduced | inherited} == set(scaled)
     result = build_comparison(traced_back(rows), actual=Side(label="a"), reference=Side(label="r"))
     assert {row.name for row in result.causes} == introduced
+
+
+def test_a_key_without_a_name_differs_like_any_other() -> None:
+    rows = compare_tensors({"x": torch.ones(3)}, {"x": torch.ones(3)})
+    result = build_comparison(
+        rows,
+        actual=Side(label="a"),
+        reference=Side(label="r"),
+        case_differences=(Difference(key="", actual="1", reference="2"),),
+    )
+    assert result.verdict is Verdict.INCOMPARABLE
+    assert "different cases (a key without a name differ)" in result.sentence

@@ -444,8 +444,9 @@ def _outcome(
         worst = row.ratio or 0.0
         return f"drifted: {count} of {total}{place}, the worst at {worst:.3g} x the noise floor"
     if verdict is Verdict.INCOMPARABLE:
-        differing = ", ".join(d.key for d in fields.get("case_differences", ()))
-        if differing:
+        differences = fields.get("case_differences", ())
+        if differences:
+            differing = ", ".join(d.key or "a key without a name" for d in differences)
             return f"incomparable: the two sides are of different cases ({differing} differ)"
         row = next(row for row in rows if row.verdict is verdict)
         return f"incomparable: {count} of {total}: {row.name}: {row.note}"
