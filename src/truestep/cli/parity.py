@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from truestep.cli.common import end
-from truestep.text import say
+from truestep.text import say, say_json
 
 if TYPE_CHECKING:
     from truestep.parity.keys import State
@@ -243,7 +243,7 @@ def _write(blocks: list[Block], *, json_path: str | None, markdown: bool) -> Non
         data = {"schema_version": 1, "ledgers": [block.model_dump(mode="json") for block in blocks]}
         text = json.dumps(data, indent=2)
         if json_path == "-":
-            say(text)
+            say_json(text)
             return
         write_text(json_path, text, "the status")
     if markdown:
