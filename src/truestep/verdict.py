@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from truestep.text import visible
 
@@ -86,13 +86,8 @@ def _float_out(value: float) -> float | str:
     return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
 
 
-def _float_in(value: object) -> object:
-    return float(value) if isinstance(value, str) and value in {"nan", "inf", "-inf"} else value
-
-
 Float = Annotated[
     float,
-    BeforeValidator(_float_in),
     PlainSerializer(_float_out, return_type=float | str, when_used="json"),
     WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["nan", "inf", "-inf"]}]}),
 ]

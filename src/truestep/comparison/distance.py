@@ -492,6 +492,9 @@ def is_constant(tensor: torch.Tensor) -> bool:
     if tensor.numel() < 2 or not tensor.is_floating_point():
         return False
     flat = tensor.detach().reshape(-1)
+    if flat.numel() <= CHUNK and tensor.itemsize > 1 and flat.device.type == "cpu":
+        values = _float64(flat)
+        return bool((values == values[0]).all())
     first = flat[0]
     if tensor.itemsize == 1:  # float8 has no comparison
         flat, first = flat.view(torch.uint8), flat.view(torch.uint8)[0]
