@@ -234,3 +234,20 @@ def test_a_run_by_other_instructions_that_is_further_off_is_an_outcome_of_its_ow
     assert bound(1.2e-7) == pytest.approx(plain, rel=0.2)  # like the others: one of them
     for other in (1e-6, 3e-6):  # a third instruction set may be 1.5 times as far off as the second
         assert 1.5 * other < bound(other) < 10 * other
+
+
+def test_a_step_without_runs_of_its_own_is_given_the_spread_between_steps() -> None:
+    names = [f"step__{step:04d}__cond" for step in range(3)]
+    alike = [dict.fromkeys(names, 1e-6 * (1 + at / 50)) for at in range(5)]
+    apart = [
+        {name: value * 2.0**step for step, (name, value) in enumerate(run_.items())}
+        for run_ in alike
+    ]
+    bounds = []
+    for values in (alike, apart):
+        floor = NoiseFloor(runs=tuple(run(f"kind {at}", **v) for at, v in enumerate(values)))
+        tail = find("step/0007/cond", floor=floor).tails["rel_l2"]
+        own = find("step/0001/cond", floor=floor).tails["rel_l2"]
+        assert tail.spread >= own.spread
+        bounds.append(tail.critical(1e-6) / tail.largest)
+    assert bounds[1] > 1.5 * bounds[0]

@@ -459,6 +459,7 @@ class FloorLookup:
         if max(others, default=0.0) > OTHER_OUTCOME * max(_geometric(without), least / 2):
             upper = [max(others)]
         spread, freedom = self._spread(statistic, spread_key(name))
+        spread = math.hypot(spread, _between_steps(statistic, found))
         if not upper or max(upper) <= least:  # bit-equal, or below what can be told apart
             return Tail(least, max(spread, LEAST_SPREAD), math.inf, len(seen), least)
         return Tail(max(_geometric(upper), least / 2), spread, freedom, len(upper), largest)
@@ -547,6 +548,21 @@ class FloorLookup:
 
     def _of_stage(self, key: str) -> list[str]:
         return self._stages.get(key, [])
+
+
+def _between_steps(statistic: str, found: Sequence[tuple[NoiseRun, RunMetrics]]) -> float:
+    """Log-spread of a size between the steps that stand for one which no run was made at; 0 where
+    there is one step alone."""
+    by_name: dict[str, list[float]] = {}
+    for run, metrics in found:
+        value = abs(metrics.values().get(statistic, 0.0))
+        if value > 0 and run.kind != "instructions":
+            by_name.setdefault(metrics.name, []).append(math.log(value))
+    means = [sum(logs) / len(logs) for logs in by_name.values()]
+    if len(means) < 2:
+        return 0.0
+    mean = sum(means) / len(means)
+    return math.sqrt(sum((value - mean) ** 2 for value in means) / (len(means) - 1))
 
 
 def _least_share(statistic: str, dtype: str) -> float:
