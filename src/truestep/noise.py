@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from statistics import stdev
 
 from pydantic import Field
 
@@ -551,18 +552,14 @@ class FloorLookup:
 
 
 def _between_steps(statistic: str, found: Sequence[tuple[NoiseRun, RunMetrics]]) -> float:
-    """Log-spread of a size between the steps that stand for one which no run was made at; 0 where
-    there is one step alone."""
-    by_name: dict[str, list[float]] = {}
+    """Log-spread of a size between the steps that stand for one without runs; 0 of one step."""
+    by_name: dict[str, list[float]] = defaultdict(list)
     for run, metrics in found:
         value = abs(metrics.values().get(statistic, 0.0))
         if value > 0 and run.kind != "instructions":
-            by_name.setdefault(metrics.name, []).append(math.log(value))
+            by_name[metrics.name].append(math.log(value))
     means = [sum(logs) / len(logs) for logs in by_name.values()]
-    if len(means) < 2:
-        return 0.0
-    mean = sum(means) / len(means)
-    return math.sqrt(sum((value - mean) ** 2 for value in means) / (len(means) - 1))
+    return stdev(means) if len(means) > 1 else 0.0
 
 
 def _least_share(statistic: str, dtype: str) -> float:

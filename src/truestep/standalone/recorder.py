@@ -125,23 +125,20 @@ def _benign_runs(
     """The function again, on other threads, and with its inputs rounded once more."""
     before = torch.get_num_threads()
     plans = [("repeat", "the same call again", before, -1)]
-    for other in sorted({1, min(2, os.cpu_count() or 1)} - {before}):
-        plans.append(("threads", f"{before} -> {other} threads", other, -1))
-    for seed in range(3):
-        plans.append(("jitter", f"one rounding on the inputs, seed {seed}", before, seed))
+    others = sorted({1, min(2, os.cpu_count() or 1)} - {before})
+    plans += [("threads", f"{before} -> {other} threads", other, -1) for other in others]
+    plans += [("jitter", f"one rounding on the inputs, seed {i}", before, i) for i in range(3)]
     floats = (t.dtype for outputs in recorded for t in outputs.values() if t.is_floating_point())
-    dtype = str(next(floats, torch.float32))[6:]
-    runs = []
+    dtype, runs = str(next(floats, torch.float32))[6:], []
     for kind, detail, threads, seed in plans:
         torch.set_num_threads(threads)
-        dice = torch.Generator("cpu").manual_seed(seed) if seed >= 0 else None
-        rows = []
+        dice, rows = (torch.Generator("cpu").manual_seed(seed) if seed >= 0 else None), []
         try:
             for index, sample in enumerate(samples):
                 moved = {k: _rounded(v, dice) if dice else v for k, v in sample.items()}
                 made = _call(function, moved, lambda text: None)
-                for name, value in recorded[index].items():
-                    rows.append(_distance(f"sample/{index:04d}/output/{name}", made[name], value))
+                place = f"sample/{index:04d}/output/"
+                rows += [_distance(place + k, made[k], v) for k, v in recorded[index].items()]
         except Exception as error:  # what a function cannot do is no benign change of it
             note(f"noise floor without {kind} ({detail}): {type(error).__name__}")
             continue
@@ -155,14 +152,13 @@ def _benign_runs(
 
 def _refuse_unsteady(rows: Sequence[dict[str, Any]], dtype: str) -> None:
     """Raise where a second call gave something that no rounding explains."""
-    epsilon = torch.finfo(getattr(torch, dtype)).eps
-    limit = 4 * epsilon * (32 if epsilon < 1e-6 else 1)
-    for name, size in ((row["name"], float(row["rel_l2"])) for row in rows):
-        if size > limit:
+    limit = 4 * (epsilon := torch.finfo(getattr(torch, dtype)).eps) * (32 if epsilon < 1e-6 else 1)
+    for row in rows:
+        if float(row["rel_l2"]) > limit:
             raise ValueError(
-                f"the function differs from itself when it is called again: {name}, rel_l2 "
-                f"{size:.1e}. Dropout that is on, random numbers without a seed or state between "
-                "calls do this; a reference of it could judge nothing"
+                f"the function differs from itself when it is called again: {row['name']}, rel_l2 "
+                f"{float(row['rel_l2']):.1e}. Dropout that is on, unseeded random numbers or state "
+                "between calls do this; a reference of it could judge nothing"
             )
 
 
@@ -200,8 +196,14 @@ def _distance(name: str, actual: torch.Tensor, reference: torch.Tensor) -> dict[
             elif kind in "fr" and e.shape[axis] > 1:
                 key = "frame_energy" if kind == "f" else "row_energy"
                 found[key] = math.sqrt(float((e * e).mean(others).max()))
-    largest = float(e.abs().max()) if e.numel() else 0.0
+        flat = torch.stack([(e * rms).reshape(-1), r.reshape(-1)])
+        if flat.shape[1] > 16384:
+            at = torch.randint(flat.shape[1], (16384,), generator=torch.Generator().manual_seed(0))
+            flat = flat[:, at.to(flat.device)]
+        small = flat[:, flat[1].abs() <= flat[1][flat[1] != 0].abs().median()]
+        found["bulk"] = float(small[0].norm() / small[1].norm())
     rel_l2 = size / rms if rms else "inf" if size else 0.0 if bool(fine.any()) else "nan"
+    largest = float(e.abs().max()) if e.numel() else 0.0
     return {"name": name, "rel_l2": rel_l2, "max_abs": largest, "structure": found}
 
 
