@@ -1,0 +1,179 @@
+"""What results are made of: the base of every record, and what stands beside the rows of a
+comparison: other gates, a known failure, the cost, pictures and sounds.
+
+Pure: no I/O, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+
+def _float_out(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+
+
+Float = Annotated[
+    float,
+    PlainSerializer(_float_out, return_type=float | str, when_used="json"),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["nan", "inf", "-inf"]}]}),
+]
+"""A float that survives strict JSON: NaN and infinities are written as strings."""
+
+
+class Record(BaseModel):
+    """Base of every record here: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, defer_build=True)
+
+
+class GateResult(Record):
+    """Outcome of another tool's gate, reproduced as one named rule beside ours.
+
+    `passed` is None where all that could be judged holds, and something could not be judged; what
+    and why is in `not_judged`.
+    """
+
+    name: str
+    passed: bool | None
+    metrics: dict[str, Float]
+    thresholds: dict[str, Float]
+    note: str = ""
+    not_judged: tuple[str, ...] = ()
+
+    @property
+    def outcome(self) -> str:
+        """`passes`, `fails` or `undecided`."""
+        return {True: "passes", False: "fails", None: "undecided"}[self.passed]
+
+
+class KnownFailure(Record):
+    """What the ledger of known failures says of a comparison; see `truestep.known`.
+
+    Attributes:
+        name: Of the ledger's entry.
+        outcome: `known`: it drifts as stated, and passes as a known failure. `worse`, `elsewhere`,
+            `better` and `passes` fail. `not judged`: the verdict is one that no ledger expects.
+        text: The judgement in words.
+        stage, modality: Where it is stated to drift.
+        statistic: What is stated: `rel_l2`, or `ratio` to the floor.
+        stated, measured: Its value; `measured` is the largest of the drifted tensors there.
+        tolerance: Share, both ways, within which the two agree.
+    """
+
+    name: str
+    outcome: Literal["known", "worse", "elsewhere", "better", "passes", "not judged"]
+    text: str
+    reason: str
+    since: str
+    stage: str
+    modality: str | None = None
+    statistic: Literal["rel_l2", "ratio"]
+    stated: Float
+    tolerance: Float
+    measured: Float | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the comparison passes for it."""
+        return self.outcome == "known"
+
+
+class Cost(Record):
+    """What the check cost, beside one full generation of the same case."""
+
+    forwards: int = Field(description="transformer forwards run by the check (batch 1)")
+    forwards_generation: int
+    seconds: Float
+    seconds_generation: Float | None = Field(
+        default=None, description="of the recorded reference, on its own machine"
+    )
+
+    @property
+    def share(self) -> float:
+        """Forwards of the check as a share of a full generation."""
+        return self.forwards / self.forwards_generation if self.forwards_generation else math.nan
+
+
+class FrameTriple(Record):
+    """A picture of both sides and of their difference; each a `data:image/png;base64,` URI.
+
+    A frame of a video, or a spectrogram, whose `index` is 0.
+    """
+
+    index: int
+    actual: str
+    reference: str
+    difference: str
+
+
+class SoundMetrics(Record):
+    """Distances of two waveforms; see `truestep.comparison.audio`.
+
+    `rel_l2`, `correlation` and `spectrum_db` are None where the two differ in shape: they take
+    sample for sample. NaN where a sample that they take is not finite.
+    """
+
+    rel_l2: Float | None
+    correlation: Float | None = Field(description="Pearson's, channels centred; 1 is equal")
+    level_db: Float = Field(description="rms of the actual side over the reference's, in dB")
+    spectrum_db: Float | None = Field(description="mean absolute spectrogram difference, in dB")
+    peak_actual: Float
+    peak_reference: Float
+    seconds_actual: Float
+    seconds_reference: Float
+    note: str = Field(default="", description="a side that is silent, or not finite")
+
+    @property
+    def seconds_difference(self) -> float:
+        """Duration of the actual side less the reference's."""
+        return self.seconds_actual - self.seconds_reference
+
+
+class Sound(Record):
+    """Two sounds to hear and to see.
+
+    Attributes:
+        sample_rate: Hz.
+        metrics: Of the whole waveforms, all samples of the batch.
+        actual, reference: The first sample as it is, no louder, as `data:audio/wav;base64,` URI.
+        seconds_shown: How much of it is to be heard and seen.
+        spectrograms: Both and their difference, as `data:image/png;base64,` URIs.
+        difference_db: What is white in the picture of the difference.
+    """
+
+    sample_rate: int
+    metrics: SoundMetrics
+    actual: str = ""
+    reference: str = ""
+    seconds_shown: Float = 0.0
+    spectrograms: FrameTriple | None = None
+    difference_db: Float = 0.0
+
+
+class Media(Record):
+    """Frames to look at, or a sound to hear.
+
+    `gain` is the factor by which the differences of frames were multiplied. `width` and `height`
+    are of a frame, or of a spectrogram's picture. `origin` says what was decoded: the reference's
+    own latent, or what the candidate's free run ended in.
+    """
+
+    name: str
+    width: int
+    height: int
+    gain: Float
+    frames: tuple[FrameTriple, ...]
+    sound: Sound | None = None
+    origin: str = ""
+
+    def measured(self) -> Media:
+        """What was measured of it, without what is to be seen and heard."""
+        sound = self.sound
+        bare = Sound(sample_rate=sound.sample_rate, metrics=sound.metrics) if sound else None
+        return self.model_copy(update={"frames": (), "sound": bare})
