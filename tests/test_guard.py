@@ -112,6 +112,47 @@ def test_a_signal_to_the_parent_reaches_the_child(number: signal.Signals) -> Non
         assert process.wait(30) == 130
 
 
+def test_a_group_that_is_interrupted_is_interrupted_once() -> None:
+    """It goes to parent and child, and the parent's is passed on."""
+    body = (
+        "times = []\nwhile True:\n    try:\n        print('ready', flush=True)\n"
+        "        time.sleep(1 if times else 30)\n        break\n"
+        "    except KeyboardInterrupt:\n        times.append(1)\n"
+        "watched.judged(len(times))"
+    )
+    code = WATCHED + body
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 1
+
+
+def test_what_is_ignored_is_ignored_in_the_child_too() -> None:
+    ignored = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    body = "print('ready', flush=True)\ntime.sleep(1)\nwatched.judged(0)"
+    code = WATCHED.replace("watched = guard", f"{ignored}watched = guard") + body
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(30) == 0
+
+
+def test_an_exit_code_that_is_none_never_passes() -> None:
+    assert run(WATCHED + "watched.judged(256)").returncode == 255
+
+
+def test_a_page_that_is_written_over_is_no_judgement() -> None:
+    for byte in (0, 1, 255):
+        body = f"watched._page[:18] = bytes([{byte}]) * 18; os._exit(0)"
+        found = run(WATCHED + body)
+        assert found.returncode == 1
+        assert "before it had judged" in found.stderr
+
+
 def test_a_killed_parent_takes_the_child_along() -> None:
     with started("time.sleep(60)") as process:
         assert process.stdout is not None

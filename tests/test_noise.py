@@ -16,7 +16,6 @@ from truestep.noise import (
     NoiseFloor,
     NoiseRun,
     RunMetrics,
-    Tail,
     analytic_floor,
     free_running,
     minimum_floor,
@@ -26,6 +25,7 @@ from truestep.noise import (
     spread_key,
     stage_key,
 )
+from truestep.tail import Tail
 
 
 def run(

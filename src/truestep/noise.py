@@ -23,6 +23,7 @@ from statistics import stdev
 
 from pydantic import Field
 
+from truestep.tail import Tail
 from truestep.verdict import Float, FloorUsed, Record
 
 EPSILON = {
@@ -86,9 +87,6 @@ kinds of benign change measured 0.02 to 0.3 on the fault corpus's subjects (`ben
 LEAST_SPREAD = 0.1
 """A benign change of a kind that was not tried may be larger than all that were: two independent
 roundings are the square root of two apart, and bounds are then 1.7 x the typical value or more."""
-
-MARGIN = 1.1
-"""Nothing within this multiple of the largest benign value is surprising, whatever the tail."""
 
 OTHER_OUTCOME = 2.0
 """A run by other instructions that is further off than this times the others is an outcome of its
@@ -228,72 +226,6 @@ def unsteady(runs: Iterable[NoiseRun]) -> dict[str, float]:
 def repeat_limit(pair: str) -> float:
     """Largest rel_l2 between two runs of the same thing that is still rounding."""
     return ANALYTIC_BOUND * _default_floor(coarser(*pair.split("/")))
-
-
-@dataclass(frozen=True)
-class Tail:
-    """How surprising a value of one statistic would be among benign runs.
-
-    Attributes:
-        scale: Typical benign value: geometric mean, or rms of a signed statistic.
-        spread: Standard deviation of the logarithm; 0 for a signed statistic.
-        freedom: Degrees of freedom of spread (or of the rms); inf where nothing is estimated.
-        count: Distinct benign values of this very tensor.
-        largest: Largest benign value, or the analytic minimum.
-    """
-
-    scale: float
-    spread: float
-    freedom: float
-    count: int
-    largest: float
-
-    def surprise(self, value: float, *, known: bool = False) -> float:
-        """Probability that a benign run gives `value` or more; 1 up to the largest seen (`MARGIN`).
-
-        Args:
-            value: Its magnitude counts.
-            known: As if the tail were known exactly, not from few runs.
-        """
-        value = abs(value)
-        if math.isnan(value) or value > self.largest * 1e6:
-            return 0.0
-        if value <= self.largest * MARGIN:
-            return 1.0
-        if not self.spread:
-            return 2.0 * _student(-value / self.scale, math.inf if known else self.freedom)
-        distance = math.log(value / self.scale) / self._width(known)
-        return _student(-distance, math.inf if known else self.freedom)
-
-    def critical(self, rate: float) -> float:
-        """Smallest value that is more surprising than `rate`."""
-        from scipy.special import ndtri, stdtrit
-
-        def deviations(share: float) -> float:
-            inverse = ndtri(share) if math.isinf(self.freedom) else stdtrit(self.freedom, share)
-            return -float(inverse)
-
-        if not self.spread:
-            return max(self.scale * deviations(rate / 2), self.largest * MARGIN)
-        exponent = min(self._width(False) * deviations(rate), 700.0)
-        return max(self.scale * math.exp(exponent), self.largest * MARGIN)
-
-    def runs_to_decide(self, value: float, rate: float) -> int:
-        """Benign runs after which `value` would be more surprising than `rate`, all else equal."""
-        for runs in (10, 20, 30, 50, 100, 200, 500, 1000):
-            more = Tail(self.scale, self.spread, self.freedom + runs, self.count + runs, 0.0)
-            if more.surprise(value) < rate:
-                return runs
-        return 1000
-
-    def _width(self, known: bool) -> float:
-        return self.spread * math.sqrt(1.0 + (0.0 if known else 1.0 / max(self.count, 1)))
-
-
-def _student(t: float, freedom: float) -> float:
-    from scipy.special import ndtr, stdtr
-
-    return float(ndtr(t) if math.isinf(freedom) else stdtr(freedom, t))
 
 
 @dataclass(frozen=True)

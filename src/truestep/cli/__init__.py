@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from truestep.guard import Ended
 
 
 def main() -> None:
     """Run the command line, so that no code it runs can end it with 0 unjudged."""
-    from truestep.cli.guard import guarded
+    from truestep.guard import run
 
-    sys.exit(guarded(run_here))
+    sys.exit(run(run_here, _ended))
+
+
+def _ended(ended: Ended) -> int:
+    from truestep.cli.ended import report
+
+    return report(ended)
 
 
 def run_here() -> int:

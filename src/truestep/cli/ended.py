@@ -3,62 +3,34 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from truestep.cli.words import asked_for
 from truestep.environment import command_line
-from truestep.errors import ProcessEndedError, is_foreign_file
+from truestep.errors import ProcessEndedError
+from truestep.guard import Ended
 from truestep.text import say, say_json
 
-_GIB = 2**30
 _MOST_NAMES = 5
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a verb's process ended.
-
-    Attributes:
-        status: As `os.wait` gives it.
-        peak_bytes: Largest resident memory that it had.
-        crash: What faulthandler wrote of it.
-    """
-
-    status: int
-    peak_bytes: int
-    crash: str
-
-
-def report(ended: Ended, since: float) -> int:
-    """Say what ended the verb's process; see `invalid`."""
-    likely = "code that is not truestep's called os._exit or replaced the process"
-    if os.WIFSIGNALED(ended.status):
-        number = os.WTERMSIG(ended.status)
-        name = signal.Signals(number).name
-        what = f"{name} ended the process"
-        likely = "the code that was running crashed it"
-        if number == signal.SIGKILL:
-            likely = "the system ran out of memory (dmesg says so), or somebody killed it"
-    else:
-        what = (
-            f"the process ended itself with exit status {os.waitstatus_to_exitcode(ended.status)}"
-        )
-    places = re.findall(r'File "(.+)", line (\d+) in (\S+)', ended.crash)
-    place = next((p for p in places if is_foreign_file(p[0])), places[0] if places else None)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def report(ended: Ended) -> int:
+    """Say what ended the verb's process before it had judged; returns the exit code."""
+    if ended.asked and ended.ended_by:  # it was stopped before it could say so
+        return interrupted(ended.asked, since=ended.began)
+    by_itself = f"the process ended itself with exit status {ended.exit_code}"
+    what = f"{ended.ended_by} ended the process" if ended.ended_by else by_itself
     error = ProcessEndedError(
         f"{what} before anything was judged",
-        where="{}:{}, in {}".format(*place) if place else "",
-        measured=f"peak memory {ended.peak_bytes / _GIB:.2f} GiB of {memory / _GIB:.1f}",
-        likely=likely,
+        where=ended.place,
+        measured=ended.measured,
+        likely=ended.likely,
     )
-    return invalid(error, since=since)
+    return invalid(error, since=ended.began)
 
 
 def invalid(error: ProcessEndedError, *, since: float) -> int:

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from truestep.errors import surviving
-from truestep.noise import FloorLookup, NoiseFloor, NoiseRun, Tail, pair_of, sample_sizes
+from truestep.noise import FloorLookup, NoiseFloor, NoiseRun, pair_of, sample_sizes
 from truestep.recording.capture import Progress
 from truestep.recording.floor import Variation, jitter, noise_run, variations
 from truestep.recording.names import address
 from truestep.rule import RATE, judge_run
 from truestep.runtime.pipeline import Pipeline
+from truestep.tail import Tail
 from truestep.turns import taking_turns
 from truestep.verdict import Verdict
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Run, runner, write_cases
-from truestep import check, record
+from truestep import check, cli, guard, record
 from truestep.case import load_cases
-from truestep.cli import guard
 from truestep.errors import ProcessEndedError
 from truestep.functions import check_function, record_function
 from truestep.references.store import DEFAULT_ROOT, Store, place_of
@@ -25,11 +24,12 @@ from truestep.verdict import Results, Verdict
 
 GUARDED = """
 import ctypes, os, signal, sys, threading, time
-from truestep.cli.guard import guarded
+from truestep.cli.ended import report
+from truestep.guard import run
 sys.argv = ["truestep", "check", "three", "--json", "r.json"]
 def verb():
 {body}
-sys.exit(guarded(verb))
+sys.exit(run(verb, report))
 """
 
 
@@ -143,12 +143,12 @@ def test_a_killed_parent_takes_the_verb_along(tmp_path: Path) -> None:
 
 def test_where_it_cannot_fork_the_verb_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.fork")
-    assert guard.guarded(lambda: 3) == 3
+    assert guard.run(lambda: 3, lambda ended: 1) == 3
 
 
 def test_no_verb_ends_by_system_exit() -> None:
     """Only so is a SystemExit that arrives another's, and `invalid`."""
-    folder = Path(guard.__file__).parent
+    folder = Path(cli.__file__).parent
     for path in folder.glob("*.py"):
         if path.name == "__init__.py":
             continue
