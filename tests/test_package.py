@@ -258,6 +258,55 @@ def test_no_torch_at_start_up(code: str) -> None:
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
 
 
+MODELS = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "libraries", "most"),
+    [
+        (["--help"], {"click"}, 7),
+        (["show", "plain.json"], {"click"}, 12),
+        (["show", "recording.safetensors"], {"click", "xxhash", *MODELS}, 20),
+    ],
+)
+def test_what_is_imported_by_commands_that_must_feel_instant(
+    tmp_path: Path, arguments: list[str], libraries: set[str], most: int
+) -> None:
+    """As whole processes: parent and child of the guard, and what the interpreter adds left out."""
+    import torch
+
+    from truestep.comparison.latent_gate import write_latent_bundle
+
+    (tmp_path / "plain.json").write_text('{"a": 1}')
+    write_latent_bundle(tmp_path / "recording.safetensors", torch.randn(1, 4, 2, 8, 8))
+
+    def imported(*code: str) -> set[str]:
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", *code],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+        return {line.rpartition("|")[2].strip() for line in lines}
+
+    found = imported("-m", "truestep", *arguments) - imported("-c", "pass")
+    ours = {name for name in found if name.partition(".")[0] == "truestep"}
+    others = {name.partition(".")[0] for name in found - ours} - sys.stdlib_module_names
+    private = {name for name in others if name.startswith("_sysconfigdata")} | {"org"}  # pickle's
+    assert others - private <= libraries
+    assert len(ours) <= most, sorted(ours)
+
+
+def test_models_are_built_when_they_are_first_used() -> None:
+    """Comparisons are a tenth of a second to build, which `show` and `doctor` need not spend."""
+    code = (
+        "from truestep.recording.manifest import Manifest\n"
+        "from truestep.verdict import Comparison, Rule\n"
+        "assert not Comparison.__pydantic_complete__ and not Manifest.__pydantic_complete__\n"
+        "assert Rule(name='x', text='y').name == 'x' and Rule.__pydantic_complete__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 SCHEMAS = runpy.run_path(str(ROOT / "docs" / "schema" / "write.py"))["SCHEMAS"]
 
 

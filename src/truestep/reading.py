@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from pydantic import ValidationError
-
 from truestep.errors import FileFormatError, TruestepError
 
 if sys.version_info >= (3, 11):
@@ -187,6 +185,12 @@ def reason(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return f"it is nested more than {DEEPEST} deep"
     lines = str(error).encode("utf-8", "backslashreplace").decode().strip().splitlines()
-    if isinstance(error, ValidationError):  # after the count, the key and what is wrong with it
+    if _is_of_pydantic(error):  # after the count, the key and what is wrong with it
         return " ".join(line.strip() for line in lines[1:3])[:200]
     return lines[0][:200] if lines else type(error).__name__
+
+
+def _is_of_pydantic(error: BaseException) -> bool:
+    """Whether a model of pydantic's refused it; without pydantic there is none."""
+    pydantic = sys.modules.get("pydantic")
+    return pydantic is not None and isinstance(error, pydantic.ValidationError)

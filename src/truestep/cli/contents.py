@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +111,8 @@ _SUFFIX = {magic.NUMPY: ".npy", magic.OLD_PT: ".pt", _NPZ: ".npz", _PT: ".pt"}
 
 def _archive(path: Path, kind: str) -> Contents:
     """A zip archive: what torch or numpy writes, or any other."""
+    import zipfile
+
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
