@@ -112,32 +112,38 @@ def test_a_signal_to_the_parent_reaches_the_child(number: signal.Signals) -> Non
         assert process.wait(30) == 130
 
 
-def test_a_group_that_is_interrupted_is_interrupted_once() -> None:
-    """It goes to parent and child, and the parent's is passed on."""
+def test_a_second_interrupt_at_once_is_the_same_one() -> None:
+    """Ctrl-C goes to parent and child, and the parent's may be passed on."""
     body = (
-        "times = []\nwhile True:\n    try:\n        print('ready', flush=True)\n"
+        "times = []\nwhile len(times) < 2:\n    try:\n        print('ready', flush=True)\n"
         "        time.sleep(1 if times else 30)\n        break\n"
         "    except KeyboardInterrupt:\n        times.append(1)\n"
         "watched.judged(len(times))"
     )
-    code = WATCHED + body
+    code = WATCHED.replace("watched = guard", "guard._AGAIN_S = 60.0\nwatched = guard") + body
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(2):
+            process.stdout.readline()
+            os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 1
+
+
+def test_what_is_ignored_is_ignored_in_the_child_too() -> None:
+    code = (
+        START
+        + "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        + "def wait():\n    print('ready', flush=True)\n    time.sleep(1)\n    return 0\n"
+        + "guard.run(wait, lambda ended: 1)"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 1
-
-
-def test_what_is_ignored_is_ignored_in_the_child_too() -> None:
-    ignored = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-    body = "print('ready', flush=True)\ntime.sleep(1)\nwatched.judged(0)"
-    code = WATCHED.replace("watched = guard", f"{ignored}watched = guard") + body
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.send_signal(signal.SIGHUP)
+        os.killpg(process.pid, signal.SIGHUP)
         assert process.wait(30) == 0
 
 
