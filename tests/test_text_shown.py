@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import unicodedata
 
 import pytest
@@ -62,3 +64,20 @@ def test_an_error_shows_all_its_parts_so(part: str) -> None:
     assert not any(line.startswith("PASSED") for line in text.split("\n"))
     table = str(FileFormatError("w", measured="a  b\nc\x1b  d"))
     assert table.endswith("  a  b\n  c\\x1b  d")
+
+
+def test_a_reader_that_leaves_does_not_change_the_exit_code() -> None:
+    code = (
+        "import sys; from truestep.text import say\n"
+        "for line in range(100_000): say(f'line {line}')\n"
+        "sys.exit(3)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "line 0\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 3

@@ -7,7 +7,9 @@ read (zero-width and bidirectional characters) is shown as its escape; letters o
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 
 _ACTING = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
@@ -58,11 +60,20 @@ def say(
     if first_word:
         shown, space, rest = shown.partition(" ")
         rest = space + rest
-    click.echo((click.style(shown, fg=colour, bold=True) if colour else shown) + rest, err=err)
+    _echo((click.style(shown, fg=colour, bold=True) if colour else shown) + rest, err=err)
 
 
 def say_json(text: str) -> None:
     """Print JSON on stdout; see `visible_json`."""
+    _echo(visible_json(text), err=False)
+
+
+def _echo(text: str, *, err: bool) -> None:
+    """Print; where the reader (head, less) has left, what follows is printed for nobody, and the
+    verb goes on to its exit code."""
     import click
 
-    click.echo(visible_json(text))
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())

@@ -100,7 +100,8 @@ class Bench:
             change = next((c for end, c in self.kind.mutators.items() if whole.endswith(end)), None)
             if change is None:
                 continue
-            files[path] = change(files[path], generator)
+            with _deep_enough():
+                files[path] = change(files[path], generator)
             if files[path] != self.files[name][path]:
                 break
         return name, files
@@ -215,6 +216,17 @@ def failure(bench: Bench, number: int, outcome: str) -> dict[str, Any]:
     """What is kept of a mutant that went wrong."""
     repeat = f"python -m tests.fuzz.run --seed {bench.seed} --repeat {bench.name}:{number}"
     return {"kind": bench.name, "number": number, "outcome": outcome, "repeat": repeat}
+
+
+@contextlib.contextmanager
+def _deep_enough() -> Iterator[None]:
+    """Let a mutator write nests that no reader follows, from whatever depth it is called at."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, 20_000))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def keep(bench: Bench, number: int, folder: Path) -> Path:
