@@ -398,7 +398,10 @@ def run_of(**scales: float) -> dict[str, torch.Tensor]:
             {"schedule/sigmas"},
         ),
         (("step_0000_cond", "step_0000_guided", "latent_final"), {"step/0000/cond"}),
-        (("step_0000_cond", "step_0000_uncond"), {"step/0000/cond", "step/0000/uncond"}),
+        (
+            ("step_0000_cond", "step_0000_uncond", "latent_final"),
+            {"step/0000/cond", "step/0000/uncond"},
+        ),
         (
             ("text_cond", "latent_initial", "step_0000_cond"),
             {"text/cond", "latent/initial"},

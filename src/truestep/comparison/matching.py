@@ -362,6 +362,8 @@ def traced_back(rows: Sequence[Row]) -> list[Row]:
     begun = [row for row in failing if row.stage in _SOURCES]
     if not begun:
         begun = [r for r in failing if (r.stage, r.step) == (failing[0].stage, failing[0].step)]
+    if len(begun) == len(failing):  # nothing follows: there is nothing to tell apart
+        return list(rows)
     names = {row.name for row in begun}
     origin = {r.name: "introduced" if r.name in names else "inherited" for r in failing}
     return [
