@@ -180,7 +180,7 @@ def test_show_names_what_a_recording_holds(project: Run, tmp_path: Path) -> None
     code, out, _ = project("show", str(path))
     assert code == 0
     assert "prompt     a red three moving left" in out
-    assert re.search(r"floor      float32/float32: \d+ runs \(attention, batch, jitter, ", out)
+    assert re.search(r"floor      float32/float32: \d+ runs \(attention, batch, (instructions, )?jitter, ", out)
     assert "... " in out
     code, out, _ = project("show", str(path), "--json")
     assert json.loads(out)["case"]["prompt"] == "a red three moving left"
@@ -209,7 +209,7 @@ def test_a_sketch_is_small_and_compared_but_not_replayed(project: Run, tmp_path:
     code, _, err = project("check", "three", "--reference", "s.safetensors")
     assert code == 2
     assert "the reference holds level 'sketch' only: there are no tensors to replay" in err
-    assert "hint: truestep record CASE --level full --update" in err
+    assert "hint: truestep record three --level full --update" in err
     assert project("check", "three", "--reference", "s.safetensors", "--depth", "final")[0] == 2
     assert project("record", "three", "--level", "full", "--update", "--floor", "none")[0] == 0
     changed = ("--set", "seed=1", "--output", "other.safetensors")
@@ -334,7 +334,7 @@ def test_selftest_needs_tensors(project: Run) -> None:
     assert code == 2
     assert "the reference holds no tensors to damage" in err
     assert "recorded at level stats; needed: full" in err
-    assert "hint: truestep record seven --update" in err
+    assert "hint: truestep record seven --level full --update" in err
 
 
 @pytest.mark.slow
@@ -362,7 +362,7 @@ def test_calibrate_adds_benign_runs_and_measures_false_alarms(project: Run, tmp_
     code, out, _ = project("check", "three")
     assert code == 0
     _, out, _ = project("show", str(path))
-    assert re.search(r"\d+ runs \(attention, batch, jitter, mixed", out)
+    assert re.search(r"\d+ runs \(attention, batch, (instructions, )?jitter, mixed", out)
 
 
 def test_calibrate_refuses_a_model_that_is_not_the_reference(project: Run, tmp_path: Path) -> None:

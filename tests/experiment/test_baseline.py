@@ -239,7 +239,7 @@ def test_a_missing_cohort_lists_those_there_are() -> None:
     assert result.sentence == (
         "missing: three: no baseline of this cohort; the nearest of 2 differs in torch.threads"
     )
-    assert result.hint == "truestep perf record three"
+    assert result.hint == "truestep perf record CASE"  # the verb says which
     none = missing_result(COHORT, [], case_name="three")
     assert none.sentence.endswith("there is no history")
 
