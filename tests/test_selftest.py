@@ -55,7 +55,7 @@ def test_gates_are_scored_on_their_own_domain() -> None:
     with pytest.raises(UsageError, match=r"gate psnr:28 has nothing to judge") as caught:
         score(parse_gate("psnr"), LATENT)
     assert "it judges frames; the reference holds latent/final" in str(caught.value)
-    assert "hint: record a reference with decoded frames" in str(caught.value)
+    assert "hint: truestep record CASE --update  # with decoded frames" in str(caught.value)
 
 
 def test_video_gates_let_live_what_a_mean_over_8_bit_frames_hides() -> None:

@@ -180,7 +180,9 @@ def test_show_names_what_a_recording_holds(project: Run, tmp_path: Path) -> None
     code, out, _ = project("show", str(path))
     assert code == 0
     assert "prompt     a red three moving left" in out
-    assert re.search(r"floor      float32/float32: \d+ runs \(attention, batch, (instructions, )?jitter, ", out)
+    assert re.search(
+        r"floor      float32/float32: \d+ runs \(attention, batch, (instructions, )?jitter, ", out
+    )
     assert "... " in out
     code, out, _ = project("show", str(path), "--json")
     assert json.loads(out)["case"]["prompt"] == "a red three moving left"

@@ -30,9 +30,8 @@ def asked_for() -> tuple[str, dict[str, Any]]:
             context = command.make_context(None, list(args), parent=context, resilient_parsing=True)
             if not isinstance(command, click.Group):
                 return " ".join(verb), dict(context.params)
-            rest = getattr(context, "_protected_args", None) or getattr(
-                context, "protected_args", []
-            )
+            state = vars(context)  # the attribute's public name is deprecated since click 8.2
+            rest = state.get("_protected_args", state.get("protected_args", []))
             name, found, args = command.resolve_command(context, [*rest, *context.args])
             if found is None:
                 return "", {}
