@@ -32,7 +32,8 @@ def asked_for() -> tuple[str, dict[str, Any]]:
                 return " ".join(verb), dict(context.params)
             state = vars(context)  # the attribute's public name is deprecated since click 8.2
             rest = state.get("_protected_args", state.get("protected_args", []))
-            name, found, args = command.resolve_command(context, [*rest, *context.args])
+            words = [*rest, *context.args]
+            name, found, args = command.resolve_command(context, words) if words else ("", None, [])
             if found is None:
                 return "", {}
             verb.append(name or "")
