@@ -149,8 +149,8 @@ def check_function(
     failed: dict[str, str] = {}
     indices = range(len(samples))
     actual = _answers(function, samples, indices, failed)
-    again = {} if failed else _answers(function, samples, reversed(indices), failed)
     expected = {name: recording[name] for name in recording if "/output/" in name}
+    again = {} if failed else _answers(function, samples, reversed(indices), failed)
     judge = Judge(floor=recording.manifest.noise_floor, pair=pair, tolerance=tolerance)
     rows = compare_tensors(actual, expected, **judge)
     otherwise = differing(actual, again, judge)

@@ -33,10 +33,12 @@ def test_every_writer_survives_kills_interrupts_and_races() -> None:
 
 def in_place(folder: Path, value: int) -> None:
     """Planted: a writer that writes into the file itself."""
-    with (folder / "number").open("w") as file:
-        file.write(f"{value:010d}")
-        file.flush()
-        file.write(f"{value:010d}")
+    import os
+
+    file = os.open(folder / "number", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for _ in range(2):
+        os.write(file, f"{value:010d}".encode())
+    os.close(file)
 
 
 def read_in_place(folder: Path) -> set[int]:

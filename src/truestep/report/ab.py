@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from truestep.experiment.records import CellResult, Experiment, Finding
 from truestep.experiment.table import nothing_text, ratio_text
 from truestep.files import write_text
@@ -140,9 +138,7 @@ def lines(experiment: Experiment) -> Iterator[str]:
     """The experiment as plain lines: outcome and reasons of every cell, then the table."""
     for result in experiment.cells:
         word = "PASSED" if result.verdict.passed else "FAILED"
-        colour = _COLOURS[result.verdict.exit_code]
-        styled = click.style(word, fg=colour, bold=True)
-        yield f"{styled} {result.verdict.value} {result.cell.name} [{experiment.plan.switch}]"
+        yield f"{word} {result.verdict.value} {result.cell.name} [{experiment.plan.switch}]"
         for text in _remarks(result):
             yield from _wrapped(text, lead="  note         ")
     yield from _table([cells_of(result) for result in experiment.cells])
@@ -180,8 +176,11 @@ def _label(finding: Finding) -> str:
 
 def print_experiment(experiment: Experiment, *, folder: str, report: str | None) -> None:
     """Print it; the last lines are the sentence, where things lie, and how to repeat it."""
+    cells = iter(experiment.cells)
     for line in lines(experiment):
-        say(line)
+        heads = line.startswith(("PASSED ", "FAILED "))
+        colour = _COLOURS[next(cells).verdict.exit_code] if heads else None
+        say(line, colour=colour, first_word=heads)
     say()
     say(experiment.sentence, colour=_COLOURS[experiment.exit_code])
     say(f"results: {folder}")
