@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.counting import calls_inside
 from truestep.case import Case
 from truestep.checking import check_pipeline
 from truestep.recording.format import Recording
@@ -37,22 +37,6 @@ def by_steps(
 ) -> dict[int, Loaded]:
     root = tmp_path_factory.mktemp("costs")
     return {steps: recorded(steps, tiny_wan["wan21"], tiny_case, root) for steps in (25, 50)}
-
-
-def calls_of(run: Callable[[], object], *, inside: str) -> Counter[str]:
-    """Python calls by function name of code whose file's path has a part."""
-    seen: Counter[str] = Counter()
-
-    def count(frame: Any, event: str, argument: object) -> None:
-        if event == "call" and inside in frame.f_code.co_filename:
-            seen[frame.f_code.co_name] += 1
-
-    sys.setprofile(count)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return seen
 
 
 def test_a_check_runs_twelve_forwards_whatever_the_steps(by_steps: dict[int, Loaded]) -> None:
@@ -91,7 +75,7 @@ def test_what_a_step_adds_to_a_check_is_bounded(by_steps: dict[int, Loaded]) -> 
             check_pipeline(pipe, own, case=case)
 
         run()
-        counts[steps] = sum(calls_of(run, inside="truestep").values())
+        counts[steps] = calls_inside(run, "truestep")
     each = (counts[50] - counts[25]) / 25
     assert each < 400, counts
 

@@ -134,13 +134,8 @@ def legend(experiment: Experiment) -> tuple[str, ...]:
     )
 
 
-def lines(experiment: Experiment) -> Iterator[str]:
-    """The experiment as plain lines: outcome and reasons of every cell, then the table."""
-    for result in experiment.cells:
-        word = "PASSED" if result.verdict.passed else "FAILED"
-        yield f"{word} {result.verdict.value} {result.cell.name} [{experiment.plan.switch}]"
-        for text in _remarks(result):
-            yield from _wrapped(text, lead="  note         ")
+def _lines_below(experiment: Experiment) -> Iterator[str]:
+    """The table of all cells, and what its words mean."""
     yield from _table([cells_of(result) for result in experiment.cells])
     for text in legend(experiment):
         yield from _wrapped(text, lead="  ")
@@ -176,11 +171,15 @@ def _label(finding: Finding) -> str:
 
 def print_experiment(experiment: Experiment, *, folder: str, report: str | None) -> None:
     """Print it; the last lines are the sentence, where things lie, and how to repeat it."""
-    cells = iter(experiment.cells)
-    for line in lines(experiment):
-        heads = line.startswith(("PASSED ", "FAILED "))
-        colour = _COLOURS[next(cells).verdict.exit_code] if heads else None
-        say(line, colour=colour, first_word=heads)
+    for result in experiment.cells:
+        word = "PASSED" if result.verdict.passed else "FAILED"
+        outcome = f"{word} {result.verdict.value} {result.cell.name} [{experiment.plan.switch}]"
+        say(outcome, colour=_COLOURS[result.verdict.exit_code], first_word=True)
+        for text in _remarks(result):
+            for line in _wrapped(text, lead="  note         "):
+                say(line)
+    for line in _lines_below(experiment):
+        say(line)
     say()
     say(experiment.sentence, colour=_COLOURS[experiment.exit_code])
     say(f"results: {folder}")
