@@ -28,7 +28,7 @@ from truestep.experiment.records import (
 from truestep.experiment.statistics import Outcome, order_of
 from truestep.experiment.store import Store
 from truestep.experiment.table import complete_rounds, summarise
-from truestep.report.ab import cells_of, lines, markdown, media_of, render
+from truestep.report.ab import cells_of, markdown, media_of, print_experiment, render
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
 CELL = parse_matrix([])[0]
@@ -277,13 +277,16 @@ def test_a_round_that_was_cut_short_counts_once_it_is_whole() -> None:
     assert complete_rounds([*runs(0, 5), *runs(1, 6)]) == [runs(1, 6)]
 
 
-def test_the_table_as_text_markdown_and_html(tmp_path: Path) -> None:
+def test_the_table_as_text_markdown_and_html(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = Made(tmp_path).time(20, candidate=0.8).check(off=0.01)
     found = made.result()
     row = cells_of(found.cells[0])
     assert row[0] == "as it is"
     assert row[-1] == "4"
-    text = click.unstyle("\n".join(lines(found)))
+    print_experiment(found, folder="DIR", report=None)
+    text = click.unstyle(capsys.readouterr().out)
     assert "FAILED drifted as it is [apply f]" in text
     assert "A/A (99 %)" in text
     table = markdown(found)

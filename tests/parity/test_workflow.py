@@ -433,6 +433,7 @@ def test_a_killed_run_leaves_the_last_ledger(
     before = (project.path / "parity.toml").read_text()
     weights(project, monkeypatch)
     project.makepyfile(acme_port="import os\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # a run of its own, no worker's
     killed = project.runpytest_subprocess("-p", "no:cacheprovider", "--truestep-parity")
     assert killed.ret == 1
     killed.stderr.fnmatch_lines(["*SIGKILL*"])
