@@ -264,7 +264,7 @@ def ssim_speed() -> dict[str, float]:
     import pytorch_msssim
     import torch
 
-    from truestep.experiment.frames import ssim_frame
+    from truestep.measure.frames import ssim_frame
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

@@ -18,6 +18,7 @@ import torch
 
 from truestep.comparison.latent_gate import FULL_THRESHOLD, SLICE_THRESHOLD, check_latent
 from truestep.errors import MissingExtraError, UsageError
+from truestep.measure.frames import both_levels, psnr, psnr_of_levels, ssim
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -143,74 +144,8 @@ def cosine_one_gate(limit: float = 1e-3) -> Gate:
     return Gate(f"cosine-one:{limit:g}", lambda name, a, r: cosine_one(a, r) < limit)
 
 
-def levels(frames: torch.Tensor) -> torch.Tensor:
-    """Frames as a video file would hold them: whole numbers from 0 to 255.
-
-    Values are clamped and cut down, not rounded, as FastVideo and diffusers' `export_to_video` do
-    (`(x / 2 + 0.5).clamp(0, 1) * 255`, then a cast to uint8). That cast turns NaN into 0 on
-    common hardware, so NaN is black here, and no gate that reads a video file can tell it from
-    black.
-
-    Args:
-        frames: `b c f h w`, c = 3, floating-point in [-1, 1].
-
-    Returns:
-        `n c h w` float32, n = b * f.
-
-    Raises:
-        UsageError: It is not decoded video.
-    """
-    if frames.ndim != 5 or frames.shape[1] != 3 or not frames.is_floating_point():
-        raise UsageError(
-            "a gate on frames needs decoded video",
-            measured=f"shape {tuple(frames.shape)}, {frames.dtype}; needed: b c f h w in [-1, 1], "
-            "3 channels, floating-point",
-        )
-    pixels = (frames.detach().cpu().float() * 0.5 + 0.5).clamp(0, 1) * 255
-    return pixels.nan_to_num(0.0).trunc().movedim(2, 1).flatten(0, 1)
-
-
-def _both(
-    actual: torch.Tensor, reference: torch.Tensor, *, side: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if actual.shape != reference.shape:
-        raise UsageError(
-            "two videos of one shape are needed",
-            measured=f"{tuple(actual.shape)} and {tuple(reference.shape)}",
-        )
-    if reference.numel() == 0 or min(reference.shape[-2:]) < side:
-        raise UsageError(
-            "the frames are too small for this gate",
-            measured=f"shape {tuple(reference.shape)}; both sides must have {side} pixels or more",
-        )
-    return levels(actual), levels(reference)
-
-
-def ssim(actual: torch.Tensor, reference: torch.Tensor) -> float:
-    """Single-scale SSIM of RGB at 8 bits, mean over frames and channels; 1 is equal.
-
-    Convention: 11x11 Gaussian window of sigma 1.5, no padding, K = (0.01, 0.03), data range 255.
-    Other conventions give other numbers. NaN is black (`levels`).
-
-    Args:
-        actual, reference: `b c f h w` in [-1, 1], c = 3; sides of 11 pixels or more.
-
-    Raises:
-        MissingExtraError: pytorch-msssim is not installed.
-        UsageError: The frames are too small, or not two videos of one shape.
-
-    Source:
-        Wang et al. 2004, computed by pytorch-msssim's `ssim`, as FastVideo does with
-        `use_ms_ssim=False` (tests/utils.py, `compute_video_ssim_torchvision`).
-    """
-    package = _msssim("SSIM")
-    pairs = zip(*_both(actual, reference, side=11), strict=True)
-    return _mean([float(package.ssim(a[None], r[None], data_range=255)) for a, r in pairs])
-
-
 def ssim_gate(limit: float = 0.93) -> Gate:
     """Mean SSIM of the frames, `>= limit`. NaN never reaches it: it is black by then."""
-    _msssim("gate ssim")
     return Gate(f"ssim:{limit:g}", lambda name, a, r: ssim(a, r) >= limit, Domain.FRAMES)
 
 
@@ -237,10 +172,10 @@ def ms_ssim(actual: torch.Tensor, reference: torch.Tensor) -> float:
     package = _msssim("MS-SSIM")
     factor = enlargement(reference)
     values = []
-    for pair in zip(*_both(actual, reference), strict=True):
+    for pair in zip(*both_levels(actual, reference), strict=True):
         a, r = (f.repeat_interleave(factor, 1).repeat_interleave(factor, 2)[None] for f in pair)
         values.append(float(package.ms_ssim(a, r, data_range=255)))
-    return _mean(values)
+    return math.fsum(values) / len(values)
 
 
 def ms_ssim_gate(limit: float = 0.93) -> Gate:
@@ -258,18 +193,6 @@ def ms_ssim_gate(limit: float = 0.93) -> Gate:
     return Gate(name, lambda _, a, r: ms_ssim(a, r) >= limit, Domain.FRAMES, named)
 
 
-def psnr(actual: torch.Tensor, reference: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, of one mean square over all 8-bit values of the video.
-
-    Computed in float64, so that nothing wraps: black against white is 0 dB. Equal frames are
-    infinite. NaN is black.
-
-    Source:
-        10 log10(255^2 / MSE), as skimage's `peak_signal_noise_ratio`.
-    """
-    return _psnr(*_both(actual, reference))
-
-
 def psnr_gate(limit_db: float = 28.0) -> Gate:
     """PSNR of the whole video, `>= limit_db`. 28 dB is SGLang-Diffusion's limit for images."""
     return Gate(f"psnr:{limit_db:g}", lambda name, a, r: psnr(a, r) >= limit_db, Domain.FRAMES)
@@ -283,7 +206,7 @@ def mad(actual: torch.Tensor, reference: torch.Tensor) -> float:
     Source:
         SGLang-Diffusion, multimodal_gen/test/test_utils.py, `compute_mean_abs_diff`.
     """
-    a, r = _both(actual, reference)
+    a, r = both_levels(actual, reference)
     return float((a - r).abs().double().mean())
 
 
@@ -298,7 +221,7 @@ class KeyFrame:
 
     Attributes:
         index: Of the frame.
-        ssim: skimage's default convention (`_ssim_uniform`), not that of `ssim`.
+        ssim: skimage's default convention (`_ssim_uniform`), not that of `measure.frames`.
         psnr: dB. mad: levels.
     """
 
@@ -320,9 +243,9 @@ def key_frames(actual: torch.Tensor, reference: torch.Tensor) -> list[KeyFrame]:
     total = reference.shape[2]
     found = []
     for index in (0, total // 2, total - 1):
-        a, r = _both(actual[:, :, [index]], reference[:, :, [index]], side=7)
+        a, r = both_levels(actual[:, :, [index]], reference[:, :, [index]], side=7)
         difference = float((a - r).abs().double().mean())
-        found.append(KeyFrame(index, _ssim_uniform(a, r), _psnr(a, r), difference))
+        found.append(KeyFrame(index, _ssim_uniform(a, r), psnr_of_levels(a, r), difference))
     return found
 
 
@@ -368,15 +291,6 @@ def _ssim_uniform(actual: torch.Tensor, reference: torch.Tensor) -> float:
     covariance = sample * (local(a * r) - mean_a * mean_r)
     luminance = (2 * mean_a * mean_r + c1) / (mean_a**2 + mean_r**2 + c1)
     return float((luminance * (2 * covariance + c2) / (variances + c2)).mean())
-
-
-def _psnr(actual: torch.Tensor, reference: torch.Tensor) -> float:
-    error = float((actual - reference).double().square().mean())
-    return 10 * math.log10(255**2 / error) if error else math.inf
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _msssim(purpose: str) -> ModuleType:

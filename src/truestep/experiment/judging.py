@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from truestep.comparison.matching import compare_tensors
-from truestep.experiment.frames import frame_scores
 from truestep.experiment.records import Sameness
+from truestep.measure.frames import frame_scores
 from truestep.noise import NoiseFloor
 from truestep.recording.names import FINALS
 from truestep.verdict import Comparison, Row, Verdict

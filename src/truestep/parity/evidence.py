@@ -116,8 +116,8 @@ class Frames(Record):
     """Decoded frames of both sides; the worst of all samples.
 
     Attributes:
-        ssim: Mean over the frames of one video; 1 is equal. See `truestep.gates.ssim`.
-        psnr_db: Of values in [-1, 1]; infinite where both are equal.
+        ssim: Mean over the frames of one video; 1 is equal. See `truestep.measure.frames`.
+        psnr_db: At 8 bits, as that of every other result; infinite where both show the same.
         largest: Largest difference of one value, in [0, 2].
         count: Frames of one video.
     """

@@ -5,17 +5,13 @@ The verdict stays with the measured noise floor; these say how far apart the vid
 
 from __future__ import annotations
 
-import math
-from importlib.util import find_spec
-
 import torch
 
 from truestep.comparison.media import frame_media
+from truestep.measure.frames import WINDOW, psnr, ssim
 from truestep.parity.evidence import Frames
 from truestep.parity.sides import Tensors
 from truestep.verdict import Comparison
-
-_SSIM_SIDE = 11
 
 
 def with_frames(
@@ -49,18 +45,13 @@ def with_frames(
 def frames_of(actual: torch.Tensor, reference: torch.Tensor) -> Frames:
     """PSNR, SSIM and largest difference of two videos `b 3 f h w` in [-1, 1].
 
-    SSIM is left out where pytorch-msssim is not installed or a side has fewer than 11 pixels.
+    SSIM is left out where a side has fewer than 11 pixels.
     """
-    difference = (actual.double() - reference.double()).abs()
-    error = float(difference.square().mean())
-    psnr = math.inf if error == 0 else 10 * math.log10(4 / error)  # the range [-1, 1], squared
-    value = None
-    if find_spec("pytorch_msssim") and min(reference.shape[-2:]) >= _SSIM_SIDE:
-        from truestep.gates import ssim
-
-        value = ssim(actual, reference)
     return Frames(
-        ssim=value, psnr_db=psnr, largest=float(difference.max()), count=reference.shape[2]
+        ssim=ssim(actual, reference) if min(reference.shape[-2:]) >= WINDOW else None,
+        psnr_db=psnr(actual, reference),
+        largest=float((actual.double() - reference.double()).abs().max()),
+        count=reference.shape[2],
     )
 
 

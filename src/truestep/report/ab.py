@@ -115,7 +115,7 @@ def _remarks(result: CellResult) -> tuple[str, ...]:
 
 def legend(experiment: Experiment) -> tuple[str, ...]:
     """How to read the table."""
-    from truestep.experiment.frames import CONVENTION
+    from truestep.measure.frames import CONVENTION
 
     plan = experiment.plan
     rounds = [result.speed.rounds for result in experiment.cells if result.speed]

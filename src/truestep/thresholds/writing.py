@@ -10,7 +10,7 @@ import torch
 
 from truestep.comparison.audio import sample_rate_of
 from truestep.errors import UsageError
-from truestep.gates import levels
+from truestep.measure.frames import levels
 from truestep.noise import FloorLookup, NoiseFloor, NoiseRun, RunMetrics, pair_of
 from truestep.recording.capture import Progress
 from truestep.recording.floor import variations

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from truestep.errors import UsageError
-from truestep.experiment.frames import frame_scores, ssim_frame
+from truestep.measure.frames import frame_scores, ssim_frame
 
 
 def video(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Tensors in, numbers out: distances, structure, sketches, moments, frames, sound."""
