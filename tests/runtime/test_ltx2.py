@@ -539,7 +539,7 @@ def test_a_missing_embedding_or_mask_is_a_value_error(
 
 
 def test_the_audit_finds_the_recipe_followed(prepared: tuple[Any, ...]) -> None:
-    from truestep.runtime.text import audit
+    from truestep.runtime.audit import audit
 
     findings = audit(prepared[0])
     assert [finding for finding in findings if not finding.right] == []
@@ -584,7 +584,7 @@ def not_finite(pipe: Pipeline) -> None:
 def test_the_audit_names_what_departs_from_the_recipe(
     newer: Path, ltx2_case: dict[str, Any], change: Any, wrong: set[str]
 ) -> None:
-    from truestep.runtime.text import audit
+    from truestep.runtime.audit import audit
 
     pipe = load(of_model(newer, ltx2_case))
     change(pipe)

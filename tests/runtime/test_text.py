@@ -11,8 +11,9 @@ from click.testing import CliRunner
 
 from truestep.case import Case
 from truestep.cli.app import app
+from truestep.runtime.audit import audit
 from truestep.runtime.loading import load
-from truestep.runtime.text import RECIPES, audit
+from truestep.runtime.text import RECIPES
 
 PROMPT = "a red three moving left"
 

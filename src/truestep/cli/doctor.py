@@ -139,9 +139,9 @@ def _audit(name: str, prompt: str | None, change: str | None) -> int:
     """Print what a case's text embeddings are, beside what its recipe says; 1 if they differ."""
     from truestep.case import CASE_FILE
     from truestep.cli.common import choose_cases, load_change
+    from truestep.runtime.audit import audit
     from truestep.runtime.loading import load
     from truestep.runtime.pipeline import apply_change
-    from truestep.runtime.text import audit
 
     cases = choose_cases((name,), case_file=Path(CASE_FILE), prompt=prompt, tier="default")
     apply = load_change(change)

@@ -10,13 +10,26 @@ from typing import Any, Protocol
 
 import torch
 
-from truestep import noise
 from truestep.comparison.distance import distance, distance_to_itself, is_constant, same_bits
 from truestep.comparison.modality import in_seconds, modalities, told_apart, with_modalities
 from truestep.comparison.plain import plain
 from truestep.comparison.structure import bulk, structure
 from truestep.environment import library_version
 from truestep.errors import UsageError
+from truestep.noise import (
+    EPSILON,
+    SAMPLES,
+    UNASKED,
+    Floor,
+    FloorLookup,
+    NoiseFloor,
+    analytic_floor,
+    coarser,
+    declared_pair,
+    pair_for,
+    pair_of,
+    tolerance_floor,
+)
 from truestep.recording.names import Address, address, without_modality
 from truestep.rule import SIZES, Measured, Outcome, bounded, judge, rule_of
 from truestep.verdict import (
@@ -40,7 +53,7 @@ def compare_tensors(
     actual: Mapping[str, torch.Tensor],
     reference: Mapping[str, torch.Tensor],
     *,
-    floor: noise.NoiseFloor | None = None,
+    floor: NoiseFloor | None = None,
     pair: str | None = None,
     tolerance: float | None = None,
     describe: Callable[[str], Address] = address,
@@ -140,28 +153,28 @@ class FloorOf(Protocol):
 
     def __call__(
         self, name: str, actual: torch.Tensor, reference: torch.Tensor, *, structure: bool
-    ) -> noise.Floor:
+    ) -> Floor:
         """The floor of one pair; `structure`: with tails for what is not size."""
 
 
-def floors(floor: noise.NoiseFloor | None, *, pair: str | None, tolerance: float | None) -> FloorOf:
+def floors(floor: NoiseFloor | None, *, pair: str | None, tolerance: float | None) -> FloorOf:
     """What judges the tensors of one check; see `compare_tensors`."""
-    declared = pair or noise.declared_pair(floor)
-    lookups: dict[str, noise.FloorLookup] = {}
+    declared = pair or declared_pair(floor)
+    lookups: dict[str, FloorLookup] = {}
 
     def floor_of(
         name: str, actual: torch.Tensor, reference: torch.Tensor, *, structure: bool
-    ) -> noise.Floor:
+    ) -> Floor:
         own, theirs = dtype_name(actual), dtype_name(reference)
-        working = noise.pair_for(name, declared)
+        working = pair_for(name, declared)
         if tolerance is not None:
-            return noise.tolerance_floor(tolerance, pair=working or noise.pair_of(own, theirs))
+            return tolerance_floor(tolerance, pair=working or pair_of(own, theirs))
         if working not in lookups:
-            lookups[working] = noise.FloorLookup(floor, pair=working)
+            lookups[working] = FloorLookup(floor, pair=working)
         lookup = lookups[working]
         # A mean over predictions is kept in float64.
-        mean = name == noise.SAMPLES and working
-        dtype = noise.coarser(*working.split("/")) if mean else theirs
+        mean = name == SAMPLES and working
+        dtype = coarser(*working.split("/")) if mean else theirs
         found = lookup.find(name, dtype=dtype, structure=structure)
         judge = found or _analytic(own, theirs, working)
         unsteady = lookup.unsteady(name)
@@ -171,22 +184,22 @@ def floors(floor: noise.NoiseFloor | None, *, pair: str | None, tolerance: float
 
 
 @cache
-def _analytic(own: str, theirs: str, pair: str) -> noise.Floor:
+def _analytic(own: str, theirs: str, pair: str) -> Floor:
     """The analytic floor: of the declared precisions, or of the reference where there are none."""
-    if theirs not in noise.EPSILON:
-        return noise.analytic_floor(theirs, theirs)
+    if theirs not in EPSILON:
+        return analytic_floor(theirs, theirs)
     first, _, second = pair.partition("/")
-    asked = "float32" if theirs in noise.UNASKED and theirs != second else theirs
+    asked = "float32" if theirs in UNASKED and theirs != second else theirs
     if not pair:
-        return noise.analytic_floor(own, theirs, asked=asked)
-    asked = noise.coarser(asked, noise.coarser(first, second))
-    return noise.analytic_floor(first, noise.coarser(theirs, second), asked=asked)
+        return analytic_floor(own, theirs, asked=asked)
+    asked = coarser(asked, coarser(first, second))
+    return analytic_floor(first, coarser(theirs, second), asked=asked)
 
 
 def _without_rule(
     actual: torch.Tensor,
     reference: torch.Tensor,
-    floor: noise.Floor,
+    floor: Floor,
     *,
     same: bool,
     inner: bool,

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from truestep import reading
 from truestep.errors import FileFormatError
 from truestep.files import write_text
-from truestep.pairing.records import Pairing
 from truestep.pairing.rename import wildcards
 
 
-def write(pairing: Pairing, path: str | Path) -> None:
-    """Write what `Pairing.rename` says, numbers shortened to wildcards.
+def write(
+    path: str | Path,
+    renamed: Mapping[str, str],
+    several: Iterable[tuple[Sequence[str], Sequence[str]]] = (),
+) -> None:
+    """Write a rename map, numbers shortened to wildcards.
 
-    Pairs of one with several are comments: they have no single output to compare.
+    Args:
+        renamed: Modules of the actual side to those of the reference.
+        several: Names of pairs of one with several: written as comments, for they have no single
+            output to compare.
 
     Raises:
         WriteError: The file could not be written.
     """
     lines = ["# Modules of the actual side = modules of the reference.", "[rename]"]
-    rules = wildcards({a: r for a, r in pairing.rename().items() if a and r})
+    rules = wildcards({a: r for a, r in renamed.items() if a and r})
     # JSON strings are TOML strings: the same escapes.
     lines += [f"{json.dumps(actual)} = {json.dumps(rules[actual])}" for actual in rules]
-    for pair in pairing.of("module"):
-        if max(len(pair.actual), len(pair.reference)) > 1:
-            lines.append(f"# {', '.join(pair.actual)} = {', '.join(pair.reference)}")
+    lines += [f"# {', '.join(actual)} = {', '.join(reference)}" for actual, reference in several]
     write_text(path, "\n".join(lines), "the rename map")
 
 

@@ -147,7 +147,9 @@ class Pairing(Record):
         """Write the rename map as TOML; see `truestep.pairing.files`."""
         from truestep.pairing import files
 
-        files.write(self, path)
+        modules = [(pair.actual, pair.reference) for pair in self.of("module")]
+        several = [sides for sides in modules if max(map(len, sides)) > 1]
+        files.write(path, self.rename(), several)
 
     @staticmethod
     def read(path: str) -> dict[str, str]:

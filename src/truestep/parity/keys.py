@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from truestep.errors import UsageError
 from truestep.files import write_text
 
 if TYPE_CHECKING:
     import torch
 
+    from truestep.pairing.records import Pair as Solved
+
     State = Mapping[str, torch.Tensor]
+
+_MOST = 4
+"""Parts of a fused parameter whose orders are all tried."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,65 @@ def _fused(port: State, official: State, paired: set[str], taken: set[str]) -> l
 
     The solver sees both sides whole; names mean the same on both only where they are paired.
     """
-    from truestep.parity.solving import solved
-
     ours = {k: v for k, v in port.items() if v.is_floating_point()}
     theirs = {k: v for k, v in official.items() if v.is_floating_point()}
-    return solved(ours, theirs, known=(taken, paired))
+    return _solved(ours, theirs, known=(taken, paired))
+
+
+def _solved(port: State, official: State, *, known: tuple[set[str], set[str]]) -> list[Pair]:
+    """Pairs of what is left over, each with an expression that was tried and reproduces the port.
+
+    Args:
+        port, official: All parameters: the pairs that are known tell where the others belong.
+        known: Names that have a pair, of the port and of the official side.
+    """
+    from truestep.pairing.solve import pair_modules
+
+    ours, theirs = known
+    if ours >= set(port) or theirs >= set(official):
+        return []
+    try:
+        pairing = pair_modules(port, official)
+    except UsageError:
+        return []
+    return [
+        pair
+        for found in pairing.of("parameter")
+        if not (ours & set(found.actual) or theirs & set(found.reference))
+        for pair in _expressed(found, port, official)
+    ]
+
+
+def _expressed(found: Solved, port: State, official: State) -> Iterator[Pair]:
+    if len(found.actual) == len(found.reference) == 1:
+        how = relation(port[found.actual[0]], official[found.reference[0]])
+        if how:
+            yield Pair(found.reference, found.actual, how, found.text())
+    elif len(found.actual) == 1 and 1 < len(found.reference) <= _MOST:
+        target = port[found.actual[0]]
+        for order in permutations(found.reference):
+            if _same_cat([official[name] for name in order], target):
+                yield Pair(order, found.actual, "cat", found.text())
+                return
+    elif len(found.reference) == 1 and len(found.actual) > 1:
+        import torch
+
+        source, count = official[found.reference[0]], len(found.actual)
+        for name in found.actual:
+            for index, part in enumerate(source.chunk(count)):
+                if part.shape == port[name].shape and torch.equal(part, port[name]):
+                    how = f"chunk({count})[{index}]"
+                    yield Pair(found.reference, (name,), how, found.text())
+                    break
+
+
+def _same_cat(parts: list[torch.Tensor], target: torch.Tensor) -> bool:
+    import torch
+
+    if any(part.shape[1:] != target.shape[1:] for part in parts if part.ndim):
+        return False
+    joined = torch.cat(parts)
+    return joined.shape == target.shape and torch.equal(joined, target)
 
 
 def _by_suffix(port: State, official: State, paired: set[str], taken: set[str]) -> Iterable[Pair]:
