@@ -16,13 +16,14 @@ from truestep.cli.common import (
     case_options,
     choose_cases,
     end,
+    give,
     load_change,
     output_options,
     parse_changes,
     progress_bar,
     set_option,
 )
-from truestep.text import say, say_json
+from truestep.text import say
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -318,15 +319,14 @@ def _recover(folders: tuple[str, ...], *, json_path: str | None, report: Path | 
 def _show(
     experiment: Experiment, store: Store, *, json_path: str | None, report: Path | None
 ) -> int:
-    from truestep.files import write_text
     from truestep.report.ab import print_experiment
 
-    if json_path == "-":
-        say_json(experiment.model_dump_json(indent=2))
-        return experiment.exit_code
-    if json_path is not None:
-        write_text(json_path, experiment.model_dump_json(indent=2), "the result")
-    print_experiment(experiment, folder=str(store.folder), report=str(report) if report else None)
+    folder, name = str(store.folder), str(report) if report else None
+    give(
+        experiment,
+        json_path=json_path,
+        show=lambda: print_experiment(experiment, folder=folder, report=name),
+    )
     return experiment.exit_code
 
 

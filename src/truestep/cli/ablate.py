@@ -11,12 +11,12 @@ from truestep.cli.common import (
     case_options,
     choose_cases,
     end,
+    give,
     output_options,
     parse_changes,
     progress_bar,
     set_option,
 )
-from truestep.text import say_json
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -99,16 +99,9 @@ def _run(case: Case, reference: str | None, candidate: str | None) -> Ablation |
 def _show(
     result: Ablation | Matrix, *, json_path: str | None, output: Path | None, report: Path | None
 ) -> int:
-    from truestep.files import write_text
     from truestep.report.ablation import print_result, write_files
 
     write_files(result, output=output, report=report)
-    if json_path == "-":
-        say_json(result.model_dump_json(indent=2))
-        return result.exit_code
-    if json_path is not None:
-        write_text(json_path, result.model_dump_json(indent=2), "the result")
-    print_result(
-        result, output=str(output) if output else None, report=str(report) if report else None
-    )
+    names = {"output": str(output) if output else None, "report": str(report) if report else None}
+    give(result, json_path=json_path, show=lambda: print_result(result, **names))
     return result.exit_code

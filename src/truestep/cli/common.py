@@ -18,7 +18,7 @@ from truestep.text import say_json, visible
 
 if TYPE_CHECKING:
     from truestep.case import Case
-    from truestep.verdict import Comparison
+    from truestep.verdict import Comparison, Record
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -26,6 +26,26 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def end(code: int) -> NoReturn:
     """End the verb with an exit code. Not by SystemExit: that is how code that is not ours ends."""
     click.get_current_context().exit(code)
+
+
+def give(
+    result: Record, *, json_path: str | None, show: Callable[[], None], what: str = "the result"
+) -> None:
+    """Give a result: as JSON alone on stdout (`-`), else in words, and as JSON in a file if asked.
+
+    Args:
+        show: Prints it in words.
+        what: What the file is called where it cannot be written.
+    """
+    text = result.model_dump_json(indent=2)
+    if json_path == "-":
+        say_json(text)
+        return
+    if json_path is not None:
+        from truestep.files import write_text
+
+        write_text(json_path, text, what)
+    show()
 
 
 def case_options(function: Command) -> Command:
@@ -360,7 +380,6 @@ def finish(
 ) -> int:
     """Print comparisons, write JSON and report, and return the exit code of the worst verdict."""
     from truestep.environment import command_line
-    from truestep.files import write_text
     from truestep.report import terminal
     from truestep.verdict import Results
 
@@ -372,10 +391,6 @@ def finish(
         from truestep.report import html
 
         html.write_many(report, results.comparisons)
-    if json_path == "-":
-        say_json(results.model_dump_json(indent=2))
-        return results.exit_code
-    if json_path is not None:
-        write_text(json_path, results.model_dump_json(indent=2), "the result")
-    terminal.print_results(results, report=str(report) if report else None)
+    name = str(report) if report else None
+    give(results, json_path=json_path, show=lambda: terminal.print_results(results, report=name))
     return results.exit_code

@@ -13,7 +13,7 @@ from truestep.cli.words import asked_for
 from truestep.environment import command_line
 from truestep.errors import ProcessEndedError
 from truestep.guard import Ended
-from truestep.text import say, say_json
+from truestep.text import say
 
 _MOST_NAMES = 5
 
@@ -95,8 +95,8 @@ def _written(place: Path, since: float) -> Iterator[str]:
 
 
 def _write_json(path: str, error: ProcessEndedError) -> None:
+    from truestep.cli.common import give
     from truestep.environment import library_version
-    from truestep.files import write_text
     from truestep.verdict import Comparison, Results, Rule, Side, Verdict
 
     result = Comparison(
@@ -110,8 +110,4 @@ def _write_json(path: str, error: ProcessEndedError) -> None:
         hint=error.hint,
         repeat=command_line(),
     )
-    text = Results.of([result]).model_dump_json(indent=2)
-    if path == "-":
-        say_json(text)
-    else:
-        write_text(path, text, "the result")
+    give(Results.of([result]), json_path=path, show=lambda: None)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from truestep.cli.common import case_options, choose_cases, end, progress_bar
+from truestep.cli.common import case_options, choose_cases, end, give, progress_bar
 from truestep.cli.words import spell_out, spelled
-from truestep.text import say, say_json, visible
+from truestep.text import say, visible
 
 if TYPE_CHECKING:
     from truestep.case import Case
-    from truestep.experiment.baseline import Cohort, PerfBatch, PerfResult, PerfRun
+    from truestep.experiment.baseline import Cohort, PerfBatch, PerfResult, PerfResults, PerfRun
     from truestep.experiment.perf_importing import PerfImport
     from truestep.experiment.perf_measuring import Session
 
@@ -145,7 +145,6 @@ def show(
     """
     from truestep.environment import library_version
     from truestep.experiment.history import open_history
-    from truestep.files import write_text
     from truestep.report import trend
 
     wanted = _case_ids(name, case_file, tier)
@@ -161,16 +160,15 @@ def show(
     made = trend.build(chosen, history=str(history), tool_version=library_version("truestep") or "")
     if report is not None:
         trend.write(report, made)
-    if json_path == "-":
-        say_json(made.model_dump_json(indent=2))
-        return
-    if json_path is not None:
-        write_text(json_path, made.model_dump_json(indent=2), "the trend")
-    for line in trend.lines(made):
-        say(line)
-    say(made.sentence, colour="reset")
-    if report is not None:
-        say(f"report: {report}")
+
+    def show() -> None:
+        for line in trend.lines(made):
+            say(line)
+        say(made.sentence, colour="reset")
+        if report is not None:
+            say(f"report: {report}")
+
+    give(made, json_path=json_path, show=show, what="the trend")
 
 
 @command.command("import")
@@ -185,7 +183,6 @@ def import_(files: tuple[Path, ...], history: Path, json_path: str | None) -> No
     """
     from truestep.experiment.history import open_history
     from truestep.experiment.perf_importing import PerfImport, read_file
-    from truestep.files import write_text
     from truestep.verdict import Verdict
 
     read = [read_file(path) for path in files]
@@ -207,12 +204,7 @@ def import_(files: tuple[Path, ...], history: Path, json_path: str | None) -> No
         new=new,
         known=known,
     )
-    if json_path == "-":
-        say_json(result.model_dump_json(indent=2))
-    else:
-        if json_path is not None:
-            write_text(json_path, result.model_dump_json(indent=2), "the result")
-        _print_import(result)
+    give(result, json_path=json_path, show=lambda: _print_import(result))
     end(result.exit_code)
 
 
@@ -430,16 +422,16 @@ def _finish(results: list[PerfResult], json_path: str | None) -> int:
     """Print results and write JSON; the exit code of the worst verdict."""
     from truestep.environment import command_line
     from truestep.experiment.baseline import PerfResults
-    from truestep.files import write_text
 
     bundle = PerfResults.of(results, repeat=command_line())
     if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks for all
         return bundle.exit_code
-    if json_path == "-":
-        say_json(bundle.model_dump_json(indent=2))
-        return bundle.exit_code
-    if json_path is not None:
-        write_text(json_path, bundle.model_dump_json(indent=2), "the result")
+    give(bundle, json_path=json_path, show=lambda: _print_results(bundle))
+    return bundle.exit_code
+
+
+def _print_results(bundle: PerfResults) -> None:
+    results = bundle.results
     for result in results:
         for line in _lines(result):
             say(line)
@@ -450,7 +442,6 @@ def _finish(results: list[PerfResult], json_path: str | None) -> int:
     else:
         say(results[0].sentence, colour=_COLOURS[bundle.exit_code])
     say(f"repeat: {bundle.repeat}")
-    return bundle.exit_code
 
 
 def _lines(result: PerfResult) -> Iterator[str]:

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.common import case_options, chosen_or_recorded, end, find_reference, progress_bar
-from truestep.text import say, say_json, visible
+from truestep.cli.common import (
+    case_options,
+    chosen_or_recorded,
+    end,
+    find_reference,
+    give,
+    progress_bar,
+)
+from truestep.text import say, visible
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +63,6 @@ def command(
     truestep's own rule is always among the gates. Exit code 1 says that it let a damage live.
     """
     from truestep.environment import command_line, library_version
-    from truestep.files import write_text
     from truestep.gates import parse_gate
     from truestep.selftest import Selftests, table
 
@@ -79,11 +85,8 @@ def command(
         repeat=command_line(),
         results=tuple(results),
     )
-    if json_path == "-":
-        say_json(found.model_dump_json(indent=2))
-    else:
-        if json_path is not None:
-            write_text(json_path, found.model_dump_json(indent=2), "the result")
+
+    def show() -> None:
         for result in results:
             for line in table(result.scores):
                 say(line)
@@ -91,6 +94,8 @@ def command(
         for result in results:
             for line in textwrap.wrap(visible(result.sentence), 100, break_on_hyphens=False):
                 say(line)
+
+    give(found, json_path=json_path, show=show)
     end(1 if any(result.scores[0].survived for result in results) else 0)
 
 

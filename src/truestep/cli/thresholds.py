@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.common import choose_cases, end, find_reference, progress_bar
-from truestep.text import say, say_json, visible
+from truestep.cli.common import choose_cases, end, find_reference, give, progress_bar
+from truestep.text import say, visible
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,6 @@ def lint_command(
     builtin digits model stands in. Exit code 1 says that something was found.
     """
     from truestep.environment import command_line, library_version
-    from truestep.files import write_text
     from truestep.thresholds.file import read
     from truestep.thresholds.linting import lint
 
@@ -100,12 +99,7 @@ def lint_command(
     ).model_copy(
         update={"tool_version": library_version("truestep") or "", "repeat": command_line()}
     )
-    if json_path == "-":
-        say_json(found.model_dump_json(indent=2))
-    else:
-        if json_path is not None:
-            write_text(json_path, found.model_dump_json(indent=2), "the result")
-        _print(found)
+    give(found, json_path=json_path, show=lambda: _print(found))
     end(1 if found.findings else 0)
 
 
