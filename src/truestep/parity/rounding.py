@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from truestep.errors import FOREIGN
+from truestep.nests import flatten
 from truestep.noise import NoiseFloor, coarser, declared_pair, pair_of
 from truestep.parity.component import Loaded
-from truestep.parity.nests import flatten
 from truestep.parity.sides import Tensors, module_of
 from truestep.recording.floor import measured_run
 from truestep.recording.format import Recording

@@ -23,6 +23,7 @@ from truestep.errors import (
     surviving,
 )
 from truestep.functions import check_function, record_function
+from truestep.nests import flatten
 from truestep.parity.component import Loaded, Parity
 from truestep.parity.evidence import (
     Evidence,
@@ -39,7 +40,6 @@ from truestep.parity.evidence import (
 from truestep.parity.frames import with_frames
 from truestep.parity.locating import explained
 from truestep.parity.missing import take_imported, take_ported
-from truestep.parity.nests import flatten
 from truestep.parity.redaction import redact
 from truestep.parity.rounding import with_rounding, with_variants, working_pair
 from truestep.parity.samples import recorded_samples, samples_of

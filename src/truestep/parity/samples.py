@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from truestep.errors import UsageError
+from truestep.nests import take_apart
 from truestep.parity.component import Parity
-from truestep.parity.nests import take_apart
 from truestep.parity.sides import Tensors, bits
 from truestep.recording.format import Recording
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from truestep.errors import UsageError
+from truestep.nests import flatten
 from truestep.parity.component import Loaded
 from truestep.parity.missing import variable_prefix
-from truestep.parity.nests import flatten
 from truestep.recording.format import Recording
 
 Tensors = Mapping[str, torch.Tensor]

@@ -12,7 +12,7 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -20,6 +20,7 @@ import torch
 
 from truestep.errors import FileFormatError
 from truestep.magic import ARCHIVE, OLD_PT, PICKLE
+from truestep.nests import parts
 from truestep.recording.numpy_files import check_archive, clamped, refuse_as
 
 DEEPEST = 50
@@ -107,12 +108,7 @@ def tensors_in(value: object, prefix: str = "", *, depth: int = 0) -> Iterator[t
     if isinstance(value, torch.Tensor):
         yield prefix or "tensor", value
         return
-    items: list[tuple[str, object]] = []
-    if isinstance(value, Mapping):
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(str(index), item) for index, item in enumerate(value)]
-    for key, item in items:
+    for key, item in parts(value):
         yield from tensors_in(item, f"{prefix}.{key}" if prefix else key, depth=depth + 1)
 
 

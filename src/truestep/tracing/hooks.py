@@ -16,6 +16,7 @@ import torch
 from truestep.case import Case
 from truestep.environment import Environment, library_version
 from truestep.errors import UsageError, WriteError
+from truestep.nests import safe_fqn
 from truestep.recording.capture import Progress, recorded_settings, run_environment
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Level, Manifest
@@ -23,7 +24,6 @@ from truestep.runtime.joint import Value
 from truestep.runtime.pipeline import Branch, Pipeline, Step
 from truestep.tracing.contexts import listening, said
 from truestep.tracing.naming import Named, choose, named_modules, patterns, unwrapped
-from truestep.tracing.nests import safe_fqn
 from truestep.tracing.operators import trace_operators
 from truestep.tracing.tracer import Tracer
 from truestep.tracing.writer import Memory, Spool

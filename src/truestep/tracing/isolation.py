@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from truestep.comparison.plain import plain
+from truestep.nests import argument_leaves, leaves
 from truestep.noise import NoiseRun
 from truestep.recording.floor import math_kernel, measured_run, one_rounding
 from truestep.recording.names import module_name
 from truestep.recording.raised import converted
 from truestep.tracing.naming import ROOT, named_modules
-from truestep.tracing.nests import argument_leaves, leaves
 from truestep.tracing.partners import Names, Part, namesake
 
 Tensor = torch.Tensor

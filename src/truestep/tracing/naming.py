@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from truestep.errors import UsageError
-from truestep.tracing.nests import safe_fqn
+from truestep.nests import safe_fqn
 
 ROOT = "(root)"
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from truestep.nests import leaves, safe_fqn
 from truestep.tracing.naming import compiled
-from truestep.tracing.nests import leaves, safe_fqn
 
 if TYPE_CHECKING:
     from truestep.tracing.tracer import Tracer

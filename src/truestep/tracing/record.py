@@ -12,6 +12,7 @@ import torch
 from truestep.case import Case
 from truestep.comparison.distance import same_bits
 from truestep.errors import TruestepError, surviving
+from truestep.nests import leaves
 from truestep.randomness import own_randomness
 from truestep.recording.capture import Progress
 from truestep.recording.format import Recording
@@ -20,7 +21,6 @@ from truestep.runtime.joint import Value, each
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Apply, Observer, Pipeline, apply_change, encode, generate
 from truestep.tracing.hooks import capture, wants
-from truestep.tracing.nests import leaves
 from truestep.turns import taking_turns
 from truestep.verdict import Verdict
 

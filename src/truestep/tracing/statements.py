@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from truestep.comparison.distance import distance
 from truestep.comparison.matching import dtype_name
+from truestep.nests import leaves
 from truestep.noise import EPSILON
 from truestep.tracing.isolation import Flow, Forward, flow
 from truestep.tracing.naming import named_modules
-from truestep.tracing.nests import leaves
 from truestep.tracing.partners import Names, namesake
 
 Tensor = torch.Tensor

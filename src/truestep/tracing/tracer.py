@@ -15,13 +15,13 @@ import torch
 
 from truestep.comparison.sketch import SIZE, STEP, sketch_and_square
 from truestep.errors import WriteError
+from truestep.nests import argument_leaves, leaves
 from truestep.recording.format import bytes_of
 from truestep.recording.header import bad_name
 from truestep.recording.manifest import STATS, Level
 from truestep.recording.names import module_name
 from truestep.tracing.moments import Moments, from_device, on_device, with_square
 from truestep.tracing.naming import Named, callable_module
-from truestep.tracing.nests import argument_leaves, leaves
 from truestep.tracing.writer import Blob, Memory, Spool, storable
 
 Leaves = Iterable[tuple[str, torch.Tensor]]

@@ -1,8 +1,9 @@
-"""Every tensor in any nest of outputs, by name, and inputs taken apart and put together again."""
+"""Nests of tensors: whatever a module, a function or a file takes, returns or holds, by path."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,73 @@ import torch
 
 from truestep.errors import UsageError
 
+MAX_DEPTH = 32
+"""Nests deeper than this are cut: a structure that holds itself has no end."""
+
+_UNSAFE = re.compile(r"[./#%\x00-\x1f\x7f]")
+_UNSAFE_IN_FQN = re.compile(r"[/#%\x00-\x1f\x7f]")
+
 _PLAIN = (str, bytes, bool, type(None), torch.dtype, torch.device)
+"""What says nothing in an output: left out."""
+
+
+def leaves(value: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in a nest of tuple, list, dict, dataclass or ModelOutput.
+
+    Args:
+        value: What a module returned, or was given.
+        prefix: Path of the nest: `out` or `in`.
+
+    Yields:
+        Path and tensor: `out.0` for a tensor alone, else index, key or field, joined by dots
+        (`out.sample`, `in.0.1`). What is neither nest nor tensor is left out.
+    """
+    if isinstance(value, torch.Tensor):
+        yield f"{prefix}.0", value
+    else:
+        yield from _nested(value, prefix, 0)
+
+
+def argument_leaves(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor among a call's arguments: `in.0`, `in.hidden_states`, `in.0.1`."""
+    yield from _nested(args, "in", 0)
+    yield from _nested(kwargs, "in", 0)
+
+
+def _nested(value: Any, path: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    if depth >= MAX_DEPTH:
+        return
+    for key, part in parts(value):
+        yield from _nested(part, f"{path}.{_UNSAFE.sub(_escaped, key)}", depth + 1)
+
+
+def parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """Direct members of a nest, each with its key, field or index; nothing of what is none."""
+    if isinstance(value, Mapping):  # a ModelOutput is both: its keys leave out what is None
+        for key, part in value.items():
+            yield str(key), part
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield field.name, getattr(value, field.name, None)
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield from zip(value._fields, value, strict=True)
+    elif isinstance(value, tuple | list):
+        for index, part in enumerate(value):
+            yield str(index), part
+
+
+def safe_fqn(fqn: str) -> str:
+    """A module's name with `/`, `#`, `%` and control characters as `%2F` and the like."""
+    return _UNSAFE_IN_FQN.sub(_escaped, fqn)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"%{ord(match.group()):02X}"
 
 
 def flatten(value: Any) -> dict[str, torch.Tensor]:
@@ -24,7 +91,7 @@ def flatten(value: Any) -> dict[str, torch.Tensor]:
     Raises:
         UsageError: Something in it is none of these, or it holds no tensor at all.
     """
-    found = dict(_walk(value, "out"))
+    found = dict(_content(value, "out"))
     if not found:
         raise UsageError(
             f"the output is a {type(value).__name__} that holds no tensor",
@@ -40,7 +107,7 @@ def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _walk(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _content(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, np.ndarray):
@@ -50,19 +117,21 @@ def _walk(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, torch.as_tensor(value, dtype=torch.float64)
     elif isinstance(value, _PLAIN):
         return
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _walk(item, f"{name}.{key}")
     elif _is_sequence(value) and _all_numbers(value):
         yield name, torch.tensor([float(item) for item in value], dtype=torch.float64)
     elif _is_sequence(value):
         for index, item in enumerate(value):
-            yield from _walk(item, f"{name}.{index}")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for item in dataclasses.fields(value):
-            yield from _walk(getattr(value, item.name), f"{name}.{item.name}")
+            yield from _content(item, f"{name}.{index}")
+    elif _is_nest(value):
+        for key, item in parts(value):
+            yield from _content(item, f"{name}.{key}")
     else:
-        yield from _walk_object(value, name)
+        yield from _content_of_object(value, name)
+
+
+def _is_nest(value: Any) -> bool:
+    dataclass = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclass or isinstance(value, Mapping | tuple | list)
 
 
 def _all_numbers(value: Sequence[Any]) -> bool:
@@ -71,7 +140,7 @@ def _all_numbers(value: Sequence[Any]) -> bool:
     )
 
 
-def _walk_object(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _content_of_object(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     held = {
         key: item
         for key, item in getattr(value, "__dict__", {}).items()
@@ -108,12 +177,12 @@ def take_apart(
                     hint="make it on the CPU; the loaders' functions move it",
                 )
             tensors[name] = value
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                collect(item, f"{name}.{key}" if name else str(key))
         elif isinstance(value, (list, tuple)):
             for index, item in enumerate(value):
                 collect(item, f"{name}.{index}")
+        elif isinstance(value, Mapping):
+            for key, item in parts(value):
+                collect(item, f"{name}.{key}" if name else key)
 
     def build(value: Any, name: str, given: Mapping[str, torch.Tensor]) -> Any:
         if isinstance(value, torch.Tensor):

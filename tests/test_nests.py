@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from truestep.errors import UsageError
-from truestep.parity.nests import flatten, take_apart
+from truestep.nests import flatten, take_apart
 
 X = torch.arange(3.0)
 
