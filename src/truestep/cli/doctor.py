@@ -13,7 +13,7 @@ EXTRAS = {
     "diffusers": ("diffusers", "running models"),
     "transformers": ("diffusers", "running models"),
     "accelerate": ("diffusers", "running models"),
-    "ftfy": ("diffusers", "cleaning prompts exactly as Wan does"),
+    "ftfy": ("diffusers", "cleaning prompts exactly as the models ask"),
     "av": ("media", "writing videos"),
     "pillow": ("media", "frames in reports"),
 }

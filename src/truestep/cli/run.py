@@ -35,7 +35,7 @@ _FPS = 16
     "upsampler",
     type=click.Path(path_type=Path),
     metavar="UPSAMPLER",
-    help="Then make a second stage with this latent upsampler (LTX-2): twice the size.",
+    help="Then make a second stage with this latent upsampler: twice the size.",
 )
 @click.option(
     "--output",
@@ -81,7 +81,7 @@ def command(
 def _stages(case: Case, *, output: Path, upsampler: Path | None) -> list[Case]:
     if upsampler is None:
         return [case]
-    from truestep.runtime.ltx2.two_stage import second_stage
+    from truestep.runtime.audio_video import second_stage
 
     return [case, second_stage(case, _latent(case, output), upsampler=upsampler)]
 
@@ -123,7 +123,7 @@ def _write(path: Path, recording: Recording, case: Case, *, fps: float | None) -
     waveform = recording.get("audio/waveform")
     default: float = _FPS
     if waveform is not None:
-        from truestep.runtime.ltx2.settings import FPS
+        from truestep.runtime.audio_video import FPS
 
         default = FPS
     write_clip(

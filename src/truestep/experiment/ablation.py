@@ -30,8 +30,8 @@ from truestep.recording.capture import Capture
 from truestep.recording.format import Recording
 from truestep.recording.names import FINALS
 from truestep.recording.record import record_pipeline
+from truestep.runtime.audio_video import perturbed_blocks, wanted_passes
 from truestep.runtime.loading import load
-from truestep.runtime.ltx2.plan import perturbed_blocks, wanted_passes
 from truestep.runtime.pipeline import Pipeline, generate
 from truestep.turns import taking_turns
 from truestep.verdict import Verdict
