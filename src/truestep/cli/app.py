@@ -16,7 +16,7 @@ VERBS = {
     "calibrate": "Add benign runs to a reference's noise floor, and measure the false alarms.",
     "compare": "Compare two files of tensors: recordings, safetensors, npy, npz, pt.",
     "ab": "Time a switch against a control, and say whether the model stays the same.",
-    "ablate": "Say which difference between two references of an audio-video model matters, and how much.",
+    "ablate": "Say which difference between two audio-video references matters, and how much.",
     "perf": "Keep a history of what a case costs, and say whether it costs more now.",
     "selftest": "Damage a reference in standard ways and say which gates notice.",
     "thresholds": "Lint SGLang-Diffusion's threshold files, and write them from a measured floor.",
