@@ -203,7 +203,7 @@ def rewritten(path: Path, change: Any, *, honest: bool = True) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=3), "written by a newer truestep"),
+        (lambda m: m.update(format_version=4), "written by a newer truestep"),
         (lambda m: m.update(format_version="1"), "format version is not a number"),
         (lambda m: m.pop("format_version"), "manifest is not valid"),
         (lambda m: m.update(level="half"), "manifest is not valid"),
@@ -291,7 +291,7 @@ def test_an_edited_manifest_is_damaged(saved: Path) -> None:
 def test_a_newer_format_says_upgrade(saved: Path) -> None:
     with pytest.raises(FileFormatError) as caught:
         read_manifest(rewritten(saved, lambda m: m.update(format_version=7)))
-    assert "format 7; this truestep reads up to 2" in str(caught.value)
+    assert "format 7; this truestep reads up to 3" in str(caught.value)
     assert "pip install --upgrade truestep" in str(caught.value)
 
 

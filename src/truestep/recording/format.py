@@ -395,8 +395,9 @@ def metadata_of(manifest: Manifest) -> dict[str, str]:
     if not any(entry.call for entry in manifest.tensors):
         unused.add("call")
     exclude: Any = {"tensors": {"__all__": unused}} if unused else {}
-    if not manifest.columns:
-        exclude["columns"] = True
+    for name in ("columns", "calls"):
+        if not getattr(manifest, name):
+            exclude[name] = True
     text = manifest.model_dump_json(exclude=exclude)
     return {METADATA_KEY: text, DIGEST_KEY: manifest_digest(text)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -10,11 +10,15 @@ from pydantic import ConfigDict, Field
 from truestep.noise import NoiseFloor
 from truestep.verdict import Float, Record
 
-FORMAT_VERSION = 2
-"""The newest that is read. Written is 1, and 2 where the table is kept beside the header."""
+FORMAT_VERSION = 3
+"""The newest that is read. Written is 1; 2 where the table is kept beside the header; 3 where there
+are calls."""
 
 PACKED = 2
 """The first version that knows packed recordings: see `recording.columns`."""
+
+CALLS = 3
+"""The first version that knows calls: see `truestep.calls.recording`."""
 
 METADATA_KEY = "truestep"
 DIGEST_KEY = "truestep_digest"
@@ -51,6 +55,37 @@ class TensorEntry:
     call: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class CallEntry:
+    """One call of a component; the trees are described in `truestep.calls.values`.
+
+    `call` is its number within step and stage, `owner` the class that was called, `dtype` that of
+    its weights, `parameters` the names that arguments without one have. `written` is what arguments
+    held afterwards where the call changed them, `state` what a scheduler then held, `random` the
+    states of generators that the call moved: name of the argument (none: torch's own) and of the
+    tensor. `live`: the call has to be made for what cannot be kept.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    component: str
+    method: str
+    kind: str
+    stage: str
+    call: int
+    owner: str
+    parameters: tuple[str, ...]
+    arguments: dict[str, Any]
+    output: Any
+    dtype: str = ""
+    step: int | None = None
+    context: str | None = None
+    written: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    random: tuple[tuple[str, str], ...] = ()
+    live: bool = False
+
+
 class Implementation(Record):
     """The code and the weights that made a recording.
 
@@ -77,6 +112,9 @@ class Manifest(Record):
     settings: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, str] = Field(default_factory=dict)
     tensors: tuple[TensorEntry, ...] = ()
+    calls: tuple[CallEntry, ...] = Field(
+        default=(), description="every outermost call of a component, in order"
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="of a packed recording: column of the table to digest"
     )

@@ -1,0 +1,403 @@
+"""Run a subject with every call fed what was recorded, judged by what it gives, and answered by it.
+
+Nothing that a call gives reaches the next one, so that a difference shows where it is made: in what
+a call gives, or in the code between two calls, where what arrives is not what was recorded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from truestep.calls.arguments import Arguments, arguments_of
+from truestep.calls.boundaries import Arrival, watching
+from truestep.calls.classes import Kind
+from truestep.calls.keys import Key, Path, Side
+from truestep.calls.pairing import Match, Matches, matched
+from truestep.calls.rebuilding import (
+    CannotBuildError,
+    Swaps,
+    build,
+    laid_over,
+    ordered,
+    written_back,
+)
+from truestep.calls.record import RUN, scheduler_state, weight_dtype
+from truestep.calls.recording import STATE, WRITTEN, CallRecording, host_copy, key
+from truestep.calls.subject import Subject
+from truestep.calls.values import encode, tensors
+from truestep.comparison.distance import same_bits
+from truestep.comparison.plain import plain
+from truestep.recording.manifest import CallEntry
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is forced.
+
+    Attributes:
+        made: Which calls of models are made; all others are answered from the recording.
+        given: Changes every recorded floating-point tensor of several elements that a call is
+            given.
+        handed: The same for those that are handed on.
+        precision: That all floating-point numbers are raised to.
+        twice: Calls that are made once more on the same inputs.
+    """
+
+    made: Callable[[CallEntry], bool]
+    given: Change | None = None
+    handed: Change | None = None
+    precision: torch.dtype | None = None
+    twice: Callable[[CallEntry], bool] = lambda call: False
+
+
+@dataclass
+class Seen:
+    """One tensor of a forced run, beside the recorded one.
+
+    Attributes:
+        key: Where it is.
+        actual: A host copy; None where nothing came.
+        recorded: Name in the recording, or a number; None where nothing was recorded.
+        odd: Whether the two cannot be set against each other.
+        effect: Whether it was made from a value that could not be replaced.
+        note: What else differs about its call.
+    """
+
+    key: Key
+    actual: torch.Tensor | None
+    recorded: str | float | None
+    odd: bool = False
+    effect: bool = False
+    note: str = ""
+
+
+@dataclass
+class Forced:
+    """What a forced run showed, in the order in which it happened.
+
+    Attributes:
+        seen: Tensors.
+        again: What calls gave that were made twice, by the key's text.
+        missing: Recorded calls that did not come.
+        unexpected: Component and method of calls that were not recorded.
+        not_judged: What could not be kept, in words.
+        made: Calls of models that were made.
+    """
+
+    seen: list[Seen] = field(default_factory=list)
+    again: dict[str, torch.Tensor] = field(default_factory=dict)
+    missing: list[CallEntry] = field(default_factory=list)
+    unexpected: list[tuple[str, str]] = field(default_factory=list)
+    not_judged: list[str] = field(default_factory=list)
+    made: int = 0
+
+
+def forced(subject: Subject, reference: CallRecording, plan: Plan) -> Forced:
+    """Run a subject once on a recording.
+
+    Raises:
+        Exception: Whatever it raises; what was seen until then is lost, see `Forcing`.
+    """
+    forcing = Forcing(reference, plan)
+    return forcing.run(subject)
+
+
+class Forcing:
+    """An observer that answers every call from a recording."""
+
+    def __init__(self, reference: CallRecording, plan: Plan) -> None:
+        self.reference, self.plan = reference, plan
+        self.result = Forced()
+        self._came: Counter[tuple[str, str]] = Counter()
+        self._packages: set[str] = set()
+        self._own = False
+        self._shapes = {e.name: e.shape for e in reference.recording.manifest.tensors}
+
+    def run(self, subject: Subject) -> Forced:
+        """Run a subject once; what it raises leaves what was seen until then in `result`."""
+        parts = [*subject.components.values(), *(owner for owner, _ in subject.functions.values())]
+        self._packages = {c.__module__.partition(".")[0] for p in parts for c in type(p).__mro__}
+        self._packages -= {"builtins", "torch"}
+        with watching(subject, self, self.reference.methods):
+            output = subject.run()
+        for call in self.reference.by_method.get((RUN, RUN), ()):
+            self._came[RUN, RUN] += 1
+            self._keep(call, "out", matched(output, call.output, self._shapes.__getitem__))
+        for method, calls in self.reference.by_method.items():
+            self.result.missing += calls[self._came[method] :]
+        return self.result
+
+    def __call__(self, arrival: Arrival) -> Any:
+        """Answer a call."""
+        method = (arrival.component, arrival.method)
+        calls = self.reference.by_method.get(method, [])
+        number = self._came[method]
+        self._came[method] += 1
+        if number >= len(calls):
+            return self._unexpected(arrival)
+        call = calls[number]
+        if arrival.kind is Kind.RANDOM:
+            return self._drawn(arrival, call)
+        arguments = arguments_of(arrival, call.parameters)
+        notes, swaps = self._arguments(call, arguments)
+        answered = arrival.kind is Kind.MODEL and not (call.live or notes or self.plan.made(call))
+        if answered:
+            try:
+                return self._answer(arrival, call, arguments)
+            except CannotBuildError:
+                pass
+        return self._make(arrival, call, arguments, swaps, "; ".join(notes))
+
+    def _arguments(self, call: CallEntry, arguments: Arguments) -> tuple[list[str], Swaps]:
+        """Compare arguments; say what cannot be replaced, and what replaces the others."""
+        notes: list[str] = []
+        replaced: dict[int, torch.Tensor] = {}
+        numbers: dict[Path, float] = {}
+        for name in dict.fromkeys([*call.arguments, *arguments.values]):
+            value = arguments.values.get(name, arguments.defaults.get(name))
+            tree = call.arguments.get(name)
+            if name not in call.arguments and value is arguments.defaults.get(name):
+                continue
+            if name not in call.arguments and name in arguments.defaults:
+                tree = encode(arguments.defaults[name], _no_name)
+            matches = matched(value, tree, self._shapes.__getitem__, (name,))
+            self._keep(call, "in", matches)
+            notes += [_odd_text(match, self._shapes) for match in matches.odd]
+            notes += matches.differences
+            for match in matches.alike:
+                self._replace(call, match, replaced, numbers)
+        return notes, Swaps(replaced, numbers)
+
+    def _replace(
+        self,
+        call: CallEntry,
+        match: Match,
+        replaced: dict[int, torch.Tensor],
+        numbers: dict[Path, float],
+    ) -> None:
+        if isinstance(match.actual, torch.Tensor):
+            node = match.recorded
+            if isinstance(node, str):
+                replaced[id(match.actual)] = self._in_place_of(match.actual, node, self.plan.given)
+        elif isinstance(match.actual, float) and isinstance(match.recorded, float | int):
+            numbers[match.own or match.path] = float(match.recorded)
+
+    def _in_place_of(self, actual: torch.Tensor, name: str, change: Change | None) -> torch.Tensor:
+        """A recorded tensor for one that is there; that one itself where nothing differs.
+
+        Views of it may be kept, and its layout in memory may decide which kernel runs.
+        """
+        recorded = self.reference.recording[name]
+        changed = change is not None and recorded.is_floating_point() and recorded.numel() > 1
+        precision = self._raised(recorded)
+        if (
+            not changed
+            and precision is None
+            and same_bits(plain(actual), recorded.to(actual.device))
+        ):
+            return actual
+        value = recorded.reshape(actual.shape).to(precision or recorded.dtype, copy=True)
+        if precision is None and actual.is_floating_point() == recorded.is_floating_point():
+            value = value.to(actual.dtype)
+        if change is not None and changed:
+            value = change(value)
+        return _laid_out_as(value, actual).to(actual.device)
+
+    def _raised(self, recorded: torch.Tensor) -> torch.dtype | None:
+        precision = self.plan.precision
+        if precision is None or not recorded.is_floating_point():
+            return None
+        return precision if recorded.itemsize <= precision.itemsize else None
+
+    def _make(
+        self, arrival: Arrival, call: CallEntry, arguments: Arguments, swaps: Swaps, note: str
+    ) -> Any:
+        """Make a call on recorded inputs, and hand on what was recorded."""
+        given = {n: laid_over(v, swaps, (n,)) for n, v in arguments.values.items()}
+        args, kwargs = arguments.split(given)
+        self.result.made += arrival.kind is Kind.MODEL
+        output = arrival.proceed(*args, **kwargs)
+        state = scheduler_state(arrival)
+        again = self._second(arrival, call, args, kwargs)
+        matches = matched(output, call.output, self._shapes.__getitem__)
+        effect = bool(note)
+        self._keep(call, "out", matches, note=note, effect=effect)
+        if again is not None:
+            self._keep_again(call, again)
+        for name, tree in call.written.items():
+            if name in given:
+                inner = matched(given[name], tree, self._shapes.__getitem__, (WRITTEN, name))
+                self._keep(call, "out", inner, note=note, effect=effect)
+        self._write_back(call, arguments)
+        self._force_state(arrival, call, state, note)
+        return laid_over(output, self._handed(matches))
+
+    def _handed(self, matches: Matches) -> Swaps:
+        replaced: dict[int, torch.Tensor] = {}
+        numbers: dict[Path, float] = {}
+        for match in matches.alike:
+            if isinstance(match.actual, torch.Tensor) and isinstance(match.recorded, str):
+                replaced[id(match.actual)] = self._in_place_of(
+                    match.actual, match.recorded, self.plan.handed
+                )
+            elif isinstance(match.actual, float) and isinstance(match.recorded, float):
+                numbers[match.own or match.path] = match.recorded
+        return Swaps(replaced, numbers)
+
+    def _second(
+        self, arrival: Arrival, call: CallEntry, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return arrival.proceed(*args, **kwargs) if self.plan.twice(call) else None
+
+    def _keep_again(self, call: CallEntry, output: Any) -> None:
+        for match in matched(output, call.output, self._shapes.__getitem__).alike:
+            if isinstance(match.actual, torch.Tensor):
+                self.result.again[str(self._key(call, "out", match.path))] = host_copy(match.actual)
+
+    def _answer(self, arrival: Arrival, call: CallEntry, arguments: Arguments) -> Any:
+        """Answer a call without making it."""
+        device = _device(arrival)
+        dtype = weight_dtype(arrival.owner)
+        other = getattr(torch, dtype) if dtype and call.dtype and dtype != call.dtype else None
+
+        def fetch(name: str) -> torch.Tensor:
+            recorded = self.reference.recording[name]
+            value = recorded.to(self._raised(recorded) or recorded.dtype, copy=True)
+            if other is not None and str(recorded.dtype) == f"torch.{call.dtype}":
+                value = value.to(other)
+            change = self.plan.handed
+            if change is not None and value.is_floating_point() and value.numel() > 1:
+                value = change(value)
+            return value.to(device)
+
+        output = build(call.output, fetch, self._packages)
+        for name, tree in call.written.items():
+            if name in arguments.values:
+                written_back(arguments.values[name], build(tree, fetch, self._packages))
+        for name, stored in call.random:
+            generator = arguments.values.get(name) if name else None
+            state = self.reference.recording[stored].clone()
+            if isinstance(generator, torch.Generator):
+                generator.set_state(state)
+            elif not name:
+                torch.set_rng_state(state)
+        return output
+
+    def _write_back(self, call: CallEntry, arguments: Arguments) -> None:
+        for name, tree in call.written.items():
+            if name not in arguments.values:
+                continue
+            try:
+                written = build(tree, self._copy, self._packages)
+            except CannotBuildError:
+                continue
+            written_back(arguments.values[name], written)
+
+    def _copy(self, name: str) -> torch.Tensor:
+        return self.reference.recording[name].clone()
+
+    def _force_state(
+        self, arrival: Arrival, call: CallEntry, state: Mapping[str, Any], note: str
+    ) -> None:
+        """Compare what a scheduler holds, then make it hold what was recorded."""
+        for name, tree in call.state.items():
+            matches = matched(state.get(name), tree, self._shapes.__getitem__, (STATE, name))
+            self._keep(call, "out", matches, note=note)
+            for match in matches.alike:
+                if isinstance(match.actual, torch.Tensor) and isinstance(match.recorded, str):
+                    value = self._in_place_of(match.actual, match.recorded, None)
+                    if value is not match.actual:
+                        setattr(arrival.owner, name, value)
+            for match in matches.odd:
+                if isinstance(match.actual, torch.Tensor) and isinstance(match.recorded, str):
+                    recorded = self._copy(match.recorded)
+                    setattr(arrival.owner, name, recorded.to(match.actual.device))
+            if type(tree) is int and type(state.get(name)) is int and state[name] != tree:
+                setattr(arrival.owner, name, tree)
+
+    def _drawn(self, arrival: Arrival, call: CallEntry) -> Any:
+        """Let random numbers be drawn, so that generators move; hand on the recorded ones."""
+        output = arrival.proceed(*arrival.args, **arrival.kwargs)
+        matches = matched(output, call.output, self._shapes.__getitem__)
+        self._keep(call, "out", matches)
+        handed = laid_over(output, self._handed(matches))
+        in_place = arrival.args and arrival.args[0] is output
+        return output.copy_(handed) if in_place and handed is not output else handed
+
+    def _unexpected(self, arrival: Arrival) -> Any:
+        output = arrival.proceed(*arrival.args, **arrival.kwargs)
+        if any(tensors(encode(output, _no_name))):
+            self.result.unexpected.append((arrival.component, arrival.method))
+        return output
+
+    def _key(self, call: CallEntry, side: Side, path: Path) -> Key:
+        precision = str(self.plan.precision).removeprefix("torch.") if self.plan.precision else ""
+        return key(call, side, path, precision)
+
+    def _keep(
+        self, call: CallEntry, side: Side, matches: Matches, *, note: str = "", effect: bool = False
+    ) -> None:
+        alike = [(match, False) for match in matches.alike]
+        for match, odd in [*alike, *((match, True) for match in matches.odd)]:
+            self.result.seen.append(
+                Seen(
+                    key=self._key(call, side, match.path),
+                    actual=self._kept(match, odd),
+                    recorded=match.recorded,
+                    odd=odd,
+                    effect=effect and not odd,
+                    note=note,
+                )
+            )
+
+    def _kept(self, match: Match, odd: bool) -> torch.Tensor | None:
+        """A host copy of a tensor; the recorded one itself where no bit differs."""
+        if match.actual is None:
+            return None
+        if not isinstance(match.actual, torch.Tensor):
+            return torch.tensor(float(match.actual), dtype=torch.float64)
+        if isinstance(match.recorded, str) and not odd:
+            recorded = self.reference.recording[match.recorded]
+            actual = plain(match.actual)
+            if same_bits(actual, recorded.to(actual.device)):
+                return recorded
+        return host_copy(match.actual)
+
+
+def _no_name(path: Path, tensor: torch.Tensor) -> str:
+    return ""
+
+
+def _odd_text(match: Match, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    name = ".".join(match.path)
+    if match.actual is None:
+        return f"{name} is not given"
+    if match.recorded is None:
+        return f"{name} was not given"
+    mine = list(match.actual.shape) if isinstance(match.actual, torch.Tensor) else "a number"
+    theirs = list(shapes[match.recorded]) if isinstance(match.recorded, str) else "a number"
+    return f"{name} has shape {mine}, recorded {theirs}"
+
+
+def _laid_out_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor with its dimensions in memory in another one's order."""
+    from truestep.calls.values import memory_order
+
+    order = memory_order(like)
+    return value if order is None else ordered(value, list(order))
+
+
+def _device(arrival: Arrival) -> torch.device:
+    """Where a call's outputs belong: where its inputs are."""
+    values = [*arrival.args, *arrival.kwargs.values()]
+    given = (value.device for value in values if isinstance(value, torch.Tensor))
+    weights = arrival.owner.parameters() if isinstance(arrival.owner, torch.nn.Module) else ()
+    held = (weight.device for weight in weights if weight.device.type != "meta")
+    return next(given, next(held, torch.device("cpu")))

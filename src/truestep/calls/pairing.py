@@ -1,0 +1,138 @@
+"""Set what arrives beside what was recorded: which tensor answers to which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from truestep.calls.keys import Path, dotted
+from truestep.calls.values import Leaf, Tree, encode, leaves
+
+Shape = Callable[[str], tuple[int, ...]]
+"""Shape of a recorded tensor."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """One recorded tensor or number and what stands in its place.
+
+    Attributes:
+        path: Of the recorded one; of an extra tensor its own.
+        actual: None where nothing stands there.
+        recorded: Name of the recorded tensor, or a recorded number; None of an extra tensor.
+        own: Path in the value that arrived, where that is another.
+    """
+
+    path: Path
+    actual: torch.Tensor | float | None
+    recorded: str | float | None
+    own: Path | None = None
+
+
+@dataclass
+class Matches:
+    """How a value compares with a recorded tree.
+
+    Attributes:
+        alike: Same sizes on both sides.
+        odd: Other sizes, or on one side only.
+        differences: In words, what is no tensor and no number and differs.
+    """
+
+    alike: list[Match] = field(default_factory=list)
+    odd: list[Match] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+
+
+def matched(value: Any, recorded: Tree, shape: Shape, prefix: Path = ()) -> Matches:
+    """Compare a value with a recorded tree, leaf by leaf.
+
+    Args:
+        value: What arrived.
+        recorded: Its tree when it was recorded.
+        shape: Of recorded tensors.
+        prefix: Goes before every path.
+    """
+    arrived: list[torch.Tensor] = []
+
+    def collect(path: Path, tensor: torch.Tensor) -> str:
+        arrived.append(tensor)
+        return str(len(arrived) - 1)
+
+    actual = {
+        path: Leaf("tensor", arrived[int(leaf.value)]) if leaf.kind == "tensor" else leaf
+        for path, leaf in leaves(encode(value, collect), prefix)
+    }
+    expected = dict(leaves(recorded, prefix))
+    places = _places(actual, expected, shape)
+    result = Matches()
+    for path, leaf in expected.items():
+        own = places.get(path, path)
+        _match(result, path, own, actual.get(own), leaf, shape)
+    used = {places.get(path, path) for path in expected}
+    for path, leaf in actual.items():
+        if path not in used:
+            _extra(result, path, leaf)
+    return result
+
+
+def _places(
+    actual: Mapping[Path, Leaf], expected: Mapping[Path, Leaf], shape: Shape
+) -> dict[Path, Path]:
+    """Where tensors of a value in another container stand: in the same order, if sizes agree."""
+    mine = [path for path, leaf in actual.items() if leaf.kind == "tensor"]
+    theirs = [path for path, leaf in expected.items() if leaf.kind == "tensor"]
+    if mine == theirs or len(mine) != len(theirs):
+        return {}
+    pairs = list(zip(theirs, mine, strict=True))
+    if any(tuple(actual[m].value.shape) != shape(expected[t].value) for t, m in pairs):
+        return {}
+    return dict(pairs)
+
+
+def _match(
+    result: Matches, path: Path, own: Path, actual: Leaf | None, recorded: Leaf, shape: Shape
+) -> None:
+    numeric = ("tensor", "number")
+    if recorded.kind not in numeric or (actual is not None and actual.kind not in numeric):
+        if recorded.kind in numeric and actual is not None and actual.value is None:
+            result.odd.append(Match(path, None, recorded.value))
+        elif recorded.kind == "opaque" or (actual is not None and actual.kind == "opaque"):
+            pass  # live on both sides, and said to be not judged
+        elif actual is not None and actual.kind == "tensor":
+            result.odd.append(Match(path, actual.value, None, own))
+        elif actual is None or actual.value != recorded.value:
+            mine = "nothing" if actual is None else _text(actual.value)
+            result.differences.append(f"{dotted(path)}: {mine}, recorded {_text(recorded.value)}")
+        return
+    if actual is None:
+        if recorded.kind == "tensor":
+            result.odd.append(Match(path, None, recorded.value))
+        else:
+            result.differences.append(f"{dotted(path)}: nothing, recorded {recorded.value:g}")
+        return
+    match = Match(path, actual.value, recorded.value, own)
+    sizes = [_sizes(actual, shape), _sizes(recorded, shape)]
+    single = all(size in ((), (1,)) for size in sizes) and actual.kind != recorded.kind
+    (result.alike if sizes[0] == sizes[1] or single else result.odd).append(match)
+
+
+def _sizes(leaf: Leaf, shape: Shape) -> tuple[int, ...]:
+    if leaf.kind == "number":
+        return ()
+    return shape(leaf.value) if isinstance(leaf.value, str) else tuple(leaf.value.shape)
+
+
+def _extra(result: Matches, path: Path, leaf: Leaf) -> None:
+    if leaf.kind == "tensor":
+        result.odd.append(Match(path, leaf.value, None, path))
+    elif leaf.kind in ("number", "text") and leaf.value is not None:
+        result.differences.append(f"{dotted(path)}: {_text(leaf.value)}, not recorded")
+
+
+def _text(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,229 @@
+"""Calls in a recording: their table in the manifest, their tensors once by content."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truestep.calls.keys import Key, Side
+from truestep.calls.keys import Path as Place
+from truestep.calls.trees import check_tree
+from truestep.calls.values import Tree, renamed, tensors
+from truestep.comparison.plain import plain
+from truestep.environment import Environment, library_version
+from truestep.errors import FileFormatError
+from truestep.noise import NoiseFloor
+from truestep.recording.format import Recording, bytes_of
+from truestep.recording.header import digest
+from truestep.recording.manifest import CALLS, CallEntry, Manifest, TensorEntry
+
+STATE, WRITTEN, RANDOM_STATE = "(state)", "(written)", "(random)"
+"""First part of a path: what a scheduler holds, what a call wrote into an argument, generators."""
+
+
+@dataclass(frozen=True)
+class CallRecording:
+    """Every call of one run.
+
+    Attributes:
+        recording: Tensors and manifest.
+    """
+
+    recording: Recording
+
+    @property
+    def calls(self) -> tuple[CallEntry, ...]:
+        """The calls, in the order in which they began."""
+        return self.recording.manifest.calls
+
+    @property
+    def floor(self) -> NoiseFloor | None:
+        """The noise floor, if it was measured."""
+        return self.recording.manifest.noise_floor
+
+    @property
+    def steps(self) -> int:
+        """Number of denoise steps."""
+        return max((call.step + 1 for call in self.calls if call.step is not None), default=0)
+
+    @cached_property
+    def by_method(self) -> Mapping[tuple[str, str], list[CallEntry]]:
+        """Calls of each component and method."""
+        found: dict[tuple[str, str], list[CallEntry]] = defaultdict(list)
+        for call in self.calls:
+            found[call.component, call.method].append(call)
+        return found
+
+    @property
+    def methods(self) -> dict[str, set[str]]:
+        """Methods of each component that were called."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for component, method in self.by_method:
+            found[component].add(method)
+        return found
+
+    def with_floor(self, floor: NoiseFloor | None, notes: Iterable[str] = ()) -> CallRecording:
+        """The same calls with a noise floor."""
+        manifest = self.recording.manifest
+        update = {"noise_floor": floor, "notes": (*manifest.notes, *notes)}
+        return self.with_manifest(manifest.model_copy(update=update))
+
+    def with_manifest(
+        self, manifest: Manifest, more: Mapping[str, torch.Tensor] = {}
+    ) -> CallRecording:
+        """The same tensors, and more of them, under another manifest."""
+        kept = {name: self.recording[name] for name in self.recording}
+        return CallRecording(Recording.in_memory({**kept, **more}, manifest))
+
+    def write(self, path: str | Path) -> str:
+        """Write atomically, and say the SHA-256 of the file.
+
+        Raises:
+            WriteError: The file could not be written; an existing one is untouched.
+        """
+        return self.recording.save(path)
+
+
+def read(path: str | Path) -> CallRecording:
+    """Open a recording of calls; tensors are read when they are asked for.
+
+    Raises:
+        FileFormatError: It is unreadable, damaged or hostile, or holds no calls.
+    """
+    recording = Recording.open(path)
+    if not recording.manifest.calls:
+        raise FileFormatError("the recording holds no calls", where=str(path))
+    ranks = {entry.name: len(entry.shape) for entry in recording.manifest.tensors}
+    for call in recording.manifest.calls:
+        try:
+            for _, tree in trees_of(call):
+                check_tree(tree, ranks)
+            for _, name in call.random:
+                check_tree({"tensor": name}, ranks)
+        except ValueError as error:
+            raise FileFormatError(
+                f"a call of {call.component[:80]!r} cannot be read",
+                where=str(path),
+                measured=str(error),
+                likely="an edit by hand, or a file made to do harm",
+            ) from error
+    return CallRecording(recording)
+
+
+def trees_of(call: CallEntry) -> Iterator[tuple[Side, Tree]]:
+    """All trees of a call, those that it was given first."""
+    for tree in call.arguments.values():
+        yield "in", tree
+    yield "out", call.output
+    for tree in (*call.written.values(), *call.state.values()):
+        yield "out", tree
+
+
+def key(call: CallEntry, side: Side, path: Place, precision: str = "") -> Key:
+    """The key of a tensor of a call."""
+    return Key(
+        stage=call.stage,
+        component=call.component,
+        method=call.method,
+        call=call.call,
+        side=side,
+        path=path,
+        step=call.step,
+        precision=precision,
+    )
+
+
+def content_name(tensor: torch.Tensor) -> str:
+    """What two tensors have in common that are stored once: dtype, shape and bytes."""
+    return f"{tensor.dtype} {tuple(tensor.shape)} {digest(bytes_of(tensor))}"
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that nothing else writes to."""
+    return plain(tensor).to("cpu", copy=True).contiguous()
+
+
+def assembled(
+    calls: Sequence[CallEntry], contents: Mapping[str, torch.Tensor], settings: dict[str, Any]
+) -> CallRecording:
+    """A recording of calls whose trees name tensors by content.
+
+    Args:
+        calls: In the order in which they began.
+        contents: Content to tensor.
+        settings: Kept in the manifest.
+    """
+    stored: dict[str, str] = {}
+    table: list[TensorEntry] = []
+
+    def name_for(call: CallEntry, side: Side, prefix: Place) -> Callable[[Place, str], str]:
+        def name(path: Place, content: str) -> str:
+            if content not in stored:
+                stored[content] = str(key(call, side, (*prefix, *path)))
+                table.append(_entry(stored[content], contents[content], call, len(table)))
+            return stored[content]
+
+        return name
+
+    named = []
+    for call in calls:
+        named.append(
+            replace(
+                call,
+                arguments={
+                    argument: renamed(tree, name_for(call, "in", (argument,)))
+                    for argument, tree in call.arguments.items()
+                },
+                output=renamed(call.output, name_for(call, "out", ())),
+                written={
+                    argument: renamed(tree, name_for(call, "out", (WRITTEN, argument)))
+                    for argument, tree in call.written.items()
+                },
+                state={
+                    attribute: renamed(tree, name_for(call, "out", (STATE, attribute)))
+                    for attribute, tree in call.state.items()
+                },
+                random=tuple(
+                    (argument, name_for(call, "out", (RANDOM_STATE, argument))((), content))
+                    for argument, content in call.random
+                ),
+            )
+        )
+    manifest = Manifest(
+        format_version=CALLS,
+        tool_version=library_version("truestep") or "",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        level="full",
+        settings=settings,
+        environment=dict(Environment.current("cpu", attention=None)),
+        tensors=tuple(table),
+        calls=tuple(named),
+        forwards=sum(call.kind == "model" for call in named),
+    )
+    tensors = {name: contents[content] for content, name in stored.items()}
+    return CallRecording(Recording.in_memory(tensors, manifest))
+
+
+def _entry(name: str, tensor: torch.Tensor, call: CallEntry, order: int) -> TensorEntry:
+    return TensorEntry(
+        name=name,
+        kind=call.stage,
+        order=order,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        digest="",
+        step=call.step,
+        branch=call.context,
+    )
+
+
+def holds_tensors(call: CallEntry) -> bool:
+    """Whether a call gave anything that could be judged."""
+    return any(any(tensors(tree)) for side, tree in trees_of(call) if side == "out")
