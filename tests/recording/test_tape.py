@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.counting import calls_inside
 from truestep.recording.tape import Tape, play, save
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -118,3 +119,31 @@ def test_a_tensor_elsewhere_is_said() -> None:
     with torch.no_grad(), Tape() as tape:
         torch.ones(3, device="meta") + 1
     assert tape.problem == "a tensor on meta (torch.strided)"
+
+
+def test_a_dead_tensors_place_is_another_tensors() -> None:
+    """Numbers go by where an object is, and a place is given again."""
+    with torch.no_grad(), Tape() as tape:
+        total = torch.zeros(8)
+        for factor in range(200):
+            total = total + X[0] * factor  # the product dies here
+    content = {"operations": tape.operations, "outside": tape.outside, "outputs": {}}
+    number = tape.number(total)
+    assert number is not None
+    assert torch.equal(play({**content, "outputs": {"out": number}})["out"], total)
+
+
+def test_what_an_operation_costs_does_not_grow_with_the_tape() -> None:
+    """Changes in place look for what shares their memory: once among all would be quadratic."""
+    inputs = [torch.full((2,), float(at)) for at in range(400)]
+
+    def run(count: int) -> int:
+        def changed() -> None:
+            with torch.no_grad(), Tape():
+                for tensor in inputs[:count]:
+                    (tensor + 1).add_(1)
+
+        return calls_inside(changed, "truestep")
+
+    run(10)
+    assert run(400) <= 40 * run(10)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 IDLE_S = 60.0
 """A process that plays tapes ends after so long without one."""
@@ -54,7 +53,8 @@ class Tape(TorchDispatchMode):
         self.operations: list[Operation] = []
         self.outside: dict[int, torch.Tensor] = {}
         self.problem = ""
-        self._numbers = WeakIdKeyDictionary()
+        self._numbers: dict[int, tuple[int, Any]] = {}  # by id; with what tells that it is gone
+        self._stored: dict[int, list[int]] = {}  # numbers of `outside` by where their memory is
         self._count = 0
 
     def __torch_dispatch__(
@@ -65,26 +65,25 @@ class Tape(TorchDispatchMode):
         name, mutable, draws = _traits(func)
         seed = self._seed(kwargs) if draws else None
         encoded = [self._encoded(value) for value in args]
-        named = {key: self._encoded(value) for key, value in kwargs.items()}
+        named = {key: self._encoded(value) for key, value in kwargs.items()} if kwargs else {}
         if mutable:
             self._keep_before(func, args, kwargs)
         made = func(*args, **kwargs)
-        tensors = _flat(made)
-        if mutable or any(isinstance(value, torch.Tensor) for value in tensors):
-            results = [
-                self._number(value) if isinstance(value, torch.Tensor) else -1 for value in tensors
-            ]
+        results = [
+            self._number(value) if isinstance(value, torch.Tensor) else -1 for value in _flat(made)
+        ]
+        if mutable or any(number >= 0 for number in results):
             self.operations.append(Operation(name, encoded, named, results, seed))
         return made
 
     def number(self, tensor: torch.Tensor) -> int | None:
         """Number of a tensor that an operation made; None of any other."""
-        found: int | None = self._numbers.get(tensor)
+        found = self._known(tensor)
         return None if found in self.outside else found
 
     def made_from(self, tensors: Iterable[torch.Tensor]) -> set[int]:
         """Numbers of all that operations made from these."""
-        numbers = {self._numbers.get(tensor) for tensor in tensors}
+        numbers = {self._known(tensor) for tensor in tensors}
         found: set[int] = set()
         for _, args, kwargs, results, _ in self.operations:
             mentioned = _mentioned([args, list(kwargs.values())])
@@ -96,27 +95,39 @@ class Tape(TorchDispatchMode):
         """Bytes of what came from outside."""
         return sum(t.numel() * t.itemsize for t in self.outside.values())
 
+    def _known(self, tensor: torch.Tensor) -> int | None:
+        number, place = self._numbers.get(id(tensor), _NOBODY)
+        return None if place is None or place.expired() else number
+
+    def _give(self, thing: torch.Tensor) -> int:
+        """The next number. The tensor is not kept alive; another may later have its place."""
+        number, self._count = self._count, self._count + 1
+        self._numbers[id(thing)] = number, torch._C._WeakTensorRef(thing)
+        return number
+
+    def _keep(self, number: int, tensor: torch.Tensor) -> None:
+        self.outside[number] = tensor
+        self._stored.setdefault(tensor.untyped_storage().data_ptr(), []).append(number)
+
     def _number(self, tensor: torch.Tensor) -> int:
-        found: int | None = self._numbers.get(tensor)
-        if found is None:
-            self._numbers[tensor] = found = self._count
-            self._count += 1
-            if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-                self.problem = self.problem or f"a tensor on {tensor.device.type} ({tensor.layout})"
-        return found
+        found = self._known(tensor)
+        if found is not None:
+            return found
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            self.problem = self.problem or f"a tensor on {tensor.device.type} ({tensor.layout})"
+        return self._give(tensor)
 
     def _taken(self, tensor: torch.Tensor) -> int:
         before = self._count
         number = self._number(tensor)
         if number >= before:
-            self.outside[number] = tensor.detach()
+            self._keep(number, tensor.detach())
         return number
 
     def _state(self, generator: torch.Generator) -> int:
         state = generator.get_state()
-        self._numbers[state] = number = self._count
-        self._count += 1
-        self.outside[number] = state
+        number = self._give(state)
+        self._keep(number, state)
         return number
 
     def _seed(self, kwargs: Mapping[str, Any]) -> int | None:
@@ -133,16 +144,17 @@ class Tape(TorchDispatchMode):
                     self._copy_of_storage(tensor)
 
     def _copy_of_storage(self, tensor: torch.Tensor) -> None:
-        place = tensor.untyped_storage().data_ptr()
-        same = [n for n, t in self.outside.items() if t.untyped_storage().data_ptr() == place]
+        same = self._stored.pop(tensor.untyped_storage().data_ptr(), [])
         if len(same) > 1:
             self.problem = self.problem or "tensors that share memory are changed in place"
-        for number in same[:1]:
+        for number in same:
             kept = self.outside[number]
             copy = torch.empty_strided(kept.shape, kept.stride(), dtype=kept.dtype)
-            self.outside[number] = copy.copy_(kept)
+            self._keep(number, copy.copy_(kept))
 
     def _encoded(self, value: Any) -> Any:
+        if type(value) in _AS_THEY_ARE:
+            return value
         if isinstance(value, torch.Tensor):
             return ["tensor", self._taken(value)]
         if isinstance(value, torch.Generator):
@@ -154,10 +166,15 @@ class Tape(TorchDispatchMode):
                 return [kind.__name__, str(value).removeprefix("torch.")]
         if isinstance(value, complex):
             return ["complex", value.real, value.imag]
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if isinstance(value, (int, float, str)):
             return value
         self.problem = self.problem or f"an argument of type {type(value).__name__}"
         return None
+
+
+_NOBODY: tuple[int, Any] = (-1, None)
+_AS_THEY_ARE = frozenset({type(None), bool, int, float, str})
+"""Types of arguments that are written as they are."""
 
 
 @cache
@@ -168,9 +185,9 @@ def _traits(func: Any) -> tuple[str, bool, bool]:
 
 
 def _flat(made: Any) -> list[Any]:
-    if isinstance(made, (list, tuple)):
-        return [item for part in made for item in _flat(part)]
-    return [made]
+    if not isinstance(made, (list, tuple)):
+        return [made]
+    return [item for part in made for item in _flat(part)]
 
 
 def save(tape: Tape, outputs: Mapping[str, int], path: Path, *, flags: Mapping[str, Any]) -> None:
