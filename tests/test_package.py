@@ -55,6 +55,7 @@ LAYERS = (
     "comparison.distance",
     "comparison.sketch",
     "comparison.structure",
+    "comparison.batches",
     "comparison.audio",
     "comparison.media",
     "comparison.modality",

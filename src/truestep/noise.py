@@ -334,6 +334,8 @@ class FloorLookup:
                 from below; a candidate's own has no say.
             structure: Fit the tails of structure statistics too.
         """
+        if not self._by_name:
+            return None
         key = (name if name in self._by_name else stage_key(name), dtype, structure)
         if key not in self._places:
             self._places[key] = self._find(name, dtype=dtype, structure=structure)
@@ -360,7 +362,7 @@ class FloorLookup:
 
     def unsteady(self, name: str) -> str:
         """Why the reference cannot judge a tensor, or nothing."""
-        size = self._unsteady.get(stage_key(name))
+        size = self._unsteady.get(stage_key(name)) if self._unsteady else None
         if size is None:
             return ""
         return (

@@ -54,6 +54,8 @@ class Measured:
         """
         metrics, tails = self.metrics, self.floor.tails
         found = {"rel_l2": metrics.rel_l2, "max_abs": _over(metrics.max_abs, metrics.rms_reference)}
+        if not self.structure:
+            return found
         size, gain = tails.get("rel_l2"), tails.get("gain")
         mute = (
             size is None
@@ -93,6 +95,7 @@ def judge(items: Sequence[Measured], *, rate: float = RATE) -> list[Outcome]:
     tests = [
         (item.floor.tails[name].surprise(value), at, name)
         for at, item in enumerate(items)
+        if item.floor.tails
         for name, value in item.values().items()
         if name in item.floor.tails
     ]
@@ -213,13 +216,9 @@ def _structured(statistic: Statistic) -> str:
 def _by_ratio(item: Measured) -> Outcome:
     """Size against a floor that was not measured, or a tolerance."""
     values, floor = item.values(), item.floor.used
-    ratios = {
-        "rel_l2": _over(values["rel_l2"], floor.rel_l2),
-        "max_abs": _over(values["max_abs"], floor.max_abs),
-    }
-    metric = max(ratios, key=lambda key: ratios[key])
-    ratio = ratios[metric]
-    if any(math.isnan(value) for value in ratios.values()):
+    size, peak = (_over(values[name], getattr(floor, name)) for name in SIZES)
+    metric, ratio = ("max_abs", peak) if peak > size else ("rel_l2", size)
+    if math.isnan(size) or math.isnan(peak):
         return Outcome(Verdict.INVALID, math.nan, metric, "a metric is not a number", floor)
     if ratio > floor.bound:
         return Outcome(Verdict.DRIFTED, ratio, metric, "", floor)

@@ -39,7 +39,7 @@ _ROW = 1024
 _BLOCK = 16384
 """Elements taken to float64 at once, which then stay in the L1 cache."""
 
-_SMALL = 8192
+SMALL = 8192
 """Up to this many elements float64 throughout costs less than looking whether it is needed."""
 
 _SHARED = 16
@@ -48,13 +48,13 @@ _SHARED = 16
 _SAMPLE = 4096
 """Elements that say which shift to take; a bad guess costs a second pass, not accuracy."""
 
-_SAFE_SQUARES = (1e-25, 1e30)
+SAFE_SQUARES = (1e-25, 1e30)
 """Sums of squares outside this range may have lost terms to float32 underflow or overflow."""
 
-_SAFE_SQUARES_64 = (1e-280, 1e300)
+SAFE_SQUARES_64 = (1e-280, 1e300)
 """The same for float64; beyond it both sides are scaled by 2^600 or 2^-600, which is exact."""
 
-_CANCELLATION, _CANCELLATION_64 = 0.5, 1e-6
+_CANCELLATION, CANCELLATION_64 = 0.5, 1e-6
 """Below this share of E, summed in float32 and in float64, E - X^2 / R is summed again with the
 shift that it shows, in float64."""
 
@@ -76,7 +76,7 @@ _dots = getattr(np, "vecdot", None) or (lambda x, y: np.einsum("ij,ij->i", x, y)
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Sums of one chunk, or of all.
 
     Attributes:
@@ -137,21 +137,21 @@ def distance(actual: torch.Tensor, reference: torch.Tensor) -> Metrics:
         raise ValueError("complex tensors have no order: compare real and imaginary parts")
     shape = tuple(actual.shape)
     a, r = actual.detach().reshape(-1), reference.detach().reshape(-1)
-    exact = a.numel() <= _SMALL or _needs_float64(a, r)
+    exact = a.numel() <= SMALL or _needs_float64(a, r)
     shift, terms, narrow = (0.0, 0.0, True) if exact else _guess(a, r)
     sums = _sum(a, r, exact=exact, shift=shift, narrow=narrow)
     power = _power(sums)
     if power:
         return _scaled(actual, reference, power)
     if not sums.count or not sums.difference or not sums.reference:
-        return _metrics(sums, shape)
+        return metrics_of(sums, shape)
     if not exact and _remainder(sums, terms if narrow else math.inf):
         sums = _sum(a, r, exact=True)
         exact = True
-    if _left(sums) < (_CANCELLATION_64 if exact else _CANCELLATION) * sums.residual:
+    if _left(sums) < (CANCELLATION_64 if exact else _CANCELLATION) * sums.residual:
         again = _sum(a, r, exact=True, shift=sums.shift + sums.cross / sums.reference)
-        return _metrics(sums, shape, left=_left(again), square=again.square)
-    return _metrics(sums, shape)
+        return metrics_of(sums, shape, left=_left(again), square=again.square)
+    return metrics_of(sums, shape)
 
 
 def distance_to_itself(tensor: torch.Tensor) -> Metrics:
@@ -161,10 +161,10 @@ def distance_to_itself(tensor: torch.Tensor) -> Metrics:
     values = _float64(tensor.detach().reshape(-1))
     with np.errstate(all="ignore"):
         square = float(np.dot(values, values))
-    if not _SAFE_SQUARES[0] < square < _SAFE_SQUARES[1]:  # zero, tiny, huge or not finite
+    if not SAFE_SQUARES[0] < square < SAFE_SQUARES[1]:  # zero, tiny, huge or not finite
         return distance(tensor, tensor)
-    sums = _Sums(reference=square, actual=square, peak=0.0, count=tensor.numel())
-    return _metrics(sums, tuple(tensor.shape))
+    sums = Sums(reference=square, actual=square, peak=0.0, count=tensor.numel())
+    return metrics_of(sums, tuple(tensor.shape))
 
 
 def _guess(a: torch.Tensor, r: torch.Tensor) -> tuple[float, float, bool]:
@@ -197,7 +197,7 @@ def _resolved(residual: float, reference: float, shift: float, terms: float) -> 
     return share * share + 2.0 * share / math.sqrt(terms) < _RESOLVED
 
 
-def _remainder(sums: _Sums, terms: float) -> bool:
+def _remainder(sums: Sums, terms: float) -> bool:
     """Whether float32 sums cannot carry what is asked of them.
 
     Args:
@@ -214,14 +214,14 @@ def _remainder(sums: _Sums, terms: float) -> bool:
     return math.isfinite(terms) and not _resolved(sums.residual, sums.reference, sums.shift, terms)
 
 
-def _left(sums: _Sums) -> float:
+def _left(sums: Sums) -> float:
     """E - X^2 / R: what no gain explains."""
     return max(sums.residual - sums.cross * (sums.cross / sums.reference), 0.0)
 
 
-def _power(sums: _Sums) -> int:
+def _power(sums: Sums) -> int:
     """Power of two to scale both sides by, so that their squares fit float64; 0 if they do."""
-    low, high = _SAFE_SQUARES_64
+    low, high = SAFE_SQUARES_64
     largest = max(sums.difference, sums.reference)
     if not sums.count:
         return 0
@@ -246,7 +246,7 @@ def _needs_float64(*tensors: torch.Tensor) -> bool:
 
 def _sum(
     a: torch.Tensor, r: torch.Tensor, *, exact: bool, shift: float = 0.0, narrow: bool = True
-) -> _Sums:
+) -> Sums:
     """Sum up two flat tensors, chunks in several threads where torch has several."""
     starts = range(0, a.numel(), CHUNK)
     workers = max(min(torch.get_num_threads(), len(starts) // _SHARED), 1)
@@ -261,11 +261,11 @@ def _sum(
     return _total(parts, shift)
 
 
-def _total(parts: Sequence[_Sums], shift: float) -> _Sums:
+def _total(parts: Sequence[Sums], shift: float) -> Sums:
     """One sum of all chunks, the same however they were shared."""
     if len(parts) == 1:
         return parts[0]
-    total = _Sums(shift=shift)
+    total = Sums(shift=shift)
     for name in ("residual", "cross", "reference", "product"):
         setattr(total, name, math.fsum(getattr(part, name) for part in parts))
     for name in ("count", "nonfinite_actual", "nonfinite_reference"):
@@ -282,7 +282,7 @@ def _total(parts: Sequence[_Sums], shift: float) -> _Sums:
 
 def _part(
     a: torch.Tensor, r: torch.Tensor, starts: range, exact: bool, shift: float, narrow: bool
-) -> list[_Sums]:
+) -> list[Sums]:
     """Sums of some chunks; the largest difference is located in the first that has it."""
     parts = []
     scratch = np.empty((2, CHUNK), np.float32) if not exact else np.empty((2, 0), np.float32)
@@ -301,7 +301,7 @@ def _part(
 
 def _fast(
     a: torch.Tensor, r: torch.Tensor, shift: float, narrow: bool, scratch: Array, peak: float
-) -> _Sums | None:
+) -> Sums | None:
     """Sums of a chunk in float32; None where that is not safe."""
     x, y = _float32(a), _float32(r)
     d, e = scratch[0, : len(y)], scratch[1, : len(y)]
@@ -323,7 +323,7 @@ def _fast(
             wide += x[part].astype(np.float64)
             e[part] = wide
     ee, er, rr = _dot(e, e), _dot(e, y), _dot(y, y)
-    safe_low, safe_high = _SAFE_SQUARES
+    safe_low, safe_high = SAFE_SQUARES
     if not (ee == 0.0 or safe_low < ee < safe_high) or not (rr == 0.0 or safe_low < rr < safe_high):
         return None
     if (ee == 0.0 and bool(e.any())) or (rr == 0.0 and bool(y.any())):
@@ -331,7 +331,7 @@ def _fast(
     at = 0
     if largest > peak:
         at = int(d.argmax() if high >= -low else d.argmin())
-    sums = _Sums(ee, er, rr, peak=largest, peak_at=at, count=len(y), shift=shift)
+    sums = Sums(ee, er, rr, peak=largest, peak_at=at, count=len(y), shift=shift)
     if shift and abs(1.0 + shift) < _SMALL_GAIN:
         sums.actual, sums.product = _dot(x, x), _dot(x, y)
         if not (sums.actual == 0.0 or safe_low < sums.actual < safe_high):
@@ -346,11 +346,11 @@ def _dot(x: Array, y: Array) -> float:
     return float(rows.sum(dtype=np.float64)) + float(np.dot(x[whole:], y[whole:]))
 
 
-def _exact(a: torch.Tensor, r: torch.Tensor, shift: float) -> _Sums:
+def _exact(a: torch.Tensor, r: torch.Tensor, shift: float) -> Sums:
     """Sums of a chunk in float64, leaving out and counting what is not finite."""
     whole = _whole_difference(a, r)
     x, y = _float64(a), _float64(r)
-    sums = _Sums(actual=0.0, count=len(x), shift=shift)
+    sums = Sums(actual=0.0, count=len(x), shift=shift)
     with np.errstate(all="ignore"):
         xx, yy = float(np.dot(x, x)), float(np.dot(y, y))
         if not math.isfinite(xx + yy):  # not finite, or finite and huge
@@ -396,8 +396,8 @@ def _whole_difference(a: torch.Tensor, r: torch.Tensor) -> Array | None:
     return (a.to(r.device).view(torch.int64) - r.view(torch.int64)).cpu().numpy()
 
 
-def _metrics(
-    sums: _Sums, shape: tuple[int, ...], *, left: float | None = None, square: float | None = None
+def metrics_of(
+    sums: Sums, shape: tuple[int, ...], *, left: float | None = None, square: float | None = None
 ) -> Metrics:
     """The metrics of all sums; `left` is E - X^2 / R where it was summed by itself."""
     nan = math.nan

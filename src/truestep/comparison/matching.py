@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import torch
 
+from truestep.comparison.batches import Found, is_small, measured_together
 from truestep.comparison.distance import distance, distance_to_itself, is_constant, same_bits
 from truestep.comparison.modality import in_seconds, modalities, told_apart, with_modalities
 from truestep.comparison.plain import plain
@@ -46,6 +47,8 @@ from truestep.verdict import (
 )
 
 EXACT = Rule(name="bits/1", text="every tensor agrees bit for bit")
+WINDOW = 1 << 20
+"""Elements of small tensors that are held at once, on either side."""
 NOTHING = Rule(name="none/1", text="no distance was judged: what does not agree cannot be compared")
 
 
@@ -83,26 +86,62 @@ def compare_tensors(
     floor_of = floors(floor, pair=pair, tolerance=tolerance)
     rows: list[dict[str, Any]] = []
     measured: list[Measured] = []
-    for name in [*reference, *(name for name in actual if name not in reference)]:
+    names = [*reference, *(name for name in actual if name not in reference)]
+    for window in _windows(names, actual, reference):
+        pairs = [(a, r) for _, a, r in window if a is not None and r is not None]
+        together = iter(
+            measured_together(pairs, bulk=floor is None or tolerance is not None)
+            if len(window) > 1
+            else [None] * len(pairs)
+        )
+        for name, a, r in window:
+            base = row_fields(name, a, r, describe(name))
+            if a is None or r is None:
+                rows.append({**base, **one_sided(a)})
+                continue
+            known = next(together)
+            same = known.same if known else a.shape == r.shape and same_bits(a, r)
+            used = floor_of(name, a, r, structure=not same)
+            inner = base["stage"] == "module"
+            found = _without_rule(a, r, used, same=same, inner=inner, known=known)
+            if isinstance(found, Measured):
+                measured.append(found)
+                found = {"metrics": found.metrics, "note": dtype_note(a, r)}
+            rows.append({**base, **found})
+            forget(name, actual, reference)
+    outcomes = iter(judge(measured))
+    judged = any(floor.tails for row in rows if (floor := row.get("floor")))
+    tests = sum(len(item.values()) for item in measured) if judged else 0
+    return [_judged(row, outcomes, tests=tests) for row in rows]
+
+
+_Sides = tuple[str, torch.Tensor | None, torch.Tensor | None]
+
+
+def _windows(
+    names: Sequence[str],
+    actual: Mapping[str, torch.Tensor],
+    reference: Mapping[str, torch.Tensor],
+) -> Iterator[list[_Sides]]:
+    """Both sides of every name: as many small pairs at once as may be held, any other by itself."""
+    waiting: list[_Sides] = []
+    elements = 0
+    for name in names:
         a, r = (
             None if tensor is None else plain(tensor, name)
             for tensor in (actual.get(name), reference.get(name))
         )
-        base = row_fields(name, a, r, describe(name))
-        if a is None or r is None:
-            rows.append({**base, **one_sided(a)})
-            continue
-        same = a.shape == r.shape and same_bits(a, r)
-        used = floor_of(name, a, r, structure=not same)
-        found = _without_rule(a, r, used, same=same, inner=base["stage"] == "module")
-        if isinstance(found, Measured):
-            measured.append(found)
-            found = {"metrics": found.metrics, "note": dtype_note(a, r)}
-        rows.append({**base, **found})
-        forget(name, actual, reference)
-    outcomes = iter(judge(measured))
-    tests = sum(len(item.values()) for item in measured)
-    return [_judged(row, outcomes, tests=tests) for row in rows]
+        small = a is not None and r is not None and is_small((a, r))
+        elements += r.numel() if small and r is not None else 0
+        if waiting and not (small and elements <= WINDOW):
+            yield waiting
+            waiting, elements = [], 0
+        if small:
+            waiting.append((name, a, r))
+        else:
+            yield [(name, a, r)]
+    if waiting:
+        yield waiting
 
 
 def forget(name: str, *sides: Mapping[str, torch.Tensor]) -> None:
@@ -133,12 +172,22 @@ def tensor_info(tensor: torch.Tensor | None) -> TensorInfo | None:
     """Dtype and shape of one side, if there."""
     if tensor is None:
         return None
-    return TensorInfo(dtype=dtype_name(tensor), shape=tuple(tensor.shape))
+    return _info(tensor.dtype, tensor.shape)
+
+
+@lru_cache(maxsize=4096)
+def _info(dtype: torch.dtype, shape: torch.Size) -> TensorInfo:
+    return TensorInfo(dtype=_dtype_name(dtype), shape=tuple(shape))
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
     """`float32` for torch.float32."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return _dtype_name(tensor.dtype)
+
+
+@cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def one_sided(actual: torch.Tensor | None) -> dict[str, Any]:
@@ -203,11 +252,12 @@ def _without_rule(
     *,
     same: bool,
     inner: bool,
+    known: Found | None = None,
 ) -> dict[str, Any] | Measured:
     """What needs no rule to be judged, or the measured pair for the rule.
 
     Inside of a model (`inner`) two tensors that hold one value everywhere are judged by it: the
-    timestep of every sample is such.
+    timestep of every sample is such. `known` is what was measured already.
     """
     if actual.shape != reference.shape:
         return {"verdict": Verdict.INCOMPARABLE, "note": shape_note(actual, reference)}
@@ -215,15 +265,17 @@ def _without_rule(
         return {"verdict": Verdict.INVALID, "note": "empty: there is nothing to compare"}
     if actual.is_complex() or reference.is_complex():
         return {"verdict": Verdict.INVALID, "note": "complex tensors cannot be judged"}
-    metrics = distance_to_itself(reference) if same else distance(actual, reference)
+    if known:
+        metrics = known.metrics
+    else:
+        metrics = distance_to_itself(reference) if same else distance(actual, reference)
     found: dict[str, Any] = {"metrics": metrics, "floor": floor}
     if metrics.nonfinite_actual or metrics.nonfinite_reference:
         return {**found, "verdict": Verdict.INVALID, "note": nonfinite_note(metrics)}
     if same:
         return {**found, "verdict": Verdict.IDENTICAL, "ratio": 0.0, "ratio_metric": "rel_l2"}
-    constant = [
-        side for side, t in (("actual", actual), ("reference", reference)) if is_constant(t)
-    ]
+    flags = known.constant if known else (is_constant(actual), is_constant(reference))
+    constant = [side for side, flag in zip(("actual", "reference"), flags, strict=True) if flag]
     equal = metrics.max_abs == 0.0  # in two dtypes
     if constant and not ((inner or equal) and one_value(actual) and one_value(reference)):
         value = (actual if constant[0] == "actual" else reference).reshape(-1)[0].item()
@@ -231,8 +283,11 @@ def _without_rule(
         return {**found, "verdict": Verdict.INVALID, "note": text}
     if len(floor.tails) > len(SIZES):
         tested = structure(actual, reference)
+    elif floor.tails:
+        tested = {}
     else:
-        tested = {} if floor.tails else bulk(actual, reference)
+        small = known.bulk if known else None
+        tested = bulk(actual, reference) if small is None else dict(small)
     return Measured(metrics, floor, tested)
 
 

@@ -103,10 +103,15 @@ def bulk(actual: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
         a, r = a[size <= most] / most, r[size <= most] / most
         e = a - r
         ee, er, rr, aa = (float(np.dot(x, y)) for x, y in ((e, e), (e, r), (r, r), (a, a)))
+    return bulk_of(ee, er, rr, aa, r.size)
+
+
+def bulk_of(ee: float, er: float, rr: float, aa: float, count: int) -> dict[str, float]:
+    """`bulk` from its sums over the elements that are small, residual e, reference r, actual a."""
     if not math.isfinite(ee + aa):
         return {"bulk": math.inf}
     found = {"bulk": math.sqrt(ee / rr)}
-    if r.size >= BULK_LEAST and ee and _beyond_noise(ee, er, rr, aa, r.size):
+    if count >= BULK_LEAST and ee and _beyond_noise(ee, er, rr, aa, count):
         found["bulk_gain"] = 1.0 + er / rr
     return found
 

@@ -102,7 +102,7 @@ class Tape(TorchDispatchMode):
     def _give(self, thing: torch.Tensor) -> int:
         """The next number. The tensor is not kept alive; another may later have its place."""
         number, self._count = self._count, self._count + 1
-        self._numbers[id(thing)] = number, torch._C._WeakTensorRef(thing)
+        self._numbers[id(thing)] = number, torch._C._WeakTensorRef(thing)  # type: ignore[attr-defined]
         return number
 
     def _keep(self, number: int, tensor: torch.Tensor) -> None:
