@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.calls.conftest import Tiny
-from truestep.calls.forcing import Forced, Forcing, Plan
+from truestep.calls.forcing import Forcing
 from truestep.calls.record import record
 from truestep.calls.recording import CallRecording, read
+from truestep.calls.seen import Forced, Plan
 from truestep.comparison.distance import same_bits
 
 

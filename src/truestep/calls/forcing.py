@@ -7,8 +7,8 @@ a call gives, or in the code between two calls, where what arrives is not what w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,93 +20,22 @@ from truestep.calls.keys import Key, Path, Side
 from truestep.calls.pairing import Match, Matches, matched
 from truestep.calls.rebuilding import (
     CannotBuildError,
+    Fetch,
     Swaps,
     build,
+    laid_out_as,
     laid_over,
-    ordered,
     written_back,
 )
-from truestep.calls.record import RUN, scheduler_state, weight_dtype
+from truestep.calls.recorder import RUN, scheduler_state, weight_dtype
 from truestep.calls.recording import STATE, WRITTEN, CallRecording, host_copy, key
+from truestep.calls.seen import Change, Forced, Plan, Seen
 from truestep.calls.subject import Subject
 from truestep.calls.values import encode, tensors
 from truestep.comparison.distance import same_bits
 from truestep.comparison.plain import plain
+from truestep.errors import FOREIGN, TruestepError, one_line
 from truestep.recording.manifest import CallEntry
-
-Change = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a run is forced.
-
-    Attributes:
-        made: Which calls of models are made; all others are answered from the recording.
-        given: Changes every recorded floating-point tensor of several elements that a call is
-            given.
-        handed: The same for those that are handed on.
-        precision: That all floating-point numbers are raised to.
-        twice: Calls that are made once more on the same inputs.
-    """
-
-    made: Callable[[CallEntry], bool]
-    given: Change | None = None
-    handed: Change | None = None
-    precision: torch.dtype | None = None
-    twice: Callable[[CallEntry], bool] = lambda call: False
-
-
-@dataclass
-class Seen:
-    """One tensor of a forced run, beside the recorded one.
-
-    Attributes:
-        key: Where it is.
-        actual: A host copy; None where nothing came.
-        recorded: Name in the recording, or a number; None where nothing was recorded.
-        odd: Whether the two cannot be set against each other.
-        effect: Whether it was made from a value that could not be replaced.
-        note: What else differs about its call.
-    """
-
-    key: Key
-    actual: torch.Tensor | None
-    recorded: str | float | None
-    odd: bool = False
-    effect: bool = False
-    note: str = ""
-
-
-@dataclass
-class Forced:
-    """What a forced run showed, in the order in which it happened.
-
-    Attributes:
-        seen: Tensors.
-        again: What calls gave that were made twice, by the key's text.
-        missing: Recorded calls that did not come.
-        unexpected: Component and method of calls that were not recorded.
-        not_judged: What could not be kept, in words.
-        made: Calls of models that were made.
-    """
-
-    seen: list[Seen] = field(default_factory=list)
-    again: dict[str, torch.Tensor] = field(default_factory=dict)
-    missing: list[CallEntry] = field(default_factory=list)
-    unexpected: list[tuple[str, str]] = field(default_factory=list)
-    not_judged: list[str] = field(default_factory=list)
-    made: int = 0
-
-
-def forced(subject: Subject, reference: CallRecording, plan: Plan) -> Forced:
-    """Run a subject once on a recording.
-
-    Raises:
-        Exception: Whatever it raises; what was seen until then is lost, see `Forcing`.
-    """
-    forcing = Forcing(reference, plan)
-    return forcing.run(subject)
 
 
 class Forcing:
@@ -117,19 +46,28 @@ class Forcing:
         self.result = Forced()
         self._came: Counter[tuple[str, str]] = Counter()
         self._packages: set[str] = set()
-        self._own = False
+        self._last: Arrival | None = None
+        self._with_own: set[int] = set()
         self._shapes = {e.name: e.shape for e in reference.recording.manifest.tensors}
 
     def run(self, subject: Subject) -> Forced:
-        """Run a subject once; what it raises leaves what was seen until then in `result`."""
+        """Run a subject once; what it raises is part of what it shows."""
         parts = [*subject.components.values(), *(owner for owner, _ in subject.functions.values())]
         self._packages = {c.__module__.partition(".")[0] for p in parts for c in type(p).__mro__}
         self._packages -= {"builtins", "torch"}
-        with watching(subject, self, self.reference.methods):
-            output = subject.run()
-        for call in self.reference.by_method.get((RUN, RUN), ()):
-            self._came[RUN, RUN] += 1
-            self._keep(call, "out", matched(output, call.output, self._shapes.__getitem__))
+        try:
+            with watching(subject, self, self.reference.methods):
+                output = subject.run()
+        except TruestepError:
+            raise
+        except FOREIGN as error:  # whatever a candidate raises is its outcome
+            last = self._last
+            after = f", after {last.component}.{last.method} was called" if last else ""
+            self.result.raised = f"raised {one_line(error)}{after}"
+        else:
+            for call in self.reference.by_method.get((RUN, RUN), ()):
+                self._came[RUN, RUN] += 1
+                self._keep(call, "out", matched(output, call.output, self._shapes.__getitem__))
         for method, calls in self.reference.by_method.items():
             self.result.missing += calls[self._came[method] :]
         return self.result
@@ -140,6 +78,7 @@ class Forcing:
         calls = self.reference.by_method.get(method, [])
         number = self._came[method]
         self._came[method] += 1
+        self._last = arrival
         if number >= len(calls):
             return self._unexpected(arrival)
         call = calls[number]
@@ -147,13 +86,15 @@ class Forcing:
             return self._drawn(arrival, call)
         arguments = arguments_of(arrival, call.parameters)
         notes, swaps = self._arguments(call, arguments)
-        answered = arrival.kind is Kind.MODEL and not (call.live or notes or self.plan.made(call))
-        if answered:
-            try:
+        if arrival.kind is Kind.MODEL and not (call.live or notes or self.plan.made(call)):
+            with suppress(CannotBuildError):
                 return self._answer(arrival, call, arguments)
-            except CannotBuildError:
-                pass
-        return self._make(arrival, call, arguments, swaps, "; ".join(notes))
+        output = self._make(arrival, call, arguments, swaps, "; ".join(notes))
+        self._with_own |= {id(call)} if notes else set()
+        earlier = self.plan.again.get((*method, number))
+        if earlier is not None and id(earlier) not in self._with_own:
+            self._make_again(arrival, earlier, arguments)
+        return output
 
     def _arguments(self, call: CallEntry, arguments: Arguments) -> tuple[list[str], Swaps]:
         """Compare arguments; say what cannot be replaced, and what replaces the others."""
@@ -170,7 +111,8 @@ class Forcing:
             matches = matched(value, tree, self._shapes.__getitem__, (name,))
             self._keep(call, "in", matches)
             notes += [_odd_text(match, self._shapes) for match in matches.odd]
-            notes += matches.differences
+            notes += [text for _, text in matches.differences]
+            self._keep_words(call, matches)
             for match in matches.alike:
                 self._replace(call, match, replaced, numbers)
         return notes, Swaps(replaced, numbers)
@@ -195,20 +137,15 @@ class Forcing:
         Views of it may be kept, and its layout in memory may decide which kernel runs.
         """
         recorded = self.reference.recording[name]
-        changed = change is not None and recorded.is_floating_point() and recorded.numel() > 1
         precision = self._raised(recorded)
-        if (
-            not changed
-            and precision is None
-            and same_bits(plain(actual), recorded.to(actual.device))
-        ):
+        same = change is None and precision is None
+        if same and same_bits(plain(actual), recorded.to(actual.device)):
             return actual
         value = recorded.reshape(actual.shape).to(precision or recorded.dtype, copy=True)
         if precision is None and actual.is_floating_point() == recorded.is_floating_point():
             value = value.to(actual.dtype)
-        if change is not None and changed:
-            value = change(value)
-        return _laid_out_as(value, actual).to(actual.device)
+        value = value if change is None else change(value)
+        return laid_out_as(value, actual).to(actual.device)
 
     def _raised(self, recorded: torch.Tensor) -> torch.dtype | None:
         precision = self.plan.precision
@@ -225,12 +162,9 @@ class Forcing:
         self.result.made += arrival.kind is Kind.MODEL
         output = arrival.proceed(*args, **kwargs)
         state = scheduler_state(arrival)
-        again = self._second(arrival, call, args, kwargs)
         matches = matched(output, call.output, self._shapes.__getitem__)
         effect = bool(note)
         self._keep(call, "out", matches, note=note, effect=effect)
-        if again is not None:
-            self._keep_again(call, again)
         for name, tree in call.written.items():
             if name in given:
                 inner = matched(given[name], tree, self._shapes.__getitem__, (WRITTEN, name))
@@ -251,18 +185,21 @@ class Forcing:
                 numbers[match.own or match.path] = match.recorded
         return Swaps(replaced, numbers)
 
-    def _second(
-        self, arrival: Arrival, call: CallEntry, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        return arrival.proceed(*args, **kwargs) if self.plan.twice(call) else None
-
-    def _keep_again(self, call: CallEntry, output: Any) -> None:
+    def _make_again(self, arrival: Arrival, call: CallEntry, arguments: Arguments) -> None:
+        """Make an earlier call once more, with what cannot be built taken from the present one."""
+        given = dict(arguments.values)
+        fetch = self._fetch(arrival, call, self.plan.given)
+        for name, tree in call.arguments.items():
+            with suppress(CannotBuildError):
+                given[name] = build(tree, fetch, self._packages)
+        args, kwargs = arguments.split(given)
+        output = arrival.proceed(*args, **kwargs)
         for match in matched(output, call.output, self._shapes.__getitem__).alike:
             if isinstance(match.actual, torch.Tensor):
                 self.result.again[str(self._key(call, "out", match.path))] = host_copy(match.actual)
 
-    def _answer(self, arrival: Arrival, call: CallEntry, arguments: Arguments) -> Any:
-        """Answer a call without making it."""
+    def _fetch(self, arrival: Arrival, call: CallEntry, change: Change | None) -> Fetch:
+        """What gets recorded tensors for a call: where it computes, and in its dtype."""
         device = _device(arrival)
         dtype = weight_dtype(arrival.owner)
         other = getattr(torch, dtype) if dtype and call.dtype and dtype != call.dtype else None
@@ -272,11 +209,13 @@ class Forcing:
             value = recorded.to(self._raised(recorded) or recorded.dtype, copy=True)
             if other is not None and str(recorded.dtype) == f"torch.{call.dtype}":
                 value = value.to(other)
-            change = self.plan.handed
-            if change is not None and value.is_floating_point() and value.numel() > 1:
-                value = change(value)
-            return value.to(device)
+            return (value if change is None else change(value)).to(device)
 
+        return fetch
+
+    def _answer(self, arrival: Arrival, call: CallEntry, arguments: Arguments) -> Any:
+        """Answer a call without making it."""
+        fetch = self._fetch(arrival, call, self.plan.handed)
         output = build(call.output, fetch, self._packages)
         for name, tree in call.written.items():
             if name in arguments.values:
@@ -294,11 +233,8 @@ class Forcing:
         for name, tree in call.written.items():
             if name not in arguments.values:
                 continue
-            try:
-                written = build(tree, self._copy, self._packages)
-            except CannotBuildError:
-                continue
-            written_back(arguments.values[name], written)
+            with suppress(CannotBuildError):
+                written_back(arguments.values[name], build(tree, self._copy, self._packages))
 
     def _copy(self, name: str) -> torch.Tensor:
         return self.reference.recording[name].clone()
@@ -338,8 +274,12 @@ class Forcing:
         return output
 
     def _key(self, call: CallEntry, side: Side, path: Path) -> Key:
-        precision = str(self.plan.precision).removeprefix("torch.") if self.plan.precision else ""
-        return key(call, side, path, precision)
+        return key(call, side, path, self.plan.raised)
+
+    def _keep_words(self, call: CallEntry, matches: Matches) -> None:
+        for path, text in matches.differences:
+            place = self._key(call, "in", path)
+            self.result.seen.append(Seen(place, call.context, None, None, odd="words", note=text))
 
     def _keep(
         self, call: CallEntry, side: Side, matches: Matches, *, note: str = "", effect: bool = False
@@ -349,11 +289,12 @@ class Forcing:
             self.result.seen.append(
                 Seen(
                     key=self._key(call, side, match.path),
+                    context=call.context,
                     actual=self._kept(match, odd),
                     recorded=match.recorded,
-                    odd=odd,
+                    odd="shape" if odd else "",
                     effect=effect and not odd,
-                    note=note,
+                    note=_odd_text(match, self._shapes) if odd else note,
                 )
             )
 
@@ -384,14 +325,6 @@ def _odd_text(match: Match, shapes: Mapping[str, tuple[int, ...]]) -> str:
     mine = list(match.actual.shape) if isinstance(match.actual, torch.Tensor) else "a number"
     theirs = list(shapes[match.recorded]) if isinstance(match.recorded, str) else "a number"
     return f"{name} has shape {mine}, recorded {theirs}"
-
-
-def _laid_out_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A tensor with its dimensions in memory in another one's order."""
-    from truestep.calls.values import memory_order
-
-    order = memory_order(like)
-    return value if order is None else ordered(value, list(order))
 
 
 def _device(arrival: Arrival) -> torch.device:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from truestep.calls.keys import Path, dotted
-from truestep.calls.values import Leaf, Tree, encode, leaves
+from truestep.calls.values import GENERATOR, Leaf, Tree, encode, leaves
 
 Shape = Callable[[str], tuple[int, ...]]
 """Shape of a recorded tensor."""
@@ -39,12 +39,12 @@ class Matches:
     Attributes:
         alike: Same sizes on both sides.
         odd: Other sizes, or on one side only.
-        differences: In words, what is no tensor and no number and differs.
+        differences: What is no tensor and differs: where, and in words.
     """
 
     alike: list[Match] = field(default_factory=list)
     odd: list[Match] = field(default_factory=list)
-    differences: list[str] = field(default_factory=list)
+    differences: list[tuple[Path, str]] = field(default_factory=list)
 
 
 def matched(value: Any, recorded: Tree, shape: Shape, prefix: Path = ()) -> Matches:
@@ -104,15 +104,19 @@ def _match(
             pass  # live on both sides, and said to be not judged
         elif actual is not None and actual.kind == "tensor":
             result.odd.append(Match(path, actual.value, None, own))
+        elif {GENERATOR, None} == {recorded.value, actual.value if actual else None}:
+            pass  # what is drawn by it is compared where it is drawn
         elif actual is None or actual.value != recorded.value:
             mine = "nothing" if actual is None else _text(actual.value)
-            result.differences.append(f"{dotted(path)}: {mine}, recorded {_text(recorded.value)}")
+            text = f"{dotted(path)}: {mine}, recorded {_text(recorded.value)}"
+            result.differences.append((path, text))
         return
     if actual is None:
         if recorded.kind == "tensor":
             result.odd.append(Match(path, None, recorded.value))
         else:
-            result.differences.append(f"{dotted(path)}: nothing, recorded {recorded.value:g}")
+            text = f"{dotted(path)}: nothing, recorded {recorded.value:g}"
+            result.differences.append((path, text))
         return
     match = Match(path, actual.value, recorded.value, own)
     sizes = [_sizes(actual, shape), _sizes(recorded, shape)]
@@ -130,7 +134,7 @@ def _extra(result: Matches, path: Path, leaf: Leaf) -> None:
     if leaf.kind == "tensor":
         result.odd.append(Match(path, leaf.value, None, path))
     elif leaf.kind in ("number", "text") and leaf.value is not None:
-        result.differences.append(f"{dotted(path)}: {_text(leaf.value)}, not recorded")
+        result.differences.append((path, f"{dotted(path)}: {_text(leaf.value)}, not recorded"))
 
 
 def _text(value: Any) -> str:

@@ -17,6 +17,7 @@ from truestep.calls.values import (
     Tree,
     dict_names,
     fields_of,
+    memory_order,
     object_kind,
     qualified,
 )
@@ -68,6 +69,12 @@ def ordered(tensor: torch.Tensor, order: list[int] | None) -> torch.Tensor:
         return tensor
     back = sorted(range(len(order)), key=order.__getitem__)
     return tensor.permute(order).contiguous().permute(back)
+
+
+def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor with its dimensions in memory in another one's order."""
+    order = memory_order(like)
+    return tensor if order is None else ordered(tensor, list(order))
 
 
 def _media(tree: Tree, tensor: torch.Tensor) -> Any:

@@ -1,192 +1,58 @@
-"""Record a run: every outermost call's arguments and outputs, copied as they come by."""
+"""Record a trusted subject: its calls, their raised twins, and the floor that judges others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
-
-from truestep.calls.arguments import Arguments, arguments_of
-from truestep.calls.boundaries import Arrival, watching
-from truestep.calls.classes import SET_TIMESTEPS, Kind, positional
-from truestep.calls.recording import (
-    CallRecording,
-    assembled,
-    content_name,
-    holds_tensors,
-    host_copy,
-)
-from truestep.calls.roles import Happened, roles
+from truestep.calls.benign import measure
+from truestep.calls.choosing import chosen_steps
+from truestep.calls.precision import with_raised
+from truestep.calls.recorder import recorded
+from truestep.calls.recording import CallRecording, holds_tensors, trees_of
+from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
-from truestep.calls.values import Path, Tree, encode, holds_state, opaque, qualified, tensors
-from truestep.errors import UsageError
+from truestep.calls.values import tensors
 from truestep.randomness import own_randomness
+from truestep.recording.judging import refuse_empty_content
 from truestep.recording.manifest import CallEntry
 
-RUN = "run"
-"""Component name of what the whole run returns."""
+_CONTENT = ("latent", "prediction", "update", "output")
+"""Stages whose outputs must be full of numbers for a recording to judge anything."""
 
 
 @own_randomness()
-def record(subject: Subject) -> CallRecording:
-    """Run a trusted subject once and keep its calls.
+def record(subject: Subject, *, floor: bool = True) -> CallRecording:
+    """Run a trusted subject and keep every call of its components, and the noise floor.
+
+    Args:
+        subject: See `subject_of`.
+        floor: Measure the noise floor (about eight forced runs at a few steps).
 
     Raises:
-        UsageError: It makes no call that gives a tensor, or is being watched already.
+        UsageError: It gives nothing that could be judged, something else when it is run again, or
+            is being watched already.
     """
-    recorder = Recorder()
-    with watching(subject, recorder) as watch:
-        output = subject.run()
-    recorder.keep_run(output)
-    calls = [call for call in recorder.calls if _judgeable(call, recorder.calls)]
-    if not any(holds_tensors(call) for call in calls):
-        raise UsageError(
-            "nothing was recorded: no call of a component gave a tensor",
-            where=subject.label,
-            measured=f"components: {', '.join(subject.components) or 'none'}",
-            hint="name the components that run: subject_of(function, components={...})",
-        )
-    places = roles([Happened(c.component, c.method, Kind(c.kind)) for c in calls])
-    placed = [
-        replace(call, stage=role.stage, step=role.step, call=role.call)
-        for call, role in zip(calls, places, strict=True)
-    ]
-    settings = {"label": subject.label, "elsewhere": dict(watch.elsewhere)}
-    return assembled(placed, recorder.contents, settings)
+    recording = recorded(subject)
+    _refuse_empty(recording)
+    if not floor:
+        return recording
+    steps = chosen_steps(recording)
+    notes: list[str] = []
+
+    def made(call: CallEntry) -> bool:
+        return call.step is None or call.step in steps
+
+    recording = with_raised(subject, recording, Plan(made), notes.append)
+    return recording.with_floor(measure(subject, recording, Plan(made), notes.append), notes)
 
 
-def _judgeable(call: CallEntry, calls: list[CallEntry]) -> bool:
-    """Whether any call of the same method gave a tensor: methods that only set things have none."""
-    method = (call.component, call.method)
-    return any((c.component, c.method) == method and holds_tensors(c) for c in calls)
-
-
-@dataclass
-class Recorder:
-    """An observer that makes every call and keeps what it took and gave.
-
-    Attributes:
-        calls: In the order in which they began; trees name tensors by content.
-        contents: Content to tensor.
-    """
-
-    calls: list[CallEntry] = field(default_factory=list)
-    contents: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def __call__(self, arrival: Arrival) -> Any:
-        """Make a call and keep it."""
-        place = len(self.calls)
-        drawn = arrival.kind is Kind.RANDOM
-        arguments = Arguments({}, 0, {}) if drawn else arguments_of(arrival)
-        entry = CallEntry(
-            component=arrival.component,
-            method=arrival.method,
-            kind=str(arrival.kind),
-            stage="",
-            call=0,
-            owner=qualified(type(arrival.owner)),
-            dtype=weight_dtype(arrival.owner),
-            parameters=positional(arrival.signature),
-            arguments={name: encode(v, self.keep) for name, v in arguments.values.items()},
-            output=None,
-            context=arrival.context,
-        )
-        self.calls.append(entry)  # before what is drawn inside it
-        before, states = marks(arguments), [] if drawn else [*generator_states(arguments)]
-        output = arrival.proceed(*arrival.args, **arrival.kwargs)
-        tree = encode(output, self.keep)
-        written = {
-            name: encode(arguments.values[name], self.keep)
-            for name, mark in marks(arguments).items()
-            if mark != before[name]
-        }
-        state = scheduler_state(arrival)
-        self.calls[place] = replace(
-            entry,
-            output=tree,
-            written=written,
-            state={name: encode(value, self.keep) for name, value in state.items()},
-            random=tuple(self._moved(states, arguments)),
-            live=any(opaque(tree)) or any(map(holds_state, entry.arguments.values())),
-        )
-        return output
-
-    def keep(self, path: Path, tensor: torch.Tensor) -> str:
-        """Keep a copy of a tensor, once by content."""
-        copy = host_copy(tensor)
-        name = content_name(copy)
-        self.contents.setdefault(name, copy)
-        return name
-
-    def keep_run(self, output: Any) -> None:
-        """Keep what the run returned, where that is more than what its calls gave."""
-        given = {name for call in self.calls for _, name in tensors(call.output)}
-        tree = encode(output, self.keep)
-        if all(name in given for _, name in tensors(tree)):
-            return
-        self.calls.append(
-            CallEntry(
-                component=RUN,
-                method=RUN,
-                kind=str(Kind.RUN),
-                stage="",
-                call=0,
-                owner="",
-                parameters=(),
-                arguments={},
-                output=tree,
+def _refuse_empty(recording: CallRecording) -> None:
+    for call in recording.calls:
+        if call.stage in _CONTENT and call.kind == "model" and holds_tensors(call):
+            refuse_empty_content(
+                {
+                    name: recording.recording[name]
+                    for side, tree in trees_of(call)
+                    if side == "out"
+                    for _, name in tensors(tree)
+                },
+                where=f"{call.component}.{call.method}",
             )
-        )
-
-    def _moved(
-        self, before: list[tuple[str, torch.Tensor]], arguments: Arguments
-    ) -> Iterator[tuple[str, str]]:
-        after = generator_states(arguments) if before else ()
-        for (name, old), (_, new) in zip(before, after, strict=True):
-            if not torch.equal(old, new):
-                yield name, self.keep((), new)
-
-
-def weight_dtype(owner: Any) -> str:
-    """Dtype of a module's first floating-point weight; nothing of what has none."""
-    weights = owner.parameters() if isinstance(owner, torch.nn.Module) else ()
-    dtypes = (weight.dtype for weight in weights if weight.is_floating_point())
-    return str(next(dtypes, "")).removeprefix("torch.")
-
-
-def generator_states(arguments: Arguments) -> Iterator[tuple[str, torch.Tensor]]:
-    """State of torch's own generator (no name) and of those among a call's arguments."""
-    yield "", torch.get_rng_state()
-    for name, value in arguments.values.items():
-        if isinstance(value, torch.Generator):
-            yield name, value.get_state()
-
-
-def marks(arguments: Arguments) -> dict[str, Tree]:
-    """What tells whether a call wrote into its arguments: which tensors, at which version."""
-
-    def mark(path: Path, tensor: torch.Tensor) -> str:
-        if tensor.is_inference():
-            return content_name(host_copy(tensor))
-        return f"{tensor.data_ptr()} {tensor.storage_offset()} {tensor._version}"
-
-    return {name: encode(value, mark) for name, value in arguments.values.items()}
-
-
-def scheduler_state(arrival: Arrival) -> dict[str, Any]:
-    """What a scheduler holds once its steps are set: its tensors, and how many steps there are."""
-    if arrival.kind is not Kind.SCHEDULER or arrival.method != SET_TIMESTEPS:
-        return {}
-    held = {**getattr(arrival.owner, "__dict__", {})}
-    for name in ("timesteps", "sigmas"):
-        if name not in held and hasattr(arrival.owner, name):
-            held[name] = getattr(arrival.owner, name)
-    state = {
-        name: value
-        for name, value in held.items()
-        if isinstance(value, torch.Tensor) and not name.startswith("_")
-    }
-    steps = held.get("num_inference_steps")
-    return {**state, "num_inference_steps": steps} if type(steps) is int else state

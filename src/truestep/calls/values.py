@@ -43,6 +43,9 @@ MAX_DEPTH = 24
 IMAGE_MODES = ("L", "LA", "RGB", "RGBA", "I", "F")
 """Modes of pictures that an array of numbers and the mode say all of."""
 
+GENERATOR = "a random number generator"
+"""What all generators are to a comparison: what they draw is compared where they draw it."""
+
 _TENSORS = ("tensor", "array", "image")
 _PARTS = ("list", "tuple", "dict", "size", "object")
 
@@ -224,7 +227,7 @@ def leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Leaf]]:
         for name, part in parts(tree):
             yield from leaves(part, (*path, name))
     else:
-        yield path, Leaf("text", tree if tag != "generator" else "generator")
+        yield path, Leaf("text", repr(tree) if tag != "generator" else GENERATOR)
 
 
 def parts(tree: Tree) -> Iterator[tuple[str, Tree]]:

@@ -95,14 +95,15 @@ def compare_tensors(
             else [None] * len(pairs)
         )
         for name, a, r in window:
-            base = row_fields(name, a, r, describe(name))
+            place = describe(name)
+            base = row_fields(name, a, r, place)
             if a is None or r is None:
                 rows.append({**base, **one_sided(a)})
                 continue
             known = next(together)
             same = known.same if known else a.shape == r.shape and same_bits(a, r)
             used = floor_of(name, a, r, structure=not same)
-            inner = base["stage"] == "module"
+            inner = place.inner or place.stage == "module"
             found = _without_rule(a, r, used, same=same, inner=inner, known=known)
             if isinstance(found, Measured):
                 measured.append(found)

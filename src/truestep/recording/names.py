@@ -57,7 +57,8 @@ class Address:
     """Where a tensor belongs. `step` of an update is the step that made the latent.
 
     `call` counts a module's calls inside one step and branch; `fqn` is without it. `modality` is
-    `audio` for the audio part of a joint model's tensor, else None.
+    `audio` for the audio part of a joint model's tensor, else None. What is `inner` is no output of
+    a stage: it may hold one value everywhere, as the timestep of every sample does.
     """
 
     stage: str = ""
@@ -66,6 +67,7 @@ class Address:
     fqn: str | None = None
     call: int = 0
     modality: str | None = None
+    inner: bool = False
 
 
 def address(name: str) -> Address:

@@ -1,0 +1,173 @@
+"""The noise floor of any subject: what harmless changes of a trusted one make of its calls.
+
+Each change runs the subject once, forced. What calls give then differs by their own rounding, what
+arrives at them by that of the code between. A change that a subject cannot do is named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from truestep.calls.boundaries import RANDOM
+from truestep.calls.classes import runs_compiled
+from truestep.calls.forcing import Forcing
+from truestep.calls.judging import pairs
+from truestep.calls.keys import key_of
+from truestep.calls.precision import raised, recorded_precision, working_dtype
+from truestep.calls.recording import CallRecording
+from truestep.calls.seen import Plan
+from truestep.calls.subject import Subject
+from truestep.errors import TruestepError, UsageError
+from truestep.noise import NoiseFloor, NoiseRun, pair_of
+from truestep.recording.floor import JITTERS, math_kernel, measured_run, one_rounding, thread_count
+from truestep.recording.judging import refuse_unsteady
+from truestep.recording.raised import HIGHER
+from truestep.turns import taking_turns
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Benign:
+    """One harmless change.
+
+    Attributes:
+        kind, detail: As in the noise floor.
+        plan: How the run is forced.
+        around: What is changed while it runs.
+    """
+
+    kind: str
+    detail: str
+    plan: Plan
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@taking_turns()
+def measure(subject: Subject, reference: CallRecording, plan: Plan, note: Note) -> NoiseFloor:
+    """Measure the noise floor of a recording on the subject that made it.
+
+    Args:
+        subject: The trusted subject.
+        reference: Its recording.
+        plan: Which calls of models are made.
+        note: Told which kind of change could not be made, and why.
+
+    Raises:
+        UsageError: A call gives something else when the same run is made again.
+    """
+    dtype = working_dtype(reference)
+    runs: list[NoiseRun] = []
+    for benign in changes(subject, plan, dtype, note):
+        runs += _run(subject, reference, benign, pair_of(dtype, dtype), note)
+        refuse_unsteady(runs[-1:])
+    precision = recorded_precision(reference)
+    if precision:
+        pair = pair_of(precision, precision)
+        lifted = replace(plan, precision=getattr(torch, precision), raised=precision)
+        with raised(subject, precision, lambda text: None):
+            for benign in changes(subject, lifted, precision, note)[1:]:
+                runs += _run(subject, reference, benign, pair, note)
+    return NoiseFloor(runs=tuple(runs))
+
+
+def changes(subject: Subject, plan: Plan, dtype: str, note: Note) -> list[Benign]:
+    """Every change that this machine can make to a subject, in its working precision."""
+    higher = HIGHER.get(dtype)
+    listed = [Benign("repeat", "the same run again", plan)]
+    if higher:
+        lifted = replace(plan, precision=getattr(torch, higher))
+        text = f"{dtype} against {higher}"
+        listed.append(Benign("precision", text, lifted, lambda: raised(subject, higher, note)))
+    current, cores = torch.get_num_threads(), os.cpu_count() or 1
+    listed += [
+        Benign("threads", f"{current} -> {count} threads", plan, _threads(count))
+        for count in sorted({1, min(2, cores), cores} - {current})
+    ]
+    listed.append(Benign("attention", "math kernel", plan, math_kernel))
+    return listed + jitters(subject, plan)
+
+
+def jitters(subject: Subject, plan: Plan) -> list[Benign]:
+    """One rounding on what calls are given, and on what is handed on, by several seeds."""
+    listed = []
+    for seed in range(JITTERS):
+        change = rounding(torch.Generator("cpu").manual_seed(seed))
+        moved = replace(plan, given=change, handed=change)
+        text = f"one rounding on inputs and outputs, seed {seed}"
+        listed.append(Benign("jitter", text, moved, lambda c=change: embeddings(subject, c)))  # type: ignore[misc]
+    return listed
+
+
+def _threads(count: int) -> Callable[[], AbstractContextManager[None]]:
+    return lambda: thread_count(count)
+
+
+def _run(
+    subject: Subject, reference: CallRecording, benign: Benign, pair: str, note: Note
+) -> list[NoiseRun]:
+    """What one change makes of every call; nothing of one that the subject cannot do."""
+    try:
+        with benign.around():
+            result = Forcing(reference, benign.plan).run(subject)
+    except TruestepError:
+        raise
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        note(f"noise floor without {benign.kind} ({benign.detail}): {error}"[:200])
+        return []
+    if result.raised:
+        if benign.kind == "repeat":
+            raise UsageError(
+                "the trusted side cannot be run again",
+                measured=result.raised,
+                likely="it keeps something from the run before",
+                hint="reset it inside what is recorded",
+            )
+        note(f"noise floor without {benign.kind} ({benign.detail}): {result.raised}"[:200])
+        return []
+    both = pairs(reference, result)
+    if benign.kind == "precision":  # another dtype draws other numbers
+        both = {n: sides for n, sides in both.items() if key_of(n).component != RANDOM}
+    return [measured_run(benign.kind, benign.detail, pair, both)]
+
+
+def rounding(generator: torch.Generator) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Round a tensor once more, where it holds measured numbers; see `is_measured`."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        return one_rounding(tensor, generator) if is_measured(tensor) else tensor
+
+    return change
+
+
+def is_measured(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers that a rounding may have moved.
+
+    Whole numbers are ids, positions and masks; one number is a setting, also where it stands for
+    every sample of a batch: a timestep moved by one unit turns its embedding by far more.
+    """
+    if not tensor.is_floating_point() or tensor.numel() < 2 or tensor.itemsize < 2:
+        return False
+    finite = bool(torch.isfinite(tensor).all())
+    if not finite or bool((tensor == tensor.round()).all()):
+        return False
+    return tensor.ndim > 1 or bool((tensor != tensor[0]).any())
+
+
+@contextmanager
+def embeddings(subject: Subject, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Pass what is looked up for ids through a change: ids themselves have no neighbours."""
+    with ExitStack() as stack:
+        for component in subject.components.values():
+            if not isinstance(component, torch.nn.Module) or runs_compiled(component):
+                continue
+            for module in component.modules():
+                if isinstance(module, torch.nn.Embedding):
+                    handle = module.register_forward_hook(lambda m, i, output: change(output))
+                    stack.callback(handle.remove)
+        yield

@@ -1,0 +1,135 @@
+"""Check a subject against a recording of calls: run it once, forced, and judge every call alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from truestep.calls.choosing import cached_components, chosen_steps, repeats
+from truestep.calls.forcing import Forcing
+from truestep.calls.judging import Sides, comparison_of, rows_of
+from truestep.calls.precision import raised, recorded_precision
+from truestep.calls.recording import CallRecording, read, trees_of
+from truestep.calls.seen import Plan
+from truestep.calls.subject import Subject
+from truestep.calls.values import opaque
+from truestep.environment import Environment
+from truestep.randomness import own_randomness
+from truestep.recording.manifest import CallEntry
+from truestep.repeats import UNSTEADY, Judge, said_unsteady
+from truestep.verdict import Comparison, Row, Side
+
+
+@own_randomness()
+def check(
+    subject: Subject,
+    reference: CallRecording | str | Path,
+    *,
+    steps: Iterable[int] | None = None,
+    tolerance: float | None = None,
+    pair: str | None = None,
+) -> Comparison:
+    """Run a candidate once on a recording's inputs and judge every call, and the code between.
+
+    Args:
+        subject: The candidate; its own code runs.
+        reference: What a trusted subject was recorded as.
+        steps: At which steps models are run; everything else always is. Default `default_steps`.
+        tolerance: Judge rel_l2 by this limit instead of the noise floor.
+        pair: Declared working precisions, `candidate/reference`.
+
+    Returns:
+        The comparison; its sentence begins with the place where it went wrong.
+
+    Raises:
+        FileFormatError: The reference cannot be read.
+        UsageError: A step is not in it, or a component is being watched already.
+    """
+    recording = reference if isinstance(reference, CallRecording) else read(reference)
+    judge = Judge(floor=recording.floor, pair=pair, tolerance=tolerance)
+    how = How(chosen_steps(recording, steps), frozenset(cached_components(subject)))
+    rows = _judged(subject, recording, judge, how)
+    unsteady = {row.fqn.rpartition(".")[0] for row in rows if row.fqn and UNSTEADY in row.note}
+    if unsteady:  # skipped steps may be what the state that it keeps lacked
+        how = replace(how, stateful=how.stateful | unsteady)
+        rows = _judged(subject, recording, judge, how)
+    precision = recorded_precision(recording)
+    notes: list[str] = []
+    if precision and tolerance is None:
+        with raised(subject, precision, notes.append):
+            rows += _judged(subject, recording, judge, how, precision)
+    return said_unsteady(comparison_of(rows, _sides(subject, recording, how, notes)))
+
+
+@dataclass(frozen=True)
+class How:
+    """How models are checked.
+
+    Attributes:
+        steps: At which they are run.
+        stateful: Components that are run at every step up to the last of them.
+    """
+
+    steps: frozenset[int]
+    stateful: frozenset[str]
+
+
+def _judged(
+    subject: Subject, recording: CallRecording, judge: Judge, how: How, precision: str = ""
+) -> list[Row]:
+    """Rows of one forced run."""
+    last = max(how.steps, default=-1)
+
+    def made(call: CallEntry) -> bool:
+        if call.step is None or call.step in how.steps:
+            return True
+        return call.component in how.stateful and call.step <= last
+
+    plan = Plan(
+        made=made,
+        precision=getattr(torch, precision) if precision else None,
+        raised=precision,
+        again={} if precision else repeats(recording, how.steps, how.stateful),
+    )
+    result = Forcing(recording, plan).run(subject)
+    return rows_of(recording, result, judge)
+
+
+def _sides(subject: Subject, recording: CallRecording, how: How, said: Sequence[str]) -> Sides:
+    """What was compared, in words."""
+    environment = Environment.current("cpu", attention=None)
+    manifest = recording.recording.manifest
+    steps = ", ".join(map(str, sorted(how.steps)))
+    looked = [f"{len(recording.calls)} calls and the code between them"]
+    looked += [f"models run at steps {steps}"] if steps else []
+    skipped = recording.steps - len(how.steps)
+    opaque_parts = sorted(set(_opaque(recording)))
+    notes = [f"{name} keeps something between calls: run at every step" for name in how.stateful]
+    return Sides(
+        actual=Side(label=subject.label, environment=dict(environment)),
+        reference=Side(
+            label=str(manifest.settings.get("label", "reference")),
+            path=str(recording.recording.path) if recording.recording.path else None,
+            environment=manifest.environment,
+        ),
+        fields={
+            "environment_differences": environment.differences(manifest.environment),
+            "looked_at": tuple(looked),
+            "not_looked_at": (
+                *([f"models at {skipped} other steps"] if skipped else []),
+                *([f"values of {', '.join(opaque_parts[:5])}"] if opaque_parts else []),
+            ),
+            "notes": (*sorted(notes), *said),
+        },
+    )
+
+
+def _opaque(recording: CallRecording) -> Iterator[str]:
+    for call in recording.calls:
+        for _, tree in trees_of(call):
+            for _, name in opaque(tree):
+                if name not in ("builtins.function", "builtins.type"):
+                    yield name

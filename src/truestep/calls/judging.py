@@ -1,0 +1,329 @@
+"""From what a forced run showed to rows, and to the place that a person is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from truestep.calls.boundaries import FUNCTIONS, RANDOM
+from truestep.calls.keys import PRECISIONS, Key, Path, dotted, key_of
+from truestep.calls.recorder import RUN
+from truestep.calls.recording import RANDOM_STATE, STATE, WRITTEN, CallRecording
+from truestep.calls.seen import Forced, Seen
+from truestep.comparison.matching import build_comparison, compare_tensors, tensor_info
+from truestep.recording.manifest import CallEntry
+from truestep.recording.names import Address
+from truestep.repeats import Judge, differing, with_second_answers
+from truestep.verdict import Comparison, Divergence, Row, Side, TensorInfo, Verdict
+
+WRONG = (Verdict.DRIFTED, Verdict.INVALID)
+
+
+class Recorded(Mapping[str, torch.Tensor]):
+    """Recorded tensors by the keys under which they were seen, read when they are asked for."""
+
+    def __init__(self, reference: CallRecording, seen: Iterable[Seen]) -> None:
+        self._recording = reference.recording
+        self._names: dict[str, str | float] = {}
+        for tensor in seen:
+            if not tensor.odd and tensor.actual is not None and tensor.recorded is not None:
+                self._names[str(tensor.key)] = tensor.recorded
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._names[name]
+        if isinstance(stored, float | int):
+            return torch.tensor(float(stored), dtype=torch.float64)
+        raised = name.partition("/")[0] in PRECISIONS and name in self._recording
+        return self._recording[name if raised else stored]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def pairs(reference: CallRecording, result: Forced) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What can be set against each other, by key: what came, and what was recorded."""
+    recorded = Recorded(reference, result.seen)
+    return {
+        name: (_shaped(seen.actual, recorded[name]), recorded[name])
+        for seen in result.seen
+        if (name := str(seen.key)) in recorded and seen.actual is not None
+    }
+
+
+def _shaped(actual: torch.Tensor, recorded: torch.Tensor) -> torch.Tensor:
+    """A number and a tensor of one element are set against each other."""
+    single = actual.numel() == recorded.numel() == 1
+    return actual.reshape(recorded.shape) if single else actual
+
+
+def rows_of(reference: CallRecording, result: Forced, judge: Judge) -> list[Row]:
+    """Judge a forced run.
+
+    Returns:
+        A row for every tensor, in the order in which they came, then what did not come.
+    """
+    both = pairs(reference, result)
+    contexts = {str(seen.key): seen.context for seen in result.seen}
+    rows = compare_tensors(
+        {name: actual for name, (actual, _) in both.items()},
+        {name: recorded for name, (_, recorded) in both.items()},
+        describe=lambda name: _address(name, contexts.get(name)),
+        **judge,
+    )
+    expected = {name: recorded for name, (_, recorded) in both.items()}
+    first = {name: actual for name, (actual, _) in both.items()}
+    otherwise = differing(first, result.again, judge)
+    rows = with_second_answers(rows, result.again, expected, otherwise, judge)
+    judged = {row.name: row for row in rows}
+    ordered: list[Row] = []
+    for seen in result.seen:
+        row = judged.get(str(seen.key))
+        if seen.odd or row is None:
+            ordered.append(_odd_row(reference, seen))
+        elif isinstance(seen.recorded, float | int) and not row.verdict.passed:
+            note = f"{_number(seen.actual)}, recorded {seen.recorded:g}"
+            ordered.append(row.model_copy(update={"note": note}))
+        elif seen.note:
+            note = "; ".join(part for part in (row.note, seen.note) if part)
+            ordered.append(row.model_copy(update={"note": note}))
+        else:
+            ordered.append(row)
+    ordered = _by_effect(ordered, result.seen)
+    if result.raised:
+        return [*ordered, _raised_row(result)]
+    return [*ordered, *map(_missing_row, result.missing), *_unexpected_rows(result)]
+
+
+def _number(actual: torch.Tensor | None) -> str:
+    return "nothing" if actual is None else f"{float(actual):g}"
+
+
+def _address(name: str, context: str | None) -> Address:
+    key = key_of(name)
+    stage = key.stage
+    inner = key.side == "in" or key.path[:1] == (STATE,)
+    return Address(stage, step=key.step, branch=context, fqn=_caller(key), inner=inner)
+
+
+def _caller(key: Key) -> str:
+    return key.method if key.component in (FUNCTIONS, RUN) else f"{key.component}.{key.method}"
+
+
+def _odd_row(reference: CallRecording, seen: Seen) -> Row:
+    """A row of what cannot be set against each other; its effect decides."""
+    recorded = reference.recording[seen.recorded] if isinstance(seen.recorded, str) else None
+    no_tensor = TensorInfo(dtype="object", shape=())
+    schedule = seen.key.stage == "schedule"
+    return Row(
+        name=str(seen.key),
+        verdict=Verdict.DRIFTED if schedule else Verdict.INCOMPARABLE,
+        stage=seen.key.stage,
+        step=seen.key.step,
+        branch=seen.context,
+        fqn=_caller(seen.key),
+        actual=tensor_info(seen.actual) or no_tensor,
+        reference=tensor_info(recorded) or no_tensor,
+        note=seen.note,
+    )
+
+
+def _by_effect(rows: list[Row], seen: Sequence[Seen]) -> list[Row]:
+    """Judge what cannot be set against each other by what was made from it.
+
+    Of other sizes: by everything that was made of what could not be replaced, from there on; where
+    nothing was, by what later calls are given. Of words: by what their own call gave, where that
+    says something.
+    """
+    decided = list(rows)
+    for index, tensor in enumerate(seen):
+        if not tensor.odd or rows[index].verdict is not Verdict.INCOMPARABLE:
+            continue
+        effects = [i for i in range(index, len(seen)) if seen[i].effect]
+        if tensor.odd == "words":
+            same = [i for i in effects if _call(seen[i].key) == _call(tensor.key)]
+            effects = same or effects
+        if not effects:
+            effects = [i for i in range(index, len(seen)) if _follows(seen[i])]
+        if not effects:
+            continue
+        wrong = [i for i in effects if rows[i].verdict in WRONG]
+        worst = max(wrong or effects, key=lambda i: rows[i].ratio or 0.0)
+        verdict = Verdict.worst(rows[i].verdict for i in effects)
+        verdict = verdict if verdict in (*WRONG, Verdict.INCONCLUSIVE) else Verdict.EQUIVALENT
+        text = f"{tensor.note}; judged by its effect on {_seen_place(seen[worst])}"
+        decided[index] = rows[index].model_copy(
+            update={
+                "verdict": Verdict.DRIFTED if verdict is Verdict.INVALID else verdict,
+                "ratio": rows[worst].ratio,
+                "ratio_metric": rows[worst].ratio_metric,
+                "note": text,
+            }
+        )
+        for i in wrong:
+            decided[i] = decided[i].model_copy(update={"origin": "inherited"})
+    return decided
+
+
+def _seen_place(tensor: Seen) -> str:
+    return place_of(tensor.key, tensor.context)
+
+
+def _follows(tensor: Seen) -> bool:
+    return not tensor.odd and (tensor.key.side == "in" or tensor.key.component == RUN)
+
+
+def _call(key: Key) -> tuple[object, ...]:
+    return (key.stage, key.step, key.component, key.method, key.call)
+
+
+def _missing_row(call: CallEntry) -> Row:
+    key = Key(call.stage, call.component, call.method, call.call, "out", (), call.step)
+    return Row(
+        name=str(key),
+        verdict=Verdict.MISSING,
+        stage=call.stage,
+        step=call.step,
+        branch=call.context,
+        fqn=_caller(key),
+        reference=TensorInfo(dtype="object", shape=()),
+        note="the call did not come",
+    )
+
+
+def _unexpected_rows(result: Forced) -> Iterator[Row]:
+    for component, method in dict.fromkeys(result.unexpected):
+        count = result.unexpected.count((component, method))
+        yield Row(
+            name=str(Key("output", component, method, 0, "out", ("(unexpected)",))),
+            verdict=Verdict.INCOMPARABLE,
+            fqn=f"{component}.{method}",
+            actual=TensorInfo(dtype="object", shape=()),
+            note=f"unexpected: {count} more call{'s' if count > 1 else ''} than recorded",
+        )
+
+
+def _raised_row(result: Forced) -> Row:
+    return Row(
+        name=str(Key("output", RUN, RUN, 0, "out", ("(raised)",))),
+        verdict=Verdict.INVALID,
+        fqn=RUN,
+        actual=TensorInfo(dtype="object", shape=()),
+        reference=TensorInfo(dtype="object", shape=()),
+        note=result.raised,
+    )
+
+
+def place_of(key: Key, context: str | None = None) -> str:
+    """A key for people: `transformer.forward at step 3: output sample`."""
+    caller = _caller(key)
+    if context:
+        caller += f" ({context})"
+    elif key.call:
+        caller += f" (call {key.call + 1})"
+    if key.step is not None:
+        caller += f" at step {key.step}"
+    if key.precision:
+        caller += f", raised to {key.precision}"
+    if key.component == RUN:
+        return f"code after the last call: {_what(key.path)}"
+    if key.component == RANDOM:
+        return f"{caller}: other random numbers"
+    if key.side == "in":
+        return f"code before {caller}: {dotted(key.path)}"
+    return f"{caller}: {_what(key.path)}"
+
+
+def _what(path: Path) -> str:
+    first, rest = path[:1], dotted(path[1:])
+    if first == (STATE,):
+        return rest
+    if first == (WRITTEN,):
+        return f"what it writes into {rest}"
+    if first == (RANDOM_STATE,):
+        return "random numbers"
+    return f"output {dotted(path)}".rstrip()
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What was compared, and what is said beside it."""
+
+    actual: Side
+    reference: Side
+    fields: dict[str, Any]
+
+
+def comparison_of(rows: Sequence[Row], sides: Sides) -> Comparison:
+    """Sum rows up; the sentence begins with the place where it went wrong."""
+    comparison = build_comparison(
+        rows, actual=sides.actual, reference=sides.reference, **sides.fields
+    )
+    first = _first(rows)
+    if comparison.verdict.passed or first is None:
+        return comparison
+    name = first.name
+    key = key_of(name)
+    place = place_of(key, first.branch)
+    if first.name.endswith("(raised)"):
+        place, told = "run", first.note
+    elif first.verdict is Verdict.MISSING:
+        place, told = place.partition(":")[0], first.note
+    elif key.path == ("(unexpected)",):
+        place, told = _caller(key), first.note
+    else:
+        told = _told(first)
+    place_text = f"{place}, {told}" if told and first.verdict in WRONG else f"{place} {told}"
+    count = len([row for row in comparison.rows if not row.verdict.passed])
+    word = comparison.verdict.value
+    sentence = f"{word}: {place_text.strip()} ({count} of {len(rows)} tensors failed)"
+    sentence += _one_sided(comparison, first)
+    divergence = None
+    if first.verdict in WRONG:
+        divergence = Divergence(
+            name=name,
+            stage=first.stage,
+            step=first.step,
+            branch=first.branch,
+            fqn=place,
+            kind=first.note or None,
+        )
+    return comparison.model_copy(update={"sentence": sentence, "first_divergence": divergence})
+
+
+def _one_sided(comparison: Comparison, first: Row) -> str:
+    """How many calls came on one side only, where a person was told of something else."""
+    told = ""
+    if comparison.missing and first.verdict is not Verdict.MISSING:
+        count = len(comparison.missing)
+        told += f"; {count} recorded call{'s' if count > 1 else ''} did not come"
+    if comparison.unexpected and first.verdict is not Verdict.INCOMPARABLE:
+        told += f"; calls that were not recorded: {', '.join(_unexpected(comparison))}"
+    return told
+
+
+def _unexpected(comparison: Comparison) -> list[str]:
+    return [_caller(key_of(name)) for name in comparison.unexpected]
+
+
+def _first(rows: Sequence[Row]) -> Row | None:
+    """The row that a person is told first: what is wrong, else what is missing or left open."""
+    wrong = [row for row in rows if row.verdict in WRONG and row.origin != "inherited"]
+    open_ = [row for row in rows if not row.verdict.passed]
+    return next(iter(wrong), next(iter(open_), None))
+
+
+def _told(row: Row) -> str:
+    by_size = row.floor and (row.ratio or 0.0) > row.floor.bound
+    if row.ratio is None or (row.note and not by_size) or ", recorded " in row.note:
+        return row.note
+    if math.isinf(row.ratio):
+        return "; ".join(part for part in ("other values", row.note) if part)
+    text = f"{row.ratio:.3g} x the noise floor"
+    return f"{text}; {row.note}" if row.note else text

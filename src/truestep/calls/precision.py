@@ -1,0 +1,105 @@
+"""Everything of a subject raised to a higher precision for a while.
+
+Rounding in 16 bits hides faults of up to a percent. The same calls on the same inputs in float32 do
+not: weights keep their values, so the candidate's own code runs; only the noise goes. The code
+between calls computes in float32 too, as it is handed float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+
+from truestep.calls.classes import runs_compiled
+from truestep.calls.forcing import Forcing
+from truestep.calls.keys import PRECISIONS
+from truestep.calls.recording import CallRecording
+from truestep.calls.seen import Plan
+from truestep.calls.subject import Subject
+from truestep.noise import EPSILON
+from truestep.recording.manifest import TensorEntry
+from truestep.recording.raised import HIGHER, converted
+
+
+@contextmanager
+def raised(subject: Subject, precision: str, note: Callable[[str], None]) -> Iterator[None]:
+    """Raise the weights of a subject's modules; on leaving, every weight is what it was.
+
+    Args:
+        precision: `float32` or `float64`.
+        note: Told of a component that stays as it is, and why.
+    """
+    with ExitStack() as stack:
+        for name, component in subject.components.items():
+            if runs_compiled(component):
+                note(f"{name} is compiled, and was not raised to {precision}")
+            elif isinstance(component, torch.nn.Module):
+                stack.enter_context(converted(component, getattr(torch, precision)))
+        yield
+
+
+def working_dtype(reference: CallRecording) -> str:
+    """Dtype of the models that predict; where there is none, of the first one that has weights."""
+    models = [call for call in reference.calls if call.kind == "model" and call.dtype]
+    predicting = [call for call in models if call.stage == "prediction"]
+    return next((call.dtype for call in (*predicting, *models)), "float32")
+
+
+def narrow(reference: CallRecording) -> str | None:
+    """Precision that a reference is judged in beside its own; None of 32 bits and more."""
+    dtype = working_dtype(reference)
+    return HIGHER[dtype] if EPSILON.get(dtype, 0.0) > EPSILON["float32"] else None
+
+
+def recorded_precision(reference: CallRecording) -> str:
+    """Precision in which a recording has its calls beside their own, if so."""
+    prefixes = {name.partition("/")[0] for name in reference.recording}
+    return next((p for p in PRECISIONS if p in prefixes), "")
+
+
+def with_raised(
+    subject: Subject, reference: CallRecording, plan: Plan, note: Callable[[str], None]
+) -> CallRecording:
+    """A recording with what the calls of its subject give in the higher precision, too.
+
+    Args:
+        subject: What was recorded.
+        plan: Which calls of models are made; raised to the precision of `narrow`.
+        note: See `raised`.
+    """
+    precision = narrow(reference)
+    if precision is None:
+        return reference
+    with raised(subject, precision, note):
+        plan = replace(plan, precision=getattr(torch, precision), raised=precision)
+        result = Forcing(reference, plan).run(subject)
+    if result.raised:
+        note(f"not judged in {precision}: the subject {result.raised}")
+        return reference
+    manifest = reference.recording.manifest
+    more = {
+        str(seen.key): seen.actual
+        for seen in result.seen
+        if seen.actual is not None and isinstance(seen.recorded, str) and not seen.odd
+    }
+    entries = [
+        TensorEntry(
+            name=str(seen.key),
+            kind=seen.key.stage,
+            order=len(manifest.tensors) + index,
+            dtype=str(seen.actual.dtype).removeprefix("torch."),
+            shape=tuple(seen.actual.shape),
+            digest="",
+            step=seen.key.step,
+            branch=seen.context,
+        )
+        for index, seen in enumerate(result.seen)
+        if str(seen.key) in more and seen.actual is not None
+    ]
+    table = {entry.name: entry for entry in (*manifest.tensors, *entries)}
+    return reference.with_manifest(
+        manifest.model_copy(update={"tensors": tuple(table.values())}), more
+    )

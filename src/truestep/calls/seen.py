@@ -1,0 +1,81 @@
+"""How a run is forced, and what it showed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from truestep.calls.keys import Key
+from truestep.recording.manifest import CallEntry
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+Number = tuple[str, str, int]
+"""Component, method, and which of its calls in the run."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is forced.
+
+    Attributes:
+        made: Which calls of models are made; all others are answered from the recording.
+        given: Changes every recorded floating-point tensor that a call is given.
+        handed: The same for those that are handed on.
+        precision: That all floating-point numbers are raised to.
+        raised: Precision that what is seen is named as raised to.
+        again: After which calls an earlier one is made once more.
+    """
+
+    made: Callable[[CallEntry], bool]
+    given: Change | None = None
+    handed: Change | None = None
+    precision: torch.dtype | None = None
+    raised: str = ""
+    again: Mapping[Number, CallEntry] = field(default_factory=dict)
+
+
+@dataclass
+class Seen:
+    """One tensor of a forced run, beside the recorded one.
+
+    Attributes:
+        key: Where it is.
+        context: The guidance pass, where it was said.
+        actual: A host copy; None where nothing came.
+        recorded: Name in the recording, or a number; None where nothing was recorded.
+        odd: Why the two cannot be set against each other: other sizes, or no tensors at all.
+        effect: Whether its call was made with something that could not be replaced.
+        note: What that was.
+    """
+
+    key: Key
+    context: str | None
+    actual: torch.Tensor | None
+    recorded: str | float | None
+    odd: Literal["", "shape", "words"] = ""
+    effect: bool = False
+    note: str = ""
+
+
+@dataclass
+class Forced:
+    """What a forced run showed, in the order in which it happened.
+
+    Attributes:
+        seen: Tensors.
+        again: What calls gave that were made once more, by the key's text.
+        missing: Recorded calls that did not come.
+        unexpected: Component and method of calls that were not recorded.
+        made: Calls of models that were made.
+        raised: What the subject raised, and after which call.
+    """
+
+    seen: list[Seen] = field(default_factory=list)
+    again: dict[str, torch.Tensor] = field(default_factory=dict)
+    missing: list[CallEntry] = field(default_factory=list)
+    unexpected: list[tuple[str, str]] = field(default_factory=list)
+    made: int = 0
+    raised: str = ""
