@@ -571,6 +571,11 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep show profile": (given("show", "profile", "x"), (0,)),
     "truestep show {}  # says what it is": (
         given("check", "--reference", "plain.safetensors"), (0,)),
+    "truestep tiny {} tiny": (given("tiny", "StableDifusionPipeline", "my model"), (0,)),
+    "truestep tiny {} {}": (
+        twice("tiny", "StableDiffusionPipeline", "my model"), (0,)),
+    "--dtype bfloat16": (
+        given("tiny", "StableDiffusionPipeline", "my model", "--dtype", "int8"), (0,)),
     "truestep trace record {} --output {}": (
         given("trace", "record", "--file", "my cases.toml", "--output", "my trace"), (0,)),
     "truestep trace recover {}": (spools(2), (0,)),

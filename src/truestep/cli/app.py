@@ -21,6 +21,7 @@ VERBS = {
     "selftest": "Damage a reference in standard ways and say which gates notice.",
     "thresholds": "Lint SGLang-Diffusion's threshold files, and write them from a measured floor.",
     "parity": "Component parity tests: scaffold, run, and a ledger of what is proven.",
+    "tiny": "Write a tiny pipeline of any diffusers class, with random weights, to try things on.",
     "recorder": "Write one file that records where truestep cannot be installed.",
     "show": "Show what a file or folder is and holds, or what profiles say.",
     "doctor": "Show machine, libraries, attention kernel and what is missing.",

@@ -1,0 +1,1 @@
+"""What truestep gives to other tests: tiny pipelines."""

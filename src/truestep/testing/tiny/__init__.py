@@ -1,0 +1,71 @@
+"""Tiny random pipelines of any diffusers class, built from its own configuration classes.
+
+No hub and no download: tokenizers are made locally, weights are drawn from a seed.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+__all__ = ["example_call", "names", "pipeline", "save"]
+
+
+def names() -> list[str]:
+    """Pipeline classes of the installed diffusers, whether they can be built or not."""
+    from truestep.testing.tiny import building
+
+    return building.names()
+
+
+def pipeline(name: str, *, seed: int = 0, dtype: str = "float32") -> Any:
+    """Build a tiny pipeline with random weights, on the CPU.
+
+    Args:
+        name: A class of diffusers, as `FluxPipeline`.
+        seed: Seed of the weights; the same seed gives the same bits.
+        dtype: Type of the weights, as `float32` or `bfloat16`.
+
+    Returns:
+        The pipeline, in evaluation mode.
+
+    Raises:
+        UsageError: No such class or type, or a component that has no tiny configuration.
+    """
+    import torch
+
+    from truestep.errors import UsageError
+    from truestep.testing.tiny.building import build, pipeline_class
+
+    kind = getattr(torch, dtype, None)
+    if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise UsageError(f"no floating-point type {dtype!r}", hint="--dtype bfloat16")
+    return build(pipeline_class(name), seed=seed, dtype=kind)
+
+
+def example_call(name: str, *, seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments for a quick call: `pipe(**example_call("FluxPipeline"))`.
+
+    Pictures, masks, videos and control inputs are drawn from the seed, and the generator is new
+    at every call of this function.
+    """
+    from truestep.testing.tiny.building import pipeline_class
+    from truestep.testing.tiny.calls import example_call
+
+    return example_call(pipeline_class(name), seed=seed)
+
+
+def save(name: str, folder: Path | str, *, seed: int = 0, dtype: str = "float32") -> None:
+    """Write a tiny pipeline to a new folder that `DiffusionPipeline.from_pretrained` loads.
+
+    Raises:
+        UsageError: As `pipeline`; or the folder exists.
+    """
+    from truestep.errors import UsageError
+
+    folder = Path(folder)
+    if folder.exists():
+        other = shlex.quote(f"{folder}-2")
+        raise UsageError(f"the folder {folder} exists", hint=f"truestep tiny {name} {other}")
+    pipeline(name, seed=seed, dtype=dtype).save_pretrained(folder)

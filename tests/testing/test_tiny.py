@@ -1,0 +1,156 @@
+"""Tiny pipelines: every family's shape agrees, they run, and a seed gives its bits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import PIL.Image
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from truestep.errors import UsageError
+from truestep.testing import tiny
+
+SAMPLE = [
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "FluxImg2ImgPipeline",
+    "FluxFillPipeline",
+    "FluxControlPipeline",
+    "FluxKontextPipeline",
+    "QwenImagePipeline",
+    "WanPipeline",
+    "WanImageToVideoPipeline",
+    "WanVACEPipeline",
+    "LTXPipeline",
+    "LTX2Pipeline",
+    "CogVideoXPipeline",
+    "HunyuanVideoPipeline",
+    "MochiPipeline",
+    "ZImagePipeline",
+    "SanaPipeline",
+    "Cosmos2TextToImagePipeline",
+    "PixArtSigmaPipeline",
+    "AudioLDM2Pipeline",
+    "StableAudioPipeline",
+]
+"""One or two of each common family."""
+
+
+def leaves(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of what a pipeline returns."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, numpy.ndarray | PIL.Image.Image):
+        yield torch.from_numpy(numpy.array(value))
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(item)
+
+
+def run(pipe: Any, name: str) -> list[torch.Tensor]:
+    pipe.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return list(leaves(pipe(**tiny.example_call(name))))
+
+
+def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_it_runs_and_one_seed_gives_one_picture(name: str) -> None:
+    pipe = tiny.pipeline(name)
+    first = run(pipe, name)
+    assert first
+    assert all(bool(torch.isfinite(leaf).all()) for leaf in first)
+    assert max(float(leaf.float().std()) for leaf in first) > 0.01
+    assert equal(first, run(tiny.pipeline(name), name))
+
+
+def weights(pipe: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, component in pipe.components.items()
+        if isinstance(component, torch.nn.Module)
+        for key, value in component.state_dict().items()
+    }
+
+
+def test_a_seed_is_its_bits_and_another_seed_is_others() -> None:
+    one, again, other = (weights(tiny.pipeline("FluxPipeline", seed=s)) for s in (1, 1, 2))
+    assert all(torch.equal(one[key], again[key]) for key in one)
+    same = [key for key in one if torch.equal(one[key], other[key])]
+    assert all("position_ids" in key for key in same)
+
+
+def test_no_weight_is_constant() -> None:
+    """A gate or last layer that starts at zero would hide every fault before it."""
+    for name in ("FluxPipeline", "WanPipeline", "StableDiffusionControlNetPipeline"):
+        pipe = tiny.pipeline(name)
+        for slot, component in pipe.components.items():
+            if isinstance(component, torch.nn.Module):
+                for key, value in component.named_parameters():
+                    assert value.numel() == 1 or float(value.detach().std()) > 0, (name, slot, key)
+
+
+def test_the_seed_of_the_weights_changes_the_picture() -> None:
+    name = "StableDiffusionPipeline"
+    assert not equal(run(tiny.pipeline(name, seed=0), name), run(tiny.pipeline(name, seed=1), name))
+
+
+def test_a_call_has_a_new_generator_each_time() -> None:
+    first, second = (tiny.example_call("FluxPipeline") for _ in range(2))
+    assert first["generator"] is not second["generator"]
+    assert torch.equal(
+        torch.randn(3, generator=first["generator"]), torch.randn(3, generator=second["generator"])
+    )
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionPipeline", "WanPipeline"])
+def test_a_saved_folder_loads_and_gives_the_same_picture(tmp_path: Path, name: str) -> None:
+    tiny.save(name, tmp_path / "tiny")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = DiffusionPipeline.from_pretrained(tmp_path / "tiny")
+    assert type(loaded).__name__ == name
+    assert equal(run(loaded, name), run(tiny.pipeline(name), name))
+
+
+def test_the_type_of_the_weights() -> None:
+    pipe = tiny.pipeline("StableDiffusionPipeline", dtype="bfloat16")
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == pipe.vae.dtype == torch.bfloat16
+    assert all(bool(torch.isfinite(leaf).all()) for leaf in run(pipe, "StableDiffusionPipeline"))
+
+
+def test_an_unknown_class_is_named_with_its_neighbours() -> None:
+    with pytest.raises(UsageError) as caught:
+        tiny.pipeline("FluxPipline")
+    assert "has no pipeline 'FluxPipline'" in str(caught.value)
+    assert "nearest names: FluxPipeline" in str(caught.value)
+    assert caught.value.hint == "truestep tiny FluxPipeline tiny"
+
+
+def test_an_unknown_type_is_refused() -> None:
+    with pytest.raises(UsageError, match="no floating-point type 'int8'"):
+        tiny.pipeline("FluxPipeline", dtype="int8")
+
+
+def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="exists"):
+        tiny.save("FluxPipeline", tmp_path)
