@@ -7,9 +7,11 @@ Pure: no I/O, no torch.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from functools import cache
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from typing_extensions import Self
 
 
 def _float_out(value: float) -> float | str:
@@ -30,6 +32,28 @@ class Record(BaseModel):
     """Base of every record here: immutable, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, defer_build=True)
+
+
+class Light(Record):
+    """A record of which there may be a million.
+
+    Which of its fields were given is not remembered: that takes as much memory as all the rest.
+    """
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Share one set of the fields among all records of a class."""
+        object.__setattr__(self, "__pydantic_fields_set__", _fields_of(type(self)))
+
+    def __copy__(self) -> Self:
+        """A copy shares it, too."""
+        copied = super().__copy__()
+        object.__setattr__(copied, "__pydantic_fields_set__", _fields_of(type(self)))
+        return copied
+
+
+@cache
+def _fields_of(kind: type[Record]) -> set[str]:
+    return set(kind.model_fields)
 
 
 class GateResult(Record):

@@ -8,7 +8,7 @@ called drifted at `RATE`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from truestep.noise import (
@@ -32,7 +32,7 @@ SIZES = ("rel_l2", "max_abs")
 """Statistics of size; all others are of structure."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measured:
     """A finite, non-constant, not identical pair.
 
@@ -92,6 +92,11 @@ def judge(items: Sequence[Measured], *, rate: float = RATE) -> list[Outcome]:
         items: Pairs in any order.
         rate: Probability of one or more false alarms.
     """
+    return list(judged(items, rate=rate))
+
+
+def judged(items: Sequence[Measured], *, rate: float = RATE) -> Iterator[Outcome]:
+    """As `judge`, one outcome after the other."""
     tests = [
         (item.floor.tails[name].surprise(value), at, name)
         for at, item in enumerate(items)
@@ -106,15 +111,10 @@ def judge(items: Sequence[Measured], *, rate: float = RATE) -> list[Outcome]:
         if surprise > level:
             break
         rejected.setdefault(at, set()).add(name)
-    return [
-        _steady(
-            item,
-            _by_tails(item, rejected.get(at, set()), level)
-            if item.floor.tails
-            else _by_ratio(item),
-        )
-        for at, item in enumerate(items)
-    ]
+    for at, item in enumerate(items):
+        tailed = bool(item.floor.tails)
+        outcome = _by_tails(item, rejected.get(at, set()), level) if tailed else _by_ratio(item)
+        yield _steady(item, outcome)
 
 
 def _steady(item: Measured, outcome: Outcome) -> Outcome:

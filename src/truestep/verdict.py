@@ -17,6 +17,7 @@ from truestep.records import Float as Float
 from truestep.records import FrameTriple as FrameTriple
 from truestep.records import GateResult as GateResult
 from truestep.records import KnownFailure as KnownFailure
+from truestep.records import Light as Light
 from truestep.records import Media as Media
 from truestep.records import Record as Record
 from truestep.records import Sound as Sound
@@ -96,14 +97,14 @@ class Difference(Record):
     reference: str
 
 
-class TensorInfo(Record):
+class TensorInfo(Light):
     """Shape and dtype of one side of a row."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
-class Metrics(Record):
+class Metrics(Light):
     """Distances of one tensor pair, relative to the reference (see `truestep.compare.distance`)."""
 
     count: int
@@ -118,7 +119,7 @@ class Metrics(Record):
     nonfinite_reference: int = 0
 
 
-class FloorUsed(Record):
+class FloorUsed(Light):
     """The noise floor that a row was judged with.
 
     `rel_l2` is the floor of that metric; `max_abs` is relative to the reference's rms. `bound` is
@@ -135,7 +136,7 @@ class FloorUsed(Record):
     detail: str = ""
 
 
-class Statistic(Record):
+class Statistic(Light):
     """One structure statistic of a residual, over the reference's rms (see `truestep.rule`).
 
     `floor` is its largest benign value, `bound` the multiple of it above which it is drifted.
@@ -148,7 +149,7 @@ class Statistic(Record):
     ratio: Float
 
 
-class Row(Record):
+class Row(Light):
     """One tensor of a comparison."""
 
     name: str

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache
-from typing import Any, Protocol
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -32,7 +32,7 @@ from truestep.noise import (
     tolerance_floor,
 )
 from truestep.recording.names import Address, address, without_modality
-from truestep.rule import SIZES, Measured, Outcome, bounded, judge, rule_of
+from truestep.rule import SIZES, Measured, Outcome, bounded, judged, rule_of
 from truestep.verdict import (
     Comparison,
     Divergence,
@@ -47,8 +47,8 @@ from truestep.verdict import (
 )
 
 EXACT = Rule(name="bits/1", text="every tensor agrees bit for bit")
-WINDOW = 1 << 20
-"""Elements of small tensors that are held at once, on either side."""
+WINDOW = (2048, 1 << 20)
+"""Small pairs, and elements of either side of them, that are held at once."""
 NOTHING = Rule(name="none/1", text="no distance was judged: what does not agree cannot be compared")
 
 
@@ -84,8 +84,7 @@ def compare_tensors(
             measured="a limit on rel_l2 is a number from 0 up, and finite",
         )
     floor_of = floors(floor, pair=pair, tolerance=tolerance)
-    rows: list[dict[str, Any]] = []
-    measured: list[Measured] = []
+    waiting: list[_Waiting | None] = []
     names = [*reference, *(name for name in actual if name not in reference)]
     for window in _windows(names, actual, reference):
         pairs = [(a, r) for _, a, r in window if a is not None and r is not None]
@@ -95,25 +94,58 @@ def compare_tensors(
             else [None] * len(pairs)
         )
         for name, a, r in window:
-            place = describe(name)
-            base = row_fields(name, a, r, place)
+            infos = tensor_info(a), tensor_info(r)
             if a is None or r is None:
-                rows.append({**base, **one_sided(a)})
+                waiting.append(_Waiting(name, *infos, one_sided(a)))
                 continue
             known = next(together)
             same = known.same if known else a.shape == r.shape and same_bits(a, r)
             used = floor_of(name, a, r, structure=not same)
-            inner = place.inner or place.stage == "module"
+            inner = partial(_is_inner, name, describe)
             found = _without_rule(a, r, used, same=same, inner=inner, known=known)
-            if isinstance(found, Measured):
-                measured.append(found)
-                found = {"metrics": found.metrics, "note": dtype_note(a, r)}
-            rows.append({**base, **found})
+            waiting.append(_Waiting(name, *infos, found))
             forget(name, actual, reference)
-    outcomes = iter(judge(measured))
-    judged = any(floor.tails for row in rows if (floor := row.get("floor")))
-    tests = sum(len(item.values()) for item in measured) if judged else 0
-    return [_judged(row, outcomes, tests=tests) for row in rows]
+    return list(_rows(waiting, describe))
+
+
+class _Waiting(NamedTuple):
+    """A name whose row waits until all are measured.
+
+    Attributes:
+        found: Fields of its row, or what the rule is to judge.
+    """
+
+    name: str
+    actual: TensorInfo | None
+    reference: TensorInfo | None
+    found: dict[str, Any] | Measured
+
+
+def _rows(waiting: list[_Waiting | None], describe: Callable[[str], Address]) -> Iterator[Row]:
+    """Judge what waits. There may be a million: each is let go where its row is made."""
+    measured = [one.found for one in waiting if one and isinstance(one.found, Measured)]
+    tailed = any(
+        floor.tails
+        for one in waiting
+        if one and isinstance(one.found, dict) and (floor := one.found.get("floor"))
+    )
+    tests = sum(len(item.values()) for item in measured) if tailed else 0
+    outcomes = judged(measured)
+    for at, one in enumerate(waiting):
+        waiting[at] = None
+        if one is not None:
+            base = place_fields(one.name, one.actual, one.reference, describe(one.name))
+            if isinstance(one.found, Measured):
+                yield _by_rule(base, one.found, next(outcomes))
+            else:
+                floor = one.found.get("floor")
+                used = {"floor": bounded(floor, tests=tests)} if floor else {}
+                yield Row(**{**base, **one.found, **used})
+
+
+def _is_inner(name: str, describe: Callable[[str], Address]) -> bool:
+    place = describe(name)
+    return place.inner or place.stage == "module"
 
 
 _Sides = tuple[str, torch.Tensor | None, torch.Tensor | None]
@@ -134,9 +166,9 @@ def _windows(
         )
         small = a is not None and r is not None and is_small((a, r))
         elements += r.numel() if small and r is not None else 0
-        if waiting and not (small and elements <= WINDOW):
+        if waiting and not (small and len(waiting) < WINDOW[0] and elements <= WINDOW[1]):
             yield waiting
-            waiting, elements = [], 0
+            waiting, elements = [], r.numel() if small and r is not None else 0
         if small:
             waiting.append((name, a, r))
         else:
@@ -157,6 +189,13 @@ def row_fields(
     name: str, actual: torch.Tensor | None, reference: torch.Tensor | None, place: Address
 ) -> dict[str, Any]:
     """What a row says of a tensor before it is judged."""
+    return place_fields(name, tensor_info(actual), tensor_info(reference), place)
+
+
+def place_fields(
+    name: str, actual: TensorInfo | None, reference: TensorInfo | None, place: Address
+) -> dict[str, Any]:
+    """The same, of what is known of the two sides."""
     return {
         "name": name,
         "stage": place.stage,
@@ -164,8 +203,8 @@ def row_fields(
         "branch": place.branch,
         "fqn": place.fqn,
         "modality": place.modality,
-        "actual": tensor_info(actual),
-        "reference": tensor_info(reference),
+        "actual": actual,
+        "reference": reference,
     }
 
 
@@ -252,7 +291,7 @@ def _without_rule(
     floor: Floor,
     *,
     same: bool,
-    inner: bool,
+    inner: Callable[[], bool],
     known: Found | None = None,
 ) -> dict[str, Any] | Measured:
     """What needs no rule to be judged, or the measured pair for the rule.
@@ -278,7 +317,7 @@ def _without_rule(
     flags = known.constant if known else (is_constant(actual), is_constant(reference))
     constant = [side for side, flag in zip(("actual", "reference"), flags, strict=True) if flag]
     equal = metrics.max_abs == 0.0  # in two dtypes
-    if constant and not ((inner or equal) and one_value(actual) and one_value(reference)):
+    if constant and not ((equal or inner()) and one_value(actual) and one_value(reference)):
         value = (actual if constant[0] == "actual" else reference).reshape(-1)[0].item()
         text = f"the {' and the '.join(constant)} side holds one value everywhere ({value:g})"
         return {**found, "verdict": Verdict.INVALID, "note": text}
@@ -299,32 +338,29 @@ def one_value(tensor: torch.Tensor) -> bool:
     return bool((tensor == tensor.reshape(-1)[0]).all())
 
 
-def _judged(base: dict[str, Any], outcomes: Iterator[Outcome], *, tests: int) -> Row:
-    """A row: of what needed no rule, or of the rule's next outcome."""
-    if "verdict" in base:
-        floor = base.get("floor")
-        return Row(**{**base, "floor": bounded(floor, tests=tests) if floor else None})
-    outcome = next(outcomes)
-    kind = likely(base["metrics"]) if outcome.verdict is Verdict.DRIFTED else ""
-    notes = (kind, outcome.note, base["note"])
+def _by_rule(base: dict[str, Any], item: Measured, outcome: Outcome) -> Row:
+    """The row of a pair that the rule judged."""
+    kind = likely(item.metrics) if outcome.verdict is Verdict.DRIFTED else ""
+    notes = (kind, outcome.note, _dtypes_differ(base["actual"].dtype, base["reference"].dtype))
     return Row(
-        **{
-            **base,
-            "verdict": outcome.verdict,
-            "floor": outcome.floor,
-            "ratio": outcome.ratio,
-            "ratio_metric": outcome.metric,
-            "statistics": outcome.statistics,
-            "note": "; ".join(part for part in notes if part),
-        }
+        **base,
+        metrics=item.metrics,
+        verdict=outcome.verdict,
+        floor=outcome.floor,
+        ratio=outcome.ratio,
+        ratio_metric=outcome.metric,
+        statistics=outcome.statistics,
+        note="; ".join(part for part in notes if part),
     )
 
 
 def dtype_note(actual: torch.Tensor, reference: torch.Tensor) -> str:
     """A note where the dtypes differ, else empty."""
-    if actual.dtype == reference.dtype:
-        return ""
-    return f"dtype {dtype_name(actual)} against {dtype_name(reference)}"
+    return _dtypes_differ(dtype_name(actual), dtype_name(reference))
+
+
+def _dtypes_differ(own: str, theirs: str) -> str:
+    return "" if own == theirs else f"dtype {own} against {theirs}"
 
 
 def shape_note(actual: torch.Tensor, reference: torch.Tensor) -> str:

@@ -228,7 +228,10 @@ def _renamed(source: Source, names: Mapping[str, str]) -> Source:
     manifest = _manifest(source)
     back = {old: new for new, old in names.items()}
     entries = {e.name: e for e in manifest.tensors if e.name in back}
-    table = tuple(replace(entries[old], name=new) for new, old in names.items())
+    table = tuple(
+        entries[old] if new == old else replace(entries[old], name=new)
+        for new, old in names.items()
+    )
     prefixes = {"full": ("",), "stats": ("stats/",), "sketch": ("stats/", "sketch/")}
     stored = {
         f"{p}{new}": f"{p}{old}" for new, old in names.items() for p in prefixes[manifest.level]
@@ -313,9 +316,12 @@ def _same_layout(own: Sequence[int], other: Sequence[int], *, sketched: bool) ->
 
 def _laid_out(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Source:
     """A side with some tensors in other shapes."""
+    if not shapes:
+        return source
     manifest = _manifest(source)
     table = tuple(
-        replace(entry, shape=shapes.get(entry.name, entry.shape)) for entry in manifest.tensors
+        replace(entry, shape=shapes[entry.name]) if entry.name in shapes else entry
+        for entry in manifest.tensors
     )
     tensors = Streamed(source.tensors, {name: name for name in source.tensors}, shapes)
     return Source(
