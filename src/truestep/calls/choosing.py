@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -67,10 +67,17 @@ def _has_cache(component: Any) -> bool:
 
 def repeats(
     reference: CallRecording, chosen: frozenset[int], stateful: Iterable[str]
-) -> Mapping[Number, CallEntry]:
-    """After which calls an earlier one is made once more: a model's last, and its first."""
+) -> Mapping[Number, Sequence[CallEntry]]:
+    """After which calls earlier ones are made once more: after the last of a model.
+
+    They are those of two steps, so that a cache that answers every other step answers one of them,
+    not of the first step, where caches are emptied, and in reverse, so that a cache that counts
+    calls does not give each of them what it gave before.
+    """
     kept = set(stateful)
-    again: dict[Number, CallEntry] = {}
+    later = sorted(chosen)[1:] or sorted(chosen)
+    twice = set(later[:2])
+    again: dict[Number, Sequence[CallEntry]] = {}
     for (component, method), calls in reference.by_method.items():
         made = [
             (number, call)
@@ -80,5 +87,6 @@ def repeats(
             and (call.step is None or call.step in chosen)
         ]
         if made and component not in kept and not any(call.live for _, call in made):
-            again[component, method, made[-1][0]] = made[0][1]
+            inside = [call for _, call in reversed(made) if call.step in twice]
+            again[component, method, made[-1][0]] = inside or [made[0][1]]
     return again

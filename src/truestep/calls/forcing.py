@@ -91,9 +91,9 @@ class Forcing:
                 return self._answer(arrival, call, arguments)
         output = self._make(arrival, call, arguments, swaps, "; ".join(notes))
         self._with_own |= {id(call)} if notes else set()
-        earlier = self.plan.again.get((*method, number))
-        if earlier is not None and id(earlier) not in self._with_own:
-            self._make_again(arrival, earlier, arguments)
+        for earlier in self.plan.again.get((*method, number), ()):
+            if id(earlier) not in self._with_own:
+                self._make_again(arrival, earlier, arguments)
         return output
 
     def _arguments(self, call: CallEntry, arguments: Arguments) -> tuple[list[str], Swaps]:

@@ -201,20 +201,35 @@ def _object_over(value: Any, swaps: Swaps, path: Path) -> Any:
 
 
 def written_back(value: Any, written: Any) -> None:
-    """Make a list, a dict, a tensor or an object hold what another one does, in place."""
+    """Make a list, a dict, a tensor or an object hold what another one does, in place.
+
+    Lists and dicts inside of others are kept, as callers may hold them too; tensors inside of them
+    are replaced, as a model replaces what it keeps.
+    """
     if isinstance(value, torch.Tensor) and isinstance(written, torch.Tensor):
         if value.shape == written.shape:
             value.copy_(written)
     elif isinstance(value, list) and isinstance(written, list):
-        value[:] = written
+        inner = [*value[: len(written)], *[None] * (len(written) - len(value))]
+        value[:] = [_merged(old, new) for old, new in zip(inner, written, strict=True)]
     elif isinstance(value, dict) and isinstance(written, dict):
+        merged = {key: _merged(value.get(key), new) for key, new in written.items()}
         value.clear()
-        value.update(written)
+        value.update(merged)
     elif isinstance(value, tuple) and isinstance(written, tuple):
         for part, new in zip(value, written, strict=False):
             written_back(part, new)
     elif type(value) is type(written) and object_kind(type(value)) in ("plain", "dataclass"):
-        vars(value).update(vars(written))
+        held = vars(value)
+        held.update({name: _merged(held.get(name), new) for name, new in vars(written).items()})
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """What stands inside a container afterwards: the old container written to, or the new value."""
+    if type(old) is type(new) and isinstance(old, list | dict):
+        written_back(old, new)
+        return old
+    return new
 
 
 def _changed(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:

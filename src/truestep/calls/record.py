@@ -32,10 +32,11 @@ def record(subject: Subject, *, floor: bool = True) -> CallRecording:
     """
     recording = recorded(subject)
     _refuse_empty(recording)
+    elsewhere = recording.recording.manifest.settings.get("elsewhere", {})
+    notes = [f"calls of {name} from other threads were not recorded" for name in elsewhere]
     if not floor:
-        return recording
+        return recording.with_floor(None, notes)
     steps = chosen_steps(recording)
-    notes: list[str] = []
 
     def made(call: CallEntry) -> bool:
         return call.step is None or call.step in steps

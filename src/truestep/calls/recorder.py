@@ -40,27 +40,27 @@ def recorded(subject: Subject) -> CallRecording:
     with watching(subject, recorder) as watch:
         output = subject.run()
     recorder.keep_run(output)
-    calls = [call for call in recorder.calls if _judgeable(call, recorder.calls)]
-    if not any(holds_tensors(call) for call in calls):
+    judgeable = {(c.component, c.method) for c in recorder.calls if holds_tensors(c)}
+    if not judgeable:
         raise UsageError(
             "nothing was recorded: no call of a component gave a tensor",
             where=subject.label,
             measured=f"components: {', '.join(subject.components) or 'none'}",
             hint="name the components that run: subject_of(function, components={...})",
         )
-    places = roles([Happened(c.component, c.method, Kind(c.kind)) for c in calls])
+    places = roles(
+        [
+            Happened(call.component, call.method, Kind(call.kind), inside)
+            for call, inside in zip(recorder.calls, recorder.inside, strict=True)
+        ]
+    )
     placed = [
         replace(call, stage=role.stage, step=role.step, call=role.call)
-        for call, role in zip(calls, places, strict=True)
+        for call, role in zip(recorder.calls, places, strict=True)
+        if (call.component, call.method) in judgeable  # others only set things
     ]
     settings = {"label": subject.label, "elsewhere": dict(watch.elsewhere)}
     return assembled(placed, recorder.contents, settings)
-
-
-def _judgeable(call: CallEntry, calls: list[CallEntry]) -> bool:
-    """Whether any call of the same method gave a tensor: methods that only set things have none."""
-    method = (call.component, call.method)
-    return any((c.component, c.method) == method and holds_tensors(c) for c in calls)
 
 
 @dataclass
@@ -69,11 +69,14 @@ class Recorder:
 
     Attributes:
         calls: In the order in which they began; trees name tensors by content.
+        inside: Place of the call that each is part of, if it is.
         contents: Content to tensor.
     """
 
     calls: list[CallEntry] = field(default_factory=list)
+    inside: list[int | None] = field(default_factory=list)
     contents: dict[str, torch.Tensor] = field(default_factory=dict)
+    _open: list[int] = field(default_factory=list)
 
     def __call__(self, arrival: Arrival) -> Any:
         """Make a call and keep it."""
@@ -94,8 +97,13 @@ class Recorder:
             context=arrival.context,
         )
         self.calls.append(entry)  # before what is drawn inside it
+        self.inside.append(self._open[-1] if self._open else None)
         before, states = marks(arguments), [] if drawn else [*generator_states(arguments)]
-        output = arrival.proceed(*arrival.args, **arrival.kwargs)
+        self._open.append(place)
+        try:
+            output = arrival.proceed(*arrival.args, **arrival.kwargs)
+        finally:
+            self._open.pop()
         tree = encode(output, self.keep)
         written = {
             name: encode(arguments.values[name], self.keep)
@@ -126,6 +134,7 @@ class Recorder:
         tree = encode(output, self.keep)
         if len(self.calls) == 1 and all(name in given for _, name in tensors(tree)):
             return
+        self.inside.append(None)
         self.calls.append(
             CallEntry(
                 component=RUN,

@@ -20,11 +20,12 @@ _NOISING = ("add_noise", "scale_noise")
 
 @dataclass(frozen=True)
 class Happened:
-    """One call, as far as its role goes."""
+    """One call, as far as its role goes; `inside` is the place of the call that it is part of."""
 
     component: str
     method: str
     kind: Kind
+    inside: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def roles(calls: Sequence[Happened]) -> list[Role]:
         inside = begin <= index <= ends[-1]
         step = segments[index] if inside else None
         late = index > ends[-1]
+        if call.inside is not None:
+            places.append(("update" if inside or late else "latent", places[call.inside][1]))
+            continue
         places.append((_stage(call, every, inside=inside, late=late, after=after), step))
     return _numbered(calls, places)
 

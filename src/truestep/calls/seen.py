@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,7 +26,7 @@ class Plan:
         handed: The same for those that are handed on.
         precision: That all floating-point numbers are raised to.
         raised: Precision that what is seen is named as raised to.
-        again: After which calls an earlier one is made once more.
+        again: After which calls earlier ones are made once more.
     """
 
     made: Callable[[CallEntry], bool]
@@ -34,7 +34,7 @@ class Plan:
     handed: Change | None = None
     precision: torch.dtype | None = None
     raised: str = ""
-    again: Mapping[Number, CallEntry] = field(default_factory=dict)
+    again: Mapping[Number, Sequence[CallEntry]] = field(default_factory=dict)
 
 
 @dataclass
