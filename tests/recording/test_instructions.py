@@ -66,6 +66,19 @@ def test_a_function_is_run_by_other_instructions_once(
         assert notes(made) == "noise floor without other instructions: no more processes"
 
 
+def test_what_lies_in_the_temporary_folder_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may write there: a `numbers.py` took the place of Python's own."""
+    for name in ("numbers.py", "select.py", "torch.py"):
+        (tmp_path / name).write_text("raise SystemExit")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    instructions._end_all()
+    (run,) = kind(record_function(net(2), SAMPLES))
+    assert run.tensors
+
+
 @pytest.mark.parametrize("damage", ["cut", "wider", "another", "binary"])
 def test_a_damaged_cache_is_not_believed(cache: Path, damage: str) -> None:
     (run,) = kind(record_function(net(), SAMPLES))

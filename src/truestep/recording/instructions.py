@@ -212,7 +212,7 @@ class _Player:
         self._process = subprocess.Popen(
             [sys.executable, "-c", Path(tapes.__file__).read_text("utf-8")],
             env=environment,
-            cwd=tempfile.gettempdir(),
+            cwd=os.path.abspath(os.sep),  # it imports what lies there, which others must not write
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
