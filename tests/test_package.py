@@ -113,6 +113,7 @@ LAYERS = (
     "calls.benign",
     "calls.record",
     "calls.check",
+    "calls.guidance",
     "calls",
     "checking",
     "functions",

@@ -173,6 +173,18 @@ def generator_states(arguments: Arguments) -> Iterator[tuple[str, torch.Tensor]]
             yield name, value.get_state()
 
 
+def held_tensors(value: Any) -> dict[Path, torch.Tensor]:
+    """The tensors in a value, by their places."""
+    held: dict[Path, torch.Tensor] = {}
+
+    def keep(path: Path, tensor: torch.Tensor) -> str:
+        held[path] = tensor
+        return ""
+
+    encode(value, keep)
+    return held
+
+
 def marks(arguments: Arguments) -> dict[str, Tree]:
     """What tells whether a call wrote into its arguments: which tensors, at which version."""
 
