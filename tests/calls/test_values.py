@@ -46,6 +46,13 @@ class Output(OrderedDict):  # type: ignore[type-arg]
         self["sample"] = self.sample
 
 
+class Named(dict[str, Any]):
+    """A dict of a class of its own, as guiders return it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
 class Distribution:
     """An object that is no more than its attributes, as a VAE returns it."""
 
@@ -127,6 +134,11 @@ def test_objects_come_back_by_their_fields() -> None:
     output = there_and_back(Output(sample=tensor))
     assert isinstance(output, Output)
     assert output["sample"].equal(output.sample)
+    mapping = there_and_back(Named(pred=tensor, scale=2.0))
+    assert isinstance(mapping, Named)
+    assert mapping.pred.equal(tensor)
+    other = torch.ones(1)
+    assert laid_over(mapping, Swaps({id(mapping.pred): other})).pred is other
     gaussian = there_and_back(Distribution(tensor))
     assert isinstance(gaussian, Distribution)
     assert gaussian.mean.equal(tensor)

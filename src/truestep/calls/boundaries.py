@@ -264,7 +264,8 @@ class Watch:
 
     def _begin(self, value: Any, part: _Part, methods: set[str]) -> None:
         context = {CONTEXT} if callable(getattr(value, CONTEXT, None)) else set()
-        swapped = swapped_class(type(value), self, methods | context)
+        called = part.kind is not Kind.GUIDER  # its own call takes what blocks hold
+        swapped = swapped_class(type(value), self, methods | context, called=called)
         self._classes[id(swapped)] = part
         self._kept_classes.append(swapped)
         try:

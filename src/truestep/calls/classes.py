@@ -227,8 +227,14 @@ class Equal(type):
         return hash(cls._original)
 
 
-def swapped_class(original: type, watcher: Watcher, methods: Collection[str]) -> type:
-    """A subclass that tells a watcher of calls of an instance, and of some of its methods."""
+def swapped_class(
+    original: type, watcher: Watcher, methods: Collection[str], *, called: bool = True
+) -> type:
+    """A subclass that tells a watcher of calls of some methods of an instance.
+
+    Args:
+        called: Whether a call of the instance itself is one.
+    """
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         real = original.__call__
@@ -248,7 +254,7 @@ def swapped_class(original: type, watcher: Watcher, methods: Collection[str]) ->
         "__reduce_ex__": reduce_ex,
         **{name: WatchedMethod(watcher, original, name) for name in methods},
     }
-    if hasattr(original, "__call__"):  # noqa: B004 - of the class's instances
+    if called and hasattr(original, "__call__"):  # noqa: B004 - of the class's instances
         space["__call__"] = call
     usual = type(original)
     metaclass: Any = Equal if usual is type else type("Equal", (Equal, usual), {})

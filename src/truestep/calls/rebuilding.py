@@ -112,7 +112,7 @@ def _object(tree: Tree, fields: dict[str, Any], packages: Collection[str]) -> An
     cls = known_class(tree["object"], tree["kind"], packages)
     if tree["kind"] == "named":
         return cls._make(fields.values())  # type: ignore[attr-defined]
-    if tree["kind"] == "output":
+    if tree["kind"] in ("output", "mapping"):
         return cls(**fields)
     value: Any = object.__new__(cls)
     value.__dict__.update(fields)  # no code of the class runs
@@ -194,8 +194,9 @@ def _object_over(value: Any, swaps: Swaps, path: Path) -> Any:
     for name, part in after.items():
         if part is before[name]:
             continue
-        object.__setattr__(changed, name, part)
-        if kind == "output" and name in changed:
+        if kind != "mapping":
+            object.__setattr__(changed, name, part)
+        if kind in ("output", "mapping") and name in changed:
             changed[name] = part
     return changed
 

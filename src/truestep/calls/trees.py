@@ -9,7 +9,7 @@ import torch
 
 from truestep.calls.values import IMAGE_MODES, MAX_DEPTH, Tree
 
-_KINDS = ("output", "dataclass", "named", "plain")
+_KINDS = ("output", "mapping", "dataclass", "named", "plain")
 
 
 def check_tree(tree: Tree, ranks: Mapping[str, int], depth: int = 0) -> None:

@@ -157,13 +157,16 @@ def _encoded_media(value: Any, keep: Keep, path: Path) -> Tree:
 def object_kind(cls: type) -> str | None:
     """How an object of a class is kept by its fields; None of one that is not.
 
-    `output`: a dataclass that is also a dict (what transformers and diffusers return), `dataclass`,
-    `named`: a named tuple, `plain`: an object that is no more than its attributes.
+    `output`: a dataclass that is also a dict (what transformers and diffusers return), `mapping`: a
+    dict of a class of its own, `dataclass`, `named`: a named tuple, `plain`: an object that is no
+    more than its attributes.
     """
     if dataclasses.is_dataclass(cls):
         return "output" if issubclass(cls, OrderedDict) else "dataclass"
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
         return "named"
+    if issubclass(cls, dict) and cls.__module__ not in sys.stdlib_module_names:
+        return "mapping"
     new: Any = cls.__new__
     ordinary = new is object.__new__ and cls.__module__ not in sys.stdlib_module_names
     if not ordinary or issubclass(cls, (Enum, ModuleType, type, torch.nn.Module)):
@@ -178,6 +181,8 @@ def fields_of(value: Any, kind: str) -> Iterator[tuple[str, Any]]:
         yield from zip(value._fields, value, strict=True)
     elif kind == "plain":
         yield from vars(value).items()
+    elif kind == "mapping":
+        yield from ((key, part) for key, part in value.items() if type(key) is str)
     else:
         for field in dataclasses.fields(value):
             yield field.name, getattr(value, field.name, None)
