@@ -14,8 +14,8 @@ import torch
 
 from bench.common import emit, paired, rounded
 from truestep.case import Case
-from truestep.checking import check_pipeline
-from truestep.recording.record import record_pipeline
+from truestep.replay.check import check_pipeline
+from truestep.replay.record import record_pipeline
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Pipeline, generate
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bench.common import emit, paired, ratio, rounded
-from truestep.comparison.distance import distance
+from truestep.measure.distance import distance
 
 ELEMENTS = 25_000_000
 BAR = 3.0

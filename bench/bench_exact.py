@@ -23,10 +23,10 @@ from bench.common import emit
 from bench.faults.draws import HELD_OUT, TUNED
 from bench.faults.subjects import Wan, subjects
 from truestep.case import Case
-from truestep.checking import check_pipeline
-from truestep.comparison.distance import distance
+from truestep.measure.distance import distance
 from truestep.recording.format import Recording
-from truestep.recording.record import record_pipeline
+from truestep.replay.check import check_pipeline
+from truestep.replay.record import record_pipeline
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Pipeline, generate
 from truestep.verdict import Comparison, Verdict

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.bench_verdict import RESULTS, read
+from bench.common import RESULTS, read
 from bench.faults.draws import DRAWS
 from bench.faults.entry import FAMILIES, Fault, NotApplicable
 from bench.faults.places import places
@@ -30,15 +30,15 @@ from bench.faults.port import PORTED, WITHOUT
 from bench.faults.registry import BENIGN, FAULTS
 from bench.faults.subjects import Wan, subjects
 from examples.parity.wan_port.port import use
-from truestep.checking import check_pipeline
-from truestep.divergence import parent
+from truestep.judge.divergence import parent
+from truestep.pairing.naming import ROOT
+from truestep.pairing.partners import partners_of
 from truestep.recording.format import Recording
-from truestep.recording.record import record_pipeline
-from truestep.tracing.drill import Known
-from truestep.tracing.isolation import flow
-from truestep.tracing.locating import Place, drill_stage, locate_module, prediction
-from truestep.tracing.naming import ROOT
-from truestep.tracing.partners import partners_of
+from truestep.replay.check import check_pipeline
+from truestep.replay.drill import Known
+from truestep.replay.isolation import flow
+from truestep.replay.locating import Place, drill_stage, locate_module, prediction
+from truestep.replay.record import record_pipeline
 from truestep.verdict import Verdict
 
 SUBJECTS = ("tiny-wan2.1", "tiny-wan2.2-5b", "tiny-wan2.2", "digits")

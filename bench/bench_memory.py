@@ -30,9 +30,9 @@ def private_mb() -> float:
 
 def write_pair(folder: Path) -> tuple[Path, Path]:
     """Two recordings of 1 GB, 20 tensors each, that differ by noise."""
-    from truestep.recording.capture import tensor_table
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Manifest
+    from truestep.recording.table import tensor_table
 
     paths = []
     for index in range(2):
@@ -67,7 +67,7 @@ def trace(folder: Path, what: str) -> None:
     start = time.perf_counter()
     verdict = ""
     if what == "compare":
-        from truestep.tracing.comparing import compare_traces
+        from truestep.replay.traces import compare_traces
 
         verdict = compare_traces(actual, reference).verdict.value
     else:

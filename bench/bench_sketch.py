@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from bench.common import emit, paired, rounded
-from truestep.comparison.sketch import Estimate, estimate, sketch
+from truestep.measure.sketch import Estimate, estimate, sketch
 
 ELEMENTS = 25_000_000
 BAR_GB_PER_S = 1.0

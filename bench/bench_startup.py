@@ -16,7 +16,7 @@ BAR_S = 0.4
 
 
 def main() -> None:
-    from truestep.comparison.latent_gate import write_latent_bundle
+    from truestep.judge.latent import write_latent_bundle
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "latent.safetensors"

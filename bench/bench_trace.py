@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from bench.common import emit, paired, ratio, rounded
-from truestep.tracing.hooks import capture
+from truestep.replay.hooks import capture
 
 FORWARDS = 4
 BARS = {

@@ -21,15 +21,14 @@ from typing import Any
 
 import torch
 
+from bench.common import RESULTS, read
 from bench.faults.draws import DRAWS, Draw
 from bench.faults.registry import BENIGN, FAULTS, Fault, NotApplicable
 from bench.faults.subjects import Outputs, Subject, effect, subjects
-from truestep.comparison.distance import same_bits
-from truestep.gates import Gate, parse_gate
+from truestep.gates.kinds import Gate, parse_gate
+from truestep.measure.distance import same_bits
 from truestep.recording.format import Recording
 from truestep.verdict import Comparison
-
-RESULTS = Path(__file__).parent / "results"
 
 GATES = (
     "cosine:5e-3,1e-2",
@@ -73,19 +72,6 @@ def _options() -> Any:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--no-report", dest="report", action="store_false")
     return parser.parse_args()
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a result file; a half-written last line is dropped."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:

@@ -7,7 +7,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def paired(
@@ -51,3 +54,16 @@ def emit(name: str, **fields: Any) -> None:
 def rounded(samples: list[float]) -> list[float]:
     """Raw samples in seconds, to microseconds."""
     return [round(sample, 6) for sample in samples]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a result file; a half-written last line is dropped."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.bench_verdict import RESULTS, read
+from bench.common import RESULTS, read
 from bench.faults.registry import BENIGN, FAULTS
 
 __all__ = ["markdown", "misplaced"]

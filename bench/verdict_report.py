@@ -235,7 +235,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 
 
 def main() -> None:
-    from bench.bench_verdict import RESULTS, read
+    from bench.common import RESULTS, read
 
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     write(read(folder / "verdict.jsonl"), folder)

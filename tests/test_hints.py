@@ -209,7 +209,7 @@ ELSEWHERE = {
     "unset {}  # tests the installed package": "a variable of the reader's shell",
     "TRUESTEP_TRACEBACK=1 {}": "tests/cli/test_ended",
     "truestep parity status": "tests/cli/test_ended",
-    "--accept {}  # compares with it all the same": "tests/recording/test_implementation",
+    "--accept {}  # compares with it all the same": "tests/replay/test_implementation",
     "df -h {}  # what is measured is kept: --resume goes on": "as any df",
     "df -h {}; ls -ld {}  # the runs before it are kept": "as any df",
     "ls -ld {}": "as any ls",
@@ -299,7 +299,7 @@ def recorded(
     """A folder of cases; references of `a` whole, and of `b` without a floor."""
     from truestep import record
     from truestep.case import load_cases
-    from truestep.references.store import Store, place_of
+    from truestep.recording.store import Store, place_of
 
     folder = tmp_path_factory.mktemp("hints")
     monkeypatch = pytest.MonkeyPatch()
@@ -361,8 +361,8 @@ def other_reference(folder: Path) -> tuple[str, ...]:
 
 def sketch(folder: Path) -> None:
     from truestep.case import load_cases
-    from truestep.recording.record import record
-    from truestep.references.store import Store, place_of
+    from truestep.recording.store import Store, place_of
+    from truestep.replay.record import record
 
     recording = record(load_cases(folder / "truestep.toml")["a"], level="sketch", floor="none")
     Store(folder / "truestep-references").save(recording, place_of(recording), update=True)
@@ -379,7 +379,7 @@ def of_sketch(*arguments: str) -> Callable[[Path], tuple[str, ...]]:
 def without(folder: Path, name: str) -> None:
     """Replace the reference of `a` by one that lacks a tensor."""
     from truestep.recording.format import Recording
-    from truestep.references.store import Store, place_of
+    from truestep.recording.store import Store, place_of
 
     recording = Recording.open(next(folder.rglob("*red-three*.safetensors")))
     kept = {key: tensor.clone() for key, tensor in recording.items() if key != name}

@@ -245,7 +245,7 @@ def test_public_names_are_sorted_and_exist() -> None:
 
 def test_public_names_survive_importing_everything() -> None:
     code = (
-        "import truestep, truestep.checking, truestep.recording.record, truestep.comparison.api\n"
+        "import truestep, truestep.replay.check, truestep.replay.record, truestep.judge.compare\n"
         "assert callable(truestep.check) and callable(truestep.record)\n"
         "assert callable(truestep.compare)"
     )
@@ -279,13 +279,13 @@ LIGHT = [
     "import truestep; truestep.Case, truestep.Verdict, truestep.EquivalenceError",
     "import truestep.pytest_plugin",
     "import truestep.parity",
-    "import truestep.references.store",
+    "import truestep.recording.store",
     "import truestep.report.html, truestep.report.terminal",
     "from truestep.cli.app import app; app(['--help'], standalone_mode=False)",
     "from truestep.cli.app import app; app(['check', '--help'], standalone_mode=False)",
     "from truestep.cli.app import app; app(['parity', 'new', '-h'], standalone_mode=False)",
     "from truestep.cli.app import app; app(['ab', '--help'], standalone_mode=False)",
-    "import truestep.known, truestep.thresholds.file",
+    "import truestep.judge.known, truestep.gates.thresholds.file",
     "from truestep.cli.app import app; app(['thresholds', 'lint', '-h'], standalone_mode=False)",
     "import truestep.experiment.store, truestep.experiment.table, truestep.report.ab",
     "import truestep.report.ablation",
@@ -319,7 +319,7 @@ def test_what_is_imported_by_commands_that_must_feel_instant(
     """As whole processes: parent and child of the guard, and what the interpreter adds left out."""
     import torch
 
-    from truestep.comparison.latent_gate import write_latent_bundle
+    from truestep.judge.latent import write_latent_bundle
 
     (tmp_path / "plain.json").write_text('{"a": 1}')
     write_latent_bundle(tmp_path / "recording.safetensors", torch.randn(1, 4, 2, 8, 8))

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch  # noqa: F401  pytester unloads what a run imported, and torch cannot load twice
 
-import truestep.comparison.latent_gate  # noqa: F401  likewise what it needs
+import truestep.judge.latent  # noqa: F401  likewise what it needs
 
 pytest_plugins = ["pytester"]
 

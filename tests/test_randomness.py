@@ -13,7 +13,7 @@ import torch
 import truestep
 from truestep.case import Case
 from truestep.randomness import own_randomness
-from truestep.tracing.record import record_trace
+from truestep.replay.trace import record_trace
 
 CASE = Case(model="builtin:digits", prompt="a red three", settings={"device": "cpu"}, steps=3)
 

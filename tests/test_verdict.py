@@ -9,6 +9,7 @@ import pickle
 import pytest
 
 from truestep.errors import EquivalenceError
+from truestep.judge.compare import assert_equivalent
 from truestep.verdict import (
     Comparison,
     Divergence,
@@ -18,7 +19,6 @@ from truestep.verdict import (
     Rule,
     Side,
     Verdict,
-    assert_equivalent,
 )
 
 

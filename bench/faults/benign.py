@@ -37,7 +37,7 @@ from bench.faults.targets import (
     with_attention,
 )
 from bench.faults.transformer import _rope_at
-from truestep.runtime.joint import each
+from truestep.joint import each
 
 Tensor = torch.Tensor
 Stage = Callable[..., Tensor]

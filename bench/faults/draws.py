@@ -1,8 +1,8 @@
 """The published list of prompts, seeds and sizes that the benchmark runs on.
 
-The rule's constants (`truestep.noise`, `truestep.rule`) were chosen looking at `TUNED` only;
-`HELD_OUT` was drawn at the same time and not looked at. Prompts are those of the digits model; for
-other subjects the text is only text.
+The rule's constants (`truestep.judge.floor`, `truestep.judge.rule`) were chosen looking at `TUNED`
+only; `HELD_OUT` was drawn at the same time and not looked at. Prompts are those of the digits
+model; for other subjects the text is only text.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Fault:
             Wan models, with `{middle}`, `{before}` and `{block}` as in `places`; `(root)` is the
             model's own code. Empty where nothing acts inside a model.
         model: Attribute of the pipeline that holds the model.
-        stage: Where a check must say that it drifted (`truestep.recording.names`), declared for
+        stage: Where a check must say that it drifted (`truestep.keys`), declared for
             models of video and sound; with the `branch`, where one only is wrong.
         modality: `audio` or `video`, where it is wrong, or more wrong than the other; None where
             both are as wrong, or share what is wrong.

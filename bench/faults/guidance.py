@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import PIPELINES, fault
 from bench.faults.targets import around, edm, need, shapes
-from truestep.runtime.joint import each, floating
+from truestep.joint import each, floating
 
 Tensor = torch.Tensor
 Combine = Callable[..., Tensor]

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import benign, fault
 from bench.faults.targets import around, middles, need
-from truestep.runtime.joint import Context, Encoded, Joint, each
+from truestep.joint import Context, Encoded, Joint, each
 
 Tensor = torch.Tensor
 Stage = Callable[..., Any]

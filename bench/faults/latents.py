@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.faults.entry import PIPELINES, fault
 from bench.faults.targets import around, models, narrowed, need, on_output, temporal_factor
-from truestep.runtime.joint import each
+from truestep.joint import each
 
 Tensor = torch.Tensor
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from bench.faults.targets import block_list, middle
-from truestep.tracing.naming import ROOT, named_modules
+from truestep.pairing.naming import ROOT, named_modules
 
 __all__ = [
     "ATTENTIONS",

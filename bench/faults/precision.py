@@ -34,7 +34,7 @@ from bench.faults.targets import (
     sinusoids,
     with_attention,
 )
-from truestep.runtime.joint import each
+from truestep.joint import each
 
 Tensor = torch.Tensor
 

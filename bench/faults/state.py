@@ -25,7 +25,7 @@ from bench.faults.targets import (
     self_attention,
     shapes,
 )
-from truestep.runtime.joint import each, floating
+from truestep.joint import each, floating
 
 Tensor = torch.Tensor
 Stage = Callable[..., Tensor]

@@ -14,16 +14,17 @@ import torch
 
 from bench.faults.draws import Draw
 from truestep.case import Case
-from truestep.checking import check_pipeline
-from truestep.comparison.distance import distance
-from truestep.functions import check_function, record_function
+from truestep.joint import parts
+from truestep.measure.distance import distance
 from truestep.recording.format import Recording
-from truestep.recording.raised import converted, raised
-from truestep.recording.record import FloorChoice, record_pipeline
-from truestep.recording.replay import replay
-from truestep.runtime.joint import parts
+from truestep.replay.check import check_pipeline
+from truestep.replay.functions import check_function, record_function
+from truestep.replay.raised import raised
+from truestep.replay.record import FloorChoice, record_pipeline
+from truestep.replay.stages import replay
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import generate
+from truestep.runtime.precision import converted
 from truestep.verdict import Comparison
 
 __all__ = ["SUBJECTS", "Outputs", "Subject", "effect", "subjects"]

@@ -11,8 +11,8 @@ from truestep.experiment.ablation_records import Ablation, Matrix
 from truestep.experiment.baseline import PerfResults
 from truestep.experiment.perf_importing import PerfImport
 from truestep.experiment.records import Experiment
+from truestep.gates.thresholds.linting import Lint
 from truestep.report.trend import Trend
-from truestep.thresholds.linting import Lint
 from truestep.verdict import Comparison, Results
 
 SCHEMAS: dict[str, type[BaseModel]] = {

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from truestep.case import Case
-    from truestep.checking import check
-    from truestep.comparison.api import compare
-    from truestep.comparison.latent_gate import check_latent
     from truestep.environment import Environment
     from truestep.errors import EquivalenceError
     from truestep.experiment.ablation import ablate
-    from truestep.functions import check_function, record_function
+    from truestep.judge.compare import assert_equivalent, compare
+    from truestep.judge.latent import check_latent
     from truestep.recording.format import Recording
-    from truestep.recording.record import record
+    from truestep.replay.batching import batch_invariance
+    from truestep.replay.check import check
+    from truestep.replay.functions import check_function, record_function
+    from truestep.replay.hooks import capture
+    from truestep.replay.ports import replay_trace
+    from truestep.replay.record import record
+    from truestep.replay.traces import compare_traces
     from truestep.runtime.accelerate import accelerate
-    from truestep.tracing.batching import batch_invariance
-    from truestep.tracing.comparing import compare_traces
-    from truestep.tracing.hooks import capture
-    from truestep.tracing.replaying import replay_trace
-    from truestep.verdict import Comparison, Verdict, assert_equivalent
+    from truestep.verdict import Comparison, Verdict
 
 __all__ = [
     "Case",
@@ -57,17 +57,17 @@ _HOMES = {
     "Verdict": "truestep.verdict",
     "ablate": "truestep.experiment.ablation",
     "accelerate": "truestep.runtime.accelerate",
-    "assert_equivalent": "truestep.verdict",
-    "batch_invariance": "truestep.tracing.batching",
-    "capture": "truestep.tracing.hooks",
-    "check": "truestep.checking",
-    "check_function": "truestep.functions",
-    "check_latent": "truestep.comparison.latent_gate",
-    "compare": "truestep.comparison.api",
-    "compare_traces": "truestep.tracing.comparing",
-    "record": "truestep.recording.record",
-    "record_function": "truestep.functions",
-    "replay_trace": "truestep.tracing.replaying",
+    "assert_equivalent": "truestep.judge.compare",
+    "batch_invariance": "truestep.replay.batching",
+    "capture": "truestep.replay.hooks",
+    "check": "truestep.replay.check",
+    "check_function": "truestep.replay.functions",
+    "check_latent": "truestep.judge.latent",
+    "compare": "truestep.judge.compare",
+    "compare_traces": "truestep.replay.traces",
+    "record": "truestep.replay.record",
+    "record_function": "truestep.replay.functions",
+    "replay_trace": "truestep.replay.ports",
 }
 
 

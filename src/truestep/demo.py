@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from truestep.case import Case
-from truestep.checking import check_pipeline
-from truestep.comparison.latent_gate import check_latent
-from truestep.comparison.media import frame_media
-from truestep.recording.capture import Capture
-from truestep.recording.floor import in_batch, threads
+from truestep.judge.latent import check_latent
+from truestep.judge.media import frame_media
 from truestep.recording.format import Recording
+from truestep.replay.capture import Capture
+from truestep.replay.check import check_pipeline
+from truestep.replay.floor import in_batch, threads
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Pipeline, generate
 from truestep.verdict import Comparison, GateResult

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from truestep.comparison.latent_gate import SliceSpec
-    from truestep.known import Entry
+    from truestep.judge.known import Entry
+    from truestep.judge.latent import SliceSpec
     from truestep.parity.component import Parity
-    from truestep.references.store import Place, Store
+    from truestep.recording.store import Place, Store
     from truestep.verdict import Comparison
 
 CHECKS = pytest.StashKey["Checks"]()
@@ -72,7 +72,7 @@ class TruestepFixture:
     @property
     def store(self) -> Store:
         """The reference folder."""
-        from truestep.references.store import Store
+        from truestep.recording.store import Store
 
         return Store(reference_root(self._config))
 
@@ -104,8 +104,8 @@ class TruestepFixture:
             ReferenceNotFoundError: There is none; the candidate is written beside its place.
         """
         __tracebackhide__ = True
-        from truestep.comparison.api import compare
-        from truestep.comparison.sources import load
+        from truestep.judge.compare import compare
+        from truestep.recording.readers import load
 
         with self._checking(name):
             tensors = load(actual, label="actual").tensors
@@ -133,7 +133,7 @@ class TruestepFixture:
             UsageError: Several latents are given, or the slice does not fit.
         """
         __tracebackhide__ = True
-        from truestep.comparison.latent_gate import check_latent, slice_for
+        from truestep.judge.latent import check_latent, slice_for
 
         with self._checking(name):
             tensor = _only(latent)
@@ -232,7 +232,7 @@ class TruestepFixture:
         tier: str,
     ) -> Place:
         from truestep.environment import device_class as class_of
-        from truestep.references.store import Place
+        from truestep.recording.store import Place
 
         if device_class is None:
             first = next(iter(tensors.values()), None)
@@ -244,8 +244,8 @@ class TruestepFixture:
     ) -> Path | None:
         """The stored reference; None where this run writes it."""
         from truestep.errors import ReferenceNotFoundError
-        from truestep.recording.judging import refuse_empty_content
-        from truestep.references.store import candidate_of
+        from truestep.judge.refusals import refuse_empty_content
+        from truestep.recording.store import candidate_of
 
         __tracebackhide__ = True
         store, update = self.store, self._config.getoption("truestep_update")
@@ -282,8 +282,8 @@ class TruestepFixture:
     def _judge(self, comparison: Comparison, place: Place, name: str) -> Comparison:
         __tracebackhide__ = True
         from truestep.errors import EquivalenceError
-        from truestep.known import judged
-        from truestep.verdict import assert_equivalent
+        from truestep.judge.compare import assert_equivalent
+        from truestep.judge.known import judged
 
         entry = "::".join(part for part in (self._node.nodeid, name) if part)
         self._checks.compared.names.append(entry)
@@ -326,8 +326,8 @@ def _only(latent: object) -> Any:
     Raises:
         UsageError: There are several: a gate of latents judges one.
     """
-    from truestep.comparison.sources import load
     from truestep.errors import UsageError
+    from truestep.recording.readers import load
 
     tensors = load(latent, label="latent").tensors
     if len(tensors) == 1 or "latent/final" in tensors:
@@ -344,9 +344,9 @@ def _recording(tensors: Mapping[str, Any], place: Place, settings: Mapping[str, 
     from datetime import datetime, timezone
 
     from truestep.environment import Environment, library_version
-    from truestep.recording.capture import tensor_table
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Manifest
+    from truestep.recording.table import tensor_table
 
     manifest = Manifest(
         tool_version=library_version("truestep") or "",

@@ -109,7 +109,7 @@ def pytest_configure(config: pytest.Config) -> None:
     known = config.getoption("truestep_known")
     if known:
         from truestep.errors import UsageError
-        from truestep.known import read_ledger
+        from truestep.judge.known import read_ledger
 
         try:
             config.stash[LEDGER] = read_ledger(known)
@@ -381,7 +381,7 @@ def _unused(config: pytest.Config, state: _Session) -> list[str]:
     """References that no test of a complete run asked for; nothing after a partial one."""
     if not _complete(config, state) or not state.used:
         return []
-    from truestep.references.store import Store
+    from truestep.recording.store import Store
 
     return [p.name for p in Store(reference_root(config)).places() if p.name not in state.used]
 

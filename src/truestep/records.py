@@ -77,7 +77,7 @@ class GateResult(Record):
 
 
 class KnownFailure(Record):
-    """What the ledger of known failures says of a comparison; see `truestep.known`.
+    """What the ledger of known failures says of a comparison; see `truestep.judge.known`.
 
     Attributes:
         name: Of the ledger's entry.
@@ -137,7 +137,7 @@ class FrameTriple(Record):
 
 
 class SoundMetrics(Record):
-    """Distances of two waveforms; see `truestep.comparison.audio`.
+    """Distances of two waveforms; see `truestep.measure.sound`.
 
     `rel_l2`, `correlation` and `spectrum_db` are None where the two differ in shape: they take
     sample for sample. NaN where a sample that they take is not finite.

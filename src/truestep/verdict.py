@@ -137,7 +137,7 @@ class FloorUsed(Light):
 
 
 class Statistic(Light):
-    """One structure statistic of a residual, over the reference's rms (see `truestep.rule`).
+    """One structure statistic of a residual, over the reference's rms (see `truestep.judge.rule`).
 
     `floor` is its largest benign value, `bound` the multiple of it above which it is drifted.
     """
@@ -421,33 +421,6 @@ class Comparison(Record):
 
 def _one_sided(row: Row) -> bool:
     return (row.actual is None) is not (row.reference is None)
-
-
-def assert_equivalent(actual: object, reference: object = None) -> Comparison:
-    """Raise unless the verdict is `identical` or `equivalent`.
-
-    Args:
-        actual: A comparison, or one side of one that is still to be made.
-        reference: The other side, if `actual` is not a comparison; see `truestep.compare`.
-
-    Returns:
-        The comparison, so that calls can be chained.
-
-    Raises:
-        EquivalenceError: With the failing rows, for any other verdict.
-    """
-    __tracebackhide__ = True  # pytest shows the caller's line
-    from truestep.errors import EquivalenceError
-
-    if isinstance(actual, Comparison):
-        comparison = actual
-    else:
-        from truestep.comparison.api import compare
-
-        comparison = compare(actual, reference)
-    if not comparison.verdict.passed:
-        raise EquivalenceError(comparison)
-    return comparison
 
 
 class Results(Record):

@@ -21,7 +21,7 @@ from bench.faults.registry import BENIGN, FAMILIES, FAULTS, Fault, NotApplicable
 from bench.faults.subjects import subjects
 from truestep.case import Case
 from truestep.cli.common import load_change
-from truestep.recording.names import STAGES
+from truestep.keys import STAGES
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import apply_change, generate
 

@@ -18,8 +18,8 @@ from bench.faults.places import places, resolved
 from bench.faults.port import PORTED, WITHOUT
 from bench.faults.registry import FAULTS, Fault
 from truestep.case import Case
+from truestep.pairing.naming import ROOT, named_modules
 from truestep.runtime.loading import load
-from truestep.tracing.naming import ROOT, named_modules
 
 INSIDE = [entry for entry in FAULTS.values() if entry.where and "wan" in entry.subjects]
 

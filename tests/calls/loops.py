@@ -15,7 +15,7 @@ from truestep.calls.recorder import recorded
 from truestep.calls.recording import CallRecording, read
 from truestep.calls.seen import Forced, Plan
 from truestep.calls.subject import Subject, subject_of
-from truestep.comparison.distance import same_bits
+from truestep.measure.distance import same_bits
 
 
 class Encoder(torch.nn.Module):

@@ -13,7 +13,7 @@ import pytest
 from tests.commands import Run, runner
 from truestep.experiment import ablation as module
 from truestep.experiment.ablation_records import Ablation, Matrix
-from truestep.recording.record import record_pipeline
+from truestep.replay.record import record_pipeline
 from truestep.report import ablation as page
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"

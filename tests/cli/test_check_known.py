@@ -37,7 +37,7 @@ def recorded(tiny_wan: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     """A folder with a case file of two cases and a reference of the first."""
     from truestep import record
     from truestep.case import load_cases
-    from truestep.references.store import DEFAULT_ROOT, Store, place_of
+    from truestep.recording.store import DEFAULT_ROOT, Store, place_of
 
     folder = tmp_path_factory.mktemp("project")
     cases = [

@@ -52,7 +52,7 @@ def recorded(tiny_wan: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     """A folder with a case file and a reference of `three`."""
     from truestep import record
     from truestep.case import load_cases
-    from truestep.references.store import DEFAULT_ROOT, Store, place_of
+    from truestep.recording.store import DEFAULT_ROOT, Store, place_of
 
     folder = tmp_path_factory.mktemp("project")
     (folder / "truestep.toml").write_text(FILE.format(model=tiny_wan["wan21"]))

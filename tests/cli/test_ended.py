@@ -18,8 +18,8 @@ from tests.commands import Run, runner, write_cases
 from truestep import check, cli, guard, record
 from truestep.case import load_cases
 from truestep.errors import ProcessEndedError
-from truestep.functions import check_function, record_function
-from truestep.references.store import DEFAULT_ROOT, Store, place_of
+from truestep.recording.store import DEFAULT_ROOT, Store, place_of
+from truestep.replay.functions import check_function, record_function
 from truestep.verdict import Results, Verdict
 
 GUARDED = """
@@ -326,7 +326,7 @@ def test_an_unforeseen_error_is_one_message_and_never_a_verdict(
     def breaks(*given: object, **named: object) -> None:
         raise ZeroDivisionError("a fault of ours")
 
-    monkeypatch.setattr("truestep.recording.record.record", breaks)
+    monkeypatch.setattr("truestep.replay.record.record", breaks)
     code, _, err = run("record", "a", "--update")
     assert code == 2
     assert "raised ZeroDivisionError: a fault of ours" in err

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.commands import Run, runner
 from truestep import assert_equivalent, cli, report
-from truestep.comparison.api import compare
+from truestep.judge.compare import compare
 from truestep.text import visible
 
 EVIL = "x\x1b]0;t\x07\u202e\x9b2J\nPASSED identical"

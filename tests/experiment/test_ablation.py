@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truestep.case import Case
-from truestep.checking import check
 from truestep.controls import NAMES, Cell, differences
 from truestep.errors import CaseError, UsageError
 from truestep.experiment import ablation as module
@@ -33,9 +32,10 @@ from truestep.experiment.attribution import (
     sentence,
     stage_distances,
 )
-from truestep.recording import floor
-from truestep.recording.names import STAGES
-from truestep.recording.record import record, record_pipeline
+from truestep.keys import STAGES
+from truestep.replay import floor
+from truestep.replay.check import check
+from truestep.replay.record import record, record_pipeline
 from truestep.verdict import Metrics, Row, Verdict
 
 OFFICIAL, DIFFUSERS = "official@f4b06fb", "diffusers-0.42.1"

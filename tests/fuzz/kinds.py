@@ -24,17 +24,18 @@ from safetensors.torch import save_file
 
 from tests.fuzz import mutate
 from truestep import check_latent, compare
-from truestep.comparison import sources
-from truestep.comparison.sketch import sketch
-from truestep.noise import NoiseFloor, NoiseRun, RunMetrics
-from truestep.recording.capture import tensor_table
-from truestep.recording.format import Recording, moments
+from truestep.floors import NoiseFloor, NoiseRun, RunMetrics
+from truestep.measure.moments import moments
+from truestep.measure.sketch import sketch
+from truestep.recording import readers as sources
+from truestep.recording.format import Recording
 from truestep.recording.header import digest, manifest_digest
 from truestep.recording.manifest import Level, Manifest
+from truestep.recording.table import tensor_table
 from truestep.verdict import Results
 
 if TYPE_CHECKING:
-    from truestep.tracing.writer import Spool
+    from truestep.recording.spool import Spool
 
 Files = Mapping[str, bytes]
 Mutator = Callable[[bytes, random.Random], bytes]
@@ -120,7 +121,7 @@ def _judged(actual: object, reference: object) -> None:
 
 
 def _use_recording(path: Path, good: Path) -> None:
-    from truestep.recording.replay import require_run
+    from truestep.replay.stages import require_run
 
     recording = Recording.open(path)
     for name in recording:
@@ -132,8 +133,8 @@ def _use_recording(path: Path, good: Path) -> None:
 
 
 def _use_trace(path: Path, good: Path) -> None:
+    from truestep.replay.traces import compare_traces
     from truestep.report.terminal import lines
-    from truestep.tracing.comparing import compare_traces
 
     recording = Recording.open(path)
     for name in recording:
@@ -175,7 +176,7 @@ def _use_bundle(path: Path, good: Path) -> None:
 
 
 def _use_lock(path: Path, _: Path) -> None:
-    from truestep.references.lock import read_lock
+    from truestep.recording.lock import read_lock
 
     read_lock(path)
 
@@ -189,7 +190,7 @@ def _use_cases(path: Path, _: Path) -> None:
 
 
 def _use_known(path: Path, _: Path) -> None:
-    from truestep.known import read_ledger
+    from truestep.judge.known import read_ledger
 
     read_ledger(path, cases=["red-three"])
 
@@ -242,7 +243,7 @@ def _use_experiment(path: Path, _: Path) -> None:
 
 
 def _use_spool(path: Path, _: Path) -> None:
-    from truestep.tracing.recovery import recover
+    from truestep.recording.recovery import recover
 
     (spool,) = path.glob("*.spool")
     recording = recover(spool, output=path / "whole.safetensors")
@@ -251,8 +252,8 @@ def _use_spool(path: Path, _: Path) -> None:
 
 
 def _use_thresholds(path: Path, _: Path) -> None:
-    from truestep.thresholds.file import read
-    from truestep.thresholds.linting import lint
+    from truestep.gates.thresholds.file import read
+    from truestep.gates.thresholds.linting import lint
 
     thresholds = read(path)
     frames = torch.linspace(-1, 1, 1 * 3 * 1 * 16 * 16).reshape(1, 3, 1, 16, 16)
@@ -389,7 +390,7 @@ def _seed_packed(folder: Path) -> None:
     for level in levels:
         spool = _spool(folder / f"{level}.safetensors", level)
         manifest = _manifest({}, level)
-        with mock.patch("truestep.tracing.writer.PLAIN", 0):
+        with mock.patch("truestep.recording.spool.PLAIN", 0):
             spool.close(manifest)
 
 
@@ -591,7 +592,7 @@ def _seed_experiment(folder: Path) -> None:
 
 def _spool(target: Path, level: Level) -> Spool:
     """A spool with every tensor of a small trace."""
-    from truestep.tracing.writer import Blob, Spool
+    from truestep.recording.spool import Blob, Spool
 
     head = _manifest({}, level).model_dump(mode="json", exclude={"tensors"})
     spool = Spool(target, head=head, level=level)

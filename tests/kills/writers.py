@@ -19,20 +19,20 @@ import truestep
 from tests.experiment.test_baseline import COHORT, make_run
 from tests.experiment.test_experiment_store import CELL, PLAN, sample
 from tests.kills.harness import Writer
-from tests.references.test_store import CASE, find, recording
+from tests.recording.test_store import CASE, find, recording
 from truestep import files
 from truestep.errors import FileFormatError
 from truestep.experiment import store as experiments
 from truestep.experiment.history import open_history
 from truestep.experiment.records import Sample
+from truestep.gates.thresholds import file as thresholds
 from truestep.parity.evidence import Evidence
 from truestep.parity.ledger import Component, read_ledger, update_ledger
 from truestep.recording.format import Recording
-from truestep.references.store import Store, candidate_of, place_of
+from truestep.recording.recovery import recover, spools
+from truestep.recording.store import Store, candidate_of, place_of
 from truestep.report import html
 from truestep.standalone.recorder import _Store as Recorder
-from truestep.thresholds import file as thresholds
-from truestep.tracing.recovery import recover, spools
 from truestep.verdict import Comparison, Results
 
 
@@ -114,7 +114,7 @@ def _mend_trace(folder: Path) -> None:
 
 
 def _write_packed(folder: Path, value: int) -> None:
-    from truestep.tracing import writer
+    from truestep.recording import spool as writer
 
     before, writer.PLAIN = writer.PLAIN, 0
     try:

@@ -11,7 +11,7 @@ import torch
 
 from examples.parity.wan_port.convert import convert
 from examples.parity.wan_port.port import ported
-from truestep.comparison.sketch import sketch
+from truestep.measure.sketch import sketch
 from truestep.models import digits
 from truestep.pairing import Evidence, Pairing, pair_activations, pair_modules
 

@@ -15,9 +15,9 @@ import torch
 
 from truestep.errors import ComponentMissingError, EquivalenceError
 from truestep.pairing import pair_modules
-from truestep.parity.checkpoints import compare_checkpoints
+from truestep.pairing.checkpoints import compare_checkpoints
+from truestep.pairing.conversion import pair_keys, skeleton
 from truestep.parity.evidence import Evidence, State, state_of
-from truestep.parity.keys import pair_keys, skeleton
 from truestep.parity.running import Run, run_parity
 from truestep.parity.session import parity_of
 from truestep.parity.sides import module_of

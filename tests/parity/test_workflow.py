@@ -37,7 +37,7 @@ def _warm() -> None:
     import torch._inductor.test_operators  # what diffusers imports; it registers operators once
 
     import truestep.parity.session  # noqa: F401
-    from truestep.functions import check_function, record_function
+    from truestep.replay.functions import check_function, record_function
 
     module = torch.nn.Linear(4, 4)
     check_function(module, record_function(module, [{"input": torch.randn(1, 4)}]))

@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 
 import truestep
-from tests.tracing.models import given, model
-from tests.tracing.test_writer import Mixed
+from tests.recording.test_spool import Mixed
+from tests.replay.models import given, model
 from truestep.cli.show import command as show
 from truestep.errors import FileFormatError, WriteError
 from truestep.recording import columns
@@ -26,8 +26,8 @@ from truestep.recording.columns import columns_of, rows_of
 from truestep.recording.format import Recording, bytes_of
 from truestep.recording.header import read_header, read_manifest
 from truestep.recording.manifest import Level, TensorEntry
-from truestep.tracing.recovery import recover
-from truestep.tracing.writer import Spool
+from truestep.recording.recovery import recover
+from truestep.recording.spool import Spool
 
 LEVELS: tuple[Level, ...] = ("stats", "sketch", "full")
 
@@ -42,7 +42,7 @@ def traced(path: Path, level: Level, net: torch.nn.Module) -> Recording:
 @pytest.fixture
 def packing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Pack every trace, or none."""
-    return lambda on: monkeypatch.setattr("truestep.tracing.writer.PLAIN", 0 if on else 10**9)
+    return lambda on: monkeypatch.setattr("truestep.recording.spool.PLAIN", 0 if on else 10**9)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -227,7 +227,7 @@ def test_rows_survive_columns() -> None:
 def test_a_killed_process_leaves_a_spool_that_is_packed(
     tmp_path: Path, packing: Callable[[bool], None]
 ) -> None:
-    from tests.tracing.test_writer import spool_of
+    from tests.recording.test_spool import spool_of
 
     packing(True)
     recording = recover(spool_of(tmp_path))
@@ -270,7 +270,7 @@ def test_show_lists_a_packed_trace(tmp_path: Path, packing: Callable[[bool], Non
 def test_a_trace_is_packed_long_before_its_header_is_full(tmp_path: Path) -> None:
     """A plain header is at most four times the journal, whatever the names."""
     from truestep.recording.header import MAX_HEADER
-    from truestep.tracing.writer import PLAIN
+    from truestep.recording.spool import PLAIN
 
     assert 4 * PLAIN < MAX_HEADER
     for name in ("a", "n" * 1000):
@@ -284,7 +284,7 @@ def test_a_trace_is_packed_long_before_its_header_is_full(tmp_path: Path) -> Non
 
 
 def spool_with(path: Path, count: int, prefix: str) -> Spool:
-    from truestep.tracing.writer import Blob
+    from truestep.recording.spool import Blob
 
     spool = Spool(path, head={"tool_version": "", "created": ""}, level="sketch")
     blobs = [Blob("float64", (8,), bytes(64)), Blob("float32", (1024,), bytes(4096))]
@@ -299,7 +299,7 @@ import resource, struct, sys
 from pathlib import Path
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
-from truestep.tracing.writer import Blob, Spool
+from truestep.recording.spool import Blob, Spool
 path, count = Path(sys.argv[1]), int(sys.argv[2])
 if sys.argv[3] == "write":
     spool = Spool(path, head={"tool_version": "", "created": ""}, level="stats")
@@ -342,7 +342,7 @@ def test_a_row_takes_less_than_a_kilobyte(tmp_path: Path, packing: Callable[[boo
 
     spool = spool_with(tmp_path / "t.safetensors", 0, "")
     from truestep.recording.manifest import Manifest
-    from truestep.tracing.writer import Blob
+    from truestep.recording.spool import Blob
 
     spool._level = "stats"
     blob = Blob("float64", (8,), bytes(64))

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from tests.counting import calls, calls_of
-from truestep.comparison.sketch import sketch
 from truestep.errors import FileFormatError, UsageError, WriteError
-from truestep.recording.capture import tensor_table
-from truestep.recording.format import Recording, moments, sha256_of
+from truestep.measure.moments import moments
+from truestep.measure.reduced import STATS
+from truestep.measure.sketch import sketch
+from truestep.recording.format import Recording, sha256_of
 from truestep.recording.header import read_header
-from truestep.recording.manifest import STATS, Level, Manifest
+from truestep.recording.manifest import Level, Manifest
+from truestep.recording.table import tensor_table
 
 DTYPES = (
     torch.float64,
@@ -299,7 +301,7 @@ WRITE_LIMITED = """
 import resource, signal, sys, torch
 from pathlib import Path
 from truestep.errors import WriteError
-from truestep.recording.capture import tensor_table
+from truestep.recording.table import tensor_table
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -336,7 +338,7 @@ def test_an_unwritable_place_is_an_error(tmp_path: Path) -> None:
 
 WRITER = """
 import sys, torch
-from truestep.recording.capture import tensor_table
+from truestep.recording.table import tensor_table
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 print("ready", flush=True)

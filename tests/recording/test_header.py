@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from truestep.errors import FileFormatError
-from truestep.recording.capture import tensor_table
 from truestep.recording.format import Recording, read_plain
 from truestep.recording.header import manifest_digest, read_header, read_manifest
 from truestep.recording.manifest import Manifest
+from truestep.recording.table import tensor_table
 
 GOOD: dict[str, Any] = {"x": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
 

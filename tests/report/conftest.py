@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from truestep.comparison.matching import build_comparison, compare_tensors
-from truestep.comparison.media import frame_media
+from truestep.judge.media import frame_media
+from truestep.judge.rows import build_comparison, compare_tensors
 from truestep.verdict import Comparison, Cost, Difference, GateResult, Side
 
 if TYPE_CHECKING:

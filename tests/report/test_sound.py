@@ -16,8 +16,8 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
-from truestep.comparison.matching import build_comparison, compare_tensors
-from truestep.comparison.media import frame_media, sound_media
+from truestep.judge.media import frame_media, sound_media
+from truestep.judge.rows import build_comparison, compare_tensors
 from truestep.report.html import render, write_many
 from truestep.report.terminal import lines
 from truestep.verdict import Comparison, Results, Side

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from truestep.case import Case
-from truestep.checking import check, check_pipeline
 from truestep.errors import CaseError, ModelLoadError, UsageError
 from truestep.recording.format import Recording
-from truestep.recording.record import record_pipeline
+from truestep.replay.check import check, check_pipeline
+from truestep.replay.record import record_pipeline
 from truestep.runtime.accelerate import accelerate
 from truestep.runtime.attention import text_attention
 from truestep.runtime.loading import NOTES, load

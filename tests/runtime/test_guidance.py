@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from truestep.case import Case
-from truestep.checking import check_pipeline
 from truestep.recording.format import Recording
-from truestep.recording.record import record_pipeline
+from truestep.replay.check import check_pipeline
+from truestep.replay.record import record_pipeline
 from truestep.runtime.guidance import (
     Branches,
     CannotBatchError,

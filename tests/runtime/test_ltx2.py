@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truestep.case import Case
-from truestep.checking import check
 from truestep.controls import AudioVideo, Controls, find_profile, resolve
 from truestep.errors import CaseError, ModelLoadError, UsageError
-from truestep.recording.capture import Capture
-from truestep.recording.record import record_pipeline
-from truestep.runtime.joint import Encoded, Joint
+from truestep.joint import Encoded, Joint
+from truestep.replay.capture import Capture
+from truestep.replay.check import check
+from truestep.replay.record import record_pipeline
 from truestep.runtime.loading import load
 from truestep.runtime.ltx2.guidance import guided_estimate
 from truestep.runtime.ltx2.latents import from_tokens

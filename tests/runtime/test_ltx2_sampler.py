@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from truestep.case import Case
 from truestep.errors import CaseError
-from truestep.recording.capture import Capture
-from truestep.recording.replay import replay
-from truestep.runtime.joint import Joint, each
+from truestep.joint import Joint, each
+from truestep.replay.capture import Capture
+from truestep.replay.stages import replay
 from truestep.runtime.loading import load
 from truestep.runtime.ltx2 import sampler
 from truestep.runtime.ltx2.settings import skips

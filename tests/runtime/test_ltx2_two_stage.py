@@ -13,8 +13,8 @@ import torch
 from truestep.case import Case
 from truestep.errors import CaseError, FileFormatError, TruestepError
 from truestep.recording.format import Recording
-from truestep.recording.record import record
-from truestep.recording.replay import replay
+from truestep.replay.record import record
+from truestep.replay.stages import replay
 from truestep.runtime.loading import load
 from truestep.runtime.ltx2.latents import from_tokens
 from truestep.runtime.ltx2.two_stage import second_stage

@@ -16,15 +16,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench.bench_verdict import _place
 from bench.faults.registry import BENIGN, FAULTS, Fault
 from truestep.case import Case
-from truestep.checking import check_pipeline
+from truestep.joint import Joint
 from truestep.recording.format import Recording
-from truestep.recording.raised import raised
-from truestep.recording.record import FloorChoice, record_pipeline
-from truestep.recording.replay import replay
-from truestep.runtime.joint import Joint
+from truestep.replay.check import check_pipeline
+from truestep.replay.locating import locate_module
+from truestep.replay.raised import raised
+from truestep.replay.record import FloorChoice, record_pipeline
+from truestep.replay.stages import replay
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Pipeline
-from truestep.tracing.locating import locate_module
 from truestep.verdict import Comparison, Verdict
 
 OWN = [name for name, entry in FAULTS.items() if entry.family == "joint"]

@@ -20,11 +20,13 @@ import torch
 from truestep import check_function
 from truestep.cli import main
 from truestep.cli.recorder import standalone_source
-from truestep.comparison.distance import distance
-from truestep.comparison.sketch import sketch
 from truestep.errors import FileFormatError
-from truestep.recording.floor import measured_run, one_rounding
-from truestep.recording.format import Recording, moments
+from truestep.judge.rows import measured_run
+from truestep.measure.distance import distance
+from truestep.measure.moments import moments
+from truestep.measure.sketch import sketch
+from truestep.recording.format import Recording
+from truestep.runtime.changes import one_rounding
 from truestep.standalone import recorder
 from truestep.verdict import Verdict
 
@@ -395,7 +397,7 @@ def test_names_are_those_of_the_module_under_its_wrappers(tmp_path: Path) -> Non
     "select", ["*", "blocks.*, !*.two", "!*.two,blocks.*", "!blocks.*", "(root),nest", "*.one"]
 )
 def test_modules_are_chosen_as_truestep_chooses_them(select: str, tmp_path: Path) -> None:
-    from truestep.tracing.naming import choose, named_modules
+    from truestep.pairing.naming import choose, named_modules
 
     model = load_model()["Model"]()
     model.add_module("a/b", torch.nn.Identity())

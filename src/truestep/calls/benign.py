@@ -23,10 +23,12 @@ from truestep.calls.recording import CallRecording
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
 from truestep.errors import TruestepError, UsageError
-from truestep.noise import NoiseFloor, NoiseRun, pair_of
-from truestep.recording.floor import JITTERS, math_kernel, measured_run, one_rounding, thread_count
-from truestep.recording.judging import refuse_unsteady
-from truestep.recording.raised import HIGHER
+from truestep.floors import NoiseFloor, NoiseRun
+from truestep.judge.floor import pair_of
+from truestep.judge.refusals import refuse_unsteady
+from truestep.judge.rows import measured_run
+from truestep.runtime.changes import JITTERS, math_kernel, one_rounding, thread_count
+from truestep.runtime.precision import HIGHER
 from truestep.turns import taking_turns
 
 Note = Callable[[str], None]

@@ -17,9 +17,9 @@ from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
 from truestep.calls.values import opaque
 from truestep.environment import Environment
+from truestep.judge.repeats import UNSTEADY, Judge, said_unsteady
 from truestep.randomness import own_randomness
 from truestep.recording.manifest import CallEntry
-from truestep.repeats import UNSTEADY, Judge, said_unsteady
 from truestep.verdict import Comparison, Row, Side
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from truestep.tracing.naming import compiled, unwrapped
+from truestep.pairing.naming import compiled, unwrapped
 
 FORWARD = "forward"
 """What a call of a component itself is named, whatever lets it be called."""

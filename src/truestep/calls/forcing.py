@@ -32,9 +32,9 @@ from truestep.calls.recording import STATE, WRITTEN, CallRecording, host_copy, k
 from truestep.calls.seen import Change, Forced, Plan, Seen
 from truestep.calls.subject import Subject
 from truestep.calls.values import encode, tensors
-from truestep.comparison.distance import same_bits
-from truestep.comparison.plain import plain
 from truestep.errors import FOREIGN, TruestepError, one_line
+from truestep.measure.distance import same_bits
+from truestep.measure.plain import plain
 from truestep.recording.manifest import CallEntry
 
 

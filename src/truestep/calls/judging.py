@@ -14,10 +14,10 @@ from truestep.calls.keys import PRECISIONS, Key, Path, dotted, key_of
 from truestep.calls.recorder import RUN
 from truestep.calls.recording import RANDOM_STATE, STATE, WRITTEN, CallRecording
 from truestep.calls.seen import Forced, Seen
-from truestep.comparison.matching import build_comparison, compare_tensors, tensor_info
+from truestep.judge.repeats import Judge, differing, with_second_answers
+from truestep.judge.rows import build_comparison, compare_tensors, tensor_info
+from truestep.keys import Address
 from truestep.recording.manifest import CallEntry
-from truestep.recording.names import Address
-from truestep.repeats import Judge, differing, with_second_answers
 from truestep.verdict import Comparison, Divergence, Row, Side, TensorInfo, Verdict
 
 WRONG = (Verdict.DRIFTED, Verdict.INVALID)

@@ -19,9 +19,9 @@ from truestep.calls.keys import PRECISIONS
 from truestep.calls.recording import CallRecording
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
-from truestep.noise import EPSILON
+from truestep.floors import EPSILON
 from truestep.recording.manifest import TensorEntry
-from truestep.recording.raised import HIGHER, converted
+from truestep.runtime.precision import HIGHER, converted
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from truestep.calls.recording import CallRecording, holds_tensors, trees_of
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
 from truestep.calls.values import tensors
+from truestep.judge.refusals import refuse_empty_content
 from truestep.randomness import own_randomness
-from truestep.recording.judging import refuse_empty_content
 from truestep.recording.manifest import CallEntry
 
 _CONTENT = ("latent", "prediction", "update", "output")

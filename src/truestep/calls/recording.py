@@ -16,10 +16,10 @@ from truestep.calls.keys import Key, Side
 from truestep.calls.keys import Path as Place
 from truestep.calls.trees import check_tree
 from truestep.calls.values import Tree, renamed, tensors
-from truestep.comparison.plain import plain
 from truestep.environment import Environment, library_version
 from truestep.errors import FileFormatError
-from truestep.noise import NoiseFloor
+from truestep.floors import NoiseFloor
+from truestep.measure.plain import plain
 from truestep.recording.format import Recording, bytes_of
 from truestep.recording.header import digest
 from truestep.recording.manifest import CALLS, CallEntry, Manifest, TensorEntry

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from truestep.comparison.plain import plain
 from truestep.errors import UsageError
+from truestep.measure.plain import plain
 
 Tree = Any
 """A value of JSON as described above."""

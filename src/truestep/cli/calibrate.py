@@ -31,13 +31,13 @@ def command(
     Runs on the trusted side only: the model must still give what the reference holds. The benign
     runs are added to the reference; its tensors stay as they are.
     """
-    from truestep.checking import check_pipeline
     from truestep.errors import UsageError
-    from truestep.noise import NoiseFloor
-    from truestep.recording.calibration import calibrate
+    from truestep.floors import NoiseFloor
+    from truestep.judge.rule import RATE
     from truestep.recording.format import Recording
-    from truestep.references.store import DEFAULT_ROOT, Store, place_of
-    from truestep.rule import RATE
+    from truestep.recording.store import DEFAULT_ROOT, Store, place_of
+    from truestep.replay.calibration import calibrate
+    from truestep.replay.check import check_pipeline
     from truestep.runtime.loading import load
 
     cases = chosen_or_recorded(

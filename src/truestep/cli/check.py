@@ -29,8 +29,8 @@ from truestep.text import say, visible
 if TYPE_CHECKING:
     from truestep.case import Case
     from truestep.errors import ReferenceNotFoundError
-    from truestep.known import Entry
-    from truestep.thresholds.file import Thresholds
+    from truestep.gates.thresholds.file import Thresholds
+    from truestep.judge.known import Entry
     from truestep.verdict import Comparison
 
 
@@ -129,8 +129,8 @@ def command(
     still reproduces the reference.
     """
     from truestep.errors import TruestepError, UsageError
-    from truestep.known import judged
-    from truestep.references.store import DEFAULT_ROOT
+    from truestep.judge.known import judged
+    from truestep.recording.store import DEFAULT_ROOT
 
     if accelerator is not None and ray is None:
         raise click.UsageError("--accelerator needs --ray: it chooses among a cluster's machines")
@@ -211,7 +211,7 @@ def _thresholds(
         if platform is not None:
             raise click.UsageError("--platform needs --thresholds: it chooses what lies over it")
         return None
-    from truestep.thresholds.file import limits_of, read
+    from truestep.gates.thresholds.file import limits_of, read
 
     thresholds = read(path, platform=platform)
     for name, case in cases.items():
@@ -226,7 +226,7 @@ def _ledger(
     if path is None:
         return {}
     from truestep.case import load_cases
-    from truestep.known import read_ledger
+    from truestep.judge.known import read_ledger
 
     every = load_cases(case_file, tier=tier) if case_file.exists() else {}
     return read_ledger(path, cases=[*every, *(name for name in cases if name not in every)])
@@ -313,8 +313,8 @@ def _check(
     change: str | None,
     thresholds: Thresholds | None,
 ) -> Comparison:
-    from truestep.checking import check, missing_reference
     from truestep.errors import ReferenceNotFoundError
+    from truestep.replay.check import check, missing_reference
 
     try:
         path = reference or find_reference(name, case, references=references, tier=tier)
@@ -323,8 +323,8 @@ def _check(
         return missing_reference(case, error)
     if thresholds is None:
         return check(case, path, apply=load_change(change), **options)
+    from truestep.gates.thresholds.running import with_gate
     from truestep.recording.format import Recording
-    from truestep.thresholds.running import with_gate
 
     recording = Recording.open(path)
     result = check(case, recording, apply=load_change(change), **options)

@@ -180,7 +180,7 @@ def chosen_or_recorded(
 ) -> dict[str, Case]:
     """Cases of a verb that has references: also by the id of one that is stored, or by the file of
     one alone, which holds its case."""
-    from truestep.references.store import DEFAULT_ROOT
+    from truestep.recording.store import DEFAULT_ROOT
 
     if reference is not None and not names and prompt is None:
         case = case_of(reference)
@@ -198,7 +198,7 @@ def changed_cases(cases: dict[str, Case], changes: Sequence[str]) -> dict[str, C
 
 def _recorded(name: str, cases: dict[str, Case], references: Path | None) -> Case | None:
     """The case of this id that a reference holds, where no case file has it."""
-    from truestep.references.store import Store
+    from truestep.recording.store import Store
 
     if references is None or name in cases or name in {case.id for case in cases.values()}:
         return None
@@ -240,7 +240,7 @@ def find_reference(name: str, case: Case, *, references: Path | None, tier: str)
     Raises:
         ReferenceNotFoundError: There is none; the hint is the command that seeds it.
     """
-    from truestep.references.store import DEFAULT_ROOT, Store
+    from truestep.recording.store import DEFAULT_ROOT, Store
 
     return Store(references or DEFAULT_ROOT).find(
         case,

@@ -30,7 +30,7 @@ def command(
     report: Path | None,
 ) -> None:
     """Compare ACTUAL with REFERENCE: recordings, weights, safetensors, npy, npz, pt, latents."""
-    from truestep.comparison.api import compare
+    from truestep.judge.compare import compare
 
     result = compare(actual, reference, tolerance=tolerance, weights=weights)
     end(finish([result], json_path=json_path, report=report))

@@ -97,7 +97,7 @@ def _safetensors(path: Path, _: str) -> Contents:
 
 
 def _tensors(path: Path, kind: str) -> Contents:
-    from truestep.comparison.sources import read_source
+    from truestep.recording.readers import read_source
 
     source = read_source(path, _SUFFIX[kind])
     lines = tuple(f"{key}: {str(value)[:80]}" for key, value in source.bundle.items())
@@ -168,7 +168,7 @@ def _json(path: Path, kind: str) -> Contents:
 def _folder(path: Path, kind: str) -> Contents:
     place = shlex.quote(str(path))
     if kind == magic.REFERENCES:
-        from truestep.references.lock import read_lock
+        from truestep.recording.lock import read_lock
 
         found = read_lock(path).references
         rows = tuple((name, "", _size(path / name)) for name in found)

@@ -28,7 +28,7 @@ def command(output: Path) -> None:
     start = time.perf_counter()
     say("loading torch, diffusers and the builtin digits model ...", err=True)
     from truestep import demo
-    from truestep.recording.record import record_pipeline
+    from truestep.replay.record import record_pipeline
     from truestep.report import html
     from truestep.runtime.loading import load
 

@@ -61,7 +61,7 @@ def what_is_left(parameters: dict[str, Any], since: float) -> tuple[str, str]:
         parameters: The verb's arguments and options.
         since: Seconds since the epoch.
     """
-    from truestep.references.store import DEFAULT_ROOT
+    from truestep.recording.store import DEFAULT_ROOT
 
     texts = [value for key, value in parameters.items() if key == "json_path" and value]
     paths = [value for value in parameters.values() if isinstance(value, Path)]

@@ -15,7 +15,7 @@ from truestep.cli.common import end
 from truestep.text import say, say_json
 
 if TYPE_CHECKING:
-    from truestep.parity.keys import State
+    from truestep.pairing.conversion import State
     from truestep.parity.ledger import Block, Status
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -171,8 +171,8 @@ def _filled(value: Any) -> Any:
 def keys(sources: tuple[Path, ...], write_to: Path | None) -> None:
     """List both state dicts side by side: of a parity test, or of files OFFICIAL and PORT."""
     from truestep.files import write_text
-    from truestep.parity.checkpoints import compare_checkpoints
-    from truestep.parity.keys import pair_keys, side_by_side, skeleton
+    from truestep.pairing.checkpoints import compare_checkpoints
+    from truestep.pairing.conversion import pair_keys, side_by_side, skeleton
 
     official, port = _states(sources)
     pairs = pair_keys(port, official)

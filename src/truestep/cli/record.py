@@ -25,7 +25,7 @@ from truestep.text import say, visible
 if TYPE_CHECKING:
     from truestep.case import Case
     from truestep.recording.format import Recording
-    from truestep.references.store import Place, Store
+    from truestep.recording.store import Place, Store
 
 
 @click.command("record")
@@ -71,7 +71,7 @@ def command(
     from truestep.errors import TruestepError, UsageError
     from truestep.files import require_room
     from truestep.recording.format import WHAT
-    from truestep.references.store import DEFAULT_ROOT, Store, place_of
+    from truestep.recording.store import DEFAULT_ROOT, Store, place_of
 
     cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
     if output is not None and len(cases) != 1:
@@ -121,7 +121,7 @@ def _existing(store: Store, cases: Mapping[str, Case], tier: str) -> dict[str, P
 
 
 def _recorded(case: Case, output: Path | None, **options: Any) -> Recording:
-    from truestep.recording.record import record
+    from truestep.replay.record import record
 
     with progress_bar() as progress:
         return record(case, path=output, progress=progress, **options)

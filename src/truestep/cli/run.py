@@ -99,7 +99,7 @@ def _run(
     latent_only: bool,
     fps: float | None,
 ) -> None:
-    from truestep.recording.record import record
+    from truestep.replay.record import record
     from truestep.runtime.ranks import rank
 
     with progress_bar() as progress:

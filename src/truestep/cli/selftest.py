@@ -22,9 +22,9 @@ from truestep.text import say, visible
 if TYPE_CHECKING:
     import torch
 
-    from truestep.gates import Gate
+    from truestep.gates.kinds import Gate
+    from truestep.gates.selftest import Selftest
     from truestep.recording.format import Recording
-    from truestep.selftest import Selftest
 
 
 @click.command("selftest")
@@ -63,8 +63,8 @@ def command(
     truestep's own rule is always among the gates. Exit code 1 says that it let a damage live.
     """
     from truestep.environment import command_line, library_version
-    from truestep.gates import parse_gate
-    from truestep.selftest import Selftests, table
+    from truestep.gates.kinds import parse_gate
+    from truestep.gates.selftest import Selftests, table
 
     chosen = [parse_gate(text) for text in gates or ("cosine:5e-3,1e-2",)]
     cases = chosen_or_recorded(
@@ -106,9 +106,9 @@ def _scored(
     gates: list[Gate],
     progress: Callable[[str, int, int], None] | None,
 ) -> Selftest:
-    from truestep.noise import pair_of
+    from truestep.gates.selftest import Selftest, score, sentence, suited, truestep_gate
+    from truestep.judge.floor import pair_of
     from truestep.recording.format import Recording
-    from truestep.selftest import Selftest, score, sentence, suited, truestep_gate
     from truestep.verdict import Side
 
     recording = Recording.open(path)
@@ -134,8 +134,8 @@ def _scored(
 def _tensors(name: str, recording: Recording) -> dict[str, torch.Tensor]:
     """Final latent, the middle step's prediction and, where they were recorded, the frames."""
     from truestep.errors import UsageError
-    from truestep.recording.names import step_name
-    from truestep.recording.replay import steps_recorded
+    from truestep.keys import step_name
+    from truestep.replay.stages import steps_recorded
 
     if recording.manifest.level != "full":
         raise UsageError(

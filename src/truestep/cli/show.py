@@ -193,7 +193,8 @@ def _shape(shape: tuple[int, ...] | str) -> str:
 
 
 def _print_manifest(manifest: object) -> None:
-    from truestep.recording.manifest import SKETCH_SIZE, STATS, Manifest
+    from truestep.measure.reduced import SKETCH_SIZE, STATS
+    from truestep.recording.manifest import Manifest
 
     assert isinstance(manifest, Manifest)
     kept = {

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from truestep.case import Case
-    from truestep.thresholds.linting import Finding, Lint
+    from truestep.gates.thresholds.linting import Finding, Lint
 
 MAX_FINDINGS = 20
 MAX_NAMES = 3
@@ -77,8 +77,8 @@ def lint_command(
     builtin digits model stands in. Exit code 1 says that something was found.
     """
     from truestep.environment import command_line, library_version
-    from truestep.thresholds.file import read
-    from truestep.thresholds.linting import lint
+    from truestep.gates.thresholds.file import read
+    from truestep.gates.thresholds.linting import lint
 
     thresholds = read(file, platform=platform)
     case = _case(name, case_file=case_file, tier=tier)
@@ -137,12 +137,12 @@ def write_command(
     harmless change that the noise floor knows, and the limits come from how far that takes it.
     Other cases of the file stay as they are.
     """
-    from truestep.checking import check_pipeline
     from truestep.errors import UsageError
+    from truestep.gates.thresholds.file import CASES, Thresholds, read, write
+    from truestep.gates.thresholds.writing import calibrated, refuse
     from truestep.recording.format import Recording
+    from truestep.replay.check import check_pipeline
     from truestep.runtime.loading import load
-    from truestep.thresholds.file import CASES, Thresholds, read, write
-    from truestep.thresholds.writing import calibrated, refuse
 
     ((_, case),) = choose_cases((name,), case_file=case_file, prompt=None, tier=tier).items()
     key = case_id or name
@@ -206,10 +206,10 @@ def _entry(cases: object, name: str, case: Case | None) -> str:
 
 
 def _decoded(path: Path) -> Tensors:
-    from truestep.comparison.sources import load
     from truestep.errors import UsageError
-    from truestep.thresholds.rule import FRAMES
-    from truestep.thresholds.running import decoded
+    from truestep.gates.thresholds.rule import FRAMES
+    from truestep.gates.thresholds.running import decoded
+    from truestep.recording.readers import load
 
     tensors = decoded(load(path, label="reference").tensors)
     if FRAMES not in tensors or tensors[FRAMES].ndim != 5 or tensors[FRAMES].shape[1] != 3:
@@ -224,8 +224,8 @@ def _decoded(path: Path) -> Tensors:
 
 def _sample_rate(path: Path) -> int | None:
     """Hz, of a recording's sound; None where the file says none."""
-    from truestep.comparison.audio import sample_rate_of
-    from truestep.comparison.sources import load
+    from truestep.measure.sound import sample_rate_of
+    from truestep.recording.readers import load
 
     manifest = load(path, label="reference").manifest
     return sample_rate_of(manifest.settings) if manifest else None
@@ -261,8 +261,8 @@ def _stand_in(*, seed: int) -> Tensors:
 
 
 def _generated(case: Case) -> Tensors:
+    from truestep.gates.thresholds.running import free_run
     from truestep.runtime.loading import load
-    from truestep.thresholds.running import free_run
 
     return free_run(load(case))
 

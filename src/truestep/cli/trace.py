@@ -111,7 +111,7 @@ def compare(
 ) -> None:
     """Compare two traces of the same input, module by module: the default of truestep trace."""
     from truestep.pairing import Pairing
-    from truestep.tracing.comparing import compare_traces
+    from truestep.replay.traces import compare_traces
 
     result = compare_traces(
         actual,
@@ -159,7 +159,7 @@ def record(
     With a glob that begins with text_encoder or vae those models are traced, too.
     """
     from truestep.errors import UsageError
-    from truestep.tracing.program import parse_steps
+    from truestep.replay.program import parse_steps
 
     cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
     if len(cases) != 1:
@@ -178,7 +178,7 @@ def record(
         )
     apply = load_change(change)
     from truestep.files import require_room
-    from truestep.tracing.record import record_trace
+    from truestep.replay.trace import record_trace
 
     require_room(output, "the trace")  # before any compute is spent
 
@@ -234,7 +234,7 @@ def run(
     The program is not changed. Its exit code is passed on.
     """
     from truestep.errors import UsageError
-    from truestep.tracing.program import SITE, VARIABLE, Request, parse, parse_steps
+    from truestep.replay.program import SITE, VARIABLE, Request, parse, parse_steps
 
     request = Request(
         select=select,
@@ -292,7 +292,7 @@ def batch(
     cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
     cases = changed_cases(cases, changes)
     apply = load_change(change)
-    from truestep.tracing.batching import case_batch_invariance
+    from truestep.replay.batching import case_batch_invariance
 
     results = [case_batch_invariance(case, apply=apply) for case in cases.values()]
     end(finish(results, json_path=json_path, report=report))
@@ -330,8 +330,8 @@ def replay(
     import torch
 
     from truestep.pairing import Pairing
-    from truestep.tracing.program import parse_steps
-    from truestep.tracing.replaying import replay_trace
+    from truestep.replay.ports import replay_trace
+    from truestep.replay.program import parse_steps
 
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"{port} returned a {type(model).__name__}, not a torch module")
@@ -354,7 +354,7 @@ def recover(place: Path, output: Path | None) -> None:
 
     PLACE may also be the .spool folder itself, or a folder that holds one.
     """
-    from truestep.tracing.recovery import recover as recovered
+    from truestep.recording.recovery import recover as recovered
 
     _summary(recovered(place, output=output))
 
@@ -362,7 +362,7 @@ def recover(place: Path, output: Path | None) -> None:
 def _report(output: Path, began: float) -> bool:
     """Say what a traced program left; False where that is no trace."""
     from truestep.recording.format import Recording
-    from truestep.tracing.recovery import spools
+    from truestep.recording.recovery import spools
 
     found = [
         path

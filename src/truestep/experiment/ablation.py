@@ -8,9 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from truestep.case import Case
-from truestep.checking import check_pipeline
-from truestep.comparison.distance import same_bits
-from truestep.comparison.matching import compare_tensors
 from truestep.controls import NAMES, differences, profiles
 from truestep.environment import library_version, usable_device
 from truestep.errors import CaseError, UsageError, surviving
@@ -25,11 +22,14 @@ from truestep.experiment.attribution import (
     sentence,
     stage_distances,
 )
-from truestep.noise import free_running, pair_of
-from truestep.recording.capture import Capture
+from truestep.judge.floor import free_running, pair_of
+from truestep.judge.rows import compare_tensors
+from truestep.keys import FINALS
+from truestep.measure.distance import same_bits
 from truestep.recording.format import Recording
-from truestep.recording.names import FINALS
-from truestep.recording.record import record_pipeline
+from truestep.replay.capture import Capture
+from truestep.replay.check import check_pipeline
+from truestep.replay.record import record_pipeline
 from truestep.runtime.audio_video import perturbed_blocks, wanted_passes
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Pipeline, generate
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from truestep.experiment.ablation_records import Choice
-    from truestep.recording.capture import Progress
+    from truestep.progress import Progress
 
 
 @taking_turns()

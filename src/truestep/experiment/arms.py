@@ -14,9 +14,9 @@ import xxhash
 from truestep.case import Case
 from truestep.environment import usable_device
 from truestep.experiment.records import ArmName
-from truestep.recording.capture import is_compiled
+from truestep.keys import FINALS
 from truestep.recording.format import bytes_of
-from truestep.recording.names import FINALS
+from truestep.replay.capture import is_compiled
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import (
     MODELS,

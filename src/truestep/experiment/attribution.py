@@ -19,7 +19,7 @@ from truestep.experiment.ablation_records import (
     StageDistance,
     Switch,
 )
-from truestep.noise import SAMPLES
+from truestep.keys import SAMPLES
 from truestep.verdict import Row, Verdict
 
 ACTS_ON: Mapping[str, str] = {

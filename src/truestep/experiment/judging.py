@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-from truestep.comparison.matching import compare_tensors
 from truestep.experiment.records import Sameness
+from truestep.floors import NoiseFloor
+from truestep.judge.rows import compare_tensors
+from truestep.keys import FINALS
 from truestep.measure.frames import frame_scores
-from truestep.noise import NoiseFloor
-from truestep.recording.names import FINALS
 from truestep.verdict import Comparison, Row, Verdict
 
 FRAMES = "video/frames"

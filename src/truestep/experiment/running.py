@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from truestep.case import Case
-from truestep.checking import check_pipeline
 from truestep.environment import Environment
 from truestep.errors import FOREIGN, FileFormatError, TruestepError, WriteError
 from truestep.experiment.arms import Arm, Run, choose, digest, load_arm, own_backend, run
@@ -33,15 +32,17 @@ from truestep.experiment.statistics import interval, order_of, paired_ratios
 from truestep.experiment.store import Store
 from truestep.experiment.table import complete_rounds
 from truestep.files import write_text
-from truestep.noise import NoiseFloor, free_running, pair_of
+from truestep.floors import NoiseFloor
+from truestep.judge.floor import free_running, pair_of
+from truestep.keys import FINALS
 from truestep.reading import read
 from truestep.recording.format import Recording
-from truestep.recording.names import FINALS
-from truestep.recording.record import FloorChoice, record_pipeline
+from truestep.replay.check import check_pipeline
+from truestep.replay.record import FloorChoice, record_pipeline
 from truestep.runtime.loading import load
 
 if TYPE_CHECKING:
-    from truestep.recording.capture import Progress
+    from truestep.progress import Progress
     from truestep.runtime.pipeline import Apply
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from truestep.comparison.media import frame_media
+from truestep.judge.media import frame_media
 from truestep.measure.frames import WINDOW, psnr, ssim
 from truestep.parity.evidence import Frames
 from truestep.parity.sides import Tensors

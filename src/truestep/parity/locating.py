@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from truestep.comparison.matching import with_divergence
 from truestep.errors import FOREIGN, TruestepError
+from truestep.judge.rows import with_divergence
 from truestep.pairing import pair_modules
+from truestep.pairing.naming import ROOT
+from truestep.pairing.partners import partners_of
 from truestep.parity.component import Loaded
 from truestep.parity.evidence import Fault
 from truestep.parity.redaction import redact
 from truestep.parity.sides import Tensors, module_of, state_of_side
-from truestep.recording.raised import converted
-from truestep.tracing.drill import Subject, drill
-from truestep.tracing.naming import ROOT
-from truestep.tracing.partners import partners_of
+from truestep.replay.drill import Subject, drill
+from truestep.runtime.precision import converted
 from truestep.verdict import Comparison, Divergence, Verdict
 
 if TYPE_CHECKING:
-    from truestep.parity.keys import State
+    from truestep.pairing.conversion import State
 
 LARGEST = 2**30
 """Weights above this many bytes a side are not compared value by value on the way to a red state:
@@ -151,8 +151,8 @@ def _odd(port: torch.nn.Module, official: torch.nn.Module) -> Iterator[str]:
 
 def _weights(official: Loaded, port: Loaded) -> str:
     """What sets the two sides' weights apart; empty where nothing does or it cannot be told."""
-    from truestep.parity.checkpoints import compare_checkpoints
-    from truestep.parity.keys import pair_keys
+    from truestep.pairing.checkpoints import compare_checkpoints
+    from truestep.pairing.conversion import pair_keys
 
     theirs, ours = parameters(official), parameters(port)
     if not theirs or not ours:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from truestep.errors import FOREIGN
+from truestep.floors import NoiseFloor
+from truestep.judge.floor import coarser, declared_pair, pair_of
+from truestep.judge.rows import measured_run
 from truestep.nests import flatten
-from truestep.noise import NoiseFloor, coarser, declared_pair, pair_of
 from truestep.parity.component import Loaded
 from truestep.parity.sides import Tensors, module_of
-from truestep.recording.floor import measured_run
 from truestep.recording.format import Recording
-from truestep.recording.raised import HIGHER, converted
+from truestep.runtime.precision import HIGHER, converted
 
 
 def with_rounding(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from truestep.comparison.plain import plain
 from truestep.environment import Environment
 from truestep.errors import (
     FOREIGN,
@@ -22,7 +21,7 @@ from truestep.errors import (
     one_line,
     surviving,
 )
-from truestep.functions import check_function, record_function
+from truestep.measure.plain import plain
 from truestep.nests import flatten
 from truestep.parity.component import Loaded, Parity
 from truestep.parity.evidence import (
@@ -55,8 +54,9 @@ from truestep.parity.sides import (
 )
 from truestep.parity.stubs import take_used
 from truestep.parity.summary import numbers_of, uncovered
-from truestep.recording.capture import tensor_table
 from truestep.recording.format import Recording
+from truestep.recording.table import tensor_table
+from truestep.replay.functions import check_function, record_function
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison
 
@@ -140,7 +140,7 @@ def run_parity(run: Run) -> Comparison:
         ParityError: They agree, but prove nothing or may no longer pass.
         Exception: Whatever a loader or the port raised.
     """
-    from truestep.verdict import assert_equivalent
+    from truestep.judge.compare import assert_equivalent
 
     path = list(sys.path)
     take_used()

@@ -111,7 +111,7 @@ def write_entries(
 
 def fill_packet(run: Run) -> None:
     """Write what a run has found into the component's packet, and the key dumps beside it."""
-    from truestep.parity.keys import dump
+    from truestep.pairing.conversion import dump
     from truestep.parity.sides import state_of_side
 
     path = packet_path(run.test_file)

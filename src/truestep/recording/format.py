@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 
-from truestep.comparison.plain import plain
-from truestep.comparison.sketch import sketch
 from truestep.errors import FileFormatError, UsageError, WriteError
 from truestep.files import beside, settle
+from truestep.measure.moments import _CHUNK, moments
+from truestep.measure.plain import plain
+from truestep.measure.sketch import sketch
 from truestep.recording import header as headers
 from truestep.recording.header import TORCH_NAMES, Header, Packed, Slot, digest, manifest_digest
-from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY, STATS, Manifest
+from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY, Manifest
 
 WHAT = "the recording"
 """What is written, for errors."""
-
-_CHUNK = 1 << 20
 
 
 class _NoTensorError(KeyError):
@@ -251,46 +250,6 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     if flat.stride(0) != 1:  # a single element is contiguous whatever its stride
         flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).numpy().data
-
-
-def moments(tensor: torch.Tensor) -> torch.Tensor:
-    """Moments of a tensor in the order of `manifest.STATS`, float64; non-finite values left out.
-
-    Args:
-        tensor: Any shape and real dtype. Without a finite element the moments are nan.
-    """
-    flat = tensor.detach().reshape(-1)
-    count = nonfinite = 0
-    total = absolute = square = 0.0
-    low, high = float("inf"), float("-inf")
-    for start in range(0, flat.numel(), _CHUNK):
-        chunk = flat[start : start + _CHUNK].to(torch.float64)
-        fine = chunk[torch.isfinite(chunk)]
-        nonfinite += chunk.numel() - fine.numel()
-        if not fine.numel():
-            continue
-        count += fine.numel()
-        total += float(fine.sum())
-        absolute += float(fine.abs().sum())
-        square += float(torch.dot(fine, fine))
-        low, high = min(low, float(fine.min())), max(high, float(fine.max()))
-    if not count:
-        values = [0.0, float(nonfinite), *[float("nan")] * (len(STATS) - 2)]
-    else:
-        mean, power = total / count, square / count
-        # Of a constant the difference is rounding, whose size depends on the order of the sums.
-        deviation = max(power - mean * mean, 0.0) ** 0.5 if low < high else 0.0
-        values = [
-            float(count),
-            float(nonfinite),
-            mean,
-            absolute / count,
-            deviation,
-            power**0.5,
-            low,
-            high,
-        ]
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def write(path: str | Path, recording: Recording) -> str:

@@ -23,14 +23,13 @@ from pydantic import ValidationError
 
 from truestep.errors import FileFormatError
 from truestep.magic import SAFETENSORS, what_is
+from truestep.measure.reduced import SKETCH_SIZE, STATS
 from truestep.reading import check_plain, parse_json, reason
 from truestep.recording import columns
 from truestep.recording.manifest import (
     DIGEST_KEY,
     FORMAT_VERSION,
     METADATA_KEY,
-    SKETCH_SIZE,
-    STATS,
     Manifest,
     TensorEntry,
 )

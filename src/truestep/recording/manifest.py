@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from truestep.noise import NoiseFloor
+from truestep.floors import NoiseFloor
 from truestep.verdict import Float, Record
 
 FORMAT_VERSION = 3
@@ -25,9 +25,6 @@ DIGEST_KEY = "truestep_digest"
 
 Level = Literal["stats", "sketch", "full"]
 """What is stored of each tensor: its moments; its moments and a sketch; the tensor itself."""
-
-SKETCH_SIZE = 1024
-"""Floats in a `sketch/<name>` tensor (float32; see `truestep.comparison.sketch`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +120,3 @@ class Manifest(Record):
     noise_floor: NoiseFloor | None = None
     notes: tuple[str, ...] = ()
     implementation: Implementation = Field(default_factory=Implementation)
-
-
-STATS = ("count", "nonfinite", "mean", "abs_mean", "std", "rms", "min", "max")
-"""Order of the moments in a `stats/<name>` tensor (float64). `std` is the population's."""

@@ -192,7 +192,7 @@ def print_experiment(experiment: Experiment, *, folder: str, report: str | None)
 def media_of(store: Store, experiment: Experiment) -> dict[str, tuple[Media, ...]]:
     """Frames of candidate and baseline side by side, by cell; what cannot be read is left out."""
     from truestep.case import Case
-    from truestep.comparison.media import frame_media
+    from truestep.judge.media import frame_media
 
     found: dict[str, tuple[Media, ...]] = {}
     for result in experiment.cells:

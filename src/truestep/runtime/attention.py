@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from truestep.errors import CaseError
-from truestep.noise import EPSILON
+from truestep.floors import EPSILON
 
 Tensor = torch.Tensor
 

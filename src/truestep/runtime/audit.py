@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from truestep.joint import Context, Encoded
 from truestep.runtime import text
-from truestep.runtime.joint import Context, Encoded
 from truestep.runtime.ltx2 import text as ltx2_text
 from truestep.runtime.ltx2.settings import of
 from truestep.runtime.pipeline import Branch, Pipeline, text_branches

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from truestep.case import RunSettings
 from truestep.errors import ProcessEndedError, UsageError, last_frame, surviving
+from truestep.joint import Value, parts
 from truestep.runtime.guidance import Adaptive, Branches
-from truestep.runtime.joint import Value, parts
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ def _never(pipe: Pipeline, index: int) -> bool:
 @dataclass(kw_only=True)
 class Stages:
     """The stage functions of a model family. Values are tensors; those of an audio-video model are
-    `truestep.runtime.joint.Joint`, and its texts `Encoded`, then `Context`.
+    `truestep.joint.Joint`, and its texts `Encoded`, then `Context`.
 
     Attributes:
         prepare: Check the settings against the models and apply them.

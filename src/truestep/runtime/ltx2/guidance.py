@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from truestep.joint import Joint
 from truestep.runtime.guidance import deviation_ratio
-from truestep.runtime.joint import Joint
 from truestep.runtime.ltx2 import sampler
 from truestep.runtime.ltx2.settings import given_tokens, of, passes
 from truestep.runtime.pipeline import Branch, Pipeline, Step

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from truestep.errors import CaseError
-from truestep.runtime.joint import Joint
+from truestep.joint import Joint
 from truestep.runtime.ltx2.settings import (
     audio_length,
     first_sigma,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from truestep.controls import Controls
-from truestep.runtime.joint import Context, Joint
+from truestep.joint import Context, Joint
 from truestep.runtime.ltx2.plan import ORDER, perturbed_blocks
 from truestep.runtime.ltx2.settings import frame_rate, given_tokens, latent_shape, of
 from truestep.runtime.pipeline import Branch, Pipeline, Step, text_branch

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from truestep.runtime.joint import Joint
+from truestep.joint import Joint
 from truestep.runtime.ltx2.plan import LAST
 from truestep.runtime.ltx2.settings import of
 from truestep.runtime.pipeline import Pipeline, Step

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from truestep.runtime.joint import Context, Encoded
+from truestep.joint import Context, Encoded
 from truestep.runtime.ltx2.settings import of
 from truestep.runtime.pipeline import Branch, Pipeline
 

@@ -27,8 +27,8 @@ import torch
 
 from truestep.case import Case, RunSettings
 from truestep.errors import CaseError, FileFormatError
+from truestep.joint import AUDIO, Joint, gather
 from truestep.reading import parse_json, read
-from truestep.runtime.joint import AUDIO, Joint, gather
 from truestep.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:

@@ -1,1 +1,0 @@
-"""Distances, matching and verdicts of tensors. Import the modules directly."""

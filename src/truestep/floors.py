@@ -1,0 +1,50 @@
+"""Records of a noise floor: benign runs of a trusted side, measured. Pure: no I/O, no torch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from truestep.verdict import Float, Record
+
+EPSILON = {
+    "float64": 2.0**-52,
+    "float32": 2.0**-23,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+    "float8_e4m3fn": 2.0**-3,
+    "float8_e5m2": 2.0**-2,
+}
+"""Distance from 1 to the next number, per dtype."""
+
+
+class RunMetrics(Record):
+    """Distance of one tensor of one benign run from the reference, and the residual's structure."""
+
+    name: str
+    rel_l2: Float
+    max_abs: Float = Field(description="over the rms of the reference")
+    dtype: str = Field(default="", description="of this run, where it is not the reference's")
+    structure: dict[str, Float] = Field(default_factory=dict, description="over the same rms")
+
+    def values(self) -> dict[str, float]:
+        """Every statistic by name."""
+        return {"rel_l2": self.rel_l2, "max_abs": self.max_abs, **self.structure}
+
+
+class NoiseRun(Record):
+    """One benign run. `pair` is `candidate dtype/reference dtype`."""
+
+    kind: str
+    detail: str
+    pair: str = Field(pattern="^[^/]+/[^/]+$")
+    tensors: tuple[RunMetrics, ...]
+
+
+class NoiseFloor(Record):
+    """Benign runs of one reference, kept run by run."""
+
+    runs: tuple[NoiseRun, ...] = ()
+
+    def pairs(self) -> tuple[str, ...]:
+        """Precision pairs for which at least one run exists."""
+        return tuple(sorted({run.pair for run in self.runs}))

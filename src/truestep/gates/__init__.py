@@ -1,0 +1,1 @@
+"""Other tools' gates beside our verdict: what each would have said, and their thresholds."""

@@ -1,0 +1,183 @@
+"""`truestep.compare`: judge two sets of tensors, whatever they come in."""
+
+from __future__ import annotations
+
+import shlex
+
+from truestep.case import flat_case, mapping_differences
+from truestep.environment import Environment
+from truestep.errors import UsageError
+from truestep.judge.estimates import moment_rows, sketch_rows, sketch_rule
+from truestep.judge.floor import pair_of
+from truestep.judge.latent import LATENT, SIGNATURE, check_latent
+from truestep.judge.parameters import are_parameters, compare_parameters, summed
+from truestep.judge.rows import build_comparison, compare_tensors, traced_back
+from truestep.measure.sound import sample_rate_of
+from truestep.recording import readers as sources
+from truestep.recording.manifest import Manifest
+from truestep.recording.readers import Source, side_of
+from truestep.verdict import Comparison, Difference, Verdict
+
+_UNDER_TEST = ("model", "revision", "dtype")
+"""Keys of a case that two recordings may differ in and still be compared: a port's own folder, and
+its working precision, which has a floor of its own."""
+
+_NOT_SKETCHED = (
+    "largest element, smaller half and structure of the differences (a side is at level sketch)"
+)
+
+
+def compare(
+    actual: object,
+    reference: object,
+    *,
+    tolerance: float | None = None,
+    weights: bool | None = None,
+) -> Comparison:
+    """Judge two sides' tensors; every tensor of both is accounted for.
+
+    Args:
+        actual: A path (.safetensors, .npy, .npz, .pt), a `Recording`, a tensor or array, or a
+            mapping of them.
+        reference: Likewise. A recording's own measured noise floor judges; otherwise the analytic
+            default for the dtypes does, and the result says so. Where either side is at level
+            `sketch`, distances are estimates, and judged with their error. Against a latent bundle
+            (truestep's or FastVideo's) this is `check_latent`.
+        tolerance: Judge rel_l2 by this limit instead.
+        weights: Whether the tensors are parameters, which agree bit for bit or by exact rounding,
+            or what a model computed, which agrees within a noise floor. By default their names
+            say so; recordings are never parameters.
+
+    Returns:
+        The comparison. Between recordings of different cases it is `incomparable`.
+
+    Raises:
+        FileFormatError: A file cannot be read.
+        UsageError: A side is not something to compare.
+    """
+    ours = sources.load(actual, label="actual")
+    theirs = sources.load(reference, label="reference")
+    if SIGNATURE in theirs.tensors and LATENT in theirs.tensors:
+        return check_latent(actual, reference, tolerance=tolerance)
+    ours_manifest, theirs_manifest = ours.manifest, theirs.manifest
+    if _weights(ours, theirs, weights, tolerance):
+        return _of_parameters(ours, theirs, guessed=weights is None)
+    differences: tuple[Difference, ...] = ()
+    environment: tuple[Difference, ...] = ()
+    floor, pair = None, None
+    if theirs_manifest is not None:
+        floor = theirs_manifest.noise_floor
+    if ours_manifest is not None and theirs_manifest is not None:
+        found = _case_differences(ours_manifest, theirs_manifest)
+        differences = tuple(d for d in found if d.key not in _UNDER_TEST)
+        environment = tuple(d for d in found if d.key in _UNDER_TEST) + Environment(
+            ours_manifest.environment
+        ).differences(theirs_manifest.environment)
+        pair = _pair(ours_manifest, theirs_manifest)
+        differences += _rate_differences(ours_manifest, theirs_manifest)
+    levels = {manifest.level for manifest in (ours_manifest, theirs_manifest) if manifest}
+    if "stats" in levels:
+        rows = moment_rows(ours, theirs, floor=floor, pair=pair, tolerance=tolerance)
+    elif "sketch" in levels:
+        rows = sketch_rows(ours, theirs, floor=floor, pair=pair, tolerance=tolerance)
+    else:
+        rows = compare_tensors(
+            ours.tensors, theirs.tensors, floor=floor, pair=pair, tolerance=tolerance
+        )
+    if ours_manifest is not None and theirs_manifest is not None:
+        rows = traced_back(rows)
+    estimated = "sketch" in levels and "stats" not in levels
+    result = build_comparison(
+        rows,
+        actual=side_of(ours),
+        reference=side_of(theirs),
+        case_id=theirs_manifest.case_id if theirs_manifest else None,
+        case=theirs_manifest.case if theirs_manifest else None,
+        case_differences=differences,
+        environment_differences=environment,
+        sample_rate=sample_rate_of(theirs_manifest.settings) if theirs_manifest else None,
+        looked_at=(f"{len(rows)} tensors by name",),
+        not_looked_at=(_NOT_SKETCHED,) if estimated else (),
+    )
+    if not estimated:
+        return result
+    undecided = result.verdict is Verdict.INCONCLUSIVE
+    hint = "record it whole: truestep record CASE --level full --output FILE" if undecided else ""
+    return result.model_copy(update={"rule": sketch_rule(rows), "hint": hint})
+
+
+def _weights(ours: Source, theirs: Source, weights: bool | None, tolerance: float | None) -> bool:
+    """Whether both sides are to be judged as parameters."""
+    recorded = ours.manifest is not None or theirs.manifest is not None
+    if weights and (recorded or tolerance is not None):
+        raise UsageError(
+            "weights are judged bit by bit",
+            measured="a side is a recording"
+            if recorded
+            else f"tolerance = {tolerance:g} was given",
+            hint="leave out weights",
+        )
+    if weights is not None:
+        return weights
+    names = (*ours.tensors, *theirs.tensors)
+    return not recorded and tolerance is None and are_parameters(names)
+
+
+def _of_parameters(ours: Source, theirs: Source, *, guessed: bool) -> Comparison:
+    rows = compare_parameters(ours.tensors, theirs.tensors)
+    result = summed(
+        build_comparison(
+            rows,
+            actual=side_of(ours),
+            reference=side_of(theirs),
+            looked_at=(f"{len(rows)} parameters by name",),
+        )
+    )
+    if result.verdict.passed or not guessed or not (ours.path and theirs.path):
+        return result
+    sides = " ".join(shlex.quote(str(side.path)) for side in (ours, theirs))
+    note = "the names are those of parameters; if a model computed these tensors, say so"
+    hint = f"truestep compare --activations {sides}"
+    return result.model_copy(update={"notes": (*result.notes, note), "hint": hint})
+
+
+def _case_differences(ours: Manifest, theirs: Manifest) -> tuple[Difference, ...]:
+    if ours.case is None or theirs.case is None:
+        return ()
+    return mapping_differences(flat_case(ours.case), flat_case(theirs.case))
+
+
+def _rate_differences(ours: Manifest, theirs: Manifest) -> tuple[Difference, ...]:
+    """Sounds of two sample rates are not those of one case, even of equal lengths."""
+    own, other = sample_rate_of(ours.settings), sample_rate_of(theirs.settings)
+    if own is None or other is None or own == other:
+        return ()
+    return (Difference(key="sample_rate", actual=str(own), reference=str(other)),)
+
+
+def _pair(ours: Manifest, theirs: Manifest) -> str | None:
+    if ours.case is None or theirs.case is None:
+        return None
+    return pair_of(str(ours.case.get("dtype")), str(theirs.case.get("dtype")))
+
+
+def assert_equivalent(actual: object, reference: object = None) -> Comparison:
+    """Raise unless the verdict is `identical` or `equivalent`.
+
+    Args:
+        actual: A comparison, or one side of one that is still to be made.
+        reference: The other side, if `actual` is not a comparison; see `truestep.compare`.
+
+    Returns:
+        The comparison, so that calls can be chained.
+
+    Raises:
+        EquivalenceError: With the failing rows, for any other verdict.
+    """
+    __tracebackhide__ = True  # pytest shows the caller's line
+    from truestep.errors import EquivalenceError
+
+    comparison = actual if isinstance(actual, Comparison) else compare(actual, reference)
+    if not comparison.verdict.passed:
+        raise EquivalenceError(comparison)
+    return comparison

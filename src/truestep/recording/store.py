@@ -1,0 +1,188 @@
+"""References in a local folder: `<root>/<tier>/<device class>/<attention kernel>/<case id>`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from truestep.case import DEFAULT_TIER
+from truestep.errors import FileFormatError, ReferenceNotFoundError, UsageError
+from truestep.recording.lock import Entry, put_entry, read_lock
+
+if TYPE_CHECKING:
+    from truestep.case import Case
+    from truestep.recording.format import Recording
+
+DEFAULT_ROOT = Path("truestep-references")
+SUFFIX = ".safetensors"
+CANDIDATE = ".candidate"
+"""What is added to the name of a reference that is not there yet, for what would be it."""
+
+_PART = re.compile(r"[\w][\w.+-]*")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a reference is found by. `attention` is the kernel that really ran (`flash-cpu`)."""
+
+    case_id: str
+    tier: str = DEFAULT_TIER
+    device_class: str = "cpu"
+    attention: str = "unknown"
+
+    @property
+    def name(self) -> str:
+        """Relative path, POSIX."""
+        for part in (self.tier, self.device_class, self.attention, self.case_id):
+            if not _PART.fullmatch(part) or len(part.encode()) > 220:
+                raise UsageError(
+                    f"{part!r} cannot be part of a reference's path",
+                    hint="use letters, digits, dots, dashes and underscores",
+                )
+        return f"{self.tier}/{self.device_class}/{self.attention}/{self.case_id}{SUFFIX}"
+
+
+def candidate_of(path: Path) -> Path:
+    """Where what a check made is kept until there is a reference; `Store.save` removes it."""
+    return path.with_name(path.name + CANDIDATE)
+
+
+def place_of(recording: Recording, *, tier: str = DEFAULT_TIER) -> Place:
+    """Where a recording belongs, by what its manifest says really ran."""
+    manifest = recording.manifest
+    return Place(
+        case_id=manifest.case_id or "unnamed",
+        tier=tier,
+        device_class=manifest.environment.get("device.class", "cpu"),
+        attention=manifest.environment.get("attention.kernel", "unknown"),
+    )
+
+
+class Store:
+    """A folder of references with a lock file."""
+
+    def __init__(self, root: Path = DEFAULT_ROOT) -> None:
+        self.root = root
+
+    def places(self) -> list[Place]:
+        """Every reference in the folder, sorted."""
+        found = []
+        for path in sorted(self.root.glob(f"*/*/*/*{SUFFIX}")):
+            if path.name.startswith("."):
+                continue
+            tier, device_class, attention, name = path.relative_to(self.root).parts
+            found.append(Place(name.removesuffix(SUFFIX), tier, device_class, attention))
+        return found
+
+    def unused(self, case_ids: set[str]) -> list[Place]:
+        """References of none of these cases."""
+        return [place for place in self.places() if place.case_id not in case_ids]
+
+    def save(self, recording: Recording, place: Place, *, update: bool = False) -> Path:
+        """Store a recording as the reference; a kill leaves the old one or the new one.
+
+        Of several writers at once one is last, and what it wrote is there.
+
+        Raises:
+            UsageError: A reference exists and `update` is false.
+            WriteError: It could not be written; an existing reference is untouched.
+        """
+        from truestep.files import alone, beside, settle
+        from truestep.recording.format import WHAT, sha256_of, stage
+
+        path = self.root / place.name
+        self.refuse_existing(place, update=update)
+        with beside(path, WHAT) as temporary:
+            sha256 = stage(temporary, recording)
+            with alone(self.root, WHAT):
+                self.refuse_existing(place, update=update)  # another writer may have been first
+                before = sha256_of(path) if path.exists() else None
+                put_entry(self.root, place.name, Entry(sha256=before, pending=sha256))
+                settle(temporary, path)
+                put_entry(self.root, place.name, Entry(sha256=sha256))
+        candidate_of(path).unlink(missing_ok=True)
+        return path
+
+    def refuse_existing(self, place: Place, *, update: bool) -> None:
+        """Raise where a reference exists that may not be replaced."""
+        path = self.root / place.name
+        if path.exists() and not update:
+            raise UsageError(
+                "a reference of this case exists",
+                where=str(path),
+                hint="truestep record CASE --update  # replaces it",
+            )
+
+    def find(
+        self, case: Case, *, tier: str = DEFAULT_TIER, device_class: str, seed_command: str
+    ) -> Path:
+        """The reference of a case on a device class.
+
+        Where references of several attention kernels exist, that of the kernel which torch picks
+        here is taken; a single one is taken as it is, and the check names the kernel if it differs.
+
+        Raises:
+            ReferenceNotFoundError: There is none, or none of the kernel used here.
+            FileFormatError: Its content does not match the lock.
+        """
+        mine = [place for place in self.places() if place.case_id == case.id]
+        fitting = [p for p in mine if (p.tier, p.device_class) == (tier, device_class)]
+        if len(fitting) > 1:
+            from truestep.environment import attention_kernel
+
+            kernel = attention_kernel(case.settings.device, case.dtype)
+            fitting = [place for place in fitting if place.attention == kernel]
+        if not fitting:
+            raise self._not_found(case, tier, device_class, mine, seed_command)
+        return self.verified(fitting[0])
+
+    def verified(self, place: Place) -> Path:
+        """Path of a reference whose content matches the lock.
+
+        Raises:
+            FileFormatError: It does not.
+        """
+        from truestep.recording.format import sha256_of
+
+        path = self.root / place.name
+        entry = read_lock(self.root).references.get(place.name)
+        while entry is not None:
+            if sha256_of(path) in (entry.sha256, entry.pending):
+                return path
+            before, entry = entry, read_lock(self.root).references.get(place.name)
+            if entry == before:  # else a writer has replaced it in between
+                break
+        raise FileFormatError(
+            "the reference does not match the lock file"
+            if entry
+            else "the reference is not in the lock file",
+            where=str(path),
+            likely="it was changed or copied without `truestep record`",
+            hint=f"truestep check --reference {shlex.quote(str(path))}  # judges by it as it is",
+        )
+
+    def _not_found(
+        self, case: Case, tier: str, device_class: str, mine: list[Place], seed_command: str
+    ) -> ReferenceNotFoundError:
+        if mine:
+            there = "for this case there is: " + "; ".join(
+                f"tier {p.tier}, {p.device_class}, {p.attention}" for p in mine[:5]
+            )
+        else:
+            ids = sorted({place.case_id for place in self.places()})
+            near = difflib.get_close_matches(case.id, ids, n=1) or ids[:1]
+            there = (
+                f"the folder holds {len(ids)} other cases, the nearest {near[0]}"
+                if near
+                else "the folder holds no references"
+            )
+        return ReferenceNotFoundError(
+            f"no reference for case {case.id}",
+            where=str(self.root / tier / device_class / "*" / f"{case.id}{SUFFIX}"),
+            measured=there,
+            hint=seed_command,
+        )

@@ -1,1 +1,0 @@
-"""Where references live. Import the modules directly."""

@@ -1,0 +1,1 @@
+"""Run a subject on recorded inputs and keep what it does: stages, functions, modules."""

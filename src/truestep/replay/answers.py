@@ -1,0 +1,213 @@
+"""What a candidate answers to a recording: stages on recorded inputs, some of them asked twice, or
+free runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from truestep.joint import AUDIO
+from truestep.judge.repeats import UNSTEADY, Judge, differing
+from truestep.keys import FINALS, RAISED, is_prediction
+from truestep.verdict import Row, Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+    from truestep.progress import Progress
+    from truestep.recording.format import Recording
+    from truestep.replay.stages import Replay
+    from truestep.runtime.pipeline import Pipeline
+
+Depth = Literal["steps", "modules", "final"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the candidate gave, the names of the recorded tensors that it answers to, what it could
+    not be asked, and what there is to say.
+
+    `second` holds answers that were given again and are not the first ones.
+    """
+
+    depth: Depth
+    replayed: Replay
+    wanted: tuple[str, ...]
+    unseen: str = ""
+    second: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def run_freely(pipe: Pipeline, recording: Recording) -> Answers:
+    """Generate freely, twice: the second run shows what the first one left behind.
+
+    What the pipeline raises is the outcome of the latent.
+    """
+    from truestep.replay.stages import Kept, Replay
+    from truestep.runtime.pipeline import generate
+
+    runs = (Replay(), Replay())
+    decodes = "video/frames" in recording
+    for replayed in runs:
+        watch = Kept(replayed.outputs, (*FINALS, "video/frames", f"{AUDIO}waveform"))
+        run = partial(generate, pipe, observer=watch, output="frames" if decodes else "latent")
+        replayed.attempt("latent/final", run)
+    first, again = runs
+    wanted = tuple(name for name in FINALS if name in recording)
+    second = {name: again.outputs[name] for name in wanted if name in again.outputs}
+    first.failures |= {name: text for name, text in again.failures.items() if text}
+    return Answers("final", first, wanted, second=second)
+
+
+def run_stages(
+    pipe: Pipeline,
+    recording: Recording,
+    steps: tuple[int, ...] | None,
+    judge: Judge,
+    progress: Progress | None,
+) -> Answers:
+    """Replay every stage; follow a model that keeps state through all steps, in order."""
+    from truestep.replay.stages import chosen_steps, predict_steps, replay
+
+    chosen = chosen_steps(recording, steps)
+    replayed = replay(pipe, recording, steps=chosen, again=True, progress=progress, label="check")
+    changed = differing(replayed.outputs, replayed.again, judge)
+    predicted = predict_steps(pipe, chosen)
+    second = {name: replayed.again[name] for name in changed}
+    notes: tuple[str, ...] = ()
+    if any(is_prediction(name) for name in changed):
+        predicted = predict_steps(pipe, chosen, in_order=True)
+        followed = replay(
+            pipe, recording, steps=predicted, only=_UP_TO_PREDICTION, progress=progress
+        )
+        second = _fresh(replayed, changed)
+        replayed = _in_order(replayed, followed)
+        notes = (_STATEFUL.format(last=max(chosen)),)
+    replayed, unseen = _with_raised(
+        pipe, recording, replayed, predicted, in_order=predicted != chosen
+    )
+    wanted = answered_names(recording, predicted)
+    if not any(name.startswith(RAISED) for name in replayed.outputs):
+        wanted = tuple(name for name in wanted if not name.startswith(RAISED))
+    return Answers("steps", replayed, wanted, unseen, second, notes)
+
+
+_UP_TO_PREDICTION = ("text", "connector", "schedule", "latent", "prediction")
+_STATEFUL = (
+    "the model keeps state from step to step, for "
+    + UNSTEADY
+    + ": it was run, and is judged, at every step from 0 to {last}"
+)
+
+
+def _fresh(replayed: Replay, changed: Collection[str]) -> dict[str, torch.Tensor]:
+    """Answers to be judged beside those of a run in order: repeated texts, and what a model that
+    had not run before said at step 0."""
+    from truestep.keys import address
+
+    texts = {name: replayed.again[name] for name in changed if not is_prediction(name)}
+    start = {
+        name: value
+        for name, value in replayed.outputs.items()
+        if is_prediction(name) and address(name).step == 0
+    }
+    return texts | start
+
+
+def _in_order(replayed: Replay, followed: Replay) -> Replay:
+    """A replay whose predictions are those of a run through all steps."""
+    kept = {name: value for name, value in replayed.outputs.items() if not is_prediction(name)}
+    ran = {name: value for name, value in followed.outputs.items() if is_prediction(name)}
+    return replace(
+        replayed, outputs=kept | ran, failures={**replayed.failures, **followed.failures}
+    )
+
+
+def repeat_failure(
+    pipe: Pipeline, recording: Recording, rows: list[Row], run: Answers, judge: Judge
+) -> list[Row]:
+    """Give the input of the first failing prediction again, and say so where the answer differs."""
+    from truestep.replay.stages import replay
+
+    failing = [row for row in rows if is_prediction(row.name) and row.verdict in _FAILED]
+    if not failing:
+        return rows
+    if not run.notes and failing[0].step is not None and failing[0].name in run.replayed.outputs:
+        again = replay(pipe, recording, steps=(failing[0].step,), only=("prediction",))
+        if failing[0].name not in differing(run.replayed.outputs, again.outputs, judge):
+            return rows
+    return [_unsteady(row) if row in failing else row for row in rows]
+
+
+_FAILED = (Verdict.DRIFTED, Verdict.INVALID)
+
+
+def _unsteady(row: Row) -> Row:
+    if UNSTEADY in row.note:
+        return row
+    return row.model_copy(update={"note": "; ".join(p for p in (UNSTEADY, row.note) if p)})
+
+
+def _with_raised(
+    pipe: Pipeline,
+    recording: Recording,
+    replayed: Replay,
+    chosen: tuple[int, ...],
+    *,
+    in_order: bool,
+) -> tuple[Replay, str]:
+    """Add the stages raised to a higher precision, where the reference has them.
+
+    A candidate that agrees bit for bit in its own precision is the same, whatever casts are written
+    into it: it is not raised.
+
+    Returns:
+        The replay, and why it could not be raised, if so.
+    """
+    from truestep.keys import address
+    from truestep.measure.distance import same_bits
+    from truestep.replay.raised import raised_replay
+    from truestep.replay.stages import Replay
+    from truestep.runtime.precision import raised_precision
+
+    recorded = [name for name in recording if name.startswith(RAISED)]
+    agrees = all(same_bits(v, recording[k]) for k, v in replayed.outputs.items() if k in recording)
+    if not recorded or (agrees and not replayed.failures):
+        return replayed, ""
+    precision = recorded[0].partition("/")[0]
+    if raised_precision(pipe.settings.dtype) != precision:
+        return replayed, f"{precision} replay of a {pipe.settings.dtype} candidate"
+    raised_at = {step for name in recorded if (step := address(name).step) is not None}
+    at = tuple(chosen) if in_order else tuple(s for s in chosen if s in raised_at) or chosen
+    try:
+        more = raised_replay(pipe, recording, steps=at, precision=precision)
+    except (TypeError, RuntimeError) as error:
+        return replayed, f"{precision} replay ({str(error).splitlines()[0]})"
+    answered = [name for name in more.outputs if name in recording]
+    failed = [text for text in more.failures.values() if text]
+    if failed and not answered:
+        return replayed, f"{precision} replay (the candidate raised {failed[0]})"
+    return Replay(
+        outputs={**replayed.outputs, **more.outputs},
+        failures={**replayed.failures, **more.failures},
+        effects={**replayed.effects, **more.effects},
+    ), ""
+
+
+def answered_names(
+    recording: Mapping[str, torch.Tensor], chosen: tuple[int, ...]
+) -> tuple[str, ...]:
+    """Names of the recorded tensors that a replay at these steps answers to, in order."""
+    from truestep.keys import address
+
+    names = []
+    for name in recording:
+        place = address(name)
+        if place.stage == "prediction" and place.step not in chosen:
+            continue
+        if name.endswith("step/0000/latent"):  # the initial latent once more
+            continue
+        names.append(name)
+    return tuple(names)

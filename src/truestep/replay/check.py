@@ -1,0 +1,542 @@
+"""Check a candidate against a reference: replay its stages on recorded inputs, or generate anew."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from truestep.case import Case
+from truestep.environment import library_version
+from truestep.errors import (
+    FOREIGN,
+    ProcessEndedError,
+    ReferenceNotFoundError,
+    TruestepError,
+    UsageError,
+    is_foreign,
+    one_line,
+    surviving,
+)
+from truestep.joint import AUDIO
+from truestep.judge.floor import free_running, pair_of, sample_sizes
+from truestep.judge.repeats import Judge, said_unsteady, with_second_answers
+from truestep.keys import RAISED, SAMPLES, is_prediction
+from truestep.randomness import own_randomness
+from truestep.turns import taking_turns
+from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
+
+if TYPE_CHECKING:
+    from truestep.progress import Progress
+    from truestep.recording.format import Recording
+    from truestep.replay.answers import Answers
+    from truestep.replay.stages import Replay
+    from truestep.runtime.pipeline import Apply, Pipeline
+
+Depth = Literal["steps", "modules", "final"]
+Expect = Literal["same", "different"]
+
+
+@taking_turns()
+@own_randomness()
+def check(
+    case: Case,
+    reference: Recording | str | Path,
+    *,
+    depth: Depth = "steps",
+    apply: Apply | None = None,
+    settings: Mapping[str, Any] | None = None,
+    steps: tuple[int, ...] | None = None,
+    tolerance: float | None = None,
+    rename: Mapping[str, str] | None = None,
+    accept: Collection[str] = (),
+    expect: Expect | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Say whether a candidate is still the same model as a recorded reference.
+
+    Args:
+        case: The reference's case.
+        reference: A full recording of it, or its path.
+        depth: `steps` feeds every stage the reference's recorded inputs and judges its output
+            (a few forwards); `modules` also opens the model of the first stage that fails, beside
+            the case's own model loaded here, and names the module; `final` generates freely and
+            compares the latents.
+        apply: The change under test: receives the pipeline and changes it or returns another.
+        settings: Values that differ from the case (`guidance_scale`, `model`, `dtype`, ...).
+        steps: At `steps`: where predictions are made; default the first and last step of every
+            expert and three in a row. A model that keeps state from step to step is
+            followed through all steps.
+        tolerance: Judge rel_l2 by this limit instead of the noise floor.
+        rename: At `modules`: names of the candidate's modules to the reference's, `*` for one part
+            of a dotted name. It goes before the pairs that equal names or weights give.
+        accept: What a reference may be that was made by a quantised or patched implementation: each
+            a part of what it is said to be (`float8_e4m3fn`, `stage combine`).
+        progress: Told (what, done, total).
+
+    Returns:
+        The comparison. Only `assert_equivalent` raises on failure.
+
+    Raises:
+        CaseError, ModelLoadError, FileFormatError: Case, model or reference cannot be used.
+        UsageError: The change raised, the reference holds no tensors to replay, or the rename map
+            names modules that there are not, or is given at another depth.
+    """
+    from truestep.recording.format import Recording
+    from truestep.replay.touched import snapshot
+    from truestep.runtime.loading import load
+    from truestep.runtime.pipeline import apply_change
+
+    if rename and depth != "modules":
+        raise UsageError(
+            f"a rename map is of no use at depth {depth!r}",
+            hint="depth='modules' opens the models",
+        )
+    recording = reference if isinstance(reference, Recording) else Recording.open(reference)
+    candidate = case.replace(**dict(settings or {}))
+    refused = _refuse(case, recording, accept)
+    if refused is not None:
+        return refused
+    before: Mapping[str, object] = {}
+    try:
+        with surviving("the model's code"):
+            pipe = load(candidate)
+            before = snapshot(pipe) if apply is not None else {}
+            pipe = apply_change(pipe, apply)
+    except ProcessEndedError as error:
+        label = _label(case, candidate, apply)
+        return _invalid(case, recording, label, f"{error.what}, {error.where}")
+    idle = _idle(pipe, case, candidate, recording, before) if apply or settings else False
+    if rename:
+        _check_rename(rename, pipe, load(case))
+    result = check_pipeline(
+        pipe,
+        recording,
+        case=case,
+        candidate=candidate,
+        depth=depth,
+        steps=steps,
+        tolerance=tolerance,
+        label=_label(case, candidate, apply),
+        progress=progress,
+    )
+    result = _expected(_said_idle(result) if idle else result, expect)
+    if depth != "modules" or result.verdict in _NOTHING_TO_OPEN:
+        return result
+    return _opened(pipe, case, recording, result, rename)
+
+
+def _idle(
+    pipe: Pipeline,
+    case: Case,
+    candidate: Case,
+    recording: Recording,
+    before: Mapping[str, object],
+) -> bool:
+    """Whether settings and change together left everything as the case has it."""
+    from truestep.replay.touched import snapshot, touched
+
+    changed = {difference.key for difference in candidate.differences(case.canonical())}
+    where = ("device", "attention_backend")  # no part of a case's content
+    changed |= {k for k in where if getattr(candidate.settings, k) != getattr(case.settings, k)}
+    if pipe.weights and pipe.weights == recording.manifest.environment.get("model.weights"):
+        changed -= {"model", "revision"}  # another folder with the same files
+    return not changed and not (before and touched(before, snapshot(pipe)))
+
+
+def _said_idle(result: Comparison) -> Comparison:
+    """A result whose change touched nothing says so in its first line and its last."""
+    from truestep.replay.touched import NOTHING
+
+    label = f"{result.actual.label}: {NOTHING.partition(':')[0]}"
+    return result.model_copy(
+        update={
+            "actual": result.actual.model_copy(update={"label": label}),
+            "sentence": f"{result.sentence}; the change {NOTHING}",
+        }
+    )
+
+
+def _expected(result: Comparison, expect: Expect | None) -> Comparison:
+    """A result set against what the change is for."""
+    if expect != "different":
+        return result
+    if result.verdict.passed:
+        sentence = f"unmet: expected different, but {result.sentence}"
+        return result.model_copy(
+            update={"expect": expect, "verdict": Verdict.UNMET, "sentence": sentence}
+        )
+    sentence = result.sentence
+    if result.verdict is Verdict.DRIFTED:
+        sentence += "; as expected"
+    return result.model_copy(update={"expect": expect, "sentence": sentence})
+
+
+_NOTHING_TO_OPEN = (Verdict.IDENTICAL, Verdict.EQUIVALENT, Verdict.UNMET)
+
+
+def _check_rename(rename: Mapping[str, str], pipe: Pipeline, trusted: Pipeline) -> None:
+    """Refuse a map that names what none of the models has, before any forward."""
+    from truestep.pairing.partners import check_rename
+    from truestep.runtime.pipeline import MODELS
+
+    sides = [[getattr(side, name) for name in MODELS] for side in (pipe, trusted)]
+    check_rename(rename, candidate=sides[0], trusted=sides[1])
+
+
+def _opened(
+    pipe: Pipeline,
+    case: Case,
+    recording: Recording,
+    result: Comparison,
+    rename: Mapping[str, str] | None,
+) -> Comparison:
+    """Follow a failing stage into its model, beside the reference's model loaded here."""
+    from truestep.replay.locating import locate_module
+    from truestep.runtime.loading import load
+
+    trusted = load(case)
+    same = check_pipeline(trusted, recording, case=case)
+    if not same.verdict.passed:
+        note = f"no module named: the case's own model is not the reference here ({same.sentence})"
+        return result.model_copy(update={"notes": (*result.notes, note)})
+    return locate_module(pipe, trusted, recording, result, rename=rename)
+
+
+@taking_turns()
+def check_pipeline(
+    pipe: Pipeline,
+    recording: Recording,
+    *,
+    case: Case,
+    candidate: Case | None = None,
+    depth: Depth = "steps",
+    steps: tuple[int, ...] | None = None,
+    tolerance: float | None = None,
+    label: str = "candidate",
+    progress: Progress | None = None,
+) -> Comparison:
+    """Check a loaded pipeline; see `check`."""
+    from truestep.environment import Environment
+    from truestep.judge.rows import build_comparison
+    from truestep.replay.answers import repeat_failure, run_freely, run_stages
+    from truestep.replay.capture import attention_observed, run_environment
+
+    manifest = recording.manifest
+    before, start = pipe.forwards, time.perf_counter()
+    judge = Judge(
+        floor=free_running(manifest.noise_floor) if depth == "final" else manifest.noise_floor,
+        pair=pair_of((candidate or case).dtype, case.dtype),
+        tolerance=tolerance,
+    )
+    try:
+        with attention_observed(pipe) as kernels:
+            run = (
+                run_freely(pipe, recording)
+                if depth == "final"
+                else run_stages(pipe, recording, steps, judge, progress)
+            )
+            rows = _rows(run, recording, judge)
+            if depth != "final":
+                rows = repeat_failure(pipe, recording, rows, run, judge)
+    except TruestepError:
+        raise
+    except FOREIGN as error:  # outside every stage: the candidate's outcome, or our fault
+        if not is_foreign(error):
+            raise
+        return _invalid(case, recording, label, f"the candidate raised {one_line(error)}")
+    seconds = time.perf_counter() - start
+    environment = run_environment(pipe, attention=kernels())
+    looked, not_looked = _coverage(recording, run)
+    result = build_comparison(
+        rows,
+        case_id=case.id,
+        case=case.canonical(),
+        actual=Side(label=label, environment=dict(environment)),
+        reference=build_side(recording),
+        environment_differences=Environment(environment).differences(manifest.environment),
+        looked_at=looked,
+        not_looked_at=not_looked,
+        media=_media(run, recording),
+        sample_rate=_sample_rate(recording),
+        notes=(*run.notes, *pipe.fallbacks),
+        cost=Cost(
+            forwards=pipe.forwards - before,
+            forwards_generation=manifest.forwards,
+            seconds=seconds,
+            seconds_generation=sum(sum(times) for times in manifest.timings_s.values()) or None,
+        ),
+    )
+    return said_unsteady(result)
+
+
+def _invalid(case: Case, recording: Recording, label: str, what: str) -> Comparison:
+    """The result for a candidate that could not be run to its end."""
+    return Comparison(
+        tool_version=library_version("truestep") or "",
+        verdict=Verdict.INVALID,
+        sentence=f"invalid: {what}",
+        rule=Rule(name="run", text="a candidate is judged by what it gives"),
+        case_id=case.id,
+        case=case.canonical(),
+        actual=Side(label=label),
+        reference=build_side(recording),
+    )
+
+
+def build_side(recording: Recording) -> Side:
+    """The reference as a result names it."""
+    return Side(
+        label="reference",
+        path=str(recording.path) if recording.path else None,
+        environment=dict(recording.manifest.environment),
+    )
+
+
+def _rows(run: Answers, recording: Recording, judge: Judge) -> list[Row]:
+    from truestep.judge.rows import compare_tensors
+    from truestep.keys import address
+    from truestep.measure.structure import sample_mean
+
+    expected = {name: recording[name] for name in run.wanted}
+    actual = {
+        k: v for k, v in run.replayed.outputs.items() if k in expected or address(k).stage == "text"
+    }
+    floor = judge["floor"]
+    benign = [each for each in floor.runs if each.pair == judge["pair"]] if floor else []
+    averaged = any(m.name == SAMPLES for each in benign for m in each.tensors)
+    sizes = sample_sizes(benign) if averaged else {}
+    if sizes and set(sizes) <= {name for name in expected if is_prediction(name)}:
+        mean = sample_mean(actual, expected, sizes)
+        if mean is not None:
+            actual[SAMPLES], expected[SAMPLES] = mean
+    rows = compare_tensors(actual, expected, **judge)
+    rows = with_second_answers(rows, run.second, expected, run.second, judge)
+    rows = [_text_by_effect(row, run.replayed, recording, judge) for row in rows]
+    return [_beneath_rounding(_failed(row, run.replayed), rows) for row in rows]
+
+
+def _beneath_rounding(row: Row, rows: list[Row]) -> Row:
+    """Say of a drifted raised tensor that the working precision hides what it shows."""
+    own = row.name.partition("/")[2]
+    if row.verdict is not Verdict.DRIFTED or not row.name.startswith(RAISED) or not row.metrics:
+        return row
+    working = next((r.floor for r in rows if r.name == own and r.floor), None)
+    if working is None or row.metrics.rel_l2 > working.rel_l2:
+        return row
+    note = f"below the rounding of {working.pair.partition('/')[0]}: a small fault or a cast inside"
+    return row.model_copy(update={"note": "; ".join(part for part in (note, row.note) if part)})
+
+
+def _refuse(case: Case, recording: Recording, accept: Collection[str]) -> Comparison | None:
+    """`incomparable` where the reference is of another case, or was not made by what it goes by; an
+    error where it is unusable."""
+    manifest = recording.manifest
+    where = str(recording.path or "reference")
+    if manifest.case is None:
+        raise UsageError(
+            "the reference is not a recording of a case",
+            where=where,
+            hint=f"truestep show {shlex.quote(where)}  # truestep compare judges plain tensors",
+        )
+    if manifest.level != "full":
+        raise UsageError(
+            f"the reference holds level {manifest.level!r} only: there are no tensors to replay",
+            where=where,
+            hint="truestep record CASE --level full --update",
+        )
+    differences = case.differences(manifest.case)
+    made = manifest.implementation
+    strange = [
+        thing
+        for thing in (*made.quantised, *made.patched)
+        if not any(name and name in thing for name in accept)
+    ]
+    if differences:
+        keys = ", ".join(d.key for d in differences)
+        sentence = f"the reference is of another case ({keys} differ)"
+        rule = Rule(name="case", text="a reference judges its own case only")
+        hint = (
+            "truestep record CASE  # seeds a reference of this case; "
+            "check --set KEY=VALUE tests a change of it"
+        )
+    elif strange:
+        more = f" and {len(strange) - 1} more" if strange[1:] else ""
+        kind = "quantised" if strange[0] in made.quantised else "patched"
+        sentence = f"the reference was made by a {kind} implementation ({strange[0]}{more})"
+        rule = Rule(name="implementation", text="a reference is what it goes by, or is asked for")
+        hint = f"--accept {shlex.quote(strange[0])}  # compares with it all the same"
+    else:
+        from truestep.replay.stages import require_run
+
+        require_run(recording, where=where)
+        return None
+    return Comparison(
+        tool_version=library_version("truestep") or "",
+        verdict=Verdict.INCOMPARABLE,
+        sentence=f"incomparable: {sentence}",
+        rule=rule,
+        case_id=case.id,
+        case=case.canonical(),
+        actual=Side(label=case.id),
+        reference=Side(
+            label=manifest.case_id or "", path=where, environment=dict(manifest.environment)
+        ),
+        case_differences=differences,
+        hint=hint,
+    )
+
+
+def _label(case: Case, candidate: Case, apply: Apply | None) -> str:
+    parts = [
+        f"{key}={value}"
+        for difference in candidate.differences(case.canonical())
+        for key, value in [(difference.key.removeprefix("settings."), difference.actual)]
+    ]
+    if apply is not None:
+        parts.append(f"apply {getattr(apply, '__name__', 'change')}")
+    return ", ".join(parts) or "unchanged"
+
+
+def _coverage(recording: Recording, run: Answers) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """In words: what a run looked at, and what it did not."""
+    if run.depth == "final":
+        return (
+            ("final latents of two free runs, one after the other",),
+            (
+                "each stage on its own (--depth steps)",
+                "decoding: shown, not judged",
+                *_one_size(recording),
+            ),
+        )
+    from truestep.keys import STAGES, address
+    from truestep.replay.stages import steps_recorded
+
+    total = steps_recorded(recording)
+    places = [address(name) for name in run.wanted]
+    looked = []
+    for stage in STAGES:
+        steps = sorted({p.step for p in places if p.stage == stage and p.step is not None})
+        branches = sorted({p.branch for p in places if p.stage == stage and p.branch})
+        if not any(p.stage == stage for p in places):
+            continue
+        detail = f" at steps {', '.join(map(str, steps))} of {total}" if steps else ""
+        if len(steps) == total - (stage == "update"):  # the first latent is no update
+            detail = " at every step"
+        looked.append(f"{stage}{detail}" + (f" ({', '.join(branches)})" if branches else ""))
+    predicted = {p.step for p in places if p.stage == "prediction"}
+    others = total - len(predicted)
+    unseen = [f"prediction at the other {others} step{'s' * (others > 1)}"] if others else []
+    if run.unseen:
+        unseen.append(run.unseen)
+    if "video/frames" not in recording:
+        unseen.append("decoding (the reference holds no frames)")
+    unseen += ["accumulation over a free run (--depth final)", *_one_size(recording)]
+    return tuple(looked), tuple(unseen)
+
+
+def _one_size(recording: Recording) -> tuple[str, ...]:
+    """What a reference of one size and one batch cannot show."""
+    settings = recording.manifest.settings
+    if not {"width", "height", "num_frames"} <= settings.keys():
+        return ()
+    size = "x".join(str(settings[key]) for key in ("width", "height", "num_frames"))
+    clips = settings.get("videos_per_prompt") or 1
+    batch = "batches (one sample only)" if clips == 1 else f"other batches than {clips} samples"
+    return (f"other sizes than {size}", batch)
+
+
+def _text_by_effect(row: Row, replayed: Replay, recording: Recording, judge: Judge) -> Row:
+    """Judge text of another length by the prediction that the candidate makes of it."""
+    from truestep.judge.rows import compare_tensors
+
+    if row.name not in replayed.effects:
+        return row
+    prediction, made = replayed.effects[row.name]
+    effect = compare_tensors({prediction: made}, {prediction: recording[prediction]}, **judge)[0]
+    lengths = (
+        f"length {row.actual.shape[1]} against {row.reference.shape[1]}"
+        if (row.actual and row.reference)
+        else "another length"
+    )
+    note = f"{lengths}: judged by its effect on {prediction}"
+    return effect.model_copy(
+        update={
+            "name": row.name,
+            "stage": row.stage,
+            "step": None,
+            "actual": row.actual,
+            "reference": row.reference,
+            "note": "; ".join(part for part in (note, effect.note) if part),
+        }
+    )
+
+
+def _head(name: str) -> str:
+    """First part of a name, whatever the modality."""
+    return name.removeprefix(AUDIO).split("/")[0]
+
+
+def _failed(row: Row, replayed: Replay) -> Row:
+    """A stage that raised is `invalid`, with what it raised; a tensor it took along likewise."""
+    text = replayed.failures.get(row.name)
+    if text is None and row.verdict is Verdict.MISSING:
+        stage = _head(row.name)
+        text = next((t for n, t in replayed.failures.items() if _head(n) == stage), None)
+    return (
+        row
+        if text is None
+        else row.model_copy(update={"verdict": Verdict.INVALID, "note": f"the stage raised {text}"})
+    )
+
+
+def _media(run: Answers, recording: Recording) -> tuple[Media, ...]:
+    """What both sides decode to, from the same latent or at the end of a free run."""
+    own = "the candidate's free run" if run.depth == "final" else "the reference's latent"
+    found = (*_frames(run.replayed, recording), *_sound(run.replayed, recording))
+    return tuple(media.model_copy(update={"origin": own}) for media in found)
+
+
+def _frames(replayed: Replay, recording: Recording) -> tuple[Media, ...]:
+    from truestep.judge.media import frame_media
+
+    actual, reference = replayed.outputs.get("video/frames"), recording.get("video/frames")
+    if actual is None or reference is None or actual.shape != reference.shape:
+        return ()
+    return (frame_media(actual, reference, name="video/frames"),)
+
+
+def _sound(replayed: Replay, recording: Recording) -> tuple[Media, ...]:
+    from truestep.judge.media import sound_media
+
+    actual, reference = replayed.outputs.get("audio/waveform"), recording.get("audio/waveform")
+    rate = _sample_rate(recording)
+    if actual is None or reference is None or rate is None:
+        return ()
+    if any(side.ndim != 3 or not side.numel() for side in (actual, reference)):
+        return ()
+    return (sound_media(actual, reference, name="audio/waveform", sample_rate=rate),)
+
+
+def _sample_rate(recording: Recording) -> int | None:
+    from truestep.measure.sound import sample_rate_of
+
+    return sample_rate_of(recording.manifest.settings)
+
+
+def missing_reference(case: Case, error: ReferenceNotFoundError) -> Comparison:
+    """The result for a case without a reference: `missing`, with where it was looked for."""
+    return Comparison(
+        tool_version=library_version("truestep") or "",
+        verdict=Verdict.MISSING,
+        sentence=error.what,
+        rule=Rule(name="reference", text="a case is judged against its own reference"),
+        case_id=case.id,
+        case=case.canonical(),
+        actual=Side(label=case.id),
+        reference=Side(label="(none)"),
+        notes=tuple(part for part in (error.where, error.measured, error.likely) if part),
+        hint=error.hint,
+    )

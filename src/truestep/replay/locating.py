@@ -1,0 +1,284 @@
+"""Open the model of the first stage that failed, and say in which module it departs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from truestep.errors import UsageError
+from truestep.joint import AUDIO, Value
+from truestep.judge.rows import with_divergence
+from truestep.keys import RAISED, step_name
+from truestep.pairing.partners import Partners, partners_of
+from truestep.replay.drill import Drilled, Known, Subject, drill
+from truestep.replay.isolation import Forward
+from truestep.replay.raised import raised
+from truestep.replay.stages import (
+    default_steps,
+    given,
+    recorded_schedule,
+    recorded_step,
+    recorded_texts,
+)
+from truestep.runtime.pipeline import Branch, Observer, Pipeline, connect, text_branch
+from truestep.runtime.precision import raised_precision
+from truestep.verdict import Comparison, Row
+
+STAGES = ("text", "connector", "prediction", "decoding")
+"""Stages with a model to open, in the order of a run."""
+
+BRANCHES: tuple[Branch, ...] = ("cond", "uncond", "perturbed", "modality")
+"""Passes of a step, in the order of a run."""
+
+_SOUND = ("audio_vae", "vocoder")
+"""Models of a decoded sound, in the order of a run."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A stage's model call: which stage, at which step and branch, and of what decoding.
+
+    Attributes:
+        model: Attribute of the pipeline that holds the model; empty where the stage says it.
+    """
+
+    stage: str
+    step: int
+    branch: str
+    model: str = ""
+
+
+def locate_module(
+    pipe: Pipeline,
+    trusted: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    comparison: Comparison,
+    *,
+    rename: Mapping[str, str] | None = None,
+    known: Callable[[Place], Known] | None = None,
+) -> Comparison:
+    """Add where inside the first failing stage's model the candidate departs.
+
+    Args:
+        pipe: The candidate that was checked.
+        trusted: The reference's model, loaded here and unchanged.
+        recording: The reference.
+        comparison: The candidate's check at depth `steps`.
+        rename: Candidate's module names to trusted ones, `*` for one part; goes before what the
+            weights say. Without it, models with the same names are taken as they are named.
+        known: What earlier calls with the same trusted pipeline measured at a place; added to.
+
+    Returns:
+        The comparison with module rows and a first divergence down to the module, its kind with it;
+        or with a note that says why no module is named. Another note says how many modules were
+        paired, where names differ.
+
+    Raises:
+        UsageError: The rename map names modules that there are not.
+    """
+    place = failing_place(comparison.rows)
+    if place is None:
+        return comparison
+    looked = [replace(place, model=name) for name in _SOUND] if place.model else [place]
+    for at in looked:
+        found = _located(pipe, trusted, recording, comparison, at, rename=rename, known=known)
+        if found.first_divergence != comparison.first_divergence:
+            return found
+    return found
+
+
+def _located(
+    pipe: Pipeline,
+    trusted: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    comparison: Comparison,
+    place: Place,
+    *,
+    rename: Mapping[str, str] | None,
+    known: Callable[[Place], Known] | None,
+) -> Comparison:
+    """The comparison with what one model of the failing stage shows."""
+    called = place.model or place.stage
+    models = [_model(side, place, recording) for side in (pipe, trusted)]
+    if not all(isinstance(model, torch.nn.Module) for model in models):
+        return _noted(comparison, f"no module named: the {called} model is no torch module")
+    try:
+        partners = partners_of(models[0], models[1], rename=rename)
+    except UsageError as error:  # weights that are not there, or are no tensors
+        if rename:
+            raise
+        return _noted(comparison, f"no module named: the models cannot be paired ({error.what})")
+    drilled = drill_stage(
+        pipe,
+        trusted,
+        recording,
+        place,
+        partners=partners,
+        known=known(place) if known is not None else None,
+    )
+    if partners is not None:
+        comparison = _noted(comparison, partners.note())
+    if drilled.left_out:
+        comparison = _noted(comparison, _left_out(drilled.left_out))
+    if drilled.divergence is None:
+        return _noted(
+            comparison,
+            f"no module named: on the same inputs every module of the {called} model agrees "
+            "(the stage around the model differs)",
+        )
+    modality = _modality(comparison.rows, place)
+    divergence = drilled.divergence.model_copy(update={"modality": modality})
+    if place.model:
+        divergence = divergence.model_copy(update={"fqn": f"{place.model}.{divergence.fqn}"})
+    return with_divergence(comparison, divergence, _prefixed(drilled, place))
+
+
+def _modality(rows: Sequence[Row], place: Place) -> str | None:
+    """The modality that is further off where both came out of one forward."""
+    there = [
+        row
+        for row in rows
+        if (row.stage, row.step or 0) == (place.stage, place.step) and not row.verdict.passed
+    ]
+    if place.stage == "prediction":
+        there = [row for row in there if row.branch == place.branch]
+    return max(there, key=lambda row: row.ratio or 0.0).modality if there else None
+
+
+def drill_stage(
+    pipe: Pipeline,
+    trusted: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    place: Place,
+    *,
+    partners: Partners | None = None,
+    known: Known | None = None,
+) -> Drilled:
+    """Drill into one model call of a stage, on recorded inputs; see `drill`."""
+    models = [_model(side, place, recording) for side in (pipe, trusted)]
+    with _same_precision(pipe, trusted) as (ours, theirs):
+        before = _before(ours, place, recording)
+        return drill(
+            Subject(models[0], _forward(ours, place, recording), before),
+            Subject(models[1], _forward(theirs, place, recording)),
+            step=place.step,
+            branch=place.branch,
+            partners=partners,
+            known=known,
+        )
+
+
+def failing_place(rows: tuple[Row, ...]) -> Place | None:
+    """The first stage with a model whose row failed; raised rows count as their stage's."""
+    for stage in STAGES:
+        for row in rows:
+            if row.stage == stage and not row.verdict.passed and not row.name.startswith("samples"):
+                own = row.name.partition("/")[2] if row.name.startswith(RAISED) else row.name
+                branch = own.rpartition("/")[2] if stage != "decoding" else "main"
+                sound = stage == "decoding" and own.startswith(AUDIO)
+                return Place(stage, row.step or 0, branch, _SOUND[0] if sound else "")
+    return None
+
+
+def _left_out(names: Sequence[str]) -> str:
+    """What other code has in a form that cannot be compared."""
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"left out, since the candidate has nothing of these sizes there: {shown}"
+
+
+def _prefixed(drilled: Drilled, place: Place) -> tuple[Row, ...]:
+    changes: dict[str, Any] = {"stage": f"{place.stage} module"}
+    return tuple(
+        row.model_copy(
+            update={**changes, "fqn": f"{place.model}.{row.fqn}"} if place.model else changes
+        )
+        for row in drilled.rows
+    )
+
+
+def _noted(comparison: Comparison, note: str) -> Comparison:
+    return comparison.model_copy(update={"notes": (*comparison.notes, note)})
+
+
+@contextmanager
+def _same_precision(pipe: Pipeline, trusted: Pipeline) -> Iterator[tuple[Pipeline, Pipeline]]:
+    """Both sides raised where their precision would hide a fault."""
+    precision = raised_precision(trusted.settings.dtype)
+    with ExitStack() as stack:
+        ours, theirs = (
+            stack.enter_context(raised(side, precision) if precision else nullcontext(side))
+            for side in (pipe, trusted)
+        )
+        yield ours, theirs
+
+
+def _model(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]) -> Any:
+    if place.stage == "text":
+        return pipe.text_encoder
+    if place.stage == "connector":
+        return pipe.connectors
+    if place.stage == "decoding":
+        return getattr(pipe, place.model) if place.model else pipe.vae
+    return pipe.expert(int(recorded_schedule(recording).experts[place.step]))
+
+
+def _forward(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]) -> Forward:
+    """One call of the stage on what the recording holds."""
+    settings = pipe.settings
+    if pipe.audio_video:
+        pipe.prepare(pipe)  # its controls say which passes there are
+    if place.stage == "text":
+        prompt = settings.prompt if place.branch == "cond" else settings.negative_prompt
+        return lambda: pipe.encode_text(pipe, [prompt])
+    if place.stage == "connector" and pipe.connect is not None:
+        texts = recorded_texts(pipe, recording, "text")
+        return lambda: connect(pipe, texts, Observer())
+    if place.stage == "decoding":
+        return lambda: pipe.decode(pipe, given(pipe, recording, "latent/final"))
+    return prediction(pipe, place, recording)
+
+
+def _before(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]) -> Forward | None:
+    """What a check runs before a prediction: a new schedule, and the prediction before this one.
+
+    What one call leaves for the next (a cache, a buffer) is in place then, and what a run clears
+    is cleared.
+    """
+    if place.stage != "prediction":
+        return None
+    earlier = [step for step in default_steps(recording) if step < place.step]
+    ran = [branch for branch in BRANCHES if step_name(place.step, branch) in recording]
+    at = ran.index(place.branch) if place.branch in ran else 0
+    last: Place | None = None
+    if at:
+        last = Place(place.stage, place.step, ran[at - 1])
+    elif earlier:
+        last = Place(place.stage, earlier[-1], ran[-1] if ran else "cond")
+
+    def run() -> None:
+        with torch.no_grad():
+            pipe.prepare(pipe)
+            pipe.make_schedule(pipe)
+            if last is not None:
+                prediction(pipe, last, recording)()
+
+    return run
+
+
+def prediction(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]) -> Forward:
+    """One prediction on the recorded latent and text."""
+    schedule = recorded_schedule(recording)
+    step = recorded_step(pipe, schedule, place.step, schedule.experts)
+    branch: Branch = next((b for b in pipe.passes(pipe) if b == place.branch), "cond")
+    stage = "text" if pipe.connect is None else "connector"
+
+    def predict() -> Value:
+        latent = given(pipe, recording, step_name(place.step, "latent"))
+        text = given(pipe, recording, f"{stage}/{text_branch(branch)}")
+        return pipe.predict(pipe, latent, step, text, branch)
+
+    return predict

@@ -1,0 +1,279 @@
+"""The operator inside one module whose output departs, with the line of code that calls it.
+
+The level below modules. Both sides run the module on the reference's inputs while every ATen
+operator is kept with its output, its arguments that are no tensors, and the line of Python nearest
+to it outside torch. The two lists are aligned by operator and shape; the first place where they
+part, in another call, another argument or another result, is where the error is made.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from truestep.floors import EPSILON
+from truestep.judge.rows import dtype_name
+from truestep.measure.distance import distance
+from truestep.nests import leaves
+from truestep.pairing.naming import named_modules
+from truestep.pairing.partners import Names, namesake
+from truestep.replay.isolation import Flow, Forward, flow
+
+Tensor = torch.Tensor
+
+ALIKE = 0.5
+"""Below this share of operators in common two implementations are not compared line by line."""
+
+_ULPS = 16.0
+"""Distance of two results of one operator, in epsilon, that is rounding whatever was measured."""
+
+_MARGIN = 8.0
+"""Distance over that of a benign run from which on a result is wrong."""
+
+_TORCH = str(Path(torch.__file__).parent)
+_OWN = str(Path(__file__).parent)
+_UNSEEN = {
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+"""Operators without a result of their own: views, and memory that was not filled yet."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One call of an operator.
+
+    Attributes:
+        name: As torch writes it: `aten.gelu.default`.
+        arguments: What is no tensor, by name where it has one, as text.
+        outputs: Host copies.
+        line: `file:line` of the nearest Python outside torch.
+        code: That line.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    outputs: tuple[Tensor, ...]
+    line: str
+    code: str
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What two calls of the same computation share."""
+        return (self.name, *(tuple(tensor.shape) for tensor in self.outputs))
+
+    def __str__(self) -> str:
+        return f"{self.name.removesuffix('.default')} at {self.line}: {self.code}"
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[Operator] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not (getattr(func, "is_view", False) or func in _UNSEEN):
+            made = tuple(t.detach().to("cpu", copy=True) for _, t in leaves(output, "out"))
+            line, code = _calling()
+            self.found.append(Operator(str(func), _plain(func, args, kwargs), made, line, code))
+        return output
+
+
+def operators(
+    model: torch.nn.Module,
+    forward: Forward,
+    fqn: str,
+    *,
+    step: int,
+    branch: str,
+    given: Flow | None = None,
+    parts: Names = namesake,
+    change: Any = None,
+) -> list[Operator]:
+    """Operators of the first call of one module, hooks on it included, in a forward of its model.
+
+    Args:
+        fqn: The module, as this model names it.
+        given, parts, change: See `isolation.flow`: what its inputs are replaced by.
+    """
+    module = named_modules(model).modules[fqn]
+    watch = _Watch()
+    running: list[bool] = []
+
+    def before(*_: object) -> None:
+        if not running and not watch.found:
+            running.append(True)
+            watch.__enter__()  # type: ignore[no-untyped-call]
+
+    def after(*_: object) -> None:
+        if running:
+            running.pop()
+            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    handles = (
+        module.register_forward_pre_hook(before, prepend=True),
+        module.register_forward_hook(after, always_call=True),
+    )
+    answers = {part.fqn for part in parts(fqn)} or {fqn}
+    try:
+        flow(
+            model,
+            forward,
+            step=step,
+            branch=branch,
+            given=given,
+            select=answers,
+            parts=parts,
+            change=change,
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return watch.found
+
+
+def first_operator(
+    actual: Sequence[Operator],
+    reference: Sequence[Operator],
+    benign: Sequence[Operator] = (),
+    *,
+    same_class: bool = True,
+) -> str | None:
+    """Where two runs of one module, of which the outputs differ, part; in words.
+
+    Args:
+        actual, reference: Operators of both sides on the same inputs.
+        benign: The reference's again under a harmless change: what its results may differ by.
+        same_class: Both sides are of one class: whatever is added or lacking, is so by intent.
+
+    Returns:
+        The operator and its line; None where the two sides are built too differently to align.
+    """
+    matcher = SequenceMatcher(
+        None, [op.key for op in actual], [op.key for op in reference], autojunk=False
+    )
+    if not same_class and matcher.ratio() < ALIKE:
+        return None
+    for tag, a0, a1, r0, _ in matcher.get_opcodes():
+        if tag == "equal":
+            for at in range(a1 - a0):
+                found = _differs(actual[a0 + at], reference[r0 + at], benign, r0 + at)
+                if found:
+                    return found
+        elif tag == "insert":  # only the reference has it
+            return f"lacks {reference[r0]}"
+        elif tag == "delete":
+            return f"adds {actual[a0]}"
+        else:
+            return f"{actual[a0]} (for {_short(reference[r0])})"
+    return "all its operators agree: a hook, or code around them, returns another tensor"
+
+
+def differing_parameters(actual: torch.nn.Module, reference: torch.nn.Module) -> str | None:
+    """Parameters and buffers of a module itself that are not the same on both sides, in words."""
+    own, theirs = (
+        dict([*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)])
+        for m in (actual, reference)
+    )
+    told = []
+    for name, tensor in theirs.items():
+        if name not in own:
+            told.append(f"{name} is missing")
+        elif own[name].shape != tensor.shape:
+            told.append(f"{name} has shape {list(own[name].shape)} for {list(tensor.shape)}")
+        elif not torch.equal(own[name].to(tensor.device, tensor.dtype), tensor):
+            told.append(f"{name} {_apart(own[name].data, tensor.data)}")
+    told += [f"{name} is extra" for name in own if name not in theirs]
+    return ", ".join(told) or None
+
+
+def _apart(actual: torch.Tensor, reference: torch.Tensor) -> str:
+    found = distance(actual, reference)
+    if found.nonfinite_actual != found.nonfinite_reference:
+        return f"has {found.nonfinite_actual:,} of {actual.numel():,} values that are not finite"
+    return f"differs by {found.rel_l2:.2g}"
+
+
+def _differs(
+    actual: Operator, reference: Operator, benign: Sequence[Operator], at: int
+) -> str | None:
+    if actual.arguments != reference.arguments:
+        own = [a for a in actual.arguments if a not in reference.arguments]
+        theirs = [r for r in reference.arguments if r not in actual.arguments]
+        return f"{actual} ({', '.join(own) or 'default'} for {', '.join(theirs) or 'default'})"
+    for index, (a, r) in enumerate(zip(actual.outputs, reference.outputs, strict=True)):
+        if a.dtype != r.dtype:
+            return f"{actual} ({dtype_name(a)} for {dtype_name(r)})"
+        if not a.is_floating_point():
+            if not torch.equal(a, r):
+                return str(actual)
+            continue
+        if not r.numel():
+            continue
+        limit = _ULPS * EPSILON.get(dtype_name(r), 0.0)
+        if at < len(benign) and benign[at].key == reference.key:
+            limit = max(limit, _MARGIN * distance(benign[at].outputs[index], r).rel_l2)
+        found = distance(a, r)
+        if not found.rel_l2 <= limit or found.nonfinite_actual != found.nonfinite_reference:
+            return str(actual)
+    return None
+
+
+def _short(op: Operator) -> str:
+    return op.name.removesuffix(".default")
+
+
+def _plain(func: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[str, ...]:
+    """Arguments that are numbers, words, dtypes or lists of them; with names from the schema."""
+    names = [argument.name for argument in func._schema.arguments]
+    told = [
+        *((names[i] if i < len(names) else "", value) for i, value in enumerate(args)),
+        *(kwargs or {}).items(),
+    ]
+    return tuple(
+        f"{name} = {value!r}" if name else repr(value) for name, value in told if _simple(value)
+    )
+
+
+def _simple(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_simple(part) for part in value)
+    return isinstance(value, bool | int | float | str | torch.dtype)
+
+
+def _calling() -> tuple[str, str]:
+    """File, line and text of the nearest frame outside torch and this module."""
+    import linecache
+
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((_TORCH, _OWN, "<")):
+            code = linecache.getline(file, frame.f_lineno).strip()
+            return f"{_shown(file)}:{frame.f_lineno}", code
+        frame = frame.f_back
+    return "?", ""
+
+
+def _shown(file: str) -> str:
+    """A path as a person would name it: from site-packages or the current folder on."""
+    for root in (sysconfig.get_paths()["purelib"], str(Path.cwd())):
+        if file.startswith(root):
+            return file[len(root) :].lstrip("/")
+    return Path(file).name

@@ -1,0 +1,468 @@
+"""Compare two traces: which module made the error, which passed it on, and how it grew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from truestep.environment import Environment
+from truestep.errors import UsageError
+from truestep.floors import NoiseFloor, NoiseRun, RunMetrics
+from truestep.judge.divergence import ROOT, with_kind
+from truestep.judge.estimates import moment_rows, sketch_rows
+from truestep.judge.floor import pair_of
+from truestep.judge.growth import Inside, inside, introduced, origins
+from truestep.judge.rows import (
+    build_comparison,
+    compare_tensors,
+    one_value,
+    with_divergence,
+)
+from truestep.keys import address
+from truestep.measure.distance import distance
+from truestep.pairing.naming import listed
+from truestep.recording import readers as sources
+from truestep.recording.format import Recording
+from truestep.recording.manifest import Manifest
+from truestep.recording.readers import Source, side_of
+from truestep.replay.isolation import alike, laid_out
+from truestep.replay.trace_names import Named, exchange, fqns, match_inputs, name_modules
+from truestep.verdict import GIVEN, Comparison, Difference, Divergence, Row, Verdict
+
+FEW = 16
+"""So many elements, one for every sample, are timesteps and no latent."""
+
+PARTIAL = "partial"
+"""How a note of a trace begins that was cut short."""
+
+
+class Streamed(Mapping[str, torch.Tensor]):
+    """Tensors of a recording that are forgotten when the next one is read, names mapped.
+
+    Args:
+        tensors: What is read from; pages of a recording go back to the system.
+        names: Name here to name there, in order.
+        shapes: Shapes to lay some of them out in, by name here; see `isolation.laid_out`.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        names: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        self._tensors, self._names = tensors, dict(names)
+        self._shapes = shapes or {}
+        self._last: str | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._names[name]
+        if self._last not in (None, stored) and isinstance(self._tensors, Recording):
+            self._tensors.release(str(self._last))
+        self._last = stored
+        tensor = self._tensors[stored]
+        if name not in self._shapes:
+            return tensor
+        view = laid_out(tensor, torch.empty(self._shapes[name], device="meta"))
+        return tensor if view is None else view
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def compare_traces(
+    actual: str | Path | Recording,
+    reference: str | Path | Recording,
+    *,
+    rename: Mapping[str, str] | None = None,
+    noise: Iterable[str | Path | Recording] = (),
+    tolerance: float | None = None,
+) -> Comparison:
+    """Compare two traces of the same input, module by module in the reference's order.
+
+    A trace is of a free run: what a module was given is what the modules before it made. An output
+    that is further over its floor than everything that went into it was *introduced* in that
+    module, any other failing one was *inherited*. Record both with `inputs` to tell the two apart
+    in modules beside each other; record at level `full` for the kind of the error.
+
+    Args:
+        actual, reference: Files or recordings from `capture` or `truestep trace`.
+        rename: Names of the actual side's modules to the reference's, `*` for one part. Without it,
+            where the two share no name, modules are paired by what they return, and the evidence is
+            noted.
+        noise: Further traces of the trusted model under harmless changes: the measured floor.
+        tolerance: Judge rel_l2 by this limit instead.
+
+    Returns:
+        One row a tensor; steps, branches and inputs that only one side recorded are not looked at,
+        which is said. `first_divergence` is the first module that introduced an error.
+
+    Raises:
+        FileFormatError: A file is damaged.
+        UsageError: A side is no trace, or the two have no step and branch in common.
+    """
+    ours, theirs = (
+        _loaded(side, label) for side, label in ((actual, "actual"), (reference, "reference"))
+    )
+    names = (_modules(ours), _modules(theirs))
+    named = name_modules(ours, theirs, names, rename)
+    sides, left_out = _paired(ours, theirs, named)
+    runs = [_noise_run(side, sides[1]) for side in noise]
+    stored = _manifest(theirs).noise_floor
+    runs = [*(stored.runs if stored else ()), *runs]
+    floor = NoiseFloor(runs=tuple(runs)) if runs else None
+    rows = _judged(*sides, floor=floor, tolerance=tolerance)
+    exchanged = exchange(named, rows, ours, theirs, names) if rename is None else None
+    if exchanged is not None:
+        named = exchanged
+        sides, left_out = _paired(ours, theirs, named)
+        rows = _judged(*sides, floor=floor, tolerance=tolerance)
+    seen = inside(rows)
+    rows = _gone(_settled(origins(seen.rows)), partial=_partial(ours) or _partial(theirs))
+    result = build_comparison(
+        rows,
+        actual=side_of(ours),
+        reference=side_of(theirs),
+        environment_differences=_environment(ours, theirs),
+        looked_at=(f"{len({row.fqn for row in rows})} modules", f"{len(rows)} tensors"),
+        not_looked_at=(*left_out, *_unseen(seen)),
+        notes=(*named.notes, *_undone(seen), *_cut(ours, "actual"), *_cut(theirs, "reference")),
+        hint=_hint(rows, floor is not None, tolerance),
+    )
+    return _located(result, sides, named)
+
+
+def _loaded(what: str | Path | Recording, label: str) -> Source:
+    source = sources.load(what, label=label)
+    if source.manifest is None or not _modules(source):
+        raise UsageError(
+            "this side is no trace: it holds no tensors of modules",
+            where=source.label,
+            hint="make one: truestep trace record CASE --output FILE, trace run, or capture()",
+        )
+    return source
+
+
+def _manifest(source: Source) -> Manifest:
+    """The manifest of a trace; `_loaded` made sure of it."""
+    if source.manifest is None:
+        raise ValueError(f"{source.label} is no recording")
+    return source.manifest
+
+
+def _modules(source: Source) -> list[str]:
+    """Names of module tensors, as they are without a prefix for the level."""
+    return [e.name for e in _manifest(source).tensors if address(e.name).stage == "module"]
+
+
+def _partial(source: Source) -> bool:
+    return any(note.startswith(PARTIAL) for note in _manifest(source).notes)
+
+
+def _cut(source: Source, side: str) -> list[str]:
+    return [f"{side}: {note}" for note in _manifest(source).notes if note.startswith(PARTIAL)]
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def _paired(
+    ours: Source, theirs: Source, named: Named
+) -> tuple[tuple[Source, Source], tuple[str, ...]]:
+    """Both sides under the reference's names, as far as both recorded the place; and what is not.
+
+    Raises:
+        UsageError: They have no step and branch in common.
+    """
+    own = {new: old for old in _modules(ours) if (new := named.name(old)) is not None}
+    own = match_inputs(own, ours, theirs)
+    scope, left_out = _scope(own, _modules(theirs))
+    kept = {name: name for name in _modules(theirs) if scope(name)}
+    own = {name: old for name, old in own.items() if scope(name)}
+    if not kept or not own:
+        raise UsageError(
+            "the two traces have nothing in common",
+            measured=f"actual: {_span(_modules(ours))}; reference: {_span(_modules(theirs))}",
+            likely="other steps, branches or models were traced",
+            hint="see what a trace holds: truestep show TRACE",
+        )
+    return (_renamed(ours, own), _renamed(theirs, kept)), left_out
+
+
+def _undone(seen: Inside) -> list[str]:
+    if not seen.undone:
+        return []
+    text = (
+        f"{len(seen.undone)} tensors inside of modules that agree are other ones, which is not "
+        f"judged: {listed(_labels(seen.undone))}"
+    )
+    return [text]
+
+
+def _unseen(seen: Inside) -> list[str]:
+    return [
+        f"{listed(_labels(rows))} (only the {label} trace opened what is around them)"
+        for label, rows in (
+            ("reference", [row for row in seen.unseen if row.actual is None]),
+            ("actual", [row for row in seen.unseen if row.reference is None]),
+        )
+        if rows
+    ]
+
+
+def _labels(rows: Iterable[Row]) -> list[str]:
+    return fqns(row.name for row in rows)
+
+
+def _renamed(source: Source, names: Mapping[str, str]) -> Source:
+    """A side with its tensors under the reference's names, read one at a time."""
+    manifest = _manifest(source)
+    back = {old: new for new, old in names.items()}
+    entries = {e.name: e for e in manifest.tensors if e.name in back}
+    table = tuple(
+        entries[old] if new == old else replace(entries[old], name=new)
+        for new, old in names.items()
+    )
+    prefixes = {"full": ("",), "stats": ("stats/",), "sketch": ("stats/", "sketch/")}
+    stored = {
+        f"{p}{new}": f"{p}{old}" for new, old in names.items() for p in prefixes[manifest.level]
+    }
+    return Source(
+        source.label,
+        Streamed(source.tensors, stored),
+        source.path,
+        manifest.model_copy(update={"tensors": table}),
+    )
+
+
+# --- what is looked at -----------------------------------------------------------------------
+
+
+def _scope(
+    ours: Iterable[str], theirs: Iterable[str]
+) -> tuple[Callable[[str], bool], tuple[str, ...]]:
+    """Steps, branches and slots that both sides recorded, and what is left out, in words."""
+    places = [{_place(name) for name in side} for side in (ours, theirs)]
+    inputs = [any(_is_input(name) for name in side) for side in (ours, theirs)]
+    common = places[0] & places[1]
+    words = [
+        f"{_places(only - common)} (only the {label} trace has them)"
+        for only, label in zip(places, ("actual", "reference"), strict=True)
+        if only - common
+    ]
+    if inputs[0] != inputs[1]:
+        words.append(
+            f"inputs of modules (only the {'actual' if inputs[0] else 'reference'} trace has them)"
+        )
+
+    def inside(name: str) -> bool:
+        return _place(name) in common and (all(inputs) or not _is_input(name))
+
+    return inside, tuple(words)
+
+
+def _place(name: str) -> tuple[int, str]:
+    found = address(name)
+    return found.step or 0, found.branch or ""
+
+
+def _is_input(name: str) -> bool:
+    return name.rpartition("/")[2].startswith("in.")
+
+
+def _places(found: Iterable[tuple[int, str]]) -> str:
+    ordered = sorted(found)
+    return "steps " + listed([f"{step} {branch}" for step, branch in ordered])
+
+
+def _span(names: Iterable[str]) -> str:
+    return _places({_place(name) for name in names})
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+def _judged(
+    ours: Source, theirs: Source, *, floor: NoiseFloor | None, tolerance: float | None
+) -> list[Row]:
+    """Rows of both sides; a tensor that only is laid out otherwise is compared, with a note."""
+    shapes = {entry.name: entry.shape for entry in _manifest(theirs).tensors}
+    sketched = "sketch" in {_manifest(side).level for side in (ours, theirs)}
+    changed = {
+        entry.name: entry.shape
+        for entry in _manifest(ours).tensors
+        if entry.shape != shapes.get(entry.name, entry.shape)
+        and _same_layout(entry.shape, shapes[entry.name], sketched=sketched)
+    }
+    rows = _rows(_laid_out(ours, {n: shapes[n] for n in changed}), theirs, floor, tolerance)
+    return [_with_shape(row, changed.get(row.name)) for row in rows]
+
+
+def _same_layout(own: Sequence[int], other: Sequence[int], *, sketched: bool) -> bool:
+    """Whether one is the other with dimensions of size 1 more or less, or its tokens in rows."""
+    if sketched:  # a sketch is of the elements in their order
+        return [n for n in own if n != 1] == [n for n in other if n != 1]
+    return alike(*(torch.empty(tuple(shape), device="meta") for shape in (own, other)))
+
+
+def _laid_out(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Source:
+    """A side with some tensors in other shapes."""
+    if not shapes:
+        return source
+    manifest = _manifest(source)
+    table = tuple(
+        replace(entry, shape=shapes[entry.name]) if entry.name in shapes else entry
+        for entry in manifest.tensors
+    )
+    tensors = Streamed(source.tensors, {name: name for name in source.tensors}, shapes)
+    return Source(
+        source.label, tensors, source.path, manifest.model_copy(update={"tensors": table})
+    )
+
+
+def _with_shape(row: Row, own: tuple[int, ...] | None) -> Row:
+    """A row with the shape that its actual side really has."""
+    if own is None or row.actual is None or row.reference is None:
+        return row
+    note = f"shape {list(own)} laid out as {list(row.reference.shape)}"
+    actual = row.actual.model_copy(update={"shape": own})
+    notes = "; ".join(part for part in (row.note, note) if part)
+    return row.model_copy(update={"actual": actual, "note": notes})
+
+
+def _rows(
+    ours: Source, theirs: Source, floor: NoiseFloor | None, tolerance: float | None
+) -> list[Row]:
+    levels = {_manifest(side).level for side in (ours, theirs)}
+    if "stats" in levels:
+        return moment_rows(ours, theirs, floor=floor, tolerance=tolerance)
+    if "sketch" in levels:
+        return sketch_rows(ours, theirs, floor=floor, tolerance=tolerance)
+    return compare_tensors(ours.tensors, theirs.tensors, floor=floor, tolerance=tolerance)
+
+
+def _noise_run(what: str | Path | Recording, reference: Source) -> NoiseRun:
+    """Distances of one more trace of the trusted model from the reference."""
+    source = _loaded(what, "noise")
+    if {_manifest(source).level, _manifest(reference).level} != {"full"}:
+        raise UsageError(
+            "a noise floor is measured on traces at level full",
+            where=source.label,
+            measured=f"levels {_manifest(source).level} and {_manifest(reference).level}",
+            hint="leave out --noise; --tolerance judges by a number instead",
+        )
+    names = [n for n in reference.tensors if n in set(_modules(source))]
+    own = Streamed(source.tensors, {n: n for n in names})
+    rows = []
+    for name in names:
+        a, r = own[name], reference.tensors[name]
+        if a.shape != r.shape or not r.numel() or not r.is_floating_point():
+            continue
+        found = distance(a, r)
+        peak = found.max_abs / found.rms_reference if found.rms_reference else found.max_abs
+        rows.append(RunMetrics(name=name, rel_l2=found.rel_l2, max_abs=peak))
+    dtype = _working(source)
+    return NoiseRun(
+        kind="trace", detail=source.label, pair=pair_of(dtype, dtype), tensors=tuple(rows)
+    )
+
+
+def _working(source: Source) -> str:
+    floats = [e.dtype for e in _manifest(source).tensors if "float" in e.dtype]
+    return max(set(floats), key=floats.count) if floats else "float32"
+
+
+def _settled(rows: Sequence[Row]) -> list[Row]:
+    """Without a measured floor, an error that no module introduced may be grown rounding."""
+    failing = [row for row in rows if row.verdict is Verdict.DRIFTED]
+    if any(row.origin == "introduced" for row in rows) or any(r.floor is None for r in failing):
+        return list(rows)
+    if any(row.floor and row.floor.source != "analytic" for row in failing):
+        return list(rows)
+    note = "over the analytic floor, but no module adds much at once: it may be grown rounding"
+    return [
+        row.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "note": note})
+        if row.verdict is Verdict.DRIFTED
+        else row
+        for row in rows
+    ]
+
+
+def _gone(rows: Sequence[Row], *, partial: bool) -> list[Row]:
+    """Say of a tensor that one side lacks whether the trace ended before it."""
+    if not partial:
+        return list(rows)
+    return [
+        row.model_copy(update={"note": f"{row.note}: a trace is partial"})
+        if row.actual is None or row.reference is None
+        else row
+        for row in rows
+    ]
+
+
+def _located(result: Comparison, sides: tuple[Source, Source], named: Named) -> Comparison:
+    places = introduced(result.rows)
+    if not places:
+        if result.first_divergence is None:
+            return result
+        kind = "grown by and by: no module adds much more than it was given"
+        first = result.first_divergence.model_copy(update={"kind": kind})
+        return with_divergence(result, first, ())
+    name = places[0].name
+    first = with_kind(places[0], *(side.tensors.get(name) for side in sides))
+    first = _schedule(result.rows, first, sides) or first
+    notes = []
+    own = next((a for a, r in named.partners.items() if r == first.fqn), first.fqn)
+    if own != first.fqn:
+        notes.append(f"`{first.fqn}` is `{own}` in the actual trace")
+    least = any(_manifest(side).level == "stats" for side in sides)  # of which nothing follows
+    if len(places) > 1 and not least:
+        others = listed([place.fqn or "" for place in places[1:]])
+        notes.append(f"further errors are introduced in {others}")
+    result = result.model_copy(update={"notes": (*result.notes, *notes)})
+    return with_divergence(result, first, ())
+
+
+def _schedule(
+    rows: Sequence[Row], first: Divergence, sides: tuple[Source, Source]
+) -> Divergence | None:
+    """A timestep that the model is given wrongly, before all else that it is: the rest follows.
+
+    A timestep is what holds one value, or few, where the whole model is given another input.
+    """
+    if first.fqn != ROOT or not (first.kind or "").startswith(GIVEN):
+        return None
+    for row in rows:
+        here = (row.fqn, row.step, row.branch) == (ROOT, first.step, first.branch)
+        if not here or row.verdict.passed or not _is_input(row.name) or row.reference is None:
+            continue
+        kept = [side.tensors.get(row.name) for side in sides]
+        constant = all(t is not None and (t.numel() == 1 or one_value(t)) for t in kept)
+        if not constant and math.prod(row.reference.shape) > FEW:
+            continue
+        kind = f"{GIVEN}: `{row.name.rpartition('/')[2]}`"
+        if constant:
+            values = [tensor.reshape(-1)[0].item() for tensor in kept if tensor is not None]
+            kind += f" is {values[0]:.7g} (was {values[1]:.7g})"
+        return first.model_copy(update={"name": row.name, "kind": kind})
+    return None
+
+
+def _hint(rows: Sequence[Row], measured: bool, tolerance: float | None) -> str:
+    if all(row.verdict.passed for row in rows) or measured or tolerance is not None:
+        return ""
+    return "measure the floor: --noise TRACE of the trusted model, run with other threads or again"
+
+
+def _environment(ours: Source, theirs: Source) -> tuple[Difference, ...]:
+    return Environment(_manifest(ours).environment).differences(_manifest(theirs).environment)

@@ -1,0 +1,44 @@
+"""The next higher precision, and a model converted to it leaf by leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from truestep.floors import EPSILON
+
+HIGHER = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
+"""Next higher precision to measure a working dtype's own rounding against."""
+
+FLOAT32_AT_MOST = frozenset({"CosmosLearnablePositionalEmbed"})
+"""Classes whose code refuses float64 (`vector_norm(..., dtype=torch.float32)`): constants of a
+model, which stay in float32 and give what the modules after them take."""
+
+
+@contextmanager
+def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Swap narrower floating-point parameters and buffers of a module for wider copies."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    try:
+        for module in modules:
+            if dtype is torch.float64 and type(module).__name__ in FLOAT32_AT_MOST:
+                continue
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if tensor.itemsize < dtype.itemsize:
+                    kept.append((tensor, tensor.data))
+                    tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in reversed(kept):
+            tensor.data = data
+
+
+def raised_precision(dtype: str) -> str | None:
+    """Precision that a working dtype is raised to for a second look; None for 32 bits and more."""
+    return HIGHER[dtype] if EPSILON[dtype] > EPSILON["float32"] else None

@@ -1,1 +1,0 @@
-"""What every module of a model gives, recorded while it runs: hooks, operators, whole programs."""

@@ -1,0 +1,135 @@
+"""Where an error is made, from rows in order of execution; and what kind it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from truestep.judge.divergence import ROOT, kind_of, locate, parent, with_origins
+from truestep.verdict import Row, TensorInfo, Verdict
+
+INFO = TensorInfo(dtype="float32", shape=(1,))
+
+
+def row(fqn: str, slot: str, verdict: str = "identical", **sides: TensorInfo | None) -> Row:
+    return Row(
+        name=f"module/{fqn}/0/cond/{slot}",
+        verdict=Verdict(verdict),
+        fqn=fqn,
+        step=0,
+        branch="cond",
+        **{"actual": INFO, "reference": INFO, **sides},
+    )
+
+
+def where(*rows: Row) -> tuple[str | None, str | None]:
+    found = locate(rows)
+    return (found.fqn, found.kind) if found else (None, None)
+
+
+def test_nothing_wrong_names_nothing() -> None:
+    assert where(row("blocks.0", "in.0"), row("blocks.0", "out.0", "equivalent")) == (None, None)
+
+
+def test_a_wrong_output_on_right_inputs_names_the_module() -> None:
+    rows = (row("a", "in.0"), row("a", "out.0"), row("b", "in.0"), row("b", "out.0", "drifted"))
+    assert where(*rows) == ("b", None)
+
+
+def test_a_wrong_input_after_right_outputs_names_what_lies_around() -> None:
+    rows = (row("blocks.2.norm1", "out.0"), row("blocks.2.attn1", "in.0", "drifted"))
+    assert where(*rows) == ("blocks.2", "before blocks.2.attn1")
+    assert where(row("blocks.2", "in.0", "invalid")) == (ROOT, "before blocks.2")
+    assert where(row(ROOT, "in.timestep", "drifted")) == (ROOT, "given another input")
+
+
+def test_calls_that_are_missing_or_too_many_are_named() -> None:
+    rows = (row("a", "out.0"), row("b", "in.0", "missing", actual=None))
+    assert where(*rows) == ("b", "not called")
+    assert where(row("a", "out.0"), row("a", "out.0", "incomparable", reference=None)) == (
+        "a",
+        "called once more",
+    )
+
+
+def test_a_module_that_is_not_called_is_at_fault_only_where_it_is_missed() -> None:
+    skipped = row("a.q", "out.0", "missing", actual=None)
+    fine, wrong = row("a.norm", "in.0"), row("a.norm", "in.0", "drifted")
+    later = row("a.out", "out.0", "drifted")
+    assert where(skipped, wrong, later) == ("a.q", "not called")
+    assert where(skipped, fine, later) == ("a.out", None)  # another module makes what it made
+    assert where(skipped, fine, row("a", "out.0", "drifted")) == ("a.q", "not called")
+
+
+def test_an_argument_that_is_not_given_is_of_the_code_around() -> None:
+    rows = (
+        row("blocks.2.attn1", "in.0"),
+        row("blocks.2.attn1", "in.3", "missing", actual=None),
+        row("blocks.2.attn1", "out.0"),
+    )
+    assert where(*rows) == ("blocks.2", "blocks.2.attn1 is not given in.3")
+    rows = (row("a", "in.0"), row("a", "out.1", "missing", actual=None))
+    assert where(*rows) == ("a", "does not return out.1")
+
+
+def test_parents_skip_lists() -> None:
+    assert parent("blocks.3") == ROOT
+    assert parent("blocks.3.attn1") == "blocks.3"
+    assert parent("blocks.3.attn1.to_out.0") == "blocks.3.attn1"
+    assert parent("proj_out") == ROOT
+
+
+X = torch.randn(1, 32, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("actual", "kind"),
+    [
+        (-X, "sign flipped"),
+        (X * 1.02, "scaled by 1.02"),
+        (X + 0.3, "constant offset 0.3"),
+        (X + torch.linspace(-1, 1, 16), "a bias: the same offset everywhere in a channel"),
+        (X[:, :, torch.randperm(16)], "values permuted along axis 2"),
+        (X.flip(1), "values permuted along axis 1"),
+        (X.bfloat16().float(), "rounded to bfloat16: a cast in or after it"),
+        (X.half().float(), "rounded to float16: a cast in or after it"),
+        (
+            torch.cat([X[:, :30], X[:, 30:] * 0], 1),
+            "only positions 30 to 31 of axis -2: a mask, a padding or a range",
+        ),
+        (X + 0.1 * torch.randn(X.shape), None),
+        (X, None),
+        (X * float("nan"), None),
+        (X[:, :8], None),
+    ],
+)
+def test_kinds(actual: torch.Tensor, kind: str | None) -> None:
+    assert kind_of(actual, X) == kind
+
+
+def test_a_transposition_is_a_kind() -> None:
+    square = torch.randn(1, 16, 16)
+    found = kind_of(square.transpose(1, 2).contiguous(), square)
+    assert found == "transposed: axes 1 and 2 exchanged"
+
+
+def test_what_a_module_was_given_is_not_its_error() -> None:
+    rows = [
+        row("a", "out.0", "drifted"),
+        row("b", "in.0", "drifted"),
+        row("b.part", "out.0", "drifted"),
+        row("b", "out.0", "drifted"),
+        row("c", "out.0"),
+        row(ROOT, "out.0", "drifted"),
+    ]
+    told = {f"{r.fqn} {r.name.rpartition('/')[2]}": r.origin for r in with_origins(rows, None)}
+    assert told == {
+        "a out.0": "introduced",
+        "b in.0": "inherited",
+        "b.part out.0": "introduced",
+        "b out.0": "inherited",
+        "c out.0": "",
+        f"{ROOT} out.0": "inherited",
+    }
+    before = locate([row("b", "in.0", "drifted")])
+    assert [r.origin for r in with_origins([row("b", "in.0", "drifted")], before)] == ["introduced"]

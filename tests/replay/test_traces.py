@@ -1,0 +1,275 @@
+"""Two traces: the module that introduced an error, and all that keeps traces from matching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from tests.counting import peak_bytes
+from truestep import capture
+from truestep.cli.app import app
+from truestep.errors import UsageError
+from truestep.recording.format import Recording
+from truestep.recording.manifest import Level, Manifest
+from truestep.recording.table import tensor_table
+from truestep.replay.traces import compare_traces
+from truestep.verdict import Verdict
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(16), nn.Linear(16, 32)
+        self.act, self.down = nn.GELU(), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Renamed(nn.Module):
+    """The same sums under other names."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.layers = net.blocks
+        self.final = net.head
+
+    def forward(self, x: torch.Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return self.final(x)
+
+
+def net() -> Any:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def given(seed: int = 1) -> torch.Tensor:
+    return torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def traced(model: nn.Module, x: torch.Tensor | None = None, **options: Any) -> Recording:
+    options = {"level": "full", "inputs": True, **options}
+    with torch.no_grad(), capture(model, **options) as trace:
+        model(given() if x is None else x)
+    assert trace.recording is not None
+    return trace.recording
+
+
+def broken() -> Any:
+    model = net()
+    with torch.no_grad():
+        model.blocks[2].up.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize("level", ["full", "sketch", "stats"])
+@pytest.mark.parametrize("inputs", [True, False])
+def test_the_module_is_named_at_every_level(level: str, inputs: bool) -> None:
+    options: dict[str, Any] = {"level": level, "inputs": inputs}
+    result = compare_traces(traced(broken(), **options), traced(net(), **options))
+    assert result.verdict is Verdict.DRIFTED
+    assert result.first_divergence is not None
+    assert result.first_divergence.fqn == "blocks.2.up"
+    assert (result.first_divergence.step, result.first_divergence.branch) == (0, "main")
+    if level == "full":
+        assert result.first_divergence.kind == "a bias: the same offset everywhere in a channel"
+    assert [r.origin for r in result.rows if r.fqn == "blocks.2.down" and "out" in r.name] == [
+        "inherited"
+    ]
+
+
+def test_the_same_trace_is_identical() -> None:
+    result = compare_traces(traced(net()), traced(net()))
+    assert result.verdict is Verdict.IDENTICAL
+    assert result.first_divergence is None
+
+
+def test_moments_alone_never_pass() -> None:
+    result = compare_traces(traced(net(), level="stats"), traced(net(), level="stats"))
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert "permutation" in result.rows[0].note
+
+
+def test_other_names_pair_by_what_modules_return_and_say_so() -> None:
+    result = compare_traces(traced(Renamed(broken())), traced(net()))
+    assert result.first_divergence is not None
+    assert result.first_divergence.fqn in ("blocks.2.up", "blocks.2")
+    assert any("no module has the same name on both sides" in note for note in result.notes)
+
+
+def test_a_rename_map_names_the_module_and_what_has_no_partner() -> None:
+    rename = {"layers.*": "blocks.*"}
+    result = compare_traces(traced(Renamed(broken())), traced(net()), rename=rename)
+    assert result.first_divergence is not None
+    assert result.first_divergence.fqn == "blocks.2.up"
+    assert "without a partner in the reference: final" in result.notes
+    assert "without a partner in the actual trace: head" in result.notes
+
+
+def test_a_trace_of_another_model_is_refused_with_both_sides_names() -> None:
+    other = nn.Sequential(nn.Linear(16, 3), nn.Tanh())
+    torch.manual_seed(5)
+    with pytest.raises(UsageError, match="no module of the actual trace has a partner") as caught:
+        compare_traces(traced(other, select="0,1"), traced(net(), select="blocks*"))
+    assert "another model" in str(caught.value)
+    assert "blocks.0" in str(caught.value)
+    assert "--rename MAP.toml" in str(caught.value)
+
+
+def test_a_side_that_is_no_trace_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(3)}, tmp_path / "plain.safetensors")
+    with pytest.raises(UsageError, match="this side is no trace") as caught:
+        compare_traces(tmp_path / "plain.safetensors", traced(net()))
+    assert "plain.safetensors" in str(caught.value)
+    assert "truestep trace record" in str(caught.value)
+
+
+def test_other_steps_are_left_out_and_that_is_said() -> None:
+    def two(model: Any) -> Recording:
+        with torch.no_grad(), capture(model, level="full") as trace:
+            model(given())
+            model(given())
+        assert trace.recording is not None
+        return trace.recording
+
+    result = compare_traces(traced(net()), two(net()))
+    assert result.verdict is Verdict.IDENTICAL
+    assert "steps 1 main (only the reference trace has them)" in result.not_looked_at
+    assert "inputs of modules (only the actual trace has them)" in result.not_looked_at
+    with pytest.raises(UsageError, match="nothing in common"):
+        compare_traces(traced(net(), branch="cond"), traced(net(), branch="uncond"))
+
+
+def test_a_module_that_one_side_lacks_is_never_silent() -> None:
+    short = compare_traces(traced(net(), select="blocks*"), traced(net(), select="blocks*,head"))
+    assert short.verdict is Verdict.MISSING
+    assert {row.fqn for row in short.failing} == {"head"}
+    more = compare_traces(traced(net(), select="blocks*,head"), traced(net(), select="blocks*"))
+    assert more.verdict is Verdict.INCOMPARABLE
+
+
+def test_calls_of_one_module_with_other_shapes_are_named() -> None:
+    result = compare_traces(traced(net(), given()[:, :6]), traced(net()))
+    assert result.verdict is Verdict.INCOMPARABLE
+    assert "shape [2, 6, 16] against [2, 12, 16]" in result.rows[0].note
+
+
+def test_nan_is_introduced_where_it_first_appears() -> None:
+    model = net()
+    with torch.no_grad():
+        model.blocks[1].down.weight[0, 0] = float("nan")
+    result = compare_traces(traced(model), traced(net()))
+    assert result.verdict is Verdict.INVALID
+    assert result.first_divergence is not None
+    assert result.first_divergence.fqn == "blocks.1.down"
+
+
+def test_rounding_that_grew_is_not_called_a_fault_without_a_measured_floor() -> None:
+    def shaken(size: float) -> Recording:
+        noise = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(9))
+        return traced(net(), given() + size * noise)
+
+    model = net()
+    result = compare_traces(traced(model, given() * (1 + 1e-6)), traced(model))
+    assert result.verdict is not Verdict.DRIFTED
+    far = compare_traces(shaken(1e-2), traced(model))
+    assert far.verdict is Verdict.DRIFTED
+    assert far.first_divergence is not None
+    assert far.first_divergence.kind is not None
+    assert far.first_divergence.kind.startswith("given another input")
+
+
+def test_noise_traces_measure_the_floor() -> None:
+    def shaken(seed: int) -> Recording:
+        noise = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(seed))
+        return traced(net(), given() + 1e-5 * noise)
+
+    benign = [shaken(seed) for seed in range(3)]
+    held_out = compare_traces(shaken(7), traced(net()), noise=benign)
+    assert held_out.verdict is Verdict.EQUIVALENT
+    assert {row.floor.source for row in held_out.rows if row.floor} == {"measured"}
+    wrong = traced(broken())
+    assert compare_traces(wrong, traced(net()), noise=benign).verdict is Verdict.DRIFTED
+    with pytest.raises(UsageError, match="measured on traces at level full"):
+        compare_traces(wrong, traced(net()), noise=[traced(net(), level="stats")])
+
+
+def test_a_partial_trace_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "cut.safetensors"
+    model = net()
+
+    def run_out_of_memory() -> None:
+        with torch.no_grad(), capture(model, level="full", inputs=True, path=path):
+            model(given())
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        run_out_of_memory()
+    result = compare_traces(path, traced(model))
+    assert result.verdict is Verdict.IDENTICAL
+    assert any(note.startswith("actual: partial") for note in result.notes)
+
+
+def test_the_command_prints_growth_and_exits_by_verdict(tmp_path: Path) -> None:
+    actual, reference = str(tmp_path / "a.safetensors"), str(tmp_path / "r.safetensors")
+    traced(broken(), path=actual)
+    traced(net(), path=reference)
+    page = tmp_path / "report.html"
+    found = CliRunner().invoke(app, ["trace", actual, reference, "--report", str(page)])
+    assert found.exit_code == 1
+    assert "first divergence: `blocks.2.up`, step 0, main: a bias" in found.output
+    growth = [line for line in found.output.splitlines() if line.startswith("  growth")]
+    assert any("blocks.2.up" in line and line.endswith("<- introduced") for line in growth)
+    assert "Growth over the modules of a forward" in page.read_text()
+    same = CliRunner().invoke(app, ["trace", "--tolerance", "0.1", reference, reference])
+    assert same.exit_code == 0
+    gone = CliRunner().invoke(app, ["trace", str(tmp_path / "none.safetensors"), reference])
+    assert gone.exit_code != 0
+
+
+@pytest.mark.parametrize("level", ["full", "stats"])
+def test_a_row_takes_a_bounded_number_of_bytes(level: Level, tmp_path: Path) -> None:
+    """There may be a million. What does not grow with them (the interpreter, a window) is left out.
+
+    It was 7.5 kB, of which 1.4 kB said which fields of a row had been given.
+    """
+
+    def trace(rows: int, factor: float) -> Path:
+        tensors = {
+            f"module/blocks.{at % 50}.attn1.to_out.0/{at // 50}/cond/out.0": factor
+            * torch.randn(8, generator=torch.Generator().manual_seed(at))
+            for at in range(rows)
+        }
+        table = tensor_table(tensors)
+        manifest = Manifest(tool_version="0", created="", level=level, tensors=table)
+        path = tmp_path / f"{rows}-{factor}.safetensors"
+        Recording.in_memory(tensors, manifest).save(path)
+        return path
+
+    def peak(rows: int) -> int:
+        sides = trace(rows, 1 + 1e-7), trace(rows, 1.0)
+        return peak_bytes(lambda: compare_traces(*sides))
+
+    peak(50)
+    assert (peak(3600) - peak(2400)) / 1200 < 5500
