@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -12,161 +13,44 @@ from pathlib import Path
 import pytest
 
 import truestep
+from tests.imports import (
+    KINDS,
+    ROOMS,
+    SOURCE,
+    VOCABULARY,
+    Kind,
+    against_the_order,
+    circles,
+    graph,
+    imported,
+    modules,
+    room,
+)
 from truestep.verdict import Results
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "src" / "truestep"
-
-LAYERS = (
-    "text",
-    "errors",
-    "turns",
-    "guard",
-    "files",
-    "nests",
-    "randomness",
-    "reading",
-    "magic",
-    "standalone",
-    "records",
-    "verdict",
-    "controls",
-    "case",
-    "environment",
-    "tail",
-    "noise",
-    "rule",
-    "divergence",
-    "repeats",
-    "pairing",
-    "growth",
-    "models",
-    "runtime",
-    "recording.manifest",
-    "recording.columns",
-    "recording.header",
-    "recording.numpy_files",
-    "recording.torch_files",
-    "recording.names",
-    "known",
-    "measure",
-    "comparison.plain",
-    "comparison.rounding",
-    "comparison.distance",
-    "comparison.sketch",
-    "comparison.structure",
-    "comparison.batches",
-    "comparison.audio",
-    "comparison.media",
-    "comparison.modality",
-    "recording.format",
-    "comparison.matching",
-    "comparison.parameters",
-    "comparison.sources",
-    "comparison.moments",
-    "comparison.latent_gate",
-    "comparison.api",
-    "recording.judging",
-    "recording.capture",
-    "recording.implementation",
-    "recording.touched",
-    "recording.replay",
-    "recording.answers",
-    "recording.raised",
-    "recording.tape",
-    "recording.instructions",
-    "recording.floor",
-    "recording.record",
-    "recording.calibration",
-    "tracing.naming",
-    "tracing.moments",
-    "tracing.contexts",
-    "tracing.site",
-    "tracing.writer",
-    "tracing.recovery",
-    "tracing.comparing",
-    "tracing.tracer",
-    "tracing.operators",
-    "tracing.hooks",
-    "tracing.record",
-    "tracing.program",
-    "tracing",
-    "references",
-    "calls.keys",
-    "calls.values",
-    "calls.trees",
-    "calls.rebuilding",
-    "calls.randomness",
-    "calls.classes",
-    "calls.subject",
-    "calls.boundaries",
-    "calls.arguments",
-    "calls.roles",
-    "calls.recording",
-    "calls.recorder",
-    "calls.pairing",
-    "calls.seen",
-    "calls.forcing",
-    "calls.choosing",
-    "calls.judging",
-    "calls.precision",
-    "calls.benign",
-    "calls.record",
-    "calls.check",
-    "calls.guidance",
-    "calls",
-    "checking",
-    "functions",
-    "gates",
-    "selftest",
-    "thresholds",
-    "experiment",
-    "demo",
-    "testing.tiny.autoencoders",
-    "testing.tiny.encoders",
-    "testing.tiny.facts",
-    "testing.tiny.unets",
-    "testing.tiny.pictures",
-    "testing.tiny.videos",
-    "testing.tiny.sounds",
-    "testing.tiny.denoisers",
-    "testing.tiny.exceptions",
-    "testing.tiny.words",
-    "testing.tiny.tokenizers",
-    "testing.tiny.processors",
-    "testing.tiny.schedulers",
-    "testing.tiny.weights",
-    "testing.tiny.building",
-    "testing.tiny.calls",
-    "testing",
-    "parity",
-    "report",
-    "cli",
-    "pytest_fixture",
-    "pytest_marked",
-    "pytest_plugin",
-)
-"""Data flow, first to last: a module imports its own layer and earlier ones at its top level."""
 
 PURE = (
-    "divergence",
-    "growth",
-    "noise",
+    "judge.divergence",
+    "judge.growth",
+    "judge.floor",
+    "floors",
     "records",
-    "rule",
-    "tail",
+    "judge.rule",
+    "judge.tail",
     "verdict",
-    "comparison.distance",
-    "comparison.sketch",
-    "comparison.structure",
-    "comparison.audio",
-    "comparison.media",
-    "comparison.modality",
-    "comparison.matching",
-    "gates",
-    "selftest",
-    "thresholds.rule",
-    "thresholds.linting",
+    "measure.reduced",
+    "measure.distance",
+    "measure.sketch",
+    "measure.structure",
+    "measure.sound",
+    "judge.media",
+    "judge.modality",
+    "judge.rows",
+    "gates.kinds",
+    "gates.selftest",
+    "gates.thresholds.rule",
+    "gates.thresholds.linting",
     "experiment.ablation_records",
     "experiment.attribution",
     "measure.frames",
@@ -186,33 +70,6 @@ PURE = (
     "pairing.solve",
     "pairing.activations",
 )
-
-
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in SOURCE.rglob("*.py"):
-        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-        found[name.removesuffix(".__init__")] = path
-    return found
-
-
-def layer(module: str) -> int:
-    return max(
-        (i for i, name in enumerate(LAYERS) if module == name or module.startswith(f"{name}.")),
-        default=-1,
-    )
-
-
-def imports(path: Path, *, top_only: bool) -> set[str]:
-    tree = ast.parse(path.read_text("utf-8"))
-    nodes = tree.body if top_only else list(ast.walk(tree))
-    found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return found
 
 
 def test_public_names_are_sorted_and_exist() -> None:
@@ -252,23 +109,105 @@ def test_public_names_survive_importing_everything() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_every_module_has_a_layer() -> None:
-    exempt = {"__init__", "__main__", "comparison", "recording"}
-    assert [name for name in modules() if name not in exempt and layer(name) < 0] == []
+def test_every_module_is_in_a_room() -> None:
+    assert [name for name in modules() if room(name) and room(name) not in ROOMS] == []
+    assert all((SOURCE / f"{name}.py").exists() for name in VOCABULARY)
 
 
-@pytest.mark.parametrize("module", [m for m in modules() if layer(m) >= 0])
-def test_imports_go_one_way(module: str) -> None:
-    for imported in imports(modules()[module], top_only=True):
-        if imported.startswith("truestep."):
-            name = imported.removeprefix("truestep.")
-            assert layer(name) <= layer(module), f"{module} imports {imported}"
+def test_no_import_goes_in_a_circle() -> None:
+    """Imports inside functions count: what is hidden there is a circle all the same."""
+    assert circles(graph("top", "lazy")) == []
+    assert circles(graph(*KINDS)) == []
+
+
+def test_circles_are_found() -> None:
+    edges = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": {"f"}, "f": {"e"}}
+    assert circles(edges) == [["a", "b", "c"], ["e", "f"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_imports_of_every_kind_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\nimport a\n"
+        "if TYPE_CHECKING:\n    from b import c\n"
+        "class K:\n    import d\n    def f(self):\n        from e import g\n        import h.i\n"
+    )
+    assert imported(path, "top") == {"typing", "typing.TYPE_CHECKING", "a", "d"}
+    assert imported(path, "lazy") == {"e", "e.g", "h.i"}
+    assert imported(path, "typing") == {"b", "b.c"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rooms_import_one_way(kind: Kind) -> None:
+    assert against_the_order(graph(kind)) == []
+
+
+def test_an_import_against_the_order_is_found() -> None:
+    wrong = {"judge.rows": {"replay.stages", "measure.plain"}, "keys": {"judge.rows"}}
+    assert against_the_order(wrong) == [
+        "judge.rows imports replay.stages",
+        "keys imports judge.rows",
+    ]
+    assert against_the_order({"cli.app": {"__init__"}}) == ["cli.app imports __init__"]
+
+
+FAMILY = re.compile(r"(?<![a-z])(wan(?!t)|cosmos|ltx|hunyuan|flux|qwen|mochi|gemma)", re.IGNORECASE)
+FAMILIES_NAMED = {"cli.show": "profiles say which versions of their model they are for"}
+"""Modules outside `runtime` and `engines` that name a family in code, and why."""
+
+
+def test_no_family_is_named_outside_the_runtime_and_engines() -> None:
+    """Docstrings may give examples; code may not know them."""
+    allowed = ("runtime", "engines", "testing")
+    named = {
+        name: lines
+        for name, path in modules().items()
+        if room(name) not in allowed and (lines := families_in(path.read_text("utf-8")))
+    }
+    assert {name: lines for name, lines in named.items() if name not in FAMILIES_NAMED} == {}
+    assert set(FAMILIES_NAMED) == set(named)
+
+
+def families_in(text: str) -> list[str]:
+    """Lines of code that name a family; comments and lone strings left out."""
+    tree = ast.parse(text)
+    prose: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            prose.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return [
+        line.strip()
+        for number, line in enumerate(text.splitlines(), 1)
+        if number not in prose
+        and FAMILY.search(line.partition("  #")[0])
+        and not line.lstrip().startswith("#")
+    ]
+
+
+def test_named_families_are_found() -> None:
+    assert families_in("x = 1  # as Wan does") == []
+    assert families_in('"""Like Wan."""\nwanted = 1\nif name == "WanPipeline":\n    pass') == [
+        'if name == "WanPipeline":'
+    ]
+
+
+def test_safetensors_files_are_read_in_one_place() -> None:
+    """Through the checks of hostile headers: no reader of the safetensors package itself."""
+    readers = {"safe_open", "load_file", "load"}
+    found = {
+        name
+        for name, path in modules().items()
+        for full in imported(path, *KINDS)
+        if full.startswith("safetensors") and full.rpartition(".")[2] in readers
+    }
+    assert found == set()
 
 
 @pytest.mark.parametrize("module", PURE)
 def test_pure_modules_do_no_io(module: str) -> None:
     outside = {"os", "pathlib", "io", "shutil", "subprocess", "tempfile", "socket"}
-    found = imports(modules()[module], top_only=False)
+    found = imported(modules()[module], *KINDS)
     assert not found & outside
     assert not [name for name in found if name.startswith(("truestep.cli", "truestep.report"))]
     assert not [name for name in found if name.startswith("truestep.runtime")]
