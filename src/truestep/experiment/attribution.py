@@ -19,7 +19,7 @@ from truestep.experiment.ablation_records import (
     StageDistance,
     Switch,
 )
-from truestep.keys import SAMPLES
+from truestep.keys import SAMPLES, key_of
 from truestep.verdict import Row, Verdict
 
 ACTS_ON: Mapping[str, str] = {
@@ -110,7 +110,7 @@ def _end(row: Row) -> EndDistance:
     structured = row.ratio_metric not in (None, "rel_l2") and not row.verdict.passed
     told = f"{row.ratio_metric} {row.ratio:.3g} x floor" if structured and row.ratio else ""
     return EndDistance(
-        modality="audio" if row.name.startswith("audio/") else "video",
+        modality=key_of(row.name).modality or "video",
         verdict=row.verdict,
         rel_l2=rel_l2,
         floor=floor,

@@ -18,6 +18,7 @@ import torch
 
 from truestep.errors import MissingExtraError, UsageError
 from truestep.judge.latent import FULL_THRESHOLD, SLICE_THRESHOLD, check_latent
+from truestep.keys import key_of
 from truestep.measure.frames import both_levels, psnr, psnr_of_levels, ssim
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Domain(str, Enum):
 
 def domain_of(name: str) -> Domain:
     """Domain of a recorded tensor, by its name."""
-    return Domain.FRAMES if name.startswith("video/") else Domain.LATENT
+    return Domain.FRAMES if key_of(name).head == "video" else Domain.LATENT
 
 
 Passes = Callable[[str, torch.Tensor, torch.Tensor], bool]

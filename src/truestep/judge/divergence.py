@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from truestep.keys import key_of
 from truestep.verdict import GIVEN, Divergence, Row, Verdict
 
 _FAILED = (Verdict.DRIFTED, Verdict.INVALID)
@@ -53,7 +54,7 @@ def locate(rows: Sequence[Row]) -> Divergence | None:
 
 def _wrong(row: Row, inward: bool, extra: Row | None) -> Divergence | None:
     """What one row alone says, if it is not right."""
-    fqn, slot = row.fqn or "", row.name.rpartition("/")[2]
+    fqn, slot = row.fqn or "", key_of(row.name).name
     if failed(row) and not inward:
         return _divergence(row, fqn, kind=None)
     if failed(row) and fqn == ROOT:
@@ -94,7 +95,7 @@ def with_origins(rows: Sequence[Row], place: Divergence | None) -> list[Row]:
 
 
 def _inward(row: Row) -> bool:
-    return not row.name.rpartition("/")[2].startswith("out.")
+    return not key_of(row.name).outward
 
 
 def failed(row: Row) -> bool:

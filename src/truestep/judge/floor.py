@@ -23,7 +23,7 @@ from statistics import stdev
 
 from truestep.floors import EPSILON, NoiseFloor, NoiseRun, RunMetrics
 from truestep.judge.tail import Tail
-from truestep.keys import FREE_RUN, RAISED, is_prediction, spread_key, stage_key
+from truestep.keys import FREE_RUN, is_prediction, key_of, spread_key, stage_key
 from truestep.verdict import FloorUsed
 
 UNASKED = frozenset({"float8_e4m3fn", "float8_e5m2"})
@@ -107,8 +107,8 @@ def pair_of(actual_dtype: str, reference_dtype: str) -> str:
 
 def pair_for(name: str, pair: str) -> str:
     """The pair that a tensor is judged with: raised ones have the precision they were raised to."""
-    prefix = next((p for p in RAISED if name.startswith(p)), None)
-    return pair_of(prefix[:-1], prefix[:-1]) if prefix else pair
+    raised = key_of(name).precision
+    return pair_of(raised, raised) if raised else pair
 
 
 def coarser(first: str, second: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from truestep.judge.divergence import ROOT, around, parent
+from truestep.keys import Key, key_of
 from truestep.pairing.rename import numbered
 from truestep.verdict import GIVEN, Divergence, Row, Verdict
 
@@ -153,7 +154,7 @@ def _diluted(row: Row, outside: float) -> bool:
 def _layer(row: Row) -> tuple[str, str]:
     """What a row is in every layer of its kind."""
     place = numbered(row.fqn or ROOT)
-    return place[0] if place else row.fqn or ROOT, row.name.rpartition("/")[2]
+    return place[0] if place else row.fqn or ROOT, key_of(row.name).name
 
 
 def _joined(*notes: str) -> str:
@@ -172,7 +173,7 @@ def origins(rows: Sequence[Row]) -> list[Row]:
     """
     found, before = list[Row](), 0.0
     excess = [_excess(row) for row in rows]
-    starts: dict[tuple[str, ...], int] = {}
+    starts: dict[Key, int] = {}
     given: dict[Spot, float] = {}
     for index, row in enumerate(rows):
         call, slot = _call(row)
@@ -233,10 +234,10 @@ def _excess(row: Row) -> float:
     return row.ratio
 
 
-def _call(row: Row) -> tuple[tuple[str, ...], str]:
-    """A row's call (label, step, branch), and `in` or `out`."""
-    head, _, slot = row.name.rpartition("/")
-    return tuple(head.split("/")), slot.partition(".")[0]
+def _call(row: Row) -> tuple[Key, str]:
+    """A row's call (module, step, branch), and `in` or `out`."""
+    key = key_of(row.name)
+    return key.but(name=""), key.name.partition(".")[0]
 
 
 def _inside(row: Row, outer: Row) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from truestep.keys import Key, key_of
 from truestep.pairing.content import CLOSE, candidates, fit, fit_any, is_constant
 from truestep.pairing.fused import MARGIN, find_parts
 from truestep.pairing.records import Ambiguous, Evidence, Pair, Pairing
@@ -20,8 +21,8 @@ Tensor = torch.Tensor
 ROUNDING = 1e-6
 """Distances below this are alike: a float32 forward written in another way is 1e-7 to 1e-6 away."""
 
-Outputs = dict[str, dict[str, Tensor]]
-"""Module to its outputs, by `step/branch/out.N`."""
+Outputs = dict[str, dict[Key, Tensor]]
+"""Module to its outputs, by their keys without the module."""
 
 
 def pair_activations(
@@ -65,18 +66,16 @@ def pair_activations(
 def _outputs(trace: Mapping[str, Tensor]) -> Outputs:
     found: Outputs = {}
     for name in trace:
-        parts = name.split("/")
-        kind = ""
-        if parts[0] == "sketch":
-            kind, parts = "sketch/", parts[1:]
-        if parts[0] == "module" and len(parts) == 5:
+        key = key_of(name)
+        if key.head == "module" and key.prefixes in ((), ("sketch",)):
             tensor = trace[name]
             if tensor.is_floating_point() and not is_constant(tensor):
-                found.setdefault(parts[1], {})[kind + "/".join(parts[2:])] = tensor
+                place = key.but(fqn=None, call=0)
+                found.setdefault(key.label, {})[place] = tensor
     return found
 
 
-def _distance(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float | None:
+def _distance(own: Mapping[Key, Tensor], theirs: Mapping[Key, Tensor]) -> float | None:
     """Largest distance over all outputs that both have; None where one is another tensor."""
     shared = [key for key in own if key in theirs]
     worst: list[float] = []
@@ -84,7 +83,7 @@ def _distance(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float 
         a, r = own[key], theirs[key]
         if a.numel() != r.numel():
             return None
-        found = fit(a, r) if key.startswith("sketch/") else fit_any(a, r)
+        found = fit(a, r) if "sketch" in key.prefixes else fit_any(a, r)
         if found is None or found.scale != 1.0 or found.distance > CLOSE:
             return None
         worst.append(found.rel_l2)
@@ -173,7 +172,7 @@ def _concatenated(own: Outputs, theirs: Outputs) -> list[Pair]:
     pairs: list[Pair] = []
     for index, (wholes, parts) in enumerate(((own, theirs), (theirs, own))):
         first = {n: next(iter(o.items())) for n, o in wholes.items()}
-        key = next((k for k, _ in first.values() if not k.startswith("sketch/")), None)
+        key = next((k for k, _ in first.values() if "sketch" not in k.prefixes), None)
         if key is None:
             continue
         found = find_parts(

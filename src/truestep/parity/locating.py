@@ -10,6 +10,7 @@ import torch
 
 from truestep.errors import FOREIGN, TruestepError
 from truestep.judge.rows import with_divergence
+from truestep.keys import key_of
 from truestep.pairing import pair_modules
 from truestep.pairing.naming import ROOT
 from truestep.pairing.partners import partners_of
@@ -62,7 +63,7 @@ def explained(
     )
     if failing is None:
         return comparison, None
-    index = int(failing.name.split("/")[1]) if failing.name.startswith("sample/") else 0
+    index = key_of(failing.name).number or 0
     theirs, ours = module_of(official), module_of(port)
     found, partner, note, odd = None, "", "", ""
     if theirs is None or ours is None:

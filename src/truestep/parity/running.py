@@ -21,6 +21,7 @@ from truestep.errors import (
     one_line,
     surviving,
 )
+from truestep.keys import key_of
 from truestep.measure.plain import plain
 from truestep.nests import flatten
 from truestep.parity.component import Loaded, Parity
@@ -206,7 +207,7 @@ def _compare(run: Run) -> BaseException | None:
     failures: list[BaseException] = []
 
     def candidate(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        index = len({name.split("/")[1] for name in made})
+        index = len({key_of(name).number for name in made})
         repeated = index >= len(samples)
         try:
             found = flatten(port.call(**rebuild(tensors)))

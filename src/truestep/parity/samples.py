@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from truestep.errors import UsageError
+from truestep.keys import key_of
 from truestep.nests import take_apart
 from truestep.parity.component import Parity
 from truestep.parity.sides import Tensors, bits
@@ -47,11 +48,11 @@ def samples_of(parity: Parity) -> tuple[Samples, Rebuild]:
 
 def recorded_samples(recording: Recording, parity: Parity) -> tuple[Samples, Rebuild]:
     """The inputs that a recording of the official side holds; the nest is that of `inputs`."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for key in recording:
-        parts = key.split("/", 3)
-        if parts[0] == "sample" and len(parts) == 4 and parts[2] == "input":
-            found.setdefault(parts[1], {})[parts[3]] = recording[key]
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name in recording:
+        key = key_of(name)
+        if key.head == "sample" and key.part == "input":
+            found.setdefault(key.number or 0, {})[key.name] = recording[name]
     rebuild: Rebuild = dict
     if parity.inputs is not None:
         rebuild = take_apart(parity.inputs(torch.Generator("cpu").manual_seed(parity.seeds[0])))[1]

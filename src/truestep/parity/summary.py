@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from truestep.keys import key_of
 from truestep.parity.component import Coverage, Kind, Loaded, Parity
 from truestep.parity.evidence import Numbers
 from truestep.parity.redaction import redact
@@ -14,7 +15,7 @@ def numbers_of(comparison: Comparison, parity: Parity) -> Numbers:
     """The worst of a comparison, and the rule that judged it."""
     judged = [row for row in comparison.rows if row.metrics]
     worst = max(judged, key=_badness, default=None)
-    samples = {row.name.split("/")[1] for row in comparison.rows if row.name.count("/") >= 2}
+    samples = {n for row in comparison.rows if (n := key_of(row.name).number) is not None}
     floor = worst.floor if worst else None
     source = floor.source if floor else ""
     if source == "tolerance":

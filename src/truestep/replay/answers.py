@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from truestep.joint import AUDIO
 from truestep.judge.repeats import UNSTEADY, Judge, differing
-from truestep.keys import FINALS, RAISED, is_prediction
+from truestep.keys import FINALS, is_prediction, key_of
 from truestep.verdict import Row, Verdict
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def run_stages(
         pipe, recording, replayed, predicted, in_order=predicted != chosen
     )
     wanted = answered_names(recording, predicted)
-    if not any(name.startswith(RAISED) for name in replayed.outputs):
-        wanted = tuple(name for name in wanted if not name.startswith(RAISED))
+    if not any(key_of(name).precision for name in replayed.outputs):
+        wanted = tuple(name for name in wanted if not key_of(name).precision)
     return Answers("steps", replayed, wanted, unseen, second, notes)
 
 
@@ -172,11 +172,11 @@ def _with_raised(
     from truestep.replay.stages import Replay
     from truestep.runtime.precision import raised_precision
 
-    recorded = [name for name in recording if name.startswith(RAISED)]
+    recorded = [name for name in recording if key_of(name).precision]
     agrees = all(same_bits(v, recording[k]) for k, v in replayed.outputs.items() if k in recording)
     if not recorded or (agrees and not replayed.failures):
         return replayed, ""
-    precision = recorded[0].partition("/")[0]
+    precision = key_of(recorded[0]).precision
     if raised_precision(pipe.settings.dtype) != precision:
         return replayed, f"{precision} replay of a {pipe.settings.dtype} candidate"
     raised_at = {step for name in recorded if (step := address(name).step) is not None}

@@ -17,6 +17,7 @@ from truestep.case import Case
 from truestep.errors import UsageError, surviving
 from truestep.joint import each, made_of, tensors_of
 from truestep.judge.rows import build_comparison, compare_tensors
+from truestep.keys import key_of
 from truestep.replay.isolation import Flow, flow
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Apply, Observer, apply_change, encode
@@ -148,8 +149,7 @@ def _named(result: Comparison, model: torch.nn.Module) -> Comparison:
     classes = {name: type(part).__name__ for name, part in model.named_modules()}
 
     def differs(row: Row) -> bool:
-        output = row.name.rpartition("/")[2].startswith("out.")
-        return output and row.verdict is not Verdict.IDENTICAL
+        return key_of(row.name).outward and row.verdict is not Verdict.IDENTICAL
 
     leaves = [row for row in result.rows if differs(row)]
     if not leaves:

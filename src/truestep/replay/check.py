@@ -20,10 +20,9 @@ from truestep.errors import (
     one_line,
     surviving,
 )
-from truestep.joint import AUDIO
 from truestep.judge.floor import free_running, pair_of, sample_sizes
 from truestep.judge.repeats import Judge, said_unsteady, with_second_answers
-from truestep.keys import RAISED, SAMPLES, is_prediction
+from truestep.keys import SAMPLES, is_prediction, key_of
 from truestep.randomness import own_randomness
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
@@ -320,9 +319,10 @@ def _rows(run: Answers, recording: Recording, judge: Judge) -> list[Row]:
 
 def _beneath_rounding(row: Row, rows: list[Row]) -> Row:
     """Say of a drifted raised tensor that the working precision hides what it shows."""
-    own = row.name.partition("/")[2]
-    if row.verdict is not Verdict.DRIFTED or not row.name.startswith(RAISED) or not row.metrics:
+    key = key_of(row.name)
+    if row.verdict is not Verdict.DRIFTED or not key.precision or not row.metrics:
         return row
+    own = str(key.working)
     working = next((r.floor for r in rows if r.name == own and r.floor), None)
     if working is None or row.metrics.rel_l2 > working.rel_l2:
         return row
@@ -476,7 +476,7 @@ def _text_by_effect(row: Row, replayed: Replay, recording: Recording, judge: Jud
 
 def _head(name: str) -> str:
     """First part of a name, whatever the modality."""
-    return name.removeprefix(AUDIO).split("/")[0]
+    return key_of(name).head
 
 
 def _failed(row: Row, replayed: Replay) -> Row:

@@ -19,7 +19,7 @@ from truestep.floors import NoiseFloor
 from truestep.judge.divergence import failed, locate, parent, with_kind, with_origins
 from truestep.judge.floor import pair_of
 from truestep.judge.rows import compare_tensors
-from truestep.keys import address, split_call
+from truestep.keys import address, key_of
 from truestep.measure.distance import same_bits
 from truestep.pairing.naming import ROOT, callable_module, named_modules
 from truestep.pairing.partners import Part, Partners, namesake
@@ -247,7 +247,7 @@ def _expected(
         alone = {
             name: reference.tensors.pop(name)
             for name in [*reference.tensors]
-            if split_call(_label_and_slot(name)[0])[0] in tree.alone
+            if key_of(name).fqn in tree.alone
         }
         working = _precision(trusted.model)
         runs = benign_flows(
@@ -341,8 +341,8 @@ def _not_called(actual: Flow, reference: Flow, tree: _Tree) -> list[str]:
     return [
         name
         for name in reference.tensors
-        if (label := _label_and_slot(name)[0]) not in called
-        and not _same_class(tree.around(split_call(label)[0]), actual, reference)
+        if (key := key_of(name)).label not in called
+        and not _same_class(tree.around(key.fqn or ROOT), actual, reference)
     ]
 
 
@@ -360,8 +360,8 @@ def _same_class(fqn: str, actual: Flow, reference: Flow) -> bool:
 
 
 def _label_and_slot(name: str) -> tuple[str, str]:
-    _, label, _, _, slot = name.split("/")
-    return label, slot
+    key = key_of(name)
+    return key.label, key.name
 
 
 def _shared_input(found: Divergence, levels: Sequence[_Level]) -> Divergence | None:
@@ -414,6 +414,7 @@ def _handed(level: _Level, given: Iterable[str]) -> list[Tensor]:
 def _maker(level: _Level, handed: Sequence[Tensor]) -> str | None:
     """The module without a partner whose output that is."""
     for name, tensor in level.expected.alone.items():
-        if "/out." in name and any(same_bits(tensor, other) for other in handed):
-            return split_call(_label_and_slot(name)[0])[0]
+        key = key_of(name)
+        if key.outward and any(same_bits(tensor, other) for other in handed):
+            return key.fqn
     return None

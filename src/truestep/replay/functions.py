@@ -23,6 +23,7 @@ from truestep.judge.floor import pair_of
 from truestep.judge.refusals import refuse_empty_content, refuse_unsteady
 from truestep.judge.repeats import Judge, differing, said_unsteady, with_second_answers
 from truestep.judge.rows import build_comparison, compare_tensors, measured_run
+from truestep.keys import key_of
 from truestep.measure.plain import plain
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
@@ -188,11 +189,11 @@ def _sample(index: int) -> str:
 
 
 def _samples(recording: Recording) -> list[dict[str, torch.Tensor]]:
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    found: dict[int, dict[str, torch.Tensor]] = {}
     for name in recording:
-        parts = name.split("/", 3)
-        if parts[0] == "sample" and len(parts) == 4 and parts[2] == "input":
-            found.setdefault(parts[1], {})[parts[3]] = recording[name]
+        key = key_of(name)
+        if key.head == "sample" and key.part == "input":
+            found.setdefault(key.number or 0, {})[key.name] = recording[name]
     return [found[key] for key in sorted(found)]
 
 

@@ -22,7 +22,7 @@ import torch
 
 from truestep.floors import NoiseRun
 from truestep.judge.rows import measured_run
-from truestep.keys import module_name
+from truestep.keys import key_of, module_name
 from truestep.measure.plain import plain
 from truestep.nests import argument_leaves, leaves
 from truestep.pairing.naming import ROOT, named_modules
@@ -136,8 +136,8 @@ class _Recorder:
         self.classes = given.classes if given is not None else {}
         self.given: dict[str, dict[str, Tensor]] = {}
         for name, tensor in given.tensors.items() if given is not None else ():
-            _, label, _, _, slot = name.split("/")
-            self.given.setdefault(label, {})[slot] = tensor
+            key = key_of(name)
+            self.given.setdefault(key.label, {})[key.name] = tensor
 
     def name(self, label: str, slot: str) -> str:
         fqn, _, call = label.partition("#")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from truestep.errors import UsageError
-from truestep.joint import AUDIO, Value
+from truestep.joint import Value
 from truestep.judge.rows import with_divergence
-from truestep.keys import RAISED, step_name
+from truestep.keys import key_of, step_name
 from truestep.pairing.partners import Partners, partners_of
 from truestep.replay.drill import Drilled, Known, Subject, drill
 from truestep.replay.isolation import Forward
@@ -176,10 +176,10 @@ def failing_place(rows: tuple[Row, ...]) -> Place | None:
     """The first stage with a model whose row failed; raised rows count as their stage's."""
     for stage in STAGES:
         for row in rows:
-            if row.stage == stage and not row.verdict.passed and not row.name.startswith("samples"):
-                own = row.name.partition("/")[2] if row.name.startswith(RAISED) else row.name
-                branch = own.rpartition("/")[2] if stage != "decoding" else "main"
-                sound = stage == "decoding" and own.startswith(AUDIO)
+            if row.stage == stage and not row.verdict.passed and not key_of(row.name).mean:
+                key = key_of(row.name)
+                branch = key.name if stage != "decoding" else "main"
+                sound = stage == "decoding" and key.modality == "audio"
                 return Place(stage, row.step or 0, branch, _SOUND[0] if sound else "")
     return None
 

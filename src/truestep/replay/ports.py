@@ -18,7 +18,7 @@ from truestep.floors import NoiseFloor
 from truestep.judge.divergence import ROOT, locate, with_kind, with_origins
 from truestep.judge.floor import pair_of
 from truestep.judge.rows import build_comparison, compare_tensors, with_divergence
-from truestep.keys import address
+from truestep.keys import address, key_of
 from truestep.pairing.naming import listed, named_modules
 from truestep.pairing.partners import Names, Part, namesake
 from truestep.pairing.rename import renamed
@@ -180,7 +180,7 @@ def _expected(
     for entry in recording.manifest.tensors:
         if (entry.step, entry.branch) != (step, branch) or not entry.name.startswith("module/"):
             continue
-        label = entry.name.split("/")[1]
+        label = key_of(entry.name).label
         found.tensors[entry.name] = recording[entry.name]
         if label not in found.calls:
             found.calls.append(label)
@@ -198,8 +198,9 @@ def _forward(
     where = next(iter(p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     for name, tensor in expected.tensors.items():
-        label, slot = name.split("/")[1], name.rpartition("/")[2]
-        if label != ROOT or not slot.startswith("in."):
+        given = key_of(name)
+        slot = given.name
+        if given.label != ROOT or not given.inward:
             continue
         key = slot.removeprefix("in.")
         if "." in key:

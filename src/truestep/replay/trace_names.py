@@ -16,7 +16,7 @@ import torch
 from truestep.errors import UsageError
 from truestep.judge.divergence import ROOT, parent
 from truestep.judge.growth import Spot, agreeing, gross
-from truestep.keys import address, split_call
+from truestep.keys import Key, address, key_of
 from truestep.measure.reduced import STATS
 from truestep.pairing import Pairing, pair_activations
 from truestep.pairing.content import fit, fit_any, is_constant
@@ -46,10 +46,10 @@ class Named:
 
     def name(self, tensor: str) -> str | None:
         """The reference's name of an actual tensor; None where its module has no partner."""
-        head, label, rest = tensor.split("/", 2)
-        fqn, _ = split_call(label)
+        key = key_of(tensor)
+        fqn = key.fqn or ""
         if fqn in self.partners:
-            return f"{head}/{self.partners[fqn]}{label.removeprefix(fqn)}/{rest}"
+            return str(key.but(fqn=self.partners[fqn]))
         return None if self.others or fqn in self.partners.values() else tensor
 
 
@@ -170,24 +170,25 @@ def match_inputs(names: Mapping[str, str], ours: Source, theirs: Source) -> dict
         ours, theirs: The two traces; their tables are read, not their tensors.
     """
     sizes = [_sizes(side) for side in (ours, theirs)]
-    calls: dict[str, tuple[list[tuple[str, torch.Tensor]], dict[str, torch.Tensor]]] = {}
+    calls: dict[Key, tuple[list[tuple[str, torch.Tensor]], dict[str, torch.Tensor]]] = {}
     for name, own in names.items():
-        head, _, slot = name.rpartition("/")
-        if "/in." in name:
-            calls.setdefault(head, ([], {}))[0].append((slot, sizes[0][own]))
+        key = key_of(name)
+        if key.inward:
+            calls.setdefault(key.but(name=""), ([], {}))[0].append((key.name, sizes[0][own]))
     for name, tensor in sizes[1].items():
-        head, _, slot = name.rpartition("/")
-        if "/in." in name and head in calls:
-            calls[head][1][slot] = tensor
+        key = key_of(name)
+        if key.inward and (head := key.but(name="")) in calls:
+            calls[head][1][key.name] = tensor
     made = dict(names)
     for head, (own_slots, others) in calls.items():
         if all(slot in others and alike(tensor, others[slot]) for slot, tensor in own_slots):
             continue
         matches = matched_slots(own_slots, others)
-        moved = {slot: made.pop(f"{head}/{slot}") for slot, _ in own_slots}
+        moved = {slot: made.pop(str(head.but(name=slot))) for slot, _ in own_slots}
         for (slot, _), match in zip(own_slots, matches, strict=True):
             free = slot not in matches  # as it is called, unless another one is
-            made[f"{head}/{match or (slot if free else f'{slot}.other')}"] = moved[slot]
+            name = match or (slot if free else f"{slot}.other")
+            made[str(head.but(name=name))] = moved[slot]
     return made
 
 
@@ -368,13 +369,13 @@ def _comparer(
     return same
 
 
-def _outputs(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def _outputs(names: Iterable[str]) -> dict[str, dict[Key, str]]:
     """Outputs of every module by step, branch and slot."""
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[Key, str]] = {}
     for name in names:
-        _, label, place = name.split("/", 2)
-        if "/out." in name and not split_call(label)[1]:
-            found.setdefault(label, {})[place] = name
+        key = key_of(name)
+        if key.outward and not key.call:
+            found.setdefault(key.label, {})[key.but(fqn=None)] = name
     return found
 
 

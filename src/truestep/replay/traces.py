@@ -22,7 +22,7 @@ from truestep.judge.rows import (
     one_value,
     with_divergence,
 )
-from truestep.keys import address
+from truestep.keys import address, key_of
 from truestep.measure.distance import distance
 from truestep.pairing.naming import listed
 from truestep.recording import readers as sources
@@ -277,7 +277,7 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def _is_input(name: str) -> bool:
-    return name.rpartition("/")[2].startswith("in.")
+    return key_of(name).inward
 
 
 def _places(found: Iterable[tuple[int, str]]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from truestep.files import write_text
+from truestep.keys import key_of
 from truestep.verdict import Comparison, Media, Results, Row, Verdict
 
 LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
@@ -151,7 +152,7 @@ def curve(rows: Sequence[Row]) -> Curve | None:
 
 def _forwards(rows: Sequence[Row]) -> list[Row]:
     """Outputs of a few forwards: the first that fails, and others spread over the steps."""
-    outputs = [r for r in rows if r.name.rpartition("/")[2].startswith("out.")] or list(rows)
+    outputs = [r for r in rows if key_of(r.name).outward] or list(rows)
     every = list(dict.fromkeys((r.step, r.branch) for r in outputs))
     failing = next(((r.step, r.branch) for r in outputs if not r.verdict.passed), every[0])
     chosen = {failing, *every[:: max(1, math.ceil(len(every) / (_FORWARDS - 1)))]}

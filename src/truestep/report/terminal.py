@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Iterable
 
+from truestep.keys import key_of
 from truestep.text import say, visible
 from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Verdict
 
@@ -145,10 +146,9 @@ def _growth(comparison: Comparison) -> Iterable[str]:
         return
     worst: dict[str, float] = {}
     for row in comparison.rows:
-        output = row.name.rpartition("/")[2].startswith("out.")
         here = (row.step, row.branch) == (first.step, first.branch)
         fqn = row.fqn or ""
-        if output and here and (fqn.count(".") <= 1 or fqn == first.fqn):
+        if key_of(row.name).outward and here and (fqn.count(".") <= 1 or fqn == first.fqn):
             ratio = math.inf if row.verdict is Verdict.INVALID else row.ratio or 0.0
             worst[fqn] = max(worst.get(fqn, 0.0), ratio)
     given = (first.kind or "").startswith(GIVEN)
