@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tests.counting import calls, calls_of, peak_bytes
 from truestep import compare
 from truestep.floors import NoiseFloor
+from truestep.judge.floor import Limits
 from truestep.judge.rows import compare_tensors, measured_run
 
 Tensors = dict[str, torch.Tensor]
@@ -56,7 +57,7 @@ def test_so_they_do_with_a_measured_floor(size: float) -> None:
         ]
         floor = NoiseFloor(runs=tuple(made))
         actual = near(reference, size)
-        return calls(lambda: compare_tensors(actual, reference, floor=floor))
+        return calls(lambda: compare_tensors(actual, reference, limits=Limits(floor)))
 
     run(10)
     assert run(200) <= 2.2 * run(100)

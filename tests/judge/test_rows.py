@@ -7,6 +7,7 @@ import torch
 
 from truestep.errors import UsageError
 from truestep.floors import NoiseFloor, NoiseRun, RunMetrics
+from truestep.judge.floor import Limits
 from truestep.judge.rows import build_comparison, compare_tensors, measured_run, traced_back
 from truestep.verdict import Comparison, Difference, Row, Side, Verdict
 
@@ -26,7 +27,8 @@ FLOOR = NoiseFloor(
 
 
 def judge(actual: torch.Tensor, reference: torch.Tensor = X, **options: object) -> Row:
-    return compare_tensors({"x": actual}, {"x": reference}, **options)[0]  # type: ignore[arg-type]
+    limits = Limits(**options)  # type: ignore[arg-type]
+    return compare_tensors({"x": actual}, {"x": reference}, limits=limits)[0]
 
 
 def verdict(actual: torch.Tensor, reference: torch.Tensor = X, **options: object) -> str:

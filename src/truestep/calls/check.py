@@ -17,7 +17,8 @@ from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
 from truestep.calls.values import opaque
 from truestep.environment import Environment
-from truestep.judge.repeats import UNSTEADY, Judge, said_unsteady
+from truestep.judge.floor import Limits
+from truestep.judge.repeats import UNSTEADY, said_unsteady
 from truestep.randomness import own_randomness
 from truestep.recording.manifest import CallEntry
 from truestep.verdict import Comparison, Row, Side
@@ -49,18 +50,18 @@ def check(
         UsageError: A step is not in it, or a component is being watched already.
     """
     recording = reference if isinstance(reference, CallRecording) else read(reference)
-    judge = Judge(floor=recording.floor, pair=pair, tolerance=tolerance)
+    limits = Limits(floor=recording.floor, pair=pair, tolerance=tolerance)
     how = How(chosen_steps(recording, steps), frozenset(cached_components(subject)))
-    rows = _judged(subject, recording, judge, how)
+    rows = _judged(subject, recording, limits, how)
     unsteady = {row.fqn.rpartition(".")[0] for row in rows if row.fqn and UNSTEADY in row.note}
     if unsteady:  # skipped steps may be what the state that it keeps lacked
         how = replace(how, stateful=how.stateful | unsteady)
-        rows = _judged(subject, recording, judge, how)
+        rows = _judged(subject, recording, limits, how)
     precision = recorded_precision(recording)
     notes: list[str] = []
     if precision and tolerance is None:
         with raised(subject, precision, notes.append):
-            rows += _judged(subject, recording, judge, how, precision)
+            rows += _judged(subject, recording, limits, how, precision)
     return said_unsteady(comparison_of(rows, _sides(subject, recording, how, notes)))
 
 
@@ -78,7 +79,7 @@ class How:
 
 
 def _judged(
-    subject: Subject, recording: CallRecording, judge: Judge, how: How, precision: str = ""
+    subject: Subject, recording: CallRecording, limits: Limits, how: How, precision: str = ""
 ) -> list[Row]:
     """Rows of one forced run."""
     last = max(how.steps, default=-1)
@@ -95,7 +96,7 @@ def _judged(
         again={} if precision else repeats(recording, how.steps, how.stateful),
     )
     result = Forcing(recording, plan).run(subject)
-    return rows_of(recording, result, judge)
+    return rows_of(recording, result, limits)
 
 
 def _sides(subject: Subject, recording: CallRecording, how: How, said: Sequence[str]) -> Sides:

@@ -14,7 +14,8 @@ from truestep.calls.keys import PRECISIONS, Key, Path, dotted, key_of
 from truestep.calls.recorder import RUN
 from truestep.calls.recording import RANDOM_STATE, STATE, WRITTEN, CallRecording
 from truestep.calls.seen import Forced, Seen
-from truestep.judge.repeats import Judge, differing, with_second_answers
+from truestep.judge.floor import Limits
+from truestep.judge.repeats import differing, with_second_answers
 from truestep.judge.rows import build_comparison, compare_tensors, tensor_info
 from truestep.keys import Address
 from truestep.recording.manifest import CallEntry
@@ -63,7 +64,7 @@ def _shaped(actual: torch.Tensor, recorded: torch.Tensor) -> torch.Tensor:
     return actual.reshape(recorded.shape) if single else actual
 
 
-def rows_of(reference: CallRecording, result: Forced, judge: Judge) -> list[Row]:
+def rows_of(reference: CallRecording, result: Forced, limits: Limits) -> list[Row]:
     """Judge a forced run.
 
     Returns:
@@ -75,12 +76,12 @@ def rows_of(reference: CallRecording, result: Forced, judge: Judge) -> list[Row]
         {name: actual for name, (actual, _) in both.items()},
         {name: recorded for name, (_, recorded) in both.items()},
         describe=lambda name: _address(name, contexts.get(name)),
-        **judge,
+        limits=limits,
     )
     expected = {name: recorded for name, (_, recorded) in both.items()}
     first = {name: actual for name, (actual, _) in both.items()}
-    otherwise = differing(first, result.again, judge)
-    rows = with_second_answers(rows, result.again, expected, otherwise, judge)
+    otherwise = differing(first, result.again, limits)
+    rows = with_second_answers(rows, result.again, expected, otherwise, limits)
     judged = {row.name: row for row in rows}
     ordered: list[Row] = []
     for seen in result.seen:

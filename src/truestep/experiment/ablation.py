@@ -22,7 +22,7 @@ from truestep.experiment.attribution import (
     sentence,
     stage_distances,
 )
-from truestep.judge.floor import free_running, pair_of
+from truestep.judge.floor import Limits, free_running, pair_of
 from truestep.judge.rows import compare_tensors
 from truestep.keys import FINALS
 from truestep.measure.distance import same_bits
@@ -228,8 +228,9 @@ class _Runs:
         rows = compare_tensors(
             {name: tensors[name] for name in FINALS},
             {name: self.recording[name] for name in FINALS},
-            floor=free_running(self.recording.manifest.noise_floor),
-            pair=pair_of(dtype, self.base.dtype),
+            limits=Limits(
+                free_running(self.recording.manifest.noise_floor), pair_of(dtype, self.base.dtype)
+            ),
         )
         return end_run(controls, rows, Verdict.worst(row.verdict for row in rows))
 

@@ -8,6 +8,7 @@ import torch
 
 from truestep.experiment.records import Sameness
 from truestep.floors import NoiseFloor
+from truestep.judge.floor import Limits
 from truestep.judge.rows import compare_tensors
 from truestep.keys import FINALS
 from truestep.measure.frames import frame_scores
@@ -64,6 +65,6 @@ def final_row(
     if FINALS[0] not in actual or FINALS[0] not in reference:
         return None
     sides = ({name: side[name] for name in FINALS if name in side} for side in (actual, reference))
-    rows = compare_tensors(*sides, floor=floor, pair=pair)
+    rows = compare_tensors(*sides, limits=Limits(floor, pair))
     worst = Verdict.worst(row.verdict for row in rows)
     return max((row for row in rows if row.verdict is worst), key=lambda row: row.ratio or 0.0)

@@ -14,6 +14,7 @@ import torch
 from truestep.errors import UsageError
 from truestep.floors import NoiseFloor
 from truestep.gates.kinds import Domain, Gate
+from truestep.judge.floor import Limits
 from truestep.judge.rows import compare_tensors
 from truestep.verdict import Float, Record, Side
 
@@ -99,9 +100,10 @@ class Selftests(Record):
 
 def truestep_gate(floor: NoiseFloor | None, *, pair: str | None) -> Gate:
     """Our own verdict: `identical` and `equivalent` pass."""
+    limits = Limits(floor, pair)
 
     def passes(name: str, actual: torch.Tensor, reference: torch.Tensor) -> bool:
-        (row,) = compare_tensors({name: actual}, {name: reference}, floor=floor, pair=pair)
+        (row,) = compare_tensors({name: actual}, {name: reference}, limits=limits)
         return row.verdict.passed
 
     return Gate("truestep", passes, Domain.ANY)

@@ -8,7 +8,7 @@ from truestep.case import flat_case, mapping_differences
 from truestep.environment import Environment
 from truestep.errors import UsageError
 from truestep.judge.estimates import moment_rows, sketch_rows, sketch_rule
-from truestep.judge.floor import pair_of
+from truestep.judge.floor import Limits, pair_of
 from truestep.judge.latent import LATENT, SIGNATURE, check_latent
 from truestep.judge.parameters import are_parameters, compare_parameters, summed
 from truestep.judge.rows import build_comparison, compare_tensors, traced_back
@@ -75,15 +75,14 @@ def compare(
         ).differences(theirs_manifest.environment)
         pair = _pair(ours_manifest, theirs_manifest)
         differences += _rate_differences(ours_manifest, theirs_manifest)
+    limits = Limits(floor, pair, tolerance)
     levels = {manifest.level for manifest in (ours_manifest, theirs_manifest) if manifest}
     if "stats" in levels:
-        rows = moment_rows(ours, theirs, floor=floor, pair=pair, tolerance=tolerance)
+        rows = moment_rows(ours, theirs, limits=limits)
     elif "sketch" in levels:
-        rows = sketch_rows(ours, theirs, floor=floor, pair=pair, tolerance=tolerance)
+        rows = sketch_rows(ours, theirs, limits=limits)
     else:
-        rows = compare_tensors(
-            ours.tensors, theirs.tensors, floor=floor, pair=pair, tolerance=tolerance
-        )
+        rows = compare_tensors(ours.tensors, theirs.tensors, limits=limits)
     if ours_manifest is not None and theirs_manifest is not None:
         rows = traced_back(rows)
     estimated = "sketch" in levels and "stats" not in levels

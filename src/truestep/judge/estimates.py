@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 
-from truestep.floors import NoiseFloor
-from truestep.judge.floor import Floor
+from truestep.judge.floor import ANALYTIC, Floor, Limits
 from truestep.judge.rows import (
-    compare_tensors,
     dtype_note,
     floors,
     nonfinite_note,
@@ -47,9 +45,7 @@ def moment_rows(
     actual: Source,
     reference: Source,
     *,
-    floor: NoiseFloor | None = None,
-    pair: str | None = None,
-    tolerance: float | None = None,
+    limits: Limits = ANALYTIC,
 ) -> list[Row]:
     """Judge two sides of which at least one holds moments only.
 
@@ -57,9 +53,8 @@ def moment_rows(
     does by more than the bound, the tensors drifted. Nothing else can be said: a permutation has
     the same moments. Args and order are those of `compare_tensors`; `rel_l2` is the lower limit.
     """
-    compare_tensors({}, {}, tolerance=tolerance)  # refuses what no rule can use
     ours, theirs = _stand_ins(actual), _stand_ins(reference)
-    floor_of = floors(floor, pair=pair, tolerance=tolerance)
+    floor_of = floors(limits)
     rows = []
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         a, r = ours.get(name), theirs.get(name)
@@ -147,22 +142,16 @@ def sketch_rows(
     actual: Source,
     reference: Source,
     *,
-    floor: NoiseFloor | None = None,
-    pair: str | None = None,
-    tolerance: float | None = None,
+    limits: Limits = ANALYTIC,
 ) -> list[Row]:
     """Judge two sides of which at least one is a recording at level `sketch`.
 
     The other is sketched here. Args and order are those of `compare_tensors`. Of `Metrics`,
     `rel_l2` is the estimate, norm ratio and counts are exact, gain and cosine distance follow from
     those (gain is off by half the error of rel_l2^2), and `max_abs` is not known.
-
-    Raises:
-        UsageError: The tolerance is negative or not finite.
     """
-    compare_tensors({}, {}, tolerance=tolerance)  # refuses what no rule can use
     ours, theirs = _stand_ins(actual), _stand_ins(reference)
-    floor_of = floors(floor, pair=pair, tolerance=tolerance)
+    floor_of = floors(limits)
     rows: list[dict[str, Any] | _Estimated] = []
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         a, r = ours.get(name), theirs.get(name)

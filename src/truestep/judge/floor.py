@@ -21,6 +21,7 @@ from functools import cached_property
 from itertools import pairwise
 from statistics import stdev
 
+from truestep.errors import UsageError
 from truestep.floors import EPSILON, NoiseFloor, NoiseRun, RunMetrics
 from truestep.judge.tail import Tail
 from truestep.keys import FREE_RUN, is_prediction, key_of, spread_key, stage_key
@@ -166,6 +167,37 @@ class Floor:
     tails: Mapping[str, Tail] = field(default_factory=dict)
     doubt: str = "between the analytic floor and its bound: measure a floor to decide"
     unsteady: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far is too far, in one check: what the reference's runs measured, or a number.
+
+    Attributes:
+        floor: The reference's measured noise floor.
+        pair: Declared working precisions, `candidate/reference`; default those of the floor's own
+            runs. Without either, a candidate coarser than the reference is `inconclusive` where
+            only its dtype's rounding could explain the difference.
+        tolerance: Limit on rel_l2 that judges in the place of both.
+
+    Raises:
+        UsageError: The tolerance is negative or not finite.
+    """
+
+    floor: NoiseFloor | None = None
+    pair: str | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
+            raise UsageError(
+                f"tolerance = {self.tolerance:g} cannot judge anything",
+                measured="a limit on rel_l2 is a number from 0 up, and finite",
+            )
+
+
+ANALYTIC = Limits()
+"""Where nothing was measured and nothing asked for: floors of the dtypes."""
 
 
 def analytic_floor(actual_dtype: str, reference_dtype: str, *, asked: str = "") -> Floor:

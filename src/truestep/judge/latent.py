@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator
 from truestep.environment import library_version
 from truestep.errors import FileFormatError, UsageError, WriteError
 from truestep.files import write_text
+from truestep.judge.floor import Limits
 from truestep.judge.rows import build_comparison, compare_tensors
 from truestep.reading import parse_json, read
 from truestep.recording import readers as sources
@@ -169,8 +170,9 @@ def check_latent(
     rows = compare_tensors(
         {LATENT: actual},
         {LATENT: expected},
-        floor=theirs.manifest.noise_floor if theirs.manifest else None,
-        tolerance=tolerance,
+        limits=Limits(
+            theirs.manifest.noise_floor if theirs.manifest else None, tolerance=tolerance
+        ),
     )
     gates: tuple[GateResult, ...] = ()
     if not changed and actual.shape == expected.shape:

@@ -7,29 +7,21 @@ nobody seeded: each shows where an input that was answered is given once more, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from truestep.verdict import Comparison, Row, Verdict
 
 if TYPE_CHECKING:
     import torch
 
-    from truestep.floors import NoiseFloor
+    from truestep.judge.floor import Limits
 
 UNSTEADY = "the same input gave another output the second time"
 """What is said of an answer that was not given again."""
 
 
-class Judge(TypedDict):
-    """How rows are judged; see `compare_tensors`."""
-
-    floor: NoiseFloor | None
-    pair: str | None
-    tolerance: float | None
-
-
 def differing(
-    first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor], judge: Judge
+    first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor], limits: Limits
 ) -> tuple[str, ...]:
     """Names of both whose second answer is not the first one, bit for bit or within the floor."""
     from truestep.judge.rows import compare_tensors
@@ -42,7 +34,7 @@ def differing(
         if first[name].shape != second[name].shape or not same_bits(first[name], second[name])
     ]
     rows = compare_tensors(
-        {name: second[name] for name in names}, {name: first[name] for name in names}, **judge
+        {name: second[name] for name in names}, {name: first[name] for name in names}, limits=limits
     )
     return tuple(row.name for row in rows if not row.verdict.passed)
 
@@ -52,7 +44,7 @@ def with_second_answers(
     second: Mapping[str, torch.Tensor],
     expected: Mapping[str, torch.Tensor],
     names: Iterable[str],
-    judge: Judge,
+    limits: Limits,
 ) -> list[Row]:
     """Judge second answers too: the worse of the two stands, and its row says that they differ.
 
@@ -61,7 +53,7 @@ def with_second_answers(
         second: What was given the second time.
         expected: What was recorded.
         names: Those of which the two answers differ; the others' first answer stands.
-        judge: How the first answers were judged.
+        limits: How the first answers were judged.
     """
     from truestep.judge.rows import compare_tensors
 
@@ -71,7 +63,7 @@ def with_second_answers(
         for row in compare_tensors(
             {name: second[name] for name in differing},
             {name: expected[name] for name in differing},
-            **judge,
+            limits=limits,
         )
     }
     return [_worse(row, later[row.name]) if row.name in later else row for row in rows]

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from truestep.environment import library_version
-from truestep.errors import UsageError
-from truestep.floors import EPSILON, NoiseFloor, NoiseRun, RunMetrics
+from truestep.floors import EPSILON, NoiseRun, RunMetrics
 from truestep.judge.floor import (
+    ANALYTIC,
     UNASKED,
     Floor,
     FloorLookup,
+    Limits,
     analytic_floor,
     coarser,
     declared_pair,
@@ -54,40 +55,26 @@ def compare_tensors(
     actual: Mapping[str, torch.Tensor],
     reference: Mapping[str, torch.Tensor],
     *,
-    floor: NoiseFloor | None = None,
-    pair: str | None = None,
-    tolerance: float | None = None,
+    limits: Limits = ANALYTIC,
     describe: Callable[[str], Address] = address,
 ) -> list[Row]:
     """Judge every tensor of both sides.
 
     Args:
         actual, reference: Name to tensor.
-        floor: The reference's measured noise floor.
-        pair: Declared working precisions, `candidate/reference`; default those of the floor's own
-            runs. Without either, a candidate coarser than the reference is `inconclusive` where
-            only its dtype's rounding could explain the difference.
-        tolerance: Judge rel_l2 by this limit instead.
+        limits: How far is too far.
         describe: Stage, step and branch of a name.
 
     Returns:
         One row a name, in the reference's order, then names that only the actual side has.
-
-    Raises:
-        UsageError: The tolerance is negative or not finite.
     """
-    if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise UsageError(
-            f"tolerance = {tolerance:g} cannot judge anything",
-            measured="a limit on rel_l2 is a number from 0 up, and finite",
-        )
-    floor_of = floors(floor, pair=pair, tolerance=tolerance)
+    floor_of = floors(limits)
     waiting: list[_Waiting | None] = []
     names = [*reference, *(name for name in actual if name not in reference)]
     for window in _windows(names, actual, reference):
         pairs = [(a, r) for _, a, r in window if a is not None and r is not None]
         together = iter(
-            measured_together(pairs, bulk=floor is None or tolerance is not None)
+            measured_together(pairs, bulk=limits.floor is None or limits.tolerance is not None)
             if len(window) > 1
             else [None] * len(pairs)
         )
@@ -244,9 +231,9 @@ class FloorOf(Protocol):
         """The floor of one pair; `structure`: with tails for what is not size."""
 
 
-def floors(floor: NoiseFloor | None, *, pair: str | None, tolerance: float | None) -> FloorOf:
-    """What judges the tensors of one check; see `compare_tensors`."""
-    declared = pair or declared_pair(floor)
+def floors(limits: Limits) -> FloorOf:
+    """What judges the tensors of one check."""
+    declared = limits.pair or declared_pair(limits.floor)
     lookups: dict[str, FloorLookup] = {}
 
     def floor_of(
@@ -254,10 +241,10 @@ def floors(floor: NoiseFloor | None, *, pair: str | None, tolerance: float | Non
     ) -> Floor:
         own, theirs = dtype_name(actual), dtype_name(reference)
         working = pair_for(name, declared)
-        if tolerance is not None:
-            return tolerance_floor(tolerance, pair=working or pair_of(own, theirs))
+        if limits.tolerance is not None:
+            return tolerance_floor(limits.tolerance, pair=working or pair_of(own, theirs))
         if working not in lookups:
-            lookups[working] = FloorLookup(floor, pair=working)
+            lookups[working] = FloorLookup(limits.floor, pair=working)
         lookup = lookups[working]
         # A mean over predictions is kept in float64.
         mean = name == SAMPLES and working

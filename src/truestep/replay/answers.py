@@ -9,7 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from truestep.joint import AUDIO
-from truestep.judge.repeats import UNSTEADY, Judge, differing
+from truestep.judge.floor import Limits
+from truestep.judge.repeats import UNSTEADY, differing
 from truestep.keys import FINALS, is_prediction, key_of
 from truestep.verdict import Row, Verdict
 
@@ -65,7 +66,7 @@ def run_stages(
     pipe: Pipeline,
     recording: Recording,
     steps: tuple[int, ...] | None,
-    judge: Judge,
+    limits: Limits,
     progress: Progress | None,
 ) -> Answers:
     """Replay every stage; follow a model that keeps state through all steps, in order."""
@@ -73,7 +74,7 @@ def run_stages(
 
     chosen = chosen_steps(recording, steps)
     replayed = replay(pipe, recording, steps=chosen, again=True, progress=progress, label="check")
-    changed = differing(replayed.outputs, replayed.again, judge)
+    changed = differing(replayed.outputs, replayed.again, limits)
     predicted = predict_steps(pipe, chosen)
     second = {name: replayed.again[name] for name in changed}
     notes: tuple[str, ...] = ()
@@ -126,7 +127,7 @@ def _in_order(replayed: Replay, followed: Replay) -> Replay:
 
 
 def repeat_failure(
-    pipe: Pipeline, recording: Recording, rows: list[Row], run: Answers, judge: Judge
+    pipe: Pipeline, recording: Recording, rows: list[Row], run: Answers, limits: Limits
 ) -> list[Row]:
     """Give the input of the first failing prediction again, and say so where the answer differs."""
     from truestep.replay.stages import replay
@@ -136,7 +137,7 @@ def repeat_failure(
         return rows
     if not run.notes and failing[0].step is not None and failing[0].name in run.replayed.outputs:
         again = replay(pipe, recording, steps=(failing[0].step,), only=("prediction",))
-        if failing[0].name not in differing(run.replayed.outputs, again.outputs, judge):
+        if failing[0].name not in differing(run.replayed.outputs, again.outputs, limits):
             return rows
     return [_unsteady(row) if row in failing else row for row in rows]
 

@@ -20,8 +20,8 @@ from truestep.errors import (
     one_line,
     surviving,
 )
-from truestep.judge.floor import free_running, pair_of, sample_sizes
-from truestep.judge.repeats import Judge, said_unsteady, with_second_answers
+from truestep.judge.floor import Limits, free_running, pair_of, sample_sizes
+from truestep.judge.repeats import said_unsteady, with_second_answers
 from truestep.keys import SAMPLES, is_prediction, key_of
 from truestep.randomness import own_randomness
 from truestep.turns import taking_turns
@@ -225,7 +225,7 @@ def check_pipeline(
 
     manifest = recording.manifest
     before, start = pipe.forwards, time.perf_counter()
-    judge = Judge(
+    limits = Limits(
         floor=free_running(manifest.noise_floor) if depth == "final" else manifest.noise_floor,
         pair=pair_of((candidate or case).dtype, case.dtype),
         tolerance=tolerance,
@@ -235,11 +235,11 @@ def check_pipeline(
             run = (
                 run_freely(pipe, recording)
                 if depth == "final"
-                else run_stages(pipe, recording, steps, judge, progress)
+                else run_stages(pipe, recording, steps, limits, progress)
             )
-            rows = _rows(run, recording, judge)
+            rows = _rows(run, recording, limits)
             if depth != "final":
-                rows = repeat_failure(pipe, recording, rows, run, judge)
+                rows = repeat_failure(pipe, recording, rows, run, limits)
     except TruestepError:
         raise
     except FOREIGN as error:  # outside every stage: the candidate's outcome, or our fault
@@ -294,7 +294,7 @@ def build_side(recording: Recording) -> Side:
     )
 
 
-def _rows(run: Answers, recording: Recording, judge: Judge) -> list[Row]:
+def _rows(run: Answers, recording: Recording, limits: Limits) -> list[Row]:
     from truestep.judge.rows import compare_tensors
     from truestep.keys import address
     from truestep.measure.structure import sample_mean
@@ -303,17 +303,17 @@ def _rows(run: Answers, recording: Recording, judge: Judge) -> list[Row]:
     actual = {
         k: v for k, v in run.replayed.outputs.items() if k in expected or address(k).stage == "text"
     }
-    floor = judge["floor"]
-    benign = [each for each in floor.runs if each.pair == judge["pair"]] if floor else []
+    floor = limits.floor
+    benign = [each for each in floor.runs if each.pair == limits.pair] if floor else []
     averaged = any(m.name == SAMPLES for each in benign for m in each.tensors)
     sizes = sample_sizes(benign) if averaged else {}
     if sizes and set(sizes) <= {name for name in expected if is_prediction(name)}:
         mean = sample_mean(actual, expected, sizes)
         if mean is not None:
             actual[SAMPLES], expected[SAMPLES] = mean
-    rows = compare_tensors(actual, expected, **judge)
-    rows = with_second_answers(rows, run.second, expected, run.second, judge)
-    rows = [_text_by_effect(row, run.replayed, recording, judge) for row in rows]
+    rows = compare_tensors(actual, expected, limits=limits)
+    rows = with_second_answers(rows, run.second, expected, run.second, limits)
+    rows = [_text_by_effect(row, run.replayed, recording, limits) for row in rows]
     return [_beneath_rounding(_failed(row, run.replayed), rows) for row in rows]
 
 
@@ -448,14 +448,16 @@ def _one_size(recording: Recording) -> tuple[str, ...]:
     return (f"other sizes than {size}", batch)
 
 
-def _text_by_effect(row: Row, replayed: Replay, recording: Recording, judge: Judge) -> Row:
+def _text_by_effect(row: Row, replayed: Replay, recording: Recording, limits: Limits) -> Row:
     """Judge text of another length by the prediction that the candidate makes of it."""
     from truestep.judge.rows import compare_tensors
 
     if row.name not in replayed.effects:
         return row
     prediction, made = replayed.effects[row.name]
-    effect = compare_tensors({prediction: made}, {prediction: recording[prediction]}, **judge)[0]
+    (effect,) = compare_tensors(
+        {prediction: made}, {prediction: recording[prediction]}, limits=limits
+    )
     lengths = (
         f"length {row.actual.shape[1]} against {row.reference.shape[1]}"
         if (row.actual and row.reference)

@@ -17,7 +17,7 @@ import torch
 
 from truestep.floors import NoiseFloor
 from truestep.judge.divergence import failed, locate, parent, with_kind, with_origins
-from truestep.judge.floor import pair_of
+from truestep.judge.floor import Limits, pair_of
 from truestep.judge.rows import compare_tensors
 from truestep.keys import address, key_of
 from truestep.measure.distance import same_bits
@@ -297,8 +297,7 @@ def _level(
     rows = compare_tensors(
         actual.tensors,
         {name: tensor for name, tensor in reference.tensors.items() if name not in left_out},
-        floor=expected.floor,
-        pair=pair_of(working, working),
+        limits=Limits(expected.floor, pair_of(working, working)),
     )
     rows = [row for row in rows if row.reference is not None or not _other(row, actual, tree)]
     divergence, called = _in_order(locate(rows), actual, reference), frozenset(actual.calls)

@@ -19,9 +19,9 @@ import torch
 from truestep.environment import Environment, library_version
 from truestep.errors import FOREIGN, UsageError, one_line, surviving
 from truestep.floors import NoiseFloor, NoiseRun
-from truestep.judge.floor import pair_of
+from truestep.judge.floor import Limits, pair_of
 from truestep.judge.refusals import refuse_empty_content, refuse_unsteady
-from truestep.judge.repeats import Judge, differing, said_unsteady, with_second_answers
+from truestep.judge.repeats import differing, said_unsteady, with_second_answers
 from truestep.judge.rows import build_comparison, compare_tensors, measured_run
 from truestep.keys import key_of
 from truestep.measure.plain import plain
@@ -148,10 +148,10 @@ def check_function(
     actual = _answers(function, samples, indices, failed)
     expected = {name: recording[name] for name in recording if "/output/" in name}
     again = {} if failed else _answers(function, samples, reversed(indices), failed)
-    judge = Judge(floor=recording.manifest.noise_floor, pair=pair, tolerance=tolerance)
-    rows = compare_tensors(actual, expected, **judge)
-    otherwise = differing(actual, again, judge)
-    rows = with_second_answers(rows, again, expected, otherwise, judge)
+    limits = Limits(floor=recording.manifest.noise_floor, pair=pair, tolerance=tolerance)
+    rows = compare_tensors(actual, expected, limits=limits)
+    otherwise = differing(actual, again, limits)
+    rows = with_second_answers(rows, again, expected, otherwise, limits)
     rows = [_failed(row, failed) for row in rows]
     comparison = build_comparison(
         rows,

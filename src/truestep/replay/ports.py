@@ -16,7 +16,7 @@ import torch
 from truestep.errors import FOREIGN, UsageError, surviving
 from truestep.floors import NoiseFloor
 from truestep.judge.divergence import ROOT, locate, with_kind, with_origins
-from truestep.judge.floor import pair_of
+from truestep.judge.floor import Limits, pair_of
 from truestep.judge.rows import build_comparison, compare_tensors, with_divergence
 from truestep.keys import address, key_of
 from truestep.pairing.naming import listed, named_modules
@@ -95,9 +95,11 @@ def replay_trace(
         found = compare_tensors(
             actual.tensors,
             wanted,
-            floor=NoiseFloor(runs=tuple(runs)) if tolerance is None else None,
-            pair=pair if tolerance is None else None,
-            tolerance=tolerance,
+            limits=(
+                Limits(NoiseFloor(runs=tuple(runs)), pair)
+                if tolerance is None
+                else Limits(tolerance=tolerance)
+            ),
         )
         place = locate(found)
         rows += with_origins(found, place)

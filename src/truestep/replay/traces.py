@@ -14,7 +14,7 @@ from truestep.errors import UsageError
 from truestep.floors import NoiseFloor, NoiseRun, RunMetrics
 from truestep.judge.divergence import ROOT, with_kind
 from truestep.judge.estimates import moment_rows, sketch_rows
-from truestep.judge.floor import pair_of
+from truestep.judge.floor import Limits, pair_of
 from truestep.judge.growth import Inside, inside, introduced, origins
 from truestep.judge.rows import (
     build_comparison,
@@ -121,12 +121,12 @@ def compare_traces(
     stored = _manifest(theirs).noise_floor
     runs = [*(stored.runs if stored else ()), *runs]
     floor = NoiseFloor(runs=tuple(runs)) if runs else None
-    rows = _judged(*sides, floor=floor, tolerance=tolerance)
+    rows = _judged(*sides, Limits(floor, tolerance=tolerance))
     exchanged = exchange(named, rows, ours, theirs, names) if rename is None else None
     if exchanged is not None:
         named = exchanged
         sides, left_out = _paired(ours, theirs, named)
-        rows = _judged(*sides, floor=floor, tolerance=tolerance)
+        rows = _judged(*sides, Limits(floor, tolerance=tolerance))
     seen = inside(rows)
     rows = _gone(_settled(origins(seen.rows)), partial=_partial(ours) or _partial(theirs))
     result = build_comparison(
@@ -292,9 +292,7 @@ def _span(names: Iterable[str]) -> str:
 # --- rows ------------------------------------------------------------------------------------
 
 
-def _judged(
-    ours: Source, theirs: Source, *, floor: NoiseFloor | None, tolerance: float | None
-) -> list[Row]:
+def _judged(ours: Source, theirs: Source, limits: Limits) -> list[Row]:
     """Rows of both sides; a tensor that only is laid out otherwise is compared, with a note."""
     shapes = {entry.name: entry.shape for entry in _manifest(theirs).tensors}
     sketched = "sketch" in {_manifest(side).level for side in (ours, theirs)}
@@ -304,7 +302,7 @@ def _judged(
         if entry.shape != shapes.get(entry.name, entry.shape)
         and _same_layout(entry.shape, shapes[entry.name], sketched=sketched)
     }
-    rows = _rows(_laid_out(ours, {n: shapes[n] for n in changed}), theirs, floor, tolerance)
+    rows = _rows(_laid_out(ours, {n: shapes[n] for n in changed}), theirs, limits)
     return [_with_shape(row, changed.get(row.name)) for row in rows]
 
 
@@ -340,15 +338,13 @@ def _with_shape(row: Row, own: tuple[int, ...] | None) -> Row:
     return row.model_copy(update={"actual": actual, "note": notes})
 
 
-def _rows(
-    ours: Source, theirs: Source, floor: NoiseFloor | None, tolerance: float | None
-) -> list[Row]:
+def _rows(ours: Source, theirs: Source, limits: Limits) -> list[Row]:
     levels = {_manifest(side).level for side in (ours, theirs)}
     if "stats" in levels:
-        return moment_rows(ours, theirs, floor=floor, tolerance=tolerance)
+        return moment_rows(ours, theirs, limits=limits)
     if "sketch" in levels:
-        return sketch_rows(ours, theirs, floor=floor, tolerance=tolerance)
-    return compare_tensors(ours.tensors, theirs.tensors, floor=floor, tolerance=tolerance)
+        return sketch_rows(ours, theirs, limits=limits)
+    return compare_tensors(ours.tensors, theirs.tensors, limits=limits)
 
 
 def _noise_run(what: str | Path | Recording, reference: Source) -> NoiseRun:
