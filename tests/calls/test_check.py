@@ -346,3 +346,52 @@ def test_a_file_or_a_recording_in_memory_may_be_the_reference(tmp_path: Path) ->
     net.weight.data *= 1.01
     assert check(subject, reference, tolerance=0.1).verdict is Verdict.EQUIVALENT
     assert check(subject, reference).verdict is Verdict.DRIFTED
+
+
+class Masked(torch.nn.Module):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x + mask, -1) @ x.T
+
+
+def test_infinities_of_a_mask_are_no_failure() -> None:
+    x, mask = torch.randn(4, 4), torch.randn(4, 4).masked_fill(torch.eye(4) > 0, -torch.inf)
+    reference = record(subject_of(Masked(), x, mask))
+    assert check(subject_of(Masked(), x, mask), reference).verdict is Verdict.IDENTICAL
+    other = mask.masked_fill(torch.ones(4, 4).tril(-3) > 0, -torch.inf)
+    result = check(subject_of(Masked(), x, other), reference)
+    assert not result.verdict.passed
+    assert "code before module.forward: mask" in result.sentence
+
+
+def test_numbers_are_compared_as_they_are_used() -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor, *, scale: float) -> torch.Tensor:
+            return x * scale
+
+    x = torch.randn(3, 4)
+    reference = record(subject_of(Scaled(), x, scale=0.1))
+    assert check(subject_of(Scaled(), x, scale=0.1 + 1e-12), reference).verdict.passed
+    result = check(subject_of(Scaled(), x, scale=0.1001), reference)
+    assert result.sentence.startswith(
+        "drifted: code before module.forward: scale, 0.1001, recorded 0.1 (1 of"
+    )
+
+
+@pytest.mark.filterwarnings(BFLOAT)
+def test_a_candidate_that_cannot_be_raised_says_so(
+    references: Callable[[str], CallRecording],
+) -> None:
+    def narrow(pipeline: Any) -> None:
+        inner = denoiser(pipeline).forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if next(denoiser(pipeline).parameters()).dtype is torch.float32:
+                raise TypeError("bfloat16 only")
+            return inner(*args, **kwargs)
+
+        denoiser(pipeline).forward = forward
+
+    result = check(tiny_of("wan bf16").subject(narrow), references("wan bf16"))
+    assert result.verdict.passed
+    (note,) = result.notes
+    assert note.startswith("not judged in float32: the candidate raised TypeError: bfloat16 only")

@@ -10,7 +10,7 @@ import torch
 
 from truestep.calls.choosing import cached_components, chosen_steps, repeats
 from truestep.calls.forcing import Forcing
-from truestep.calls.judging import Sides, comparison_of, rows_of
+from truestep.calls.judging import RAISED, Sides, comparison_of, rows_of
 from truestep.calls.precision import raised, recorded_precision
 from truestep.calls.recording import CallRecording, read, trees_of
 from truestep.calls.seen import Plan
@@ -54,15 +54,24 @@ def check(
     how = How(chosen_steps(recording, steps), frozenset(cached_components(subject)))
     rows = _judged(subject, recording, limits, how)
     unsteady = {row.fqn.rpartition(".")[0] for row in rows if row.fqn and UNSTEADY in row.note}
-    if unsteady:  # skipped steps may be what the state that it keeps lacked
-        how = replace(how, stateful=how.stateful | unsteady)
-        rows = _judged(subject, recording, limits, how)
+    if unsteady and len(how.steps) < recording.steps:
+        every = replace(how, stateful=how.stateful | unsteady)
+        again = _judged(subject, recording, limits, every)
+        if _failing(_judged(subject, recording, limits, how)) == _failing(rows):
+            how, rows = every, again  # skipped steps are what the state that it keeps lacked
     precision = recorded_precision(recording)
     notes: list[str] = []
     if precision and tolerance is None:
         with raised(subject, precision, notes.append):
-            rows += _judged(subject, recording, limits, how, precision)
+            more = _judged(subject, recording, limits, how, precision)
+        failed = [row.note for row in more if row.name.endswith(RAISED)]
+        rows += more if not failed else []
+        notes += [f"not judged in {precision}: the candidate {text}" for text in failed]
     return said_unsteady(comparison_of(rows, _sides(subject, recording, how, notes)))
+
+
+def _failing(rows: Iterable[Row]) -> list[str]:
+    return [row.name for row in rows if not row.verdict.passed]
 
 
 @dataclass(frozen=True)

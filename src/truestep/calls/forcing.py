@@ -29,7 +29,7 @@ from truestep.calls.rebuilding import (
 )
 from truestep.calls.recorder import RUN, scheduler_state, weight_dtype
 from truestep.calls.recording import STATE, WRITTEN, CallRecording, host_copy, key
-from truestep.calls.seen import Change, Forced, Plan, Seen
+from truestep.calls.seen import Change, Forced, Plan, Seen, number
 from truestep.calls.subject import Subject
 from truestep.calls.values import encode, tensors
 from truestep.errors import FOREIGN, TruestepError, one_line
@@ -303,7 +303,7 @@ class Forcing:
         if match.actual is None:
             return None
         if not isinstance(match.actual, torch.Tensor):
-            return torch.tensor(float(match.actual), dtype=torch.float64)
+            return number(match.actual)
         if isinstance(match.recorded, str) and not odd:
             recorded = self.reference.recording[match.recorded]
             actual = plain(match.actual)

@@ -13,13 +13,16 @@ from truestep.calls.boundaries import FUNCTIONS, RANDOM
 from truestep.calls.keys import PRECISIONS, Key, Path, dotted, key_of
 from truestep.calls.recorder import RUN
 from truestep.calls.recording import RANDOM_STATE, STATE, WRITTEN, CallRecording
-from truestep.calls.seen import Forced, Seen
+from truestep.calls.seen import Forced, Seen, number
 from truestep.judge.floor import Limits
 from truestep.judge.repeats import differing, with_second_answers
 from truestep.judge.rows import build_comparison, compare_tensors, tensor_info
 from truestep.keys import Address
 from truestep.recording.manifest import CallEntry
 from truestep.verdict import Comparison, Divergence, Row, Side, TensorInfo, Verdict
+
+RAISED = "(raised)"
+"""End of the name of the row that says what a subject raised."""
 
 WRONG = (Verdict.DRIFTED, Verdict.INVALID)
 
@@ -37,7 +40,7 @@ class Recorded(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         stored = self._names[name]
         if isinstance(stored, float | int):
-            return torch.tensor(float(stored), dtype=torch.float64)
+            return number(stored)
         raised = name.partition("/")[0] in PRECISIONS and name in self._recording
         return self._recording[name if raised else stored]
 
@@ -52,16 +55,31 @@ def pairs(reference: CallRecording, result: Forced) -> dict[str, tuple[torch.Ten
     """What can be set against each other, by key: what came, and what was recorded."""
     recorded = Recorded(reference, result.seen)
     return {
-        name: (_shaped(seen.actual, recorded[name]), recorded[name])
+        name: _comparable(seen, seen.actual, recorded[name])
         for seen in result.seen
         if (name := str(seen.key)) in recorded and seen.actual is not None
     }
 
 
-def _shaped(actual: torch.Tensor, recorded: torch.Tensor) -> torch.Tensor:
-    """A number and a tensor of one element are set against each other."""
-    single = actual.numel() == recorded.numel() == 1
-    return actual.reshape(recorded.shape) if single else actual
+def _comparable(
+    seen: Seen, actual: torch.Tensor, recorded: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two sides as distances take them.
+
+    A number and a tensor of one element are set against each other. What calls are given may hold
+    infinities, as masks do: where both sides hold the same ones, the rest is compared.
+    """
+    if actual.numel() == recorded.numel() == 1:
+        actual = actual.reshape(recorded.shape)
+    if seen.key.side == "out" or not recorded.is_floating_point() or recorded.itemsize < 2:
+        return actual, recorded
+    endless = ~torch.isfinite(recorded)
+    if actual.shape != recorded.shape or not bool(endless.any()):
+        return actual, recorded
+    kept = actual[endless].double().nan_to_num(nan=2.0, posinf=1.0, neginf=-1.0)
+    if not kept.equal(recorded[endless].double().nan_to_num(nan=2.0, posinf=1.0, neginf=-1.0)):
+        return actual, recorded
+    return actual.masked_fill(endless, 0.0), recorded.masked_fill(endless, 0.0)
 
 
 def rows_of(reference: CallRecording, result: Forced, limits: Limits) -> list[Row]:
@@ -212,7 +230,7 @@ def _unexpected_rows(result: Forced) -> Iterator[Row]:
 
 def _raised_row(result: Forced) -> Row:
     return Row(
-        name=str(Key("output", RUN, RUN, 0, "out", ("(raised)",))),
+        name=str(Key("output", RUN, RUN, 0, "out", (RAISED,))),
         verdict=Verdict.INVALID,
         fqn=RUN,
         actual=TensorInfo(dtype="object", shape=()),
@@ -272,7 +290,7 @@ def comparison_of(rows: Sequence[Row], sides: Sides) -> Comparison:
     name = first.name
     key = key_of(name)
     place = place_of(key, first.branch)
-    if first.name.endswith("(raised)"):
+    if first.name.endswith(RAISED):
         place, told = "run", first.note
     elif first.verdict is Verdict.MISSING:
         place, told = place.partition(":")[0], first.note

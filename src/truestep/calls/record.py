@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from truestep.calls.benign import measure
 from truestep.calls.choosing import chosen_steps
+from truestep.calls.classes import Kind, kind_of
 from truestep.calls.precision import with_raised
 from truestep.calls.recorder import recorded
 from truestep.calls.recording import CallRecording, holds_tensors, trees_of
@@ -34,6 +35,9 @@ def record(subject: Subject, *, floor: bool = True) -> CallRecording:
     _refuse_empty(recording)
     elsewhere = recording.recording.manifest.settings.get("elsewhere", {})
     notes = [f"calls of {name} from other threads were not recorded" for name in elsewhere]
+    for name, component in subject.components.items():
+        if kind_of(component) is Kind.SCHEDULER and not recording.stepped_by(name):
+            notes.append(f"{name}.step was never called: is it built anew inside the run?")
     if not floor:
         return recording.with_floor(None, notes)
     steps = chosen_steps(recording)

@@ -69,6 +69,13 @@ class CallRecording:
             found[component].add(method)
         return found
 
+    def stepped_by(self, scheduler: str) -> bool:
+        """Whether a scheduler, or a copy of it, made a step."""
+        return any(
+            method == "step" and component.partition("~")[0] == scheduler
+            for component, method in self.by_method
+        )
+
     def with_floor(self, floor: NoiseFloor | None, notes: Iterable[str] = ()) -> CallRecording:
         """The same calls with a noise floor."""
         manifest = self.recording.manifest

@@ -79,3 +79,9 @@ class Forced:
     unexpected: list[tuple[str, str]] = field(default_factory=list)
     made: int = 0
     raised: str = ""
+
+
+def number(value: float) -> torch.Tensor:
+    """A number as a tensor: in float32, in which such numbers are used, unless it is whole."""
+    narrow = value != round(value) if abs(value) < 1e30 else False
+    return torch.tensor(float(value), dtype=torch.float32 if narrow else torch.float64)
