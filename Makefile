@@ -35,13 +35,13 @@ demo: $(STAMP)
 	$(BIN)/truestep demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-machines: $(STAMP)
-	$(BIN)/python tests/machines.py -- -n 2 --dist loadfile
+	$(BIN)/python tests/machines.py -- -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_machines --output bench/results/machines
 
 lint: $(STAMP)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -334,42 +331,6 @@ def test_an_unwritable_place_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match="could not be written"):
         recording({"x": torch.ones(3)}).save(tmp_path / "file" / "r.safetensors")
-
-
-WRITER = """
-import sys, torch
-from truestep.recording.table import tensor_table
-from truestep.recording.format import Recording
-from truestep.recording.manifest import Manifest
-print("ready", flush=True)
-value = 0
-while True:
-    value += 1
-    tensors = {"x": torch.full((200_000,), float(value))}
-    m = Manifest(tool_version="0", created="", level="full", tensors=tensor_table(tensors))
-    Recording.in_memory(tensors, m).save(sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-def test_killed_writers_leave_a_whole_file(tmp_path: Path) -> None:
-    path = tmp_path / "r.safetensors"
-    recording({"x": torch.zeros(200_000)}).save(path)
-    dice = random.Random(0)
-    for _ in range(8):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        time.sleep(dice.uniform(0.0, 0.08))
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
-        values = Recording.open(path)["x"]
-        assert (values == values[0]).all()
-    recording({"x": torch.ones(2)}).save(path)  # sweeps up after the killed ones
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_what_no_reader_would_take_is_not_put_in_place(tmp_path: Path) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -157,38 +153,3 @@ def test_entries_are_replaced(tmp_path: Path) -> None:
     put_entry(tmp_path, "a", Entry(sha256="1"))
     put_entry(tmp_path, "a", Entry(sha256="2"))
     assert read_lock(tmp_path).references == {"a": Entry(sha256="2")}
-
-
-WRITER = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from pathlib import Path
-from test_store import Store, recording, save
-store, value = Store(Path(sys.argv[1])), 0.0
-print("ready", flush=True)
-while True:
-    value += 1
-    save(store, recording(value), update=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_old_or_new(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    save(store, recording(0.0))
-    dice = random.Random(1)
-    here = str(Path(__file__).parent)
-    for _ in range(10):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), here],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        time.sleep(dice.uniform(0.0, 0.05))
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
-        values = Recording.open(find(store))["x"]
-        assert (values == values[0]).all()
