@@ -225,6 +225,25 @@ def drawing_model() -> Loop:
     return pipeline
 
 
+def complex_rotation() -> Loop:
+    """A model is given complex numbers, as rotary embeddings are, and gives some."""
+    pipeline = Loop()
+    inner = type(pipeline.net).forward
+
+    def forward(net: Any, x: Any, t: Any, text: Any, *, options: Any = None) -> Any:
+        turned = torch.view_as_real(torch.view_as_complex(x.reshape(1, 3, 2)) * options)
+        return (inner(net, turned.reshape(1, 6), t, text)[0], options * 2)
+
+    def predict(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        turn = torch.polar(torch.ones(3), torch.arange(3.0) * 0.1)
+        output, doubled = pipeline.net(x, t, text=text, options=turn)
+        return output * doubled.abs().mean()
+
+    pipeline.net.__class__ = type("Turning", (type(pipeline.net),), {"forward": forward})
+    pipeline.predict = predict  # type: ignore[method-assign]
+    return pipeline
+
+
 class Unseeded(Loop):
     """Noise without a generator, and made in place."""
 
@@ -248,6 +267,7 @@ BUILDS: list[Build] = [
     offloaded,
     opaque_output,
     drawing_model,
+    complex_rotation,
     Unseeded,
 ]
 

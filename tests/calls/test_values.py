@@ -24,6 +24,7 @@ from truestep.calls.rebuilding import (
     laid_over,
     written_back,
 )
+from truestep.calls.recording import host_copy
 from truestep.calls.trees import check_tree
 from truestep.calls.values import encode, holds_state, leaves, opaque, tensors
 
@@ -71,7 +72,7 @@ def stored(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     kept: dict[str, torch.Tensor] = {}
 
     def keep(path: tuple[str, ...], tensor: torch.Tensor) -> str:
-        kept[".".join(path)] = tensor.detach().clone().contiguous()
+        kept[".".join(path)] = host_copy(tensor)
         return ".".join(path)
 
     tree = encode(value, keep)
@@ -165,6 +166,14 @@ def test_memory_order_is_kept() -> None:
     assert again.stride() == tensor.stride()
 
 
+def test_complex_tensors_are_kept_in_real_numbers() -> None:
+    tensor = torch.randn(3, 4, dtype=torch.complex64).conj()
+    tree, kept = stored(tensor)
+    assert kept[""].dtype is torch.float32
+    again = build(tree, kept.__getitem__, HERE)
+    assert again.equal(tensor.resolve_conj())
+
+
 @pytest.mark.parametrize("value", [len, Cruel(), object(), torch.nn.Linear(1, 1), 2**80])
 def test_what_cannot_be_kept_is_opaque_and_says_so(value: Any) -> None:
     tree, _ = stored({"a": value})
@@ -206,6 +215,8 @@ def test_classes_are_built_from_given_packages_only(tmp_path: Path) -> None:
         {"tensor": "t", "order": [0, 0]},
         {"tensor": "t", "order": [0]},
         {"tensor": "t", "more": 1},
+        {"tensor": "t", "complex": 1.5},
+        {"tensor": "t", "complex": True, "order": [1, 0]},
         {"image": "t", "mode": "P"},
         {"list": {"a": 1}},
         {"list": [1], "tuple": [1]},
@@ -221,6 +232,10 @@ def test_classes_are_built_from_given_packages_only(tmp_path: Path) -> None:
         {"object": "os.system", "kind": "call", "fields": []},
         {"object": 1, "kind": "plain", "fields": []},
         {"opaque": "x"},
+        {"dropped": [2**40], "dtype": "float32"},
+        {"dropped": [2], "dtype": "nn"},
+        {"dropped": ["a"], "dtype": "float32"},
+        {"dropped": [1]},
         {"pickle": "gASV"},
     ],
 )

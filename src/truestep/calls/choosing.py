@@ -22,9 +22,17 @@ def chosen_steps(reference: CallRecording, steps: Iterable[int] | None = None) -
     Raises:
         UsageError: A step is out of range, or none was chosen.
     """
+    kept = reference.judged_steps
     if steps is None:
-        return default_steps(reference)
+        return default_steps(reference) if kept is None else kept
     chosen = frozenset(steps)
+    left = [] if kept is None else sorted(chosen - kept)
+    if kept is not None and left:
+        raise UsageError(
+            f"step {left[0]} was left out of this recording",
+            measured=f"it keeps what models need at steps {', '.join(map(str, sorted(kept)))}",
+            hint="record it again with this step",
+        )
     bad = sorted(step for step in chosen if not 0 <= step < reference.steps)
     if bad or (not chosen and reference.steps):
         raise UsageError(

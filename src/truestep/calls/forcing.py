@@ -31,7 +31,7 @@ from truestep.calls.recorder import RUN, scheduler_state, weight_dtype
 from truestep.calls.recording import STATE, WRITTEN, CallRecording, host_copy, key
 from truestep.calls.seen import Change, Forced, Plan, Seen, number
 from truestep.calls.subject import Subject
-from truestep.calls.values import encode, tensors
+from truestep.calls.values import encode, in_real_numbers, tensors
 from truestep.errors import FOREIGN, TruestepError, one_line
 from truestep.measure.distance import same_bits
 from truestep.measure.plain import plain
@@ -48,6 +48,7 @@ class Forcing:
         self._packages: set[str] = set()
         self._last: Arrival | None = None
         self._with_own: set[int] = set()
+        self._judged = reference.judged_steps
         self._shapes = {e.name: e.shape for e in reference.recording.manifest.tensors}
 
     def run(self, subject: Subject) -> Forced:
@@ -139,8 +140,12 @@ class Forcing:
         recorded = self.reference.recording[name]
         precision = self._raised(recorded)
         same = change is None and precision is None
-        if same and same_bits(plain(actual), recorded.to(actual.device)):
+        real = in_real_numbers(plain(actual))
+        if same and same_bits(real, recorded.to(actual.device)):
             return actual
+        if actual.is_complex():
+            changed = recorded.clone() if change is None else change(recorded.clone())
+            return torch.view_as_complex(changed).to(actual.device, actual.dtype)
         value = recorded.reshape(actual.shape).to(precision or recorded.dtype, copy=True)
         if precision is None and actual.is_floating_point() == recorded.is_floating_point():
             value = value.to(actual.dtype)
@@ -284,6 +289,8 @@ class Forcing:
     def _keep(
         self, call: CallEntry, side: Side, matches: Matches, *, note: str = "", effect: bool = False
     ) -> None:
+        if self._judged is not None and call.step is not None and call.step not in self._judged:
+            return  # only what the next steps need was kept of it
         alike = [(match, False) for match in matches.alike]
         for match, odd in [*alike, *((match, True) for match in matches.odd)]:
             self.result.seen.append(
@@ -306,7 +313,7 @@ class Forcing:
             return number(match.actual)
         if isinstance(match.recorded, str) and not odd:
             recorded = self.reference.recording[match.recorded]
-            actual = plain(match.actual)
+            actual = in_real_numbers(plain(match.actual))
             if same_bits(actual, recorded.to(actual.device)):
                 return recorded
         return host_copy(match.actual)

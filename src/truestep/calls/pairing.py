@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from truestep.calls.keys import Path, dotted
-from truestep.calls.values import GENERATOR, Leaf, Tree, encode, leaves
+from truestep.calls.values import GENERATOR, Leaf, Tree, encode, in_real_numbers, leaves
 
 Shape = Callable[[str], tuple[int, ...]]
 """Shape of a recorded tensor."""
@@ -88,7 +88,7 @@ def _places(
     if mine == theirs or len(mine) != len(theirs):
         return {}
     pairs = list(zip(theirs, mine, strict=True))
-    if any(tuple(actual[m].value.shape) != shape(expected[t].value) for t, m in pairs):
+    if any(_sizes(actual[m], shape) != _sizes(expected[t], shape) for t, m in pairs):
         return {}
     return dict(pairs)
 
@@ -97,6 +97,8 @@ def _match(
     result: Matches, path: Path, own: Path, actual: Leaf | None, recorded: Leaf, shape: Shape
 ) -> None:
     numeric = ("tensor", "number")
+    if recorded.kind == "dropped":
+        return
     if recorded.kind not in numeric or (actual is not None and actual.kind not in numeric):
         if recorded.kind in numeric and actual is not None and actual.value is None:
             result.odd.append(Match(path, None, recorded.value))
@@ -127,7 +129,9 @@ def _match(
 def _sizes(leaf: Leaf, shape: Shape) -> tuple[int, ...]:
     if leaf.kind == "number":
         return ()
-    return shape(leaf.value) if isinstance(leaf.value, str) else tuple(leaf.value.shape)
+    if isinstance(leaf.value, str):
+        return shape(leaf.value)
+    return tuple(in_real_numbers(leaf.value).shape)
 
 
 def _extra(result: Matches, path: Path, leaf: Leaf) -> None:

@@ -49,7 +49,11 @@ def build(tree: Tree, fetch: Fetch, packages: Collection[str]) -> Any:
         return build(part, fetch, packages)
 
     if tag == "tensor":
+        if tree.get("complex"):
+            return torch.view_as_complex(fetch(content))
         return ordered(fetch(content), tree.get("order"))
+    if tag == "dropped":
+        return torch.zeros(content, dtype=getattr(torch, tree["dtype"]))
     if tag in ("array", "image"):
         return _media(tree, fetch(content))
     if tag == "list":

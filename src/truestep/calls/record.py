@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from truestep.calls.benign import measure
 from truestep.calls.choosing import chosen_steps
 from truestep.calls.classes import Kind, kind_of
@@ -10,6 +12,7 @@ from truestep.calls.recorder import recorded
 from truestep.calls.recording import CallRecording, holds_tensors, trees_of
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
+from truestep.calls.thinning import thinned
 from truestep.calls.values import tensors
 from truestep.judge.refusals import refuse_empty_content
 from truestep.randomness import own_randomness
@@ -20,12 +23,20 @@ _CONTENT = ("latent", "prediction", "update", "output")
 
 
 @own_randomness()
-def record(subject: Subject, *, floor: bool = True) -> CallRecording:
+def record(
+    subject: Subject,
+    *,
+    floor: bool = True,
+    steps: Iterable[int] | None = None,
+    thin: bool = False,
+) -> CallRecording:
     """Run a trusted subject and keep every call of its components, and the noise floor.
 
     Args:
         subject: See `subject_of`.
         floor: Measure the noise floor (about eight forced runs at a few steps).
+        steps: Where models are run for it; default `default_steps`.
+        thin: Keep only what checks at these steps read; see `thinned`.
 
     Raises:
         UsageError: It gives nothing that could be judged, something else when it is run again, or
@@ -38,15 +49,18 @@ def record(subject: Subject, *, floor: bool = True) -> CallRecording:
     for name, component in subject.components.items():
         if kind_of(component) is Kind.SCHEDULER and not recording.stepped_by(name):
             notes.append(f"{name}.step was never called: is it built anew inside the run?")
+    chosen = chosen_steps(recording, steps)
     if not floor:
-        return recording.with_floor(None, notes)
-    steps = chosen_steps(recording)
+        recording = recording.with_floor(None, notes)
+        return thinned(subject, recording, chosen) if thin else recording
 
     def made(call: CallEntry) -> bool:
-        return call.step is None or call.step in steps
+        return call.step is None or call.step in chosen
 
     recording = with_raised(subject, recording, Plan(made), notes.append)
-    return recording.with_floor(measure(subject, recording, Plan(made), notes.append), notes)
+    measured = measure(subject, recording, Plan(made), notes.append)
+    recording = recording.with_floor(measured, notes)
+    return thinned(subject, recording, chosen) if thin else recording
 
 
 def _refuse_empty(recording: CallRecording) -> None:

@@ -15,7 +15,7 @@ import torch
 from truestep.calls.keys import Key, Side
 from truestep.calls.keys import Path as Place
 from truestep.calls.trees import check_tree
-from truestep.calls.values import Tree, renamed, tensors
+from truestep.calls.values import Tree, in_real_numbers, renamed, tensors
 from truestep.environment import Environment, library_version
 from truestep.errors import FileFormatError
 from truestep.floors import NoiseFloor
@@ -23,6 +23,9 @@ from truestep.measure.plain import plain
 from truestep.recording.format import Recording, bytes_of
 from truestep.recording.header import digest
 from truestep.recording.manifest import CALLS, CallEntry, Manifest, TensorEntry
+
+KEPT_STEPS = "steps"
+"""Setting of a thinned recording: the steps that can be judged by it."""
 
 STATE, WRITTEN, RANDOM_STATE = "(state)", "(written)", "(random)"
 """First part of a path: what a scheduler holds, what a call wrote into an argument, generators."""
@@ -47,6 +50,12 @@ class CallRecording:
     def floor(self) -> NoiseFloor | None:
         """The noise floor, if it was measured."""
         return self.recording.manifest.noise_floor
+
+    @property
+    def judged_steps(self) -> frozenset[int] | None:
+        """Steps that can be judged; None where all can."""
+        kept = self.recording.manifest.settings.get(KEPT_STEPS)
+        return None if kept is None else frozenset(kept)
 
     @property
     def steps(self) -> int:
@@ -86,7 +95,8 @@ class CallRecording:
         self, manifest: Manifest, more: Mapping[str, torch.Tensor] = {}
     ) -> CallRecording:
         """The same tensors, and more of them, under another manifest."""
-        kept = {name: self.recording[name] for name in self.recording}
+        named = [entry.name for entry in manifest.tensors]
+        kept = {name: self.recording[name] for name in named if name in self.recording}
         return CallRecording(Recording.in_memory({**kept, **more}, manifest))
 
     def write(self, path: str | Path) -> str:
@@ -154,7 +164,7 @@ def content_name(tensor: torch.Tensor) -> str:
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that nothing else writes to."""
-    return plain(tensor).to("cpu", copy=True).contiguous()
+    return in_real_numbers(plain(tensor)).to("cpu", copy=True).contiguous()
 
 
 def assembled(

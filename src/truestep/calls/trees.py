@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from truestep.calls.values import IMAGE_MODES, MAX_DEPTH, Tree
+
+MOST_DROPPED = 2**28
+"""Elements of a dropped tensor at most: a gibibyte, once something computes with it."""
 
 _KINDS = ("output", "mapping", "dataclass", "named", "plain")
 
@@ -35,6 +39,8 @@ def check_tree(tree: Tree, ranks: Mapping[str, int], depth: int = 0) -> None:
         _check_tensor(tree, tag, ranks)
     elif tag == "object":
         _check_object(tree, ranks, depth)
+    elif tag == "dropped":
+        _check_dropped(tree, ranks)
     elif tag == "opaque":
         _require(isinstance(content, str) and type(tree.get("state")) is bool, tag)
         _require(extra == {"state"}, tag)
@@ -58,8 +64,18 @@ def _check_tensor(tree: dict[str, Any], tag: str, ranks: Mapping[str, int]) -> N
     ordered = isinstance(order, list) and all(type(axis) is int for axis in order)
     _require(ordered and ("order" not in tree or sorted(order) == [*range(ranks[name])]), tag)
     _require(tag != "image" or tree.get("mode") in IMAGE_MODES, tag)
-    allowed = {"tensor": {"order"}, "array": set(), "image": {"mode"}}[tag]
+    complex_ = tree.get("complex", False)
+    _require(complex_ in (True, False) and not (complex_ and "order" in tree), tag)
+    allowed = {"tensor": {"order", "complex"}, "array": set(), "image": {"mode"}}[tag]
     _require(set(tree) - {tag} <= allowed, tag)
+
+
+def _check_dropped(tree: dict[str, Any], ranks: Mapping[str, int]) -> None:
+    """What takes the place of a dropped tensor may be no larger than what the file holds."""
+    shape = tree["dropped"]
+    _require(set(tree) == {"dropped", "dtype"} and _is_dtype(tree["dtype"]), "dropped")
+    _require(_is_size(shape) and len(shape) < 16, "dropped")
+    _require(math.prod(shape) <= MOST_DROPPED, "dropped")
 
 
 def _check_object(tree: dict[str, Any], ranks: Mapping[str, int], depth: int) -> None:

@@ -3,12 +3,14 @@
 Plain values stand for themselves; everything else is an object with one tag::
 
     {"tensor": NAME, "order": [...]}     dimensions from the outermost in memory, if not 0, 1, 2 ...
+    {"tensor": NAME, "complex": true}    of real and imaginary parts, the last axis
     {"array": NAME} {"image": NAME, "mode": "RGB"}      of numpy and of PIL
     {"list": [...]} {"tuple": [...]} {"dict": [[KEY, VALUE], ...]} {"size": [...]} {"slice": [...]}
     {"float": "nan"} {"complex": [re, im]} {"dtype": "float32"} {"device": "cpu"}
     {"generator": {"device": "cpu", "seed": 0}}
     {"object": "package.module.Class", "kind": KIND, "fields": [[FIELD, VALUE], ...]}
     {"opaque": "package.module.Class", "state": true}   live at replay; `state`: it may change
+    {"dropped": [1, 8], "dtype": "float32"}     a tensor that nothing reads
 
 NAME says which tensor; who encodes decides on it.
 """
@@ -81,7 +83,14 @@ def _encoded_tensor(value: torch.Tensor, keep: Keep, path: Path) -> Tree:
         return _opaque(value)
     order = memory_order(tensor)
     node: dict[str, Any] = {"tensor": keep(path, value)}
+    if tensor.is_complex():
+        return {**node, "complex": True}
     return node if order is None else node | {"order": list(order)}
+
+
+def in_real_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is kept: a complex one with real and imaginary parts as its last axis."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
@@ -207,7 +216,7 @@ class Leaf:
     """One end of a tree.
 
     Attributes:
-        kind: `tensor` (also of arrays and images), `number`, `text` or `opaque`.
+        kind: `tensor` (also of arrays and images), `number`, `text`, `opaque` or `dropped`.
         value: A tensor's name, a number, or what can be compared as it is.
     """
 
@@ -226,8 +235,8 @@ def leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Leaf]]:
         yield path, Leaf("tensor", tree[tag])
     elif tag == "float":
         yield path, Leaf("number", float(tree[tag]))
-    elif tag == "opaque":
-        yield path, Leaf("opaque", tree[tag])
+    elif tag in ("opaque", "dropped"):
+        yield path, Leaf(tag, tree[tag])
     elif tag in _PARTS and tag != "size":
         for name, part in parts(tree):
             yield from leaves(part, (*path, name))
@@ -274,9 +283,36 @@ def renamed(tree: Tree, name: Callable[[Path, str], str], path: Path = ()) -> Tr
     tag = next(iter(tree))
     if tag in _TENSORS:
         return {**tree, tag: name(path, tree[tag])}
+    return rebuilt(tree, lambda part, key: renamed(part, name, (*path, key)))
+
+
+def dropped(
+    tree: Tree,
+    drop: Callable[[Path, str], bool],
+    kind: Callable[[str], tuple[tuple[int, ...], str]],
+    path: Path = (),
+) -> Tree:
+    """A tree without some of its tensors, of which shape and dtype stay.
+
+    Args:
+        drop: Says of a tensor, by path and name, whether it goes.
+        kind: Shape and dtype of a tensor by name.
+        path: Where the tree is.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    if "tensor" in tree and drop(path, tree["tensor"]):
+        shape, dtype = kind(tree["tensor"])
+        return {"dropped": list(shape), "dtype": dtype}
+    return rebuilt(tree, lambda part, name: dropped(part, drop, kind, (*path, name)))
+
+
+def rebuilt(tree: Tree, change: Callable[[Tree, str], Tree]) -> Tree:
+    """A nest's tree with changed members; any other tree as it is."""
+    tag = next(iter(tree))
     if tag not in _PARTS or tag == "size":
         return tree
-    inner = [renamed(part, name, (*path, key)) for key, part in parts(tree)]
+    inner = [change(part, name) for name, part in parts(tree)]
     if tag == "dict":
         return {"dict": [[key, new] for (key, _), new in zip(tree["dict"], inner, strict=True)]}
     if tag == "object":

@@ -1,0 +1,128 @@
+"""Recordings without what no check reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.calls.conftest import TINY
+from tests.calls.loops import Loop, Scheduler
+from truestep.calls.check import check
+from truestep.calls.record import record
+from truestep.calls.recorder import recorded
+from truestep.calls.recording import CallRecording, holds_tensors, read
+from truestep.calls.subject import subject_of
+from truestep.calls.thinning import thinned
+from truestep.calls.values import leaves
+from truestep.errors import UsageError
+from truestep.verdict import Verdict
+
+STEPS = 12
+
+
+def kept(reference: CallRecording, component: str, argument: str) -> list[int | None]:
+    """Steps at which an argument of a component is kept."""
+    return [
+        call.step
+        for call in reference.calls
+        if call.component == component
+        and any(leaf.kind == "tensor" for _, leaf in leaves(call.arguments.get(argument)))
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole() -> CallRecording:
+    return record(TINY["wan"].subject(num_inference_steps=STEPS))
+
+
+@pytest.fixture(scope="module")
+def thin(whole: CallRecording, tmp_path_factory: pytest.TempPathFactory) -> CallRecording:
+    subject = TINY["wan"].subject(num_inference_steps=STEPS)
+    path = tmp_path_factory.mktemp("thin") / "thin.safetensors"
+    thinned(subject, whole, [6, 11]).write(path)
+    return read(path)
+
+
+def test_models_keep_chosen_steps_and_schedulers_what_they_need(
+    whole: CallRecording, thin: CallRecording
+) -> None:
+    assert kept(thin, "transformer", "hidden_states") == [6, 6, 11, 11]
+    # a solver that corrects its last sample goes back to the first
+    assert kept(thin, "scheduler", "model_output") == [*range(STEPS)]
+    outputs = [c.step for c in thin.by_method["transformer", "forward"] if holds_tensors(c)]
+    assert outputs == [6, 6, 11, 11]
+    sizes = [sum(r.recording[name].nbytes for name in r.recording) for r in (thin, whole)]
+    assert sizes[0] < 0.9 * sizes[1]  # latents and outputs are as large as each other here
+    assert len(thin.calls) == len(whole.calls)
+
+
+@pytest.mark.parametrize("fault", [None, "weights", "guidance", "step"])
+def test_a_thinned_recording_judges_as_a_whole_one(
+    whole: CallRecording, thin: CallRecording, fault: str | None
+) -> None:
+    def change(pipeline: Any) -> None:
+        if fault == "weights":
+            next(p for p in pipeline.transformer.parameters() if p.ndim > 1).data.mul_(1.01)
+        if fault == "step":
+            original = pipeline.scheduler.step
+            pipeline.scheduler.step = lambda *a, **k: (original(*a, **k)[0] * 1.001,)
+
+    call = {"num_inference_steps": STEPS}
+    if fault == "guidance":
+        call["guidance_scale"] = 4.1  # type: ignore[assignment]
+    results = [
+        check(TINY["wan"].subject(change, **call), reference, steps=[6, 11])
+        for reference in (thin, whole)
+    ]
+    assert results[0].verdict is results[1].verdict
+    assert results[0].verdict is (Verdict.DRIFTED if fault else Verdict.IDENTICAL)
+    if fault:
+        places = [result.first_divergence for result in results]
+        names = [(p.fqn or "").partition(" at step")[0] for p in places if p is not None]
+        assert names[0] == names[1]
+
+
+def test_a_step_that_was_left_out_cannot_be_checked(thin: CallRecording) -> None:
+    subject = TINY["wan"].subject(num_inference_steps=STEPS)
+    with pytest.raises(UsageError, match="step 3 was left out of this recording"):
+        check(subject, thin, steps=[3])
+    assert "models run at steps 6, 11" in check(subject, thin).looked_at
+
+
+def test_what_nothing_reads_of_an_encoder_is_left_out(tmp_path: Path) -> None:
+    reference = thinned(subject_of(Loop()), recorded(subject_of(Loop())))
+    (first, _) = reference.by_method["encoder", "forward"]
+    kinds = {path[0]: leaf.kind for path, leaf in leaves(first.output)}
+    assert kinds == {"last": "tensor", "unread": "dropped"}
+    assert check(subject_of(Loop()), reference).verdict is Verdict.IDENTICAL
+    pipeline = Loop()
+    pipeline.encoder.embed.weight.data *= 1.01
+    result = check(subject_of(pipeline), reference)
+    assert result.sentence.startswith("drifted: encoder.forward: output last")
+
+
+def test_noise_inside_steps_survives_thinning() -> None:
+    def build() -> Loop:
+        pipeline = Loop(Scheduler(noise=0.1))
+        pipeline.steps = 9
+        return pipeline
+
+    reference = record(subject_of(build()), floor=False, steps=[4], thin=True)
+    assert kept(reference, "net", "x") == [4, 4]
+    assert kept(reference, "scheduler", "velocity") == [3, 4]
+    assert check(subject_of(build()), reference).verdict is Verdict.IDENTICAL
+    other = build()
+    other.scale = 3.1
+    result = check(subject_of(other), reference)
+    assert result.verdict is Verdict.DRIFTED
+    assert "scheduler.step" in result.sentence
+
+
+def test_a_run_without_steps_is_thinned_to_itself() -> None:
+    net = torch.nn.Linear(3, 3)
+    subject = subject_of(net, torch.randn(2, 3))
+    reference = record(subject, thin=True)
+    assert check(subject, reference).verdict is Verdict.IDENTICAL
