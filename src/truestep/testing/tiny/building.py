@@ -125,7 +125,7 @@ def _built(cls: type[Any], *, seed: int, dtype: torch.dtype) -> Any:
         if slot in arguments:
             continue
         change = changes.get(slot)
-        if slot in changes and not isinstance(change, (Use, dict)) and not callable(change):
+        if slot in changes and not isinstance(change, Use | dict | FunctionType):
             arguments[slot] = change
         elif slot == "requires_safety_checker":
             arguments[slot] = False
@@ -193,7 +193,7 @@ def _chosen(
     change = changes.get(slot)
     if isinstance(change, Use):
         return _named(change.cls)
-    if slot in changes and not isinstance(change, dict) and not callable(change):
+    if slot in changes and not isinstance(change, dict | FunctionType):
         return None
     optional = parameter.default is not inspect.Parameter.empty and slot not in NEEDED
     if optional and slot not in changes:
@@ -255,8 +255,10 @@ def _component(
         return cls(**{**DENOISERS[name](facts), **settings})
     if issubclass(cls, diffusers.SchedulerMixin):
         return cls(**{**SCHEDULERS.get(name, {}), **_shifting(cls, facts), **settings})
-    if not inspect.signature(cls.__init__).parameters.keys() - {"self"} or settings:
-        return cls(**settings)
+    if not issubclass(cls, torch.nn.Module) and all(
+        parameter.default is not inspect.Parameter.empty for parameter in parameters(cls).values()
+    ):
+        return cls(**settings)  # guiders and normalisers, at their defaults
     raise UsageError(
         f"no tiny configuration is known for the class {name}",
         where=f"{facts.pipeline}, component {slot}",
@@ -274,7 +276,7 @@ def _tokenizer_of(slot: str, facts: Facts) -> Any:
 
 def _shifting(cls: type[Any], facts: Facts) -> dict[str, Any]:
     """Pipelines that compute a shift from the resolution get a scheduler that uses it."""
-    module = inspect.getmodule(pipeline_class(facts.pipeline))
-    if hasattr(module, "calculate_shift") and "use_dynamic_shifting" in parameters(cls):
+    calls = inspect.getsource(pipeline_class(facts.pipeline).__call__)
+    if "calculate_shift(" in calls and "use_dynamic_shifting" in parameters(cls):
         return {"use_dynamic_shifting": True}
     return {}

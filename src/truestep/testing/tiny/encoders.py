@@ -63,6 +63,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "patch_size": 4,
         "patch_stride": (4, 4),
     },
+    "T5GemmaConfig": {"is_encoder_decoder": False},
+    "T5GemmaModuleConfig": {"query_pre_attn_scalar": 8},
+    "MCLIPConfig": {"numDims": TEXT, "transformerDimensions": TEXT},
     "GPT2Config": {"n_positions": 512, "vocab_size": 64, "max_new_tokens": 8},
     "SpeechT5HifiGanConfig": {
         "model_in_dim": 8,
@@ -145,6 +148,8 @@ def configuration(
             from transformers import CONFIG_MAPPING
 
             part_class = CONFIG_MAPPING[parts[part]]
+        elif part_class.__name__ == "AutoConfig":
+            continue
         values[part] = configuration(part_class, tokenizer)
     for base in reversed(config_class.__mro__):
         values |= CHANGES.get(base.__name__, {})

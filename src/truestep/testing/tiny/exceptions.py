@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from truestep.testing.tiny.facts import Facts
+from truestep.testing.tiny.unets import CROSS_FIRST, IF_UNET, KANDINSKY2_UNET, KANDINSKY22_UNET
 
 Settings = dict[str, Any]
 
@@ -24,51 +25,176 @@ class Use:
     settings: Settings | None = None
 
 
-Change = Use | Settings | Callable[[Facts], Settings] | None | bool | float | str
+Change = Use | Settings | Callable[[Facts], Settings] | None | bool | float | str | tuple[int, ...]
 """A component of another class; arguments of its configuration; none; or a plain argument."""
 
+
+def _beside(f: Facts) -> Settings:
+    """Another latent beside the noisy one."""
+    return {"in_channels": 2 * f.latent}
+
+
+def _masked(f: Facts) -> Settings:
+    """A masked latent and its mask beside the noisy one."""
+    return {"in_channels": 2 * f.latent + 1}
+
+
+def _packed_beside(f: Facts) -> Settings:
+    return {"in_channels": 8 * f.latent, "out_channels": 4 * f.latent}
+
+
+def _first_frame(f: Facts) -> Settings:
+    """Wan's image to video: the encoded frames and four channels of mask."""
+    return {"in_channels": 2 * f.latent + 4, "image_dim": f.text}
+
+
+_DEEP_VAE = {"dim_mult": [1] * 6, "temperal_downsample": [False] * 5, "base_dim": 4}
+"""Edits are computed at a fixed area of a megapixel: an autoencoder that reduces 32-fold."""
+
+_IF_LARGER = {**IF_UNET, "in_channels": 6, "class_embed_type": "timestep"}
+_DEEP_KL = {
+    "block_out_channels": (4,) * 6,
+    "down_block_types": ("DownEncoderBlock2D",) * 6,
+    "up_block_types": ("UpDecoderBlock2D",) * 6,
+    "latent_channels": 16,
+}
+_MONO = {"in_channels": 1, "out_channels": 1}
+_TWO_IMAGES = {"in_channels": 8, "out_channels": 4}
+_T5_BESIDE: dict[str, Change] = {
+    "text_encoder_2": Use("T5EncoderModel"),
+    "tokenizer_2": Use("T5Tokenizer"),
+}
+_SIXTEEN = {"latent_channels": 16}
+_CLIP_IMAGE: dict[str, Change] = {
+    "image_encoder": Use("CLIPVisionModel"),
+    "image_processor": Use("CLIPImageProcessorPil"),
+}
+
 EXCEPTIONS: dict[str, dict[str, Change]] = {
+    "AmusedPipeline": {"scheduler": {"mask_token_id": 31}},
+    "AmusedImg2ImgPipeline": {"scheduler": {"mask_token_id": 31}},
+    "AmusedInpaintPipeline": {"scheduler": {"mask_token_id": 31}},
+    "AudioLDMPipeline": {
+        "vae": _MONO,
+        "unet": {
+            "class_embed_type": "simple_projection",
+            "projection_class_embeddings_input_dim": 32,
+            "class_embeddings_concat": True,
+            "cross_attention_dim": (None, None),
+        },
+    },
+    "AudioLDM2Pipeline": {"vae": _MONO},
+    "MusicLDMPipeline": {
+        "vae": _MONO,
+        "unet": {
+            "class_embed_type": "simple_projection",
+            "projection_class_embeddings_input_dim": 32,
+            "class_embeddings_concat": True,
+            "cross_attention_dim": (None, None),
+        },
+    },
+    "CogVideoXFunControlPipeline": {"transformer": _beside},
+    "CogVideoXImageToVideoPipeline": {
+        "transformer": lambda f: {
+            **_beside(f),
+            "use_rotary_positional_embeddings": True,
+            "use_learned_positional_embeddings": True,
+        }
+    },
+    "CogView4ControlPipeline": {"transformer": _beside},
     "Cosmos2TextToImagePipeline": {"scheduler": {"use_karras_sigmas": True}},
-    "Cosmos2VideoToWorldPipeline": {"scheduler": {"use_karras_sigmas": True}},
+    "Cosmos2VideoToWorldPipeline": {
+        "scheduler": {"use_karras_sigmas": True},
+        "transformer": lambda f: {"in_channels": f.latent + 1},
+    },
+    "Cosmos2_5_PredictBasePipeline": {"transformer": lambda f: {"in_channels": f.latent + 1}},
+    "CosmosVideoToWorldPipeline": {"transformer": lambda f: {"in_channels": f.latent + 1}},
+    "DanceDiffusionPipeline": {"scheduler": Use("IPNDMScheduler")},
+    "FluxControlPipeline": {"transformer": _packed_beside},
+    "FluxControlImg2ImgPipeline": {"transformer": _packed_beside},
+    "FluxControlInpaintPipeline": {"transformer": _packed_beside},
     "FluxFillPipeline": {
         "transformer": lambda f: {
             "in_channels": 4 * (2 * f.latent + 4),
             "out_channels": 4 * f.latent,
         }
     },
-    "WanImageToVideoPipeline": {
-        "transformer": lambda f: {"in_channels": 2 * f.latent + 4, "image_dim": f.text},
-        "image_encoder": Use("CLIPVisionModel"),
-        "image_processor": Use("CLIPImageProcessorPil"),
+    "HunyuanDiTPipeline": _T5_BESIDE,
+    "HunyuanDiTPAGPipeline": _T5_BESIDE,
+    "HunyuanDiTControlNetPipeline": _T5_BESIDE,
+    "HeliosPipeline": {"scheduler": {"stage_range": [0, 1], "stages": 1}},
+    "HunyuanSkyreelsImageToVideoPipeline": {"transformer": _beside},
+    "HunyuanVideoImageToVideoPipeline": {
+        "transformer": lambda f: {**_masked(f), "image_condition_type": "latent_concat"}
     },
-    "CogVideoXImageToVideoPipeline": {
-        "transformer": lambda f: {
-            "in_channels": 2 * f.latent,
-            "use_rotary_positional_embeddings": True,
-            "use_learned_positional_embeddings": True,
-        }
+    "IFPipeline": {"unet": IF_UNET},
+    "IFImg2ImgPipeline": {"unet": IF_UNET},
+    "IFInpaintingPipeline": {"unet": IF_UNET},
+    "IFSuperResolutionPipeline": {"unet": _IF_LARGER},
+    "IFImg2ImgSuperResolutionPipeline": {"unet": _IF_LARGER},
+    "IFInpaintingSuperResolutionPipeline": {"unet": _IF_LARGER},
+    "KandinskyV22ControlnetPipeline": {
+        "unet": {**KANDINSKY22_UNET, "in_channels": 8, "addition_embed_type": "image_hint"}
     },
+    "KandinskyV22ControlnetImg2ImgPipeline": {
+        "unet": {**KANDINSKY22_UNET, "in_channels": 8, "addition_embed_type": "image_hint"}
+    },
+    "Krea2Pipeline": {"text_encoder_select_layers": (0, 1, 2)},
+    "LDMPipeline": {"unet": lambda f: {"in_channels": f.latent, "out_channels": f.latent}},
+    "LDMSuperResolutionPipeline": {
+        "unet": {"in_channels": 6},
+        "vqvae": {"latent_channels": 3},
+    },
+    "LDMTextToImagePipeline": {"unet": Use("UNet2DConditionModel"), "vqvae": Use("AutoencoderKL")},
+    "LatentConsistencyModelPipeline": {"unet": {"time_cond_proj_dim": 32}},
+    "LatentConsistencyModelImg2ImgPipeline": {"unet": {"time_cond_proj_dim": 32}},
+    "LongCatImagePipeline": {"vae": _SIXTEEN},
+    "LongCatImageEditPipeline": {"vae": _DEEP_KL},
+    "LucyEditPipeline": {"transformer": _beside},
+    "MarigoldDepthPipeline": {"unet": _TWO_IMAGES},
+    "MarigoldNormalsPipeline": {"unet": _TWO_IMAGES},
+    "MarigoldIntrinsicsPipeline": {"unet": {"in_channels": 12, "out_channels": 8}},
+    "PIAPipeline": {
+        "unet": _masked,
+        "motion_adapter": Use("MotionAdapter", {"conv_in_channels": 9}),
+    },
+    "PaintByExamplePipeline": {"unet": _masked},
+    "QwenImageEditPipeline": {"vae": _DEEP_VAE},
+    "QwenImageEditInpaintPipeline": {"vae": _DEEP_VAE},
+    "QwenImageEditPlusPipeline": {"vae": _DEEP_VAE},
+    "QwenImageLayeredPipeline": {"vae": _DEEP_VAE},
+    "SanaVideoPipeline": {"vae": Use("AutoencoderKLWan")},
+    "SanaImageToVideoPipeline": {"vae": Use("AutoencoderKLWan")},
+    "SkyReelsV2ImageToVideoPipeline": {"transformer": _first_frame},
+    "StableDiffusion3InpaintPipeline": {"vae": _SIXTEEN},
+    "StableDiffusion3ControlNetInpaintingPipeline": {
+        "controlnet": {"extra_conditioning_channels": 1}
+    },
+    "StableDiffusionAdapterPipeline": {"unet": CROSS_FIRST},
+    "StableDiffusionXLAdapterPipeline": {"unet": CROSS_FIRST},
+    "StableDiffusionDepth2ImgPipeline": {"unet": {"in_channels": 5}},
+    "StableDiffusionInstructPix2PixPipeline": {"unet": _beside},
+    "StableDiffusionXLInstructPix2PixPipeline": {"unet": _beside},
+    "StableDiffusionLDM3DPipeline": {"vae": {"in_channels": 6, "out_channels": 6}},
+    "StableDiffusionModelEditingPipeline": {"scheduler": Use("DDIMScheduler")},
+    "StableDiffusionParadigmsPipeline": {"scheduler": Use("DDIMParallelScheduler")},
+    "StableDiffusionUpscalePipeline": {
+        "unet": {"in_channels": 7, "out_channels": 4, "num_class_embeds": 1000}
+    },
+    "StableVideoDiffusionPipeline": {
+        "image_encoder": {"image_size": 224, "patch_size": 56},
+        "scheduler": {"prediction_type": "v_prediction", "use_karras_sigmas": True},
+    },
+    "WanImageToVideoPipeline": {"transformer": _first_frame, **_CLIP_IMAGE},
 }
-for _name in ("FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline"):
-    EXCEPTIONS[_name] = {
-        "transformer": lambda f: {"in_channels": 8 * f.latent, "out_channels": 4 * f.latent}
-    }
-for _name in ("AudioLDMPipeline", "AudioLDM2Pipeline", "MusicLDMPipeline"):
-    EXCEPTIONS[_name] = {"vae": {"in_channels": 1, "out_channels": 1}}
-_DEEP_VAE = {"dim_mult": [1] * 6, "temperal_downsample": [False] * 5, "base_dim": 4}
-"""Edits are computed at a fixed area of a megapixel: an autoencoder that reduces 32-fold."""
-for _name in (
-    "QwenImageEditPipeline",
-    "QwenImageEditInpaintPipeline",
-    "QwenImageEditPlusPipeline",
-):
-    EXCEPTIONS[_name] = {"vae": _DEEP_VAE}
+"""Changes of components, by the pipeline's class and the component's name."""
 
-CALLS: dict[str, dict[str, Any]] = {
-    "FluxKontextPipeline": {"max_area": 32 * 32},
-    "FluxKontextInpaintPipeline": {"max_area": 32 * 32},
-    "QwenImageEditPipeline": {"height": 64, "width": 64},
-    "QwenImageEditInpaintPipeline": {"height": 64, "width": 64},
-    "QwenImageEditPlusPipeline": {"height": 64, "width": 64},
-}
-"""Arguments of a call beside those that its parameters' names choose; None takes one away."""
+for _name in ("", "Img2Img", "Inpaint"):
+    EXCEPTIONS[f"Kandinsky{_name}Pipeline"] = {"unet": KANDINSKY2_UNET}
+    EXCEPTIONS[f"Kandinsky{_name}CombinedPipeline"] = {"unet": KANDINSKY2_UNET}
+    EXCEPTIONS[f"KandinskyV22{_name}Pipeline"] = {"unet": KANDINSKY22_UNET}
+    EXCEPTIONS[f"KandinskyV22{_name}CombinedPipeline"] = {"unet": KANDINSKY22_UNET}
+for _name in ("Kandinsky", "KandinskyV22"):
+    for _kind in ("Inpaint", "InpaintCombined"):
+        _unet = KANDINSKY2_UNET if _name == "Kandinsky" else KANDINSKY22_UNET
+        EXCEPTIONS[f"{_name}{_kind}Pipeline"] = {"unet": {**_unet, "in_channels": 9}}

@@ -18,6 +18,12 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     },
     "PNDMScheduler": {**_DIFFUSION, "skip_prk_steps": True, "steps_offset": 1},
     "EulerDiscreteScheduler": {**_DIFFUSION, "timestep_spacing": "leading", "steps_offset": 1},
+    "DDIMParallelScheduler": {
+        **_DIFFUSION,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    },
     "LMSDiscreteScheduler": _DIFFUSION,
     "LCMScheduler": {**_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False},
     "DPMSolverMultistepScheduler": {},

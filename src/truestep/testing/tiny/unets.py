@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from truestep.testing.tiny.encoders import TEXT
 from truestep.testing.tiny.facts import Facts, Table
 
 _CROSS = ("DownBlock2D", "CrossAttnDownBlock2D")
@@ -120,6 +121,48 @@ def _cascade(f: Facts) -> dict[str, Any]:
     }
 
 
+CROSS_FIRST: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+"""The order of blocks that an adapter's features fit."""
+
+_SIMPLE: dict[str, Any] = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "resnet_time_scale_shift": "scale_shift",
+    "cross_attention_dim": 16,
+}
+
+IF_UNET: dict[str, Any] = {
+    **_SIMPLE,
+    "in_channels": 3,
+    "out_channels": 6,
+    "encoder_hid_dim": TEXT,
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 2,
+    "act_fn": "gelu",
+}
+"""A U-Net of DeepFloyd IF: pixels, and a variance beside the noise."""
+
+KANDINSKY2_UNET: dict[str, Any] = {
+    **_SIMPLE,
+    "out_channels": 8,
+    "encoder_hid_dim": TEXT,
+    "encoder_hid_dim_type": "text_image_proj",
+    "addition_embed_type": "text_image",
+}
+"""A U-Net of Kandinsky 2.1: text and an image embedding."""
+
+KANDINSKY22_UNET: dict[str, Any] = {
+    **KANDINSKY2_UNET,
+    "encoder_hid_dim_type": "image_proj",
+    "addition_embed_type": "image",
+}
+"""A U-Net of Kandinsky 2.2: an image embedding only."""
+
+
 UNETS: Table = {
     "UNet2DConditionModel": _unet,
     "UNet2DModel": _unet_2d,
@@ -140,7 +183,7 @@ UNETS: Table = {
         "time_embedding_dim": 8,
         "groups": 4,
         "attention_head_dim": 4,
-        "layers_per_block": 1,
+        "layers_per_block": 3,
         "block_out_channels": (16, 32),
         "cross_attention_dim": 8,
         "encoder_hid_dim": f.text,
@@ -218,6 +261,24 @@ UNETS: Table = {
         "adapter_type": "full_adapter_xl" if "XL" in f.pipeline else "full_adapter",
     },
     "StableCascadeUNet": _cascade,
+    "UnCLIPTextProjModel": lambda f: {
+        "clip_extra_context_tokens": 2,
+        "clip_embeddings_dim": f.text,
+        "time_embed_dim": 32,
+        "cross_attention_dim": 16,
+    },
+    "ControlNetXSAdapter": lambda f: {
+        "conditioning_embedding_out_channels": (8, 16),
+        "num_attention_heads": 2,
+        "block_out_channels": (4, 8),
+        "base_block_out_channels": (8, 16),
+        "cross_attention_dim": f.text * (2 if _sdxl(f) else 1),
+        "down_block_types": _CROSS,
+        "sample_size": 16,
+        "max_norm_num_groups": 2,
+        "use_linear_projection": _sdxl(f),
+        "learn_time_embedding": True,
+    },
     "StableUnCLIPImageNormalizer": lambda f: {"embedding_dim": f.text},
     "UVit2DModel": lambda f: {
         "hidden_size": 16,

@@ -69,8 +69,8 @@ def _cogvideo(f: Facts) -> dict[str, Any]:
         "time_embed_dim": 8,
         "text_embed_dim": f.text,
         "num_layers": 2,
-        "sample_width": 2,
-        "sample_height": 2,
+        "sample_width": 4,
+        "sample_height": 4,
         "sample_frames": 9,
         "patch_size": 2,
         "temporal_compression_ratio": 4,
@@ -91,7 +91,7 @@ def _kandinsky5(f: Facts) -> dict[str, Any]:
         "num_text_blocks": 1,
         "num_visual_blocks": 2,
         "axes_dims": (1, 1, 2),
-        "visual_cond": "2I" in f.pipeline or "I2" in f.pipeline,
+        "visual_cond": "5I2" in f.pipeline,
         "attention_type": "regular",
     }
 

@@ -48,5 +48,5 @@ def _scaled(
         centre = 1.0 if norm and "table" not in last else 0.0
         return centre + 0.1 * noise
     if last in ("weight", "original1", "weight_v") or "proj" in last:
-        return noise / math.sqrt(max(1, parameter.numel() // parameter.shape[0]))
+        return noise / math.sqrt(max(1, parameter.numel() // max(1, parameter.shape[0])))
     return 0.3 * noise
