@@ -43,8 +43,11 @@ SAMPLE = [
     "PixArtSigmaPipeline",
     "AudioLDM2Pipeline",
     "StableAudioPipeline",
+    "flux/FluxAutoBlocks/image2image",
+    "qwenimage/QwenImageAutoBlocks/text2image",
+    "wan/WanBlocks",
 ]
-"""One or two of each common family."""
+"""One or two of each common family, and modular ones."""
 
 
 def leaves(value: Any) -> Iterator[torch.Tensor]:
@@ -62,7 +65,9 @@ def leaves(value: Any) -> Iterator[torch.Tensor]:
 
 
 def run(pipe: Any, name: str) -> list[torch.Tensor]:
-    pipe.set_progress_bar_config(disable=True)
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return list(leaves(pipe(**tiny.example_call(name))))
@@ -144,6 +149,25 @@ def test_an_unknown_class_is_named_with_its_neighbours() -> None:
     assert "has no pipeline 'FluxPipline'" in str(caught.value)
     assert "nearest names: FluxPipeline" in str(caught.value)
     assert caught.value.hint == "truestep tiny FluxPipeline tiny"
+
+
+def test_an_unknown_modular_configuration_is_named_with_its_neighbours() -> None:
+    with pytest.raises(UsageError, match="no modular configuration 'flux/FluxBlocks'") as caught:
+        tiny.pipeline("flux/FluxBlocks")
+    assert "flux/FluxAutoBlocks/text2image" in str(caught.value)
+
+
+def test_what_cannot_be_built_says_why() -> None:
+    with pytest.raises(UsageError, match="runs exported ONNX graphs"):
+        tiny.pipeline("OnnxStableDiffusionPipeline")
+    with pytest.raises(UsageError, match="needs packages of which one is not installed"):
+        tiny.pipeline("SpectrogramDiffusionPipeline")
+
+
+def test_what_is_listed_can_be_asked_for() -> None:
+    assert {"FluxPipeline", "WanVACEPipeline"} <= set(tiny.names())
+    assert not [name for name in tiny.names() if "Modular" in name or "Blocks" in name]
+    assert {"flux/FluxAutoBlocks/image2image", "wan/WanBlocks"} <= set(tiny.modular_names())
 
 
 def test_an_unknown_type_is_refused() -> None:

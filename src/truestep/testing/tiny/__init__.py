@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-__all__ = ["example_call", "names", "pipeline", "save"]
+__all__ = ["example_call", "modular_names", "names", "pipeline", "save"]
 
 
 def names() -> list[str]:
@@ -19,11 +19,18 @@ def names() -> list[str]:
     return building.names()
 
 
+def modular_names() -> list[str]:
+    """Configurations of modular pipelines, as `flux/FluxAutoBlocks/text2image`."""
+    from truestep.testing.tiny import modular
+
+    return modular.names()
+
+
 def pipeline(name: str, *, seed: int = 0, dtype: str = "float32") -> Any:
     """Build a tiny pipeline with random weights, on the CPU.
 
     Args:
-        name: A class of diffusers, as `FluxPipeline`.
+        name: A class of diffusers, as `FluxPipeline`, or a modular configuration.
         seed: Seed of the weights; the same seed gives the same bits.
         dtype: Type of the weights, as `float32` or `bfloat16`.
 
@@ -41,6 +48,10 @@ def pipeline(name: str, *, seed: int = 0, dtype: str = "float32") -> Any:
     kind = getattr(torch, dtype, None)
     if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise UsageError(f"no floating-point type {dtype!r}", hint="--dtype bfloat16")
+    if "/" in name:
+        from truestep.testing.tiny import modular
+
+        return modular.build(name, seed=seed, dtype=kind)
     return build(pipeline_class(name), seed=seed, dtype=kind)
 
 
@@ -53,6 +64,10 @@ def example_call(name: str, *, seed: int = 0) -> dict[str, Any]:
     from truestep.testing.tiny.building import pipeline_class
     from truestep.testing.tiny.calls import example_call
 
+    if "/" in name:
+        from truestep.testing.tiny import modular
+
+        return modular.example_call(name, seed=seed)
     return example_call(pipeline_class(name), seed=seed)
 
 

@@ -8,6 +8,7 @@ import re
 import typing
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import FunctionType, UnionType
 from typing import Any
@@ -21,7 +22,7 @@ from truestep.testing.tiny import tokenizers
 from truestep.testing.tiny.autoencoders import AUTOENCODERS
 from truestep.testing.tiny.denoisers import DENOISERS
 from truestep.testing.tiny.encoders import configuration
-from truestep.testing.tiny.exceptions import EXCEPTIONS, Change, Use
+from truestep.testing.tiny.exceptions import EXCEPTIONS, OBSTACLES, Change, Use
 from truestep.testing.tiny.facts import Facts
 from truestep.testing.tiny.processors import IMAGES, WITH_TOKENIZER
 from truestep.testing.tiny.schedulers import ANY, SCHEDULERS
@@ -31,12 +32,15 @@ from truestep.testing.tiny.words import texts
 LEFT_OUT = ("SafetyChecker", "Watermarker")
 """Ends of the names of classes that judge or mark a picture: left out, as pipelines allow."""
 
-_NOT_STANDARD = re.compile("Modular|Output|Legacy|AutoPipeline|^DiffusionPipeline$|Mixin")
+_NOT_STANDARD = re.compile(
+    "Modular|Output|Legacy|AutoPipeline|^DiffusionPipeline$|Mixin|Blocks|Quantization"
+)
 
 ABSTRACT = {
     "PreTrainedModel": "Qwen3Model",
     "GemmaPreTrainedModel": "GemmaModel",
     "Gemma2PreTrainedModel": "Gemma2Model",
+    "BaseGuidance": "ClassifierFreeGuidance",
     "SchedulerMixin": "FlowMatchEulerDiscreteScheduler",
 }
 """What is built where a pipeline asks for any model or scheduler of a kind."""
@@ -98,6 +102,8 @@ def build(cls: type[Any], *, seed: int, dtype: torch.dtype) -> Any:
     Raises:
         UsageError: A component's class has no tiny configuration.
     """
+    if cls.__name__ in OBSTACLES:
+        raise UsageError(f"no tiny {cls.__name__}: {OBSTACLES[cls.__name__]}")
     with warnings.catch_warnings():  # what libraries say of their own insides
         warnings.simplefilter("ignore")
         return _built(cls, seed=seed, dtype=dtype)
@@ -107,19 +113,16 @@ def _built(cls: type[Any], *, seed: int, dtype: torch.dtype) -> Any:
     changes = EXCEPTIONS.get(cls.__name__, {})
     hints = resolved(cls)
     slots = {
-        slot: chosen
+        slot: kind
         for slot, parameter in parameters(cls).items()
-        if (chosen := _chosen(slot, parameter, hints.get(slot), changes)) is not None
+        if (kind := _chosen(slot, parameter, hints.get(slot), changes)) is not None
     }
-    _name_tokenizers(slots)
-    facts = Facts(cls.__name__, {slot: kind.__name__ for slot, kind in slots.items()})
-    sentences = texts(cls.__module__)
-    for slot in sorted(slots, key=lambda slot: _order(slots[slot].__name__, slots[slot])):
-        component = _component(slot, slots[slot], changes.get(slot), facts, sentences)
-        if isinstance(component, torch.nn.Module):
-            randomise(component, seed=seed, name=slot)
-            cast(component.eval(), dtype)
-        facts.built[slot] = component
+    facts = Facts(
+        cls.__name__,
+        {slot: kind.__name__ for slot, kind in slots.items()},
+        shifts="calculate_shift(" in inspect.getsource(cls.__call__),
+    )
+    build_components(slots, changes, facts, texts(cls.__module__), Draw(seed, dtype))
     arguments: dict[str, Any] = dict(facts.built)
     for slot, parameter in parameters(cls).items():
         if slot in arguments:
@@ -134,6 +137,33 @@ def _built(cls: type[Any], *, seed: int, dtype: torch.dtype) -> Any:
         elif parameter.default is inspect.Parameter.empty:
             arguments[slot] = NoChecker() if "Cosmos" in cls.__name__ else None
     return _unchecked(cls, arguments)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What weights are drawn with, and their type."""
+
+    seed: int
+    dtype: torch.dtype
+
+
+def build_components(
+    slots: dict[str, type[Any]],
+    changes: Mapping[str, Change],
+    facts: Facts,
+    sentences: tuple[str, ...],
+    draw: Draw,
+) -> dict[str, Any]:
+    """Build components in the order in which they must agree; they are put into the facts, too."""
+    _name_tokenizers(slots)
+    for slot in sorted(slots, key=lambda slot: _order(slots[slot].__name__, slots[slot])):
+        here = replace(facts, slot=slot)
+        component = _component(slot, slots[slot], changes.get(slot), here, sentences)
+        if isinstance(component, torch.nn.Module):
+            randomise(component, seed=draw.seed, name=slot)
+            cast(component.eval(), draw.dtype)
+        facts.built[slot] = component
+    return facts.built
 
 
 def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -186,6 +216,19 @@ def _named(name: str) -> type[Any]:
     raise UsageError(f"neither diffusers nor transformers has the class {name}")
 
 
+def chosen(annotation: Any, change: Change = None) -> type[Any] | None:
+    """The class to build for an annotation, or None where there is none that can be."""
+    if isinstance(change, Use):
+        return _named(change.cls)
+    members = [member for member in _members(annotation) if _buildable(member)]
+    if not members:
+        return None
+    if issubclass(members[0], Enum):
+        return _named(ANY)
+    abstract = ABSTRACT.get(members[0].__name__)
+    return _named(abstract) if abstract else members[0]
+
+
 def _chosen(
     slot: str, parameter: inspect.Parameter, annotation: Any, changes: Mapping[str, Change]
 ) -> type[Any] | None:
@@ -198,13 +241,7 @@ def _chosen(
     optional = parameter.default is not inspect.Parameter.empty and slot not in NEEDED
     if optional and slot not in changes:
         return None
-    members = [member for member in _members(annotation) if _buildable(member)]
-    if not members:
-        return None
-    first = members[0]
-    if issubclass(first, Enum):
-        return _named(ANY)
-    return _named(ABSTRACT[first.__name__]) if first.__name__ in ABSTRACT else first
+    return chosen(annotation)
 
 
 def _buildable(member: type[Any]) -> bool:
@@ -276,7 +313,6 @@ def _tokenizer_of(slot: str, facts: Facts) -> Any:
 
 def _shifting(cls: type[Any], facts: Facts) -> dict[str, Any]:
     """Pipelines that compute a shift from the resolution get a scheduler that uses it."""
-    calls = inspect.getsource(pipeline_class(facts.pipeline).__call__)
-    if "calculate_shift(" in calls and "use_dynamic_shifting" in parameters(cls):
+    if facts.shifts and "use_dynamic_shifting" in parameters(cls):
         return {"use_dynamic_shifting": True}
     return {}

@@ -39,11 +39,8 @@ ARGUMENTS: dict[str, Maker] = {
     "video": frames,
     "control_video": lambda seed: frames(seed + 1),
     "conditioning_frames": lambda seed: frames(seed + 1),
-    "image_embeds": lambda seed: tensor(seed, 1, TEXT),
-    "negative_image_embeds": lambda seed: tensor(seed + 1, 1, TEXT),
-    "hint": lambda seed: tensor(seed, 1, 3, 4 * SIDE, 4 * SIDE),
-    "image_embeddings": lambda seed: tensor(seed, 1, LATENT_CASCADE, 4, 4),
     "text_encoder_out_layers": lambda _: (0, 1, 2),
+    "guidance_schedule": lambda _: [7.0, 5.0, 3.0],
     "audio_length_in_s": lambda _: 0.5,
     "audio_end_in_s": lambda _: 0.5,
     "audio_duration": lambda _: 0.5,
@@ -52,7 +49,19 @@ ARGUMENTS: dict[str, Maker] = {
 }
 """Arguments given wherever a call has a parameter of the name, whether it has a default or not."""
 
+REQUIRED: dict[str, Maker] = {
+    "image_embeds": lambda seed: tensor(seed, 1, TEXT),
+    "negative_image_embeds": lambda seed: tensor(seed + 1, 1, TEXT),
+    "hint": lambda seed: tensor(seed, 1, 3, 4 * SIDE, 4 * SIDE),
+    "image_embeddings": lambda seed: tensor(seed, 1, LATENT_CASCADE, 4, 4),
+    "last_image": lambda seed: picture(seed + 4),
+    "pose_video": lambda seed: frames(seed + 1),
+    "face_video": lambda seed: frames(seed + 2),
+}
+"""Arguments given where a call has no default for them."""
+
 _EDIT = {"height": 64, "width": 64}
+_HELIOS = {"video": lambda seed: frames(seed, 33)}
 _TWO_FRAMES = {"video_length": 2, "t0": 1, "t1": 2, "output_type": "np"}
 _SPRINT = {"num_inference_steps": 2, "negative_prompt": None}
 
@@ -73,23 +82,44 @@ CALLS: dict[str, dict[str, Any]] = {
         "prompt": '{"short_description": "a cube", "edit_instruction": "make it red"}',
         "max_sequence_length": 128,
     },
-    "EasyAnimateInpaintPipeline": {"video": lambda seed: tensor(seed, 1, 3, 5, SIDE, SIDE)},
+    "EasyAnimateInpaintPipeline": {
+        "video": lambda seed: tensor(seed, 1, 3, 5, SIDE, SIDE),
+        "mask_video": lambda seed: tensor(seed, 1, 1, 5, SIDE, SIDE).sign(),
+        "num_frames": 5,
+    },
     "Flux2KleinPipeline": {"image": lambda seed: picture(seed, 64)},
     "Flux2KleinKVPipeline": {"image": lambda seed: picture(seed, 64)},
     "Flux2Pipeline": {"image": lambda seed: picture(seed, 64)},
     "HeliosPyramidPipeline": _EDIT,
+    "HeliosPyramidAutoBlocks": _EDIT,
+    "HeliosPyramidDistilledAutoBlocks": _EDIT,
+    "helios/HeliosAutoBlocks/video2video": _HELIOS,
+    "helios/HeliosPyramidAutoBlocks/video2video": _HELIOS,
+    "helios/HeliosPyramidDistilledAutoBlocks/video2video": _HELIOS,
+    "FluxControlNetPipeline": {"control_mode": None},
+    "FluxControlNetImg2ImgPipeline": {"control_mode": None},
+    "FluxControlNetInpaintPipeline": {"control_mode": None},
+    "flux/FluxKontextAutoBlocks/image_conditioned": _EDIT,
+    "flux2/Flux2KleinAutoBlocks/image_conditioned": {"image": lambda seed: picture(seed, 64)},
+    "flux2/Flux2KleinBaseAutoBlocks/image_conditioned": {"image": lambda seed: picture(seed, 64)},
+    "QwenImageEditAutoBlocks": _EDIT,
+    "QwenImageEditPlusAutoBlocks": _EDIT,
     "FluxKontextPipeline": {"max_area": SIDE * SIDE},
     "FluxKontextInpaintPipeline": {"max_area": SIDE * SIDE},
     "Kandinsky5I2IPipeline": {"max_sequence_length": 256},
+    "Ideogram4Pipeline": {"max_sequence_length": 64},
     "KandinskyCombinedPipeline": {"prior_num_inference_steps": 2},
     "LatentConsistencyModelPipeline": {"original_inference_steps": 50},
     "LatentConsistencyModelImg2ImgPipeline": {"original_inference_steps": 50},
+    "LongCatImagePipeline": {"enable_prompt_rewrite": False},
     "NucleusMoEImagePipeline": {"return_index": -1},
     "QwenImageEditPipeline": _EDIT,
     "QwenImageEditInpaintPipeline": _EDIT,
     "QwenImageEditPlusPipeline": _EDIT,
     "SanaSprintPipeline": _SPRINT,
     "SanaSprintImg2ImgPipeline": {**_SPRINT, "strength": 1.0},
+    "StableAudio3AudioToAudioPipeline": {"audio": lambda seed: tensor(seed, 1, 2, 64)},
+    "StableAudio3InpaintPipeline": {"audio": lambda seed: tensor(seed, 1, 2, 64)},
     "StableDiffusionAttendAndExcitePipeline": {
         "token_indices": [2, 3],
         "max_iter_to_alter": 1,
@@ -111,11 +141,21 @@ def example_call(cls: type[Any], *, seed: int) -> dict[str, Any]:
     """Arguments for one quick call of a tiny pipeline of this class, with a new generator."""
     signature = inspect.signature(cls.__call__).parameters
     call = {name: make(seed) for name, make in ARGUMENTS.items() if name in signature}
+    call |= {
+        name: make(seed)
+        for name, make in REQUIRED.items()
+        if name in signature and signature[name].default is inspect.Parameter.empty
+    }
     if {"image", "video"} <= set(call) and signature["video"].default is None:
         del call["video"]  # either is taken, not both
-    for name, value in CALLS.get(cls.__name__, {}).items():
+    return changed(call, cls.__name__, seed)
+
+
+def changed(call: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
+    """A call with what the table says of a pipeline put in or taken away."""
+    for argument, value in CALLS.get(name, {}).items():
         if value is None:
-            call.pop(name, None)
+            call.pop(argument, None)
         else:
-            call[name] = value(seed) if isinstance(value, FunctionType) else value
+            call[argument] = value(seed) if isinstance(value, FunctionType) else value
     return call

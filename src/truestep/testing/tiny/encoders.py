@@ -65,7 +65,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "T5GemmaConfig": {"is_encoder_decoder": False},
     "T5GemmaModuleConfig": {"query_pre_attn_scalar": 8},
-    "MCLIPConfig": {"numDims": TEXT, "transformerDimensions": TEXT},
+    "MCLIPConfig": {"imageDimSize": TEXT, "transformerDimSize": TEXT},
     "GPT2Config": {"n_positions": 512, "vocab_size": 64, "max_new_tokens": 8},
     "SpeechT5HifiGanConfig": {
         "model_in_dim": 8,
@@ -92,6 +92,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "SmolLM3Config": {"sliding_window": None, "use_sliding_window": False},
     "MistralConfig": {"sliding_window": None},
     "Ministral3Config": {"sliding_window": None},
+    "T5Gemma2TextConfig": {"dropout_rate": 0.0, "query_pre_attn_scalar": 8},
     "LlavaConfig": {"vision_feature_layer": -2, "image_seq_length": 16},
     "Mistral3Config": {"vision_feature_layer": -1},
     "PixtralVisionConfig": {"patch_size": 8},
@@ -134,7 +135,9 @@ def configuration(
     Returns:
         The configuration.
     """
-    names = set(inspect.signature(config_class.__init__).parameters)
+    names: set[str] = set()
+    for base in config_class.__mro__:
+        names |= set(inspect.signature(base.__init__).parameters)
     values: dict[str, Any] = {name: SIZES[name] for name in names & set(SIZES)}
     if "max_position_embeddings" in names:
         values["max_position_embeddings"] = POSITIONS

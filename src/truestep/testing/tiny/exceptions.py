@@ -51,6 +51,13 @@ def _first_frame(f: Facts) -> Settings:
 _DEEP_VAE = {"dim_mult": [1] * 6, "temperal_downsample": [False] * 5, "base_dim": 4}
 """Edits are computed at a fixed area of a megapixel: an autoencoder that reduces 32-fold."""
 
+_EIGHTFOLD = {
+    "block_out_channels": (8,) * 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+"""For pipelines that divide sizes by 8 themselves."""
+
 _IF_LARGER = {**IF_UNET, "in_channels": 6, "class_embed_type": "timestep"}
 _DEEP_KL = {
     "block_out_channels": (4,) * 6,
@@ -60,7 +67,16 @@ _DEEP_KL = {
 }
 _MONO = {"in_channels": 1, "out_channels": 1}
 _TWO_IMAGES = {"in_channels": 8, "out_channels": 4}
+_SOUND_UNET = {
+    "class_embed_type": "simple_projection",
+    "projection_class_embeddings_input_dim": 32,
+    "class_embeddings_concat": True,
+    "cross_attention_dim": (8, 16),
+}
+"""Sound is conditioned by a class embedding; attention looks at the sound itself."""
+
 _T5_BESIDE: dict[str, Change] = {
+    "vae": _EIGHTFOLD,
     "text_encoder_2": Use("T5EncoderModel"),
     "tokenizer_2": Use("T5Tokenizer"),
 }
@@ -70,29 +86,25 @@ _CLIP_IMAGE: dict[str, Change] = {
     "image_processor": Use("CLIPImageProcessorPil"),
 }
 
+_DEEP_WAN = {
+    "dim_mult": [1] * 6,
+    "temperal_downsample": [False, False, False, True, True],
+    "scale_factor_spatial": 32,
+}
+_AMUSED: dict[str, Change] = {
+    "scheduler": {"mask_token_id": 31},
+    "vqvae": {"lookup_from_codebook": True},
+}
+
 EXCEPTIONS: dict[str, dict[str, Change]] = {
-    "AmusedPipeline": {"scheduler": {"mask_token_id": 31}},
-    "AmusedImg2ImgPipeline": {"scheduler": {"mask_token_id": 31}},
-    "AmusedInpaintPipeline": {"scheduler": {"mask_token_id": 31}},
-    "AudioLDMPipeline": {
-        "vae": _MONO,
-        "unet": {
-            "class_embed_type": "simple_projection",
-            "projection_class_embeddings_input_dim": 32,
-            "class_embeddings_concat": True,
-            "cross_attention_dim": (None, None),
-        },
-    },
+    "AltDiffusionPipeline": {"text_encoder": {"project_dim": 32}},
+    "AltDiffusionImg2ImgPipeline": {"text_encoder": {"project_dim": 32}},
+    "AmusedPipeline": _AMUSED,
+    "AmusedImg2ImgPipeline": _AMUSED,
+    "AmusedInpaintPipeline": _AMUSED,
+    "AudioLDMPipeline": {"vae": _MONO, "unet": _SOUND_UNET},
     "AudioLDM2Pipeline": {"vae": _MONO},
-    "MusicLDMPipeline": {
-        "vae": _MONO,
-        "unet": {
-            "class_embed_type": "simple_projection",
-            "projection_class_embeddings_input_dim": 32,
-            "class_embeddings_concat": True,
-            "cross_attention_dim": (None, None),
-        },
-    },
+    "MusicLDMPipeline": {"text_encoder": Use("ClapModel"), "vae": _MONO, "unet": _SOUND_UNET},
     "CogVideoXFunControlPipeline": {"transformer": _beside},
     "CogVideoXImageToVideoPipeline": {
         "transformer": lambda f: {
@@ -122,11 +134,15 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
     "HunyuanDiTPipeline": _T5_BESIDE,
     "HunyuanDiTPAGPipeline": _T5_BESIDE,
     "HunyuanDiTControlNetPipeline": _T5_BESIDE,
+    "FluxPriorReduxPipeline": {"image_embedder": {"txt_in_features": 4096}},
     "HeliosPipeline": {"scheduler": {"stage_range": [0, 1], "stages": 1}},
     "HunyuanSkyreelsImageToVideoPipeline": {"transformer": _beside},
     "HunyuanVideoImageToVideoPipeline": {
-        "transformer": lambda f: {**_masked(f), "image_condition_type": "latent_concat"}
+        "image_processor": Use("CLIPImageProcessorPil"),
+        "text_encoder": {"pad_token_id": 3},
+        "transformer": lambda f: {**_masked(f), "image_condition_type": "latent_concat"},
     },
+    "Ideogram4Pipeline": {"text_encoder": Use("Qwen3VLModel")},
     "IFPipeline": {"unet": IF_UNET},
     "IFImg2ImgPipeline": {"unet": IF_UNET},
     "IFInpaintingPipeline": {"unet": IF_UNET},
@@ -139,6 +155,7 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
     "KandinskyV22ControlnetImg2ImgPipeline": {
         "unet": {**KANDINSKY22_UNET, "in_channels": 8, "addition_embed_type": "image_hint"}
     },
+    "JoyImageEditPipeline": {"vae": _DEEP_WAN},
     "Krea2Pipeline": {"text_encoder_select_layers": (0, 1, 2)},
     "LDMPipeline": {"unet": lambda f: {"in_channels": f.latent, "out_channels": f.latent}},
     "LDMSuperResolutionPipeline": {
@@ -155,7 +172,6 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
     "MarigoldNormalsPipeline": {"unet": _TWO_IMAGES},
     "MarigoldIntrinsicsPipeline": {"unet": {"in_channels": 12, "out_channels": 8}},
     "PIAPipeline": {
-        "unet": _masked,
         "motion_adapter": Use("MotionAdapter", {"conv_in_channels": 9}),
     },
     "PaintByExamplePipeline": {"unet": _masked},
@@ -163,10 +179,15 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
     "QwenImageEditInpaintPipeline": {"vae": _DEEP_VAE},
     "QwenImageEditPlusPipeline": {"vae": _DEEP_VAE},
     "QwenImageLayeredPipeline": {"vae": _DEEP_VAE},
+    "SanaSprintPipeline": {"scheduler": Use("SCMScheduler")},
+    "SanaSprintImg2ImgPipeline": {"scheduler": Use("SCMScheduler")},
     "SanaVideoPipeline": {"vae": Use("AutoencoderKLWan")},
     "SanaImageToVideoPipeline": {"vae": Use("AutoencoderKLWan")},
     "SkyReelsV2ImageToVideoPipeline": {"transformer": _first_frame},
     "StableDiffusion3InpaintPipeline": {"vae": _SIXTEEN},
+    "QwenImageControlNetInpaintPipeline": {
+        "controlnet": lambda f: {"extra_condition_channels": f.latent}
+    },
     "StableDiffusion3ControlNetInpaintingPipeline": {
         "controlnet": {"extra_conditioning_channels": 1}
     },
@@ -185,6 +206,24 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
         "image_encoder": {"image_size": 224, "patch_size": 56},
         "scheduler": {"prediction_type": "v_prediction", "use_karras_sigmas": True},
     },
+    "ZImageControlNetInpaintPipeline": {
+        "controlnet": lambda f: {"control_in_dim": 2 * f.latent + 1}
+    },
+    "Ideogram4AutoBlocks": {"prompt_enhancer_head": None},
+    "HeliosAutoBlocks": {"scheduler": {"stage_range": [0, 1], "stages": 1}},
+    "QwenImageEditAutoBlocks": {"vae": _DEEP_VAE},
+    "QwenImageEditPlusAutoBlocks": {"vae": _DEEP_VAE},
+    "QwenImageLayeredAutoBlocks": {"vae": _DEEP_VAE},
+    "Wan22Image2VideoBlocks": {
+        "transformer": lambda f: {"in_channels": 2 * f.latent + 4},
+        "transformer_2": lambda f: {"in_channels": 2 * f.latent + 4},
+    },
+    "Wan22VaceBlocks": {"transformer": Use("WanVACETransformer3DModel")},
+    "WanImage2VideoAutoBlocks": {"transformer": _first_frame},
+    "wan/WanImage2VideoAutoBlocks/flf2v": {
+        "transformer": lambda f: {**_first_frame(f), "pos_embed_seq_len": 34}
+    },
+    "flux/FluxKontextAutoBlocks/image_conditioned": {"vae": _DEEP_KL},
     "WanImageToVideoPipeline": {"transformer": _first_frame, **_CLIP_IMAGE},
 }
 """Changes of components, by the pipeline's class and the component's name."""
@@ -198,3 +237,30 @@ for _name in ("Kandinsky", "KandinskyV22"):
     for _kind in ("Inpaint", "InpaintCombined"):
         _unet = KANDINSKY2_UNET if _name == "Kandinsky" else KANDINSKY22_UNET
         EXCEPTIONS[f"{_name}{_kind}Pipeline"] = {"unet": {**_unet, "in_channels": 9}}
+
+_GRAPHS = "it runs exported ONNX graphs, not models of torch"
+_WORDS = "it makes text, not pictures or sound"
+_INVERT = "its call needs a picture that its `invert` was given before"
+_BEFORE = "its call needs what another pipeline gave before"
+
+OBSTACLES: dict[str, str] = {
+    "ChromaInpaintPipeline": "diffusers 0.42.1 asks Chroma's transformer for guidance_embeds",
+    "DiffusionGemmaPipeline": _WORDS,
+    "EasyAnimateControlPipeline": "diffusers 0.42.1 gives encode_prompt an argument it lacks",
+    "Flux2Pipeline": "its PixtralProcessor needs torchvision",
+    "I2VGenXLPipeline": "diffusers 0.42.1 asks CLIP for text_model, which transformers 5 lacks",
+    "LEditsPPPipelineStableDiffusion": _INVERT,
+    "LEditsPPPipelineStableDiffusionXL": _INVERT,
+    "LLaDA2Pipeline": _WORDS,
+    "LTX2DFRTemporalRefinePipeline": _BEFORE,
+    "OmniGenPipeline": "its processor needs torchvision",
+    "OnnxStableDiffusionImg2ImgPipeline": _GRAPHS,
+    "OnnxStableDiffusionInpaintPipeline": _GRAPHS,
+    "OnnxStableDiffusionPipeline": _GRAPHS,
+    "OnnxStableDiffusionUpscalePipeline": _GRAPHS,
+    "RFD4ProteinaPipeline": "it makes proteins",
+    "StableDiffusionDiffEditPipeline": _INVERT,
+    "StableDiffusionOnnxPipeline": _GRAPHS,
+    "VersatileDiffusionPipeline": "it has no call of its own",
+}
+"""Why a pipeline is not built."""

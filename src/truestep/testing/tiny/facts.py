@@ -21,11 +21,15 @@ class Facts:
         pipeline: The pipeline's class name.
         slots: Class names of its components, by the name of the component.
         built: Components built so far.
+        slot: The component that is being built.
+        shifts: Whether the pipeline computes a shift of the schedule from the resolution.
     """
 
     pipeline: str
     slots: Mapping[str, str]
     built: dict[str, Any] = field(default_factory=dict)
+    slot: str = ""
+    shifts: bool = False
 
     @property
     def text(self) -> int:

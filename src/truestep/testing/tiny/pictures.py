@@ -97,7 +97,7 @@ def _hunyuan_dit(f: Facts) -> dict[str, Any]:
         "in_channels": f.latent,
         "cross_attention_dim": f.text,
         "cross_attention_dim_t5": f.text,
-        "pooled_projection_dim": 16,
+        "pooled_projection_dim": f.text,
         "hidden_size": 32,
         "text_len": 77,
         "text_len_t5": 256,

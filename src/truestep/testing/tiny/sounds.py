@@ -93,7 +93,7 @@ SOUNDS: Table = {
         "text_conv": False,
     },
     "UNet1DModel": lambda f: {
-        "block_out_channels": (8, 8, 16),
+        "block_out_channels": (32, 32, 64),
         "extra_in_channels": 16,
         "sample_size": 512,
         "sample_rate": 16000,

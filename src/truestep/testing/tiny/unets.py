@@ -95,7 +95,7 @@ def _unet_2d(f: Facts) -> dict[str, Any]:
 
 
 def _cascade(f: Facts) -> dict[str, Any]:
-    prior = "prior" in f.slots and "Decoder" not in f.pipeline
+    prior = "prior" in f.slot
     return {
         "in_channels": LATENT_CASCADE if prior else f.latent,
         "out_channels": LATENT_CASCADE if prior else f.latent,
@@ -150,6 +150,7 @@ KANDINSKY2_UNET: dict[str, Any] = {
     **_SIMPLE,
     "out_channels": 8,
     "encoder_hid_dim": TEXT,
+    "cross_attention_dim": TEXT,
     "encoder_hid_dim_type": "text_image_proj",
     "addition_embed_type": "text_image",
 }
