@@ -178,13 +178,15 @@ class Profile:
     Attributes:
         name: `official@f4b06fb`.
         about: What it is.
-        versions: Model versions it can run: `2.0`, `2.3`.
+        model: What it runs.
+        versions: Versions of that model: `2.0`, `2.3`.
         cells: A value and its source for each control.
         defaults: What a case that names the profile has where it says nothing.
     """
 
     name: str
     about: str
+    model: str
     versions: tuple[str, ...]
     cells: Mapping[str, Cell]
     defaults: Mapping[str, Any]
@@ -204,6 +206,7 @@ def profiles() -> Mapping[str, Profile]:
         found[name] = Profile(
             name=name,
             about=table["about"],
+            model=tables["model"],
             versions=tuple(table["versions"]),
             cells=cells,
             defaults=defaults,

@@ -96,7 +96,7 @@ def _list_profiles() -> None:
 
     width = max(map(len, profiles()))
     for name, profile in profiles().items():
-        say(f"{name:<{width}}  LTX-{', '.join(profile.versions):<8}  {profile.about}")
+        say(f"{name:<{width}}  {profile.model}-{', '.join(profile.versions):<8}  {profile.about}")
     say()
     say("truestep show profile NAME prints its controls, and two names what differs")
 
@@ -105,7 +105,7 @@ def _print_profile(name: str) -> None:
     from truestep.controls import find_profile
 
     profile = find_profile(name)
-    say(f"{profile.name}: {profile.about}; LTX-{' and '.join(profile.versions)}")
+    say(f"{profile.name}: {profile.about}; {profile.model}-{' and '.join(profile.versions)}")
     say()
     width = max(map(len, profile.cells))
     for key, cell in profile.cells.items():
