@@ -416,6 +416,33 @@ def test_a_model_that_keeps_something_is_run_at_every_step(said: bool) -> None:
     assert "net keeps something between calls: run at every step" in result.notes
 
 
+def test_a_model_whose_insides_are_looked_at_is_run_at_every_step() -> None:
+    class Looking(Loop):
+        """Keeps an activation by a hook, and uses it in the code between."""
+
+        def __call__(self, generator: Any = None) -> Any:
+            self.kept: list[torch.Tensor] = []
+            hook = self.net.inner.register_forward_hook(lambda m, i, o: self.kept.append(o))
+            try:
+                return super().__call__(generator)
+            finally:
+                hook.remove()
+
+        def predict(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            output = super().predict(x, t, text)
+            return output + 0.1 * self.kept[-1]
+
+    pipeline = Looking()
+    pipeline.steps = 9
+    reference = record(subject_of(pipeline), floor=False)
+    (note,) = reference.recording.manifest.notes
+    assert note == "net: run at every step, for what it does beside what it returns"
+    candidate = Looking()
+    candidate.steps = 9
+    result = check(subject_of(candidate), reference, steps=[4])
+    assert result.verdict is Verdict.IDENTICAL, result.sentence
+
+
 def test_a_cache_that_is_not_reset_is_seen() -> None:
     reference = record(subject_of(LazyLoop()), floor=False)
     candidate = subject_of(LazyLoop(broken=True))

@@ -12,7 +12,7 @@ from truestep.calls.recorder import recorded
 from truestep.calls.recording import CallRecording, holds_tensors, trees_of
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
-from truestep.calls.thinning import thinned
+from truestep.calls.thinning import answerable, thinned
 from truestep.calls.values import tensors
 from truestep.judge.refusals import refuse_empty_content
 from truestep.randomness import own_randomness
@@ -49,6 +49,8 @@ def record(
     for name, component in subject.components.items():
         if kind_of(component) is Kind.SCHEDULER and not recording.stepped_by(name):
             notes.append(f"{name}.step was never called: is it built anew inside the run?")
+    recording, said = answerable(subject, recording)
+    notes += [said] if said else []
     chosen = chosen_steps(recording, steps)
     if not floor:
         recording = recording.with_floor(None, notes)

@@ -107,6 +107,28 @@ def _keeps(call: CallEntry, chosen: frozenset[int], windows: frozenset[int]) -> 
     return inside, inside or leads_in
 
 
+def answerable(subject: Subject, reference: CallRecording) -> tuple[CallRecording, str]:
+    """A recording whose models are made at every step where its own subject needs that.
+
+    A pipeline may look at what a model does inside: at attention maps that it had kept, say.
+
+    Returns:
+        The recording, and what is said of it where that is so.
+    """
+    if _plays_back(subject, reference):
+        return reference, ""
+    predicting = {c.component for c in reference.calls if c.stage == "prediction"}
+    models = {c.component for c in reference.calls if c.kind == str(Kind.MODEL)}
+    for live in (predicting & models, models):
+        calls = tuple(replace(c, live=c.live or c.component in live) for c in reference.calls)
+        manifest = reference.recording.manifest.model_copy(update={"calls": calls})
+        made = reference.with_manifest(manifest)
+        if _plays_back(subject, made):
+            named = ", ".join(sorted(live))
+            return made, f"{named}: run at every step, for what it does beside what it returns"
+    return reference, "played back, the run is not what it was: something changes from run to run"
+
+
 def _plays_back(subject: Subject, reference: CallRecording) -> bool:
     """Whether a recording's own subject gives, bit for bit, everything that it keeps."""
     result = Forcing(reference, Plan(made=lambda call: False)).run(subject)
