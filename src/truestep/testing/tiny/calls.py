@@ -62,6 +62,11 @@ REQUIRED: dict[str, Maker] = {
 
 _EDIT = {"height": 64, "width": 64}
 _HELIOS = {"video": lambda seed: frames(seed, 33)}
+_CLOZE = {
+    "task_prompt": "a drawing becomes a photograph",
+    "content_prompt": "a small red cube",
+    "image": lambda seed: [[picture(seed), picture(seed + 1)], [picture(seed + 2), None]],
+}
 _TWO_FRAMES = {"video_length": 2, "t0": 1, "t1": 2, "output_type": "np"}
 _SPRINT = {"num_inference_steps": 2, "negative_prompt": None}
 
@@ -108,6 +113,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "FluxKontextInpaintPipeline": {"max_area": SIDE * SIDE},
     "Kandinsky5I2IPipeline": {"max_sequence_length": 256},
     "Ideogram4Pipeline": {"max_sequence_length": 64},
+    "Ideogram4AutoBlocks": {"max_sequence_length": 64},
     "KandinskyCombinedPipeline": {"prior_num_inference_steps": 2},
     "LatentConsistencyModelPipeline": {"original_inference_steps": 50},
     "LatentConsistencyModelImg2ImgPipeline": {"original_inference_steps": 50},
@@ -119,7 +125,11 @@ CALLS: dict[str, dict[str, Any]] = {
     "SanaSprintPipeline": _SPRINT,
     "SanaSprintImg2ImgPipeline": {**_SPRINT, "strength": 1.0},
     "StableAudio3AudioToAudioPipeline": {"audio": lambda seed: tensor(seed, 1, 2, 64)},
-    "StableAudio3InpaintPipeline": {"audio": lambda seed: tensor(seed, 1, 2, 64)},
+    "StableAudio3InpaintPipeline": {
+        "audio": lambda seed: tensor(seed, 1, 2, 64),
+        "mask_start_seconds": 0.1,
+        "mask_end_seconds": 0.3,
+    },
     "StableDiffusionAttendAndExcitePipeline": {
         "token_indices": [2, 3],
         "max_iter_to_alter": 1,
@@ -132,6 +142,8 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "TextToVideoZeroPipeline": _TWO_FRAMES,
     "TextToVideoZeroSDXLPipeline": _TWO_FRAMES,
+    "VisualClozeGenerationPipeline": _CLOZE,
+    "VisualClozePipeline": _CLOZE,
     "VersatileDiffusionImageVariationPipeline": {"negative_prompt": None},
 }
 """Arguments beside those that the names choose; None takes one away."""

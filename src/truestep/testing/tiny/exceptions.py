@@ -192,7 +192,6 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
         "controlnet": {"extra_conditioning_channels": 1}
     },
     "StableDiffusionAdapterPipeline": {"unet": CROSS_FIRST},
-    "StableDiffusionXLAdapterPipeline": {"unet": CROSS_FIRST},
     "StableDiffusionDepth2ImgPipeline": {"unet": {"in_channels": 5}},
     "StableDiffusionInstructPix2PixPipeline": {"unet": _beside},
     "StableDiffusionXLInstructPix2PixPipeline": {"unet": _beside},
@@ -224,6 +223,8 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
         "transformer": lambda f: {**_first_frame(f), "pos_embed_seq_len": 34}
     },
     "flux/FluxKontextAutoBlocks/image_conditioned": {"vae": _DEEP_KL},
+    "VisualClozeGenerationPipeline": {"resolution": 32},
+    "VisualClozePipeline": {"resolution": 32},
     "WanImageToVideoPipeline": {"transformer": _first_frame, **_CLIP_IMAGE},
 }
 """Changes of components, by the pipeline's class and the component's name."""

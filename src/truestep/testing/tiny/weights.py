@@ -25,7 +25,8 @@ def randomise(module: nn.Module, *, seed: int, name: str) -> None:
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     seen: set[int] = set()
     for key, parameter in module.named_parameters():
-        if id(parameter) in seen or not parameter.is_floating_point():
+        drawn = parameter.requires_grad and parameter.is_floating_point()
+        if id(parameter) in seen or not drawn:
             continue
         seen.add(id(parameter))
         digest = hashlib.sha256(f"{seed}/{name}/{key}".encode()).digest()
