@@ -141,6 +141,6 @@ def different(result: Forced, reference: CallRecording) -> list[str]:
         elif isinstance(recorded, str):
             if not same_bits(seen.actual, reference.recording[recorded]):
                 wrong.append(str(seen.key))
-        elif float(seen.actual) != recorded:
+        elif float(seen.actual) != float(seen.actual.new_tensor(recorded)):
             wrong.append(str(seen.key))
     return wrong
