@@ -1,12 +1,15 @@
-"""Memory of comparing two 1 GB recordings, and of recording and comparing a 3 GB trace.
+"""Memory of comparing two 1 GB recordings, of recording and comparing a 3 GB trace, and of
+comparing two traces of a million rows.
 
-The first is private memory above the interpreter with torch loaded. The second is all resident
-memory at its peak, mapped pages of files included, of a process that may use less than the trace
-is large.
+The first is private memory above the interpreter with torch loaded. The others are all resident
+memory at its peak, mapped pages of files included; of the 3 GB trace, of a process that may use
+less than the trace is large.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 import sys
 import tempfile
 import threading
@@ -90,7 +93,55 @@ def trace(folder: Path, what: str) -> None:
     )
 
 
+ROWS, ROWS_BAR_MB = 1_000_000, 1500
+
+
+def stats_trace(path: Path, rows: int, factor: float) -> Path:
+    """A trace of 1,000 modules in as many steps as it takes; the later half is off by a factor."""
+    from truestep.recording.manifest import Manifest
+    from truestep.recording.spool import Blob, Spool
+
+    spool = Spool(path, head={"tool_version": "", "created": ""}, level="stats")
+    for order in range(rows):
+        step, part = divmod(order, 1000)
+        fqn = f"transformer_blocks.{part // 20}.attn{part % 20}.to_q"
+        gain, mean = factor if part >= 500 else 1.0, math.sin(order) / 2
+        moments = (0.0, gain * mean, gain * 0.9, gain * 1.2, gain * 1.1, -gain, gain)
+        name = f"module/{fqn}/{step}/cond/out.0"
+        fields = (name, order, "float32", (2, 3), step, "cond", fqn, 0)
+        spool.add(fields, [Blob("float64", (8,), struct.pack("<8d", 6, *moments))])
+    spool.close(Manifest(tool_version="", created="", level="stats"))
+    return path
+
+
+def rows(folder: Path, what: str) -> None:
+    """Write one side of a million rows, or compare the two and tell it."""
+    torch.set_num_threads(1)
+    if what != "rows":
+        stats_trace(folder / f"{what}.safetensors", ROWS, 1.05 if what == "rows-actual" else 1.0)
+        return
+    from truestep.replay.traces import compare_traces
+    from truestep.report.terminal import lines
+
+    start = time.process_time()
+    sides = (folder / f"rows-{side}.safetensors" for side in ("actual", "reference"))
+    result = compare_traces(*sides)
+    for line in lines(result):
+        print(line)
+    emit(
+        "compare_memory_million_rows",
+        verdict=result.verdict.value,
+        cpu_seconds=round(time.process_time() - start),
+        resident_mb=round(resident_peak_mb()),
+        bar_mb=ROWS_BAR_MB,
+        met=resident_peak_mb() < ROWS_BAR_MB,
+    )
+
+
 def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1].startswith("rows"):
+        rows(Path(sys.argv[2]), sys.argv[1])
+        return
     if len(sys.argv) == 3 and sys.argv[1] in ("reference", "actual", "compare"):
         trace(Path(sys.argv[2]), sys.argv[1])
         return
@@ -100,7 +151,10 @@ def main() -> None:
     import subprocess
 
     with tempfile.TemporaryDirectory() as folder:
-        for what in ("reference", "actual", "compare"):
+        for what in (
+            *("reference", "actual", "compare"),
+            *("rows-reference", "rows-actual", "rows"),
+        ):
             subprocess.run([sys.executable, "-m", "bench.bench_memory", what, folder], check=True)
 
     with tempfile.TemporaryDirectory() as folder:

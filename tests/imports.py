@@ -24,6 +24,7 @@ VOCABULARY = frozenset(
         "joint",
         "keys",
         "magic",
+        "many",
         "nests",
         "progress",
         "randomness",

@@ -6,12 +6,13 @@ Pure: no I/O, no torch. `docs/schema/comparison-1.json` is generated from these 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from truestep.many import Column, Many, Numbers, Split, Texts
 from truestep.records import Cost as Cost
 from truestep.records import Float as Float
 from truestep.records import FrameTriple as FrameTriple
@@ -77,6 +78,8 @@ _EXIT = {
     Verdict.INCOMPARABLE: 3,
     Verdict.INCONCLUSIVE: 4,
 }
+_PASSED = tuple(verdict for verdict, code in _EXIT.items() if code == 0)
+_FAILING = tuple(verdict for verdict, code in _EXIT.items() if code != 0)
 _SEVERITY = (
     Verdict.INVALID,
     Verdict.DRIFTED,
@@ -179,18 +182,54 @@ class Row(Light):
         return self.floor.rel_l2 * self.floor.bound if self.floor else None
 
 
+class _Measures(Many[Metrics]):
+    """Distances of many pairs."""
+
+    kind = Metrics
+    fields = tuple(Metrics.model_fields)
+    how: ClassVar[Mapping[str, Callable[[], Column]]] = dict.fromkeys(
+        ("rel_l2", "max_abs", "cosine_distance", "norm_ratio", "gain", "rms_reference"), Numbers
+    )
+
+
+class Rows(Many[Row]):
+    """Rows of a comparison. There may be a million: a `Row` is made when it is asked for."""
+
+    kind = Row
+    fields = tuple(Row.model_fields)
+    how: ClassVar[Mapping[str, Callable[[], Column]]] = {
+        "name": Texts,
+        "metrics": lambda: Split(_Measures()),
+        "ratio": Numbers,
+        "statistics": list,
+    }
+
+    def having(self, *verdicts: Verdict) -> Rows:
+        """The rows of some verdicts."""
+        return self.take(at for at, found in enumerate(self.each("verdict")) if found in verdicts)
+
+    def one_sided(self) -> list[bool]:
+        """Of every row, whether one of the two sides lacks it."""
+        sides = self.each("actual", "reference")
+        return [(actual is None) is not (reference is None) for actual, reference in sides]
+
+
 def detectable(rows: Iterable[Row]) -> float | None:
     """Smallest rel_l2 that would have been called `drifted` in any stage of these rows.
 
     A stage that was also replayed in a higher precision (`float32/...`) counts as seen there.
     """
-    found = [row for row in rows if row.detectable is not None]
-    raised = {row.stage for row in found if row.name.startswith(("float32/", "float64/"))}
-    seen = [
-        row.detectable or 0.0
-        for row in found
-        if row.stage not in raised or row.name.startswith(("float32/", "float64/"))
-    ]
+    rows, high = Rows.of(rows), ("float32/", "float64/")
+    raised = {
+        stage
+        for name, stage, floor in rows.each("name", "stage", "floor")
+        if floor and name.startswith(high)
+    }
+    seen = (
+        floor.rel_l2 * floor.bound
+        for name, stage, floor in rows.each("name", "stage", "floor")
+        if floor and (stage not in raised or name.startswith(high))
+    )
     return max(seen, default=None)
 
 
@@ -268,7 +307,7 @@ class Comparison(Record):
     tool_version: str = ""
     verdict: Verdict
     sentence: str
-    rows: tuple[Row, ...] = ()
+    rows: Rows = Field(default=(), validate_default=True)
     rule: Rule
     first_divergence: Divergence | None = None
     modalities: tuple[Modality, ...] = ()
@@ -316,38 +355,48 @@ class Comparison(Record):
         return 0 if self.known.accepted else 1
 
     @property
-    def failing(self) -> tuple[Row, ...]:
+    def failing(self) -> Rows:
         """Rows that did not pass, in execution order."""
-        return tuple(row for row in self.rows if not row.verdict.passed)
+        return Rows.of(self.rows).having(*_FAILING)
 
     @property
-    def causes(self) -> tuple[Row, ...]:
+    def causes(self) -> Rows:
         """Failing rows to list: the first divergence, what else was introduced, what decided.
 
         What a module was given by the one before it is only counted, and so is what is undecided or
         missing beside that; unless nothing else failed.
         """
+        return self._causes(self.failing)
+
+    def _causes(self, failing: Rows) -> Rows:
         first = self.first_divergence.name if self.first_divergence else None
-        told = [row for row in self.failing if row.origin != "inherited"]
-        if any(row.origin for row in self.failing):
+        told = [origin != "inherited" for origin in failing.each("origin")]
+        if any(failing.each("origin")):
+            fails = self.exit_code == 1
+            rest = zip(told, failing.each("verdict"), failing.one_sided(), strict=True)
             told = [
-                row
-                for row in told
-                if row.verdict is not Verdict.INCONCLUSIVE
-                and not (self.exit_code == 1 and _one_sided(row))
+                listed and verdict is not Verdict.INCONCLUSIVE and not (fails and alone)
+                for listed, verdict, alone in rest
             ]
-
-        def late(row: Row) -> tuple[bool, bool, bool]:
-            return row.name != first, row.origin != "introduced", row.verdict is not self.verdict
-
-        return tuple(sorted(told or self.failing, key=late))
+        late = [
+            4 * (name != first) + 2 * (origin != "introduced") + (verdict is not self.verdict)
+            for name, origin, verdict in failing.each("name", "origin", "verdict")
+        ]
+        chosen = [at for at, listed in enumerate(told) if listed] or range(len(failing))
+        return failing.take(sorted(chosen, key=late.__getitem__))
 
     def uncounted(self, shown: int) -> str:
         """What a list of so many of the causes leaves out: `3 more failed, 12 inherited`."""
-        causes, names = self.causes, {row.name for row in self.causes}
-        rest = [row for row in self.failing if row.name not in names]
-        inherited = sum(row.origin == "inherited" for row in rest)
-        alone = sum(_one_sided(row) for row in rest)
+        failing = self.failing
+        causes = self._causes(failing)
+        names, rest = Texts(), Rows()
+        if len(causes) < len(failing):
+            for name in causes.each("name"):
+                names.append(name)
+            others = enumerate(failing.each("name"))
+            rest = failing.take(at for at, name in others if names.find(name) is None)
+        inherited = sum(origin == "inherited" for origin in rest.each("origin"))
+        alone = sum(rest.one_sided())
         counts = {
             "more failed": len(causes) - shown,
             "inherited": inherited,
@@ -390,13 +439,11 @@ class Comparison(Record):
             for line in lines
         ]
         more = self.uncounted(len(shown))
-        within = [row for row in self.rows if row.verdict.passed]
-        worst = max((row.ratio for row in within if row.ratio is not None), default=None)
-        nonfinite = sum(
-            1
-            for row in self.rows
-            if row.metrics and (row.metrics.nonfinite_actual or row.metrics.nonfinite_reference)
-        )
+        rows = Rows.of(self.rows)
+        within = rows.having(*_PASSED)
+        worst = max((r for r in within.each("ratio") if r is not None), default=None)
+        both = rows.each("metrics.nonfinite_actual", "metrics.nonfinite_reference")
+        nonfinite = sum(bool(actual or reference) for actual, reference in both)
         text.append(
             (f"{more}; " if more else "")
             + f"{len(within)} within the floor"
@@ -417,10 +464,6 @@ class Comparison(Record):
             + [f"  rule: {visible(self.rule.text)}"]
             + ([f"hint: {visible(hint)}"] if hint else [])
         )
-
-
-def _one_sided(row: Row) -> bool:
-    return (row.actual is None) is not (row.reference is None)
 
 
 class Results(Record):

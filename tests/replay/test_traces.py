@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from truestep.cli.app import app
 from truestep.errors import UsageError
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Level, Manifest
+from truestep.recording.spool import Blob, Spool
 from truestep.recording.table import tensor_table
 from truestep.replay.traces import compare_traces
+from truestep.report.terminal import lines
 from truestep.verdict import Verdict
 
 
@@ -273,3 +277,50 @@ def test_a_row_takes_a_bounded_number_of_bytes(level: Level, tmp_path: Path) -> 
 
     peak(50)
     assert (peak(3600) - peak(2400)) / 1200 < 5500
+
+
+def stats_trace(path: Path, rows: int, factor: float) -> Path:
+    """A packed trace of 1,000 modules in as many steps as it takes; the later half is off."""
+    spool = Spool(path, head={"tool_version": "", "created": ""}, level="stats")
+    for order in range(rows):
+        step, part = divmod(order, 1000)
+        fqn = f"transformer_blocks.{part // 20}.attn{part % 20}.to_q"
+        gain, mean = factor if part >= 500 else 1.0, math.sin(order) / 2
+        moments = (0.0, gain * mean, gain * 0.9, gain * 1.2, gain * 1.1, -gain, gain)
+        name = f"module/{fqn}/{step}/cond/out.0"
+        fields = (name, order, "float32", (2, 3), step, "cond", fqn, 0)
+        spool.add(fields, [Blob("float64", (8,), struct.pack("<8d", 6, *moments))])
+    spool.close(Manifest(tool_version="", created="", level="stats"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sizes", "factor"),
+    [
+        ((1_000, 3_000), 1.0),
+        ((1_000, 3_000), 1.05),
+        pytest.param((20_000, 40_000), 1.05, marks=pytest.mark.slow),
+    ],
+)
+def test_a_row_of_moments_takes_less_than_a_kilobyte(
+    sizes: tuple[int, int], factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both tables, the rows, and all that is told of them: it was 5 kB."""
+    monkeypatch.setattr("truestep.recording.spool.PLAIN", 0)
+
+    def peak(rows: int) -> int:
+        sides = [
+            stats_trace(tmp_path / f"{rows}-{gain}.safetensors", rows, gain)
+            for gain in (factor, 1 + 1e-12)
+        ]
+        found: list[str] = []
+
+        def told() -> None:
+            found.extend(lines(compare_traces(*sides)))
+
+        told()  # names that were read are remembered, up to a number
+        assert found[0].startswith("FAILED inconclusive" if factor == 1.0 else "FAILED drifted")
+        return peak_bytes(told)
+
+    few, many = sizes
+    assert (peak(many) - peak(few)) / (many - few) < 1000

@@ -119,7 +119,7 @@ def test_it_reads_without_javascript(
 def test_the_rest_of_the_failing_rows_opens(
     browser: webdriver.Chrome, drifted: Comparison, tmp_path: Path
 ) -> None:
-    failing = drifted.failing * 2
+    failing = [*drifted.failing] * 2
     open_report(browser, tmp_path / "r.html", drifted.model_copy(update={"rows": failing}))
     link = browser.find_element(By.CSS_SELECTOR, "a[href='#all1']")
     browser.execute_script("arguments[0].scrollIntoView()", link)

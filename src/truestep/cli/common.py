@@ -37,14 +37,13 @@ def give(
         show: Prints it in words.
         what: What the file is called where it cannot be written.
     """
-    text = result.model_dump_json(indent=2)
     if json_path == "-":
-        say_json(text)
+        say_json(result.model_dump_json(indent=2))
         return
     if json_path is not None:
         from truestep.files import write_text
 
-        write_text(json_path, text, what)
+        write_text(json_path, result.model_dump_json(indent=2), what)
     show()
 
 

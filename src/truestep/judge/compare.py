@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 from truestep.case import flat_case, mapping_differences
 from truestep.environment import Environment
@@ -16,7 +17,7 @@ from truestep.measure.sound import sample_rate_of
 from truestep.recording import readers as sources
 from truestep.recording.manifest import Manifest
 from truestep.recording.readers import Source, side_of
-from truestep.verdict import Comparison, Difference, Verdict
+from truestep.verdict import Comparison, Difference, Row, Verdict
 
 _UNDER_TEST = ("model", "revision", "dtype")
 """Keys of a case that two recordings may differ in and still be compared: a port's own folder, and
@@ -77,6 +78,7 @@ def compare(
         differences += _rate_differences(ours_manifest, theirs_manifest)
     limits = Limits(floor, pair, tolerance)
     levels = {manifest.level for manifest in (ours_manifest, theirs_manifest) if manifest}
+    rows: Sequence[Row]
     if "stats" in levels:
         rows = moment_rows(ours, theirs, limits=limits)
     elif "sketch" in levels:

@@ -9,8 +9,10 @@ tensor that close to its bound to make a false alarm of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from truestep.judge.floor import ANALYTIC, Floor, Limits
 from truestep.judge.rows import (
     dtype_note,
     floors,
+    forget,
     nonfinite_note,
     one_sided,
     row_fields,
@@ -29,8 +32,9 @@ from truestep.keys import address
 from truestep.measure.moments import moments
 from truestep.measure.reduced import STATS
 from truestep.measure.sketch import Estimate, estimate, sketch
+from truestep.recording.columns import Table
 from truestep.recording.readers import Source
-from truestep.verdict import Metrics, Row, Rule, Verdict
+from truestep.verdict import Metrics, Row, Rows, Rule, Verdict
 
 _SUMMATION = 1e-12
 """Relative error of moments: the order of torch's float64 sums depends on the number of threads."""
@@ -46,31 +50,34 @@ def moment_rows(
     reference: Source,
     *,
     limits: Limits = ANALYTIC,
-) -> list[Row]:
+) -> Rows:
     """Judge two sides of which at least one holds moments only.
 
     No moment can differ by more of the reference's rms than the tensors do in rel. L2, so where one
     does by more than the bound, the tensors drifted. Nothing else can be said: a permutation has
     the same moments. Args and order are those of `compare_tensors`; `rel_l2` is the lower limit.
     """
+    return Rows.of(_moment_rows(actual, reference, limits))
+
+
+def _moment_rows(actual: Source, reference: Source, limits: Limits) -> Iterator[Row]:
     ours, theirs = _stand_ins(actual), _stand_ins(reference)
     floor_of = floors(limits)
-    rows = []
-    for name in [*theirs, *(name for name in ours if name not in theirs)]:
+    for name in chain(theirs, (name for name in ours if name not in theirs)):
         a, r = ours.get(name), theirs.get(name)
         base = row_fields(name, a, r, address(name))
         if a is None or r is None:
-            rows.append(Row(**{**base, **one_sided(a)}))
+            yield Row(**{**base, **one_sided(a)})
             continue
         used = floor_of(name, a, r, structure=False)
         found = _judge_moments(
             _moments(actual, name, a), _moments(reference, name, r), used, tests=len(theirs)
         )
+        forget(f"stats/{name}", actual.tensors, reference.tensors)
         if a.shape != r.shape:
             found = {"verdict": Verdict.INCOMPARABLE, "note": shape_note(a, r)}
         notes = (str(found["note"]), dtype_note(a, r))
-        rows.append(Row(**{**base, **found, "note": "; ".join(filter(None, notes))}))
-    return rows
+        yield Row(**{**base, **found, "note": "; ".join(filter(None, notes))})
 
 
 def _moments(source: Source, name: str, like: torch.Tensor) -> Mapping[str, float]:
@@ -184,10 +191,34 @@ def _stand_ins(source: Source) -> Mapping[str, torch.Tensor]:
     """The tensors of a side, or where they were not kept, ones of their dtype and shape only."""
     if source.manifest is None or source.manifest.level == "full":
         return source.tensors
-    return {
-        entry.name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
-        for entry in source.manifest.tensors
-    }
+    return _StandIns(Table.of(source.manifest.tensors))
+
+
+class _StandIns(Mapping[str, torch.Tensor]):
+    """Tensors of a table without content, by name."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self._table.value(name, "shape")
+        if shape is None:
+            raise KeyError(name)
+        return _stand_in(shape, self._table.value(name, "dtype"))
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._table.names.find(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return self._table.each("name")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+@lru_cache(maxsize=4096)
+def _stand_in(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,17 @@ beyond it than what it was given; what is not much further is *inherited*. Pure:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from truestep.judge.divergence import ROOT, around, parent
-from truestep.keys import Key, key_of
+from truestep.keys import key_of
+from truestep.many import Texts
 from truestep.pairing.rename import numbered
-from truestep.verdict import GIVEN, Divergence, Row, Verdict
+from truestep.verdict import GIVEN, Divergence, Row, Rows, Verdict
 
 JUMP = {"measured": 4.0, "analytic": 16.0, "tolerance": 4.0}
 """An output is introduced where it is this many times further over its floor than all that went
@@ -29,9 +33,6 @@ ARRIVES = 1e-2
 
 _FAILED = (Verdict.DRIFTED, Verdict.INVALID)
 
-Spot = tuple[str, int | None, str | None]
-"""A module in one step and branch."""
-
 
 @dataclass(frozen=True)
 class Inside:
@@ -44,28 +45,55 @@ class Inside:
         unseen: Rows that one side lacks since it recorded nothing inside of a module.
     """
 
-    rows: tuple[Row, ...]
-    undone: tuple[Row, ...] = ()
-    unseen: tuple[Row, ...] = ()
+    rows: Rows
+    undone: Rows
+    unseen: Rows
 
 
-def gross(row: Row) -> bool:
-    """Whether the two sides of a failing row hardly are one tensor."""
-    if row.verdict is Verdict.INCOMPARABLE:
-        return row.actual is not None and row.reference is not None
-    if row.verdict not in _FAILED or row.metrics is None:
-        return False
-    limits_only = math.isnan(row.metrics.max_abs)  # moments: rel_l2 is at least what it says
-    return limits_only or not row.metrics.rel_l2 <= ANOTHER
+class _Spots:
+    """Modules in one step and branch each, by number: that of the first row that is of one."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._texts = Texts()
+        for place in rows.each("fqn", "step", "branch"):
+            self._texts.append(_spot(*place))
+        self.of = array("i", (self._texts.find(text) or 0 for text in self._texts))
+
+    def find(self, fqn: str, step: int | None, branch: str | None) -> int | None:
+        """The number of one, if any row is of it."""
+        return self._texts.find(_spot(fqn, step, branch))
 
 
-def agreeing(rows: Iterable[Row]) -> dict[Spot, bool]:
+def _spot(fqn: str | None, step: int | None, branch: str | None) -> str:
+    return f"{step}/{fqn or ROOT}/{branch!r}"
+
+
+def _slots(rows: Rows) -> list[str]:
+    """Of every row, whether it is what a module is given (`in`) or returns (`out`)."""
+    return [sys.intern(key_of(name).name.partition(".")[0]) for name in rows.each("name")]
+
+
+def gross(rows: Rows) -> Iterator[bool]:
+    """Whether the two sides of failing rows hardly are one tensor."""
+    fields = ("verdict", "actual", "reference", "metrics.rel_l2", "metrics.max_abs")
+    for verdict, actual, reference, rel_l2, max_abs in rows.each(*fields):
+        if verdict is Verdict.INCOMPARABLE:
+            yield actual is not None and reference is not None
+        elif verdict not in _FAILED or rel_l2 is None:
+            yield False
+        else:  # of moments alone, rel_l2 is at least what it says
+            yield math.isnan(max_abs) or not rel_l2 <= ANOTHER
+
+
+def agreeing(rows: Rows) -> dict[str, bool]:
     """Of every module that both sides have, whether all that it returns agrees up to the bound."""
-    found: dict[Spot, bool] = {}
-    for row in rows:
-        if _call(row)[1] == "out" and row.actual is not None and row.reference is not None:
-            spot = (row.fqn or ROOT, row.step, row.branch)
-            found[spot] = found.get(spot, True) and _agrees(row)
+    found: dict[str, bool] = {}
+    sides = rows.each("fqn", "actual", "reference")
+    for slot, agrees, (fqn, actual, reference) in zip(
+        _slots(rows), _agree(rows), sides, strict=True
+    ):
+        if slot == "out" and actual is not None and reference is not None:
+            found[fqn or ROOT] = found.get(fqn or ROOT, True) and agrees
     return found
 
 
@@ -76,92 +104,142 @@ def inside(rows: Sequence[Row]) -> Inside:
     evidently the same, and that arrives in what the module returns, where it is merely too small
     to be seen, decides nothing either way. Parts that differ so in one layer do in all others.
     """
-    agree, errors = agreeing(rows), _errors(rows)
-    undecided = {
-        (row.fqn or ROOT, row.step, row.branch)
-        for row in rows
-        if _call(row)[1] == "out" and not row.verdict.passed
+    rows = Rows.of(rows)
+    kept, undone, unseen, unsure = _apart(rows)
+    if unsure:
+        verdicts, notes = enumerate(rows.each("verdict")), enumerate(rows.each("note"))
+        rows = rows.replaced(
+            verdict=(Verdict.INCONCLUSIVE if at in unsure else found for at, found in verdicts),
+            note=(_too_small(note, unsure[at]) if at in unsure else note for at, note in notes),
+        )
+    apart = bytearray(gross(rows))
+    if any(apart[at] for at in undone):
+        layers = [_layer(fqn, key_of(name).name) for fqn, name in rows.each("fqn", "name")]
+        passed = [verdict.passed for verdict in rows.each("verdict")]
+        other = {layers[at] for at in undone if apart[at]}
+        other -= {layers[at] for at in kept if passed[at]}
+        more = [at for at in kept if apart[at] and layers[at] in other]
+        undone.extend(more)
+        kept = array("i", sorted({*kept} - {*more})) if more else kept
+    return Inside(rows.take(kept), rows.take(undone), rows.take(unseen))
+
+
+def _too_small(note: str, holder: str) -> str:
+    return _joined(note, f"too small in {holder}, which agrees, to be seen there")
+
+
+def _apart(rows: Rows) -> tuple[array[int], array[int], array[int], dict[int, str]]:
+    """Places of rows that are judged, undone, unseen; and what hides errors too small for it."""
+    spots, slots = _Spots(rows), _slots(rows)
+    agree, undecided, errors = _returned(rows, spots, slots)
+    fqns = [fqn or ROOT for fqn in rows.each("fqn")]
+    lacks = bytearray(_lacks(rows))
+    both = {
+        fqn
+        for fqn, slot, lack in zip(fqns, slots, lacks, strict=True)
+        if slot == "out" and not lack
     }
-    both = {spot[0] for spot in agree}
-    opened = (
-        {holder for row in rows if row.actual is not None for holder in around(row.fqn or ROOT)},
-        {holder for row in rows if row.reference is not None for holder in around(row.fqn or ROOT)},
-    )
-    kept, undone, unseen = list[Row](), list[Row](), list[Row]()
-    for row in rows:
-        chain = [(fqn, row.step, row.branch) for fqn in _holders(row)]
-        agreed = next((spot for spot in chain if agree.get(spot)), None)
-        shut = next((spot[0] for spot in chain if spot[0] in both), None)
-        side = 0 if row.actual is None else 1 if row.reference is None else None
-        if side is not None and shut is not None and shut not in opened[side]:
-            unseen.append(row)
-        elif row.verdict.passed or agreed is None:
-            kept.append(row)
-        elif row.verdict is Verdict.INCONCLUSIVE and agreed in undecided:
-            kept.append(row)  # undecided inside of what is undecided
-        elif _diluted(row, errors.get(agreed, 0.0)):
-            note = f"too small in {agreed[0]}, which agrees, to be seen there"
-            unsure = {"verdict": Verdict.INCONCLUSIVE, "note": _joined(row.note, note)}
-            kept.append(row.model_copy(update=unsure))
+    opened = [
+        {fqn for fqn, lack in zip(fqns, lacks, strict=True) if lack != side} for side in (1, 2)
+    ]
+    opened = [{holder for fqn in side for holder in around(fqn)} for side in opened]
+    kept, undone, unseen = array("i"), array("i"), array("i")
+    unsure: dict[int, str] = {}
+    diluted = _arriving(rows)
+    places = zip(rows.each("verdict", "step", "branch"), diluted, strict=True)
+    for at, ((verdict, step, branch), least) in enumerate(places):
+        chain = _holders(fqns[at], slots[at] == "in")
+        shut = next((fqn for fqn in chain if fqn in both), None)
+        if lacks[at] and shut is not None and shut not in opened[lacks[at] - 1]:
+            unseen.append(at)
+            continue
+        numbers = () if verdict.passed else ((fqn, spots.find(fqn, step, branch)) for fqn in chain)
+        agreed = next(((f, n) for f, n in numbers if n is not None and agree[n] > 0), None)
+        if agreed is None:
+            kept.append(at)
+        elif verdict is Verdict.INCONCLUSIVE and undecided[agreed[1]]:
+            kept.append(at)  # undecided inside of what is undecided
+        elif errors[agreed[1]] >= least:
+            unsure[at] = agreed[0]
+            kept.append(at)
         else:
-            undone.append(row)
-    other = {_layer(row) for row in undone if gross(row)}
-    other -= {_layer(row) for row in kept if row.verdict.passed}
-    undone += [row for row in kept if gross(row) and _layer(row) in other]
-    gone = {row.name for row in undone}
-    return Inside(tuple(row for row in kept if row.name not in gone), tuple(undone), tuple(unseen))
+            undone.append(at)
+    return kept, undone, unseen, unsure
 
 
-def _agrees(row: Row) -> bool:
-    """Whether a row passed, or is undecided and not over its bound."""
-    bound = row.floor.bound if row.floor else 0.0
-    undecided = row.verdict is Verdict.INCONCLUSIVE and row.ratio is not None
-    return row.verdict.passed or (undecided and (row.ratio or 0.0) <= bound)
+def _lacks(rows: Rows) -> Iterator[int]:
+    """Of every row the side that lacks it: 1 the actual one, 2 the reference, 0 neither."""
+    for actual, reference in rows.each("actual", "reference"):
+        yield 1 if actual is None else 2 if reference is None else 0
 
 
-def _holders(row: Row) -> list[str]:
+def _returned(
+    rows: Rows, spots: _Spots, slots: Sequence[str]
+) -> tuple[array[int], bytearray, array[float]]:
+    """Of the outputs at every spot: whether they agree, are undecided, and their error's L2 norm.
+
+    That they agree is -1 where no output is of both sides.
+    """
+    agree, undecided = array("b", [-1]) * len(rows), bytearray(len(rows))
+    errors = array("d", bytes(8 * len(rows)))
+    sides = rows.each("verdict", "actual", "reference")
+    found = zip(spots.of, slots, _agree(rows), _errors(rows), sides, strict=True)
+    for spot, slot, agrees, error, (verdict, actual, reference) in found:
+        if slot != "out":
+            continue
+        errors[spot] = max(errors[spot], error)
+        undecided[spot] |= not verdict.passed
+        if actual is not None and reference is not None:
+            agree[spot] = agrees and agree[spot] != 0
+    return agree, undecided, errors
+
+
+def _agree(rows: Rows) -> Iterator[bool]:
+    """Whether rows passed, or are undecided and not over their bound."""
+    for verdict, ratio, floor in rows.each("verdict", "ratio", "floor"):
+        bound = floor.bound if floor else 0.0
+        undecided = verdict is Verdict.INCONCLUSIVE and ratio is not None
+        yield verdict.passed or (undecided and ratio <= bound)
+
+
+@cache
+def _holders(fqn: str, given: bool) -> list[str]:
     """Modules that may undo what a row shows, the nearest first: an input's own, and all around."""
-    own = [row.fqn or ROOT] if _call(row)[1] == "in" else []
-    return own + [fqn for fqn in around(row.fqn or ROOT) if fqn not in own]
+    own = [fqn] if given else []
+    return own + [holder for holder in around(fqn) if holder not in own]
 
 
-def _errors(rows: Iterable[Row]) -> dict[Spot, float]:
-    """L2 norm of the error of every module's outputs."""
-    found: dict[Spot, float] = {}
-    for row in rows:
-        if _call(row)[1] == "out":
-            spot = (row.fqn or ROOT, row.step, row.branch)
-            found[spot] = max(found.get(spot, 0.0), _error(row))
-    return found
+def _errors(rows: Rows) -> Iterator[float]:
+    """L2 norm of the error of every row."""
+    for rel_l2, rms, count in rows.each("metrics.rel_l2", "metrics.rms_reference", "metrics.count"):
+        finite = rel_l2 is not None and math.isfinite(rel_l2)
+        yield rel_l2 * rms * math.sqrt(count) if finite else 0.0
 
 
-def _error(row: Row) -> float:
-    metrics = row.metrics
-    if metrics is None or not math.isfinite(metrics.rel_l2):
-        return 0.0
-    return metrics.rel_l2 * metrics.rms_reference * math.sqrt(metrics.count)
+def _arriving(rows: Rows) -> Iterator[float]:
+    """What must be found around a row that is plainly wrong for its error to be still there.
+
+    Not a number where it is not plainly wrong, or another tensor.
+    """
+    fields = rows.each("verdict", "floor", "ratio", "metrics.rel_l2")
+    for error, (verdict, floor, ratio, rel_l2) in zip(_errors(rows), fields, strict=True):
+        judged = verdict is Verdict.DRIFTED and floor is not None and rel_l2 is not None
+        plain = judged and not rel_l2 > ANOTHER and (ratio or 0.0) > JUMP[floor.source]
+        yield ARRIVES * error if plain else math.nan
 
 
-def _diluted(row: Row, outside: float) -> bool:
-    """Whether a row is plainly wrong, and its error still there in what is around it."""
-    if row.verdict is not Verdict.DRIFTED or row.floor is None or row.metrics is None:
-        return False
-    if row.metrics.rel_l2 > ANOTHER:
-        return False
-    return (row.ratio or 0.0) > JUMP[row.floor.source] and outside >= ARRIVES * _error(row)
-
-
-def _layer(row: Row) -> tuple[str, str]:
+@cache
+def _layer(fqn: str | None, slot: str) -> tuple[str, str]:
     """What a row is in every layer of its kind."""
-    place = numbered(row.fqn or ROOT)
-    return place[0] if place else row.fqn or ROOT, key_of(row.name).name
+    place = numbered(fqn or ROOT)
+    return place[0] if place else fqn or ROOT, slot
 
 
 def _joined(*notes: str) -> str:
     return "; ".join(note for note in notes if note)
 
 
-def origins(rows: Sequence[Row]) -> list[Row]:
+def origins(rows: Sequence[Row]) -> Rows:
     """Say of every failing row whether its module made the error or was given it.
 
     Args:
@@ -171,35 +249,39 @@ def origins(rows: Sequence[Row]) -> list[Row]:
     Returns:
         The rows, with `origin` where they failed.
     """
-    found, before = list[Row](), 0.0
-    excess = [_excess(row) for row in rows]
-    starts: dict[Key, int] = {}
-    given: dict[Spot, float] = {}
-    for index, row in enumerate(rows):
-        call, slot = _call(row)
-        starts.setdefault(call, index)
-        spots = [(fqn, row.step, row.branch) for fqn in around(row.fqn or ROOT)]
-        known = max([before, *(given.get(spot, 0.0) for spot in spots)])
+    rows = Rows.of(rows)
+    spots, slots, starts = _Spots(rows), _slots(rows), _starts(rows)
+    places = list(rows.each("fqn", "step", "branch"))
+    excess = array("d", _excess(rows))
+    given, before = array("d", bytes(8 * len(rows))), 0.0
+    found = list(rows.each("origin"))
+    failed = zip(rows.each("verdict", "floor"), gross(rows), strict=True)
+    for at, ((verdict, floor), apart) in enumerate(failed):
+        (fqn, step, branch), slot = places[at], slots[at]
         if slot == "in":
-            spot = (row.fqn or ROOT, row.step, row.branch)
-            given[spot] = max(given.get(spot, 0.0), excess[index])
-        if slot == "out" and _call(rows[starts[call]])[1] == "in":
-            known = max(
-                (
-                    excess[at]
-                    for at in range(starts[call], index)
-                    if _call(rows[at]) == (call, "in") or _inside(rows[at], row)
-                ),
-                default=0.0,
-            )
-        if row.verdict in _FAILED or gross(row):
-            limit = JUMP[row.floor.source if row.floor else "analytic"]
-            made = excess[index] > limit * known
-            row = row.model_copy(update={"origin": "introduced" if made else "inherited"})
+            given[spots.of[at]] = max(given[spots.of[at]], excess[at])
+        if verdict in _FAILED or apart:
+            if slot == "out" and slots[starts[at]] == "in":
+                inner = range(starts[at], at)
+                own = (n for n in inner if slots[n] == "in" and starts[n] == starts[at])
+                parts = (n for n in inner if slots[n] == "out" and _part(places[n], places[at]))
+                known = max((excess[n] for n in (*own, *parts)), default=0.0)
+            else:
+                holders = (spots.find(holder, step, branch) for holder in around(fqn or ROOT))
+                known = max([before, *(given[n] for n in holders if n is not None)])
+            limit = JUMP[floor.source if floor else "analytic"]
+            found[at] = "introduced" if excess[at] > limit * known else "inherited"
         if slot == "out":
-            before = max(before, excess[index])
-        found.append(row)
-    return found
+            before = max(before, excess[at])
+    return rows.replaced(origin=found)
+
+
+def _starts(rows: Rows) -> array[int]:
+    """Of every row the first that is of the same call: module, step and branch."""
+    calls = Texts()
+    for name in rows.each("name"):
+        calls.append(str(key_of(name).but(name="")))
+    return array("i", (calls.find(call) or 0 for call in calls))
 
 
 def introduced(rows: Sequence[Row]) -> list[Divergence]:
@@ -209,11 +291,11 @@ def introduced(rows: Sequence[Row]) -> list[Divergence]:
     it, which is the one that is named.
     """
     found: dict[str, Divergence] = {}
-    for row in rows:
-        if row.origin != "introduced":
-            continue
+    rows = Rows.of(rows)
+    places = enumerate(rows.each("origin"))
+    for row in rows.take(at for at, origin in places if origin == "introduced"):
         own = row.fqn or ROOT
-        slot = _call(row)[1]
+        slot = key_of(row.name).name.partition(".")[0]
         given = slot == "in" and own != ROOT
         at = parent(own) if given else own
         kind = f"before {own}" if given else GIVEN if slot == "in" else None
@@ -225,24 +307,24 @@ def introduced(rows: Sequence[Row]) -> list[Divergence]:
     return list(found.values())
 
 
-def _excess(row: Row) -> float:
+def _excess(rows: Rows) -> Iterator[float]:
     """How many times over its floor a row is; 0 where nothing was measured and nothing failed."""
-    if row.verdict is Verdict.INVALID or (row.verdict is Verdict.INCOMPARABLE and gross(row)):
-        return math.inf
-    if row.ratio is None or math.isnan(row.ratio):
-        return 0.0
-    return row.ratio
+    for verdict, ratio, apart in zip(
+        rows.each("verdict"), rows.each("ratio"), gross(rows), strict=True
+    ):
+        if verdict is Verdict.INVALID or (verdict is Verdict.INCOMPARABLE and apart):
+            yield math.inf
+        else:
+            yield 0.0 if ratio is None or math.isnan(ratio) else ratio
 
 
-def _call(row: Row) -> tuple[Key, str]:
-    """A row's call (module, step, branch), and `in` or `out`."""
-    key = key_of(row.name)
-    return key.but(name=""), key.name.partition(".")[0]
+_Place = tuple[str | None, int | None, str | None]
+"""A module (none: the whole model) in one step and branch."""
 
 
-def _inside(row: Row, outer: Row) -> bool:
-    """Whether a row is an output of a part of another row's module, in its step and branch."""
-    if (row.step, row.branch) != (outer.step, outer.branch) or _call(row)[1] != "out":
+def _part(inner: _Place, outer: _Place) -> bool:
+    """Whether a module is a part of another one, in its step and branch."""
+    if inner[1:] != outer[1:]:
         return False
-    own, holder = row.fqn or ROOT, outer.fqn or ROOT
+    own, holder = inner[0] or ROOT, outer[0] or ROOT
     return own != holder and (holder == ROOT or own.startswith(f"{holder}."))

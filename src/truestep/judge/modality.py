@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from truestep.keys import SAMPLES
-from truestep.verdict import Modality, Row, Verdict
+from truestep.verdict import Modality, Row, Rows, Verdict
 
 AUDIO, VIDEO = "audio", "video"
 
 
-def with_modalities(rows: Sequence[Row]) -> list[Row]:
+def with_modalities(rows: Sequence[Row]) -> Rows:
     """Name the modality of the rows of video, where rows of audio are beside them.
 
     Rows of audio know it by their names. Others are of video if their stage has rows of audio, or
     is decoding; what both share (text, its mask, schedule) has no modality.
     """
-    joint = {row.stage for row in rows if row.modality == AUDIO}
+    rows = Rows.of(rows)
+    joint = {stage for stage, name in rows.each("stage", "modality") if name == AUDIO}
     if not joint:
-        return list(rows)
+        return rows
     joint.add("decoding")
-    return [
-        row.model_copy(update={"modality": VIDEO})
-        if row.modality is None and row.stage in joint and not _shared(row.name)
-        else row
-        for row in rows
-    ]
+    return rows.replaced(
+        modality=(
+            VIDEO if known is None and stage in joint and not _shared(name) else known
+            for known, stage, name in rows.each("modality", "stage", "name")
+        )
+    )
 
 
 def _shared(name: str) -> bool:
@@ -38,8 +39,13 @@ def modalities(rows: Sequence[Row]) -> tuple[Modality, ...]:
     Args:
         rows: As `with_modalities` gives them.
     """
-    apart = {name: [row for row in rows if row.modality == name] for name in (VIDEO, AUDIO)}
+    rows = Rows.of(rows)
+    apart = {name: _of(rows, name) for name in (VIDEO, AUDIO)}
     return tuple(_summed(name, own) for name, own in apart.items()) if all(apart.values()) else ()
+
+
+def _of(rows: Rows, modality: str) -> Rows:
+    return rows.take(at for at, own in enumerate(rows.each("modality")) if own == modality)
 
 
 def _summed(name: str, rows: Sequence[Row]) -> Modality:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache, partial
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -38,6 +39,7 @@ from truestep.verdict import (
     FloorUsed,
     Metrics,
     Row,
+    Rows,
     Rule,
     Side,
     TensorInfo,
@@ -395,10 +397,12 @@ def build_comparison(
         sample_rate: Hz, of decoded sound: two of different lengths are then told in seconds.
         fields: Further fields of `Comparison`; `verdict` or `notes` given here are respected.
     """
-    rows = with_modalities([in_seconds(row, sample_rate) for row in rows])
-    verdicts = [row.verdict for row in rows]
+    if sample_rate:
+        rows = [in_seconds(row, sample_rate) for row in rows]
+    rows = with_modalities(rows)
+    verdicts = {*rows.each("verdict")}
     if fields.get("case_differences"):
-        verdicts.append(Verdict.INCOMPARABLE)
+        verdicts.add(Verdict.INCOMPARABLE)
     verdict = fields.pop("verdict", None) or Verdict.worst(verdicts)
     first = _first_failing(rows)
     divergence = None
@@ -411,28 +415,32 @@ def build_comparison(
             fqn=first.fqn,
             modality=first.modality,
         )
-    judged = [row.floor for row in rows if row.floor and row.verdict is not Verdict.IDENTICAL]
+    judged = {
+        id(floor): floor
+        for floor, found in rows.each("floor", "verdict")
+        if floor and found is not Verdict.IDENTICAL
+    }
     return Comparison(
         tool_version=library_version("truestep") or "",
         verdict=verdict,
         sentence=_sentence(verdict, rows, divergence, fields),
-        rows=tuple(rows),
-        rule=_rule(rows, judged),
+        rows=rows,
+        rule=_rule(rows, list(judged.values())),
         first_divergence=divergence,
         modalities=modalities(rows),
         actual=actual,
         reference=reference,
-        missing=tuple(row.name for row in rows if row.actual is None),
-        unexpected=tuple(row.name for row in rows if row.reference is None),
+        missing=tuple(name for name, side in rows.each("name", "actual") if side is None),
+        unexpected=tuple(name for name, side in rows.each("name", "reference") if side is None),
         **fields,
     )
 
 
-def _rule(rows: Sequence[Row], judged: Sequence[FloorUsed]) -> Rule:
+def _rule(rows: Rows, judged: Sequence[FloorUsed]) -> Rule:
     """What judged the rows; that every tensor agrees is said only where every one does."""
     if judged:
         return rule_of(judged, tests=_tests(rows))
-    if rows and all(row.verdict is Verdict.IDENTICAL for row in rows):
+    if {*rows.each("verdict")} == {Verdict.IDENTICAL}:
         return EXACT
     return NOTHING
 
@@ -464,17 +472,18 @@ def traced_back(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _first_failing(rows: Sequence[Row]) -> Row | None:
+def _first_failing(rows: Rows) -> Row | None:
     """The first row that failed; of the two modalities of one tensor the one that is further off.
 
     What one forward makes of both is made at once: an error in one of them reaches the other inside
     the model, and is larger where it is made.
     """
-    failing = [row for row in rows if row.verdict in (Verdict.DRIFTED, Verdict.INVALID)]
+    failing = rows.having(Verdict.DRIFTED, Verdict.INVALID)
     if not failing:
         return None
-    name = without_modality(failing[0].name)
-    both = [row for row in failing if without_modality(row.name) == name]
+    first = without_modality(failing[0].name)
+    names = enumerate(failing.each("name"))
+    both = failing.take(at for at, name in names if without_modality(name) == first)
     worst = Verdict.worst(row.verdict for row in both)
     return max((row for row in both if row.verdict is worst), key=lambda row: row.ratio or 0.0)
 
@@ -487,34 +496,38 @@ def with_divergence(
     known = comparison.first_divergence
     if known is not None and (known.stage, known.step) == (divergence.stage, divergence.step):
         divergence = divergence.model_copy(update={"modality": known.modality})
-    sentence = _sentence(comparison.verdict, comparison.rows, divergence, fields)
+    judged = Rows.of(comparison.rows)
+    sentence = _sentence(comparison.verdict, judged, divergence, fields)
     update: dict[str, Any] = {"first_divergence": divergence, "sentence": sentence}
     if rows:
         seen = f"{len({row.fqn for row in rows})} modules"
-        update["rows"] = (*comparison.rows, *rows)
+        update["rows"] = Rows.of((*judged, *rows))
         update["looked_at"] = (*comparison.looked_at, seen)
     return comparison.model_copy(update=update)
 
 
-def _tests(rows: Sequence[Row]) -> int:
+def _tests(rows: Rows) -> int:
     """Number of statistics that the rule set against a measured tail."""
-    measured = [row for row in rows if row.ratio and row.floor and row.floor.source == "measured"]
-    return sum(len(SIZES) + len(row.statistics) for row in measured)
+    return sum(
+        len(SIZES) + len(statistics)
+        for ratio, floor, statistics in rows.each("ratio", "floor", "statistics")
+        if ratio and floor and floor.source == "measured"
+    )
 
 
 def _sentence(
-    verdict: Verdict, rows: Sequence[Row], first: Divergence | None, fields: Mapping[str, Any]
+    verdict: Verdict, rows: Rows, first: Divergence | None, fields: Mapping[str, Any]
 ) -> str:
     text = _outcome(verdict, rows, first, fields)
     return text if verdict.passed or fields.get("case_differences") else text + told_apart(rows)
 
 
 def _outcome(
-    verdict: Verdict, rows: Sequence[Row], first: Divergence | None, fields: Mapping[str, Any]
+    verdict: Verdict, rows: Rows, first: Divergence | None, fields: Mapping[str, Any]
 ) -> str:
     total = f"{len(rows)} tensor{'s' if len(rows) != 1 else ''}"
-    count = sum(row.verdict is verdict for row in rows)
-    ratios = [row.ratio for row in rows if row.ratio is not None and row.verdict.passed] or [0.0]
+    alike = rows.having(verdict)
+    count = len(alike)
     seen = detectable(rows)
     sight = f"a relative change of {seen:.1e} would have been seen" if seen is not None else ""
     if not rows:
@@ -522,31 +535,36 @@ def _outcome(
     if verdict is Verdict.IDENTICAL:
         return f"identical: {total} agree{'s' if len(rows) == 1 else ''} bit for bit"
     if verdict is Verdict.EQUIVALENT:
-        return f"equivalent: {total}, the worst at {max(ratios):.2g} x the noise floor; {sight}"
+        passed = (r for r, v in rows.each("ratio", "verdict") if r is not None and v.passed)
+        worst = max(passed, default=0.0)
+        return f"equivalent: {total}, the worst at {worst:.2g} x the noise floor; {sight}"
     place = f" (first divergence: {first})" if first else ""
     if verdict is Verdict.INVALID and first:
-        invalid = [row for row in rows if row.verdict is verdict]
-        named = [r for r in (*invalid, *fields.get("deeper", ())) if r.name == first.name]
-        return f"invalid: {count} of {total}{place}: {(named or invalid)[0].note}"
+        named = (r for r in chain(alike, fields.get("deeper", ())) if r.name == first.name)
+        return f"invalid: {count} of {total}{place}: {(next(named, None) or alike[0]).note}"
     if verdict is Verdict.DRIFTED:
-        row = max((r for r in rows if r.verdict is verdict), key=lambda r: r.ratio or 0.0)
+        row = _worst(alike)
         bound = row.floor.bound if row.floor else math.inf
         if row.note and (row.ratio or 0.0) <= bound:  # not by size: another rule said so
             return f"drifted: {count} of {total}{place}: {row.note}"
-        worst = row.ratio or 0.0
-        return f"drifted: {count} of {total}{place}, the worst at {worst:.3g} x the noise floor"
+        over = f"{row.ratio or 0.0:.3g} x the noise floor"
+        return f"drifted: {count} of {total}{place}, the worst at {over}"
     if verdict is Verdict.INCOMPARABLE:
         differences = fields.get("case_differences", ())
         if differences:
             differing = ", ".join(d.key or "a key without a name" for d in differences)
             return f"incomparable: the two sides are of different cases ({differing} differ)"
-        row = next(row for row in rows if row.verdict is verdict)
-        return f"incomparable: {count} of {total}: {row.name}: {row.note}"
+        return f"incomparable: {count} of {total}: {alike[0].name}: {alike[0].note}"
     if verdict is Verdict.MISSING:
-        row = next(row for row in rows if row.verdict is verdict)
-        return f"missing: {count} of {total}: {row.name}: {row.note}"
-    row = max((r for r in rows if r.verdict is verdict), key=lambda r: r.ratio or 0.0)
+        return f"missing: {count} of {total}: {alike[0].name}: {alike[0].note}"
+    row = _worst(alike)
     return f"inconclusive: {count} of {total}: {row.name}: {row.note}"
+
+
+def _worst(rows: Rows) -> Row:
+    """The first of those that are furthest over their floor."""
+    ratios = [ratio or 0.0 for ratio in rows.each("ratio")]
+    return rows[max(range(len(rows)), key=ratios.__getitem__)]
 
 
 def measured_run(

@@ -18,12 +18,14 @@ that could be wrong.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from array import array
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
+from truestep.many import Column, Many, Shared, Texts
 from truestep.recording.manifest import TensorEntry
 
 NO_STEP = -(2**63)
@@ -76,7 +78,63 @@ def columns_of(rows: Iterable[TensorEntry]) -> dict[str, bytes]:
     return {"names": bytes(names), "words": words, **{n: _out(v) for n, v in numbers.items()}}
 
 
-def rows_of(columns: Mapping[str, bytes], *, sketched: bool, words: Any) -> list[TensorEntry]:
+class _Digests:
+    """Digests of xxh3_64, hexadecimal."""
+
+    def __init__(self, numbers: array[int]) -> None:
+        self._numbers = numbers
+
+    def append(self, value: str, /) -> None:
+        """Add one at the end."""
+        self._numbers.append(int(value, 16))
+
+    def __getitem__(self, at: int, /) -> str:
+        return f"{self._numbers[at]:016x}"
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{number:016x}" for number in self._numbers)
+
+
+class _Steps:
+    """Numbers of steps, or None."""
+
+    def __init__(self, numbers: array[int]) -> None:
+        self._numbers = numbers
+
+    def append(self, value: int | None, /) -> None:
+        """Add one at the end."""
+        self._numbers.append(NO_STEP if value is None else value)
+
+    def __getitem__(self, at: int, /) -> int | None:
+        number = self._numbers[at]
+        return None if number == NO_STEP else number
+
+    def __iter__(self) -> Iterator[int | None]:
+        return (None if number == NO_STEP else number for number in self._numbers)
+
+
+class Table(Many[TensorEntry]):
+    """The table of a recording as columns: an entry is made when it is asked for."""
+
+    kind = TensorEntry
+    fields = tuple(field.name for field in dataclasses.fields(TensorEntry))
+    how: ClassVar[Mapping[str, Callable[[], Column]]] = {"name": Texts, "digest": Texts}
+
+    @property
+    def names(self) -> Texts:
+        """Names of all rows, whichever are taken."""
+        column = self.columns["name"]
+        if not isinstance(column, Texts):
+            raise TypeError("a table without names")
+        return column
+
+    def value(self, name: str, field: str) -> Any:
+        """A field of the row of a name, of a table that was not taken from another; else None."""
+        at = self.names.find(name)
+        return None if at is None else self.columns[field][at]
+
+
+def rows_of(columns: Mapping[str, bytes], *, sketched: bool, words: Any) -> Table:
     """A table from its columns.
 
     Args:
@@ -87,8 +145,9 @@ def rows_of(columns: Mapping[str, bytes], *, sketched: bool, words: Any) -> list
     Raises:
         ValueError: The columns do not fit each other.
     """
-    names = columns["names"].decode().split("\n")
-    if names.pop():
+    columns["names"].decode()  # refuses what is no UTF-8
+    names = Texts.of_lines(columns["names"])
+    if names.starts[-1] != len(columns["names"]):
         raise ValueError("the last name has no end")
     numbers = {
         key: _in(columns[key], _CODES[kind]) for key, kind in KINDS.items() if kind in _CODES
@@ -98,27 +157,23 @@ def rows_of(columns: Mapping[str, bytes], *, sketched: bool, words: Any) -> list
     texts, shapes = _words(words)
     for key, limit in (*((key, len(texts)) for key in TEXTS), ("shape", len(shapes))):
         low = -1 if key in ("branch", "fqn") else 0
-        if names and not (low <= min(numbers[key]) and max(numbers[key]) < limit):
+        if len(names) and not (low <= min(numbers[key]) and max(numbers[key]) < limit):
             raise ValueError(f"column {key} points to a text that is not there")
     texts.append(None)  # what -1 points to
-    return [
-        TensorEntry(
-            name=name,
-            kind=texts[kind],
-            order=order,
-            dtype=texts[dtype],
-            shape=shapes[shape],
-            digest=f"{digest:016x}",
-            sketch_digest=f"{sketch:016x}" if sketched else "",
-            step=None if step == NO_STEP else step,
-            branch=texts[branch],
-            fqn=texts[fqn],
-            call=call,
-        )
-        for name, order, step, call, kind, dtype, branch, fqn, shape, digest, sketch in zip(
-            names, *(numbers[key] for key in (*NUMBERS, *TEXTS, "shape", *DIGESTS)), strict=True
-        )
-    ]
+    sketches: Column = _Digests(numbers["sketch_digest"])
+    if not sketched:
+        sketches = Shared([""], array("i", bytes(4 * len(names))))
+    made: dict[str, Column] = {
+        "name": names,
+        "order": numbers["order"],
+        "call": numbers["call"],
+        "step": _Steps(numbers["step"]),
+        "shape": Shared(shapes, numbers["shape"]),
+        **{key: Shared(texts, numbers[key]) for key in TEXTS},
+        "digest": _Digests(numbers["digest"]),
+        "sketch_digest": sketches,
+    }
+    return Table(made, range(len(names)))
 
 
 def _words(words: Any) -> tuple[list[Any], list[tuple[int, ...]]]:

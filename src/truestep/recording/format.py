@@ -86,6 +86,11 @@ class Recording(Mapping[str, torch.Tensor]):
                 where=str(path),
                 hint="any two safetensors files are judged by truestep compare",
             )
+        return cls.opened(header, manifest)
+
+    @classmethod
+    def opened(cls, header: Header, manifest: Manifest) -> Recording:
+        """A recording whose header was read; see `header.read_recording`."""
         return cls(manifest, source=_File(header))
 
     @classmethod
@@ -139,6 +144,7 @@ class Recording(Mapping[str, torch.Tensor]):
         Changes made to it in place are lost.
         """
         if self._source is not None and self._tensors.pop(name, None) is not None:
+            del self._seen[name]
             self._source.release(name)
 
     def __contains__(self, name: object) -> bool:

@@ -13,8 +13,9 @@ import re
 import shlex
 import struct
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -382,7 +383,7 @@ def _resolved(header: Header) -> tuple[Header, Manifest | None]:
 class Packed(Mapping[str, Slot]):
     """The tensors of a packed recording, by stored name; see `recording.columns`."""
 
-    def __init__(self, rows: Sequence[TensorEntry], level: str, begins: dict[int, int]) -> None:
+    def __init__(self, rows: columns.Table, level: str, begins: dict[int, int]) -> None:
         """Find where each row's data lie.
 
         Args:
@@ -391,29 +392,31 @@ class Packed(Mapping[str, Slot]):
             begins: Where the data with items of a size begin.
         """
         self._rows, self._level = rows, level
-        self._index = {row.name: number for number, row in enumerate(rows)}
+        self._names = rows.names
         self._prefixes = [name.removesuffix("/") for name in stored_names("", level)]
         self._begins: list[array[int]] = []
         self.ends = dict(begins)
         for part in range(len(self._prefixes)):
             column = array("q")
-            for row in rows:
-                dtype, shape = self._kind(row, part)
+            for own, sizes in rows.each("dtype", "shape"):
+                dtype, shape = self._kind(own, sizes, part)
                 column.append(self.ends[ITEM_SIZES[dtype]])
                 self.ends[ITEM_SIZES[dtype]] += length_of(dtype, shape)
             self._begins.append(column)
 
-    def _kind(self, row: TensorEntry, part: int) -> tuple[str, tuple[int, ...]]:
+    def _kind(self, dtype: str, shape: tuple[int, ...], part: int) -> tuple[str, tuple[int, ...]]:
         if self._level == "full":
-            return SAFETENSORS_NAMES[row.dtype], row.shape
+            return SAFETENSORS_NAMES[dtype], shape
         return MOMENTS_KINDS[part]
 
     def _place(self, name: str) -> tuple[int, int] | None:
         """Number of the row and of the part that a stored name means."""
         for part, prefix in enumerate(self._prefixes):
-            inner = name.removeprefix(f"{prefix}/") if prefix else name
-            if inner in self._index and (not prefix or name.startswith(f"{prefix}/")):
-                return self._index[inner], part
+            if prefix and not name.startswith(f"{prefix}/"):
+                continue
+            number = self._names.find(name.removeprefix(f"{prefix}/") if prefix else name)
+            if number is not None:
+                return number, part
         return None
 
     def __getitem__(self, name: str) -> Slot:
@@ -422,7 +425,7 @@ class Packed(Mapping[str, Slot]):
             raise KeyError(name)
         number, part = place
         row = self._rows[number]
-        dtype, shape = self._kind(row, part)
+        dtype, shape = self._kind(row.dtype, row.shape, part)
         begin = self._begins[part][number]
         known = row.sketch_digest if part else row.digest
         return Slot(dtype, shape, begin, begin + length_of(dtype, shape), known)
@@ -431,11 +434,11 @@ class Packed(Mapping[str, Slot]):
         return isinstance(name, str) and self._place(name) is not None
 
     def __iter__(self) -> Iterator[str]:
-        for row in self._rows:
-            yield from stored_names(row.name, self._level)
+        for name in self._names:
+            yield from stored_names(name, self._level)
 
     def __len__(self) -> int:
-        return len(self._index) * len(self._prefixes)
+        return self._names.distinct * len(self._prefixes)
 
 
 def _unpacked(header: Header, manifest: Manifest) -> tuple[Header, Manifest]:
@@ -467,22 +470,21 @@ def _unpacked(header: Header, manifest: Manifest) -> tuple[Header, Manifest]:
     ends = {s: header.tensors[n].end for n, s in data.items() if n in header.tensors}
     if packed.ends != ends:
         refuse(path, "the recording's table does not fit its data")
-    if any(rows[i].order < rows[i - 1].order for i in range(1, len(rows))):
-        rows = sorted(rows, key=lambda row: row.order)
-    whole = manifest.model_copy(update={"tensors": tuple(rows)})
+    orders = list(rows.each("order"))
+    if any(after < before for before, after in pairwise(orders)):
+        rows = rows.take(sorted(range(len(rows)), key=orders.__getitem__)).replaced()
+    whole = manifest.model_copy(update={"tensors": rows})
     return dataclasses.replace(header, tensors=packed), whole
 
 
-def _packed(path: Path, rows: Sequence[TensorEntry], level: str, begins: dict[int, int]) -> Packed:
+def _packed(path: Path, rows: columns.Table, level: str, begins: dict[int, int]) -> Packed:
     known: set[tuple[str, tuple[int, ...]]] = set()
-    for row in rows:
-        if bad_name(row.name):
-            refuse(
-                path, f"tensor name {row.name[:80]!r} is empty, too long or has control characters"
-            )
-        if (row.dtype, row.shape) not in known:
-            _check_entry(path, row)
-            known.add((row.dtype, row.shape))
+    for at, (name, *kind) in enumerate(rows.each("name", "dtype", "shape")):
+        if bad_name(name):
+            refuse(path, f"tensor name {name[:80]!r} is empty, too long or has control characters")
+        if tuple(kind) not in known:
+            _check_entry(path, rows[at])
+            known.add((kind[0], kind[1]))
     try:
         packed = Packed(rows, level, begins)
     except (KeyError, OverflowError):

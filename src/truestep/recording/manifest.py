@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, GetPydanticSchema
 
 from truestep.floors import NoiseFloor
+from truestep.many import schema_of
 from truestep.verdict import Float, Record
 
 FORMAT_VERSION = 3
@@ -108,7 +110,10 @@ class Manifest(Record):
     case: dict[str, Any] | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, str] = Field(default_factory=dict)
-    tensors: tuple[TensorEntry, ...] = ()
+    tensors: Annotated[
+        Sequence[TensorEntry],
+        GetPydanticSchema(lambda _, handler: schema_of(tuple[TensorEntry, ...], handler, tuple)),
+    ] = ()
     calls: tuple[CallEntry, ...] = Field(
         default=(), description="every outermost call of a component, in order"
     )

@@ -15,7 +15,7 @@ from truestep.magic import what_is
 from truestep.measure.plain import plain
 from truestep.reading import reason
 from truestep.recording.format import Plain, Recording
-from truestep.recording.header import manifest_of, read_header
+from truestep.recording.header import read_recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.numpy_files import read_npy, read_npz
 from truestep.recording.torch_files import read_pt, tensors_in
@@ -175,10 +175,9 @@ def _is(path: Path) -> str:
 
 
 def _safetensors(path: Path) -> Source:
-    header = read_header(path)
-    manifest = manifest_of(header)
+    header, manifest = read_recording(path)
     if manifest is not None:
-        return load(Recording.open(path), label=str(path))
+        return load(Recording.opened(header, manifest), label=str(path))
     return Source(str(path), Plain(header), path)
 
 

@@ -172,7 +172,7 @@ def drill_stage(
         )
 
 
-def failing_place(rows: tuple[Row, ...]) -> Place | None:
+def failing_place(rows: Sequence[Row]) -> Place | None:
     """The first stage with a model whose row failed; raised rows count as their stage's."""
     for stage in STAGES:
         for row in rows:

@@ -7,24 +7,28 @@ another pair of names returns the same, the names are exchanged.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 
 import torch
 
 from truestep.errors import UsageError
 from truestep.judge.divergence import ROOT, parent
-from truestep.judge.growth import Spot, agreeing, gross
+from truestep.judge.growth import agreeing, gross
 from truestep.keys import Key, address, key_of
+from truestep.many import Texts
 from truestep.measure.reduced import STATS
 from truestep.pairing import Pairing, pair_activations
 from truestep.pairing.content import fit, fit_any, is_constant
 from truestep.pairing.naming import listed
 from truestep.pairing.rename import closed, numbered, renamed
+from truestep.recording.columns import Table
 from truestep.recording.readers import Source
 from truestep.replay.isolation import alike, matched_slots
-from truestep.verdict import Row
+from truestep.verdict import Rows
 
 MOMENTS = 1e-3
 """Moments closer than this, over the rms, are of one tensor, if all of them are."""
@@ -49,6 +53,8 @@ class Named:
         key = key_of(tensor)
         fqn = key.fqn or ""
         if fqn in self.partners:
+            if self.partners[fqn] == fqn and not key.written:
+                return tensor
             return str(key.but(fqn=self.partners[fqn]))
         return None if self.others or fqn in self.partners.values() else tensor
 
@@ -61,7 +67,7 @@ def fqns(names: Iterable[str]) -> list[str]:
 def name_modules(
     ours: Source,
     theirs: Source,
-    names: tuple[Sequence[str], Sequence[str]],
+    names: tuple[Iterable[str], Iterable[str]],
     rename: Mapping[str, str] | None,
 ) -> Named:
     """Pair modules by a map, or by name, and those of other names by what they return.
@@ -161,7 +167,50 @@ def _rule(own: str, other: str) -> tuple[str, str]:
     return (left[0], right[0]) if left and right and left[1] == right[1] else (own, other)
 
 
-def match_inputs(names: Mapping[str, str], ours: Source, theirs: Source) -> dict[str, str]:
+class Names(Mapping[str, str]):
+    """Names to names, in order and in little memory; of two that are equal the later one counts."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self._new, self._old = Texts(), Texts()
+        for new, old in pairs:
+            self._new.append(new)
+            self._old.append(old)
+        if self._old.content == self._new.content and self._old.starts == self._new.starts:
+            self._old = self._new
+        if self._new.distinct < len(self._new):
+            self.__init__({**self._pairs()}.items())  # type: ignore[misc]
+
+    @classmethod
+    def unchanged(cls, texts: Texts) -> Names:
+        """Names to themselves."""
+        names = cls(())
+        names._new = names._old = texts
+        return names
+
+    def _pairs(self) -> dict[str, str]:
+        return dict(zip(self._new, self._old, strict=True))
+
+    def __getitem__(self, name: str) -> str:
+        at = self._new.find(name)
+        if at is None:
+            raise KeyError(name)
+        return self._old[at]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._new.find(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._new)
+
+    def __len__(self) -> int:
+        return len(self._new)
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Both names of each; nothing is sought."""
+        return zip(self._new, self._old, strict=True)
+
+
+def match_inputs(names: Names, ours: Source, theirs: Source) -> Names:
     """Tensors by the reference's names, inputs that are called otherwise by their sizes.
 
     Args:
@@ -169,17 +218,10 @@ def match_inputs(names: Mapping[str, str], ours: Source, theirs: Source) -> dict
             side's own name: `module/blocks.0/0/cond/in.x`.
         ours, theirs: The two traces; their tables are read, not their tensors.
     """
-    sizes = [_sizes(side) for side in (ours, theirs)]
-    calls: dict[Key, tuple[list[tuple[str, torch.Tensor]], dict[str, torch.Tensor]]] = {}
-    for name, own in names.items():
-        key = key_of(name)
-        if key.inward:
-            calls.setdefault(key.but(name=""), ([], {}))[0].append((key.name, sizes[0][own]))
-    for name, tensor in sizes[1].items():
-        key = key_of(name)
-        if key.inward and (head := key.but(name="")) in calls:
-            calls[head][1][key.name] = tensor
-    made = dict(names)
+    calls = _odd_calls(names, ours, theirs)
+    if not calls:
+        return names
+    made = dict(names.pairs())
     for head, (own_slots, others) in calls.items():
         if all(slot in others and alike(tensor, others[slot]) for slot, tensor in own_slots):
             continue
@@ -189,13 +231,48 @@ def match_inputs(names: Mapping[str, str], ours: Source, theirs: Source) -> dict
             free = slot not in matches  # as it is called, unless another one is
             name = match or (slot if free else f"{slot}.other")
             made[str(head.but(name=name))] = moved[slot]
-    return made
+    return Names(made.items())
 
 
-def _sizes(side: Source) -> dict[str, torch.Tensor]:
-    """Tensors of the sizes in a trace's table, without content."""
-    table = side.manifest.tensors if side.manifest else ()
-    return {entry.name: torch.empty(entry.shape, device="meta") for entry in table}
+_Slots = tuple[list[tuple[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def _odd_calls(names: Names, ours: Source, theirs: Source) -> dict[Key, _Slots]:
+    """Inputs on both sides of the calls of which one is not to be found, with its sizes, by name.
+
+    There may be a million calls: all others are not kept.
+    """
+    own, others = table_of(ours), table_of(theirs)
+    calls: dict[Key, _Slots] = {}
+    for new, old in names.pairs():
+        key = key_of(new)
+        if not key.inward:
+            continue
+        shape = others.value(new, "shape")
+        if shape is None or not alike(_empty(own.value(old, "shape")), _empty(shape)):
+            calls.setdefault(key.but(name=""), ([], {}))
+    if not calls:
+        return calls
+    for new, old in names.pairs():
+        key = key_of(new)
+        if key.inward and (head := key.but(name="")) in calls:
+            calls[head][0].append((key.name, _empty(own.value(old, "shape"))))
+    for name, shape in others.each("name", "shape"):
+        key = key_of(name)
+        if key.inward and (head := key.but(name="")) in calls:
+            calls[head][1][key.name] = _empty(shape)
+    return calls
+
+
+def table_of(side: Source) -> Table:
+    """The table of a trace, which may have a million rows."""
+    return Table.of(side.manifest.tensors if side.manifest else ())
+
+
+@lru_cache(maxsize=4096)
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of these sizes, without content."""
+    return torch.empty(shape, device="meta")
 
 
 # --- exchanged names ---------------------------------------------------------------------------
@@ -211,10 +288,10 @@ class _Siblings:
 
 def exchange(
     named: Named,
-    rows: Sequence[Row],
+    rows: Rows,
     ours: Source,
     theirs: Source,
-    names: tuple[Sequence[str], Sequence[str]],
+    names: tuple[Iterable[str], Iterable[str]],
 ) -> Named | None:
     """Exchange names within a parent where that is what the outputs say.
 
@@ -231,7 +308,8 @@ def exchange(
     Returns:
         The new pairs; None where nothing is to be exchanged.
     """
-    wrong = {row.fqn for row in rows if "/out." in row.name and gross(row)}
+    apart = zip(rows.each("fqn", "name"), gross(rows), strict=True)
+    wrong = {fqn for (fqn, name), other in apart if other and "/out." in name}
     ended = [fqns(name for name in side if "/out." in name) for side in names]
     ran = [{fqn: at for at, fqn in enumerate(side)} for side in ended]
     agree, same = agreeing(rows), _comparer(ours, theirs, names)
@@ -253,7 +331,7 @@ def exchange(
 def _exchanged(
     partners: Mapping[str, str],
     wrong: set[str | None],
-    agree: Mapping[Spot, bool],
+    agree: Mapping[str, bool],
     same: Callable[[str, str], bool],
     ran: Sequence[Mapping[str, int]],
     sizes: Sequence[Mapping[str, int]],
@@ -263,8 +341,7 @@ def _exchanged(
     sure: dict[str, str] = {}
     for (_, around), group in groups.items():
         links = closed(_links(group, same), group.own, group.others)
-        told = [verdict for spot, verdict in agree.items() if spot[0] == around]
-        names_only = (told and all(told)) or _in_order(links, *ran)
+        names_only = agree.get(around, False) or _in_order(links, *ran)
         paired = set(partners.values())
         sure |= {
             a: r
@@ -302,9 +379,9 @@ def _left_over(
 def _elements(side: Source) -> dict[str, int]:
     """How many elements every module returns first."""
     found: dict[str, int] = {}
-    for name, tensor in _sizes(side).items():
+    for name, shape in table_of(side).each("name", "shape"):
         if "/out." in name:
-            found.setdefault(address(name).fqn or ROOT, tensor.numel())
+            found.setdefault(address(name).fqn or ROOT, math.prod(shape))
     return found
 
 
@@ -342,7 +419,7 @@ def _in_order(links: Mapping[str, str], own: Mapping[str, int], others: Mapping[
 
 
 def _comparer(
-    ours: Source, theirs: Source, names: tuple[Sequence[str], Sequence[str]]
+    ours: Source, theirs: Source, names: tuple[Iterable[str], Iterable[str]]
 ) -> Callable[[str, str], bool]:
     """Whether two modules return the same, as far as is seen where both run first."""
     outputs = [_outputs(side) for side in names]
@@ -351,7 +428,7 @@ def _comparer(
     prefix = {"full": "", "sketch": "sketch/", "stats": "stats/"}[level]
 
     def same(own: str, other: str) -> bool:
-        mine, others = outputs[0].get(own, {}), outputs[1].get(other, {})
+        mine, others = outputs[0](own), outputs[1](other)
         place = next((key for key in mine if key in others), None)
         if place is None or levels:  # of two levels nothing is kept in one form
             return False
@@ -369,14 +446,23 @@ def _comparer(
     return same
 
 
-def _outputs(names: Iterable[str]) -> dict[str, dict[Key, str]]:
-    """Outputs of every module by step, branch and slot."""
-    found: dict[str, dict[Key, str]] = {}
-    for name in names:
-        key = key_of(name)
-        if key.outward and not key.call:
-            found.setdefault(key.label, {})[key.but(fqn=None)] = name
-    return found
+def _outputs(names: Iterable[str]) -> Callable[[str], Mapping[Key, str]]:
+    """Outputs of a module by step, branch and slot, which are sought when they are asked for."""
+
+    @cache
+    def by_module() -> dict[str, Texts]:
+        found: dict[str, Texts] = {}
+        for name in names:
+            key = key_of(name)
+            if key.outward and not key.call:
+                found.setdefault(key.label, Texts()).append(name)
+        return found
+
+    @lru_cache(maxsize=64)
+    def outputs(module: str) -> dict[Key, str]:
+        return {key_of(name).but(fqn=None): name for name in by_module().get(module, ())}
+
+    return outputs
 
 
 def _same_moments(a: torch.Tensor, r: torch.Tensor) -> bool:

@@ -23,15 +23,25 @@ from truestep.judge.rows import (
     with_divergence,
 )
 from truestep.keys import address, key_of
+from truestep.many import Texts
 from truestep.measure.distance import distance
 from truestep.pairing.naming import listed
 from truestep.recording import readers as sources
+from truestep.recording.columns import Table
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.readers import Source, side_of
 from truestep.replay.isolation import alike, laid_out
-from truestep.replay.trace_names import Named, exchange, fqns, match_inputs, name_modules
-from truestep.verdict import GIVEN, Comparison, Difference, Divergence, Row, Verdict
+from truestep.replay.trace_names import (
+    Named,
+    Names,
+    exchange,
+    fqns,
+    match_inputs,
+    name_modules,
+    table_of,
+)
+from truestep.verdict import GIVEN, Comparison, Difference, Divergence, Row, Rows, Verdict
 
 FEW = 16
 """So many elements, one for every sample, are timesteps and no latent."""
@@ -46,6 +56,7 @@ class Streamed(Mapping[str, torch.Tensor]):
     Args:
         tensors: What is read from; pages of a recording go back to the system.
         names: Name here to name there, in order.
+        prefixes: What stands before both names of what is stored of each: `stats/`.
         shapes: Shapes to lay some of them out in, by name here; see `isolation.laid_out`.
     """
 
@@ -53,14 +64,22 @@ class Streamed(Mapping[str, torch.Tensor]):
         self,
         tensors: Mapping[str, torch.Tensor],
         names: Mapping[str, str],
+        *,
+        prefixes: Sequence[str] = ("",),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        self._tensors, self._names = tensors, dict(names)
+        self._tensors, self._names, self._prefixes = tensors, names, prefixes
         self._shapes = shapes or {}
         self._last: str | None = None
 
+    def laid_out(self, shapes: Mapping[str, tuple[int, ...]]) -> Streamed:
+        """The same with some tensors in other shapes."""
+        return Streamed(self._tensors, self._names, prefixes=self._prefixes, shapes=shapes)
+
     def __getitem__(self, name: str) -> torch.Tensor:
-        stored = self._names[name]
+        stored = self._stored(name)
+        if stored is None:
+            raise KeyError(name)
         if self._last not in (None, stored) and isinstance(self._tensors, Recording):
             self._tensors.release(str(self._last))
         self._last = stored
@@ -70,14 +89,20 @@ class Streamed(Mapping[str, torch.Tensor]):
         view = laid_out(tensor, torch.empty(self._shapes[name], device="meta"))
         return tensor if view is None else view
 
+    def _stored(self, name: str) -> str | None:
+        for prefix in self._prefixes:
+            if name.startswith(prefix) and (inner := name[len(prefix) :]) in self._names:
+                return prefix + self._names[inner]
+        return None
+
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return isinstance(name, str) and self._stored(name) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return (prefix + name for name in self._names for prefix in self._prefixes)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._names) * len(self._prefixes)
 
 
 def compare_traces(
@@ -116,7 +141,7 @@ def compare_traces(
     )
     names = (_modules(ours), _modules(theirs))
     named = name_modules(ours, theirs, names, rename)
-    sides, left_out = _paired(ours, theirs, named)
+    sides, left_out = _paired(ours, theirs, names, named)
     runs = [_noise_run(side, sides[1]) for side in noise]
     stored = _manifest(theirs).noise_floor
     runs = [*(stored.runs if stored else ()), *runs]
@@ -125,8 +150,9 @@ def compare_traces(
     exchanged = exchange(named, rows, ours, theirs, names) if rename is None else None
     if exchanged is not None:
         named = exchanged
-        sides, left_out = _paired(ours, theirs, named)
+        sides, left_out = _paired(ours, theirs, names, named)
         rows = _judged(*sides, Limits(floor, tolerance=tolerance))
+    del names
     seen = inside(rows)
     rows = _gone(_settled(origins(seen.rows)), partial=_partial(ours) or _partial(theirs))
     result = build_comparison(
@@ -134,7 +160,7 @@ def compare_traces(
         actual=side_of(ours),
         reference=side_of(theirs),
         environment_differences=_environment(ours, theirs),
-        looked_at=(f"{len({row.fqn for row in rows})} modules", f"{len(rows)} tensors"),
+        looked_at=(f"{len({*rows.each('fqn')})} modules", f"{len(rows)} tensors"),
         not_looked_at=(*left_out, *_unseen(seen)),
         notes=(*named.notes, *_undone(seen), *_cut(ours, "actual"), *_cut(theirs, "reference")),
         hint=_hint(rows, floor is not None, tolerance),
@@ -144,13 +170,13 @@ def compare_traces(
 
 def _loaded(what: str | Path | Recording, label: str) -> Source:
     source = sources.load(what, label=label)
-    if source.manifest is None or not _modules(source):
+    if source.manifest is None or not any(map(_of_module, table_of(source).each("name"))):
         raise UsageError(
             "this side is no trace: it holds no tensors of modules",
             where=source.label,
             hint="make one: truestep trace record CASE --output FILE, trace run, or capture()",
         )
-    return source
+    return _with_table(source, table_of(source))
 
 
 def _manifest(source: Source) -> Manifest:
@@ -160,9 +186,21 @@ def _manifest(source: Source) -> Manifest:
     return source.manifest
 
 
-def _modules(source: Source) -> list[str]:
+def _with_table(source: Source, table: Table) -> Source:
+    manifest = _manifest(source).model_copy(update={"tensors": table})
+    return replace(source, manifest=manifest)
+
+
+def _modules(source: Source) -> Texts:
     """Names of module tensors, as they are without a prefix for the level."""
-    return [e.name for e in _manifest(source).tensors if address(e.name).stage == "module"]
+    names = Texts()
+    for name in filter(_of_module, table_of(source).each("name")):
+        names.append(name)
+    return names
+
+
+def _of_module(name: str) -> bool:
+    return key_of(name).stage == "module"
 
 
 def _partial(source: Source) -> bool:
@@ -177,22 +215,23 @@ def _cut(source: Source, side: str) -> list[str]:
 
 
 def _paired(
-    ours: Source, theirs: Source, named: Named
+    ours: Source, theirs: Source, names: tuple[Texts, Texts], named: Named
 ) -> tuple[tuple[Source, Source], tuple[str, ...]]:
     """Both sides under the reference's names, as far as both recorded the place; and what is not.
 
     Raises:
         UsageError: They have no step and branch in common.
     """
-    own = {new: old for old in _modules(ours) if (new := named.name(old)) is not None}
+    own = Names((new, old) for old in names[0] if (new := named.name(old)) is not None)
     own = match_inputs(own, ours, theirs)
-    scope, left_out = _scope(own, _modules(theirs))
-    kept = {name: name for name in _modules(theirs) if scope(name)}
-    own = {name: old for name, old in own.items() if scope(name)}
+    kept = Names.unchanged(names[1])
+    scope, left_out = _scope(own, kept)
+    if left_out:
+        own, kept = (Names((n, o) for n, o in side.pairs() if scope(n)) for side in (own, kept))
     if not kept or not own:
         raise UsageError(
             "the two traces have nothing in common",
-            measured=f"actual: {_span(_modules(ours))}; reference: {_span(_modules(theirs))}",
+            measured=f"actual: {_span(names[0])}; reference: {_span(names[1])}",
             likely="other steps, branches or models were traced",
             hint="see what a trace holds: truestep show TRACE",
         )
@@ -213,36 +252,32 @@ def _unseen(seen: Inside) -> list[str]:
     return [
         f"{listed(_labels(rows))} (only the {label} trace opened what is around them)"
         for label, rows in (
-            ("reference", [row for row in seen.unseen if row.actual is None]),
-            ("actual", [row for row in seen.unseen if row.reference is None]),
+            ("reference", _without(seen.unseen, "actual")),
+            ("actual", _without(seen.unseen, "reference")),
         )
         if rows
     ]
 
 
-def _labels(rows: Iterable[Row]) -> list[str]:
-    return fqns(row.name for row in rows)
+def _without(rows: Rows, side: str) -> Rows:
+    return rows.take(at for at, info in enumerate(rows.each(side)) if info is None)
 
 
-def _renamed(source: Source, names: Mapping[str, str]) -> Source:
+def _labels(rows: Rows) -> list[str]:
+    return fqns(rows.each("name"))
+
+
+def _renamed(source: Source, names: Names) -> Source:
     """A side with its tensors under the reference's names, read one at a time."""
-    manifest = _manifest(source)
-    back = {old: new for new, old in names.items()}
-    entries = {e.name: e for e in manifest.tensors if e.name in back}
-    table = tuple(
-        entries[old] if new == old else replace(entries[old], name=new)
-        for new, old in names.items()
-    )
+    whole = table_of(source)
+    places = (whole.names.find(old) for _, old in names.pairs())
+    table = whole.take(place for place in places if place is not None)
+    if table is not whole or any(new != old for new, old in names.pairs()):
+        table = table.replaced(name=names)
     prefixes = {"full": ("",), "stats": ("stats/",), "sketch": ("stats/", "sketch/")}
-    stored = {
-        f"{p}{new}": f"{p}{old}" for new, old in names.items() for p in prefixes[manifest.level]
-    }
-    return Source(
-        source.label,
-        Streamed(source.tensors, stored),
-        source.path,
-        manifest.model_copy(update={"tensors": table}),
-    )
+    level = _manifest(source).level
+    tensors = Streamed(source.tensors, names, prefixes=prefixes[level])
+    return _with_table(replace(source, tensors=tensors), table)
 
 
 # --- what is looked at -----------------------------------------------------------------------
@@ -292,18 +327,21 @@ def _span(names: Iterable[str]) -> str:
 # --- rows ------------------------------------------------------------------------------------
 
 
-def _judged(ours: Source, theirs: Source, limits: Limits) -> list[Row]:
+def _judged(ours: Source, theirs: Source, limits: Limits) -> Rows:
     """Rows of both sides; a tensor that only is laid out otherwise is compared, with a note."""
-    shapes = {entry.name: entry.shape for entry in _manifest(theirs).tensors}
+    table = table_of(theirs)
     sketched = "sketch" in {_manifest(side).level for side in (ours, theirs)}
-    changed = {
-        entry.name: entry.shape
-        for entry in _manifest(ours).tensors
-        if entry.shape != shapes.get(entry.name, entry.shape)
-        and _same_layout(entry.shape, shapes[entry.name], sketched=sketched)
-    }
-    rows = _rows(_laid_out(ours, {n: shapes[n] for n in changed}), theirs, limits)
-    return [_with_shape(row, changed.get(row.name)) for row in rows]
+    own: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in table_of(ours).each("name", "shape"):
+        other = table.value(name, "shape")
+        if other not in (None, shape) and _same_layout(shape, other, sketched=sketched):
+            own[name], shapes[name] = shape, other
+    rows = Rows.of(_rows(_laid_out(ours, shapes), theirs, limits))
+    if not own:
+        return rows
+    changed = [_with_shape(row, own.get(row.name)) for row in rows]
+    return Rows.of(changed)
 
 
 def _same_layout(own: Sequence[int], other: Sequence[int], *, sketched: bool) -> bool:
@@ -317,15 +355,14 @@ def _laid_out(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Source:
     """A side with some tensors in other shapes."""
     if not shapes:
         return source
-    manifest = _manifest(source)
-    table = tuple(
-        replace(entry, shape=shapes[entry.name]) if entry.name in shapes else entry
-        for entry in manifest.tensors
+    table = table_of(source)
+    table = table.replaced(
+        shape=(shapes.get(name, shape) for name, shape in table.each("name", "shape"))
     )
-    tensors = Streamed(source.tensors, {name: name for name in source.tensors}, shapes)
-    return Source(
-        source.label, tensors, source.path, manifest.model_copy(update={"tensors": table})
-    )
+    tensors = source.tensors
+    if isinstance(tensors, Streamed):
+        tensors = tensors.laid_out(shapes)
+    return _with_table(replace(source, tensors=tensors), table)
 
 
 def _with_shape(row: Row, own: tuple[int, ...] | None) -> Row:
@@ -338,7 +375,7 @@ def _with_shape(row: Row, own: tuple[int, ...] | None) -> Row:
     return row.model_copy(update={"actual": actual, "note": notes})
 
 
-def _rows(ours: Source, theirs: Source, limits: Limits) -> list[Row]:
+def _rows(ours: Source, theirs: Source, limits: Limits) -> Sequence[Row]:
     levels = {_manifest(side).level for side in (ours, theirs)}
     if "stats" in levels:
         return moment_rows(ours, theirs, limits=limits)
@@ -378,32 +415,29 @@ def _working(source: Source) -> str:
     return max(set(floats), key=floats.count) if floats else "float32"
 
 
-def _settled(rows: Sequence[Row]) -> list[Row]:
+def _settled(rows: Rows) -> Rows:
     """Without a measured floor, an error that no module introduced may be grown rounding."""
-    failing = [row for row in rows if row.verdict is Verdict.DRIFTED]
-    if any(row.origin == "introduced" for row in rows) or any(r.floor is None for r in failing):
-        return list(rows)
-    if any(row.floor and row.floor.source != "analytic" for row in failing):
-        return list(rows)
-    note = "over the analytic floor, but no module adds much at once: it may be grown rounding"
-    return [
-        row.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "note": note})
-        if row.verdict is Verdict.DRIFTED
-        else row
-        for row in rows
-    ]
+    floors = list(rows.having(Verdict.DRIFTED).each("floor"))
+    if not floors or "introduced" in rows.each("origin") or None in floors:
+        return rows
+    if any(floor.source != "analytic" for floor in floors):
+        return rows
+    grown = "over the analytic floor, but no module adds much at once: it may be grown rounding"
+    told, notes = rows.each("verdict"), rows.each("verdict", "note")
+    return rows.replaced(
+        verdict=(Verdict.INCONCLUSIVE if v is Verdict.DRIFTED else v for v in told),
+        note=(grown if v is Verdict.DRIFTED else note for v, note in notes),
+    )
 
 
-def _gone(rows: Sequence[Row], *, partial: bool) -> list[Row]:
+def _gone(rows: Rows, *, partial: bool) -> Rows:
     """Say of a tensor that one side lacks whether the trace ended before it."""
     if not partial:
-        return list(rows)
-    return [
-        row.model_copy(update={"note": f"{row.note}: a trace is partial"})
-        if row.actual is None or row.reference is None
-        else row
-        for row in rows
-    ]
+        return rows
+    sides = rows.each("note", "actual", "reference")
+    return rows.replaced(
+        note=(note if a and r else f"{note}: a trace is partial" for note, a, r in sides)
+    )
 
 
 def _located(result: Comparison, sides: tuple[Source, Source], named: Named) -> Comparison:
@@ -429,18 +463,17 @@ def _located(result: Comparison, sides: tuple[Source, Source], named: Named) -> 
     return with_divergence(result, first, ())
 
 
-def _schedule(
-    rows: Sequence[Row], first: Divergence, sides: tuple[Source, Source]
-) -> Divergence | None:
+def _schedule(rows: Rows, first: Divergence, sides: tuple[Source, Source]) -> Divergence | None:
     """A timestep that the model is given wrongly, before all else that it is: the rest follows.
 
     A timestep is what holds one value, or few, where the whole model is given another input.
     """
     if first.fqn != ROOT or not (first.kind or "").startswith(GIVEN):
         return None
-    for row in rows:
-        here = (row.fqn, row.step, row.branch) == (ROOT, first.step, first.branch)
-        if not here or row.verdict.passed or not _is_input(row.name) or row.reference is None:
+    spot = (ROOT, first.step, first.branch)
+    places = enumerate(rows.each("fqn", "step", "branch"))
+    for row in rows.take(at for at, place in places if place == spot):
+        if row.verdict.passed or not _is_input(row.name) or row.reference is None:
             continue
         kept = [side.tensors.get(row.name) for side in sides]
         constant = all(t is not None and (t.numel() == 1 or one_value(t)) for t in kept)
@@ -454,8 +487,8 @@ def _schedule(
     return None
 
 
-def _hint(rows: Sequence[Row], measured: bool, tolerance: float | None) -> str:
-    if all(row.verdict.passed for row in rows) or measured or tolerance is not None:
+def _hint(rows: Rows, measured: bool, tolerance: float | None) -> str:
+    if all(verdict.passed for verdict in rows.each("verdict")) or measured or tolerance is not None:
         return ""
     return "measure the floor: --noise TRACE of the trusted model, run with other threads or again"
 

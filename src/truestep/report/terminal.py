@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterable
 
 from truestep.keys import key_of
 from truestep.text import say, visible
-from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Verdict
+from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Rows, Verdict
 
 MAX_GROWTH = 16
 MAX_ROWS = 20
@@ -113,11 +114,15 @@ def _wrapped(label: str, text: str) -> Iterable[str]:
 
 def _table(comparison: Comparison) -> Iterable[str]:
     """Failing rows first (at most 20, 5 a stage), then one line a stage for what passed."""
-    picked: list[Row] = []
-    for row in comparison.causes:
-        same = sum(_stage(other) == _stage(row) for other in picked)
-        if len(picked) < MAX_ROWS and (not row.stage or same < MAX_ROWS_OF_STAGE):
-            picked.append(row)
+    causes = comparison.causes
+    places, seen = list[int](), Counter[str]()
+    for at, (stage, modality) in enumerate(causes.each("stage", "modality")):
+        if len(places) < MAX_ROWS and (
+            not stage or seen[_label(stage, modality)] < MAX_ROWS_OF_STAGE
+        ):
+            seen[_label(stage, modality)] += 1
+            places.append(at)
+    picked = list(causes.take(places))
     shown = [_cells(row) for row in picked]
     if shown:
         shown.insert(0, ("tensor", "verdict", "rel_l2", "floor", "x floor", "note"))
@@ -127,29 +132,37 @@ def _table(comparison: Comparison) -> Iterable[str]:
             yield f"  {head}  {cells[5]}".rstrip()
         if more := comparison.uncounted(len(picked)):
             yield f"  ... {more}"
-    stages: dict[str, list[Row]] = {}
-    for row in comparison.rows:
-        if row.verdict.passed:
-            stages.setdefault(_stage(row), []).append(row)
-    width = max([12, *map(len, stages)]) if comparison.modalities else 12
-    for stage, rows in stages.items():
-        exact = sum(row.verdict is Verdict.IDENTICAL for row in rows)
-        worst = max((row.ratio for row in rows if row.ratio is not None), default=0.0)
-        tail = "all bit-equal" if exact == len(rows) else f"worst {worst:.2g} x floor"
-        yield f"  {stage:<{width}} {len(rows)} of {_total(comparison, stage)} pass, {tail}"
+    rows = Rows.of(comparison.rows)
+    totals = Counter(_label(*place) for place in rows.each("stage", "modality"))
+    passed, exact, worst = Counter[str](), Counter[str](), dict[str, float]()
+    for verdict, ratio, *place in rows.each("verdict", "ratio", "stage", "modality"):
+        if verdict.passed:
+            stage = _label(*place)
+            passed[stage] += 1
+            exact[stage] += verdict is Verdict.IDENTICAL
+            if ratio is not None:
+                worst[stage] = max(worst[stage], ratio) if stage in worst else ratio
+    width = max([12, *map(len, passed)]) if comparison.modalities else 12
+    for stage, count in passed.items():
+        tail = f"worst {worst.get(stage, 0.0):.2g} x floor"
+        tail = "all bit-equal" if exact[stage] == count else tail
+        yield f"  {stage:<{width}} {count} of {totals[stage]} pass, {tail}"
 
 
 def _growth(comparison: Comparison) -> Iterable[str]:
     """Of two traces: how far the modules near the root are over the floor, in one forward."""
     first = comparison.first_divergence
-    if first is None or not any(row.origin and row.stage == "module" for row in comparison.rows):
+    rows = Rows.of(comparison.rows)
+    if first is None or not any(o and s == "module" for o, s in rows.each("origin", "stage")):
         return
     worst: dict[str, float] = {}
-    for row in comparison.rows:
-        here = (row.step, row.branch) == (first.step, first.branch)
-        fqn = row.fqn or ""
-        if key_of(row.name).outward and here and (fqn.count(".") <= 1 or fqn == first.fqn):
-            ratio = math.inf if row.verdict is Verdict.INVALID else row.ratio or 0.0
+    fields = rows.each("step", "branch", "fqn", "name", "verdict", "ratio")
+    for step, branch, module, name, verdict, over in fields:
+        if (step, branch) != (first.step, first.branch) or not key_of(name).outward:
+            continue
+        fqn = module or ""
+        if fqn.count(".") <= 1 or fqn == first.fqn:
+            ratio = math.inf if verdict is Verdict.INVALID else over or 0.0
             worst[fqn] = max(worst.get(fqn, 0.0), ratio)
     given = (first.kind or "").startswith(GIVEN)
     names = list(worst)
@@ -168,13 +181,9 @@ def _growth(comparison: Comparison) -> Iterable[str]:
         yield f"  growth       ... {len(names) - max(begin - 1, 0) - MAX_GROWTH} more modules"
 
 
-def _total(comparison: Comparison, stage: str) -> int:
-    return sum(_stage(row) == stage for row in comparison.rows)
-
-
-def _stage(row: Row) -> str:
-    stage = row.stage or "tensors"
-    return f"{stage} ({row.modality})" if row.modality else stage
+def _label(stage: str, modality: str | None) -> str:
+    stage = stage or "tensors"
+    return f"{stage} ({modality})" if modality else stage
 
 
 def _modalities(comparison: Comparison) -> Iterable[str]:
