@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,13 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from bench.bench_memory import stats_trace
 from tests.counting import peak_bytes
 from truestep import capture
 from truestep.cli.app import app
 from truestep.errors import UsageError
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Level, Manifest
-from truestep.recording.spool import Blob, Spool
 from truestep.recording.table import tensor_table
 from truestep.replay.traces import compare_traces
 from truestep.report.terminal import lines
@@ -277,21 +275,6 @@ def test_a_row_takes_a_bounded_number_of_bytes(level: Level, tmp_path: Path) -> 
 
     peak(50)
     assert (peak(3600) - peak(2400)) / 1200 < 5500
-
-
-def stats_trace(path: Path, rows: int, factor: float) -> Path:
-    """A packed trace of 1,000 modules in as many steps as it takes; the later half is off."""
-    spool = Spool(path, head={"tool_version": "", "created": ""}, level="stats")
-    for order in range(rows):
-        step, part = divmod(order, 1000)
-        fqn = f"transformer_blocks.{part // 20}.attn{part % 20}.to_q"
-        gain, mean = factor if part >= 500 else 1.0, math.sin(order) / 2
-        moments = (0.0, gain * mean, gain * 0.9, gain * 1.2, gain * 1.1, -gain, gain)
-        name = f"module/{fqn}/{step}/cond/out.0"
-        fields = (name, order, "float32", (2, 3), step, "cond", fqn, 0)
-        spool.add(fields, [Blob("float64", (8,), struct.pack("<8d", 6, *moments))])
-    spool.close(Manifest(tool_version="", created="", level="stats"))
-    return path
 
 
 @pytest.mark.parametrize(
