@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "truestep"
 
 VOCABULARY = frozenset(
     {
+        "call_case",
         "case",
         "controls",
         "environment",

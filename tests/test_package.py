@@ -74,6 +74,7 @@ PURE = (
 
 def test_public_names_are_sorted_and_exist() -> None:
     assert truestep.__all__ == [
+        "CallCase",
         "Case",
         "Comparison",
         "Environment",

@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from truestep.call_case import CallCase
     from truestep.case import Case
+    from truestep.engines.subjects import check, record
     from truestep.environment import Environment
     from truestep.errors import EquivalenceError
     from truestep.experiment.ablation import ablate
@@ -17,16 +19,15 @@ if TYPE_CHECKING:
     from truestep.judge.latent import check_latent
     from truestep.recording.format import Recording
     from truestep.replay.batching import batch_invariance
-    from truestep.replay.check import check
     from truestep.replay.functions import check_function, record_function
     from truestep.replay.hooks import capture
     from truestep.replay.ports import replay_trace
-    from truestep.replay.record import record
     from truestep.replay.traces import compare_traces
     from truestep.runtime.accelerate import accelerate
     from truestep.verdict import Comparison, Verdict
 
 __all__ = [
+    "CallCase",
     "Case",
     "Comparison",
     "Environment",
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CallCase": "truestep.call_case",
     "Case": "truestep.case",
     "Comparison": "truestep.verdict",
     "Environment": "truestep.environment",
@@ -60,12 +62,12 @@ _HOMES = {
     "assert_equivalent": "truestep.judge.compare",
     "batch_invariance": "truestep.replay.batching",
     "capture": "truestep.replay.hooks",
-    "check": "truestep.replay.check",
+    "check": "truestep.engines.subjects",
     "check_function": "truestep.replay.functions",
     "check_latent": "truestep.judge.latent",
     "compare": "truestep.judge.compare",
     "compare_traces": "truestep.replay.traces",
-    "record": "truestep.replay.record",
+    "record": "truestep.engines.subjects",
     "record_function": "truestep.replay.functions",
     "replay_trace": "truestep.replay.ports",
 }

@@ -14,20 +14,19 @@ same case with other parameters::
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import re
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
+from truestep.call_case import CALL_TABLES, CallCase, is_call_case
 from truestep.controls import AudioVideo, profiles
 from truestep.errors import CaseError
 from truestep.reading import parse_toml, read
+from truestep.text import nearest, slug
 from truestep.verdict import Difference
 
 CASE_FILE = "truestep.toml"
@@ -197,6 +196,11 @@ class Case(Generation):
         return value
 
     @property
+    def device(self) -> str | None:
+        """Where it runs; None is CUDA where there is one."""
+        return self.settings.device
+
+    @property
     def model_path(self) -> Path:
         """The model as a path; one written relative in a case file counts from that file."""
         path = Path(self.model).expanduser()
@@ -208,7 +212,7 @@ class Case(Generation):
         content = json.dumps(self.canonical(), sort_keys=True, ensure_ascii=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         model = self.model.removeprefix("builtin:").rstrip("/").rsplit("/", 1)[-1]
-        slugs = [s for s in (_slug(model, 24), _slug(self.prompt, 40)) if s]
+        slugs = [s for s in (slug(model, 24), slug(self.prompt, 40)) if s]
         return "-".join([*slugs, digest])
 
     def canonical(self) -> dict[str, Any]:
@@ -239,7 +243,7 @@ class Case(Generation):
                 raise CaseError(
                     f"unknown setting {key!r}",
                     where="--set" if key else "",
-                    likely=_closest(key, [*type(self).model_fields, *Settings.model_fields]),
+                    likely=nearest(key, [*type(self).model_fields, *Settings.model_fields]),
                     hint="the settings are: "
                     + ", ".join(sorted({*type(self).model_fields, *Settings.model_fields})),
                 )
@@ -265,6 +269,10 @@ class Case(Generation):
     def differences(self, reference: Mapping[str, Any]) -> tuple[Difference, ...]:
         """Keys whose canonical value differs from a recorded case's."""
         return mapping_differences(flat_case(self.canonical()), flat_case(reference))
+
+
+AnyCase = Case | CallCase
+"""A case of truestep's own runtime, or the call of a pipeline."""
 
 
 def _profile_defaults(settings: object) -> Mapping[str, Any]:
@@ -296,6 +304,12 @@ def mapping_differences(
 
 
 def load_cases(path: Path, *, tier: str = DEFAULT_TIER) -> dict[str, Case]:
+    """Read those cases of a case file that truestep's own runtime runs; see `read_cases`."""
+    every = read_cases(path, tier=tier)
+    return {name: case for name, case in every.items() if isinstance(case, Case)}
+
+
+def read_cases(path: Path, *, tier: str = DEFAULT_TIER) -> dict[str, AnyCase]:
     """Read a case file.
 
     Args:
@@ -327,13 +341,16 @@ def load_cases(path: Path, *, tier: str = DEFAULT_TIER) -> dict[str, Case]:
     }
 
 
-def _case_of(name: str, table: object, *, path: Path, tier: str) -> Case:
+def _case_of(name: str, table: object, *, path: Path, tier: str) -> AnyCase:
     where = f"{path}: [case.{name}]"
     if not isinstance(table, dict):
         raise CaseError("a case must be a table", where=where)
-    if not isinstance(table.get("settings", {}), dict):
-        raise CaseError("settings must be a table", where=where)
-    tiers = {k: v for k, v in table.items() if isinstance(v, dict) and k != "settings"}
+    of_calls = is_call_case(table)
+    inner = CALL_TABLES if of_calls else ("settings",)
+    for key in inner:
+        if not isinstance(table.get(key, {}), dict):
+            raise CaseError(f"{key} must be a table", where=where)
+    tiers = {k: v for k, v in table.items() if isinstance(v, dict) and k not in inner}
     base = {k: v for k, v in table.items() if k not in tiers}
     if tier != DEFAULT_TIER and tier not in tiers:
         raise CaseError(
@@ -343,17 +360,26 @@ def _case_of(name: str, table: object, *, path: Path, tier: str) -> Case:
             hint=f"add a table [case.{name}.{tier}] with the values that differ",
         )
     over = tiers.get(tier, {})
-    if not isinstance(over.get("settings", {}), dict):
-        raise CaseError("settings must be a table", where=f"{path}: [case.{name}.{tier}]")
-    merged = {**base, **over, "settings": {**base.get("settings", {}), **over.get("settings", {})}}
+    for key in inner:
+        if not isinstance(over.get(key, {}), dict):
+            raise CaseError(f"{key} must be a table", where=f"{path}: [case.{name}.{tier}]")
+    laid = {key: {**base.get(key, {}), **over.get(key, {})} for key in inner}
+    merged = {**base, **over, **laid}
     try:
-        case = Case(**merged)
+        case = CallCase(**merged) if of_calls else Case(**merged)
     except CaseError as error:
         error.where = where
         raise
+    if isinstance(case, CallCase):
+        return case.counted_from(path.parent)
     if case.model.startswith("."):
         case._base = path.parent
     return case
+
+
+def case_from(content: Mapping[str, Any]) -> AnyCase:
+    """The case that a recording is of, from its content."""
+    return CallCase(**content) if is_call_case(content) else Case(**content)
 
 
 def case_error(error: ValidationError, *, where: str) -> CaseError:
@@ -365,7 +391,7 @@ def case_error(error: ValidationError, *, where: str) -> CaseError:
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"{key}: unknown key")
-            likely = likely or _closest(key.rsplit(".", 1)[-1], fields)
+            likely = likely or nearest(key.rsplit(".", 1)[-1], fields)
         elif item["type"] == "missing":
             lines.append(f"{key}: required, not given")
         else:
@@ -375,22 +401,6 @@ def case_error(error: ValidationError, *, where: str) -> CaseError:
     what = f"the case is not valid: {lines[0]}"
     measured = "\n".join(lines) if len(lines) > 1 else ""
     return CaseError(what, where=where, measured=measured, likely=likely)
-
-
-def _closest(key: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(key, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else ""
-
-
-def _slug(text: str, limit: int) -> str:
-    """Lower-case letters and digits of any script, joined by dashes, cut at `limit` characters."""
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text[: 8 * limit]).casefold())
-    slug = ""
-    for word in words:
-        if slug and len(slug) + 1 + len(word) > limit:
-            break
-        slug = f"{slug}-{word}" if slug else word[:limit]
-    return slug
 
 
 def flat_case(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,9 +7,12 @@ read (zero-width and bidirectional characters) is shown as its escape; letters o
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
+import unicodedata
+from collections.abc import Iterable
 
 _ACTING = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
@@ -35,6 +38,23 @@ def visible_json(text: str) -> str:
     import json
 
     return "\n".join(_ACTING.sub(lambda c: json.dumps(c[0])[1:-1], x) for x in text.split("\n"))
+
+
+def nearest(key: str, names: Iterable[str]) -> str:
+    """A question for whoever wrote a name that there is not; empty where none is near."""
+    near = difflib.get_close_matches(key, [*names], n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def slug(text: str, limit: int) -> str:
+    """Lower-case letters and digits of any script, joined by dashes, cut at `limit` characters."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text[: 8 * limit]).casefold())
+    joined = ""
+    for word in words:
+        if joined and len(joined) + 1 + len(word) > limit:
+            break
+        joined = f"{joined}-{word}" if joined else word[:limit]
+    return joined
 
 
 def say(

@@ -12,22 +12,27 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from truestep.cli.common import (
+    Words,
+    any_or_recorded,
     case_options,
-    chosen_or_recorded,
+    changed_cases,
     end,
     find_reference,
     finish,
     load_change,
+    of_the_runtime,
     output_options,
-    parse_changes,
     progress_bar,
+    said_with,
     set_option,
+    subject_options,
+    values_of,
 )
 from truestep.cli.words import spell_out, spelled
 from truestep.text import say, visible
 
 if TYPE_CHECKING:
-    from truestep.case import Case
+    from truestep.case import AnyCase
     from truestep.errors import ReferenceNotFoundError
     from truestep.gates.thresholds.file import Thresholds
     from truestep.judge.known import Entry
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
 
 @click.command("check")
 @case_options
+@subject_options
 @set_option
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="The change under test.")
 @click.option("--model", help="Check this model folder or hub id instead of the case's.")
@@ -103,6 +109,9 @@ def command(
     case_file: Path,
     prompt: str | None,
     tier: str,
+    inputs: tuple[str, ...],
+    pipeline: str | None,
+    subject: str | None,
     changes: tuple[str, ...],
     change: str | None,
     model: str | None,
@@ -134,26 +143,22 @@ def command(
 
     if accelerator is not None and ray is None:
         raise click.UsageError("--accelerator needs --ray: it chooses among a cluster's machines")
-    cases = chosen_or_recorded(
-        names,
-        reference=reference,
-        references=references,
-        case_file=case_file,
-        prompt=prompt,
-        tier=tier,
-    )
+    words = Words(names, case_file, tier, prompt, pipeline, subject, inputs, references)
+    cases = any_or_recorded(words, reference)
     if reference is not None and len(cases) != 1:
         raise UsageError(f"--reference takes one case, {len(cases)} were chosen")
-    settings = parse_changes(changes)
-    if model is not None:
-        settings["model"] = model
-    for case in cases.values():  # every option is validated before any forward
-        case.replace(**settings)
+    under_test = said_with(words, cases, changes)
+    if not under_test:
+        cases = changed_cases(cases, changes)
+    settings = {name: values_of(case, under_test) for name, case in cases.items()}
+    for name, case in cases.items():  # every option is validated before any forward
+        if model is not None:
+            settings[name]["model"] = model
+        _refuse(case.replace(**settings[name]), depth, rename, accept, thresholds)
     load_change(change)  # a change that cannot be read is refused before any forward
     ledger = _ledger(known, cases, case_file=case_file, tier=tier)
     options: dict[str, Any] = {
         "depth": depth,
-        "settings": settings,
         "steps": _steps(steps),
         "tolerance": tolerance,
         "rename": _rename(rename, depth),
@@ -162,6 +167,7 @@ def command(
     }
     check = partial(
         _check,
+        settings=settings,
         reference=reference,
         references=references,
         tier=tier,
@@ -192,6 +198,31 @@ def command(
     end(2 if broken else code)
 
 
+def _refuse(
+    case: AnyCase,
+    depth: str,
+    rename: Path | None,
+    accept: tuple[str, ...],
+    thresholds: Path | None,
+) -> None:
+    """Refuse options and arguments that a case cannot have, before any forward."""
+    from truestep.call_case import CallCase
+    from truestep.errors import UsageError
+
+    if not isinstance(case, CallCase):
+        return
+    from truestep.engines.diffusers import refuse
+    from truestep.engines.subjects import refuse_checking
+
+    refuse_checking(depth, {"": ""} if rename else None, accept)
+    if thresholds is not None:
+        raise UsageError(
+            "--thresholds needs a free run in truestep's own stages; this is a plain pipeline",
+            hint="leave --thresholds out",
+        )
+    refuse(case)
+
+
 def _rename(path: Path | None, depth: str) -> dict[str, str] | None:
     """A rename map, which only `--depth modules` has a use for."""
     if path is None:
@@ -204,7 +235,7 @@ def _rename(path: Path | None, depth: str) -> dict[str, str] | None:
 
 
 def _thresholds(
-    path: Path | None, platform: str | None, cases: Mapping[str, Case]
+    path: Path | None, platform: str | None, cases: Mapping[str, AnyCase]
 ) -> Thresholds | None:
     """The threshold file, with every limit that applies to a case read before any forward."""
     if path is None:
@@ -214,21 +245,21 @@ def _thresholds(
     from truestep.gates.thresholds.file import limits_of, read
 
     thresholds = read(path, platform=platform)
-    for name, case in cases.items():
+    for name, case in of_the_runtime(cases).items():
         limits_of(thresholds, name, case, sound=True)
     return thresholds
 
 
 def _ledger(
-    path: Path | None, cases: Mapping[str, Case], *, case_file: Path, tier: str
+    path: Path | None, cases: Mapping[str, AnyCase], *, case_file: Path, tier: str
 ) -> Mapping[str, Entry]:
     """The known failures; an entry may name any case of the case file, chosen or not."""
     if path is None:
         return {}
-    from truestep.case import load_cases
+    from truestep.case import read_cases
     from truestep.judge.known import read_ledger
 
-    every = load_cases(case_file, tier=tier) if case_file.exists() else {}
+    every = read_cases(case_file, tier=tier) if case_file.exists() else {}
     return read_ledger(path, cases=[*every, *(name for name in cases if name not in every)])
 
 
@@ -246,7 +277,7 @@ Ending = tuple[str, "Comparison | Exception"]
 
 
 def _here(
-    check: Callable[..., Comparison], cases: Mapping[str, Case], options: dict[str, Any]
+    check: Callable[..., Comparison], cases: Mapping[str, AnyCase], options: dict[str, Any]
 ) -> Generator[Ending]:
     """Check the cases one by one in this process."""
     from truestep.errors import TruestepError
@@ -261,7 +292,7 @@ def _here(
 
 def _on_cluster(
     check: Callable[..., Comparison],
-    cases: Mapping[str, Case],
+    cases: Mapping[str, AnyCase],
     options: dict[str, Any],
     address: str,
     accelerator: str | None,
@@ -284,7 +315,11 @@ def _on_cluster(
 
 
 def _name_changed(
-    changed: Case, case: Case, error: ReferenceNotFoundError, references: Path | None, tier: str
+    changed: AnyCase,
+    case: AnyCase,
+    error: ReferenceNotFoundError,
+    references: Path | None,
+    tier: str,
 ) -> None:
     """Where the case has a reference as it is *changed*, say how that is judged.
 
@@ -304,18 +339,21 @@ def _name_changed(
 
 def _check(
     name: str,
-    case: Case,
+    case: AnyCase,
     options: dict[str, Any],
     *,
+    settings: Mapping[str, Mapping[str, Any]],
     reference: Path | None,
     references: Path | None,
     tier: str,
     change: str | None,
     thresholds: Thresholds | None,
 ) -> Comparison:
+    from truestep.engines.subjects import check
     from truestep.errors import ReferenceNotFoundError
-    from truestep.replay.check import check, missing_reference
+    from truestep.replay.check import missing_reference
 
+    options = {**options, "settings": settings[name]}
     try:
         path = reference or find_reference(name, case, references=references, tier=tier)
     except ReferenceNotFoundError as error:
@@ -326,6 +364,7 @@ def _check(
     from truestep.gates.thresholds.running import with_gate
     from truestep.recording.format import Recording
 
+    (case,) = of_the_runtime({name: case}).values()
     recording = Recording.open(path)
     result = check(case, recording, apply=load_change(change), **options)
     return with_gate(

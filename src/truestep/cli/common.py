@@ -6,8 +6,9 @@ import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -17,7 +18,7 @@ from truestep.cli.words import case_words
 from truestep.text import say_json, visible
 
 if TYPE_CHECKING:
-    from truestep.case import Case
+    from truestep.case import AnyCase, Case
     from truestep.verdict import Comparison, Record
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -61,6 +62,28 @@ def case_options(function: Command) -> Command:
             help="Case file.",
         ),
         click.argument("names", nargs=-1, metavar="[CASES]..."),
+    ):
+        function = option(function)
+    return function
+
+
+def subject_options(function: Command) -> Command:
+    """Options that say a case of any pipeline on the command line."""
+    for option in (
+        click.option(
+            "--input",
+            "inputs",
+            multiple=True,
+            metavar="NAME=FILE",
+            help="A picture, video, sound or tensor for an argument of the pipeline's call.",
+        ),
+        click.option("--pipeline", metavar="CLASS", help="Pipeline class, if not the model's own."),
+        click.option(
+            "--subject",
+            type=click.Choice(["runtime", "diffusers"]),
+            help="What runs the model: truestep's stages (of families that have them, the "
+            "default), or its plain pipeline.",
+        ),
     ):
         function = option(function)
     return function
@@ -128,6 +151,33 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
+@dataclass(frozen=True)
+class Words:
+    """What this command says of cases.
+
+    Attributes:
+        names: Cases, case files, or one model.
+        case_file, tier: Where cases are, and which table of them.
+        prompt, pipeline, subject, inputs: Of a case that is said on the command line.
+        references: A folder of references, whose case ids are names, too.
+    """
+
+    names: Sequence[str]
+    case_file: Path
+    tier: str
+    prompt: str | None = None
+    pipeline: str | None = None
+    subject: str | None = None
+    inputs: Sequence[str] = ()
+    references: Path | None = None
+
+    @property
+    def says_case(self) -> bool:
+        """Whether the case is said here, and not found by a name."""
+        said = (self.prompt, self.pipeline, self.subject)
+        return bool(self.inputs) or any(word is not None for word in said)
+
+
 def choose_cases(
     names: Sequence[str],
     *,
@@ -136,36 +186,107 @@ def choose_cases(
     tier: str,
     references: Path | None = None,
 ) -> dict[str, Case]:
-    """Cases by name, from a case file given as a name, or ad hoc from a model and `--prompt`.
+    """Cases of the runtime by name; see `choose_any`.
+
+    Raises:
+        CaseError: A name is of no case, a case is not valid, or is one of any pipeline.
+    """
+    words = Words(names, case_file, tier, prompt=prompt, references=references)
+    return of_the_runtime(choose_any(words))
+
+
+def of_the_runtime(cases: Mapping[str, AnyCase]) -> dict[str, Case]:
+    """The cases, if this verb can run them all."""
+    from truestep.case import Case
+    from truestep.errors import CaseError
+
+    own = {name: case for name, case in cases.items() if isinstance(case, Case)}
+    other = next((name for name in cases if name not in own), None)
+    if other is not None:
+        raise CaseError(
+            f"{other!r} is a case of a plain pipeline, and this verb runs truestep's own stages",
+            likely="plain pipelines are recorded and checked",
+            hint="truestep check CASE",
+        )
+    return own
+
+
+def choose_any(words: Words) -> dict[str, AnyCase]:
+    """Cases by name, from a case file given as a name, or ad hoc from a model and what it is asked.
 
     No names (or `all`) means every case of the case file.
-
-    Args:
-        references: A folder of references, whose case ids are names, too.
 
     Raises:
         CaseError: A name is none of these, or a case is not valid.
     """
-    from truestep.case import Case, load_cases
+    from truestep.case import read_cases
 
-    if prompt is not None:
-        if len(names) > 1:
-            raise click.UsageError("--prompt makes one case: give one model (or none)")
-        case = Case(model=names[0] if names else "builtin:digits", prompt=prompt)
+    if words.says_case:
+        case = _said(words)
         return {case.id: case}
-    chosen: dict[str, Case] = {}
+    names, case_file = words.names, words.case_file
+    chosen: dict[str, AnyCase] = {}
     wanted = [name for name in names if name != "all"]
     files = [Path(name) for name in wanted if name.endswith(".toml")]
     for path in files or [case_file]:
         if files or not wanted or case_file.exists():
-            chosen.update(load_cases(path, tier=tier))
+            chosen.update(read_cases(path, tier=words.tier))
     picked = [name for name in wanted if not name.endswith(".toml")]
     if not picked:
         return chosen
     return {
-        name: _recorded(name, chosen, references) or _picked(name, chosen, case_file)
+        name: _recorded(name, chosen, words.references) or _picked(name, chosen, case_file)
         for name in picked
     }
+
+
+def _said(words: Words) -> AnyCase:
+    """The case that the command line says: of the runtime where it has the model's stages."""
+    from truestep.call_case import CallCase
+    from truestep.case import Case
+    from truestep.errors import UsageError
+
+    if len(words.names) > 1:
+        raise click.UsageError("--prompt makes one case: give one model (or none)")
+    model = words.names[0] if words.names else "builtin:digits"
+    own = words.pipeline is not None or words.inputs
+    if own and words.subject == "runtime":
+        raise UsageError(
+            "--pipeline and --input are of a plain pipeline's call",
+            measured="--subject runtime runs truestep's own stages",
+        )
+    call = {} if words.prompt is None else {"prompt": words.prompt}
+    case = CallCase(model=model, pipeline=words.pipeline, call=call, input=_inputs(words.inputs))
+    if words.subject == "diffusers" or own:
+        return case
+    if words.subject is None and not _in_stages(case):
+        return case
+    if words.prompt is None:
+        raise click.UsageError("--subject runtime needs --prompt")
+    return Case(model=model, prompt=words.prompt)
+
+
+def _in_stages(case: AnyCase) -> bool:
+    if case.model.startswith("builtin:"):
+        return True
+    from truestep.runtime.loading import runs_in_stages
+
+    return runs_in_stages(case)
+
+
+def _inputs(given: Sequence[str]) -> dict[str, Any]:
+    """`NAME=FILE` options as a dictionary; a name that is given twice has a list."""
+    from truestep.errors import UsageError
+
+    files: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not equals or not name or not file:
+            raise UsageError(
+                f"--input needs NAME=FILE, got {text!r}", hint="e.g. --input image=cat.png"
+            )
+        files.setdefault(name, []).append(file)
+    return {name: tuple(each) if len(each) > 1 else each[0] for name, each in files.items()}
 
 
 def chosen_or_recorded(
@@ -177,25 +298,67 @@ def chosen_or_recorded(
     prompt: str | None,
     tier: str,
 ) -> dict[str, Case]:
+    """Cases of the runtime of a verb that has references; see `any_or_recorded`."""
+    words = Words(names, case_file, tier, prompt=prompt, references=references)
+    return of_the_runtime(any_or_recorded(words, reference))
+
+
+def any_or_recorded(words: Words, reference: Path | None) -> dict[str, AnyCase]:
     """Cases of a verb that has references: also by the id of one that is stored, or by the file of
     one alone, which holds its case."""
     from truestep.recording.store import DEFAULT_ROOT
 
-    if reference is not None and not names and prompt is None:
+    if reference is not None and not words.names and not words.says_case:
         case = case_of(reference)
         return {case.id: case}
-    root = references or DEFAULT_ROOT
-    return choose_cases(names, case_file=case_file, prompt=prompt, tier=tier, references=root)
+    return choose_any(replace(words, references=words.references or DEFAULT_ROOT))
 
 
-def changed_cases(cases: dict[str, Case], changes: Sequence[str]) -> dict[str, Case]:
+def said_with(words: Words, cases: dict[str, AnyCase], changes: Sequence[str]) -> Sequence[str]:
+    """What of `--set` is a change under test.
+
+    Nothing, where the command line says the call of a pipeline: then its arguments are part of the
+    case, in a check as in the record before it.
+    """
+    said = words.says_case and any(map(of_calls, cases.values()))
+    return () if said else changes
+
+
+CasesT = TypeVar("CasesT", bound="AnyCase")
+
+
+def changed_cases(cases: dict[str, CasesT], changes: Sequence[str]) -> dict[str, CasesT]:
     """The cases as --set changes them; one that goes by its id goes by its new one."""
+    changed = {
+        name: (case, case.replace(**values_of(case, changes))) for name, case in cases.items()
+    }
+    return {new.id if name == old.id else name: new for name, (old, new) in changed.items()}  # type: ignore[misc]
+
+
+def values_of(case: AnyCase, changes: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` options as a case takes them.
+
+    A case of the runtime knows of which kind each value is; for the call of a pipeline, what is
+    JSON is read as such (`3`, `true`, `["a", "b"]`), all else is text.
+    """
+    from truestep.case import Case
+
     values = parse_changes(changes)
-    changed = {name: (case, case.replace(**values)) for name, case in cases.items()}
-    return {new.id if name == old.id else name: new for name, (old, new) in changed.items()}
+    return values if isinstance(case, Case) else {k: _value(v) for k, v in values.items()}
 
 
-def _recorded(name: str, cases: dict[str, Case], references: Path | None) -> Case | None:
+def _value(text: str | None) -> Any:
+    from truestep.reading import parse_json
+
+    if text is None:
+        return None
+    try:
+        return parse_json(text.encode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return {"True": True, "False": False}.get(text, text)
+
+
+def _recorded(name: str, cases: dict[str, AnyCase], references: Path | None) -> AnyCase | None:
     """The case of this id that a reference holds, where no case file has it."""
     from truestep.recording.store import Store
 
@@ -206,13 +369,13 @@ def _recorded(name: str, cases: dict[str, Case], references: Path | None) -> Cas
     return None if place is None else case_of(store.root / place.name)
 
 
-def case_of(path: Path) -> Case:
+def case_of(path: Path) -> AnyCase:
     """The case that a recording is of.
 
     Raises:
         UsageError: It is not a recording of a case.
     """
-    from truestep.case import Case
+    from truestep.case import case_from
     from truestep.errors import UsageError
     from truestep.recording.header import read_manifest
 
@@ -223,17 +386,24 @@ def case_of(path: Path) -> Case:
             where=str(path),
             hint=f"truestep show {shlex.quote(str(path))}  # says what it is",
         )
-    return Case(**manifest.case)
+    return case_from(manifest.case)
 
 
-def case_device_class(case: Case) -> str:
+def case_device_class(case: AnyCase) -> str:
     """Device class that a case runs on here."""
     from truestep.environment import device_class, usable_device
 
-    return device_class(usable_device(case.settings.device))
+    return device_class(usable_device(case.device))
 
 
-def find_reference(name: str, case: Case, *, references: Path | None, tier: str) -> Path:
+def of_calls(case: AnyCase) -> bool:
+    """Whether a case is the call of a pipeline."""
+    from truestep.call_case import CallCase
+
+    return isinstance(case, CallCase)
+
+
+def find_reference(name: str, case: AnyCase, *, references: Path | None, tier: str) -> Path:
     """The stored reference of a case on the device class it runs on here.
 
     Raises:
@@ -241,15 +411,16 @@ def find_reference(name: str, case: Case, *, references: Path | None, tier: str)
     """
     from truestep.recording.store import DEFAULT_ROOT, Store
 
+    words = case_words(name, verb="record", with_changes=of_calls(case))
     return Store(references or DEFAULT_ROOT).find(
         case,
         tier=tier,
         device_class=case_device_class(case),
-        seed_command=f"truestep record {case_words(name, verb='record')}",
+        seed_command=f"truestep record {words}",
     )
 
 
-def _picked(name: str, cases: dict[str, Case], case_file: Path) -> Case:
+def _picked(name: str, cases: dict[str, AnyCase], case_file: Path) -> AnyCase:
     import difflib
 
     from truestep.errors import CaseError
@@ -269,7 +440,7 @@ def _picked(name: str, cases: dict[str, Case], case_file: Path) -> Case:
     )
 
 
-def _instead(name: str, cases: dict[str, Case], case_file: Path) -> str:
+def _instead(name: str, cases: dict[str, AnyCase], case_file: Path) -> str:
     """What to type for a case that there is not."""
     from truestep.environment import command_line
 

@@ -10,26 +10,30 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from truestep.cli.common import (
+    Words,
     case_device_class,
     case_options,
     changed_cases,
-    choose_cases,
+    choose_any,
     end,
     load_change,
+    of_calls,
     progress_bar,
     set_option,
+    subject_options,
 )
 from truestep.cli.words import case_words, spelled
 from truestep.text import say, visible
 
 if TYPE_CHECKING:
-    from truestep.case import Case
+    from truestep.case import AnyCase
     from truestep.recording.format import Recording
     from truestep.recording.store import Place, Store
 
 
 @click.command("record")
 @case_options
+@subject_options
 @click.option("--references", type=click.Path(path_type=Path), help="Reference folder.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write one file instead.")
 @click.option("--update", is_flag=True, help="Replace references that exist.")
@@ -54,6 +58,9 @@ def command(
     case_file: Path,
     prompt: str | None,
     tier: str,
+    inputs: tuple[str, ...],
+    pipeline: str | None,
+    subject: str | None,
     references: Path | None,
     output: Path | None,
     update: bool,
@@ -65,20 +72,24 @@ def command(
     """Record a case as its reference: everything it computed, and its measured noise floor.
 
     CASES are names in the case file, case files, or one model together with --prompt; none is all.
-    Of several cases those that have a reference keep it, and the others are recorded; a single one
-    that has one is an error. The last line is the command that checks against it.
+    A model is the folder or hub id of any diffusers pipeline; --set and --input give its call other
+    arguments. Of several cases those that have a reference keep it, and the others are recorded; a
+    single one that has one is an error. The last line is the command that checks against it.
     """
     from truestep.errors import TruestepError, UsageError
     from truestep.files import require_room
     from truestep.recording.format import WHAT
     from truestep.recording.store import DEFAULT_ROOT, Store, place_of
 
-    cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
+    words = Words(names, case_file, tier, prompt, pipeline, subject, inputs)
+    cases = choose_any(words)
     if output is not None and len(cases) != 1:
         raise UsageError(f"--output takes one case, {len(cases)} were chosen")
     cases = changed_cases(cases, changes)
     store = Store(references or DEFAULT_ROOT)
     apply = load_change(change)
+    for case in cases.values():
+        _refuse(case, level, floor)
     require_room(output or store.root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(store, cases, tier)
     if len(cases) == 1:
@@ -101,15 +112,31 @@ def command(
             continue
         _told(name, recording, path)
         if level == "full":
-            named = not (changes or output)
-            words = (
-                case_words(name, verb="check") if named else shlex.join(["--reference", str(path)])
+            said = words.says_case and of_calls(case)
+            named = said or not changes
+            chosen = (
+                case_words(name, verb="check", with_changes=said)
+                if named and not output
+                else shlex.join(["--reference", str(path)])
             )
-            say(f"check: truestep check {words}")
+            say(f"check: truestep check {chosen}")
     end(2 if broken else 0)
 
 
-def _existing(store: Store, cases: Mapping[str, Case], tier: str) -> dict[str, Place]:
+def _refuse(case: AnyCase, level: str, floor: str) -> None:
+    """Refuse options and arguments that a case cannot have, before any forward."""
+    from truestep.call_case import CallCase
+
+    if not isinstance(case, CallCase):
+        return
+    from truestep.engines.diffusers import refuse
+    from truestep.engines.subjects import refuse_recording
+
+    refuse_recording(level, floor)
+    refuse(case)
+
+
+def _existing(store: Store, cases: Mapping[str, AnyCase], tier: str) -> dict[str, Place]:
     """The references that cases have on the device class they run on here."""
     places = [place for place in store.places() if place.tier == tier]
     found = {}
@@ -120,8 +147,8 @@ def _existing(store: Store, cases: Mapping[str, Case], tier: str) -> dict[str, P
     return found
 
 
-def _recorded(case: Case, output: Path | None, **options: Any) -> Recording:
-    from truestep.replay.record import record
+def _recorded(case: AnyCase, output: Path | None, **options: Any) -> Recording:
+    from truestep.engines.subjects import record
 
     with progress_bar() as progress:
         return record(case, path=output, progress=progress, **options)

@@ -12,6 +12,9 @@ import click
 from truestep.errors import TruestepError
 
 _OF_A_CASE = re.compile(r"\btruestep ((?:(?:trace|perf) )?[a-z]+) CASE\b")
+_SAYING = ("prompt", "pipeline", "subject", "inputs")
+"""Options that say a case on the command line."""
+
 _CARRIED = ("case_file", "tier", "references")
 """Options that say which case, and which reference of it: a hint needs them as this command did."""
 
@@ -68,24 +71,35 @@ def spelled(error: TruestepError, name: str | None = None) -> TruestepError:
     return error
 
 
-def case_words(name: str, *, verb: str) -> str:
+def case_words(name: str, *, verb: str, with_changes: bool = False) -> str:
     """What chooses a case of this command in another verb, quoted for a shell.
 
-    The same verb is given the same changes.
+    Args:
+        name: As this command names it.
+        verb: The other verb; the same one is given the same changes.
+        with_changes: Of a case that the command line says, --set is a part: so for any verb.
     """
     own, parameters = asked_for()
     options = _options(verb)
     prompt, names = parameters.get("prompt"), _names(parameters)
-    if prompt is not None:
-        words = [*names, "--prompt", prompt]
+    said = [key for key in _SAYING if parameters.get(key)]
+    if said or prompt is not None:
+        words = list(names)
+        for key in said:
+            value = parameters[key]
+            for text in (value,) if isinstance(value, str) else value:
+                words += [options[key].opts[0], text]
     else:
         words = [*(n for n in names if n.endswith(".toml") and n != name), name]
     for key in _CARRIED:
         option, value = options.get(key), parameters.get(key)
-        needed = key != "case_file" or prompt is None
+        needed = key != "case_file" or not (said or prompt is not None)
         if needed and option is not None and value is not None and value != option.default:
             words += [option.opts[0], str(value)]
-    for key in ("changes", "change") if verb == own else ():
+    carried: tuple[str, ...] = ("changes", "change") if verb == own else ()
+    if with_changes and said and not carried:
+        carried = ("changes",)
+    for key in carried:
         value = parameters.get(key) or ()
         for text in (value,) if isinstance(value, str) else value:
             words += [options[key].opts[0], text]
@@ -110,6 +124,6 @@ def _names(parameters: dict[str, Any]) -> list[str]:
 def _chosen(parameters: dict[str, Any]) -> str | None:
     """The one case that this command names, as it names it."""
     names = [name for name in _names(parameters) if not name.endswith(".toml")]
-    if parameters.get("prompt") is not None:
+    if any(parameters.get(key) for key in _SAYING):
         return names[0] if names else ""
     return names[0] if len(names) == 1 and names[0] != "all" else None

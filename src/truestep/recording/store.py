@@ -14,7 +14,7 @@ from truestep.errors import FileFormatError, ReferenceNotFoundError, UsageError
 from truestep.recording.lock import Entry, put_entry, read_lock
 
 if TYPE_CHECKING:
-    from truestep.case import Case
+    from truestep.case import AnyCase
     from truestep.recording.format import Recording
 
 DEFAULT_ROOT = Path("truestep-references")
@@ -118,7 +118,7 @@ class Store:
             )
 
     def find(
-        self, case: Case, *, tier: str = DEFAULT_TIER, device_class: str, seed_command: str
+        self, case: AnyCase, *, tier: str = DEFAULT_TIER, device_class: str, seed_command: str
     ) -> Path:
         """The reference of a case on a device class.
 
@@ -134,7 +134,7 @@ class Store:
         if len(fitting) > 1:
             from truestep.environment import attention_kernel
 
-            kernel = attention_kernel(case.settings.device, case.dtype)
+            kernel = attention_kernel(case.device, case.dtype)
             fitting = [place for place in fitting if place.attention == kernel]
         if not fitting:
             raise self._not_found(case, tier, device_class, mine, seed_command)
@@ -166,7 +166,7 @@ class Store:
         )
 
     def _not_found(
-        self, case: Case, tier: str, device_class: str, mine: list[Place], seed_command: str
+        self, case: AnyCase, tier: str, device_class: str, mine: list[Place], seed_command: str
     ) -> ReferenceNotFoundError:
         if mine:
             there = "for this case there is: " + "; ".join(

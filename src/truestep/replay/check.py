@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from truestep.case import Case
+from truestep.case import AnyCase, Case
 from truestep.environment import library_version
 from truestep.errors import (
     FOREIGN,
@@ -121,7 +121,7 @@ def check(
         label=_label(case, candidate, apply),
         progress=progress,
     )
-    result = _expected(_said_idle(result) if idle else result, expect)
+    result = expected(_said_idle(result) if idle else result, expect)
     if depth != "modules" or result.verdict in _NOTHING_TO_OPEN:
         return result
     return _opened(pipe, case, recording, result, rename)
@@ -158,7 +158,7 @@ def _said_idle(result: Comparison) -> Comparison:
     )
 
 
-def _expected(result: Comparison, expect: Expect | None) -> Comparison:
+def expected(result: Comparison, expect: Expect | None) -> Comparison:
     """A result set against what the change is for."""
     if expect != "different":
         return result
@@ -528,7 +528,7 @@ def _sample_rate(recording: Recording) -> int | None:
     return sample_rate_of(recording.manifest.settings)
 
 
-def missing_reference(case: Case, error: ReferenceNotFoundError) -> Comparison:
+def missing_reference(case: AnyCase, error: ReferenceNotFoundError) -> Comparison:
     """The result for a case without a reference: `missing`, with where it was looked for."""
     return Comparison(
         tool_version=library_version("truestep") or "",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from truestep.case import Case
+from truestep.case import AnyCase, Case
 from truestep.controls import AudioVideo
 from truestep.environment import usable_device
 from truestep.errors import CaseError, MissingExtraError, ModelLoadError
@@ -85,7 +85,7 @@ def _wan(case: Case, folder: Path) -> Pipeline:
             hint="leave fps out of the case",
         )
     device = usable_device(case.settings.device)
-    with _quiet(), _failures(case, folder):
+    with quiet(), failures(case.model, folder):
         components = diffusers.WanPipeline.from_pretrained(
             folder, dtype=getattr(torch, case.dtype), local_files_only=True
         )
@@ -117,7 +117,7 @@ def _cosmos(case: Case, folder: Path) -> Pipeline:
 
     device = usable_device(case.settings.device)
     dtype = getattr(torch, case.dtype)
-    with _quiet(), _failures(case, folder):
+    with quiet(), failures(case.model, folder):
         config = _table(folder / "transformer" / "config.json")
         cosmos.require_torchvision(bool(config.get("concat_padding_mask", True)))
         index = model_index(folder)
@@ -164,7 +164,7 @@ def _ltx2(case: Case, folder: Path) -> Pipeline:
             hint="save it with all its parts: LTX2Pipeline.save_pretrained",
         )
     dtype = getattr(torch, case.dtype)
-    with _quiet(), _failures(case, folder):
+    with quiet(), failures(case.model, folder):
         parts = {part: _part(folder / part, index[part], dtype=dtype) for part in _LTX2_PARTS}
         for part, model in parts.items():
             if part not in ("tokenizer", "scheduler"):
@@ -224,7 +224,7 @@ _RAISED = (
 
 
 @contextmanager
-def _failures(case: Case, folder: Path) -> Iterator[None]:
+def failures(model: str, folder: Path) -> Iterator[None]:
     """Whatever the libraries raise over a damaged folder, as one clear error."""
     try:
         yield
@@ -237,14 +237,14 @@ def _failures(case: Case, folder: Path) -> Iterator[None]:
                 measured=f"{type(absent).__name__}: {absent}",
                 likely="a package that it needs is missing, or of another version: nothing is "
                 "wrong with the folder",
-                hint=f"truestep doctor {shlex.quote(case.model)}",
+                hint=f"truestep doctor {shlex.quote(model)}",
             ) from error
         raise ModelLoadError(
             "the model could not be loaded",
             where=str(folder),
             measured=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}",
             likely="a component's folder, weights or configuration is missing or damaged",
-            hint=f"truestep doctor {shlex.quote(case.model)}",
+            hint=f"truestep doctor {shlex.quote(model)}",
         ) from error
 
 
@@ -263,6 +263,24 @@ def resolve(case: Case) -> Path:
     Raises:
         ModelLoadError: There is no such folder or hub model, or it is of an unsupported family.
     """
+    folder = folder_of(case)
+    name = model_index(folder).get("_class_name")
+    if name not in SUPPORTED:
+        raise ModelLoadError(
+            f"models of class {name} are not run in stages",
+            where=str(folder / "model_index.json"),
+            measured=f"in stages: {', '.join(SUPPORTED)}",
+            hint="record and check run any pipeline: give --prompt, or a table [case.NAME.call]",
+        )
+    return folder
+
+
+def folder_of(case: AnyCase) -> Path:
+    """Folder of a case's model, of whatever class; a hub id is fetched first.
+
+    Raises:
+        ModelLoadError: There is no such folder or hub model, or it holds no pipeline.
+    """
     if case.model == "builtin:digits":
         from truestep.models import digits
 
@@ -271,8 +289,7 @@ def resolve(case: Case) -> Path:
         folder = case.model_path
         if not folder.exists() and _HUB_ID.fullmatch(case.model):
             folder = _from_hub(case.model, case.revision)
-    index = folder / "model_index.json"
-    if not index.is_file():
+    if not (folder / "model_index.json").is_file():
         what = "is not a diffusers model" if folder.exists() else "does not exist"
         raise ModelLoadError(
             f"the model folder {what}",
@@ -280,15 +297,25 @@ def resolve(case: Case) -> Path:
             measured="a diffusers model has a model_index.json",
             hint="give builtin:digits, a diffusers folder, or a hub id like Wan-AI/NAME",
         )
-    name = model_index(folder).get("_class_name")
-    if name not in SUPPORTED:
-        raise ModelLoadError(
-            f"models of class {name} are not supported",
-            where=str(index),
-            measured=f"supported: {', '.join(SUPPORTED)}",
-            hint="gate the latents of any engine with truestep.check_latent()",
-        )
     return folder
+
+
+def runs_in_stages(case: AnyCase) -> bool:
+    """Whether truestep's own runtime has the stages of a case's model, as far as can be told
+    without fetching it; what cannot be read is left to whoever loads it."""
+    if case.model.startswith("builtin:"):
+        return True
+    folder = case.model_path
+    if folder.exists() or not _HUB_ID.fullmatch(case.model):
+        index = folder / "model_index.json"
+        return not index.is_file() or model_index(folder).get("_class_name") in SUPPORTED
+    try:
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(case.model, "model_index.json", revision=case.revision)
+        return _table(Path(path)).get("_class_name") in SUPPORTED
+    except Exception:  # of the hub, its HTTP library and the network: loading says what is wrong
+        return True
 
 
 def model_index(folder: Path) -> dict[str, Any]:
@@ -326,7 +353,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the libraries' loading bars; ours are the only ones shown."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging

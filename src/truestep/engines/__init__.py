@@ -1,0 +1,1 @@
+"""What is not ours: how pipelines of other libraries are loaded, recorded and checked."""

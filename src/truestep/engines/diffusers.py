@@ -1,0 +1,377 @@
+"""diffusers: any of its pipelines, loaded by a case, recorded and checked by its own call."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truestep.call_case import CallCase
+from truestep.case import flat_case, mapping_differences
+from truestep.engines.pipelines import (
+    Change,
+    Judging,
+    Told,
+    changed,
+    check_pipeline,
+    opened,
+    record_pipeline,
+    recorded_arguments,
+)
+from truestep.environment import attention_kernel, library_version, usable_device
+from truestep.errors import (
+    CaseError,
+    MissingExtraError,
+    ModelLoadError,
+    ProcessEndedError,
+    UsageError,
+    surviving,
+)
+from truestep.judge.floor import pair_of
+from truestep.recording.format import Recording
+from truestep.recording.media import read_input
+from truestep.runtime.loading import failures, fingerprint, folder_of, model_index, quiet
+from truestep.text import nearest
+from truestep.turns import taking_turns
+from truestep.verdict import Comparison, Rule, Side, Verdict
+
+_LIBRARIES = ("diffusers", "transformers")
+_NO_ARGUMENTS = ("self", "generator")
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model folder that was looked at, and is not loaded yet."""
+
+    folder: Path
+    pipeline: type
+    scheduler: type | None
+
+
+@taking_turns()
+def record(case: CallCase, *, floor: bool = True, apply: Change | None = None) -> Recording:
+    """Record a case on its pipeline.
+
+    Raises:
+        CaseError, ModelLoadError, UsageError: The case cannot be run.
+        FileFormatError: An input cannot be read.
+        ProcessEndedError: The model or the change called sys.exit.
+    """
+    model = _looked_at(case)
+    call = {**case.call, **{name: read_input(case.files(name)) for name in case.input}}
+    pipe = changed(_loaded(case, model), apply)
+    settings = {
+        "label": "reference",
+        "pipeline": model.pipeline.__name__,
+        "call": _said(model.pipeline, call),
+        "components": _components(pipe),
+        "scheduler_config": _configuration(getattr(pipe, "scheduler", None)),
+    }
+    told = Told(settings, _environment(case, model), case.id, case.canonical())
+    return record_pipeline(pipe, call, floor=floor, seed=case.seed, told=told).recording
+
+
+@taking_turns()
+def check(
+    case: CallCase,
+    reference: Recording | str | Path,
+    *,
+    apply: Change | None = None,
+    settings: Mapping[str, Any] | None = None,
+    steps: tuple[int, ...] | None = None,
+    tolerance: float | None = None,
+) -> Comparison:
+    """Check a case's pipeline, as it is changed, against a reference of the case.
+
+    Args:
+        case: The reference's case; its files are not read, the recording holds what they held.
+        reference: A recording of it, or its path.
+        apply: The change under test: receives the pipeline and changes it or returns another.
+        settings: Values that differ from the case; see `CallCase.replace`.
+        steps: At which steps models are run; default first, last and three in a row.
+        tolerance: Judge rel_l2 by this limit instead of the noise floor.
+
+    Raises:
+        CaseError, ModelLoadError, FileFormatError, UsageError: Case, model or reference cannot be
+            used.
+    """
+    recording = opened(reference)
+    candidate = case.replace(**dict(settings or {}))
+    manifest = recording.recording.manifest
+    where = str(recording.recording.path or "reference")
+    if manifest.case is None:
+        raise UsageError(
+            "the reference is not a recording of a case",
+            where=where,
+            hint=f"truestep show {shlex.quote(where)}  # truestep compare judges plain tensors",
+        )
+    label = _label(case, candidate, apply)
+    differences = mapping_differences(flat_case(case.canonical()), flat_case(manifest.case))
+    if differences:
+        keys = ", ".join(difference.key for difference in differences)
+        return Comparison(
+            tool_version=library_version("truestep") or "",
+            verdict=Verdict.INCOMPARABLE,
+            sentence=f"incomparable: the reference is of another case ({keys} differ)",
+            rule=Rule(name="case", text="a reference judges its own case only"),
+            case_id=case.id,
+            case=case.canonical(),
+            actual=Side(label=label),
+            reference=Side(label=manifest.case_id or "", path=where),
+            case_differences=differences,
+        )
+    model = _looked_at(candidate)
+    call = {**recorded_arguments(recording), **candidate.call}
+    if candidate.input != case.input:
+        call |= {name: read_input(candidate.files(name)) for name in candidate.input}
+        call = {k: v for k, v in call.items() if k in (*candidate.call, *candidate.input)}
+    judging = Judging(
+        steps=steps,
+        tolerance=tolerance,
+        pair=pair_of(candidate.dtype, case.dtype),
+        label=label,
+        environment=_environment(candidate, model),
+    )
+    try:
+        with surviving("the model's code"):
+            pipe = changed(_loaded(candidate, model), apply)
+            result = check_pipeline(pipe, recording, call, judging)
+    except ProcessEndedError as error:
+        return Comparison(
+            tool_version=library_version("truestep") or "",
+            verdict=Verdict.INVALID,
+            sentence=f"invalid: {error.what}, {error.where}",
+            rule=Rule(name="run", text="a candidate is judged by what it gives"),
+            case_id=case.id,
+            case=case.canonical(),
+            actual=Side(label=label),
+            reference=Side(label="reference", path=where),
+        )
+    notes = _other_defaults(model.pipeline, manifest.settings.get("call"), call)
+    return result.model_copy(update={"notes": (*notes, *result.notes)})
+
+
+@contextmanager
+def _still() -> Iterator[None]:
+    """Let transformers say nothing of optional packages while its classes are imported."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def refuse(case: CallCase) -> None:
+    """Refuse what can be told of a case before its weights are loaded.
+
+    Raises:
+        CaseError, ModelLoadError: The model, its class, an argument or the scheduler is wrong.
+    """
+    _looked_at(case)
+
+
+def _looked_at(case: CallCase) -> _Model:
+    """Everything that can be wrong before weights are loaded."""
+    try:
+        importlib.import_module("diffusers")
+        importlib.import_module("transformers")
+    except ImportError as error:
+        raise MissingExtraError(error.name or "diffusers", "diffusers", "running a model") from None
+    folder = folder_of(case)
+    index = model_index(folder)
+    with _still():
+        _refuse_code(folder, index)
+        pipeline = _pipeline_class(case, str(index.get("_class_name")), folder)
+        _refuse_arguments(pipeline, case)
+        return _Model(folder, pipeline, _scheduler_class(case, index, folder))
+
+
+def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse a model that brings code: none is run that is not an installed library's."""
+    from diffusers import pipelines
+
+    strange = "" if isinstance(index.get("_class_name"), str) else "the pipeline"
+    for part, kind in index.items():
+        if part.startswith("_") or not isinstance(kind, list) or len(kind) != 2 or kind[0] is None:
+            continue
+        library = str(kind[0])
+        if library.partition(".")[0] not in _LIBRARIES and not hasattr(pipelines, library):
+            strange = strange or f"{part} is of {library}.{kind[1]}"
+    if strange:
+        raise ModelLoadError(
+            "the model brings code of its own, which is not run",
+            where=str(folder / "model_index.json"),
+            measured=f"{strange}, not of {' or '.join(_LIBRARIES)}",
+            likely="made for custom_pipeline= or trust_remote_code=True",
+            hint=f"truestep show {shlex.quote(str(folder))}  # says what it holds",
+        )
+
+
+def _pipeline_class(case: CallCase, own: str, folder: Path) -> type:
+    import diffusers
+
+    name = case.pipeline or own
+    cls = getattr(diffusers, name, None)
+    if isinstance(cls, type) and any("__call__" in vars(base) for base in cls.__mro__):
+        return cls
+    known = [each for each in dir(diffusers) if each.endswith("Pipeline")]
+    where = str(folder / "model_index.json") if case.pipeline is None else "pipeline"
+    raise CaseError(
+        f"diffusers has no pipeline class {name!r}",
+        where=where,
+        measured=f"diffusers {library_version('diffusers')}, {len(known)} classes",
+        likely=nearest(name, known),
+        hint="truestep doctor",
+    )
+
+
+def _refuse_arguments(pipeline: type, case: CallCase) -> None:
+    """Refuse arguments that the call has not, and a call without what it needs."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    names = [name for name in parameters if name not in _NO_ARGUMENTS]
+    given = [*case.call, *case.input]
+    free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "generator" in given:
+        raise CaseError(
+            "a generator is made from the case's seed",
+            where=f"{pipeline.__name__}.__call__",
+            hint="leave generator out of the case",
+        )
+    for name in given:
+        if name not in names and not free:
+            raise CaseError(
+                f"the call has no argument {name!r}",
+                where=f"{pipeline.__name__}.__call__",
+                measured=f"it has: {', '.join(names)}",
+                likely=nearest(name, [*names, *CallCase.model_fields]),
+            )
+    for name in names:
+        parameter = parameters[name]
+        ordinary = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if ordinary and parameter.default is inspect.Parameter.empty and name not in given:
+            raise CaseError(
+                f"the call needs {name}, which is not given",
+                where=f"{pipeline.__name__}.__call__",
+                hint=f"give --input {name}=PATH or --set {name}=VALUE, or it in the case",
+            )
+
+
+def _scheduler_class(case: CallCase, index: Mapping[str, Any], folder: Path) -> type | None:
+    """The scheduler class that a case asks for, if any."""
+    import diffusers
+
+    if case.scheduler is None and not case.scheduler_settings:
+        return None
+    own = index.get("scheduler")
+    if not isinstance(own, list) or len(own) != 2 or own[1] is None:
+        raise CaseError("the model has no scheduler to replace", where=str(folder))
+    name = case.scheduler or str(own[1])
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and hasattr(cls, "set_timesteps")):
+        known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
+        raise CaseError(
+            f"diffusers has no scheduler class {name!r}",
+            where="scheduler",
+            measured=f"diffusers {library_version('diffusers')}, {len(known)} classes",
+            likely=nearest(name, known),
+            hint="truestep doctor",
+        )
+    settings = [n for n in inspect.signature(cls).parameters if n != "self"]
+    for key in case.scheduler_settings:
+        if key not in settings:
+            raise CaseError(
+                f"{name} has no setting {key!r}",
+                where="scheduler_settings",
+                measured=f"it has: {', '.join(settings)}",
+                likely=nearest(key, settings),
+            )
+    return cls
+
+
+def _loaded(case: CallCase, model: _Model) -> Any:
+    """The pipeline, as `from_pretrained` loads it, with the scheduler that the case asks for."""
+    import torch
+
+    cls: Any = model.pipeline
+    device = usable_device(case.device)
+    with quiet(), _still(), failures(case.model, model.folder):
+        pipe = cls.from_pretrained(
+            model.folder,
+            dtype=getattr(torch, case.dtype),
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        pipe.to(device)
+        if model.scheduler is not None:
+            scheduler: Any = model.scheduler
+            config = pipe.scheduler.config
+            pipe.scheduler = scheduler.from_config(config, **case.scheduler_settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _environment(case: CallCase, model: _Model) -> dict[str, str]:
+    """Where it runs and what: facts that a result names where they differ."""
+    from truestep.environment import Environment
+
+    device = usable_device(case.device)
+    kernel = attention_kernel(device, case.dtype)
+    here = dict(Environment.current(device, attention=kernel))
+    return {**here, "model.weights": fingerprint(model.folder)}
+
+
+def _said(pipeline: type, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of a call as JSON: what was given, and the pipeline's defaults."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    names = [n for n, p in parameters.items() if p.default is not inspect.Parameter.empty]
+    values = {**{name: parameters[name].default for name in names}, **call}
+    return {k: _plain(v) for k, v in values.items() if k not in _NO_ARGUMENTS}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON; of what JSON does not hold, what it is."""
+    if isinstance(value, str | int | float | bool | type(None)):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    size = getattr(value, "size", None)
+    shape = getattr(value, "shape", size if isinstance(size, tuple) else ())
+    sizes = "x".join(map(str, shape))
+    return f"{type(value).__name__} {sizes}".strip()
+
+
+def _other_defaults(pipeline: type, recorded: object, call: Mapping[str, Any]) -> list[str]:
+    """Defaults that the pipeline had when it was recorded, and has no more."""
+    now = _said(pipeline, call)
+    before = recorded if isinstance(recorded, dict) else {}
+    return [
+        f"default of {name}: {now.get(name, '(none)')!r:.60} here, {before[name]!r:.60} recorded"
+        for name in sorted(before)
+        if name not in call and now.get(name) != before[name]
+    ]
+
+
+def _components(pipe: Any) -> dict[str, str]:
+    return {k: type(v).__name__ for k, v in pipe.components.items() if v is not None}
+
+
+def _configuration(scheduler: Any) -> dict[str, Any]:
+    config = dict(getattr(scheduler, "config", {}))
+    return {str(key): _plain(value) for key, value in config.items()}
+
+
+def _label(case: CallCase, candidate: CallCase, apply: Change | None) -> str:
+    """What a candidate differs in, by its own account."""
+    found = mapping_differences(flat_case(candidate.canonical()), flat_case(case.canonical()))
+    parts = [f"{difference.key.removeprefix('call.')}={difference.actual}" for difference in found]
+    if apply is not None:
+        parts.append(f"apply {getattr(apply, '__name__', 'change')}")
+    return ", ".join(parts) or "unchanged"

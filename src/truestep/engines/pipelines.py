@@ -1,0 +1,205 @@
+"""Record and check a pipeline that is there, called with its own arguments.
+
+The arguments are kept in the recording, decoded: a check needs neither them nor their files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truestep.calls.check import check
+from truestep.calls.rebuilding import CannotBuildError, build
+from truestep.calls.record import record
+from truestep.calls.recording import CallRecording, host_copy, read
+from truestep.calls.subject import Subject, subject_of
+from truestep.calls.trees import check_tree
+from truestep.calls.values import Path as Place
+from truestep.calls.values import encode
+from truestep.environment import Environment
+from truestep.errors import FileFormatError, ProcessEndedError, UsageError, last_frame, surviving
+from truestep.recording.format import Recording
+from truestep.recording.manifest import TensorEntry
+from truestep.verdict import Comparison
+
+ARGUMENTS = "arguments"
+"""Where the manifest keeps what the pipeline was called with."""
+
+Change = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a recording says about itself beside its calls.
+
+    Attributes:
+        settings: Further settings of the manifest.
+        environment: Further facts of the machine and the model.
+        case_id, case: Of a case.
+    """
+
+    settings: Mapping[str, Any]
+    environment: Mapping[str, str]
+    case_id: str | None = None
+    case: dict[str, Any] | None = None
+
+
+def record_pipeline(
+    pipe: Any, call: Mapping[str, Any], *, floor: bool, seed: int = 0, told: Told | None = None
+) -> CallRecording:
+    """Record a pipeline's calls, and what it was called with.
+
+    Args:
+        pipe: A pipeline object, or anything that `subject_of` takes.
+        call: Its arguments by name.
+        floor: Measure the noise floor.
+        seed: Of the generator, where the call has none.
+        told: What the recording is to say.
+    """
+    with surviving("the pipeline"):
+        recording = record(subject_of(pipe, seed=seed, **call), floor=floor)
+    return _with_arguments(recording, call, seed, told or Told({}, {}))
+
+
+def _with_arguments(
+    recording: CallRecording, call: Mapping[str, Any], seed: int, told: Told
+) -> CallRecording:
+    manifest = recording.recording.manifest
+    entries = list(manifest.tensors)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def keep(path: Place, tensor: torch.Tensor) -> str:
+        name = "/".join(("input", *path))
+        tensors[name] = host_copy(tensor)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        shape = tuple(tensor.shape)
+        entries.append(TensorEntry(name, "input", len(entries), dtype, shape, digest=""))
+        return name
+
+    trees = {name: encode(value, keep, (name,)) for name, value in call.items()}
+    update = {
+        "tensors": tuple(entries),
+        "settings": {**manifest.settings, ARGUMENTS: trees, "seed": seed, **told.settings},
+        "environment": {**manifest.environment, **told.environment},
+        "case_id": told.case_id,
+        "case": told.case,
+    }
+    return recording.with_manifest(manifest.model_copy(update=update), tensors)
+
+
+def recorded_arguments(recording: CallRecording) -> dict[str, Any]:
+    """What a recorded pipeline was called with.
+
+    Raises:
+        FileFormatError: The manifest was written by something else.
+        UsageError: An argument was of a kind that is not kept, such as a function.
+    """
+    manifest = recording.recording.manifest
+    trees = manifest.settings.get(ARGUMENTS, {})
+    ranks = {entry.name: len(entry.shape) for entry in manifest.tensors}
+    where = str(recording.recording.path or "a recording in memory")
+    values = {}
+    for name, tree in trees.items() if isinstance(trees, dict) else ():
+        try:
+            check_tree(tree, ranks)
+            values[str(name)] = build(tree, lambda n: recording.recording[n].clone(), ())
+        except CannotBuildError as error:
+            raise UsageError(
+                f"argument {name!r} was not kept: {error}",
+                where=where,
+                hint="give what it is called with: check(pipeline, reference, call={...})",
+            ) from None
+        except ValueError as error:
+            raise FileFormatError(
+                f"argument {str(name)[:80]!r} cannot be read", where=where, measured=str(error)
+            ) from error
+    return values
+
+
+def opened(reference: Recording | str | Path) -> CallRecording:
+    """A recording of calls, from a path or as `record` returns it.
+
+    Raises:
+        FileFormatError: It is unreadable, or holds no calls.
+    """
+    if isinstance(reference, str | Path):
+        return read(reference)
+    if reference.path is not None:
+        return read(reference.path)
+    if not reference.manifest.calls:
+        raise FileFormatError("the recording holds no calls", where="a recording in memory")
+    return CallRecording(reference)
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How a candidate is judged: see `truestep.check`."""
+
+    steps: tuple[int, ...] | None = None
+    tolerance: float | None = None
+    pair: str | None = None
+    label: str = "unchanged"
+    environment: Mapping[str, str] | None = None
+
+
+def check_pipeline(
+    pipe: Any, reference: CallRecording, call: Mapping[str, Any], judging: Judging
+) -> Comparison:
+    """Check a pipeline against a recording, called with arguments."""
+    manifest = reference.recording.manifest
+    seed = manifest.settings.get("seed", 0)
+    subject = subject_of(pipe, seed=seed if isinstance(seed, int) else 0, **call)
+    named = Subject(subject.run, subject.components, subject.functions, label=judging.label)
+    result = check(
+        named, reference, steps=judging.steps, tolerance=judging.tolerance, pair=judging.pair
+    )
+    environment = Environment({**result.actual.environment, **(judging.environment or {})})
+    known = {k: v for k, v in manifest.environment.items() if k in environment}
+    return result.model_copy(
+        update={
+            "case_id": manifest.case_id,
+            "case": manifest.case or {},
+            "actual": result.actual.model_copy(update={"environment": dict(environment)}),
+            "environment_differences": environment.differences(
+                known if judging.environment is None else manifest.environment
+            ),
+        }
+    )
+
+
+def changed(pipe: Any, change: Change | None) -> Any:
+    """What a change under test makes of a pipeline: it changes it in place, or returns another.
+
+    Raises:
+        UsageError: The function raised.
+        ProcessEndedError: It called sys.exit.
+    """
+    if change is None:
+        return pipe
+    name = getattr(change, "__qualname__", repr(change))
+    try:
+        with surviving(f"the change {name}"):
+            result = change(pipe)
+    except ProcessEndedError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise UsageError(
+            f"the change {name} raised {type(error).__name__}: {error}",
+            where=last_frame(error),
+            likely=f"it is called with a {type(pipe).__name__}: {', '.join(_parts(pipe))}",
+        ) from error
+    if result is not None and not callable(result):
+        raise UsageError(
+            f"the change {name} returned {type(result).__name__}, not a pipeline or None",
+            hint="change the pipeline in place and return nothing, or return a Pipeline",
+        )
+    return pipe if result is None else result
+
+
+def _parts(pipe: Any) -> list[str]:
+    held = getattr(pipe, "components", None)
+    return [str(name) for name in held] if isinstance(held, Mapping) else []

@@ -1,0 +1,216 @@
+"""Record and check whatever runs: a case of the runtime, the call of a pipeline, an object."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truestep.call_case import CallCase
+from truestep.case import Case
+from truestep.errors import UsageError
+
+if TYPE_CHECKING:
+    from truestep.progress import Progress
+    from truestep.recording.format import Recording
+    from truestep.recording.manifest import Level
+    from truestep.replay.check import Depth, Expect
+    from truestep.replay.record import FloorChoice
+    from truestep.runtime.pipeline import Apply
+    from truestep.verdict import Comparison
+
+
+def record(
+    subject: Case | CallCase | Any,
+    *,
+    call: Mapping[str, Any] | None = None,
+    path: str | Path | None = None,
+    level: Level = "full",
+    floor: FloorChoice = "steps",
+    apply: Apply | None = None,
+    progress: Progress | None = None,
+) -> Recording:
+    """Run what is trusted once and keep everything that it computes, and a measured noise floor.
+
+    Args:
+        subject: A case, or a pipeline object of diffusers.
+        call: What a pipeline object is called with, by name.
+        path: Where to write the recording (atomically); None keeps it in memory.
+        level: `full` keeps the tensors; of a case of the runtime also `sketch`, the moments and
+            1,024 floats of each, from which distances are estimated within 5 %, and `stats`, the
+            moments only.
+        floor: `steps` measures the noise floor of every stage in isolation; `none` none; of a case
+            of the runtime `final` also that of the final latent of a free run.
+        apply: A change to the pipeline before it runs.
+        progress: Told (what, done, total).
+
+    Returns:
+        The recording: a read-only mapping from tensor name to tensor, with a manifest.
+
+    Raises:
+        CaseError, ModelLoadError, UsageError: It cannot be run.
+        UsageError: What was generated could judge nothing, or comes out otherwise each time.
+        ProcessEndedError: The model or the change called sys.exit.
+        WriteError: It cannot be written; an existing file is left untouched.
+    """
+    if isinstance(subject, Case):
+        from truestep.replay import record as stages
+
+        _refuse_call(call)
+        return stages.record(
+            subject, path=path, level=level, floor=floor, apply=apply, progress=progress
+        )
+    refuse_recording(level, floor)
+    if isinstance(subject, CallCase):
+        from truestep.engines import diffusers
+
+        _refuse_call(call)
+        recording = diffusers.record(subject, floor=floor != "none", apply=apply)
+    else:
+        from truestep.engines.pipelines import changed, record_pipeline
+
+        pipe = changed(subject, apply)
+        recording = record_pipeline(pipe, call or {}, floor=floor != "none").recording
+    if path is None:
+        return recording
+    recording.save(path)
+    return type(recording).open(path)
+
+
+def check(
+    subject: Case | CallCase | Any,
+    reference: Recording | str | Path,
+    *,
+    call: Mapping[str, Any] | None = None,
+    depth: Depth = "steps",
+    apply: Apply | None = None,
+    settings: Mapping[str, Any] | None = None,
+    steps: tuple[int, ...] | None = None,
+    tolerance: float | None = None,
+    rename: Mapping[str, str] | None = None,
+    accept: Collection[str] = (),
+    expect: Expect | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Say whether a candidate is still the same model as a recorded reference.
+
+    Args:
+        subject: The reference's case, or a pipeline object of diffusers, the candidate itself.
+        reference: A full recording of it, or its path.
+        call: Of a pipeline object: what it is called with; None is what was recorded.
+        depth: `steps` feeds every stage, or every call of a pipeline, the reference's recorded
+            inputs and judges its output (a few forwards). Of a case of the runtime, `modules` also
+            opens the model of the first stage that fails, beside the case's own model loaded here,
+            and names the module; `final` generates freely and compares the latents.
+        apply: The change under test: receives the pipeline and changes it or returns another.
+        settings: Values that differ from the case (`guidance_scale`, `model`, `dtype`, ...).
+        steps: At `steps`: where predictions are made; default the first and last step of every
+            expert and three in a row. A model that keeps state from step to step is
+            followed through all steps.
+        tolerance: Judge rel_l2 by this limit instead of the noise floor.
+        rename: At `modules`: names of the candidate's modules to the reference's, `*` for one part
+            of a dotted name. It goes before the pairs that equal names or weights give.
+        accept: Of a case of the runtime: what a reference may be that was made by a quantised or
+            patched implementation: each a part of what it is said to be (`float8_e4m3fn`).
+        expect: `different` where the change is for something: `unmet` if nothing changes.
+        progress: Told (what, done, total).
+
+    Returns:
+        The comparison. Only `assert_equivalent` raises on failure.
+
+    Raises:
+        CaseError, ModelLoadError, FileFormatError: Case, model or reference cannot be used.
+        UsageError: The change raised, the reference holds no tensors to replay, or an option does
+            not apply.
+    """
+    from truestep.replay import check as stages
+
+    if isinstance(subject, Case):
+        _refuse_call(call)
+        return stages.check(
+            subject,
+            reference,
+            depth=depth,
+            apply=apply,
+            settings=settings,
+            steps=steps,
+            tolerance=tolerance,
+            rename=rename,
+            accept=accept,
+            expect=expect,
+            progress=progress,
+        )
+    refuse_checking(depth, rename, accept)
+    if isinstance(subject, CallCase):
+        from truestep.engines import diffusers
+
+        _refuse_call(call)
+        result = diffusers.check(
+            subject, reference, apply=apply, settings=settings, steps=steps, tolerance=tolerance
+        )
+    else:
+        from truestep.engines.pipelines import (
+            Judging,
+            changed,
+            check_pipeline,
+            opened,
+            recorded_arguments,
+        )
+
+        if settings:
+            raise UsageError(
+                "settings are of a case, and a pipeline object has none",
+                hint="give what it is called with: check(pipeline, reference, call={...})",
+            )
+        recording = opened(reference)
+        given = recorded_arguments(recording) if call is None else call
+        judging = Judging(steps=steps, tolerance=tolerance)
+        result = check_pipeline(changed(subject, apply), recording, given, judging)
+    return stages.expected(result, expect)
+
+
+def refuse_recording(level: str, floor: str) -> None:
+    """Refuse what a recording of calls has not.
+
+    Raises:
+        UsageError: A level other than `full`, or a floor of free runs.
+    """
+    if level != "full":
+        raise UsageError(
+            f"a plain pipeline is not recorded at level {level!r}: its calls are played back",
+            hint="--level full",
+        )
+    if floor == "final":
+        raise UsageError(
+            "a plain pipeline has no floor of free runs: it is checked call by call",
+            hint="--floor steps",
+        )
+
+
+def refuse_checking(
+    depth: str, rename: Mapping[str, str] | None = None, accept: Collection[str] = ()
+) -> None:
+    """Refuse what a check of calls cannot do.
+
+    Raises:
+        UsageError: Another depth than `steps`, or an option of one.
+    """
+    if depth != "steps" or rename:
+        raise UsageError(
+            f"a plain pipeline is not checked at depth {depth!r}",
+            measured="depth 'steps' checks every call of it and the code between",
+            hint="--depth steps",
+        )
+    if accept:
+        raise UsageError(
+            "a reference of a plain pipeline is taken as it is: there is nothing to accept",
+            hint="leave --accept out",
+        )
+
+
+def _refuse_call(call: Mapping[str, Any] | None) -> None:
+    if call is not None:
+        raise UsageError(
+            "call is of a pipeline object: a case holds its own",
+            hint="case.replace(prompt='a cat') gives it others",
+        )
