@@ -101,7 +101,6 @@ ADVICE = {
     "e.g. --matrix {}=A,B",
     "e.g. --set guidance_scale=3.1",
     "e.g. truestep trace run -- python run.py",
-    "gate the latents of any engine with truestep.check_latent()",
     "give --set KEY=VALUE, --apply FILE.py:FUNCTION, or --expect same for an A/A run",
     "give --set dtype=... or --set device=... instead",
     "give --set image=PATH",
@@ -195,6 +194,14 @@ ADVICE = {
     "write the results of each prompt to a folder of its own",
     "{} --prompt 'a red three moving left'  # a case without a file",
     "{} --truestep-update",
+    "leave --thresholds out",
+    "give --input {}=PATH or --set {}=VALUE, or it in the case",
+    "leave generator out of the case",
+    "give what it is called with: check(pipeline, reference, call={...})",
+    "leave --accept out",
+    "case.replace(prompt='a cat') gives it others",
+    "record and check run any pipeline: give --prompt, or a table [case.NAME.call]",
+    "e.g. --input image=cat.png",
 }
 """What no command can do for the reader."""
 
@@ -517,10 +524,20 @@ Scenario = tuple[Callable[[Path], tuple[str, ...]], tuple[int, ...]]
 
 LTX2 = ("run", "l", "--latent-only", "--set")
 
+PLAIN = (
+    *("wan", "--prompt", "a red one", "--subject", "diffusers", "--set", "height=16"),
+    *("--set", "width=16", "--set", "num_frames=5", "--set", "num_inference_steps=2"),
+    *("--set", "max_sequence_length=8"),
+)
+"""A case of a plain pipeline, said on the command line."""
+
 SCENARIOS: dict[str, Scenario] = {
+    "--depth steps": (given("check", *PLAIN, "--depth", "modules"), (3,)),
+    "--floor steps": (given("record", *PLAIN, "--floor", "final"), (0,)),
     "--force  # replaces it; or edit it": (
         twice("parity", "new", "acme", "mixer", "--kind", "generic"), (0,)),
     "--from official@f4b06fb --to diffusers-0.42.1": (given("ablate", "l", "--from", "x"), (0, 1)),
+    "--level full": (given("record", *PLAIN, "--level", "stats", "--floor", "none"), (0,)),
     "--no-check-untraced  # records all the same": (
         given("trace", "record", "a", "--apply", "change.py:watched"), (0,)),
     "--resume  # goes on with it; truestep ab recover shows it, another --output keeps it": (

@@ -48,6 +48,7 @@ class Forcing:
         self._packages: set[str] = set()
         self._last: Arrival | None = None
         self._with_own: set[int] = set()
+        self._own: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._judged = reference.judged_steps
         self._shapes = {e.name: e.shape for e in reference.recording.manifest.tensors}
 
@@ -69,6 +70,9 @@ class Forcing:
             for call in self.reference.by_method.get((RUN, RUN), ()):
                 self._came[RUN, RUN] += 1
                 self._keep(call, "out", matched(output, call.output, self._shapes.__getitem__))
+        finally:
+            for (_, name), (owner, value) in self._own.items():
+                setattr(owner, name, value)
         for method, calls in self.reference.by_method.items():
             self.result.missing += calls[self._came[method] :]
         return self.result
@@ -255,13 +259,18 @@ class Forcing:
                 if isinstance(match.actual, torch.Tensor) and isinstance(match.recorded, str):
                     value = self._in_place_of(match.actual, match.recorded, None)
                     if value is not match.actual:
-                        setattr(arrival.owner, name, value)
+                        self._hold(arrival.owner, name, value)
             for match in matches.odd:
                 if isinstance(match.actual, torch.Tensor) and isinstance(match.recorded, str):
                     recorded = self._copy(match.recorded)
-                    setattr(arrival.owner, name, recorded.to(match.actual.device))
+                    self._hold(arrival.owner, name, recorded.to(match.actual.device))
             if type(tree) is int and type(state.get(name)) is int and state[name] != tree:
-                setattr(arrival.owner, name, tree)
+                self._hold(arrival.owner, name, tree)
+
+    def _hold(self, owner: Any, name: str, value: Any) -> None:
+        """Make a scheduler hold a value until the run ends."""
+        self._own.setdefault((id(owner), name), (owner, getattr(owner, name)))
+        setattr(owner, name, value)
 
     def _drawn(self, arrival: Arrival, call: CallEntry) -> Any:
         """Let random numbers be drawn, so that generators move; hand on the recorded ones."""

@@ -1,0 +1,280 @@
+"""Cases of plain pipelines: recorded, checked, and refused before any forward."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import truestep
+from truestep.engines import diffusers
+from truestep.errors import CaseError, FileFormatError, ModelLoadError, UsageError
+from truestep.recording.format import Recording
+
+SMALL = {"height": 32, "width": 32, "num_inference_steps": 3, "max_sequence_length": 16}
+
+
+def flux(models: Path, **changes: Any) -> truestep.CallCase:
+    case = truestep.CallCase(model=str(models / "flux"), call={"prompt": "a cat", **SMALL})
+    return case.replace(**changes)
+
+
+def image_to_image(models: Path) -> truestep.CallCase:
+    return truestep.CallCase(
+        model=str(models / "sd"),
+        call={"prompt": "a cat", "num_inference_steps": 3, "strength": 0.8},
+        input={"image": str(models / "cat.png")},
+    )
+
+
+def image_to_video(models: Path) -> truestep.CallCase:
+    return truestep.CallCase(
+        model=str(models / "wan"),
+        call={"prompt": "a cat", "num_frames": 5, **SMALL},
+        input={"image": str(models / "cat.png")},
+    )
+
+
+def bias(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias.add_(0.01)
+
+
+def brighter(pipe: Any) -> None:
+    """The picture is scaled before it is encoded."""
+    own = pipe.image_processor.preprocess
+    pipe.image_processor.preprocess = lambda *a, **k: own(*a, **k) * 1.05
+
+
+def narrower(pipe: Any) -> None:
+    """The image is encoded with another scale, inside the encoder."""
+    own = pipe.vae.encode
+    pipe.vae.encode = lambda x, *a, **k: own(x * 1.05, *a, **k)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], truestep.CallCase], Callable[[Any], None], str]] = {
+    "flux": (flux, bias, "transformer.forward (cond) at step 0: output"),
+    "sd": (image_to_image, brighter, "code before vae.encode: x"),
+    "wan": (image_to_video, narrower, "vae.encode: output"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+def test_a_case_is_identical_to_itself_and_a_fault_is_named_at_its_call(
+    name: str, models: Path, tmp_path: Path
+) -> None:
+    make, fault, place = FAULTS[name]
+    case = make(models)
+    path = tmp_path / "reference.safetensors"
+    truestep.record(case, path=path)
+    same = truestep.check(case, path)
+    assert same.verdict is truestep.Verdict.IDENTICAL
+    assert same.case_id == case.id
+    assert same.environment_differences == ()
+    wrong = truestep.check(case, path, apply=fault)
+    assert wrong.verdict is truestep.Verdict.DRIFTED
+    assert wrong.sentence.startswith(f"drifted: {place}")
+    assert wrong.actual.label == f"apply {fault.__name__}"
+
+
+def test_inputs_are_kept_decoded_and_their_files_are_not_needed_again(
+    models: Path, tmp_path: Path
+) -> None:
+    shutil.copy(models / "cat.png", tmp_path / "dog.png")
+    case = truestep.CallCase(
+        **{**image_to_image(models).model_dump(), "input": {"image": str(tmp_path / "dog.png")}}
+    )
+    recording = truestep.record(case, floor="none")
+    (tmp_path / "dog.png").unlink()
+    assert recording["input/image"].dtype is torch.uint8
+    assert truestep.check(case, recording).verdict is truestep.Verdict.IDENTICAL
+
+
+def test_defaults_are_recorded_and_another_one_is_said(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import FluxPipeline
+
+    case = flux(models)
+    recording = truestep.record(case, floor="none")
+    call = recording.manifest.settings["call"]
+    assert call["guidance_scale"] == 3.5
+    assert call["output_type"] == "pil"
+    assert call["prompt"] == "a cat"
+    assert "generator" not in call
+    assert recording.manifest.settings["scheduler_config"]["shift"] == 1.0
+    inner = FluxPipeline.__call__
+    defaults = list(inner.__wrapped__.__defaults__)
+    defaults[defaults.index(3.5)] = 4.5
+    monkeypatch.setattr(inner.__wrapped__, "__defaults__", tuple(defaults))
+    result = truestep.check(case, recording)
+    assert "default of guidance_scale: 4.5 here, 3.5 recorded" in result.notes
+
+
+def test_settings_of_call_scheduler_and_precision_are_changes(models: Path) -> None:
+    case = flux(models)
+    recording = truestep.record(case)
+    shifted = truestep.check(case, recording, settings={"scheduler.use_karras_sigmas": True})
+    assert shifted.sentence.startswith("drifted: scheduler.set_timesteps")
+    assert shifted.actual.label == "scheduler_settings.use_karras_sigmas=True"
+    longer = truestep.check(case, recording, settings={"num_inference_steps": 4})
+    assert longer.verdict is truestep.Verdict.DRIFTED
+    with pytest.raises(CaseError, match="no argument 'num_steps'"):
+        truestep.check(case, recording, settings={"num_steps": 4})
+    expected = truestep.check(case, recording, expect="different")
+    assert expected.verdict is truestep.Verdict.UNMET
+
+
+def test_another_scheduler_several_prompts_and_pictures(models: Path) -> None:
+    case = truestep.CallCase(
+        model=str(models / "sd"),
+        pipeline="StableDiffusionPipeline",
+        scheduler="EulerDiscreteScheduler",
+        scheduler_settings={"use_karras_sigmas": True},
+        call={
+            "prompt": ["a cat", "a dog"],
+            "num_images_per_prompt": 2,
+            "num_inference_steps": 2,
+            "height": 32,
+            "width": 32,
+        },
+    )
+    recording = truestep.record(case, floor="none")
+    assert recording.manifest.settings["components"]["scheduler"] == "EulerDiscreteScheduler"
+    assert recording.manifest.settings["pipeline"] == "StableDiffusionPipeline"
+    assert truestep.check(case, recording).verdict is truestep.Verdict.IDENTICAL
+
+
+def test_a_reference_of_another_case_is_incomparable(models: Path) -> None:
+    recording = truestep.record(flux(models), floor="none")
+    result = truestep.check(flux(models, seed=1), recording)
+    assert result.verdict is truestep.Verdict.INCOMPARABLE
+    assert "(seed differ)" in result.sentence
+
+
+def test_a_candidate_that_raises_or_ends_the_process_is_invalid_with_the_place(
+    models: Path,
+) -> None:
+    case = flux(models)
+    recording = truestep.record(case, floor="none")
+
+    def raises(pipe: Any) -> None:
+        def step(*args: Any, **kwargs: Any) -> None:
+            raise ValueError("no more")
+
+        pipe.scheduler.step = step
+
+    result = truestep.check(case, recording, apply=raises)
+    assert result.verdict is truestep.Verdict.INVALID
+    assert "raised ValueError: no more, after scheduler.step was called" in result.sentence
+
+    def leaves(pipe: Any) -> None:
+        raise SystemExit(0)
+
+    ended = truestep.check(case, recording, apply=leaves)
+    assert ended.verdict is truestep.Verdict.INVALID
+    assert "ended the process" in ended.sentence
+
+    def broken(pipe: Any) -> None:
+        raise KeyError("unet")
+
+    with pytest.raises(UsageError, match="raised KeyError: 'unet'") as caught:
+        truestep.check(case, recording, apply=broken)
+    assert caught.value.likely.startswith("it is called with a FluxPipeline: vae, ")
+
+
+BAD: dict[str, tuple[dict[str, Any], str, str]] = {
+    "argument": ({"heigt": 3}, "the call has no argument 'heigt'", "did you mean 'height'?"),
+    "pipeline": (
+        {"pipeline": "FluxPipelin"},
+        "diffusers has no pipeline class 'FluxPipelin'",
+        "did you mean 'FluxPipeline'?",
+    ),
+    "scheduler": (
+        {"scheduler": "EulerDiscreteSchedule"},
+        "diffusers has no scheduler class 'EulerDiscreteSchedule'",
+        "did you mean 'EulerDiscreteScheduler'?",
+    ),
+    "setting": ({"scheduler.shft": 2}, "has no setting 'shft'", "did you mean 'shift'?"),
+    "generator": ({"generator": 3}, "a generator is made from the case's seed", ""),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_what_cannot_be_is_refused_before_weights_are_loaded(
+    name: str, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusers, "_loaded", lambda *_: pytest.fail("it was loaded"))
+    changes, what, likely = BAD[name]
+    with pytest.raises(CaseError) as caught:
+        truestep.record(flux(models, **changes))
+    assert what in caught.value.what
+    assert likely in caught.value.likely
+
+
+def test_a_call_without_what_it_needs_is_refused(models: Path) -> None:
+    case = truestep.CallCase(model=str(models / "wan"), call={"prompt": "a cat"})
+    with pytest.raises(CaseError, match="the call needs image, which is not given"):
+        truestep.record(case)
+
+
+def test_an_input_that_cannot_be_read_is_named(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(b"no picture")
+    case = image_to_image(models)
+    for file, what in (("cat.png", "cannot identify image file"), ("dog.png", "no such file")):
+        wrong = truestep.CallCase(**{**case.model_dump(), "input": {"image": str(tmp_path / file)}})
+        with pytest.raises(FileFormatError, match="the picture cannot be read") as caught:
+            truestep.record(wrong)
+        assert what in caught.value.measured
+        assert caught.value.where == str(tmp_path / file)
+
+
+def test_a_model_that_brings_code_is_refused(models: Path, tmp_path: Path) -> None:
+    index = json.loads((models / "flux" / "model_index.json").read_text())
+    for key, value in (("_class_name", ["mine", "Mine"]), ("vae", ["mine", "Mine"])):
+        (tmp_path / "model_index.json").write_text(json.dumps({**index, key: value}))
+        with pytest.raises(ModelLoadError, match="brings code of its own, which is not run"):
+            truestep.record(truestep.CallCase(model=str(tmp_path)))
+
+
+def test_a_folder_without_a_pipeline_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="the model folder is not a diffusers model"):
+        truestep.record(truestep.CallCase(model=str(tmp_path)))
+
+
+def test_options_of_the_runtime_are_refused(models: Path) -> None:
+    case = flux(models)
+    with pytest.raises(UsageError, match="not recorded at level 'stats'"):
+        truestep.record(case, level="stats")
+    with pytest.raises(UsageError, match="no floor of free runs"):
+        truestep.record(case, floor="final")
+    for depth in ("modules", "final"):
+        with pytest.raises(UsageError, match=f"not checked at depth '{depth}'"):
+            truestep.check(case, "reference.safetensors", depth=depth)
+
+
+def test_a_pipeline_object_is_recorded_and_checked_with_what_it_was_called(
+    models: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    from truestep.testing import tiny
+
+    picture = Image.open(models / "cat.png")
+    call = {"prompt": "a cat", "image": picture, "num_inference_steps": 2}
+    pipe = tiny.pipeline("StableDiffusionImg2ImgPipeline")
+    pipe.set_progress_bar_config(disable=True)
+    path = tmp_path / "reference.safetensors"
+    betas = pipe.scheduler.betas
+    truestep.record(pipe, call=call, path=path)
+    assert pipe.scheduler.betas is betas  # what it is forced to hold, it does not keep
+    assert truestep.check(pipe, Recording.open(path)).verdict is truestep.Verdict.IDENTICAL
+    wrong = truestep.check(pipe, path, apply=narrower)
+    assert wrong.sentence.startswith("drifted: vae.encode: output")
+    with pytest.raises(UsageError, match="settings are of a case"):
+        truestep.check(pipe, path, settings={"strength": 0.5})
