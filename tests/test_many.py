@@ -79,8 +79,7 @@ def test_taken_and_replaced_rows_are_those_of_lists(records: list[Row], dice: ob
 @given(TEXTS)
 def test_texts_are_found_where_they_first_are(texts: list[str]) -> None:
     kept = Texts()
-    for text in texts:
-        kept.append(text)
+    kept.extend(texts)
     assert list(kept) == texts
     assert [kept.find(text) for text in texts] == [texts.index(text) for text in texts]
     assert kept.distinct == len(set(texts))
@@ -97,16 +96,14 @@ def test_lines_of_a_file_are_texts_and_cannot_be_added_to() -> None:
 
 def test_what_few_values_stand_for_is_kept_once() -> None:
     kept = Shared()
-    for value in (1, "a", None, 1, "a"):
-        kept.append(value)
+    kept.extend([1, "a", None, 1, "a"])
     assert list(kept) == [1, "a", None, 1, "a"]
     assert kept.values == [1, "a", None]
 
 
 def test_none_is_no_number_and_nan_is_equal_to_itself() -> None:
     kept = Numbers()
-    for value in (None, math.nan, 0.0, -0.0):
-        kept.append(value)
+    kept.extend([None, math.nan, 0.0, -0.0])
     assert str(list(kept)) == "[None, nan, 0.0, -0.0]"
     row = Row(name="a", verdict=Verdict.DRIFTED, ratio=math.nan)
     assert Rows.of([row]) == (row,)

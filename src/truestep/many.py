@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from operator import attrgetter
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, overload
 
 from pydantic import GetCoreSchemaHandler
@@ -21,8 +23,8 @@ R = TypeVar("R")
 class Column(Protocol):
     """Values of one field, in order."""
 
-    def append(self, value: Any, /) -> None:
-        """Add one at the end."""
+    def extend(self, values: Iterable[Any], /) -> None:
+        """Add some at the end."""
 
     def __getitem__(self, at: int, /) -> Any: ...
 
@@ -47,6 +49,11 @@ class Texts:
             starts.append(end + 1)
             end = content.find(b"\n", end + 1)
         return cls(content, starts)
+
+    def extend(self, values: Iterable[str], /) -> None:
+        """Add some at the end."""
+        for value in values:
+            self.append(value)
 
     def append(self, value: str, /) -> None:
         """Add one at the end."""
@@ -109,12 +116,18 @@ class Shared:
         self._ids = {value: number for number, value in enumerate(self.values)}
         self._numbers = array("i") if numbers is None else numbers
 
-    def append(self, value: Any, /) -> None:
-        """Add one at the end."""
-        number = self._ids.setdefault(value, len(self.values))
-        if number == len(self.values):
-            self.values.append(value)
-        self._numbers.append(number)
+    def extend(self, values: Iterable[Any], /) -> None:
+        """Add some at the end."""
+        ids = self._ids
+        for window in _windows(values):
+            try:
+                self._numbers.extend([ids[value] for value in window])
+            except KeyError:
+                for value in window:
+                    if value not in ids:
+                        ids[value] = len(self.values)
+                        self.values.append(value)
+                self._numbers.extend([ids[value] for value in window])
 
     def __getitem__(self, at: int, /) -> Any:
         return self.values[self._numbers[at]]
@@ -130,10 +143,11 @@ class Numbers:
         self._values = array("d")
         self._known = bytearray()
 
-    def append(self, value: float | None, /) -> None:
-        """Add one at the end."""
-        self._values.append(0.0 if value is None else value)
-        self._known.append(value is not None)
+    def extend(self, values: Iterable[float | None], /) -> None:
+        """Add some at the end."""
+        for window in _windows(values):
+            self._values.extend([0.0 if value is None else value for value in window])
+            self._known.extend([value is not None for value in window])
 
     def __getitem__(self, at: int, /) -> float | None:
         value = self._values[at] if self._known[at] else None
@@ -150,11 +164,14 @@ class Split(Generic[R]):
         self._many = many
         self._places = array("i")
 
-    def append(self, value: R | None, /) -> None:
-        """Add one at the end."""
-        self._places.append(-1 if value is None else len(self._many))
-        if value is not None:
-            self._many.append(value)
+    def extend(self, values: Iterable[R | None], /) -> None:
+        """Add some at the end."""
+        for window in _windows(values):
+            at = len(self._many)
+            for value in window:
+                self._places.append(-1 if value is None else at)
+                at += value is not None
+            self._many.extend([value for value in window if value is not None])
 
     def __getitem__(self, at: int, /) -> R | None:
         place = self._places[at]
@@ -174,7 +191,7 @@ class _Part:
     def __init__(self, column: Column, places: Sequence[int]) -> None:
         self._column, self._places = column, places
 
-    def append(self, value: Any, /) -> None:
+    def extend(self, values: Iterable[Any], /) -> None:
         """A part is of what is there."""
         raise TypeError("a part of records is read only")
 
@@ -184,6 +201,13 @@ class _Part:
 
     def __iter__(self) -> Iterator[Any]:
         return (None if place < 0 else self._column[place] for place in self._places)
+
+
+def _windows(values: Iterable[R]) -> Iterator[list[R]]:
+    """Some values after the other, so that not all are held at once."""
+    rest = iter(values)
+    while window := list(islice(rest, 512)):
+        yield window
 
 
 class Many(Sequence[R]):
@@ -212,15 +236,15 @@ class Many(Sequence[R]):
         if isinstance(records, cls):
             return records
         many = cls()
-        for record in records:
-            many.append(record)
+        for window in _windows(records):
+            many.extend(window)
         return many
 
-    def append(self, record: R) -> None:
-        """Add one at the end, while it is being made."""
+    def extend(self, records: Sequence[R]) -> None:
+        """Add some at the end, while it is being made."""
         for name, column in self.columns.items():
-            column.append(getattr(record, name))
-        self._numbers = range(len(self._numbers) + 1)
+            column.extend(list(map(attrgetter(name), records)))
+        self._numbers = range(len(self._numbers) + len(records))
 
     def each(self, *names: str) -> Iterator[Any]:
         """Fields of every row, as tuples where they are several; no row is made.
@@ -242,7 +266,7 @@ class Many(Sequence[R]):
 
     def take(self, places: Iterable[int]) -> Self:
         """Some of the rows, in that order; columns are shared."""
-        numbers = array("i", (self._numbers[at] for at in places))
+        numbers = array("i", [self._numbers[at] for at in places])
         if numbers == array("i", self._numbers):
             return self
         return type(self)(self.columns, numbers)
@@ -259,8 +283,7 @@ class Many(Sequence[R]):
 
     def _filled(self, name: str, values: Iterable[Any]) -> Column:
         column = self.how.get(name, Shared)()
-        for value in values:
-            column.append(value)
+        column.extend(values)
         return column
 
     @overload

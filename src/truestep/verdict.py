@@ -206,7 +206,7 @@ class Rows(Many[Row]):
 
     def having(self, *verdicts: Verdict) -> Rows:
         """The rows of some verdicts."""
-        return self.take(at for at, found in enumerate(self.each("verdict")) if found in verdicts)
+        return self.take([at for at, v in enumerate(self.each("verdict")) if v in verdicts])
 
     def one_sided(self) -> list[bool]:
         """Of every row, whether one of the two sides lacks it."""

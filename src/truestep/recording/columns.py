@@ -84,9 +84,9 @@ class _Digests:
     def __init__(self, numbers: array[int]) -> None:
         self._numbers = numbers
 
-    def append(self, value: str, /) -> None:
-        """Add one at the end."""
-        self._numbers.append(int(value, 16))
+    def extend(self, values: Iterable[str], /) -> None:
+        """Add some at the end."""
+        self._numbers.extend([int(value, 16) for value in values])
 
     def __getitem__(self, at: int, /) -> str:
         return f"{self._numbers[at]:016x}"
@@ -101,9 +101,9 @@ class _Steps:
     def __init__(self, numbers: array[int]) -> None:
         self._numbers = numbers
 
-    def append(self, value: int | None, /) -> None:
-        """Add one at the end."""
-        self._numbers.append(NO_STEP if value is None else value)
+    def extend(self, values: Iterable[int | None], /) -> None:
+        """Add some at the end."""
+        self._numbers.extend([NO_STEP if value is None else value for value in values])
 
     def __getitem__(self, at: int, /) -> int | None:
         number = self._numbers[at]
