@@ -30,25 +30,39 @@ def comparable(text: str) -> str:
     return re.sub(r" +", " ", text).strip()
 
 
-@pytest.mark.slow
-def test_the_first_block_prints_what_it_says(tmp_path: Path) -> None:
+def printed(block: str, folder: Path) -> None:
+    """Run the commands of a block in a folder, and compare what they print."""
     expected: dict[str, list[str]] = {}
     command = ""
-    for line in blocks("console")[0].splitlines():
+    for line in block.splitlines():
         if line.startswith("$ "):
             command = line[2:]
             expected[command] = []
         else:
             expected[command].append(line)
-    assert len(expected) == 2
     for command, lines in expected.items():
         done = subprocess.run(
             [sys.executable, "-m", *shlex.split(command)],
             capture_output=True,
             text=True,
-            cwd=tmp_path,
+            cwd=folder,
         )
         assert comparable(done.stdout) == comparable("\n".join(lines)), done.stderr
+
+
+@pytest.mark.slow
+def test_the_first_block_prints_what_it_says(tmp_path: Path) -> None:
+    assert blocks("console")[0].count("\n$ ") == 1
+    printed(blocks("console")[0], tmp_path)
+
+
+@pytest.mark.slow
+def test_any_pipeline_prints_what_it_says(tmp_path: Path) -> None:
+    (change,) = (block for block in blocks("python") if block.startswith("# bias.py"))
+    (tmp_path / "bias.py").write_text(change)
+    first = next(i for i, b in enumerate(blocks("console")) if b.startswith("$ truestep tiny"))
+    for block in blocks("console")[first : first + 2]:
+        printed(block, tmp_path)
 
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

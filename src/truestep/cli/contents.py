@@ -210,3 +210,22 @@ def _size(path: Path) -> str:
 
 def _bytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size:,} bytes"
+
+
+def call_lines(manifest: Manifest) -> list[tuple[str, str]]:
+    """What a recording of calls was called with, and its calls: stage, whose, how many, steps."""
+    said = manifest.settings.get("call")
+    lines: list[tuple[str, str]] = []
+    if isinstance(said, dict):
+        given = ", ".join(f"{key} {value!r}" for key, value in said.items() if value is not None)
+        lines.append(("call", f"{manifest.settings.get('pipeline')}: {given}"))
+    groups: dict[tuple[str, str], list[int | None]] = {}
+    for call in manifest.calls:
+        if call.component != call.method:  # the run itself, whose parts these are
+            groups.setdefault((call.stage, f"{call.component}.{call.method}"), []).append(call.step)
+    width = max((len(name) for _, name in groups), default=0)
+    for (stage, name), places in groups.items():
+        steps = sorted({step for step in places if step is not None})
+        at = f", steps {steps[0]} to {steps[-1]}" if steps[1:] else ""
+        lines.append(("calls", f"{stage:<10}  {name:<{width}}  {len(places)}{at}"))
+    return lines

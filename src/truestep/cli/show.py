@@ -193,6 +193,7 @@ def _shape(shape: tuple[int, ...] | str) -> str:
 
 
 def _print_manifest(manifest: object) -> None:
+    from truestep.cli.contents import call_lines
     from truestep.measure.reduced import SKETCH_SIZE, STATS
     from truestep.recording.manifest import Manifest
 
@@ -210,9 +211,11 @@ def _print_manifest(manifest: object) -> None:
     case = manifest.case or {}
     if case:
         lines.append(("model", str(case.get("model"))))
-        lines.append(("prompt", str(case.get("prompt"))[:80]))
+        if "prompt" in case:
+            lines.append(("prompt", str(case["prompt"])[:80]))
         keys = ("seed", "steps", "guidance_scale", "height", "width", "num_frames", "dtype")
         lines.append(("settings", ", ".join(f"{k} {case[k]}" for k in keys if k in case)))
+    lines += call_lines(manifest)
     environment = manifest.environment
     for label, key in (
         ("device", "device.name"),

@@ -1,0 +1,169 @@
+"""Any diffusers pipeline from the command line, with a case file and without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Captured, Run, runner
+from truestep.testing import tiny
+from truestep.testing.tiny.calls import picture
+
+CHANGE = """
+import torch
+
+def bias(pipe):
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias.add_(0.01)
+"""
+
+CASES = """
+[case.cat]
+model = "./flux"
+subject = "diffusers"
+
+[case.cat.call]
+prompt = "a cat"
+height = 32
+width = 32
+num_inference_steps = 2
+max_sequence_length = 16
+
+[case.cat.two.call]
+num_images_per_prompt = 2
+
+[case.digit]
+model = "builtin:digits"
+prompt = "a red three"
+
+[case.digit.two]
+steps = 4
+"""
+
+WORDS = (
+    *("./flux", "--prompt", "a cat", "--set", "height=32", "--set", "width=32"),
+    *("--set", "num_inference_steps=2", "--set", "max_sequence_length=16"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("any")
+    tiny.save("FluxPipeline", folder / "flux")
+    tiny.save("StableDiffusionImg2ImgPipeline", folder / "sd")
+    picture(0).save(folder / "cat.png")
+    (folder / "change.py").write_text(CHANGE)
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> Run:
+    monkeypatch.chdir(folder)
+    return runner(monkeypatch, capfd)
+
+
+def test_the_same_words_record_and_check(run: Run, folder: Path) -> None:
+    code, out, _ = run("record", *WORDS)
+    assert code == 0
+    assert "noise floor from" in out
+    last = out.splitlines()[-1]
+    assert last == (
+        "check: truestep check ./flux --prompt 'a cat' --set height=32 --set width=32 "
+        "--set num_inference_steps=2 --set max_sequence_length=16"
+    )
+    code, out, _ = run("check", *WORDS)
+    assert code == 0
+    assert out.startswith("PASSED identical flux-a-cat-")
+    code, out, _ = run(
+        "check", *WORDS, "--apply", "change.py:bias", "--json", "r.json", "--report", "r.html"
+    )
+    assert code == 1
+    assert "drifted: transformer.forward (cond) at step 0: output" in out
+    assert "<html" in (folder / "r.html").read_text()
+    result = json.loads((folder / "r.json").read_text())["comparisons"][0]
+    assert result["case"]["call"]["num_inference_steps"] == 2
+    code, out, err = run("record", *WORDS)
+    assert code == 2
+    assert "a reference of this case exists" in err
+    assert "--update" in err
+
+
+def test_words_without_a_reference_are_missing_with_the_command_that_seeds_it(run: Run) -> None:
+    code, out, _ = run("check", *WORDS, "--set", "guidance_scale=2")
+    assert code == 3
+    assert (
+        "hint         truestep record ./flux --prompt 'a cat' --set height=32 --set width=32 "
+        "--set num_inference_steps=2 --set max_sequence_length=16 --set guidance_scale=2\n"
+    ) in out
+
+
+def test_a_case_file_holds_cases_of_both_kinds(run: Run, folder: Path) -> None:
+    (folder / "truestep.toml").write_text(CASES)
+    code, out, err = run("record", "cat", "--floor", "none", "--references", "named")
+    assert code == 0, err
+    assert out.splitlines()[-1] == "check: truestep check cat --references named"
+    assert run("check", "cat", "--references", "named")[0] == 0
+    changed = ("--set", "guidance_scale=2", "--expect", "different")
+    code, out, _ = run("check", "cat", "--references", "named", *changed)
+    assert "[guidance_scale=2]" in out
+    code, out, _ = run("record", "cat", "--tier", "two", "--floor", "none", "--references", "named")
+    assert code == 0
+    assert run("check", "cat", "--tier", "two", "--references", "named")[0] == 0
+    code, _, err = run("run", "cat")
+    assert code == 2
+    assert "'cat' is a case of a plain pipeline, and this verb runs truestep's own stages" in err
+    (folder / "truestep.toml").unlink()
+
+
+def test_a_reference_alone_is_enough_and_shows_its_calls(run: Run) -> None:
+    picture_words = ("./sd", "--prompt", "a cat", "--input", "image=cat.png", "--floor", "none")
+    code, _, err = run("record", *picture_words, "--set", "num_inference_steps=2", "--output", "r")
+    assert code == 0, err
+    code, out, _ = run("check", "--reference", "r")
+    assert code == 0
+    code, out, _ = run("show", "r")
+    assert code == 0
+    assert "  call       StableDiffusionImg2ImgPipeline: " in out
+    assert "prompt 'a cat', image 'Image 32x32', strength 0.8" in out
+    assert "  calls      text        text_encoder.forward" in out
+    assert "  calls      prediction  unet.forward" in out
+
+
+REFUSED = {
+    "argument": (("--set", "heigt=32"), "did you mean 'height'?"),
+    "pipeline": (("--pipeline", "FluxPipelin"), "did you mean 'FluxPipeline'?"),
+    "input": (("--input", "cat.png"), "--input needs NAME=FILE, got 'cat.png'"),
+    "file": (("--input", "latents=no.npy"), "no.npy"),
+    "subject": (("--subject", "runtime", "--pipeline", "X"), "are of a plain pipeline's call"),
+    "depth": (("--depth", "modules"), "hint: truestep check ./flux"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_cannot_be_is_refused_with_exit_code_2(name: str, run: Run) -> None:
+    options, said = REFUSED[name]
+    verb = "check" if name == "depth" else "record"
+    code, out, err = run(verb, *WORDS, *options)
+    assert code == 2, out
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_values_are_json_or_text() -> None:
+    from truestep.call_case import CallCase
+    from truestep.cli.common import values_of
+
+    case = CallCase(model="m")
+    words = ["a=3", "b=true", "c=a cat", 'd=["a", "b"]', "e=none", 'f="5"', "g=1e-3", "h=False"]
+    assert values_of(case, words) == {
+        "a": 3,
+        "b": True,
+        "c": "a cat",
+        "d": ["a", "b"],
+        "e": None,
+        "f": "5",
+        "g": 1e-3,
+        "h": False,
+    }
