@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,17 @@ def test_no_weight_is_constant() -> None:
 def test_the_seed_of_the_weights_changes_the_picture() -> None:
     name = "StableDiffusionPipeline"
     assert not equal(run(tiny.pipeline(name, seed=0), name), run(tiny.pipeline(name, seed=1), name))
+
+
+def test_a_folder_that_could_not_be_loaded_is_not_written(tmp_path: Path) -> None:
+    """transformers loads no processor of vision and language without torchvision."""
+    if importlib.util.find_spec("torchvision"):
+        pytest.skip("torchvision is installed")
+    with pytest.raises(UsageError, match="of QwenImageEditPipeline could not be loaded here") as e:
+        tiny.save("QwenImageEditPipeline", tmp_path / "edit")
+    assert e.value.where == "processor (Qwen2VLProcessor) reads videos by torchvision"
+    assert e.value.hint == "pip install torchvision"
+    assert not (tmp_path / "edit").exists()
 
 
 def test_a_call_has_a_new_generator_each_time() -> None:

@@ -75,12 +75,21 @@ def save(name: str, folder: Path | str, *, seed: int = 0, dtype: str = "float32"
     """Write a tiny pipeline to a new folder that `DiffusionPipeline.from_pretrained` loads.
 
     Raises:
-        UsageError: As `pipeline`; or the folder exists.
+        UsageError: As `pipeline`; the folder exists; or what was written could not be loaded here.
     """
     from truestep.errors import UsageError
+    from truestep.testing.tiny.processors import lacks_video
 
     folder = Path(folder)
     if folder.exists():
         other = shlex.quote(f"{folder}-2")
         raise UsageError(f"the folder {folder} exists", hint=f"truestep tiny {name} {other}")
-    pipeline(name, seed=seed, dtype=dtype).save_pretrained(folder)
+    built = pipeline(name, seed=seed, dtype=dtype)
+    for part, value in built.components.items():
+        if lacks_video(value):
+            raise UsageError(
+                f"a folder of {name} could not be loaded here",
+                where=f"{part} ({type(value).__name__}) reads videos by torchvision",
+                hint="pip install torchvision",
+            )
+    built.save_pretrained(folder)

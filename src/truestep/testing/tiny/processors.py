@@ -11,6 +11,8 @@ from truestep.testing.tiny.encoders import SIZES
 
 _SIDE = SIZES["image_size"]
 
+_PART = "_without_video"
+
 
 def _image(cls: Any) -> Any:
     return cls(size={"height": _SIDE, "width": _SIDE})
@@ -32,8 +34,13 @@ def without_video(cls: Any) -> Any:
     def parts(_: Any) -> list[str]:
         return ["image_processor", "tokenizer"]
 
-    members = {"get_attributes": classmethod(parts), "__module__": cls.__module__}
+    members = {"get_attributes": classmethod(parts), "__module__": cls.__module__, _PART: True}
     return type(cls.__name__, (cls,), members)
+
+
+def lacks_video(processor: Any) -> bool:
+    """Whether it is one of `without_video`: transformers loads none of these from a folder."""
+    return hasattr(processor, _PART)
 
 
 def _qwen_vl(cls: Any, tokenizer: Any) -> Any:
