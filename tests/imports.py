@@ -16,6 +16,7 @@ VOCABULARY = frozenset(
     {
         "call_case",
         "case",
+        "content",
         "controls",
         "environment",
         "errors",

@@ -19,8 +19,6 @@ In a case file::
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import posixpath
 from collections.abc import Mapping
@@ -29,8 +27,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
+from truestep.content import case_differences, invalid_case, readable_id
 from truestep.errors import CaseError
-from truestep.text import nearest, slug
+from truestep.text import nearest
+from truestep.verdict import Difference
 
 CALL_TABLES = ("call", "input", "scheduler_settings")
 """Tables of such a case that are no tiers."""
@@ -85,7 +85,7 @@ class CallCase(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise _error(error) from None
+            raise invalid_case(error, likely=_meant) from None
         both = sorted(self.call.keys() & self.input.keys())
         if both:
             raise CaseError(
@@ -139,17 +139,17 @@ class CallCase(BaseModel):
     @property
     def id(self) -> str:
         """Readable, collision-free and safe as a file name: slugs plus 12 digits of a SHA-256."""
-        content = json.dumps(self.canonical(), sort_keys=True, ensure_ascii=True)
-        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-        names = (self.model.rstrip("/").rsplit("/", 1)[-1], self.pipeline or "")
-        slugs = [slug(name, 24) for name in names] + [slug(self.prompt, 40)]
-        return "-".join([*filter(None, slugs), digest])
+        return readable_id(self.canonical(), self.model, self.pipeline or "", self.prompt)
 
     def canonical(self) -> dict[str, Any]:
         """Content that the id hashes: what is said, but for the device."""
         content = self.model_dump(mode="json", exclude={"device"})
         kept = ("model", "subject", "seed", "dtype", "call")
         return {k: v for k, v in content.items() if k in kept or v not in (None, {})}
+
+    def differences(self, reference: Mapping[str, Any]) -> tuple[Difference, ...]:
+        """Keys whose values differ from another case's content, dotted."""
+        return case_differences(self.canonical(), reference)
 
     def replace(self, **changes: Any) -> CallCase:
         """A copy with other values: of the case, of its scheduler (`scheduler.shift`), or else of
@@ -192,20 +192,7 @@ def _require_plain(value: Any, where: str) -> None:
         raise ValueError(f"{where} is a {type(value).__name__}: give text, numbers or lists")
 
 
-def _error(error: ValidationError) -> CaseError:
-    """One clear error from pydantic's list: every key, what it holds and what is allowed."""
-    lines, likely = [], ""
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key")
-            near = nearest(key, CallCase.model_fields)
-            likely = likely or near or "arguments of the pipeline's call stand in [case.NAME.call]"
-        elif item["type"] == "missing":
-            lines.append(f"{key}: required, not given")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{key} = {item['input']!r:.60}: {message[:1].lower()}{message[1:]}")
-    measured = "\n".join(lines) if len(lines) > 1 else ""
-    what = f"the case is not valid: {lines[0]}"
-    return CaseError(what, where="case", measured=measured, likely=likely)
+def _meant(key: str) -> str:
+    """What may have been meant by a key that there is not."""
+    near = nearest(key, CallCase.model_fields)
+    return near or "arguments of the pipeline's call stand in [case.NAME.call]"

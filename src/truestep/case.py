@@ -14,8 +14,6 @@ same case with other parameters::
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +21,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from truestep.call_case import CALL_TABLES, CallCase, is_call_case
+from truestep.content import case_differences, invalid_case, readable_id
 from truestep.controls import AudioVideo, profiles
 from truestep.errors import CaseError
 from truestep.reading import parse_toml, read
-from truestep.text import nearest, slug
+from truestep.text import nearest
 from truestep.verdict import Difference
 
 CASE_FILE = "truestep.toml"
@@ -184,7 +183,7 @@ class Case(Generation):
         try:
             super().__init__(**merged)
         except ValidationError as error:
-            raise case_error(error, where="case") from None
+            raise invalid_case(error, likely=_meant) from None
 
     _base: Path | None = PrivateAttr(default=None)
 
@@ -209,11 +208,7 @@ class Case(Generation):
     @property
     def id(self) -> str:
         """Readable, collision-free and safe as a file name: slugs plus 12 digits of a SHA-256."""
-        content = json.dumps(self.canonical(), sort_keys=True, ensure_ascii=True)
-        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-        model = self.model.removeprefix("builtin:").rstrip("/").rsplit("/", 1)[-1]
-        slugs = [s for s in (slug(model, 24), slug(self.prompt, 40)) if s]
-        return "-".join([*slugs, digest])
+        return readable_id(self.canonical(), self.model.removeprefix("builtin:"), self.prompt)
 
     def canonical(self) -> dict[str, Any]:
         """Content that the id hashes: everything but device and attention backend."""
@@ -268,7 +263,7 @@ class Case(Generation):
 
     def differences(self, reference: Mapping[str, Any]) -> tuple[Difference, ...]:
         """Keys whose canonical value differs from a recorded case's."""
-        return mapping_differences(flat_case(self.canonical()), flat_case(reference))
+        return case_differences(self.canonical(), reference)
 
 
 AnyCase = Case | CallCase
@@ -286,21 +281,6 @@ def _named_profile(settings: object) -> object:
     if isinstance(settings, Settings):
         return settings.profile
     return settings.get("profile") if isinstance(settings, Mapping) else None
-
-
-def mapping_differences(
-    actual: Mapping[str, Any], reference: Mapping[str, Any]
-) -> tuple[Difference, ...]:
-    """Keys of both mappings whose values differ, sorted; an absent key reads `(absent)`."""
-    keys = sorted({*actual, *reference})
-    absent = "(absent)"
-    return tuple(
-        Difference(
-            key=key, actual=str(actual.get(key, absent)), reference=str(reference.get(key, absent))
-        )
-        for key in keys
-        if actual.get(key, absent) != reference.get(key, absent)
-    )
 
 
 def load_cases(path: Path, *, tier: str = DEFAULT_TIER) -> dict[str, Case]:
@@ -377,40 +357,11 @@ def _case_of(name: str, table: object, *, path: Path, tier: str) -> AnyCase:
     return case
 
 
+def _meant(key: str) -> str:
+    """What may have been meant by a key that there is not."""
+    return nearest(key.rsplit(".", 1)[-1], [*Case.model_fields, *Settings.model_fields])
+
+
 def case_from(content: Mapping[str, Any]) -> AnyCase:
     """The case that a recording is of, from its content."""
     return CallCase(**content) if is_call_case(content) else Case(**content)
-
-
-def case_error(error: ValidationError, *, where: str) -> CaseError:
-    """One clear error from pydantic's list: every key, what it holds and what is allowed."""
-    lines = []
-    likely = ""
-    fields = [*Case.model_fields, *Settings.model_fields]
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key")
-            likely = likely or nearest(key.rsplit(".", 1)[-1], fields)
-        elif item["type"] == "missing":
-            lines.append(f"{key}: required, not given")
-        else:
-            given = repr(item["input"])
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{key} = {given[:60]}: {message[:1].lower()}{message[1:]}")
-    what = f"the case is not valid: {lines[0]}"
-    measured = "\n".join(lines) if len(lines) > 1 else ""
-    return CaseError(what, where=where, measured=measured, likely=likely)
-
-
-def flat_case(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A case's content by dotted key, without what is not part of its id."""
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat.update(flat_case(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    for key in ("settings.device", "settings.attention_backend"):
-        flat.pop(key, None)
-    return flat

@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
-from truestep.case import mapping_differences
+from truestep.content import mapping_differences
 from truestep.errors import UsageError
 from truestep.verdict import Difference
 

@@ -15,7 +15,6 @@ from truestep.calls.recorder import recorded
 from truestep.calls.recording import CallRecording, read
 from truestep.calls.seen import Forced, Plan
 from truestep.calls.subject import Subject, subject_of
-from truestep.measure.distance import same_bits
 
 
 class Encoder(torch.nn.Module):
@@ -127,20 +126,3 @@ def through_a_file(subject: Subject, tmp_path: Path) -> CallRecording:
 
 def replayed(subject: Subject, reference: CallRecording, *, made: bool) -> Forced:
     return Forcing(reference, Plan(made=lambda call: made)).run(subject)
-
-
-def different(result: Forced, reference: CallRecording) -> list[str]:
-    """What is not bit for bit what was recorded, and what came on one side only."""
-    wrong = [f"raised {result.raised}"] if result.raised else []
-    wrong += [f"missing {call.component}.{call.method}" for call in result.missing]
-    wrong += [f"unexpected {'.'.join(method)}" for method in result.unexpected]
-    for seen in result.seen:
-        recorded = seen.recorded
-        if seen.actual is None or recorded is None or seen.odd:
-            wrong.append(f"{seen.key} {seen.note}")
-        elif isinstance(recorded, str):
-            if not same_bits(seen.actual, reference.recording[recorded]):
-                wrong.append(str(seen.key))
-        elif float(seen.actual) != float(seen.actual.new_tensor(recorded)):
-            wrong.append(str(seen.key))
-    return wrong

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truestep.calls.keys import PRECISIONS, STAGES, Key, dotted, key_of
-from truestep.keys import spread_key, stage_key
+from truestep.calls.keys import STAGES, Key, dotted, key_of
+from truestep.keys import PRECISIONS, spread_key, stage_key
 
 NAMES = st.text(max_size=8) | st.sampled_from(["", "%", "a/b", "in", "step", "x.y", "%41", "é\n"])
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.bench_coverage import differences
 from tests.calls.conftest import Tiny
-from tests.calls.loops import different
 from truestep.calls.forcing import Forcing
 from truestep.calls.recorder import recorded
 from truestep.calls.recording import read
@@ -27,7 +27,7 @@ def test_a_freshly_built_pipeline_replays_a_file_bit_for_bit(
         "last": Plan(made=lambda call: call.step == reference.steps - 1),
     }
     result = Forcing(reference, plans[made]).run(tiny.subject())
-    assert different(result, reference) == []
+    assert differences(result, reference) == []
     models = sum(call.kind == "model" for call in reference.calls)
     assert result.made == {"none": 0, "all": models}.get(made, result.made)
     arrived = {seen.key for seen in result.seen}

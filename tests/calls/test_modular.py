@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.calls.loops import different, replayed, through_a_file
+from bench.bench_coverage import differences
+from tests.calls.loops import replayed, through_a_file
 from truestep.calls.check import check
 from truestep.calls.record import record
 from truestep.calls.subject import Subject, subject_of
@@ -57,7 +58,7 @@ def modular(name: str, change: Callable[[Any], None] | None = None) -> Subject:
 def test_replays_bit_for_bit(name: str, tmp_path: Path) -> None:
     reference = through_a_file(modular(name), tmp_path)
     for made in (False, True):
-        assert different(replayed(modular(name), reference, made=made), reference) == []
+        assert differences(replayed(modular(name), reference, made=made), reference) == []
     guided = [call.stage for call in reference.calls if call.kind == "guider"]
     assert guided == ([] if name == "flux" else ["guidance"] * 3)
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench.bench_coverage import differences
 from tests.calls import loops
-from tests.calls.loops import Copying, Loop, Scheduler, different, replayed, through_a_file
+from tests.calls.loops import Copying, Loop, Scheduler, replayed, through_a_file
 from truestep.calls.boundaries import watching
 from truestep.calls.check import check
 from truestep.calls.record import record
@@ -47,7 +48,7 @@ def holds(build: Build, tmp_path: Path) -> list[str]:
     wrong = []
     for made in (False, True):
         candidate = subject_of(build())
-        wrong += different(replayed(candidate, reference, made=made), reference)
+        wrong += differences(replayed(candidate, reference, made=made), reference)
         assert unpatched(candidate)
     assert unpatched(subject)
     (run,) = reference.by_method["run", "run"]
@@ -470,7 +471,7 @@ def test_a_compiled_model_is_not_compiled_anew(tmp_path: Path) -> None:
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
     reference = recorded(subject)
-    assert different(replayed(subject, reference, made=True), reference) == []
+    assert differences(replayed(subject, reference, made=True), reference) == []
     assert counters["stats"]["unique_graphs"] == graphs
     assert {call.component for call in reference.calls} >= {"net", "decoder"}
     against = record(subject_of(build(compiled=False)))

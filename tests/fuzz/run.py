@@ -349,8 +349,9 @@ def run(wanted: dict[str, int], *, seed: int, out: Path, processes: int) -> Coun
                 running[pid] = name, numbers, result, mark
             if not running:
                 return counts
-            pid, status, usage = os.wait4(-1, 0)
-            name, numbers, result, mark = running.pop(pid)
+            oldest = next(iter(running))  # not any child: this process may have others
+            _, status, usage = os.wait4(oldest, 0)
+            name, numbers, result, mark = running.pop(oldest)
             counts.cpu_s += usage.ru_utime + usage.ru_stime
             tally = _ended(benches[name], numbers, status, result, mark)
             for path in (result, mark):

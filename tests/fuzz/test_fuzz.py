@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import mmap
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +115,12 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert whole.of("lock") == more.of("lock")
     with pytest.raises(SystemExit, match="is of seed 2"):
         run({"lock": 1}, seed=3, out=tmp_path, processes=1)
+
+
+def test_other_children_of_the_process_do_not_disturb(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+    assert run({"rename": 20}, seed=2, out=tmp_path, processes=1).of("rename").done == 20
+    assert other.wait() == 7
 
 
 def test_a_process_that_dies_is_told_with_its_mutant(

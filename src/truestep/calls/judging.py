@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from truestep.calls.boundaries import FUNCTIONS, RANDOM
-from truestep.calls.keys import PRECISIONS, Key, Path, dotted, key_of
+from truestep.calls.keys import Key, Path, dotted, key_of
 from truestep.calls.recorder import RUN
 from truestep.calls.recording import RANDOM_STATE, STATE, WRITTEN, CallRecording
 from truestep.calls.seen import Forced, Seen, number
 from truestep.judge.floor import Limits
 from truestep.judge.repeats import differing, with_second_answers
 from truestep.judge.rows import build_comparison, compare_tensors, tensor_info
-from truestep.keys import Address
+from truestep.keys import PRECISIONS, Address
 from truestep.recording.manifest import CallEntry
 from truestep.verdict import Comparison, Divergence, Row, Side, TensorInfo, Verdict
 

@@ -11,10 +11,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from truestep.keys import PRECISIONS
+
 Side = Literal["in", "out"]
 Path = tuple[str, ...]
 
-PRECISIONS = ("float32", "float64")
 STAGES = (
     "text",
     "schedule",

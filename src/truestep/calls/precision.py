@@ -15,12 +15,12 @@ import torch
 
 from truestep.calls.classes import runs_compiled
 from truestep.calls.forcing import Forcing
-from truestep.calls.keys import PRECISIONS
 from truestep.calls.recording import CallRecording
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
 from truestep.floors import EPSILON
-from truestep.recording.manifest import TensorEntry
+from truestep.keys import PRECISIONS
+from truestep.recording.table import table_entry
 from truestep.runtime.precision import HIGHER, converted
 
 
@@ -86,13 +86,11 @@ def with_raised(
         if seen.actual is not None and isinstance(seen.recorded, str) and not seen.odd
     }
     entries = [
-        TensorEntry(
-            name=str(seen.key),
+        table_entry(
+            str(seen.key),
+            seen.actual,
+            len(manifest.tensors) + index,
             kind=seen.key.stage,
-            order=len(manifest.tensors) + index,
-            dtype=str(seen.actual.dtype).removeprefix("torch."),
-            shape=tuple(seen.actual.shape),
-            digest="",
             step=seen.key.step,
             branch=seen.context,
         )

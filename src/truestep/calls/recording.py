@@ -23,6 +23,7 @@ from truestep.measure.plain import plain
 from truestep.recording.format import Recording, bytes_of
 from truestep.recording.header import digest
 from truestep.recording.manifest import CALLS, CallEntry, Manifest, TensorEntry
+from truestep.recording.table import table_entry
 
 KEPT_STEPS = "steps"
 """Setting of a thinned recording: the steps that can be judged by it."""
@@ -184,7 +185,16 @@ def assembled(
         def name(path: Place, content: str) -> str:
             if content not in stored:
                 stored[content] = str(key(call, side, (*prefix, *path)))
-                table.append(_entry(stored[content], contents[content], call, len(table)))
+                table.append(
+                    table_entry(
+                        stored[content],
+                        contents[content],
+                        len(table),
+                        kind=call.stage,
+                        step=call.step,
+                        branch=call.context,
+                    )
+                )
             return stored[content]
 
         return name
@@ -226,19 +236,6 @@ def assembled(
     )
     tensors = {name: contents[content] for content, name in stored.items()}
     return CallRecording(Recording.in_memory(tensors, manifest))
-
-
-def _entry(name: str, tensor: torch.Tensor, call: CallEntry, order: int) -> TensorEntry:
-    return TensorEntry(
-        name=name,
-        kind=call.stage,
-        order=order,
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
-        digest="",
-        step=call.step,
-        branch=call.context,
-    )
 
 
 def holds_tensors(call: CallEntry) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from truestep.call_case import CallCase
-from truestep.case import flat_case, mapping_differences
 from truestep.engines.pipelines import (
     Change,
     Judging,
@@ -29,16 +28,16 @@ from truestep.errors import (
     MissingExtraError,
     ModelLoadError,
     ProcessEndedError,
-    UsageError,
     surviving,
 )
 from truestep.judge.floor import pair_of
 from truestep.recording.format import Recording
 from truestep.recording.media import read_input
+from truestep.replay.check import ended, label_of, of_another_case, recorded_case
 from truestep.runtime.loading import failures, fingerprint, folder_of, model_index, quiet
 from truestep.text import nearest
 from truestep.turns import taking_turns
-from truestep.verdict import Comparison, Rule, Side, Verdict
+from truestep.verdict import Comparison, Side
 
 _LIBRARIES = ("diffusers", "transformers")
 _NO_ARGUMENTS = ("self", "generator")
@@ -104,27 +103,11 @@ def check(
     candidate = case.replace(**dict(settings or {}))
     manifest = recording.recording.manifest
     where = str(recording.recording.path or "reference")
-    if manifest.case is None:
-        raise UsageError(
-            "the reference is not a recording of a case",
-            where=where,
-            hint=f"truestep show {shlex.quote(where)}  # truestep compare judges plain tensors",
-        )
-    label = _label(case, candidate, apply)
-    differences = mapping_differences(flat_case(case.canonical()), flat_case(manifest.case))
+    differences = case.differences(recorded_case(manifest, where=where))
+    label = label_of(case, candidate, apply)
     if differences:
-        keys = ", ".join(difference.key for difference in differences)
-        return Comparison(
-            tool_version=library_version("truestep") or "",
-            verdict=Verdict.INCOMPARABLE,
-            sentence=f"incomparable: the reference is of another case ({keys} differ)",
-            rule=Rule(name="case", text="a reference judges its own case only"),
-            case_id=case.id,
-            case=case.canonical(),
-            actual=Side(label=label),
-            reference=Side(label=manifest.case_id or "", path=where),
-            case_differences=differences,
-        )
+        side = Side(label=manifest.case_id or "", path=where)
+        return of_another_case(case, differences, label=label, reference=side)
     model = _looked_at(candidate)
     call = {**recorded_arguments(recording), **candidate.call}
     if candidate.input != case.input:
@@ -142,16 +125,8 @@ def check(
             pipe = changed(_loaded(candidate, model), apply)
             result = check_pipeline(pipe, recording, call, judging)
     except ProcessEndedError as error:
-        return Comparison(
-            tool_version=library_version("truestep") or "",
-            verdict=Verdict.INVALID,
-            sentence=f"invalid: {error.what}, {error.where}",
-            rule=Rule(name="run", text="a candidate is judged by what it gives"),
-            case_id=case.id,
-            case=case.canonical(),
-            actual=Side(label=label),
-            reference=Side(label="reference", path=where),
-        )
+        side = Side(label="reference", path=where)
+        return ended(case, f"{error.what}, {error.where}", label=label, reference=side)
     notes = _other_defaults(model.pipeline, manifest.settings.get("call"), call)
     return result.model_copy(update={"notes": (*notes, *result.notes)})
 
@@ -222,10 +197,17 @@ def _pipeline_class(case: CallCase, own: str, folder: Path) -> type:
     cls = getattr(diffusers, name, None)
     if isinstance(cls, type) and any("__call__" in vars(base) for base in cls.__mro__):
         return cls
-    known = [each for each in dir(diffusers) if each.endswith("Pipeline")]
     where = str(folder / "model_index.json") if case.pipeline is None else "pipeline"
-    raise CaseError(
-        f"diffusers has no pipeline class {name!r}",
+    raise _no_class(name, "Pipeline", where=where)
+
+
+def _no_class(name: str, kind: str, *, where: str) -> CaseError:
+    """The error for a class of a kind (`Pipeline`, `Scheduler`) that the library has not."""
+    import diffusers
+
+    known = [each for each in dir(diffusers) if each.endswith(kind)]
+    return CaseError(
+        f"diffusers has no {kind.lower()} class {name!r}",
         where=where,
         measured=f"diffusers {library_version('diffusers')}, {len(known)} classes",
         likely=nearest(name, known),
@@ -276,14 +258,7 @@ def _scheduler_class(case: CallCase, index: Mapping[str, Any], folder: Path) -> 
     name = case.scheduler or str(own[1])
     cls = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and hasattr(cls, "set_timesteps")):
-        known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
-        raise CaseError(
-            f"diffusers has no scheduler class {name!r}",
-            where="scheduler",
-            measured=f"diffusers {library_version('diffusers')}, {len(known)} classes",
-            likely=nearest(name, known),
-            hint="truestep doctor",
-        )
+        raise _no_class(name, "Scheduler", where="scheduler")
     settings = [n for n in inspect.signature(cls).parameters if n != "self"]
     for key in case.scheduler_settings:
         if key not in settings:
@@ -366,12 +341,3 @@ def _components(pipe: Any) -> dict[str, str]:
 def _configuration(scheduler: Any) -> dict[str, Any]:
     config = dict(getattr(scheduler, "config", {}))
     return {str(key): _plain(value) for key, value in config.items()}
-
-
-def _label(case: CallCase, candidate: CallCase, apply: Change | None) -> str:
-    """What a candidate differs in, by its own account."""
-    found = mapping_differences(flat_case(candidate.canonical()), flat_case(case.canonical()))
-    parts = [f"{difference.key.removeprefix('call.')}={difference.actual}" for difference in found]
-    if apply is not None:
-        parts.append(f"apply {getattr(apply, '__name__', 'change')}")
-    return ", ".join(parts) or "unchanged"

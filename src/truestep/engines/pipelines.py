@@ -6,7 +6,7 @@ The arguments are kept in the recording, decoded: a check needs neither them nor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from truestep.calls.check import check
 from truestep.calls.rebuilding import CannotBuildError, build
 from truestep.calls.record import record
 from truestep.calls.recording import CallRecording, host_copy, read
-from truestep.calls.subject import Subject, subject_of
+from truestep.calls.subject import subject_of
 from truestep.calls.trees import check_tree
 from truestep.calls.values import Path as Place
 from truestep.calls.values import encode
 from truestep.environment import Environment
-from truestep.errors import FileFormatError, ProcessEndedError, UsageError, last_frame, surviving
+from truestep.errors import FileFormatError, UsageError, surviving
 from truestep.recording.format import Recording
-from truestep.recording.manifest import TensorEntry
+from truestep.recording.table import table_entry
+from truestep.runtime.pipeline import call_change, not_a_pipeline
 from truestep.verdict import Comparison
 
 ARGUMENTS = "arguments"
@@ -75,9 +76,7 @@ def _with_arguments(
     def keep(path: Place, tensor: torch.Tensor) -> str:
         name = "/".join(("input", *path))
         tensors[name] = host_copy(tensor)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        shape = tuple(tensor.shape)
-        entries.append(TensorEntry(name, "input", len(entries), dtype, shape, digest=""))
+        entries.append(table_entry(name, tensor, len(entries), kind="input"))
         return name
 
     trees = {name: encode(value, keep, (name,)) for name, value in call.items()}
@@ -153,9 +152,12 @@ def check_pipeline(
     manifest = reference.recording.manifest
     seed = manifest.settings.get("seed", 0)
     subject = subject_of(pipe, seed=seed if isinstance(seed, int) else 0, **call)
-    named = Subject(subject.run, subject.components, subject.functions, label=judging.label)
     result = check(
-        named, reference, steps=judging.steps, tolerance=judging.tolerance, pair=judging.pair
+        replace(subject, label=judging.label),
+        reference,
+        steps=judging.steps,
+        tolerance=judging.tolerance,
+        pair=judging.pair,
     )
     environment = Environment({**result.actual.environment, **(judging.environment or {})})
     known = {k: v for k, v in manifest.environment.items() if k in environment}
@@ -180,23 +182,10 @@ def changed(pipe: Any, change: Change | None) -> Any:
     """
     if change is None:
         return pipe
-    name = getattr(change, "__qualname__", repr(change))
-    try:
-        with surviving(f"the change {name}"):
-            result = change(pipe)
-    except ProcessEndedError:
-        raise
-    except Exception as error:  # the user's own code may raise anything
-        raise UsageError(
-            f"the change {name} raised {type(error).__name__}: {error}",
-            where=last_frame(error),
-            likely=f"it is called with a {type(pipe).__name__}: {', '.join(_parts(pipe))}",
-        ) from error
+    likely = f"it is called with a {type(pipe).__name__}: {', '.join(_parts(pipe))}"
+    result = call_change(pipe, change, likely=likely)
     if result is not None and not callable(result):
-        raise UsageError(
-            f"the change {name} returned {type(result).__name__}, not a pipeline or None",
-            hint="change the pipeline in place and return nothing, or return a Pipeline",
-        )
+        raise not_a_pipeline(change, result)
     return pipe if result is None else result
 
 

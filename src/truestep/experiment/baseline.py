@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from truestep.case import mapping_differences
+from truestep.content import mapping_differences
 from truestep.experiment.perf_statistics import (
     LEVEL,
     LIMITS,

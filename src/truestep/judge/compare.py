@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from truestep.case import flat_case, mapping_differences
+from truestep.content import case_differences
 from truestep.environment import Environment
 from truestep.errors import UsageError
 from truestep.judge.estimates import moment_rows, sketch_rows, sketch_rule
@@ -145,7 +145,7 @@ def _of_parameters(ours: Source, theirs: Source, *, guessed: bool) -> Comparison
 def _case_differences(ours: Manifest, theirs: Manifest) -> tuple[Difference, ...]:
     if ours.case is None or theirs.case is None:
         return ()
-    return mapping_differences(flat_case(ours.case), flat_case(theirs.case))
+    return case_differences(ours.case, theirs.case)
 
 
 def _rate_differences(ours: Manifest, theirs: Manifest) -> tuple[Difference, ...]:

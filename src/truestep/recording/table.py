@@ -10,19 +10,43 @@ from truestep.keys import address
 from truestep.recording.manifest import TensorEntry
 
 
+def table_entry(
+    name: str,
+    tensor: torch.Tensor,
+    order: int,
+    *,
+    kind: str,
+    step: int | None = None,
+    branch: str | None = None,
+    fqn: str | None = None,
+    call: int = 0,
+) -> TensorEntry:
+    """One row, without a digest: the writer fills it in."""
+    return TensorEntry(
+        name=name,
+        kind=kind,
+        order=order,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        digest="",
+        step=step,
+        branch=branch,
+        fqn=fqn,
+        call=call,
+    )
+
+
 def tensor_table(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorEntry, ...]:
-    """Table rows in execution order, without digests (the writer fills them in)."""
+    """Table rows in execution order; see `table_entry`."""
     table = []
     for order, (name, tensor) in enumerate(tensors.items()):
         place = address(name)
         table.append(
-            TensorEntry(
-                name=name,
+            table_entry(
+                name,
+                tensor,
+                order,
                 kind=place.stage,
-                order=order,
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                shape=tuple(tensor.shape),
-                digest="",
                 step=place.step,
                 branch=place.branch,
                 fqn=place.fqn,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,11 +25,12 @@ from truestep.judge.repeats import said_unsteady, with_second_answers
 from truestep.keys import SAMPLES, is_prediction, key_of
 from truestep.randomness import own_randomness
 from truestep.turns import taking_turns
-from truestep.verdict import Comparison, Cost, Media, Row, Rule, Side, Verdict
+from truestep.verdict import Comparison, Cost, Difference, Media, Row, Rule, Side, Verdict
 
 if TYPE_CHECKING:
     from truestep.progress import Progress
     from truestep.recording.format import Recording
+    from truestep.recording.manifest import Manifest
     from truestep.replay.answers import Answers
     from truestep.replay.stages import Replay
     from truestep.runtime.pipeline import Apply, Pipeline
@@ -105,7 +106,7 @@ def check(
             before = snapshot(pipe) if apply is not None else {}
             pipe = apply_change(pipe, apply)
     except ProcessEndedError as error:
-        label = _label(case, candidate, apply)
+        label = label_of(case, candidate, apply)
         return _invalid(case, recording, label, f"{error.what}, {error.where}")
     idle = _idle(pipe, case, candidate, recording, before) if apply or settings else False
     if rename:
@@ -118,7 +119,7 @@ def check(
         depth=depth,
         steps=steps,
         tolerance=tolerance,
-        label=_label(case, candidate, apply),
+        label=label_of(case, candidate, apply),
         progress=progress,
     )
     result = expected(_said_idle(result) if idle else result, expect)
@@ -272,17 +273,63 @@ def check_pipeline(
 
 
 def _invalid(case: Case, recording: Recording, label: str, what: str) -> Comparison:
+    return ended(case, what, label=label, reference=build_side(recording))
+
+
+def ended(case: AnyCase, what: str, *, label: str, reference: Side) -> Comparison:
     """The result for a candidate that could not be run to its end."""
+    rule = Rule(name="run", text="a candidate is judged by what it gives")
+    return _unjudged(
+        case, Verdict.INVALID, what, rule=rule, actual=Side(label=label), reference=reference
+    )
+
+
+def of_another_case(
+    case: AnyCase,
+    differences: Sequence[Difference],
+    *,
+    label: str,
+    reference: Side,
+    hint: str = "",
+) -> Comparison:
+    """The result for a reference that is not of the case."""
+    keys = ", ".join(difference.key for difference in differences)
+    return _unjudged(
+        case,
+        Verdict.INCOMPARABLE,
+        f"the reference is of another case ({keys} differ)",
+        rule=Rule(name="case", text="a reference judges its own case only"),
+        actual=Side(label=label),
+        reference=reference,
+        case_differences=tuple(differences),
+        hint=hint,
+    )
+
+
+def _unjudged(case: AnyCase, verdict: Verdict, what: str, **fields: Any) -> Comparison:
     return Comparison(
         tool_version=library_version("truestep") or "",
-        verdict=Verdict.INVALID,
-        sentence=f"invalid: {what}",
-        rule=Rule(name="run", text="a candidate is judged by what it gives"),
+        verdict=verdict,
+        sentence=f"{verdict.value}: {what}",
         case_id=case.id,
         case=case.canonical(),
-        actual=Side(label=label),
-        reference=build_side(recording),
+        **fields,
     )
+
+
+def recorded_case(manifest: Manifest, *, where: str) -> dict[str, Any]:
+    """The case that a reference is of.
+
+    Raises:
+        UsageError: It is of none.
+    """
+    if manifest.case is None:
+        raise UsageError(
+            "the reference is not a recording of a case",
+            where=where,
+            hint=f"truestep show {shlex.quote(where)}  # truestep compare judges plain tensors",
+        )
+    return manifest.case
 
 
 def build_side(recording: Recording) -> Side:
@@ -335,66 +382,57 @@ def _refuse(case: Case, recording: Recording, accept: Collection[str]) -> Compar
     error where it is unusable."""
     manifest = recording.manifest
     where = str(recording.path or "reference")
-    if manifest.case is None:
-        raise UsageError(
-            "the reference is not a recording of a case",
-            where=where,
-            hint=f"truestep show {shlex.quote(where)}  # truestep compare judges plain tensors",
-        )
+    recorded = recorded_case(manifest, where=where)
     if manifest.level != "full":
         raise UsageError(
             f"the reference holds level {manifest.level!r} only: there are no tensors to replay",
             where=where,
             hint="truestep record CASE --level full --update",
         )
-    differences = case.differences(manifest.case)
+    differences = case.differences(recorded)
     made = manifest.implementation
     strange = [
         thing
         for thing in (*made.quantised, *made.patched)
         if not any(name and name in thing for name in accept)
     ]
+    side = Side(label=manifest.case_id or "", path=where, environment=dict(manifest.environment))
     if differences:
-        keys = ", ".join(d.key for d in differences)
-        sentence = f"the reference is of another case ({keys} differ)"
-        rule = Rule(name="case", text="a reference judges its own case only")
-        hint = (
-            "truestep record CASE  # seeds a reference of this case; "
-            "check --set KEY=VALUE tests a change of it"
+        return of_another_case(
+            case,
+            differences,
+            label=case.id,
+            reference=side,
+            hint="truestep record CASE  # seeds a reference of this case; "
+            "check --set KEY=VALUE tests a change of it",
         )
-    elif strange:
+    if strange:
         more = f" and {len(strange) - 1} more" if strange[1:] else ""
         kind = "quantised" if strange[0] in made.quantised else "patched"
-        sentence = f"the reference was made by a {kind} implementation ({strange[0]}{more})"
-        rule = Rule(name="implementation", text="a reference is what it goes by, or is asked for")
-        hint = f"--accept {shlex.quote(strange[0])}  # compares with it all the same"
-    else:
-        from truestep.replay.stages import require_run
+        return _unjudged(
+            case,
+            Verdict.INCOMPARABLE,
+            f"the reference was made by a {kind} implementation ({strange[0]}{more})",
+            rule=Rule(
+                name="implementation", text="a reference is what it goes by, or is asked for"
+            ),
+            actual=Side(label=case.id),
+            reference=side,
+            hint=f"--accept {shlex.quote(strange[0])}  # compares with it all the same",
+        )
+    from truestep.replay.stages import require_run
 
-        require_run(recording, where=where)
-        return None
-    return Comparison(
-        tool_version=library_version("truestep") or "",
-        verdict=Verdict.INCOMPARABLE,
-        sentence=f"incomparable: {sentence}",
-        rule=rule,
-        case_id=case.id,
-        case=case.canonical(),
-        actual=Side(label=case.id),
-        reference=Side(
-            label=manifest.case_id or "", path=where, environment=dict(manifest.environment)
-        ),
-        case_differences=differences,
-        hint=hint,
-    )
+    require_run(recording, where=where)
+    return None
 
 
-def _label(case: Case, candidate: Case, apply: Apply | None) -> str:
-    parts = [
-        f"{key}={value}"
-        for difference in candidate.differences(case.canonical())
-        for key, value in [(difference.key.removeprefix("settings."), difference.actual)]
-    ]
+def label_of(case: AnyCase, candidate: AnyCase, apply: Apply | None) -> str:
+    """What a candidate differs in, by its own account."""
+    tables = ("settings.", "call.")
+    parts = []
+    for difference in candidate.differences(case.canonical()):
+        table = next((each for each in tables if difference.key.startswith(each)), "")
+        parts.append(f"{difference.key.removeprefix(table)}={difference.actual}")
     if apply is not None:
         parts.append(f"apply {getattr(apply, '__name__', 'change')}")
     return ", ".join(parts) or "unchanged"
