@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -127,11 +128,21 @@ def test_a_recording_costs_its_generation_and_so_many_forwards(
         forwards["all"] += latent.shape[0] * wide
 
     pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
-    threads = torch.get_num_threads()
+    decodes: Counter[str] = Counter()
+    decode = pipe.vae.decode
+
+    def decoding(*args: Any, **kwargs: Any) -> Any:
+        decodes["all"] += 1
+        return decode(*args, **kwargs)
+
+    pipe.vae.decode = decoding
     record_pipeline(pipe, case=case)
     first = forwards["all"] - 100
+    decodes.clear()
     record_pipeline(pipe, case=case)
     again = forwards["all"] - first - 200
-    more = 6 * max(len({1, 2} - {threads}) - 1, 0) + 6  # other numbers of threads
-    assert first <= 52 + more
-    assert again <= 48 + more  # what other instructions give is kept
+    counts = {1, min(2, os.cpu_count() or 1), os.cpu_count() or 1}
+    more = 2 * len(counts - {torch.get_num_threads()})  # other numbers of threads
+    assert first <= 34 + more
+    assert again <= 30 + more  # what other instructions give is kept
+    assert decodes["all"] == 5  # the run; again, in higher precision, in a batch, jittered

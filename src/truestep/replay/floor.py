@@ -123,20 +123,19 @@ def variations(pipe: Pipeline) -> list[Variation]:
     ]
     current, cores = torch.get_num_threads(), os.cpu_count() or 1
     found += [
-        Variation("threads", f"{current} -> {count} threads", threads(count), pair)
+        Variation("threads", f"{current} -> {count} threads", threads(count), pair, _AT_A_STEP, 1)
         for count in sorted({1, min(2, cores), cores} - {current})
     ]
-    found.append(Variation("attention", "math kernel", math_attention, pair, stages=_OF_MODELS))
-    found.append(jitter(0, pair))
+    found.append(Variation("attention", "math kernel", math_attention, pair, _BEFORE_DECODING, 2))
+    found.append(replace(jitter(0, pair), only=0))
     found += [
-        replace(jitter(seed, pair), only=seed, stages=_BEFORE_DECODING)
-        for seed in range(1, JITTERS)
+        replace(jitter(seed, pair), only=seed, stages=_AT_A_STEP) for seed in range(1, JITTERS)
     ]
     return found
 
 
-_OF_MODELS = ("text", "connector", "prediction", "decoding")
 _BEFORE_DECODING = ("text", "connector", "prediction")
+_AT_A_STEP = ("connector", "prediction")
 
 
 def jitter(seed: int, pair: str) -> Variation:
@@ -258,7 +257,7 @@ def _other_precision(
     pair = pair_of(dtype, case.dtype)
     todo = [
         Variation("precision", f"loaded in {dtype}", _unchanged, pair),
-        replace(jitter(0, pair), only=1, stages=_BEFORE_DECODING),
+        replace(jitter(0, pair), only=1, stages=_AT_A_STEP),
     ]
     runs: list[NoiseRun] = []
     try:

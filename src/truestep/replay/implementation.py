@@ -106,19 +106,23 @@ def rounded_to(weight: torch.Tensor, narrow: torch.dtype) -> bool:
     """
     flat = weight.flatten()
     step = max(flat.numel() // SAMPLE, 1)
-    values = flat[::step][:SAMPLE].cpu().double()
-    few = values[:: max(values.numel() // FEW, 1)]
+    some = flat[::step][:SAMPLE]
+    few = some[:: max(some.numel() // FEW, 1)].cpu().double()
     top, slack = torch.finfo(narrow).max, torch.finfo(weight.dtype).eps
 
-    def fits(some: torch.Tensor, scale: float) -> bool:
-        scaled = some / scale
+    def fits(values: torch.Tensor, scale: float) -> bool:
+        scaled = values / scale
         near = scaled.to(torch.float32).to(narrow).double()
         return bool(((near - scaled).abs() <= slack * scaled.abs()).all())
 
-    if not bool(values.isfinite().all()):
+    if not bool(few.isfinite().all()):
         return False
-    scales = [scale for scale in (1.0, float(flat.abs().max()) / top) if fits(few, scale)]
-    if not scales or values.unique().numel() < 16:
+    largest = max(-float(flat.min()), float(flat.max()))  # without a copy of the weight
+    scales = [scale for scale in (1.0, largest / top) if scale and fits(few, scale)]
+    if not scales:
+        return False
+    values = some.cpu().double()
+    if not bool(values.isfinite().all()) or values.unique().numel() < 16:
         return False  # zeros, ones: of any dtype
     return any(fits(values, scale) for scale in scales)
 
