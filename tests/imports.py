@@ -22,6 +22,7 @@ VOCABULARY = frozenset(
         "errors",
         "files",
         "floors",
+        "functions",
         "guard",
         "joint",
         "keys",

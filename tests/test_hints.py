@@ -531,6 +531,19 @@ PLAIN = (
 )
 """A case of a plain pipeline, said on the command line."""
 
+RUNTIME = (*(word if word != "diffusers" else "runtime" for word in PLAIN),)
+
+
+def other_files(folder: Path) -> tuple[str, ...]:
+    """The source of a preparation is changed after it made a reference."""
+    said = (*PLAIN, "--prepare", "change.py:same")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["truestep", "record", *said, "--floor", "none"])
+        cli.run_here()
+    (folder / "change.py").write_text(CHANGE + "# changed\n")
+    return ("check", *said)
+
+
 SCENARIOS: dict[str, Scenario] = {
     "--depth steps": (given("check", *PLAIN, "--depth", "modules"), (3,)),
     "--floor steps": (given("record", *PLAIN, "--floor", "final"), (0,)),
@@ -561,6 +574,9 @@ SCENARIOS: dict[str, Scenario] = {
     "--set {}={}": (given("run", "a", "--latent-only", "--set", "height=20"), (0,)),
     "--set {}={}  # or --set stg_scale=0 --set audio_stg_scale=0": (
         given(*LTX2, "stg_blocks=99"), (0,)),
+    "--subject diffusers": (given("record", *RUNTIME, "--prepare", "change.py:same"), (0,)),
+    "ls {}": (given("record", *PLAIN, "--prepare", "none.py:same"), (0,)),
+    "truestep record CASE --update  # takes the files as they are now": (other_files, (0,)),
     "--steps 0,5": (given("trace", "record", "a", "--steps", "x"), (0, 2)),
     "df -h {}; ls -ld {}": (beneath_a_file, (0,)),
     "grep '^.case' {}  # lists them": (given("check", "c", "--file", "my cases.toml"), (0,)),

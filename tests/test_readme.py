@@ -61,7 +61,7 @@ def test_any_pipeline_prints_what_it_says(tmp_path: Path) -> None:
     (change,) = (block for block in blocks("python") if block.startswith("# bias.py"))
     (tmp_path / "bias.py").write_text(change)
     first = next(i for i, b in enumerate(blocks("console")) if b.startswith("$ truestep tiny"))
-    for block in blocks("console")[first : first + 2]:
+    for block in blocks("console")[first : first + 3]:
         printed(block, tmp_path)
 
 

@@ -8,6 +8,8 @@ In a case file::
     seed = 0
     scheduler = "EulerDiscreteScheduler"
     scheduler_settings = { shift = 2.0 }
+    lora = ["style.safetensors:0.8"]
+    prepare = "port.py:fuse"
 
     [case.cat.call]
     prompt = "a cat"
@@ -19,9 +21,12 @@ In a case file::
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,9 +40,38 @@ from truestep.verdict import Difference
 CALL_TABLES = ("call", "input", "scheduler_settings")
 """Tables of such a case that are no tiers."""
 
+PREPARATION = ("lora", "prepare")
+"""Keys of what is done to a pipeline before it runs."""
+
 _MARKS = ("subject", "pipeline", "call", "input", "scheduler_settings")
 _CALL = "call."
 _SCHEDULER = "scheduler."
+_SHA256 = "sha256"
+_PREPARE = "prepare"
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank weights that are laid over a model's, and how much of them."""
+
+    path: str
+    scale: float
+
+    @classmethod
+    def of(cls, text: str) -> Lora:
+        """`PATH:SCALE`, or a path alone, whose scale is 1."""
+        path, _, number = text.rpartition(":")
+        try:
+            scale = float(number)
+        except ValueError:
+            path, scale = text, 1.0
+        if not path or not math.isfinite(scale):
+            raise ValueError(f"a LoRA is given as PATH:SCALE, not {text!r}")
+        return cls(_normal(path), scale)
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.scale!r}"
 
 
 def is_call_case(content: Mapping[str, Any]) -> bool:
@@ -59,6 +93,11 @@ class CallCase(BaseModel):
             differs from the configuration of the model's.
         call: Arguments of the call; all others have the pipeline's defaults.
         input: Arguments that are files: pictures, videos, sounds, tensors. Several are a list.
+        lora: LoRA files, each `PATH:SCALE`; they are loaded before anything else is done.
+        prepare: `FILE.py:FUNCTION` that is given the loaded pipeline and changes it, or returns
+            another. Of a case, the reference and every candidate are prepared so.
+        sha256: Of what `input.NAME`, `lora.PATH` and `prepare` held where they were read: 16
+            digits. Not part of the case's id; one that is on one side only is no difference.
 
     Raises:
         CaseError: A key is unknown or a value is out of range.
@@ -77,6 +116,9 @@ class CallCase(BaseModel):
     scheduler_settings: dict[str, Any] = Field(default_factory=dict)
     call: dict[str, Any] = Field(default_factory=dict)
     input: dict[str, tuple[str, ...] | str] = Field(default_factory=dict)
+    lora: tuple[str, ...] = ()
+    prepare: str | None = None
+    sha256: dict[str, str] = Field(default_factory=dict)
 
     _base: Path | None = PrivateAttr(default=None)
     _model_base: Path | None = PrivateAttr(default=None)
@@ -111,6 +153,22 @@ class CallCase(BaseModel):
             raise ValueError("a file has no name")
         return files
 
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _scaled(cls, value: Any) -> Any:
+        given = (value,) if isinstance(value, str) else () if value is None else value
+        if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
+            raise ValueError("give a list of PATH:SCALE")
+        return tuple(str(Lora.of(one)) for one in given)
+
+    @field_validator("prepare")
+    @classmethod
+    def _a_function(cls, value: str | None) -> str | None:
+        file, _, name = (value or "").rpartition(":")
+        if value is not None and not (file.endswith(".py") and name.isidentifier()):
+            raise ValueError("it is given as FILE.py:FUNCTION")
+        return None if value is None else f"{_normal(file)}:{name}"
+
     @property
     def prompt(self) -> str:
         """The text that it is called by, as far as there is one."""
@@ -132,24 +190,57 @@ class CallCase(BaseModel):
     def files(self, name: str) -> list[Path]:
         """The files of an argument; those written relative in a case file count from it."""
         given = self.input[name]
-        parts = (given,) if isinstance(given, str) else given
-        paths = [Path(part).expanduser() for part in parts]
-        return [self._base / path if self._base else path for path in paths]
+        return list(map(self.path_of, (given,) if isinstance(given, str) else given))
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs, taken apart."""
+        return tuple(map(Lora.of, self.lora))
+
+    def path_of(self, written: str) -> Path:
+        """A file of the case; one written relative in a case file counts from it."""
+        path = Path(written).expanduser()
+        return self._base / path if self._base else path
+
+    def sources(self) -> dict[str, list[Path]]:
+        """The files that the case is made of, by what they are for: see `sha256`."""
+        files = {f"input.{name}": self.files(name) for name in self.input}
+        files |= {f"lora.{lora.path}": [self.path_of(lora.path)] for lora in self.loras}
+        if self.prepare is not None:
+            files[_PREPARE] = [self.path_of(self.prepare.rpartition(":")[0])]
+        return files
+
+    def with_hashes(self) -> CallCase:
+        """The same case with the hashes of those of its files that are there."""
+        files = {name: paths for name, paths in self.sources().items() if _there(paths)}
+        return self.model_copy(update={_SHA256: {k: _digest(v) for k, v in files.items()}})
+
+    @property
+    def prepared(self) -> str:
+        """What is done to the pipeline before it runs, in words."""
+        said = [] if self.prepare is None else [self.prepare]
+        return ", ".join([*said, *(f"lora {lora.path} x {lora.scale:g}" for lora in self.loras)])
 
     @property
     def id(self) -> str:
         """Readable, collision-free and safe as a file name: slugs plus 12 digits of a SHA-256."""
-        return readable_id(self.canonical(), self.model, self.pipeline or "", self.prompt)
+        content = {key: value for key, value in self.canonical().items() if key != _SHA256}
+        return readable_id(content, self.model, self.pipeline or "", self.prompt)
 
     def canonical(self) -> dict[str, Any]:
-        """Content that the id hashes: what is said, but for the device."""
+        """What is said, but for the device, and what its files held where they were read."""
         content = self.model_dump(mode="json", exclude={"device"})
         kept = ("model", "subject", "seed", "dtype", "call")
-        return {k: v for k, v in content.items() if k in kept or v not in (None, {})}
+        return {k: v for k, v in content.items() if k in kept or v not in (None, {}, [])}
 
     def differences(self, reference: Mapping[str, Any]) -> tuple[Difference, ...]:
         """Keys whose values differ from another case's content, dotted."""
-        return case_differences(self.canonical(), reference)
+        here, there = self.canonical(), dict(reference)
+        own, other = here.pop(_SHA256, {}), there.pop(_SHA256, {})
+        if isinstance(other, Mapping):  # files that were read on one side only tell nothing
+            here[_SHA256] = {key: value for key, value in own.items() if key in other}
+            there[_SHA256] = {key: value for key, value in other.items() if key in own}
+        return case_differences(here, there)
 
     def replace(self, **changes: Any) -> CallCase:
         """A copy with other values: of the case, of its scheduler (`scheduler.shift`), or else of
@@ -158,7 +249,7 @@ class CallCase(BaseModel):
         Raises:
             CaseError: A value is out of range.
         """
-        data = self.model_dump()
+        data = self.model_dump(exclude={_SHA256})
         for key, value in changes.items():
             if key in type(self).model_fields:
                 data[key] = value
@@ -176,6 +267,22 @@ class CallCase(BaseModel):
 
 def _normal(path: str) -> str:
     return posixpath.normpath(path) if path else path
+
+
+def _there(paths: Sequence[Path]) -> bool:
+    return all(path.is_file() and os.access(path, os.R_OK) for path in paths)
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """16 digits of a SHA-256 over what files hold, one after the other."""
+    whole = hashlib.sha256()
+    for path in paths:
+        single = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                single.update(block)
+        whole.update(single.digest())
+    return whole.hexdigest()[:16]
 
 
 def _require_plain(value: Any, where: str) -> None:

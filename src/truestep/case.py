@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from truestep.call_case import CALL_TABLES, CallCase, is_call_case
+from truestep.call_case import CALL_TABLES, PREPARATION, CallCase, is_call_case
 from truestep.content import case_differences, invalid_case, readable_id
 from truestep.controls import AudioVideo, profiles
 from truestep.errors import CaseError
@@ -234,6 +234,12 @@ class Case(Generation):
         own = {k: v for k, v in changes.items() if k in type(self).model_fields}
         inner = {k: v for k, v in changes.items() if k in Settings.model_fields}
         for key in changes:
+            if key in PREPARATION:
+                raise CaseError(
+                    f"truestep's own stages take no {key}",
+                    likely="plain pipelines are prepared",
+                    hint="--subject diffusers",
+                )
             if key not in own and key not in inner:
                 raise CaseError(
                     f"unknown setting {key!r}",
@@ -359,6 +365,8 @@ def _case_of(name: str, table: object, *, path: Path, tier: str) -> AnyCase:
 
 def _meant(key: str) -> str:
     """What may have been meant by a key that there is not."""
+    if key in PREPARATION:
+        return f'{key} is of a plain pipeline: subject = "diffusers", and a table [case.NAME.call]'
     return nearest(key.rsplit(".", 1)[-1], [*Case.model_fields, *Settings.model_fields])
 
 

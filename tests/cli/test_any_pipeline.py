@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.commands import Captured, Run, runner
 from truestep.testing import tiny
@@ -17,6 +19,9 @@ import torch
 def bias(pipe):
     with torch.no_grad():
         pipe.transformer.proj_out.bias.add_(0.01)
+
+def nothing(pipe):
+    pass
 """
 
 CASES = """
@@ -131,12 +136,80 @@ def test_a_reference_alone_is_enough_and_shows_its_calls(run: Run) -> None:
     assert "  calls      prediction  unet.forward" in out
 
 
+def test_a_prepared_case_says_so_everywhere(run: Run, folder: Path) -> None:
+    words = (*WORDS, "--prepare", "change.py:bias", "--references", "prepared")
+    code, out, err = run("record", *words, "--floor", "none")
+    assert code == 0, err
+    assert "\nprepared: change.py:bias\n" in out
+    assert "--prepare change.py:bias" in out.splitlines()[-1]
+    code, out, _ = run("check", *words)
+    assert code == 0
+    assert "  note         prepared: change.py:bias\n" in out
+    path = next((folder / "prepared").rglob("*.safetensors"))
+    code, out, _ = run("show", str(path))
+    assert "  prepared   change.py:bias\n" in out
+    assert "  sha256     prepare " in out
+    code, out, _ = run("check", "--reference", str(path), "--set", "prepare=none")
+    assert code == 1
+    assert "prepared: reference change.py:bias; candidate not" in out
+    source = (folder / "change.py").read_text()
+    (folder / "change.py").write_text(source + "\n# changed\n")
+    code, out, _ = run("check", *words)
+    assert code == 3
+    assert "the reference is of another case (sha256.prepare differ)" in out
+    assert (
+        "--prepare change.py:bias --references prepared --set height=32 --set width=32 "
+        "--set num_inference_steps=2 --set max_sequence_length=16 --update  # takes the files"
+    ) in out
+    (folder / "change.py").write_text(source)
+
+
+def test_a_lora_of_a_case(run: Run, folder: Path) -> None:
+    pytest.importorskip("peft")
+    tensors = {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 32),
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(32, 2),
+    }
+    save_file(tensors, folder / "style.safetensors")
+    words = (*WORDS, "--lora", "style.safetensors:0.8", "--references", "lora")
+    code, out, err = run("record", *words)
+    assert code == 0, err
+    assert "\nprepared: lora style.safetensors x 0.8\n" in out
+    code, out, _ = run("check", *words)
+    assert code == 0
+    assert "prepared: lora style.safetensors x 0.8" in out
+    path = next((folder / "lora").rglob("*.safetensors"))
+    code, out, _ = run("check", "--reference", str(path), "--set", "lora=style.safetensors:1.0")
+    assert code == 1
+    assert "drifted: transformer.forward (cond) at step 0: output" in out
+
+
+def test_a_change_that_touches_nothing_is_said_first(run: Run) -> None:
+    code, _, err = run("record", *WORDS, "--floor", "none", "--references", "idle")
+    assert code == 0, err
+    words = (*WORDS, "--references", "idle", "--apply", "change.py:nothing")
+    code, out, _ = run("check", *words)
+    assert code == 0
+    assert out.splitlines()[0].endswith("[apply nothing: touched nothing]")
+    assert (
+        "the change touched nothing: no weight, buffer, class, hook, configuration or setting"
+        in out
+    )
+    code, out, _ = run("check", *words, "--expect", "different")
+    assert code == 1
+    assert out.startswith("FAILED unmet")
+
+
 REFUSED = {
     "argument": (("--set", "heigt=32"), "did you mean 'height'?"),
     "pipeline": (("--pipeline", "FluxPipelin"), "did you mean 'FluxPipeline'?"),
     "input": (("--input", "cat.png"), "--input needs NAME=FILE, got 'cat.png'"),
     "file": (("--input", "latents=no.npy"), "no.npy"),
-    "subject": (("--subject", "runtime", "--pipeline", "X"), "are of a plain pipeline's call"),
+    "subject": (("--subject", "runtime", "--pipeline", "X"), "are of a plain pipeline"),
+    "prepare": (("--prepare", "none.py:bias"), "the file of prepare is not there"),
+    "function": (("--prepare", "change.py:bis"), "did you mean 'bias'?"),
+    "lora": (("--lora", "none.safetensors:0.5"), "the file of lora is not there"),
+    "stages": (("--subject", "runtime", "--lora", "a"), "--lora and --prepare are of a plain"),
     "depth": (("--depth", "modules"), "hint: truestep check ./flux"),
 }
 

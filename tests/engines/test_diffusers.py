@@ -15,6 +15,7 @@ import truestep
 from truestep.engines import diffusers
 from truestep.errors import CaseError, FileFormatError, ModelLoadError, UsageError
 from truestep.recording.format import Recording
+from truestep.testing.tiny import calls as tiny_pictures
 
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 3, "max_sequence_length": 16}
 
@@ -93,6 +94,47 @@ def test_inputs_are_kept_decoded_and_their_files_are_not_needed_again(
     (tmp_path / "dog.png").unlink()
     assert recording["input/image"].dtype is torch.uint8
     assert truestep.check(case, recording).verdict is truestep.Verdict.IDENTICAL
+
+
+def test_a_changed_input_file_is_another_case_and_an_absent_one_is_said(
+    models: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "dog.png"
+    shutil.copy(models / "cat.png", picture)
+    fields = {**image_to_image(models).model_dump(), "input": {"image": str(picture)}}
+    case = truestep.CallCase(**fields)
+    recording = truestep.record(case, floor="none")
+    untold = {**recording.manifest.case, "sha256": {}}
+    same = truestep.check(case, recording)
+    assert same.verdict is truestep.Verdict.IDENTICAL
+    assert same.notes == ()
+    tiny_pictures.picture(1).save(picture)
+    result = truestep.check(case, recording)
+    assert result.verdict is truestep.Verdict.INCOMPARABLE
+    assert "(sha256.input.image differ)" in result.sentence
+    assert result.hint == "truestep record CASE --update  # takes the files as they are now"
+    before = Recording(
+        recording.manifest.model_copy(update={"case": untold}), tensors=dict(recording)
+    )
+    assert truestep.check(case, before).verdict is truestep.Verdict.IDENTICAL
+    picture.unlink()
+    result = truestep.check(case, recording)
+    assert result.verdict is truestep.Verdict.IDENTICAL
+    assert result.notes[0] == f"judged with the recorded image; {picture} is not there"
+
+
+def test_another_file_of_an_input_is_a_change_and_its_copy_is_none(
+    models: Path, tmp_path: Path
+) -> None:
+    case = image_to_image(models)
+    recording = truestep.record(case, floor="none")
+    tiny_pictures.picture(1).save(tmp_path / "other.png")
+    shutil.copy(models / "cat.png", tmp_path / "copy.png")
+    for name, verdict in (("other", "drifted"), ("copy", "identical")):
+        files = {"image": str(tmp_path / f"{name}.png")}
+        result = truestep.check(case, recording, settings={"input": files})
+        assert result.verdict.value == verdict
+        assert ("the change touched nothing" in result.sentence) == (name == "copy")
 
 
 def test_defaults_are_recorded_and_another_one_is_said(

@@ -20,6 +20,7 @@ from truestep.cli.common import (
     find_reference,
     finish,
     load_change,
+    of_calls,
     of_the_runtime,
     output_options,
     progress_bar,
@@ -110,6 +111,8 @@ def command(
     prompt: str | None,
     tier: str,
     inputs: tuple[str, ...],
+    loras: tuple[str, ...],
+    prepare: str | None,
     pipeline: str | None,
     subject: str | None,
     changes: tuple[str, ...],
@@ -143,7 +146,8 @@ def command(
 
     if accelerator is not None and ray is None:
         raise click.UsageError("--accelerator needs --ray: it chooses among a cluster's machines")
-    words = Words(names, case_file, tier, prompt, pipeline, subject, inputs, references)
+    said = (prompt, pipeline, subject, inputs, references, loras, prepare)
+    words = Words(names, case_file, tier, *said)
     cases = any_or_recorded(words, reference)
     if reference is not None and len(cases) != 1:
         raise UsageError(f"--reference takes one case, {len(cases)} were chosen")
@@ -183,7 +187,7 @@ def command(
     with closing(endings):
         for name, outcome in endings:
             if not isinstance(outcome, Exception):
-                hint = spell_out(outcome.hint, name)
+                hint = spell_out(outcome.hint, name, with_changes=of_calls(cases[name]))
                 found[name] = judged(outcome.model_copy(update={"hint": hint}), ledger, name)
                 continue
             if isinstance(outcome, TruestepError):

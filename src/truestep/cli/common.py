@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import sys
@@ -76,6 +75,18 @@ def subject_options(function: Command) -> Command:
             multiple=True,
             metavar="NAME=FILE",
             help="A picture, video, sound or tensor for an argument of the pipeline's call.",
+        ),
+        click.option(
+            "--lora",
+            "loras",
+            multiple=True,
+            metavar="FILE[:SCALE]",
+            help="A LoRA that the reference and every candidate have.",
+        ),
+        click.option(
+            "--prepare",
+            metavar="FILE.py:FUNCTION",
+            help="What is done to the pipeline of the reference and of every candidate.",
         ),
         click.option("--pipeline", metavar="CLASS", help="Pipeline class, if not the model's own."),
         click.option(
@@ -158,7 +169,8 @@ class Words:
     Attributes:
         names: Cases, case files, or one model.
         case_file, tier: Where cases are, and which table of them.
-        prompt, pipeline, subject, inputs: Of a case that is said on the command line.
+        prompt, pipeline, subject, inputs, loras, prepare: Of a case that is said on the command
+            line.
         references: A folder of references, whose case ids are names, too.
     """
 
@@ -170,12 +182,14 @@ class Words:
     subject: str | None = None
     inputs: Sequence[str] = ()
     references: Path | None = None
+    loras: Sequence[str] = ()
+    prepare: str | None = None
 
     @property
     def says_case(self) -> bool:
         """Whether the case is said here, and not found by a name."""
-        said = (self.prompt, self.pipeline, self.subject)
-        return bool(self.inputs) or any(word is not None for word in said)
+        said = (self.prompt, self.pipeline, self.subject, self.prepare)
+        return bool(self.inputs or self.loras) or any(word is not None for word in said)
 
 
 def choose_cases(
@@ -249,14 +263,21 @@ def _said(words: Words) -> AnyCase:
     if len(words.names) > 1:
         raise click.UsageError("--prompt makes one case: give one model (or none)")
     model = words.names[0] if words.names else "builtin:digits"
-    own = words.pipeline is not None or words.inputs
+    own = words.pipeline is not None or words.inputs or words.loras or words.prepare is not None
     if own and words.subject == "runtime":
         raise UsageError(
-            "--pipeline and --input are of a plain pipeline's call",
+            "--pipeline, --input, --lora and --prepare are of a plain pipeline",
             measured="--subject runtime runs truestep's own stages",
+            hint="--subject diffusers",
         )
-    call = {} if words.prompt is None else {"prompt": words.prompt}
-    case = CallCase(model=model, pipeline=words.pipeline, call=call, input=_inputs(words.inputs))
+    case = CallCase(
+        model=model,
+        pipeline=words.pipeline,
+        call={} if words.prompt is None else {"prompt": words.prompt},
+        input=_inputs(words.inputs),
+        lora=tuple(words.loras),
+        prepare=words.prepare,
+    )
     if words.subject == "diffusers" or own:
         return case
     if words.subject is None and not _in_stages(case):
@@ -456,45 +477,12 @@ def load_change(spec: str | None) -> Callable[[Any], Any] | None:
         UsageError: The file cannot be imported or has no such function.
         ProcessEndedError: It called sys.exit.
     """
-    import difflib
-
-    from truestep.errors import ProcessEndedError, UsageError, last_frame
+    from truestep.functions import function_of, parts_of
 
     if spec is None:
         return None
-    file, colon, name = spec.rpartition(":")
-    if not colon or not name:
-        raise UsageError(f"--apply needs FILE.py:FUNCTION, got {spec!r}")
-    path = Path(file)
-    found = importlib.util.spec_from_file_location(f"truestep_apply_{path.stem}", path)
-    if not path.is_file() or found is None or found.loader is None:
-        raise UsageError("the file of --apply cannot be read", where=str(path))
-    module = importlib.util.module_from_spec(found)
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        found.loader.exec_module(module)
-    except SystemExit as error:
-        raise ProcessEndedError(
-            f"the file of --apply ended the process (SystemExit: {error.code})",
-            where=last_frame(error),
-            likely="what a script does when it is run belongs under if __name__ == '__main__'",
-        ) from error
-    except Exception as error:  # the user's own code may raise anything
-        raise UsageError(
-            f"the file of --apply raised {type(error).__name__}: {error}", where=str(path)
-        ) from error
-    finally:
-        sys.path.pop(0)
-    function = getattr(module, name, None)
-    if not callable(function):
-        public = [key for key, value in vars(module).items() if callable(value)]
-        near = difflib.get_close_matches(name, public, n=1)
-        raise UsageError(
-            f"no function {name!r}",
-            where=str(path),
-            likely=f"did you mean {near[0]!r}?" if near else "",
-        )
-    return function  # type: ignore[no-any-return]
+    file, name = parts_of(spec, "--apply")
+    return function_of(Path(file), name, "--apply")
 
 
 @contextmanager

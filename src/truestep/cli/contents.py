@@ -219,6 +219,12 @@ def call_lines(manifest: Manifest) -> list[tuple[str, str]]:
     if isinstance(said, dict):
         given = ", ".join(f"{key} {value!r}" for key, value in said.items() if value is not None)
         lines.append(("call", f"{manifest.settings.get('pipeline')}: {given}"))
+    prepared = manifest.settings.get("prepared")
+    if prepared:
+        lines.append(("prepared", str(prepared)))
+    hashes = (manifest.case or {}).get("sha256")
+    if isinstance(hashes, dict) and hashes:
+        lines.append(("sha256", ", ".join(f"{key} {value}" for key, value in hashes.items())))
     groups: dict[tuple[str, str], list[int | None]] = {}
     for call in manifest.calls:
         if call.component != call.method:  # the run itself, whose parts these are

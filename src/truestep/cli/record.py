@@ -59,6 +59,8 @@ def command(
     prompt: str | None,
     tier: str,
     inputs: tuple[str, ...],
+    loras: tuple[str, ...],
+    prepare: str | None,
     pipeline: str | None,
     subject: str | None,
     references: Path | None,
@@ -81,7 +83,9 @@ def command(
     from truestep.recording.format import WHAT
     from truestep.recording.store import DEFAULT_ROOT, Store, place_of
 
-    words = Words(names, case_file, tier, prompt, pipeline, subject, inputs)
+    words = Words(
+        names, case_file, tier, prompt, pipeline, subject, inputs, loras=loras, prepare=prepare
+    )
     cases = choose_any(words)
     if output is not None and len(cases) != 1:
         raise UsageError(f"--output takes one case, {len(cases)} were chosen")
@@ -161,4 +165,6 @@ def _told(name: str, recording: Recording, path: Path) -> None:
         f"RECORDED {name}: {len(manifest.tensors)} tensors, {manifest.forwards} forwards, "
         f"noise floor from {runs} benign runs"
     )
+    if "prepared" in manifest.settings:
+        say(f"prepared: {manifest.settings['prepared']}")
     say(f"reference: {path}")

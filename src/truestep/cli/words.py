@@ -12,7 +12,7 @@ import click
 from truestep.errors import TruestepError
 
 _OF_A_CASE = re.compile(r"\btruestep ((?:(?:trace|perf) )?[a-z]+) CASE\b")
-_SAYING = ("prompt", "pipeline", "subject", "inputs")
+_SAYING = ("prompt", "pipeline", "subject", "inputs", "loras", "prepare")
 """Options that say a case on the command line."""
 
 _CARRIED = ("case_file", "tier", "references")
@@ -45,12 +45,13 @@ def asked_for() -> tuple[str, dict[str, Any]]:
         return "", {}
 
 
-def spell_out(hint: str, name: str | None = None) -> str:
+def spell_out(hint: str, name: str | None = None, *, with_changes: bool = False) -> str:
     """A hint with this command's own case in the place of CASE, or this command before an option.
 
     Args:
         hint: As the library gives it.
         name: The case concerned, where the command has several.
+        with_changes: See `case_words`.
     """
     from truestep.environment import command_line
 
@@ -62,7 +63,12 @@ def spell_out(hint: str, name: str | None = None) -> str:
     chosen = _chosen(parameters) if name is None else name
     if chosen is None:
         return hint
-    return _OF_A_CASE.sub(lambda m: f"truestep {m[1]} {case_words(chosen, verb=m[1])}", hint)
+
+    def spelled_out(found: re.Match[str]) -> str:
+        verb = found[1]
+        return f"truestep {verb} {case_words(chosen, verb=verb, with_changes=with_changes)}"
+
+    return _OF_A_CASE.sub(spelled_out, hint)
 
 
 def spelled(error: TruestepError, name: str | None = None) -> TruestepError:

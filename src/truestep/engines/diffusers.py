@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from truestep.call_case import CallCase
+from truestep.engines.idle import settings_idle
 from truestep.engines.pipelines import (
     Change,
     Judging,
@@ -22,6 +23,7 @@ from truestep.engines.pipelines import (
     record_pipeline,
     recorded_arguments,
 )
+from truestep.engines.preparing import prepared, refuse_preparation
 from truestep.environment import attention_kernel, library_version, usable_device
 from truestep.errors import (
     CaseError,
@@ -32,8 +34,10 @@ from truestep.errors import (
 )
 from truestep.judge.floor import pair_of
 from truestep.recording.format import Recording
+from truestep.recording.manifest import Manifest
 from truestep.recording.media import read_input
-from truestep.replay.check import ended, label_of, of_another_case, recorded_case
+from truestep.replay.check import ended, label_of, of_another_case, recorded_case, said_idle
+from truestep.replay.touched import snapshot_of, touched
 from truestep.runtime.loading import failures, fingerprint, folder_of, model_index, quiet
 from truestep.text import nearest
 from truestep.turns import taking_turns
@@ -62,14 +66,16 @@ def record(case: CallCase, *, floor: bool = True, apply: Change | None = None) -
         ProcessEndedError: The model or the change called sys.exit.
     """
     model = _looked_at(case)
+    case = case.with_hashes()
     call = {**case.call, **{name: read_input(case.files(name)) for name in case.input}}
-    pipe = changed(_loaded(case, model), apply)
+    pipe = changed(prepared(_loaded(case, model), case), apply)
     settings = {
         "label": "reference",
         "pipeline": model.pipeline.__name__,
         "call": _said(model.pipeline, call),
         "components": _components(pipe),
         "scheduler_config": _configuration(getattr(pipe, "scheduler", None)),
+        **({"prepared": case.prepared} if case.prepared else {}),
     }
     told = Told(settings, _environment(case, model), case.id, case.canonical())
     return record_pipeline(pipe, call, floor=floor, seed=case.seed, told=told).recording
@@ -100,19 +106,22 @@ def check(
             used.
     """
     recording = opened(reference)
-    candidate = case.replace(**dict(settings or {}))
     manifest = recording.recording.manifest
     where = str(recording.recording.path or "reference")
-    differences = case.differences(recorded_case(manifest, where=where))
+    candidate = case.replace(**dict(settings or {})).with_hashes()
+    case = case.with_hashes()
+    content = recorded_case(manifest, where=where)
     label = label_of(case, candidate, apply)
+    notes = [*_prepared_notes(case, candidate), *_absent_notes(case, candidate)]
+    differences = case.differences(content)
     if differences:
         side = Side(label=manifest.case_id or "", path=where)
-        return of_another_case(case, differences, label=label, reference=side)
+        other = any(difference.key.startswith("sha256.") for difference in differences)
+        hint = "truestep record CASE --update  # takes the files as they are now" if other else ""
+        result = of_another_case(case, differences, label=label, reference=side, hint=hint)
+        return result.model_copy(update={"notes": tuple(notes)})
     model = _looked_at(candidate)
-    call = {**recorded_arguments(recording), **candidate.call}
-    if candidate.input != case.input:
-        call |= {name: read_input(candidate.files(name)) for name in candidate.input}
-        call = {k: v for k, v in call.items() if k in (*candidate.call, *candidate.input)}
+    call = _called(case, candidate, recorded_arguments(recording))
     judging = Judging(
         steps=steps,
         tolerance=tolerance,
@@ -122,13 +131,72 @@ def check(
     )
     try:
         with surviving("the model's code"):
-            pipe = changed(_loaded(candidate, model), apply)
+            pipe = prepared(_loaded(candidate, model), candidate)
+            here = _facts(pipe, model, call, judging.environment)
+            before = snapshot_of(pipe) if apply else {}
+            pipe = changed(pipe, apply)
+            idle = bool(settings or apply) and settings_idle(
+                case, candidate, _recorded_facts(manifest), here
+            )
+            idle = idle and not touched(before, snapshot_of(pipe) if apply else {})
             result = check_pipeline(pipe, recording, call, judging)
     except ProcessEndedError as error:
         side = Side(label="reference", path=where)
         return ended(case, f"{error.what}, {error.where}", label=label, reference=side)
-    notes = _other_defaults(model.pipeline, manifest.settings.get("call"), call)
-    return result.model_copy(update={"notes": (*notes, *result.notes)})
+    notes += _other_defaults(model.pipeline, manifest.settings.get("call"), call)
+    result = result.model_copy(update={"notes": (*notes, *result.notes)})
+    return said_idle(result) if idle else result
+
+
+def _called(case: CallCase, candidate: CallCase, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What the candidate is called with: what was recorded, but for what its case changes."""
+    other = [name for name in candidate.input if candidate.input[name] != case.input.get(name)]
+    call = {**recorded, **candidate.call}
+    call |= {name: read_input(candidate.files(name)) for name in other}
+    dropped = {*case.call, *case.input} - {*candidate.call, *candidate.input}
+    return {name: value for name, value in call.items() if name not in dropped}
+
+
+def _prepared_notes(case: CallCase, candidate: CallCase) -> list[str]:
+    """How both sides are prepared, where one is."""
+    if candidate.prepared == case.prepared:
+        return [f"prepared: {case.prepared}"] if case.prepared else []
+    sides = f"reference {case.prepared or 'not'}; candidate {candidate.prepared or 'not'}"
+    return [f"prepared: {sides}"]
+
+
+def _absent_notes(case: CallCase, candidate: CallCase) -> list[str]:
+    """Which inputs are judged as they were recorded, since their files are not there."""
+    return [
+        f"judged with the recorded {name}; {', '.join(map(str, case.files(name)))} is not there"
+        for name in case.input
+        if f"input.{name}" not in case.sha256 and candidate.input.get(name) == case.input[name]
+    ]
+
+
+def _facts(
+    pipe: Any, model: _Model, call: Mapping[str, Any], environment: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """What a loaded candidate is, in the words of a recording."""
+    scheduler = getattr(pipe, "scheduler", None)
+    return {
+        "call": _said(model.pipeline, call),
+        "pipeline": model.pipeline.__name__,
+        "scheduler": (type(scheduler).__name__, _configuration(scheduler)),
+        "weights": (environment or {}).get("model.weights"),
+    }
+
+
+def _recorded_facts(manifest: Manifest) -> dict[str, Any]:
+    said = manifest.settings
+    parts = said.get("components")
+    name = parts.get("scheduler") if isinstance(parts, dict) else None
+    return {
+        "call": said.get("call"),
+        "pipeline": said.get("pipeline"),
+        "scheduler": (name, said.get("scheduler_config")) if name else None,
+        "weights": manifest.environment.get("model.weights"),
+    }
 
 
 @contextmanager
@@ -166,6 +234,7 @@ def _looked_at(case: CallCase) -> _Model:
         _refuse_code(folder, index)
         pipeline = _pipeline_class(case, str(index.get("_class_name")), folder)
         _refuse_arguments(pipeline, case)
+        refuse_preparation(case, pipeline)
         return _Model(folder, pipeline, _scheduler_class(case, index, folder))
 
 

@@ -173,8 +173,13 @@ def check_pipeline(
     )
 
 
-def changed(pipe: Any, change: Change | None) -> Any:
+def changed(pipe: Any, change: Change | None, *, what: str = "the change") -> Any:
     """What a change under test makes of a pipeline: it changes it in place, or returns another.
+
+    Args:
+        pipe: What it is given.
+        change: The user's function.
+        what: What errors call it.
 
     Raises:
         UsageError: The function raised.
@@ -183,9 +188,9 @@ def changed(pipe: Any, change: Change | None) -> Any:
     if change is None:
         return pipe
     likely = f"it is called with a {type(pipe).__name__}: {', '.join(_parts(pipe))}"
-    result = call_change(pipe, change, likely=likely)
+    result = call_change(pipe, change, likely=likely, what=what)
     if result is not None and not callable(result):
-        raise not_a_pipeline(change, result)
+        raise not_a_pipeline(change, result, what=what)
     return pipe if result is None else result
 
 

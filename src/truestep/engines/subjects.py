@@ -156,6 +156,7 @@ def check(
             opened,
             recorded_arguments,
         )
+        from truestep.replay.touched import snapshot_of, touched
 
         if settings:
             raise UsageError(
@@ -165,7 +166,11 @@ def check(
         recording = opened(reference)
         given = recorded_arguments(recording) if call is None else call
         judging = Judging(steps=steps, tolerance=tolerance)
-        result = check_pipeline(changed(subject, apply), recording, given, judging)
+        before = snapshot_of(subject) if apply else {}
+        pipe = changed(subject, apply)
+        idle = apply is not None and not touched(before, snapshot_of(pipe))
+        result = check_pipeline(pipe, recording, given, judging)
+        result = stages.said_idle(result) if idle else result
     return stages.expected(result, expect)
 
 

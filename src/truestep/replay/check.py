@@ -122,7 +122,7 @@ def check(
         label=label_of(case, candidate, apply),
         progress=progress,
     )
-    result = expected(_said_idle(result) if idle else result, expect)
+    result = expected(said_idle(result) if idle else result, expect)
     if depth != "modules" or result.verdict in _NOTHING_TO_OPEN:
         return result
     return _opened(pipe, case, recording, result, rename)
@@ -146,7 +146,7 @@ def _idle(
     return not changed and not (before and touched(before, snapshot(pipe)))
 
 
-def _said_idle(result: Comparison) -> Comparison:
+def said_idle(result: Comparison) -> Comparison:
     """A result whose change touched nothing says so in its first line and its last."""
     from truestep.replay.touched import NOTHING
 

@@ -6,8 +6,12 @@ nobody reads. Functions and classes are compared as objects, weights by a digest
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 
@@ -32,6 +36,15 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 def snapshot(pipe: Pipeline) -> Snapshot:
     """Everything of a pipeline, and of the process, that a change may touch."""
     return dict(_seen(pipe))
+
+
+def snapshot_of(pipe: Any) -> Snapshot:
+    """The same of a pipeline of a library: components, attributes, and the code of their classes.
+
+    Args:
+        pipe: An object with `components`, or any other, whose attributes count.
+    """
+    return dict(_held(pipe))
 
 
 def touched(before: Snapshot, after: Snapshot) -> tuple[str, ...]:
@@ -73,6 +86,10 @@ def _seen(pipe: Pipeline) -> Iterator[tuple[str, object]]:
         if isinstance(model, torch.nn.Module):
             yield from _module(name, model)
     yield "process.patched", tuple(patched(pipe))
+    yield from _process()
+
+
+def _process() -> Iterator[tuple[str, object]]:
     yield "process.threads", torch.get_num_threads()
     yield "process.matmul", torch.get_float32_matmul_precision()
     yield "process.deterministic", torch.are_deterministic_algorithms_enabled()
@@ -80,6 +97,68 @@ def _seen(pipe: Pipeline) -> Iterator[tuple[str, object]]:
     backends = torch.backends.cuda
     for kernel in ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp"):
         yield f"process.{kernel}", getattr(backends, f"{kernel}_enabled")()
+
+
+_UNSEEN = ("_progress_bar_config",)
+"""Attributes of a pipeline that change nothing that it computes."""
+
+_DEPTH = 4
+_CODE = (FunctionType, classmethod, staticmethod, property, type)
+
+
+def _held(pipe: Any) -> Iterator[tuple[str, object]]:
+    components = getattr(pipe, "components", None)
+    parts = dict(components) if isinstance(components, Mapping) else {}
+    classes: set[type] = {type(pipe)}
+    yield "pipeline.class", type(pipe)
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            yield f"{name}.is", part
+            yield from _module(str(name), part)
+            for module in part.modules():
+                classes |= {type(module), type(getattr(module, "processor", None))}
+        else:
+            yield from _object(str(name), part, classes)
+    for key, value in vars(pipe).items() if hasattr(pipe, "__dict__") else ():
+        if key not in parts and key not in _UNSEEN:
+            yield from _object(f"pipeline.{key}", value, classes)
+    yield from _code(classes)
+    yield from _process()
+    yield "process.environ", tuple(os.environ.items())
+
+
+def _object(
+    place: str, value: object, classes: set[type], depth: int = 0
+) -> Iterator[tuple[str, object]]:
+    """An object by its class and attributes; what has none is itself."""
+    if hasattr(value, "to_str"):  # a tokenizer of another language keeps its words to itself
+        yield place, digest(value.to_str().encode())
+        return
+    whole = isinstance(value, (*_SIMPLE, *_CODE, ModuleType, torch.Tensor, torch.nn.Module))
+    plain = isinstance(value, Mapping | list | tuple | set | frozenset)
+    if whole or plain or depth == _DEPTH or not hasattr(value, "__dict__"):
+        yield place, _value(value)
+        return
+    classes.add(type(value))
+    yield f"{place}.class", type(value)
+    for key, inner in vars(value).items():
+        yield from _object(f"{place}.{key}", inner, classes, depth + 1)
+
+
+def _code(classes: set[type]) -> Iterator[tuple[str, object]]:
+    """The code of classes, and of the modules that they are written in, as objects."""
+    owners = {owner for each in classes for owner in each.__mro__[:-1]}
+    homes = {owner.__module__ for owner in owners} | {"torch", "torch.nn.functional"}
+    for owner in owners:
+        yield from _names(f"{owner.__module__}.{owner.__qualname__}", vars(owner))
+    for home in homes:
+        yield from _names(home, vars(sys.modules[home]) if home in sys.modules else {})
+
+
+def _names(place: str, names: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, value in names.items():
+        if callable(value) or isinstance(value, (*_CODE, *_SIMPLE)):
+            yield f"code.{place}.{key}", value
 
 
 def _module(name: str, model: torch.nn.Module) -> Iterator[tuple[str, object]]:

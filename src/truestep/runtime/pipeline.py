@@ -454,7 +454,12 @@ def show_decoded(observer: Observer, decoded: Value) -> None:
 
 
 def call_change(
-    pipe: Any, change: Callable[[Any], Any], *, likely: str = "", hint: str = ""
+    pipe: Any,
+    change: Callable[[Any], Any],
+    *,
+    likely: str = "",
+    hint: str = "",
+    what: str = "the change",
 ) -> Any:
     """What a change under test returns for a pipeline of any kind.
 
@@ -462,6 +467,7 @@ def call_change(
         pipe: What it is given.
         change: The user's function.
         likely, hint: What its error says, where it raises.
+        what: What it calls the function.
 
     Raises:
         UsageError: The function raised.
@@ -469,13 +475,13 @@ def call_change(
     """
     name = change_name(change)
     try:
-        with surviving(f"the change {name}"):
+        with surviving(f"{what} {name}"):
             return change(pipe)
     except ProcessEndedError:
         raise
     except Exception as error:  # the user's own code may raise anything
         raise UsageError(
-            f"the change {name} raised {type(error).__name__}: {error}",
+            f"{what} {name} raised {type(error).__name__}: {error}",
             where=last_frame(error),
             likely=likely,
             hint=hint,
@@ -487,11 +493,12 @@ def change_name(change: Callable[[Any], Any]) -> str:
     return getattr(change, "__qualname__", repr(change))
 
 
-def not_a_pipeline(change: Callable[[Any], Any], result: object) -> UsageError:
+def not_a_pipeline(
+    change: Callable[[Any], Any], result: object, *, what: str = "the change"
+) -> UsageError:
     """The error of a change that returned something else."""
     return UsageError(
-        f"the change {change_name(change)} returned {type(result).__name__}, "
-        "not a pipeline or None",
+        f"{what} {change_name(change)} returned {type(result).__name__}, not a pipeline or None",
         hint="change the pipeline in place and return nothing, or return a Pipeline",
     )
 
