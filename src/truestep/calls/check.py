@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from truestep.calls.choosing import cached_components, chosen_steps, repeats
+from truestep.calls.choosing import cached_components, chosen_steps, made_at, repeats
 from truestep.calls.forcing import Forcing
 from truestep.calls.judging import RAISED, Sides, comparison_of, rows_of
 from truestep.calls.precision import raised, recorded_precision
@@ -20,7 +20,6 @@ from truestep.environment import Environment
 from truestep.judge.floor import Limits
 from truestep.judge.repeats import UNSTEADY, said_unsteady
 from truestep.randomness import own_randomness
-from truestep.recording.manifest import CallEntry
 from truestep.verdict import Comparison, Row, Side
 
 
@@ -91,15 +90,8 @@ def _judged(
     subject: Subject, recording: CallRecording, limits: Limits, how: How, precision: str = ""
 ) -> list[Row]:
     """Rows of one forced run."""
-    last = max(how.steps, default=-1)
-
-    def made(call: CallEntry) -> bool:
-        if call.step is None or call.step in how.steps:
-            return True
-        return call.component in how.stateful and call.step <= last
-
     plan = Plan(
-        made=made,
+        made=made_at(how.steps, how.stateful),
         precision=getattr(torch, precision) if precision else None,
         raised=precision,
         again={} if precision else repeats(recording, how.steps, how.stateful),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -62,6 +62,20 @@ def default_steps(reference: CallRecording) -> frozenset[int]:
         chosen |= {begin, end - 1}
         chosen |= {step for step in range(row, row + 3) if begin <= step < end}
     return frozenset(step for step in chosen if 0 <= step < total)
+
+
+def made_at(
+    steps: frozenset[int], stateful: frozenset[str] = frozenset()
+) -> Callable[[CallEntry], bool]:
+    """Which calls are made: those at some steps; of some components also those before the last."""
+    last = max(steps, default=-1)
+
+    def made(call: CallEntry) -> bool:
+        if call.step is None or call.step in steps:
+            return True
+        return call.component in stateful and call.step <= last
+
+    return made
 
 
 def cached_components(subject: Subject) -> set[str]:

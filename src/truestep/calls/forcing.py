@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class Forcing:
             last = self._last
             after = f", after {last.component}.{last.method} was called" if last else ""
             self.result.raised = f"raised {one_line(error)}{after}"
+            self.result.frames = extract_tb(error.__traceback__)
         else:
             for call in self.reference.by_method.get((RUN, RUN), ()):
                 self._came[RUN, RUN] += 1
@@ -169,7 +171,7 @@ class Forcing:
         given = {n: laid_over(v, swaps, (n,)) for n, v in arguments.values.items()}
         args, kwargs = arguments.split(given)
         self.result.made += arrival.kind is Kind.MODEL
-        output = arrival.proceed(*args, **kwargs)
+        output = self.plan.by(call, arrival.proceed)(*args, **kwargs)
         state = scheduler_state(arrival)
         matches = matched(output, call.output, self._shapes.__getitem__)
         effect = bool(note)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from traceback import FrameSummary
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +15,15 @@ from truestep.recording.manifest import CallEntry
 Change = Callable[[torch.Tensor], torch.Tensor]
 Number = tuple[str, str, int]
 """Component, method, and which of its calls in the run."""
+
+
+Proceed = Callable[..., Any]
+"""Makes a call."""
+
+
+def as_it_is(call: CallEntry, proceed: Proceed) -> Proceed:
+    """A call is made by nothing but itself."""
+    return proceed
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Plan:
         precision: That all floating-point numbers are raised to.
         raised: Precision that what is seen is named as raised to.
         again: After which calls earlier ones are made once more.
+        by: What makes a recorded call, given what makes it otherwise.
     """
 
     made: Callable[[CallEntry], bool]
@@ -35,6 +46,7 @@ class Plan:
     precision: torch.dtype | None = None
     raised: str = ""
     again: Mapping[Number, Sequence[CallEntry]] = field(default_factory=dict)
+    by: Callable[[CallEntry, Proceed], Proceed] = as_it_is
 
 
 @dataclass
@@ -71,6 +83,7 @@ class Forced:
         unexpected: Component and method of calls that were not recorded.
         made: Calls of models that were made.
         raised: What the subject raised, and after which call.
+        frames: Where it did, the innermost last.
     """
 
     seen: list[Seen] = field(default_factory=list)
@@ -79,6 +92,7 @@ class Forced:
     unexpected: list[tuple[str, str]] = field(default_factory=list)
     made: int = 0
     raised: str = ""
+    frames: Sequence[FrameSummary] = ()
 
 
 def number(value: float) -> torch.Tensor:

@@ -90,6 +90,8 @@ def check(
     settings: Mapping[str, Any] | None = None,
     steps: tuple[int, ...] | None = None,
     tolerance: float | None = None,
+    modules: bool = False,
+    rename: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Check a case's pipeline, as it is changed, against a reference of the case.
 
@@ -100,6 +102,9 @@ def check(
         settings: Values that differ from the case; see `CallCase.replace`.
         steps: At which steps models are run; default first, last and three in a row.
         tolerance: Judge rel_l2 by this limit instead of the noise floor.
+        modules: Open the component of the first call that fails, beside the case's own model
+            loaded here, and name the module.
+        rename: Then, names of the candidate's modules to the case's, `*` for one part.
 
     Raises:
         CaseError, ModelLoadError, FileFormatError, UsageError: Case, model or reference cannot be
@@ -128,6 +133,8 @@ def check(
         pair=pair_of(candidate.dtype, case.dtype),
         label=label,
         environment=_environment(candidate, model),
+        rename=rename,
+        trusted=(lambda: _loaded(case, _looked_at(case))) if modules else None,
     )
     try:
         with surviving("the model's code"):

@@ -16,7 +16,7 @@ from truestep.calls.check import check
 from truestep.calls.rebuilding import CannotBuildError, build
 from truestep.calls.record import record
 from truestep.calls.recording import CallRecording, host_copy, read
-from truestep.calls.subject import subject_of
+from truestep.calls.subject import Subject, subject_of
 from truestep.calls.trees import check_tree
 from truestep.calls.values import Path as Place
 from truestep.calls.values import encode
@@ -24,6 +24,7 @@ from truestep.environment import Environment
 from truestep.errors import FileFormatError, UsageError, surviving
 from truestep.recording.format import Recording
 from truestep.recording.table import table_entry
+from truestep.replay.opening import open_call
 from truestep.runtime.pipeline import call_change, not_a_pipeline
 from truestep.verdict import Comparison
 
@@ -136,13 +137,19 @@ def opened(reference: Recording | str | Path) -> CallRecording:
 
 @dataclass(frozen=True)
 class Judging:
-    """How a candidate is judged: see `truestep.check`."""
+    """How a candidate is judged: see `truestep.check`.
+
+    Attributes:
+        trusted: Makes the trusted pipeline, where the component that fails is to be opened.
+    """
 
     steps: tuple[int, ...] | None = None
     tolerance: float | None = None
     pair: str | None = None
     label: str = "unchanged"
     environment: Mapping[str, str] | None = None
+    rename: Mapping[str, str] | None = None
+    trusted: Callable[[], Any] | None = None
 
 
 def check_pipeline(
@@ -150,8 +157,7 @@ def check_pipeline(
 ) -> Comparison:
     """Check a pipeline against a recording, called with arguments."""
     manifest = reference.recording.manifest
-    seed = manifest.settings.get("seed", 0)
-    subject = subject_of(pipe, seed=seed if isinstance(seed, int) else 0, **call)
+    subject = _subject(pipe, reference, call)
     result = check(
         replace(subject, label=judging.label),
         reference,
@@ -159,6 +165,16 @@ def check_pipeline(
         tolerance=judging.tolerance,
         pair=judging.pair,
     )
+    trusted = judging.trusted
+    if trusted is not None and not result.verdict.passed:
+        result = open_call(
+            subject,
+            lambda: _subject(trusted(), reference, recorded_arguments(reference)),
+            reference,
+            result,
+            steps=judging.steps,
+            rename=judging.rename,
+        )
     environment = Environment({**result.actual.environment, **(judging.environment or {})})
     known = {k: v for k, v in manifest.environment.items() if k in environment}
     return result.model_copy(
@@ -171,6 +187,12 @@ def check_pipeline(
             ),
         }
     )
+
+
+def _subject(pipe: Any, reference: CallRecording, call: Mapping[str, Any]) -> Subject:
+    """A pipeline, called as the recorded one was but for its arguments."""
+    seed = reference.recording.manifest.settings.get("seed", 0)
+    return subject_of(pipe, seed=seed if isinstance(seed, int) else 0, **call)
 
 
 def changed(pipe: Any, change: Change | None, *, what: str = "the change") -> Any:

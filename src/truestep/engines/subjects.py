@@ -89,6 +89,7 @@ def check(
     tolerance: float | None = None,
     rename: Mapping[str, str] | None = None,
     accept: Collection[str] = (),
+    trusted: Any = None,
     expect: Expect | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -99,9 +100,9 @@ def check(
         reference: A full recording of it, or its path.
         call: Of a pipeline object: what it is called with; None is what was recorded.
         depth: `steps` feeds every stage, or every call of a pipeline, the reference's recorded
-            inputs and judges its output (a few forwards). Of a case of the runtime, `modules` also
-            opens the model of the first stage that fails, beside the case's own model loaded here,
-            and names the module; `final` generates freely and compares the latents.
+            inputs and judges its output (a few forwards). `modules` also opens the model of the
+            first stage or call that fails, beside the trusted one, and names the module. Of a case
+            of the runtime, `final` generates freely and compares the latents.
         apply: The change under test: receives the pipeline and changes it or returns another.
         settings: Values that differ from the case (`guidance_scale`, `model`, `dtype`, ...).
         steps: At `steps`: where predictions are made; default the first and last step of every
@@ -112,6 +113,8 @@ def check(
             of a dotted name. It goes before the pairs that equal names or weights give.
         accept: Of a case of the runtime: what a reference may be that was made by a quantised or
             patched implementation: each a part of what it is said to be (`float8_e4m3fn`).
+        trusted: At `modules`, of a pipeline object: the trusted pipeline, another object. A case
+            loads its own.
         expect: `different` where the change is for something: `unmet` if nothing changes.
         progress: Told (what, done, total).
 
@@ -127,6 +130,7 @@ def check(
 
     if isinstance(subject, Case):
         _refuse_call(call)
+        _refuse_trusted(trusted)
         return stages.check(
             subject,
             reference,
@@ -145,8 +149,16 @@ def check(
         from truestep.engines import diffusers
 
         _refuse_call(call)
+        _refuse_trusted(trusted)
         result = diffusers.check(
-            subject, reference, apply=apply, settings=settings, steps=steps, tolerance=tolerance
+            subject,
+            reference,
+            apply=apply,
+            settings=settings,
+            steps=steps,
+            tolerance=tolerance,
+            modules=depth == "modules",
+            rename=rename,
         )
     else:
         from truestep.engines.pipelines import (
@@ -165,7 +177,9 @@ def check(
             )
         recording = opened(reference)
         given = recorded_arguments(recording) if call is None else call
-        judging = Judging(steps=steps, tolerance=tolerance)
+        _refuse_alone(subject, trusted, depth)
+        opened_beside = (lambda: trusted) if depth == "modules" else None
+        judging = Judging(steps=steps, tolerance=tolerance, rename=rename, trusted=opened_beside)
         before = snapshot_of(subject) if apply else {}
         pipe = changed(subject, apply)
         idle = apply is not None and not touched(before, snapshot_of(pipe))
@@ -198,18 +212,44 @@ def refuse_checking(
     """Refuse what a check of calls cannot do.
 
     Raises:
-        UsageError: Another depth than `steps`, or an option of one.
+        UsageError: Depth `final`, or an option of another depth.
     """
-    if depth != "steps" or rename:
+    if depth == "final":
         raise UsageError(
             f"a plain pipeline is not checked at depth {depth!r}",
             measured="depth 'steps' checks every call of it and the code between",
             hint="--depth steps",
         )
+    if rename and depth != "modules":
+        raise UsageError(
+            "rename is of depth 'modules': only there are models opened", hint="--depth modules"
+        )
     if accept:
         raise UsageError(
             "a reference of a plain pipeline is taken as it is: there is nothing to accept",
             hint="leave --accept out",
+        )
+
+
+def _refuse_alone(subject: Any, trusted: Any, depth: str) -> None:
+    """Refuse to open a pipeline object without a trusted one beside it."""
+    if depth != "modules":
+        _refuse_trusted(trusted)
+        return
+    if trusted is None or trusted is subject:
+        raise UsageError(
+            "depth 'modules' opens the model beside the trusted one, and an object cannot be "
+            "loaded again as it was",
+            hint="check(pipeline, reference, depth='modules', trusted=another_pipeline), or a "
+            "truestep.CallCase, which loads its own",
+        )
+
+
+def _refuse_trusted(trusted: Any) -> None:
+    if trusted is not None:
+        raise UsageError(
+            "trusted is of a pipeline object at depth 'modules': a case loads its own",
+            hint="leave trusted out",
         )
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,24 @@ from truestep.runtime.precision import converted
 
 Tensor = torch.Tensor
 Forward = Callable[[], Any]
+
+_HEARD: ContextVar[bool] = ContextVar("heard", default=True)
+"""Whether calls of hooked modules that come now are of the forward that is looked at."""
+
+
+def heard() -> bool:
+    """Whether calls of modules are kept."""
+    return _HEARD.get()
+
+
+@contextmanager
+def hearing(on: bool) -> Iterator[None]:
+    """Keep calls of modules, or let them pass: a run makes other calls than the one looked at."""
+    before = _HEARD.set(on)
+    try:
+        yield
+    finally:
+        _HEARD.reset(before)
 
 
 @dataclass(frozen=True)
@@ -146,6 +165,8 @@ class _Recorder:
 
     def hooks(self, parts: tuple[Part, ...]) -> tuple[Callable[..., Any], Callable[..., None]]:
         def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not heard():
+                return None
             labels = tuple(self._start(part, type(module).__name__) for part in parts)
             self.open.append(labels)
             received = list(argument_leaves(args, kwargs))
@@ -156,6 +177,8 @@ class _Recorder:
             return (_swapped(args, swaps), _swapped(kwargs, swaps)) if swaps else None
 
         def leave(module: Any, args: Any, output: Any) -> None:
+            if not heard():
+                return
             returned = list(leaves(output, "out"))
             for label, part in zip(self.open.pop(), parts, strict=True):
                 cut = [(slot, part.of(tensor)) for slot, tensor in returned]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from truestep.errors import UsageError
 from truestep.joint import Value
 from truestep.judge.rows import with_divergence
 from truestep.keys import key_of, step_name
+from truestep.pairing.naming import ROOT
 from truestep.pairing.partners import Partners, partners_of
 from truestep.replay.drill import Drilled, Known, Subject, drill
 from truestep.replay.isolation import Forward
@@ -102,39 +103,88 @@ def _located(
     known: Callable[[Place], Known] | None,
 ) -> Comparison:
     """The comparison with what one model of the failing stage shows."""
-    called = place.model or place.stage
+    prefix = f"{place.model}." if place.model else ""
+    into = Into(
+        model=f"{place.model or place.stage} model",
+        around="the stage around the model",
+        stage=place.stage,
+        named=lambda fqn: prefix + fqn,
+        changes={"modality": _modality(comparison.rows, place)},
+    )
     models = [_model(side, place, recording) for side in (pipe, trusted)]
+
+    def drilled(partners: Partners | None) -> Drilled:
+        measured = known(place) if known is not None else None
+        return drill_stage(pipe, trusted, recording, place, partners=partners, known=measured)
+
+    return opened(comparison, models, drilled, into, rename=rename)
+
+
+@dataclass(frozen=True)
+class Into:
+    """Which model is opened, and how what is in it is named.
+
+    Attributes:
+        model, around: It and what is around it, in words.
+        stage: That it belongs to.
+        named: The name of a module of it in results.
+        changes: Further fields of the divergence.
+    """
+
+    model: str
+    around: str
+    stage: str
+    named: Callable[[str], str]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def opened(
+    comparison: Comparison,
+    models: Sequence[Any],
+    drilled_with: Callable[[Partners | None], Drilled],
+    into: Into,
+    *,
+    rename: Mapping[str, str] | None,
+) -> Comparison:
+    """The comparison with where in a model the candidate departs, or with why that is not said.
+
+    Args:
+        models: Candidate's and trusted one.
+        drilled_with: Drills into them, given which of their modules answer to which.
+        rename: See `locate_module`.
+
+    Raises:
+        UsageError: The rename map names modules that there are not.
+    """
     if not all(isinstance(model, torch.nn.Module) for model in models):
-        return _noted(comparison, f"no module named: the {called} model is no torch module")
+        return noted(comparison, f"no module named: the {into.model} is no torch module")
     try:
         partners = partners_of(models[0], models[1], rename=rename)
     except UsageError as error:  # weights that are not there, or are no tensors
         if rename:
             raise
-        return _noted(comparison, f"no module named: the models cannot be paired ({error.what})")
-    drilled = drill_stage(
-        pipe,
-        trusted,
-        recording,
-        place,
-        partners=partners,
-        known=known(place) if known is not None else None,
-    )
+        return noted(comparison, f"no module named: the models cannot be paired ({error.what})")
+    drilled = drilled_with(partners)
     if partners is not None:
-        comparison = _noted(comparison, partners.note())
+        comparison = noted(comparison, partners.note())
     if drilled.left_out:
-        comparison = _noted(comparison, _left_out(drilled.left_out))
+        comparison = noted(comparison, _left_out(drilled.left_out))
     if drilled.divergence is None:
-        return _noted(
+        return noted(
             comparison,
-            f"no module named: on the same inputs every module of the {called} model agrees "
-            "(the stage around the model differs)",
+            f"no module named: on the same inputs every module of the {into.model} agrees "
+            f"({into.around} differs)",
         )
-    modality = _modality(comparison.rows, place)
-    divergence = drilled.divergence.model_copy(update={"modality": modality})
-    if place.model:
-        divergence = divergence.model_copy(update={"fqn": f"{place.model}.{divergence.fqn}"})
-    return with_divergence(comparison, divergence, _prefixed(drilled, place))
+    fqn = into.named(drilled.divergence.fqn or ROOT)
+    divergence = drilled.divergence.model_copy(update={"fqn": fqn, **into.changes})
+    placed = {k: v for k, v in into.changes.items() if k in ("step", "branch")}
+    rows = tuple(
+        row.model_copy(
+            update={"stage": f"{into.stage} module", "fqn": into.named(row.fqn or ROOT), **placed}
+        )
+        for row in drilled.rows
+    )
+    return with_divergence(comparison, divergence, rows)
 
 
 def _modality(rows: Sequence[Row], place: Place) -> str | None:
@@ -190,17 +240,8 @@ def _left_out(names: Sequence[str]) -> str:
     return f"left out, since the candidate has nothing of these sizes there: {shown}"
 
 
-def _prefixed(drilled: Drilled, place: Place) -> tuple[Row, ...]:
-    changes: dict[str, Any] = {"stage": f"{place.stage} module"}
-    return tuple(
-        row.model_copy(
-            update={**changes, "fqn": f"{place.model}.{row.fqn}"} if place.model else changes
-        )
-        for row in drilled.rows
-    )
-
-
-def _noted(comparison: Comparison, note: str) -> Comparison:
+def noted(comparison: Comparison, note: str) -> Comparison:
+    """The comparison with one more note."""
     return comparison.model_copy(update={"notes": (*comparison.notes, note)})
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
+from traceback import FrameSummary
 from types import FrameType
 from typing import Any
 
@@ -26,7 +27,7 @@ from truestep.measure.distance import distance
 from truestep.nests import leaves
 from truestep.pairing.naming import named_modules
 from truestep.pairing.partners import Names, namesake
-from truestep.replay.isolation import Flow, Forward, flow
+from truestep.replay.isolation import Flow, Forward, flow, heard
 
 Tensor = torch.Tensor
 
@@ -40,7 +41,7 @@ _MARGIN = 8.0
 """Distance over that of a benign run from which on a result is wrong."""
 
 _TORCH = str(Path(torch.__file__).parent)
-_OWN = str(Path(__file__).parent)
+_OWN = tuple(str(Path(__file__).parent.parent / room) for room in ("calls", "replay"))
 _UNSEEN = {
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten.empty.memory_format,
@@ -117,12 +118,12 @@ def operators(
     running: list[bool] = []
 
     def before(*_: object) -> None:
-        if not running and not watch.found:
+        if heard() and not running and not watch.found:
             running.append(True)
             watch.__enter__()  # type: ignore[no-untyped-call]
 
     def after(*_: object) -> None:
-        if running:
+        if heard() and running:
             running.pop()
             watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -259,16 +260,34 @@ def _simple(value: Any) -> bool:
 
 def _calling() -> tuple[str, str]:
     """File, line and text of the nearest frame outside torch and this module."""
-    import linecache
-
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((_TORCH, _OWN, "<")):
-            code = linecache.getline(file, frame.f_lineno).strip()
-            return f"{_shown(file)}:{frame.f_lineno}", code
+        if not _passed_by(frame.f_code.co_filename):
+            return _line(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return "?", ""
+
+
+def raising_line(frames: Sequence[FrameSummary]) -> str | None:
+    """The line nearest to where an error was raised, outside torch and this module, in words.
+
+    Args:
+        frames: Of the error, the innermost last.
+    """
+    for frame in reversed(frames):
+        if not _passed_by(frame.filename) and frame.lineno is not None:
+            return ": ".join(_line(frame.filename, frame.lineno))
+    return None
+
+
+def _passed_by(file: str) -> bool:
+    return file.startswith((_TORCH, *_OWN, "<"))
+
+
+def _line(file: str, number: int) -> tuple[str, str]:
+    import linecache
+
+    return f"{_shown(file)}:{number}", linecache.getline(file, number).strip()
 
 
 def _shown(file: str) -> str:
