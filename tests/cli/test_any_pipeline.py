@@ -22,6 +22,15 @@ def bias(pipe):
 
 def nothing(pipe):
     pass
+
+def block(pipe):
+    pipe.transformer.transformer_blocks[0].attn.to_q.bias = None
+
+def fused(pipe):
+    pipe.transformer.fuse_qkv_projections()
+
+def broken(pipe):
+    pipe.vae.decoder.conv_in.forward = lambda x: x[0, 0, 0, 0, 0]
 """
 
 CASES = """
@@ -93,6 +102,33 @@ def test_the_same_words_record_and_check(run: Run, folder: Path) -> None:
     assert code == 2
     assert "a reference of this case exists" in err
     assert "--update" in err
+
+
+def test_depth_modules_names_the_module_and_the_line(run: Run, folder: Path) -> None:
+    options = ("--references", "opened")
+    assert run("record", *WORDS, *options)[0] == 0
+    options = (*options, "--depth", "modules", "--apply")
+    code, out, err = run(
+        "check", *WORDS, *options, "change.py:block", "--json", "m.json", "--report", "m.html"
+    )
+    assert code == 1, err
+    last = next(line for line in out.splitlines() if line.startswith("drifted: "))
+    module = "transformer.transformer_blocks.0.attn.to_q"
+    assert f"(first divergence: `{module}`, step 0, cond" in last
+    assert "query = attn.to_q(hidden_states) (for aten.addmm); bias is missing" in " ".join(
+        out.split()
+    )
+    result = json.loads((folder / "m.json").read_text())["comparisons"][0]
+    assert result["first_divergence"]["fqn"] == module
+    assert module in (folder / "m.html").read_text()
+    code, out, _ = run("check", *WORDS, *options, "change.py:fused")
+    assert code == 0
+    assert "module" not in out.replace("--depth modules", "")
+    code, out, _ = run("check", *WORDS, *options, "change.py:broken")
+    assert code == 1
+    assert out.startswith("FAILED invalid")
+    assert "first divergence: `vae.decoder.conv_in`" in out
+    assert "change.py:" in out
 
 
 def test_words_without_a_reference_are_missing_with_the_command_that_seeds_it(run: Run) -> None:
@@ -210,14 +246,15 @@ REFUSED = {
     "function": (("--prepare", "change.py:bis"), "did you mean 'bias'?"),
     "lora": (("--lora", "none.safetensors:0.5"), "the file of lora is not there"),
     "stages": (("--subject", "runtime", "--lora", "a"), "--lora and --prepare are of a plain"),
-    "depth": (("--depth", "modules"), "hint: truestep check ./flux"),
+    "depth": (("--depth", "final"), "hint: truestep check ./flux"),
+    "rename": (("--rename", "map.toml"), "--rename needs --depth modules"),
 }
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_cannot_be_is_refused_with_exit_code_2(name: str, run: Run) -> None:
     options, said = REFUSED[name]
-    verb = "check" if name == "depth" else "record"
+    verb = "check" if name in ("depth", "rename") else "record"
     code, out, err = run(verb, *WORDS, *options)
     assert code == 2, out
     assert said in err

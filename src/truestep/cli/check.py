@@ -158,7 +158,7 @@ def command(
     for name, case in cases.items():  # every option is validated before any forward
         if model is not None:
             settings[name]["model"] = model
-        _refuse(case.replace(**settings[name]), depth, rename, accept, thresholds)
+        _refuse(case.replace(**settings[name]), depth, accept, thresholds)
     load_change(change)  # a change that cannot be read is refused before any forward
     ledger = _ledger(known, cases, case_file=case_file, tier=tier)
     options: dict[str, Any] = {
@@ -205,7 +205,6 @@ def command(
 def _refuse(
     case: AnyCase,
     depth: str,
-    rename: Path | None,
     accept: tuple[str, ...],
     thresholds: Path | None,
 ) -> None:
@@ -218,7 +217,7 @@ def _refuse(
     from truestep.engines.diffusers import refuse
     from truestep.engines.subjects import refuse_checking
 
-    refuse_checking(depth, {"": ""} if rename else None, accept)
+    refuse_checking(depth, accept=accept)
     if thresholds is not None:
         raise UsageError(
             "--thresholds needs a free run in truestep's own stages; this is a plain pipeline",

@@ -134,7 +134,7 @@ def check(
         label=label,
         environment=_environment(candidate, model),
         rename=rename,
-        trusted=(lambda: _loaded(case, _looked_at(case))) if modules else None,
+        trusted=(lambda: prepared(_loaded(case, _looked_at(case)), case)) if modules else None,
     )
     try:
         with surviving("the model's code"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from truestep.calls.values import Path as Place
 from truestep.calls.values import encode
 from truestep.environment import Environment
 from truestep.errors import FileFormatError, UsageError, surviving
+from truestep.pairing.partners import check_rename
 from truestep.recording.format import Recording
 from truestep.recording.table import table_entry
 from truestep.replay.opening import open_call
@@ -158,6 +160,7 @@ def check_pipeline(
     """Check a pipeline against a recording, called with arguments."""
     manifest = reference.recording.manifest
     subject = _subject(pipe, reference, call)
+    trusted = _trusted(subject, reference, judging)
     result = check(
         replace(subject, label=judging.label),
         reference,
@@ -165,15 +168,9 @@ def check_pipeline(
         tolerance=judging.tolerance,
         pair=judging.pair,
     )
-    trusted = judging.trusted
     if trusted is not None and not result.verdict.passed:
         result = open_call(
-            subject,
-            lambda: _subject(trusted(), reference, recorded_arguments(reference)),
-            reference,
-            result,
-            steps=judging.steps,
-            rename=judging.rename,
+            subject, trusted, reference, result, steps=judging.steps, rename=judging.rename
         )
     environment = Environment({**result.actual.environment, **(judging.environment or {})})
     known = {k: v for k, v in manifest.environment.items() if k in environment}
@@ -187,6 +184,24 @@ def check_pipeline(
             ),
         }
     )
+
+
+def _trusted(
+    candidate: Subject, reference: CallRecording, judging: Judging
+) -> Callable[[], Subject] | None:
+    """What makes the trusted side, where it is wanted; made now where names have to be checked."""
+    make = judging.trusted
+    if make is None:
+        return None
+
+    @cache
+    def trusted() -> Subject:
+        return _subject(make(), reference, recorded_arguments(reference))
+
+    if judging.rename:
+        sides = [side.components.values() for side in (candidate, trusted())]
+        check_rename(judging.rename, candidate=sides[0], trusted=sides[1])
+    return trusted
 
 
 def _subject(pipe: Any, reference: CallRecording, call: Mapping[str, Any]) -> Subject:

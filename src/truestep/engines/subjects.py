@@ -214,16 +214,15 @@ def refuse_checking(
     Raises:
         UsageError: Depth `final`, or an option of another depth.
     """
+    from truestep.replay.check import refuse_rename
+
     if depth == "final":
         raise UsageError(
             f"a plain pipeline is not checked at depth {depth!r}",
             measured="depth 'steps' checks every call of it and the code between",
             hint="--depth steps",
         )
-    if rename and depth != "modules":
-        raise UsageError(
-            "rename is of depth 'modules': only there are models opened", hint="--depth modules"
-        )
+    refuse_rename(rename, depth)
     if accept:
         raise UsageError(
             "a reference of a plain pipeline is taken as it is: there is nothing to accept",

@@ -89,11 +89,7 @@ def check(
     from truestep.runtime.loading import load
     from truestep.runtime.pipeline import apply_change
 
-    if rename and depth != "modules":
-        raise UsageError(
-            f"a rename map is of no use at depth {depth!r}",
-            hint="depth='modules' opens the models",
-        )
+    refuse_rename(rename, depth)
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
     candidate = case.replace(**dict(settings or {}))
     refused = _refuse(case, recording, accept)
@@ -172,6 +168,19 @@ def expected(result: Comparison, expect: Expect | None) -> Comparison:
     if result.verdict is Verdict.DRIFTED:
         sentence += "; as expected"
     return result.model_copy(update={"expect": expect, "sentence": sentence})
+
+
+def refuse_rename(rename: Mapping[str, str] | None, depth: str) -> None:
+    """Refuse a rename map where no model is opened.
+
+    Raises:
+        UsageError: It is of no use.
+    """
+    if rename and depth != "modules":
+        raise UsageError(
+            f"a rename map is of no use at depth {depth!r}",
+            hint="depth='modules' opens the models",
+        )
 
 
 _NOTHING_TO_OPEN = (Verdict.IDENTICAL, Verdict.EQUIVALENT, Verdict.UNMET)

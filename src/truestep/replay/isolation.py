@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from truestep.calls.values import in_real_numbers
 from truestep.floors import NoiseRun
 from truestep.judge.rows import measured_run
 from truestep.keys import key_of, module_name
@@ -73,7 +74,8 @@ class Flow:
     """What one forward showed, in the order in which it happened.
 
     Attributes:
-        tensors: `module/<fqn>/<step>/<branch>/in.*` (received) and `out.*`, host copies.
+        tensors: `module/<fqn>/<step>/<branch>/in.*` (received) and `out.*`, host copies; complex
+            ones with real and imaginary parts as their last axis.
         calls: Labels of the modules called (`blocks.0`, `blocks.0#1`), in order of their start.
         silent: Modules that were called and returned no tensor.
         classes: Label to the class of the module called.
@@ -181,7 +183,7 @@ class _Recorder:
                 return
             returned = list(leaves(output, "out"))
             for label, part in zip(self.open.pop(), parts, strict=True):
-                cut = [(slot, part.of(tensor)) for slot, tensor in returned]
+                cut = [(slot, in_real_numbers(part.of(tensor))) for slot, tensor in returned]
                 self._match(label, cut, "out")
                 if not cut:
                     self.found.silent.append(label)
@@ -199,10 +201,11 @@ class _Recorder:
         self, label: str, received: list[tuple[str, Tensor]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Keep what a call receives; yields the tensors that others replace, with those."""
-        matched = self._match(label, received, "in")
+        real = [(slot, in_real_numbers(tensor)) for slot, tensor in received]
+        matched = self._match(label, real, "in")
         theirs = self.given.get(label, {})
-        for (_, tensor), slot in zip(received, matched, strict=True):
-            swapped = laid_out(theirs[slot], tensor) if slot in theirs else None
+        for (_, tensor), (_, own), slot in zip(received, real, matched, strict=True):
+            swapped = laid_out(theirs[slot], own) if slot in theirs else None
             if swapped is not None:
                 yield tensor, swapped
 
@@ -233,8 +236,10 @@ class _Recorder:
 
     def _replacing(self, tensor: Tensor, theirs: Tensor) -> Tensor:
         lifted = self.precision if tensor.is_floating_point() else None
-        swapped = theirs.to(tensor.device, lifted or tensor.dtype, copy=True)
-        return self.change(swapped) if self.change else swapped
+        dtype = lifted or in_real_numbers(tensor).dtype
+        swapped = theirs.to(tensor.device, dtype, copy=True)
+        swapped = self.change(swapped) if self.change else swapped
+        return torch.view_as_complex(swapped) if tensor.is_complex() else swapped
 
 
 def matched_slots(

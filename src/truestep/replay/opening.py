@@ -143,7 +143,7 @@ def _failing(reference: CallRecording, place: keys.Key) -> CallEntry | None:
 def _closed(candidate: Run, call: CallEntry | None, first: Divergence) -> str:
     """Why a failing place has no modules to open; nothing where it has."""
     if call is None:
-        return f"{first.fqn} is not inside a component"
+        return f"`{first.fqn}` is in no component"
     component = _component(candidate, call.component)
     if component is None:
         return f"{call.component} is made inside the run"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from truestep.calls.values import in_real_numbers
 from truestep.floors import EPSILON
 from truestep.judge.rows import dtype_name
 from truestep.measure.distance import distance
@@ -60,7 +61,7 @@ class Operator:
     Attributes:
         name: As torch writes it: `aten.gelu.default`.
         arguments: What is no tensor, by name where it has one, as text.
-        outputs: Host copies.
+        outputs: Host copies, in real numbers.
         line: `file:line` of the nearest Python outside torch.
         code: That line.
     """
@@ -90,7 +91,8 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if not (getattr(func, "is_view", False) or func in _UNSEEN):
-            made = tuple(t.detach().to("cpu", copy=True) for _, t in leaves(output, "out"))
+            returned = (in_real_numbers(t.detach()) for _, t in leaves(output, "out"))
+            made = tuple(t.to("cpu", copy=True) for t in returned)
             line, code = _calling()
             self.found.append(Operator(str(func), _plain(func, args, kwargs), made, line, code))
         return output
