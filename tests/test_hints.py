@@ -198,6 +198,8 @@ ADVICE = {
     "give --input {}=PATH or --set {}=VALUE, or it in the case",
     "leave generator out of the case",
     "give what it is called with: check(pipeline, reference, call={...})",
+    "check(pipeline, reference, depth='modules', trusted=another_pipeline)",
+    "leave trusted out",
     "leave --accept out",
     "case.replace(prompt='a cat') gives it others",
     "record and check run any pipeline: give --prompt, or a table [case.NAME.call]",

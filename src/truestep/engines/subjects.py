@@ -239,8 +239,8 @@ def _refuse_alone(subject: Any, trusted: Any, depth: str) -> None:
         raise UsageError(
             "depth 'modules' opens the model beside the trusted one, and an object cannot be "
             "loaded again as it was",
-            hint="check(pipeline, reference, depth='modules', trusted=another_pipeline), or a "
-            "truestep.CallCase, which loads its own",
+            measured="a truestep.CallCase loads its own",
+            hint="check(pipeline, reference, depth='modules', trusted=another_pipeline)",
         )
 
 
