@@ -547,7 +547,7 @@ def other_files(folder: Path) -> tuple[str, ...]:
 
 
 SCENARIOS: dict[str, Scenario] = {
-    "--depth steps": (given("check", *PLAIN, "--depth", "modules"), (3,)),
+    "--depth steps": (given("check", *PLAIN, "--depth", "final"), (3,)),
     "--floor steps": (given("record", *PLAIN, "--floor", "final"), (0,)),
     "--force  # replaces it; or edit it": (
         twice("parity", "new", "acme", "mixer", "--kind", "generic"), (0,)),
