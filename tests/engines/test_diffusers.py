@@ -295,9 +295,27 @@ def test_options_of_the_runtime_are_refused(models: Path) -> None:
         truestep.record(case, level="stats")
     with pytest.raises(UsageError, match="no floor of free runs"):
         truestep.record(case, floor="final")
-    for depth in ("modules", "final"):
-        with pytest.raises(UsageError, match=f"not checked at depth '{depth}'"):
-            truestep.check(case, "reference.safetensors", depth=depth)
+    with pytest.raises(UsageError, match="not checked at depth 'final'"):
+        truestep.check(case, "reference.safetensors", depth="final")
+
+
+def test_modules_are_opened_beside_the_case_as_it_is_prepared(models: Path, tmp_path: Path) -> None:
+    """What prepares both sides is not taken for the fault."""
+    (tmp_path / "prepared.py").write_text(
+        "def other(pipe):\n    pipe.transformer.x_embedder.weight.data.mul_(1.5)\n"
+    )
+    case = flux(models, prepare=f"{tmp_path / 'prepared.py'}:other")
+    recording = truestep.record(case)
+
+    def dropped(pipe: Any) -> None:
+        pipe.transformer.transformer_blocks[0].ff.net[2].bias = None
+
+    result = truestep.check(case, recording, apply=dropped, depth="modules")
+    assert result.first_divergence is not None
+    assert result.first_divergence.fqn == "transformer.transformer_blocks.0.ff.net.2"
+    assert "bias is missing" in (result.first_divergence.operator or "")
+    with pytest.raises(UsageError, match="trusted is of a pipeline object"):
+        truestep.check(case, recording, depth="modules", trusted=object())
 
 
 def test_a_pipeline_object_is_recorded_and_checked_with_what_it_was_called(
