@@ -1,1 +1,1 @@
-"""What truestep gives to other tests: tiny pipelines."""
+"""What truestep gives to other tests: tiny pipelines, and a corpus of faults for gates."""
