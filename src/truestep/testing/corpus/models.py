@@ -49,8 +49,8 @@ def adapter_missing_in_one_layer(pipe: Any) -> None:
 
 
 @fault("flux", "sd3", "pixart", "svd", "lumina2", "cogvideox-i2v", at=_OUT)
-def queries_and_keys_swapped(pipe: Any) -> None:
-    """The weights of queries and keys of one attention are swapped."""
+def keys_and_values_swapped(pipe: Any) -> None:
+    """The weights of keys and values of one attention are swapped."""
     attention = _first(
         denoiser(pipe),
         lambda m: hasattr(m, "to_q") and hasattr(m, "to_v")
