@@ -29,10 +29,10 @@ import torch
 from bench.faults import subjects as corpus
 from bench.faults.draws import DRAWS, Draw
 from bench.faults.registry import FAULTS, NotApplicable
+from truestep.calls.instructions import LIMITS, OLDEST
 from truestep.recording.format import Recording
 from truestep.replay.check import check_pipeline
 from truestep.replay.functions import check_function, record_function
-from truestep.replay.instructions import LIMITS, OLDEST
 from truestep.replay.record import record_pipeline
 from truestep.verdict import Comparison
 

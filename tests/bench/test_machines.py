@@ -12,7 +12,7 @@ import pytest
 from bench.bench_machines import LEAST, Stages, available, hardest
 from bench.faults.draws import DRAWS
 from bench.faults.subjects import SUBJECTS
-from truestep.replay.instructions import other_set
+from truestep.calls.instructions import other_set
 
 pytestmark = pytest.mark.skipif(
     other_set() is None, reason="this processor has one instruction set"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from truestep import Recording, check, record
+from truestep.calls.instructions import other_set
 from truestep.case import Case
 from truestep.errors import FileFormatError, UsageError
-from truestep.replay.instructions import other_set
 from truestep.replay.raised import raised
 from truestep.replay.stages import default_steps, replay
 from truestep.runtime.changes import one_rounding

@@ -7,15 +7,19 @@ arrives at them by that of the code between. A change that a subject cannot do i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 
+from truestep.calls.batching import is_measured
 from truestep.calls.boundaries import RANDOM
+from truestep.calls.choosing import cached_components
 from truestep.calls.classes import runs_compiled
+from truestep.calls.elsewhere import begun_elsewhere
 from truestep.calls.forcing import Forcing
+from truestep.calls.instructions import Elsewhere
 from truestep.calls.judging import pairs
 from truestep.calls.keys import key_of
 from truestep.calls.precision import raised, recorded_precision, working_dtype
@@ -24,7 +28,7 @@ from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
 from truestep.errors import TruestepError, UsageError
 from truestep.floors import NoiseFloor, NoiseRun
-from truestep.judge.floor import pair_of
+from truestep.judge.floor import pair_of, repeat_limit
 from truestep.judge.refusals import refuse_unsteady
 from truestep.judge.rows import measured_run
 from truestep.runtime.changes import JITTERS, math_kernel, one_rounding, thread_count
@@ -32,6 +36,10 @@ from truestep.runtime.precision import HIGHER
 from truestep.turns import taking_turns
 
 Note = Callable[[str], None]
+
+BESIDE_OTHERS = 8.0
+"""Above this multiple of the largest other benign change, and of rounding at all, a row beside a
+neighbour is another result: it depends on its neighbour."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +72,53 @@ def measure(subject: Subject, reference: CallRecording, plan: Plan, note: Note) 
         UsageError: A call gives something else when the same run is made again.
     """
     dtype = working_dtype(reference)
-    runs: list[NoiseRun] = []
-    for benign in changes(subject, plan, dtype, note):
-        runs += _run(subject, reference, benign, pair_of(dtype, dtype), note)
-        refuse_unsteady(runs[-1:])
+    listed = changes(subject, plan, dtype, note)
+    with Elsewhere(note) as elsewhere:
+        runs = _run(subject, reference, listed[0], pair_of(dtype, dtype), note)
+        refuse_unsteady(runs)
+        collect = begun_elsewhere(subject, reference, plan, elsewhere)
+        for benign in listed[1:]:
+            more = _run(subject, reference, benign, pair_of(dtype, dtype), note)
+            runs += _of_rounding(more, runs, note) if benign.kind == "batch" else more
+        runs += collect(pair_of(dtype, dtype))
     precision = recorded_precision(reference)
     if precision:
         pair = pair_of(precision, precision)
         lifted = replace(plan, precision=getattr(torch, precision), raised=precision)
-        with raised(subject, precision, lambda text: None):
-            for benign in changes(subject, lifted, precision, note)[1:]:
-                runs += _run(subject, reference, benign, pair, note)
+        listed = changes(subject, lifted, precision, note)[1:]
+        with raised(subject, precision, lambda text: None), Elsewhere(note) as elsewhere:
+            collect = begun_elsewhere(subject, reference, lifted, elsewhere)
+            above: list[NoiseRun] = []
+            for benign in listed:
+                more = _run(subject, reference, benign, pair, note)
+                above += _of_rounding(more, above, note) if benign.kind == "batch" else more
+            runs += above + collect(pair)
     return NoiseFloor(runs=tuple(runs))
+
+
+def _of_rounding(batch: list[NoiseRun], others: Sequence[NoiseRun], note: Note) -> list[NoiseRun]:
+    """Runs in a batch without what a neighbour changed by more than rounding.
+
+    A row that depends on the others, or draws random numbers for all of them, is no noise.
+    """
+    largest: dict[str, float] = {}
+    for run in others:
+        for found in run.tensors:
+            largest[found.name] = max(found.rel_l2, largest.get(found.name, 0.0))
+    kept = []
+    for run in batch:
+        least = repeat_limit(run.pair)
+        odd = {
+            found.name
+            for found in run.tensors
+            if not found.rel_l2 <= max(least, BESIDE_OTHERS * largest.get(found.name, 0.0))
+        }
+        of = sorted({key_of(name).component for name in odd})
+        if odd:
+            note(f"noise floor without a batch of two of {', '.join(of)}: its rows are not alike")
+        tensors = tuple(m for m in run.tensors if key_of(m.name).component not in of)
+        kept.append(run.model_copy(update={"tensors": tensors}))
+    return kept
 
 
 def changes(subject: Subject, plan: Plan, dtype: str, note: Note) -> list[Benign]:
@@ -92,6 +135,8 @@ def changes(subject: Subject, plan: Plan, dtype: str, note: Note) -> list[Benign
         for count in sorted({1, min(2, cores), cores} - {current})
     ]
     listed.append(Benign("attention", "math kernel", plan, math_kernel))
+    alike = set(subject.components) - cached_components(subject)
+    listed.append(Benign("batch", "beside a neighbour", replace(plan, beside=alike)))
     return listed + jitters(subject, plan)
 
 
@@ -135,6 +180,10 @@ def _run(
     both = pairs(reference, result)
     if benign.kind == "precision":  # another dtype draws other numbers
         both = {n: sides for n, sides in both.items() if key_of(n).component != RANDOM}
+    for name, why in result.alone.items():
+        note(f"noise floor without a batch of two of {name}: {why}")
+    if benign.kind == "batch":
+        both = {n: sides for n, sides in both.items() if key_of(n).component not in result.alone}
     return [measured_run(benign.kind, benign.detail, pair, both)]
 
 
@@ -145,20 +194,6 @@ def rounding(generator: torch.Generator) -> Callable[[torch.Tensor], torch.Tenso
         return one_rounding(tensor, generator) if is_measured(tensor) else tensor
 
     return change
-
-
-def is_measured(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds numbers that a rounding may have moved.
-
-    Whole numbers are ids, positions and masks; one number is a setting, also where it stands for
-    every sample of a batch: a timestep moved by one unit turns its embedding by far more.
-    """
-    if not tensor.is_floating_point() or tensor.numel() < 2 or tensor.itemsize < 2:
-        return False
-    finite = bool(torch.isfinite(tensor).all())
-    if not finite or bool((tensor == tensor.round()).all()):
-        return False
-    return tensor.ndim > 1 or bool((tensor != tensor[0]).any())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from truestep.calls.benign import measure
 from truestep.calls.choosing import chosen_steps
 from truestep.calls.classes import Kind, kind_of
+from truestep.calls.instructions import prepare
 from truestep.calls.precision import with_raised
 from truestep.calls.recorder import recorded
 from truestep.calls.recording import CallRecording, holds_tensors, trees_of
@@ -42,6 +43,8 @@ def record(
         UsageError: It gives nothing that could be judged, something else when it is run again, or
             is being watched already.
     """
+    if floor:
+        prepare()
     recording = recorded(subject)
     _refuse_empty(recording)
     elsewhere = recording.recording.manifest.settings.get("elsewhere", {})

@@ -38,6 +38,7 @@ class Plan:
         raised: Precision that what is seen is named as raised to.
         again: After which calls earlier ones are made once more.
         by: What makes a recorded call, given what makes it otherwise.
+        copies: Keep a copy of what came even where no bit differs from what was recorded.
     """
 
     made: Callable[[CallEntry], bool]
@@ -47,6 +48,7 @@ class Plan:
     raised: str = ""
     again: Mapping[Number, Sequence[CallEntry]] = field(default_factory=dict)
     by: Callable[[CallEntry, Proceed], Proceed] = as_it_is
+    copies: bool = False
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from truestep.calls.instructions import Elsewhere
 from truestep.case import Case
 from truestep.errors import TruestepError
 from truestep.floors import NoiseFloor, NoiseRun
@@ -25,7 +26,6 @@ from truestep.judge.rows import compare_tensors, measured_run
 from truestep.keys import FREE_RUN, SAMPLES, STAGES, address, is_prediction
 from truestep.measure.structure import sample_mean
 from truestep.progress import Progress
-from truestep.replay.instructions import Elsewhere
 from truestep.replay.raised import raised, raised_stages
 from truestep.replay.stages import floor_steps, keeps_state, replay, steps_recorded
 from truestep.runtime.changes import JITTERS, math_kernel, one_rounding, thread_count

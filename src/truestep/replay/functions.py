@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from truestep.calls.instructions import Elsewhere, prepare
 from truestep.environment import Environment, library_version
 from truestep.errors import FOREIGN, UsageError, one_line, surviving
 from truestep.floors import NoiseFloor, NoiseRun
@@ -31,7 +32,6 @@ from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.table import tensor_table
 from truestep.replay.check import build_side
-from truestep.replay.instructions import Elsewhere, prepare
 from truestep.runtime.changes import JITTERS, math_kernel, one_rounding, thread_count
 from truestep.runtime.precision import HIGHER, converted
 from truestep.turns import taking_turns

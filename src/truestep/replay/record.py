@@ -77,6 +77,7 @@ def record_pipeline(
     progress: Progress | None = None,
 ) -> Recording:
     """Record a loaded pipeline; see `record`."""
+    from truestep.calls.instructions import prepare
     from truestep.judge.refusals import refuse_empty_run
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Manifest
@@ -89,7 +90,6 @@ def record_pipeline(
     )
     from truestep.replay.floor import measure
     from truestep.replay.implementation import examine
-    from truestep.replay.instructions import prepare
     from truestep.replay.raised import raised_replay
     from truestep.replay.stages import floor_steps
     from truestep.runtime.pipeline import generate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from tests.counting import calls_inside
-from truestep.replay.tape import Tape, play, save
+from truestep.calls.tape import Tape, play, save
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+SIGMAS = torch.linspace(0.1, 1, 8)
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -53,6 +55,14 @@ class Stateful(torch.nn.Module):
         return x * self.total
 
 
+def copied(x: torch.Tensor) -> torch.Tensor:
+    return x * copy.deepcopy(SIGMAS) + x.sum()
+
+
+def seen_twice(x: torch.Tensor) -> torch.Tensor:
+    return x * SIGMAS + SIGMAS.view(torch.int32)
+
+
 def conv(x: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(0)
     net = torch.nn.Sequential(
@@ -64,7 +74,7 @@ def conv(x: torch.Tensor) -> torch.Tensor:
 
 FUNCTIONS: dict[str, Function] = {
     function.__name__: function
-    for function in (written, seeded, unseeded, branching, complexes, conv)
+    for function in (written, seeded, unseeded, branching, complexes, copied, seen_twice, conv)
 }
 FUNCTIONS["narrow"] = lambda x: (x.bfloat16() @ x.bfloat16().T).float() * float("inf")
 FUNCTIONS["scripted"] = torch.jit.trace(lambda x: torch.softmax(x * 2, -1) @ x.t(), X)

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from truestep import check_function, record_function
+from truestep.calls import instructions, tape
+from truestep.calls.instructions import Elsewhere
 from truestep.errors import UsageError
 from truestep.floors import NoiseRun
 from truestep.judge.rows import measured_run
 from truestep.recording.format import Recording
-from truestep.replay import instructions, tape
-from truestep.replay.instructions import Elsewhere
 
 SAMPLES = [{"input": torch.randn(2, 64, generator=torch.Generator().manual_seed(5))}]
 
@@ -158,7 +158,7 @@ def test_a_recording_that_fails_leaves_no_process(monkeypatch: pytest.MonkeyPatc
 def test_a_limited_process_looks_at_the_other_side() -> None:
     source = """
 import torch
-from truestep.replay.instructions import other_set
+from truestep.calls.instructions import other_set
 print(torch.backends.cpu.get_cpu_capability(), other_set())
 """
     import os

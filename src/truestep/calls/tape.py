@@ -62,6 +62,8 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         """Run an operator and keep it."""
         kwargs = kwargs or {}
+        if any(isinstance(value, torch.UntypedStorage) for value in args):
+            return self._onto_storage(func, args, kwargs)
         name, mutable, draws = _traits(func)
         seed = self._seed(kwargs) if draws else None
         encoded = [self._encoded(value) for value in args]
@@ -74,6 +76,13 @@ class Tape(TorchDispatchMode):
         ]
         if mutable or any(number >= 0 for number in results):
             self.operations.append(Operation(name, encoded, named, results, seed))
+        return made
+
+    def _onto_storage(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A tensor laid over memory that was copied, as deep copies are, comes from outside."""
+        made = func(*args, **kwargs)
+        for tensor in _flat(made):
+            self._numbers.pop(id(tensor), None)
         return made
 
     def number(self, tensor: torch.Tensor) -> int | None:
@@ -194,11 +203,22 @@ def save(tape: Tape, outputs: Mapping[str, int], path: Path, *, flags: Mapping[s
     """Write a tape for `play`."""
     content = {
         "operations": [list(operation) for operation in tape.operations],
-        "outside": dict(tape.outside),
+        "outside": _apart(tape.outside),
         "outputs": dict(outputs),
         "flags": dict(flags),
     }
     torch.save(content, path)
+
+
+def _apart(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Tensors, copied where one memory is seen as several types, which no file holds."""
+    types: dict[int, set[torch.dtype]] = {}
+    for tensor in tensors.values():
+        types.setdefault(tensor.untyped_storage().data_ptr(), set()).add(tensor.dtype)
+    return {
+        number: tensor.clone() if len(types[tensor.untyped_storage().data_ptr()]) > 1 else tensor
+        for number, tensor in tensors.items()
+    }
 
 
 def play(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 import xxhash
 
+from truestep.calls import tape as tapes
+from truestep.calls.tape import Tape
 from truestep.environment import Environment
 from truestep.errors import WriteError
 from truestep.files import write_text
 from truestep.floors import NoiseRun
-from truestep.replay import tape as tapes
-from truestep.replay.tape import Tape
+from truestep.recording.format import bytes_of
 from truestep.verdict import Record
 
 OLDEST = {
@@ -152,7 +153,7 @@ class Elsewhere:
         elif tape.size() > MOST_BYTES:
             problem = problem or f"{tape.size() / 2**30:.1f} GB of weights are not copied"
         if problem:
-            self._say(problem)
+            self.refuse(problem)
             return outputs
         told = {"operations": tape.operations, "outputs": known}
         tensors: dict[Any, torch.Tensor] = dict(tape.outside)
@@ -175,7 +176,7 @@ class Elsewhere:
         answer = player.answer(self._until)
         if answer != tapes.MADE:
             player.end()
-            self._say(answer[:150])
+            self.refuse(answer[:150])
             return None
         player.release()
         run = measured(torch.load(self._folder_path / "made", weights_only=True))
@@ -190,13 +191,14 @@ class Elsewhere:
             self._player = _player(self._variables)
             self._player.ask(folder / "tape", folder / "made")
         except (OSError, RuntimeError) as error:  # no space, no processes
-            self._say(str(error).splitlines()[0][:150])
+            self.refuse(str(error).splitlines()[0][:150])
 
     @property
     def _folder_path(self) -> Path:
         return Path(self._folder.name)
 
-    def _say(self, problem: str) -> None:
+    def refuse(self, problem: str) -> None:
+        """Say why there is no run by other instructions."""
         self._note(f"noise floor without other instructions: {problem}")
 
 
@@ -317,8 +319,7 @@ def _key(
     digest.update(repr((sorted(Environment.current("cpu").items()), limits)).encode())
     for name, tensor in tensors.items():
         digest.update(repr((name, tensor.dtype, tensor.shape, tensor.stride())).encode())
-        flat = tensor.detach().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        digest.update(bytes_of(tensor.detach()))
     return digest.hexdigest()
 
 
