@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,10 +30,12 @@ from bench.faults import subjects as corpus
 from bench.faults.draws import DRAWS, Draw
 from bench.faults.registry import FAULTS, NotApplicable
 from truestep.calls.instructions import LIMITS, OLDEST
+from truestep.engines import pipelines
 from truestep.recording.format import Recording
 from truestep.replay.check import check_pipeline
 from truestep.replay.functions import check_function, record_function
 from truestep.replay.record import record_pipeline
+from truestep.runtime.loading import quiet
 from truestep.verdict import Comparison
 
 SETS: Mapping[str, Mapping[str, str]] = {
@@ -82,6 +84,72 @@ class Silero:
         """The same module again; if it passes, the port."""
         same = check_function(model.official.call, recording)
         return same if not same.verdict.passed else check_function(model.port.call, recording)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A tiny pipeline of a diffusers class, cut into its calls; no faults are planted."""
+
+    models: ClassVar[Path] = Path("machines") / "models"
+
+    name: str
+    kind: str = "plain"
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+    def load(self, draw: Draw, dtype: str) -> Any:
+        """From the folder that the first process wrote."""
+        from diffusers import DiffusionPipeline
+
+        with quiet():
+            pipe = DiffusionPipeline.from_pretrained(self.folder(draw), dtype=getattr(torch, dtype))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def folder(self, draw: Draw) -> Path:
+        """Where its models are, one for each seed."""
+        return self.models / f"{self.name}-{draw.seed}"
+
+    def build(self, draw: Draw) -> None:
+        """Write its model."""
+        from truestep.testing import tiny
+
+        folder = self.folder(draw)
+        if not folder.exists():
+            with quiet():
+                tiny.save(self.name, folder, seed=draw.seed)
+
+    def record(self, model: Any, draw: Draw, dtype: str) -> Recording:
+        """Called with example arguments, which the recording keeps."""
+        from truestep.testing import tiny
+
+        call = tiny.example_call(self.name, seed=draw.seed)
+        return pipelines.record_pipeline(model, call, floor=True).recording
+
+    def check(self, model: Any, recording: Recording, draw: Draw, dtype: str) -> Comparison:
+        """Called with the recorded arguments."""
+        reference = pipelines.opened(recording)
+        call = pipelines.recorded_arguments(reference)
+        return pipelines.check_pipeline(model, reference, call, pipelines.Judging())
+
+
+PLAIN = tuple(
+    Plain(f"{name}Pipeline")
+    for name in (
+        "Flux",
+        "StableDiffusion3",
+        "StableDiffusionXL",
+        "StableDiffusionControlNet",
+        "QwenImage",
+        "ZImage",
+        "Sana",
+        "PixArtSigma",
+        "CogVideoX",
+        "HunyuanVideo",
+        "WanImageToVideo",
+        "LTX2",
+        "AudioLDM2",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -234,7 +302,7 @@ def _checked(options: Any, subject: Any, dtype: str, draw: Draw, recording: Reco
 
 
 def _references(options: Any) -> Iterator[tuple[Any, str, Draw]]:
-    every = [*(Stages(subject) for subject in corpus.SUBJECTS), Silero()]
+    every = [*(Stages(subject) for subject in corpus.SUBJECTS), Silero(), *PLAIN]
     for subject in every:
         if options.subject and subject.name not in options.subject:
             continue
@@ -277,11 +345,14 @@ def _build(options: Any) -> None:
     for subject, dtype, draw in _references(options):
         if subject.kind in ("wan", "ltx2"):
             subject.subject.case(draw, dtype)
+        elif subject.kind == "plain":
+            subject.build(draw)
 
 
 def _share(output: Path) -> None:
     """Have every process use the models and pictures of the first."""
     original, picture = corpus._tiny, corpus._picture
+    Plain.models = output.resolve() / "models"
 
     def kept(name: str, make: Callable[[], str]) -> str:
         note = output.resolve() / "models" / f"{name}.txt"

@@ -43,7 +43,7 @@ def loop_floor() -> CallRecording:
 
 
 def test_a_floor_is_made_of_every_kind_of_harmless_change(loop_floor: CallRecording) -> None:
-    expected = {"repeat", "precision", "threads", "attention", "batch", "jitter"}
+    expected = {"repeat", "precision", "threads", "attention", "functions", "batch", "jitter"}
     expected |= {"instructions"} if other_set() else set()
     assert set(kinds(loop_floor)) == expected
     assert loop_floor.recording.manifest.notes == ()
@@ -123,7 +123,7 @@ class Alone(Mixed):
 @pytest.mark.parametrize(
     ("net", "said"),
     [
-        (Mixed, "noise floor without a batch of two of net: its rows are not alike"),
+        (Mixed, "noise floor without batch (beside a neighbour) of net: no rounding"),
         (
             Alone,
             "noise floor without a batch of two of net: forward: ValueError: one sample only",

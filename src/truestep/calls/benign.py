@@ -6,10 +6,12 @@ arrives at them by that of the code between. A change that a subject cannot do i
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -31,15 +33,27 @@ from truestep.floors import NoiseFloor, NoiseRun
 from truestep.judge.floor import pair_of, repeat_limit
 from truestep.judge.refusals import refuse_unsteady
 from truestep.judge.rows import measured_run
-from truestep.runtime.changes import JITTERS, math_kernel, one_rounding, thread_count
+from truestep.runtime.changes import (
+    JITTERS,
+    OtherFunctions,
+    math_kernel,
+    one_rounding,
+    thread_count,
+)
 from truestep.runtime.precision import HIGHER
 from truestep.turns import taking_turns
 
 Note = Callable[[str], None]
 
-BESIDE_OTHERS = 8.0
-"""Above this multiple of the largest other benign change, and of rounding at all, a row beside a
-neighbour is another result: it depends on its neighbour."""
+FUNCTIONS = 2
+"""Runs with elementary functions of another library."""
+
+BEYOND_OTHERS = 8.0
+"""Above this multiple of the largest other benign change, and beyond `MOST`, it is no rounding."""
+
+MOST: Mapping[str, float] = {"batch": 1.0, "functions": 64.0}
+"""How far rounding may go in runs of a kind, in multiples of `repeat_limit`; of others as far as it
+does. What functions give may be multiplied by a timestep."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class Benign:
     kind: str
     detail: str
     plan: Plan
-    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @taking_turns()
@@ -79,7 +93,7 @@ def measure(subject: Subject, reference: CallRecording, plan: Plan, note: Note) 
         collect = begun_elsewhere(subject, reference, plan, elsewhere)
         for benign in listed[1:]:
             more = _run(subject, reference, benign, pair_of(dtype, dtype), note)
-            runs += _of_rounding(more, runs, note) if benign.kind == "batch" else more
+            runs += _of_rounding(more, runs, note)
         runs += collect(pair_of(dtype, dtype))
     precision = recorded_precision(reference)
     if precision:
@@ -91,31 +105,32 @@ def measure(subject: Subject, reference: CallRecording, plan: Plan, note: Note) 
             above: list[NoiseRun] = []
             for benign in listed:
                 more = _run(subject, reference, benign, pair, note)
-                above += _of_rounding(more, above, note) if benign.kind == "batch" else more
+                above += _of_rounding(more, above, note)
             runs += above + collect(pair)
     return NoiseFloor(runs=tuple(runs))
 
 
-def _of_rounding(batch: list[NoiseRun], others: Sequence[NoiseRun], note: Note) -> list[NoiseRun]:
-    """Runs in a batch without what a neighbour changed by more than rounding.
+def _of_rounding(more: list[NoiseRun], others: Sequence[NoiseRun], note: Note) -> list[NoiseRun]:
+    """Runs without components that they changed by more than rounding.
 
-    A row that depends on the others, or draws random numbers for all of them, is no noise.
+    A row that depends on its neighbours, or draws random numbers for all of them, is no noise, and
+    neither is a choice that turned over.
     """
     largest: dict[str, float] = {}
     for run in others:
         for found in run.tensors:
             largest[found.name] = max(found.rel_l2, largest.get(found.name, 0.0))
     kept = []
-    for run in batch:
-        least = repeat_limit(run.pair)
+    for run in more:
+        least = MOST.get(run.kind, math.inf) * repeat_limit(run.pair)
         odd = {
             found.name
             for found in run.tensors
-            if not found.rel_l2 <= max(least, BESIDE_OTHERS * largest.get(found.name, 0.0))
+            if not found.rel_l2 <= max(least, BEYOND_OTHERS * largest.get(found.name, 0.0))
         }
         of = sorted({key_of(name).component for name in odd})
         if odd:
-            note(f"noise floor without a batch of two of {', '.join(of)}: its rows are not alike")
+            note(f"noise floor without {run.kind} ({run.detail}) of {', '.join(of)}: no rounding")
         tensors = tuple(m for m in run.tensors if key_of(m.name).component not in of)
         kept.append(run.model_copy(update={"tensors": tensors}))
     return kept
@@ -135,6 +150,13 @@ def changes(subject: Subject, plan: Plan, dtype: str, note: Note) -> list[Benign
         for count in sorted({1, min(2, cores), cores} - {current})
     ]
     listed.append(Benign("attention", "math kernel", plan, math_kernel))
+    if not any(map(runs_compiled, subject.components.values())):
+        listed += [
+            Benign(
+                "functions", f"exp, sin and their like, seed {seed}", plan, _other_functions(seed)
+            )
+            for seed in range(FUNCTIONS)
+        ]
     alike = set(subject.components) - cached_components(subject)
     listed.append(Benign("batch", "beside a neighbour", replace(plan, beside=alike)))
     return listed + jitters(subject, plan)
@@ -149,6 +171,10 @@ def jitters(subject: Subject, plan: Plan) -> list[Benign]:
         text = f"one rounding on inputs and outputs, seed {seed}"
         listed.append(Benign("jitter", text, moved, lambda c=change: embeddings(subject, c)))  # type: ignore[misc]
     return listed
+
+
+def _other_functions(seed: int) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: OtherFunctions(torch.Generator("cpu").manual_seed(seed))
 
 
 def _threads(count: int) -> Callable[[], AbstractContextManager[None]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 JITTERS = 3
 """Jitter runs in a recording's own floor; `truestep calibrate` adds more."""
@@ -36,17 +38,78 @@ def math_kernel() -> AbstractContextManager[None]:
     return sdpa_kernel([SDPBackend.MATH])
 
 
-def one_rounding(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+class OtherFunctions(TorchDispatchMode):
+    """Elementary functions as another library computes them: half of what they give moved by one
+    unit in the last place.
+
+    None of them is rounded to nearest: exp, sin, pow and their like are one unit off here or there,
+    by library and by instruction set. Where what they give is multiplied by a large number, as the
+    frequencies of a timestep's embedding are, this is far more than any rounding of the result.
+
+    Args:
+        generator: A CPU generator; says which elements, and whether up or down.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = generator
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator, and move what an elementary function gave."""
+        made = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if name.removesuffix("_") not in ELEMENTARY or not _in_full(made):
+            return made
+        moved = one_rounding(made, self._generator, of=4)
+        return made.copy_(moved) if name.endswith("_") else moved
+
+
+ELEMENTARY = frozenset(
+    (
+        "exp",
+        "exp2",
+        "expm1",
+        "pow",
+        "sin",
+        "cos",
+        "tan",
+        "tanh",
+        "sigmoid",
+        "erf",
+        "polar",
+        "rsqrt",
+        "_softmax",
+        "silu",
+        "gelu",
+        "mish",
+        "softplus",
+    )
+)
+"""Operators that compute a function which no processor rounds to nearest. Logarithms are left out:
+models take whole numbers from them, as the buckets of relative positions, and a whole number that
+turns over is no rounding."""
+
+
+def _in_full(made: Any) -> bool:
+    """Whether a result has 32 bits or more: narrower ones are rounded from such."""
+    return isinstance(made, torch.Tensor) and made.dtype in (torch.float32, torch.float64)
+
+
+def one_rounding(tensor: torch.Tensor, generator: torch.Generator, *, of: int = 24) -> torch.Tensor:
     """One element in twelve moved one unit in the last place, up or down at random; zeros stay.
 
     A rounding to nearest has a variance of 1/12 of a squared unit: this has the same, and stays
     among the dtype's own numbers.
 
     Args:
-        tensor: Any shape; float64, float32, bfloat16 or float16, finite.
+        tensor: Any shape; float64, float32, bfloat16 or float16. What is not finite stays.
         generator: A CPU generator.
+        of: Two elements of so many are moved.
     """
     bits = tensor.contiguous().view(_INTEGER[tensor.dtype])
-    draw = torch.randint(0, 24, bits.shape, generator=generator, dtype=torch.int8)
+    draw = torch.randint(0, of, bits.shape, generator=generator, dtype=torch.int8)
     move = ((draw == 0).to(bits.dtype) - (draw == 1).to(bits.dtype)).to(bits.device)
-    return torch.where(tensor == 0, tensor, (bits + move).view(tensor.dtype))
+    stays = (tensor == 0) | ~torch.isfinite(tensor)
+    return torch.where(stays, tensor, (bits + move).view(tensor.dtype))
