@@ -38,7 +38,8 @@ def test_runs_are_added_and_judged_by_the_others(case: Case, recording: Recordin
     (prediction,) = [row for row in found.stages if row.stage == "prediction"]
     assert prediction.runs >= 20
     assert prediction.bound <= prediction.before
-    assert prediction.outcomes == 1
+    (decoding,) = [row for row in found.stages if row.stage == "decoding"]
+    assert decoding.outcomes == 1
     kinds = [run.detail for run in found.floor.runs if run.kind == "mixed"]
     assert len(set(kinds)) == 20
     assert any(" + " in detail for detail in kinds)

@@ -29,6 +29,9 @@ from truestep.verdict import Verdict
 STAGES = ("text", "prediction", "decoding")
 """Stages with a model in them: the others are elementwise, and few runs say all of them."""
 
+MIXED = frozenset({"batch", "threads", "attention", "functions"})
+"""Kinds of harmless change that a run combines with jitter."""
+
 FOLDS = 5
 CLOSE = 1.1
 """Enough runs make bounds within this factor of those that endless runs would make."""
@@ -123,7 +126,7 @@ def calibrate(
 
 def _mixed(pipe: Pipeline, dice: random.Random, *, number: int, seed: int) -> Variation:
     """Jitter, and half of the time one more harmless change."""
-    known = [v for v in variations(pipe) if v.kind in {"batch", "threads", "attention"}]
+    known = [v for v in variations(pipe) if v.kind in MIXED]
     dtype = str(pipe.first_transformer.dtype).removeprefix("torch.")
     moved = jitter(10_000 * (seed + 1) + number, pair_of(dtype, dtype))
     parts = [*([dice.choice(known)] if known and dice.random() < 0.5 else []), moved]

@@ -28,7 +28,7 @@ from truestep.measure.structure import sample_mean
 from truestep.progress import Progress
 from truestep.replay.raised import raised, raised_stages
 from truestep.replay.stages import floor_steps, keeps_state, replay, steps_recorded
-from truestep.runtime.changes import JITTERS, math_kernel, one_rounding, thread_count
+from truestep.runtime.changes import OtherFunctions, math_kernel, one_rounding, thread_count
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Branch, Pipeline, Step, Texts, generate, text_branch
 from truestep.runtime.precision import HIGHER, raised_precision
@@ -47,7 +47,8 @@ class Variation:
     """One harmless change.
 
     Attributes:
-        kind: `precision`, `repeat`, `batch`, `threads`, `attention`, `jitter` or `instructions`.
+        kind: `precision`, `repeat`, `batch`, `threads`, `attention`, `jitter`, `functions` or
+            `instructions`.
         detail: What exactly was varied.
         vary: The change.
         pair: Working precisions, candidate first.
@@ -128,9 +129,8 @@ def variations(pipe: Pipeline) -> list[Variation]:
     ]
     found.append(Variation("attention", "math kernel", math_attention, pair, _BEFORE_DECODING, 2))
     found.append(replace(jitter(0, pair), only=0))
-    found += [
-        replace(jitter(seed, pair), only=seed, stages=_AT_A_STEP) for seed in range(1, JITTERS)
-    ]
+    detail = "exp, sin, ... as another library computes them"
+    found.append(Variation("functions", detail, other_functions, pair, _AT_A_STEP))
     return found
 
 
@@ -337,6 +337,13 @@ def threads(count: int) -> Vary:
             yield replace(pipe)
 
     return vary
+
+
+@contextmanager
+def other_functions(pipe: Pipeline) -> Iterator[Pipeline]:
+    """Run with `OtherFunctions`."""
+    with OtherFunctions(torch.Generator("cpu").manual_seed(0)):
+        yield replace(pipe)
 
 
 @contextmanager

@@ -1,0 +1,84 @@
+"""Harmless changes of torch: what they move, and what they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from truestep.runtime.changes import ELEMENTARY, OtherFunctions, one_rounding
+
+X = torch.rand(12_000, generator=torch.Generator().manual_seed(0)) + 0.1
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_rounding_moves_a_twelfth_of_the_numbers_to_a_neighbour(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensor = torch.randn(12_000).to(dtype)
+    tensor[:3] = torch.tensor([0.0, torch.inf, -torch.inf])
+    moved = one_rounding(tensor, generator())
+    assert torch.equal(moved[:3], tensor[:3])
+    gap = (moved[3:].double() - tensor[3:].double()).abs() / tensor[3:].double().abs()
+    assert 800 < int((gap > 0).sum()) < 1200
+    assert (gap <= torch.finfo(dtype).eps * 1.01).all()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [torch.exp, torch.sin, torch.rsqrt, torch.nn.functional.silu, lambda x: x**0.3, torch.exp_],
+    ids=["exp", "sin", "rsqrt", "silu", "pow", "in-place"],
+)
+def test_half_of_what_a_function_gives_is_one_unit_off(
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    plain = function(X.clone())
+    given = X.clone()
+    with OtherFunctions(generator()):
+        made = function(given)
+    if function is torch.exp_:
+        assert made is given
+    gap = (made.double() - plain.double()).abs() / plain.double().abs()
+    assert 5_400 < int((gap > 0).sum()) < 6_600
+    assert (gap <= torch.finfo(torch.float32).eps * 1.01).all()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * 2 + x.sum(),
+        lambda x: x[None] @ x[:, None],
+        torch.log,
+        lambda x: torch.exp(x.bfloat16()),
+        lambda x: torch.pow(x.long(), 2),
+    ],
+    ids=["arithmetic", "product", "log", "narrow", "whole"],
+)
+def test_what_is_rounded_to_nearest_stays(
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    plain = function(X)
+    with OtherFunctions(generator()):
+        assert torch.equal(function(X), plain)
+
+
+def test_the_embedding_of_a_timestep_moves_by_more_than_its_rounding() -> None:
+    def embedding(t: float) -> torch.Tensor:
+        frequencies = torch.exp(-torch.arange(64) / 64 * torch.log(torch.tensor(10_000.0)))
+        return torch.sin(t * frequencies)
+
+    sizes = []
+    for t in (1.0, 1000.0):
+        plain = embedding(t)
+        with OtherFunctions(generator()):
+            sizes.append(float((embedding(t) - plain).norm() / plain.norm()))
+    assert sizes[0] < 2e-7
+    assert sizes[1] > 20 * sizes[0]
+
+
+def test_the_names_of_elementary_functions_are_operators() -> None:
+    assert all(hasattr(torch.ops.aten, name) for name in ELEMENTARY)
