@@ -12,8 +12,6 @@ import torch
 from tests.calls.conftest import TINY
 from tests.calls.loops import Copying, Loop, Scheduler, subject
 from truestep.calls.batching import NoBatchError, with_neighbour
-from truestep.calls.boundaries import Arrival
-from truestep.calls.classes import Kind
 from truestep.calls.elsewhere import begun_elsewhere
 from truestep.calls.forcing import Forcing
 from truestep.calls.instructions import Elsewhere, other_set
@@ -143,10 +141,6 @@ def test_a_model_whose_rows_are_not_alike_has_no_noise_in_a_batch(
     assert said in recording.recording.manifest.notes
 
 
-def arrival(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Arrival:
-    return Arrival("net", "forward", Kind.MODEL, None, args, kwargs, function)
-
-
 def test_every_sample_gets_a_neighbour_and_shared_arguments_stay() -> None:
     seen: dict[str, tuple[int, ...]] = {}
 
@@ -156,7 +150,7 @@ def test_every_sample_gets_a_neighbour_and_shared_arguments_stay() -> None:
 
     x = torch.randn(3, 4, 5)
     ids = torch.arange(3)
-    made = with_neighbour(arrival(call), (x,), {"ids": ids, "positions": x[0, 0], "scale": 2.0})
+    made = with_neighbour(call, (x,), {"ids": ids, "positions": x[0, 0], "scale": 2.0})
     assert seen == {"x": (6, 4, 5), "ids": (6,), "positions": (5,)}
     assert torch.equal(made["sample"], x * 2)
     assert torch.equal(made["ids"], ids)
@@ -171,7 +165,7 @@ def test_ids_are_samples_where_nothing_else_is() -> None:
         seen.append(input_ids)
         return table[input_ids]
 
-    assert torch.equal(with_neighbour(arrival(call), (), {"input_ids": ids}), table[ids])
+    assert torch.equal(with_neighbour(call, (), {"input_ids": ids}), table[ids])
     assert seen[0].tolist() == [[1, 2, 3], [3, 1, 2]]
 
 
@@ -189,7 +183,7 @@ def test_what_takes_no_batch_says_so(
     call: Callable[..., Any], args: tuple[Any, ...], said: str
 ) -> None:
     with pytest.raises(NoBatchError) as caught:
-        with_neighbour(arrival(call), args, {})
+        with_neighbour(call, args, {})
     assert str(caught.value).startswith(said)
 
 

@@ -10,12 +10,12 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from truestep.calls.batching import is_measured
+from truestep.calls.batching import NoBatchError, is_measured, with_neighbour
 from truestep.calls.boundaries import RANDOM
 from truestep.calls.choosing import cached_components
 from truestep.calls.classes import runs_compiled
@@ -26,13 +26,14 @@ from truestep.calls.judging import pairs
 from truestep.calls.keys import key_of
 from truestep.calls.precision import raised, recorded_precision, working_dtype
 from truestep.calls.recording import CallRecording
-from truestep.calls.seen import Plan
+from truestep.calls.seen import Plan, Proceed
 from truestep.calls.subject import Subject
 from truestep.errors import TruestepError, UsageError
 from truestep.floors import NoiseFloor, NoiseRun
 from truestep.judge.floor import pair_of, repeat_limit
 from truestep.judge.refusals import refuse_unsteady
 from truestep.judge.rows import measured_run
+from truestep.recording.manifest import CallEntry
 from truestep.runtime.changes import (
     JITTERS,
     OtherFunctions,
@@ -64,12 +65,14 @@ class Benign:
         kind, detail: As in the noise floor.
         plan: How the run is forced.
         around: What is changed while it runs.
+        alone: Components whose calls did not take the change, and why; filled while it runs.
     """
 
     kind: str
     detail: str
     plan: Plan
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    alone: dict[str, str] = field(default_factory=dict)
 
 
 @taking_turns()
@@ -157,8 +160,7 @@ def changes(subject: Subject, plan: Plan, dtype: str, note: Note) -> list[Benign
             )
             for seed in range(FUNCTIONS)
         ]
-    alike = set(subject.components) - cached_components(subject)
-    listed.append(Benign("batch", "beside a neighbour", replace(plan, beside=alike)))
+    listed.append(_in_batch(subject, plan))
     return listed + jitters(subject, plan)
 
 
@@ -171,6 +173,27 @@ def jitters(subject: Subject, plan: Plan) -> list[Benign]:
         text = f"one rounding on inputs and outputs, seed {seed}"
         listed.append(Benign("jitter", text, moved, lambda c=change: embeddings(subject, c)))  # type: ignore[misc]
     return listed
+
+
+def _in_batch(subject: Subject, plan: Plan) -> Benign:
+    """Every call of a model beside a neighbour, where it takes one and keeps nothing of it."""
+    alone: dict[str, str] = {}
+    alike = set(subject.components) - cached_components(subject)
+
+    def by(call: CallEntry, proceed: Proceed) -> Proceed:
+        if call.kind != "model" or call.component not in alike:
+            return proceed
+
+        def made(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return with_neighbour(proceed, args, kwargs)
+            except NoBatchError as error:
+                alone.setdefault(call.component, f"{call.method}: {error}")
+                return proceed(*args, **kwargs)
+
+        return made
+
+    return Benign("batch", "beside a neighbour", replace(plan, by=by), alone=alone)
 
 
 def _other_functions(seed: int) -> Callable[[], AbstractContextManager[Any]]:
@@ -206,10 +229,9 @@ def _run(
     both = pairs(reference, result)
     if benign.kind == "precision":  # another dtype draws other numbers
         both = {n: sides for n, sides in both.items() if key_of(n).component != RANDOM}
-    for name, why in result.alone.items():
+    for name, why in benign.alone.items():
         note(f"noise floor without a batch of two of {name}: {why}")
-    if benign.kind == "batch":
-        both = {n: sides for n, sides in both.items() if key_of(n).component not in result.alone}
+    both = {n: sides for n, sides in both.items() if key_of(n).component not in benign.alone}
     return [measured_run(benign.kind, benign.detail, pair, both)]
 
 
