@@ -79,10 +79,13 @@ LEAST_SPREAD = 0.1
 """A benign change of a kind that was not tried may be larger than all that were: two independent
 roundings are the square root of two apart, and bounds are then 1.7 x the typical value or more."""
 
+ELSEWHERE = frozenset({"instructions", "functions"})
+"""Kinds of run that stand for another machine or library."""
+
 OTHER_OUTCOME = 2.0
-"""A run by other instructions that is further off than this times the others is an outcome of its
-own: a third set is then as far off as that one, not as the others. It measured up to 1.4 times the
-others on Wan, 2.5 on a recurrent detector, 5 on LTX-2."""
+"""A run of `ELSEWHERE` that is further off than this times the others is an outcome of its own: a
+third machine is then as far off as that one, not as the others. Other instructions measured up to
+1.4 times the others on Wan, 2.5 on a recurrent detector, 5 on LTX-2, 7 on Flux."""
 
 MODE_GAP = math.log(4.0)
 """Benign values further apart than this factor are two outcomes, not one spread."""
@@ -342,9 +345,7 @@ class FloorLookup:
             scale = max(size * rms, least / 3, 1e-30)
             return Tail(scale, 0.0, freedom, len(seen), largest)
         _, upper = modes(seen)
-        others = [
-            abs(m.values().get(statistic, 0.0)) for run, m in found if run.kind == "instructions"
-        ]
+        others = [abs(m.values().get(statistic, 0.0)) for run, m in found if run.kind in ELSEWHERE]
         _, without = modes(v for v in seen if v not in others)
         if max(others, default=0.0) > OTHER_OUTCOME * max(_geometric(without), least / 2):
             upper = [max(others)]
@@ -363,7 +364,7 @@ class FloorLookup:
                 values = [
                     m.values().get(statistic, 0.0)
                     for m in _distinct(
-                        m for run, m in items if m.rel_l2 > 0 and run.kind != "instructions"
+                        m for run, m in items if m.rel_l2 > 0 and run.kind not in ELSEWHERE
                     )
                 ]
                 _, upper = modes(abs(v) for v in values)
@@ -445,7 +446,7 @@ def _between_steps(statistic: str, found: Sequence[tuple[NoiseRun, RunMetrics]])
     by_name: dict[str, list[float]] = defaultdict(list)
     for run, metrics in found:
         value = abs(metrics.values().get(statistic, 0.0))
-        if value > 0 and run.kind != "instructions":
+        if value > 0 and run.kind not in ELSEWHERE:
             by_name[metrics.name].append(math.log(value))
     means = [sum(logs) / len(logs) for logs in by_name.values()]
     return stdev(means) if len(means) > 1 else 0.0
