@@ -4,7 +4,8 @@
 
 Writes one JSON line a run to `families.jsonl` as it goes, and goes on where a killed run stopped;
 then `bench.families_report` writes the table. Faults are planted on the first draw (weights,
-inputs, prompt), twins on all of them.
+inputs, prompt). Of a subject's twins one after another goes to the next of three draws, or all of
+them to every draw (--every-draw); in bfloat16 they are planted on the first draw.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _options() -> Any:
     parser.add_argument("--subject", action="append", default=[])
     parser.add_argument("--entry", action="append", default=[])
     parser.add_argument("--dtype", action="append", default=[], choices=DTYPES)
-    parser.add_argument("--draws", type=int, default=DRAWS, help="only the first so many")
+    parser.add_argument("--every-draw", action="store_true", help="every twin on every draw")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--no-report", dest="report", action="store_false")
     return parser.parse_args()
@@ -65,12 +66,24 @@ def _options() -> Any:
 def plan(options: Any) -> Iterator[tuple[corpus.Subject, corpus.Entry, int, str]]:
     """Every run, those of one subject, draw and precision in a row: they share a recording."""
     for dtype in options.dtype or DTYPES:
-        for name in options.subject or corpus.subjects():
-            for draw in range(options.draws):
-                for subject, entry in corpus.pairs(name):
-                    first = entry.kind == "twin" or draw == 0
-                    if first and (not options.entry or entry.name in options.entry):
-                        yield subject, entry, draw, dtype
+        for index, name in enumerate(corpus.subjects()):
+            if options.subject and name not in options.subject:
+                continue
+            runs = [
+                (draw, entry)
+                for number, (_, entry) in enumerate(corpus.pairs(name), index)
+                for draw in draws_of(entry, number, dtype, every=options.every_draw)
+                if not options.entry or entry.name in options.entry
+            ]
+            for draw, entry in sorted(runs, key=lambda run: run[0]):
+                yield corpus.subjects()[name], entry, draw, dtype
+
+
+def draws_of(entry: corpus.Entry, number: int, dtype: str, *, every: bool) -> list[int]:
+    """On which draws an entry is run."""
+    if entry.kind == "twin" and every:
+        return list(range(DRAWS))
+    return [number % DRAWS if entry.kind == "twin" and dtype == "float32" else 0]
 
 
 def outcome(subject: corpus.Subject, entry: corpus.Entry, draw: int, dtype: str) -> dict[str, Any]:
