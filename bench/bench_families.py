@@ -3,9 +3,8 @@
     python -m bench.bench_families [--subject NAME] [--entry NAME] [--dtype DTYPE] [--output FOLDER]
 
 Writes one JSON line a run to `families.jsonl` as it goes, and goes on where a killed run stopped;
-then `bench.families_report` writes the table. Faults are planted on the first draw (weights,
-inputs, prompt). Of a subject's twins one after another goes to the next of three draws, or all of
-them to every draw (--every-draw); in bfloat16 they are planted on the first draw.
+then `bench.families_report` writes the table. A draw is a seed of weights, inputs and prompt: subjects
+take turns at three of them, or have their twins planted on every draw (--every-draw).
 """
 
 from __future__ import annotations
@@ -69,21 +68,12 @@ def plan(options: Any) -> Iterator[tuple[corpus.Subject, corpus.Entry, int, str]
         for index, name in enumerate(corpus.subjects()):
             if options.subject and name not in options.subject:
                 continue
-            runs = [
-                (draw, entry)
-                for number, (_, entry) in enumerate(corpus.pairs(name), index)
-                for draw in draws_of(entry, number, dtype, every=options.every_draw)
-                if not options.entry or entry.name in options.entry
-            ]
-            for draw, entry in sorted(runs, key=lambda run: run[0]):
-                yield corpus.subjects()[name], entry, draw, dtype
-
-
-def draws_of(entry: corpus.Entry, number: int, dtype: str, *, every: bool) -> list[int]:
-    """On which draws an entry is run."""
-    if entry.kind == "twin" and every:
-        return list(range(DRAWS))
-    return [number % DRAWS if entry.kind == "twin" and dtype == "float32" else 0]
+            for draw in range(DRAWS):
+                for subject, entry in corpus.pairs(name):
+                    every = options.every_draw and entry.kind == "twin"
+                    named = not options.entry or entry.name in options.entry
+                    if named and (every or draw == index % DRAWS):
+                        yield subject, entry, draw, dtype
 
 
 def outcome(subject: corpus.Subject, entry: corpus.Entry, draw: int, dtype: str) -> dict[str, Any]:
