@@ -3,8 +3,8 @@
     python -m bench.bench_families [--subject NAME] [--entry NAME] [--dtype DTYPE] [--output FOLDER]
 
 Writes one JSON line a run to `families.jsonl` as it goes, and goes on where a killed run stopped;
-then `bench.families_report` writes the table. A draw is a seed of weights, inputs and prompt: subjects
-take turns at three of them, or have their twins planted on every draw (--every-draw).
+then `bench.families_report` writes the table. A draw is a seed of weights, inputs and prompt:
+subjects take turns at three of them, or have their twins planted on every draw (--every-draw).
 """
 
 from __future__ import annotations
