@@ -24,6 +24,7 @@ import torch
 
 from bench.common import RESULTS, read
 from bench.families_report import write
+from truestep.errors import TruestepError
 from truestep.testing import corpus
 
 DRAWS = 3
@@ -82,6 +83,8 @@ def outcome(subject: corpus.Subject, entry: corpus.Entry, draw: int, dtype: str)
         result = corpus.run(corpus.TRUESTEP, subject, entry, draw=draw, dtype=dtype)
     except corpus.NotApplicable as error:
         return {"kind": entry.kind, "not_applicable": str(error)}
+    except TruestepError as error:
+        return {"kind": entry.kind, "refused": error.what}
     row = dataclasses.asdict(result)
     return {**row, "effect": row["effect"] if math.isfinite(row["effect"]) else "inf"}
 
@@ -103,6 +106,8 @@ def _line(row: dict[str, Any]) -> str:
     head = f"{row['subject']:14s} {row['dtype']:8s} {row['draw']} {row['entry']:32s}"
     if "not_applicable" in row:
         return f"{head} not applicable: {row['not_applicable']}"
+    if "refused" in row:
+        return f"{head} REFUSED: {row['refused']}"
     named = {True: "named", False: "WRONG PLACE", None: ""}[row["named"]]
     verdict = "passed" if row["passed"] else "caught"
     return f"{head} {float(row['effect']):8.1e} {verdict} {named:11s} {row['place']}"

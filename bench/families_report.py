@@ -33,7 +33,7 @@ def counted(rows: Sequence[Row], dtype: str, least: float) -> list[Row]:
     sizes = effects(rows)
     chosen = []
     for row in rows:
-        if row["dtype"] != dtype or row["kind"] != "fault" or "not_applicable" in row:
+        if row["dtype"] != dtype or row["kind"] != "fault" or "effect" not in row:
             continue
         size = sizes.get((row["subject"], row["entry"], row["draw"]), float(row["effect"]))
         if size >= least:
@@ -44,9 +44,7 @@ def counted(rows: Sequence[Row], dtype: str, least: float) -> list[Row]:
 def benign(rows: Sequence[Row], dtype: str) -> list[Row]:
     """Runs of harmless twins of a precision."""
     return [
-        row
-        for row in rows
-        if row["dtype"] == dtype and row["kind"] == "twin" and "not_applicable" not in row
+        row for row in rows if row["dtype"] == dtype and row["kind"] == "twin" and "effect" in row
     ]
 
 
@@ -155,10 +153,15 @@ def _without(rows: Sequence[Row]) -> list[str]:
     absent = dict.fromkeys(
         f"`{row['entry']}` on {row['subject']}" for row in rows if "not_applicable" in row
     )
+    refused = dict.fromkeys(
+        f"{row['subject']} in {row['dtype']} ({row['refused']})" for row in rows if "refused" in row
+    )
     return [
         f"Faults that change less than {NO_EFFECT:g}, not counted: {', '.join(small) or 'none'}.",
         "",
         f"Entries with nothing to change: {', '.join(absent) or 'none'}.",
+        "",
+        f"Not run, as the trusted side was refused: {', '.join(refused) or 'none'}.",
     ]
 
 

@@ -83,6 +83,28 @@ def test_nothing_to_record_is_an_error() -> None:
         subject_of(object())
 
 
+@pytest.mark.parametrize("scales", [(0.7, 0.0), (0.0, 0.7), (0.0, 0.0), (0.7, float("nan"))])
+def test_a_model_may_be_silent_at_some_calls_not_at_all(scales: tuple[float, ...]) -> None:
+    control = torch.nn.Linear(3, 3)
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+            return control(x) * scale
+
+    silenced = Scaled()
+
+    def called(x: torch.Tensor) -> torch.Tensor:
+        return sum((silenced(x, scale) for scale in scales), x)
+
+    subject = subject_of(called, torch.randn(2, 3), components={"control": silenced})
+    if sum(scales) == 0.7:
+        assert [c.component for c in record(subject).calls] == ["control", "control", "run"]
+        return
+    with pytest.raises(UsageError, match="nothing could be judged") as error:
+        record(subject)
+    assert error.value.where == "control.forward"
+
+
 def test_generators_of_the_caller_start_every_run_where_they_did() -> None:
     generator = torch.Generator().manual_seed(3)
 

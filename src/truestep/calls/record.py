@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from truestep.calls.benign import measure
 from truestep.calls.choosing import chosen_steps
 from truestep.calls.classes import Kind, kind_of
@@ -69,14 +71,13 @@ def record(
 
 
 def _refuse_empty(recording: CallRecording) -> None:
+    """Refuse what can judge nothing: a model may be silent at some steps, not at all of them."""
+    given: dict[str, dict[str, torch.Tensor]] = {}
     for call in recording.calls:
         if call.stage in _CONTENT and call.kind == "model" and holds_tensors(call):
-            refuse_empty_content(
-                {
-                    name: recording.recording[name]
-                    for side, tree in trees_of(call)
-                    if side == "out"
-                    for _, name in tensors(tree)
-                },
-                where=f"{call.component}.{call.method}",
-            )
+            outputs = given.setdefault(f"{call.component}.{call.method}", {})
+            for side, tree in trees_of(call):
+                if side == "out":
+                    outputs.update((n, recording.recording[n]) for _, n in tensors(tree))
+    for where, outputs in given.items():
+        refuse_empty_content(outputs, where=where)
