@@ -236,6 +236,38 @@ def test_a_change_that_touches_nothing_is_said_first(run: Run) -> None:
     assert out.startswith("FAILED unmet")
 
 
+MODULAR = ("./modular", *WORDS[1:])
+
+
+def test_a_modular_pipeline_is_recorded_and_checked_by_the_same_words(
+    run: Run, folder: Path
+) -> None:
+    code, out, err = run("tiny", "flux/FluxAutoBlocks/image2image", "modular")
+    assert code == 0, err
+    words = (*MODULAR, "--input", "image=cat.png")
+    code, out, err = run("record", *words)
+    assert code == 0, err
+    assert "0/2" not in err  # no progress bars of the blocks' own
+    assert out.splitlines()[-1].startswith("check: truestep check ./modular --prompt 'a cat' ")
+    code, out, _ = run("check", *words)
+    assert code == 0
+    assert out.startswith("PASSED identical modular-a-cat-")
+    code, out, _ = run("check", *words, "--apply", "change.py:bias")
+    assert code == 1
+    assert "\ndrifted: transformer.forward at step 0: output" in out
+    path = next((folder / "truestep-references").rglob("modular-*.safetensors"))
+    code, out, _ = run("show", str(path))
+    assert code == 0
+    assert "  call       FluxAutoBlocks: prompt 'a cat'" in out
+    assert "output 'images'" in out
+    code, out, _ = run("check", "--reference", str(path), "--set", "strength=1.0")
+    assert code == 1
+    code, _, err = run("record", *MODULAR, "--set", "heigt=32")
+    assert code == 2
+    assert "where    FluxAutoBlocks.input_names" in err
+    assert "did you mean 'height'?" in err
+
+
 REFUSED = {
     "argument": (("--set", "heigt=32"), "did you mean 'height'?"),
     "pipeline": (("--pipeline", "FluxPipelin"), "did you mean 'FluxPipeline'?"),

@@ -17,8 +17,9 @@ from truestep.text import say, visible
 def command(pipeline: str, folder: Path, seed: int, dtype: str) -> None:
     """Write a tiny pipeline with random weights to a new FOLDER, without any download.
 
-    CLASS is a pipeline of diffusers, as FluxPipeline. The folder is loaded as any other:
-    diffusers.DiffusionPipeline.from_pretrained(FOLDER).
+    CLASS is a pipeline of diffusers, as FluxPipeline, or a modular configuration, as
+    flux/FluxAutoBlocks/text2image. The folder is loaded as any other:
+    diffusers.DiffusionPipeline.from_pretrained(FOLDER), or ModularPipeline.
     """
     from truestep.testing import tiny
 

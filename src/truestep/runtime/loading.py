@@ -268,7 +268,7 @@ def resolve(case: Case) -> Path:
     if name not in SUPPORTED:
         raise ModelLoadError(
             f"models of class {name} are not run in stages",
-            where=str(folder / "model_index.json"),
+            where=str(index_of(folder)),
             measured=f"in stages: {', '.join(SUPPORTED)}",
             hint="record and check run any pipeline: give --prompt, or a table [case.NAME.call]",
         )
@@ -289,7 +289,7 @@ def folder_of(case: AnyCase) -> Path:
         folder = case.model_path
         if not folder.exists() and _HUB_ID.fullmatch(case.model):
             folder = _from_hub(case.model, case.revision)
-    if not (folder / "model_index.json").is_file():
+    if not index_of(folder).is_file():
         what = "is not a diffusers model" if folder.exists() else "does not exist"
         raise ModelLoadError(
             f"the model folder {what}",
@@ -307,8 +307,7 @@ def runs_in_stages(case: AnyCase) -> bool:
         return True
     folder = case.model_path
     if folder.exists() or not _HUB_ID.fullmatch(case.model):
-        index = folder / "model_index.json"
-        return not index.is_file() or model_index(folder).get("_class_name") in SUPPORTED
+        return not index_of(folder).is_file() or model_index(folder).get("_class_name") in SUPPORTED
     try:
         from huggingface_hub import hf_hub_download
 
@@ -318,13 +317,23 @@ def runs_in_stages(case: AnyCase) -> bool:
         return True
 
 
+INDEX = "model_index.json"
+MODULAR_INDEX = "modular_model_index.json"
+
+
+def index_of(folder: Path) -> Path:
+    """The file that says what a model folder holds; that of blocks where there is no other."""
+    own, blocks = folder / INDEX, folder / MODULAR_INDEX
+    return blocks if blocks.is_file() and not own.is_file() else own
+
+
 def model_index(folder: Path) -> dict[str, Any]:
-    """A folder's model_index.json.
+    """What a model folder holds, by its index.
 
     Raises:
         ModelLoadError: It cannot be read.
     """
-    return _table(folder / "model_index.json")
+    return _table(index_of(folder))
 
 
 def _table(path: Path) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def example_call(name: str, *, seed: int = 0) -> dict[str, Any]:
 
 
 def save(name: str, folder: Path | str, *, seed: int = 0, dtype: str = "float32") -> None:
-    """Write a tiny pipeline to a new folder that `DiffusionPipeline.from_pretrained` loads.
+    """Write a tiny pipeline to a new folder that `DiffusionPipeline.from_pretrained` loads; of a
+    modular configuration, one that `ModularPipeline.from_pretrained` loads.
 
     Raises:
         UsageError: As `pipeline`; the folder exists; or what was written could not be loaded here.
@@ -92,4 +93,9 @@ def save(name: str, folder: Path | str, *, seed: int = 0, dtype: str = "float32"
                 where=f"{part} ({type(value).__name__}) reads videos by torchvision",
                 hint="pip install torchvision",
             )
-    built.save_pretrained(folder)
+    if "/" in name:
+        from truestep.testing.tiny import modular
+
+        modular.save(built, name, folder)
+    else:
+        built.save_pretrained(folder)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import pkgutil
+import shutil
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers.modular_pipelines as families
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 
-from truestep.errors import UsageError
+from truestep.errors import UsageError, one_line
 from truestep.testing.tiny.building import Draw, build_components, chosen
 from truestep.testing.tiny.calls import ARGUMENTS, REQUIRED, changed
 from truestep.testing.tiny.exceptions import EXCEPTIONS
@@ -101,6 +104,37 @@ def build(name: str, *, seed: int, dtype: torch.dtype) -> Any:
         pipe.update_components(**components)
         _rescale(pipe, specs)
     return pipe
+
+
+def save(pipe: Any, name: str, folder: Path) -> None:
+    """Write a pipeline of a configuration to a new folder, as one of the blocks' own class.
+
+    Raises:
+        UsageError: What was written could not be loaded again; then nothing is left.
+    """
+    from truestep.engines.modular import load_again
+
+    blocks_name = name.split("/")[1]
+    try:
+        pipe.save_pretrained(str(folder), overwrite_modular_index=True)
+        index = folder / "modular_model_index.json"
+        said = {**json.loads(index.read_text("utf-8")), "_blocks_class_name": blocks_name}
+        index.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", "utf-8")
+        again = load_again(folder)
+        if type(again.blocks).__name__ != blocks_name:
+            raise ValueError(f"diffusers exports no {blocks_name}: it is loaded as another")
+        held = {part for part, value in pipe.components.items() if value is not None}
+        lost = sorted(part for part in held if again.components.get(part) is None)
+        if lost:
+            raise ValueError(f"{', '.join(lost)} is not written")
+    except Exception as error:  # of diffusers and transformers, which raise almost anything
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UsageError(
+            f"a folder of {name} could not be loaded here",
+            where=type(pipe).__name__,
+            measured=one_line(error),
+            likely="diffusers.ModularPipeline.from_pretrained does not give it back",
+        ) from error
 
 
 def _names(triggers: Any) -> set[str]:
