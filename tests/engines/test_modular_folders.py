@@ -137,7 +137,7 @@ def test_an_example_is_identical_to_itself_and_a_fault_is_named(name: str, tmp_p
     configuration, _, _, fault, place = EXAMPLES[name]
     case = example(name, tmp_path)
     path = tmp_path / "reference.safetensors"
-    truestep.record(case, path=path)
+    truestep.record(case, path=path, floor="none")
     same = truestep.check(case, path)
     assert same.verdict is Verdict.IDENTICAL
     assert same.environment_differences == ()
@@ -150,7 +150,7 @@ def test_an_example_is_identical_to_itself_and_a_fault_is_named(name: str, tmp_p
 
 def test_what_blocks_give_is_asked_for_and_settings_are_changes(tmp_path: Path) -> None:
     case = example("flux", tmp_path).replace(**THREE)
-    reference = truestep.record(case)
+    reference = truestep.record(case, floor="none")
     call = reference.manifest.settings["call"]
     assert call["output"] == "images"
     assert call["guidance_scale"] == 3.5

@@ -85,7 +85,7 @@ def peft() -> None:
 
 def test_a_reference_with_rounded_weights_is_one_of_its_case(models: Path, folder: Path) -> None:
     case = flux(models, prepare=f"{folder}/port.py:rounded")
-    reference = truestep.record(case)
+    reference = truestep.record(case, floor="none")
     assert reference.manifest.settings["prepared"] == f"{folder}/port.py:rounded"
     same = truestep.check(case, reference)
     assert same.verdict is Verdict.IDENTICAL
@@ -146,7 +146,7 @@ def test_a_preparation_that_cannot_be_is_refused(name: str, models: Path, folder
 def test_a_lora_is_part_of_the_reference(models: Path, folder: Path) -> None:
     style = f"{folder}/style.safetensors"
     case = flux(models, lora=f"{style}:0.8")
-    reference = truestep.record(case)
+    reference = truestep.record(case, floor="none")
     same = truestep.check(case, reference)
     assert same.verdict is Verdict.IDENTICAL
     assert same.notes[0] == f"prepared: lora {style} x 0.8"
