@@ -547,8 +547,6 @@ def other_files(folder: Path) -> tuple[str, ...]:
 
 
 SCENARIOS: dict[str, Scenario] = {
-    "--depth steps": (given("check", *PLAIN, "--depth", "final"), (3,)),
-    "--floor steps": (given("record", *PLAIN, "--floor", "final"), (0,)),
     "--force  # replaces it; or edit it": (
         twice("parity", "new", "acme", "mixer", "--kind", "generic"), (0,)),
     "--from official@f4b06fb --to diffusers-0.42.1": (given("ablate", "l", "--from", "x"), (0, 1)),

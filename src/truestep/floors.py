@@ -40,10 +40,19 @@ class NoiseRun(Record):
     tensors: tuple[RunMetrics, ...]
 
 
+FREELY = "free run, "
+"""Begin of the kind of a benign run in which nothing was forced: only its end was measured."""
+
+
 class NoiseFloor(Record):
     """Benign runs of one reference, kept run by run."""
 
     runs: tuple[NoiseRun, ...] = ()
+
+    def of(self, *, freely: bool) -> NoiseFloor:
+        """The part of it that was measured in free runs, or in all others."""
+        runs = tuple(run for run in self.runs if run.kind.startswith(FREELY) is freely)
+        return NoiseFloor(runs=runs)
 
     def pairs(self) -> tuple[str, ...]:
         """Precision pairs for which at least one run exists."""

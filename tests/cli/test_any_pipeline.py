@@ -131,6 +131,21 @@ def test_depth_modules_names_the_module_and_the_line(run: Run, folder: Path) -> 
     assert "change.py:" in out
 
 
+def test_depth_final_judges_the_end_of_a_free_run(run: Run) -> None:
+    options = ("--references", "free")
+    code, out, err = run("record", *WORDS, *options, "--floor", "final")
+    assert code == 0, err
+    options = (*options, "--depth", "final")
+    code, out, _ = run("check", *WORDS, *options)
+    assert code == 0
+    assert out.startswith("PASSED identical")
+    assert "what two free runs end with, one after the other" in out
+    code, out, _ = run("check", *WORDS, *options, "--apply", "change.py:bias")
+    assert code == 1
+    assert "drifted: end of a free run: scheduler.0, " in out
+    assert run("check", *WORDS, *options, "--apply", "change.py:fused")[0] == 0
+
+
 def test_words_without_a_reference_are_missing_with_the_command_that_seeds_it(run: Run) -> None:
     code, out, _ = run("check", *WORDS, "--set", "guidance_scale=2")
     assert code == 3
@@ -278,7 +293,6 @@ REFUSED = {
     "function": (("--prepare", "change.py:bis"), "did you mean 'bias'?"),
     "lora": (("--lora", "none.safetensors:0.5"), "the file of lora is not there"),
     "stages": (("--subject", "runtime", "--lora", "a"), "--lora and --prepare are of a plain"),
-    "depth": (("--depth", "final"), "hint: truestep check ./flux"),
     "rename": (("--rename", "map.toml"), "--rename needs --depth modules"),
 }
 
@@ -286,7 +300,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_cannot_be_is_refused_with_exit_code_2(name: str, run: Run) -> None:
     options, said = REFUSED[name]
-    verb = "check" if name in ("depth", "rename") else "record"
+    verb = "check" if name == "rename" else "record"
     code, out, err = run(verb, *WORDS, *options)
     assert code == 2, out
     assert said in err

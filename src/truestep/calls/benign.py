@@ -21,15 +21,16 @@ from truestep.calls.choosing import cached_components
 from truestep.calls.classes import runs_compiled
 from truestep.calls.elsewhere import begun_elsewhere
 from truestep.calls.forcing import Forcing
+from truestep.calls.freely import run_freely
 from truestep.calls.instructions import Elsewhere
 from truestep.calls.judging import pairs
 from truestep.calls.keys import key_of
 from truestep.calls.precision import raised, recorded_precision, working_dtype
 from truestep.calls.recording import CallRecording
-from truestep.calls.seen import Plan, Proceed
+from truestep.calls.seen import Forced, Plan, Proceed
 from truestep.calls.subject import Subject
 from truestep.errors import TruestepError, UsageError
-from truestep.floors import NoiseFloor, NoiseRun
+from truestep.floors import FREELY, NoiseFloor, NoiseRun
 from truestep.judge.floor import pair_of, repeat_limit
 from truestep.judge.refusals import refuse_unsteady
 from truestep.judge.rows import measured_run
@@ -139,6 +140,20 @@ def _of_rounding(more: list[NoiseRun], others: Sequence[NoiseRun], note: Note) -
     return kept
 
 
+@taking_turns()
+def measure_end(subject: Subject, reference: CallRecording, note: Note) -> tuple[NoiseRun, ...]:
+    """Measure what harmless changes make of the end of a free run; see `measure`."""
+    dtype = working_dtype(reference)
+    pair = pair_of(dtype, dtype)
+    runs = []
+    for benign in changes(subject, Plan(lambda call: True), dtype, note):
+        if benign.kind == "batch":
+            continue  # it is a way to make a recorded call
+        for run in _run(subject, reference, benign, pair, note, by=run_freely):
+            runs.append(run.model_copy(update={"kind": f"{FREELY}{run.kind}"}))
+    return tuple(runs)
+
+
 def changes(subject: Subject, plan: Plan, dtype: str, note: Note) -> list[Benign]:
     """Every change that this machine can make to a subject, in its working precision."""
     higher = HIGHER.get(dtype)
@@ -204,13 +219,23 @@ def _threads(count: int) -> Callable[[], AbstractContextManager[None]]:
     return lambda: thread_count(count)
 
 
+def _forced(subject: Subject, reference: CallRecording, plan: Plan) -> Forced:
+    return Forcing(reference, plan).run(subject)
+
+
 def _run(
-    subject: Subject, reference: CallRecording, benign: Benign, pair: str, note: Note
+    subject: Subject,
+    reference: CallRecording,
+    benign: Benign,
+    pair: str,
+    note: Note,
+    *,
+    by: Callable[[Subject, CallRecording, Plan], Forced] = _forced,
 ) -> list[NoiseRun]:
     """What one change makes of every call; nothing of one that the subject cannot do."""
     try:
         with benign.around():
-            result = Forcing(reference, benign.plan).run(subject)
+            result = by(subject, reference, benign.plan)
     except TruestepError:
         raise
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from truestep.calls.choosing import cached_components, chosen_steps, made_at, repeats
 from truestep.calls.forcing import Forcing
+from truestep.calls.freely import run_twice
 from truestep.calls.judging import RAISED, Sides, comparison_of, rows_of
 from truestep.calls.precision import raised, recorded_precision
 from truestep.calls.recording import CallRecording, read, trees_of
@@ -69,6 +71,36 @@ def check(
     return said_unsteady(comparison_of(rows, _sides(subject, recording, how, notes)))
 
 
+@own_randomness()
+def check_end(
+    subject: Subject,
+    reference: CallRecording | str | Path,
+    *,
+    tolerance: float | None = None,
+    pair: str | None = None,
+) -> Comparison:
+    """Run a candidate freely, twice, and judge what it ends with.
+
+    Args:
+        subject: The candidate; its own code runs, on what itself computes.
+        reference: What a trusted subject was recorded as.
+        tolerance: Judge rel_l2 by this limit instead of the noise floor of free runs.
+        pair: Declared working precisions, `candidate/reference`.
+
+    Raises:
+        FileFormatError: The reference cannot be read.
+        UsageError: A component is being watched already.
+    """
+    recording = reference if isinstance(reference, CallRecording) else read(reference)
+    limits = Limits(floor=recording.end_floor, pair=pair, tolerance=tolerance)
+    rows = rows_of(recording, run_twice(subject, recording), limits)
+    fields = {
+        "looked_at": ("what two free runs end with, one after the other",),
+        "not_looked_at": ("each call on its own (--depth steps)", "what is made of the end"),
+    }
+    return said_unsteady(comparison_of(rows, _named(subject, recording, fields)))
+
+
 def _failing(rows: Iterable[Row]) -> list[str]:
     return [row.name for row in rows if not row.verdict.passed]
 
@@ -102,14 +134,27 @@ def _judged(
 
 def _sides(subject: Subject, recording: CallRecording, how: How, said: Sequence[str]) -> Sides:
     """What was compared, in words."""
-    environment = Environment.current("cpu", attention=None)
-    manifest = recording.recording.manifest
     steps = ", ".join(map(str, sorted(how.steps)))
     looked = [f"{len(recording.calls)} calls and the code between them"]
     looked += [f"models run at steps {steps}"] if steps else []
     skipped = recording.steps - len(how.steps)
     opaque_parts = sorted(set(_opaque(recording)))
     notes = [f"{name} keeps something between calls: run at every step" for name in how.stateful]
+    fields = {
+        "looked_at": tuple(looked),
+        "not_looked_at": (
+            *([f"models at {skipped} other steps"] if skipped else []),
+            *([f"values of {', '.join(opaque_parts[:5])}"] if opaque_parts else []),
+        ),
+        "notes": (*sorted(notes), *said),
+    }
+    return _named(subject, recording, fields)
+
+
+def _named(subject: Subject, recording: CallRecording, fields: dict[str, Any]) -> Sides:
+    """The two sides, with what is said beside them."""
+    environment = Environment.current("cpu", attention=None)
+    manifest = recording.recording.manifest
     return Sides(
         actual=Side(label=subject.label, environment=dict(environment)),
         reference=Side(
@@ -117,15 +162,7 @@ def _sides(subject: Subject, recording: CallRecording, how: How, said: Sequence[
             path=str(recording.recording.path) if recording.recording.path else None,
             environment=manifest.environment,
         ),
-        fields={
-            "environment_differences": environment.differences(manifest.environment),
-            "looked_at": tuple(looked),
-            "not_looked_at": (
-                *([f"models at {skipped} other steps"] if skipped else []),
-                *([f"values of {', '.join(opaque_parts[:5])}"] if opaque_parts else []),
-            ),
-            "notes": (*sorted(notes), *said),
-        },
+        fields={"environment_differences": environment.differences(manifest.environment), **fields},
     )
 
 

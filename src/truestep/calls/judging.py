@@ -13,7 +13,7 @@ from truestep.calls.boundaries import FUNCTIONS, RANDOM
 from truestep.calls.keys import Key, Path, dotted, key_of
 from truestep.calls.recorder import RUN
 from truestep.calls.recording import RANDOM_STATE, STATE, WRITTEN, CallRecording
-from truestep.calls.seen import Forced, Seen, number
+from truestep.calls.seen import END, Forced, Seen, number
 from truestep.judge.floor import Limits
 from truestep.judge.repeats import differing, with_second_answers
 from truestep.judge.rows import build_comparison, compare_tensors, tensor_info
@@ -250,6 +250,8 @@ def place_of(key: Key, context: str | None = None) -> str:
         caller += f" at step {key.step}"
     if key.precision:
         caller += f", raised to {key.precision}"
+    if (key.component, key.method) == (RUN, END):
+        return f"end of a free run: {dotted(key.path)}"
     if key.component == RUN:
         return f"code after the last call: {_what(key.path)}"
     if key.component == RANDOM:

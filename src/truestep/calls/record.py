@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from truestep.calls.benign import measure
+from truestep.calls.benign import measure, measure_end
 from truestep.calls.choosing import chosen_steps
 from truestep.calls.classes import Kind, kind_of
 from truestep.calls.instructions import prepare
@@ -32,6 +32,7 @@ def record(
     floor: bool = True,
     steps: Iterable[int] | None = None,
     thin: bool = False,
+    end: bool = False,
 ) -> CallRecording:
     """Run a trusted subject and keep every call of its components, and the noise floor.
 
@@ -39,6 +40,7 @@ def record(
         subject: See `subject_of`.
         floor: Measure the noise floor (about eight forced runs at a few steps).
         steps: Where models are run for it; default `default_steps`.
+        end: Also measure that of what a free run ends with (as many free runs).
         thin: Keep only what checks at these steps read; see `thinned`.
 
     Raises:
@@ -66,6 +68,9 @@ def record(
 
     recording = with_raised(subject, recording, Plan(made), notes.append)
     measured = measure(subject, recording, Plan(made), notes.append)
+    if end:
+        free = measure_end(subject, recording, notes.append)
+        measured = measured.model_copy(update={"runs": (*measured.runs, *free)})
     recording = recording.with_floor(measured, notes)
     return thinned(subject, recording, chosen) if thin else recording
 

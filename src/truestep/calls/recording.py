@@ -49,8 +49,15 @@ class CallRecording:
 
     @property
     def floor(self) -> NoiseFloor | None:
-        """The noise floor, if it was measured."""
-        return self.recording.manifest.noise_floor
+        """The noise floor of every call, if it was measured."""
+        floor = self.recording.manifest.noise_floor
+        return floor and floor.of(freely=False)
+
+    @property
+    def end_floor(self) -> NoiseFloor | None:
+        """The noise floor of what free runs end with, if it was measured."""
+        floor = self.recording.manifest.noise_floor
+        return floor and floor.of(freely=True)
 
     @property
     def judged_steps(self) -> frozenset[int] | None:

@@ -17,6 +17,9 @@ Number = tuple[str, str, int]
 """Component, method, and which of its calls in the run."""
 
 
+END = "end"
+"""Method name of what a free run ends with."""
+
 Proceed = Callable[..., Any]
 """Makes a call."""
 

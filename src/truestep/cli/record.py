@@ -93,7 +93,7 @@ def command(
     store = Store(references or DEFAULT_ROOT)
     apply = load_change(change)
     for case in cases.values():
-        _refuse(case, level, floor)
+        _refuse(case, level)
     require_room(output or store.root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(store, cases, tier)
     if len(cases) == 1:
@@ -127,7 +127,7 @@ def command(
     end(2 if broken else 0)
 
 
-def _refuse(case: AnyCase, level: str, floor: str) -> None:
+def _refuse(case: AnyCase, level: str) -> None:
     """Refuse options and arguments that a case cannot have, before any forward."""
     from truestep.call_case import CallCase
 
@@ -136,7 +136,7 @@ def _refuse(case: AnyCase, level: str, floor: str) -> None:
     from truestep.engines.diffusers import refuse
     from truestep.engines.subjects import refuse_recording
 
-    refuse_recording(level, floor)
+    refuse_recording(level)
     refuse(case)
 
 

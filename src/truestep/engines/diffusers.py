@@ -40,7 +40,8 @@ from truestep.judge.floor import pair_of
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.media import read_input
-from truestep.replay.check import ended, label_of, of_another_case, recorded_case, said_idle
+from truestep.replay.check import Depth, ended, label_of, of_another_case, recorded_case, said_idle
+from truestep.replay.record import FloorChoice
 from truestep.replay.touched import snapshot_of, touched
 from truestep.runtime.loading import failures, fingerprint, folder_of, index_of, model_index, quiet
 from truestep.turns import taking_turns
@@ -48,7 +49,9 @@ from truestep.verdict import Comparison, Side
 
 
 @taking_turns()
-def record(case: CallCase, *, floor: bool = True, apply: Change | None = None) -> Recording:
+def record(
+    case: CallCase, *, floor: FloorChoice = "steps", apply: Change | None = None
+) -> Recording:
     """Record a case on its pipeline.
 
     Raises:
@@ -83,7 +86,7 @@ def check(
     settings: Mapping[str, Any] | None = None,
     steps: tuple[int, ...] | None = None,
     tolerance: float | None = None,
-    modules: bool = False,
+    depth: Depth = "steps",
     rename: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Check a case's pipeline, as it is changed, against a reference of the case.
@@ -95,9 +98,9 @@ def check(
         settings: Values that differ from the case; see `CallCase.replace`.
         steps: At which steps models are run; default first, last and three in a row.
         tolerance: Judge rel_l2 by this limit instead of the noise floor.
-        modules: Open the component of the first call that fails, beside the case's own model
-            loaded here, and name the module.
-        rename: Then, names of the candidate's modules to the case's, `*` for one part.
+        depth: `modules` also opens the component of the first call that fails, beside the case's
+            own model loaded here, and names the module; `final` judges the end of a free run.
+        rename: At `modules`, names of the candidate's modules to the case's, `*` for one part.
 
     Raises:
         CaseError, ModelLoadError, FileFormatError, UsageError: Case, model or reference cannot be
@@ -126,8 +129,11 @@ def check(
         pair=pair_of(candidate.dtype, case.dtype),
         label=label,
         environment=_environment(candidate, model),
+        depth=depth,
         rename=rename,
-        trusted=(lambda: prepared(_loaded(case, _looked_at(case)), case)) if modules else None,
+        trusted=(lambda: prepared(_loaded(case, _looked_at(case)), case))
+        if depth == "modules"
+        else None,
     )
     try:
         with surviving("the model's code"):

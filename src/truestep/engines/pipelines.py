@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from truestep.calls.check import check
+from truestep.calls.check import check, check_end
 from truestep.calls.rebuilding import CannotBuildError, build
 from truestep.calls.record import record
 from truestep.calls.recording import CallRecording, host_copy, read
@@ -26,7 +26,9 @@ from truestep.errors import FileFormatError, UsageError, surviving
 from truestep.pairing.partners import check_rename
 from truestep.recording.format import Recording
 from truestep.recording.table import table_entry
+from truestep.replay.check import Depth
 from truestep.replay.opening import open_call
+from truestep.replay.record import FloorChoice
 from truestep.runtime.pipeline import call_change, not_a_pipeline
 from truestep.verdict import Comparison
 
@@ -53,19 +55,25 @@ class Told:
 
 
 def record_pipeline(
-    pipe: Any, call: Mapping[str, Any], *, floor: bool, seed: int = 0, told: Told | None = None
+    pipe: Any,
+    call: Mapping[str, Any],
+    *,
+    floor: FloorChoice,
+    seed: int = 0,
+    told: Told | None = None,
 ) -> CallRecording:
     """Record a pipeline's calls, and what it was called with.
 
     Args:
         pipe: A pipeline object, or anything that `subject_of` takes.
         call: Its arguments by name.
-        floor: Measure the noise floor.
+        floor: Which noise floor is measured.
         seed: Of the generator, where the call has none.
         told: What the recording is to say.
     """
     with surviving("the pipeline"):
-        recording = record(subject_of(pipe, seed=seed, **call), floor=floor)
+        subject = subject_of(pipe, seed=seed, **call)
+        recording = record(subject, floor=floor != "none", end=floor == "final")
     return _with_arguments(recording, call, seed, told or Told({}, {}))
 
 
@@ -150,6 +158,7 @@ class Judging:
     pair: str | None = None
     label: str = "unchanged"
     environment: Mapping[str, str] | None = None
+    depth: Depth = "steps"
     rename: Mapping[str, str] | None = None
     trusted: Callable[[], Any] | None = None
 
@@ -161,13 +170,17 @@ def check_pipeline(
     manifest = reference.recording.manifest
     subject = _subject(pipe, reference, call)
     trusted = _trusted(subject, reference, judging)
-    result = check(
-        replace(subject, label=judging.label),
-        reference,
-        steps=judging.steps,
-        tolerance=judging.tolerance,
-        pair=judging.pair,
-    )
+    named = replace(subject, label=judging.label)
+    if judging.depth == "final":
+        result = check_end(named, reference, tolerance=judging.tolerance, pair=judging.pair)
+    else:
+        result = check(
+            named,
+            reference,
+            steps=judging.steps,
+            tolerance=judging.tolerance,
+            pair=judging.pair,
+        )
     if trusted is not None and not result.verdict.passed:
         result = open_call(
             subject, trusted, reference, result, steps=judging.steps, rename=judging.rename

@@ -39,8 +39,8 @@ def record(
         level: `full` keeps the tensors; of a case of the runtime also `sketch`, the moments and
             1,024 floats of each, from which distances are estimated within 5 %, and `stats`, the
             moments only.
-        floor: `steps` measures the noise floor of every stage in isolation; `none` none; of a case
-            of the runtime `final` also that of the final latent of a free run.
+        floor: `steps` measures the noise floor of every stage, or call of a pipeline, in
+            isolation; `none` none; `final` also that of the final latent of a free run.
         apply: A change to the pipeline before it runs.
         progress: Told (what, done, total).
 
@@ -60,17 +60,17 @@ def record(
         return stages.record(
             subject, path=path, level=level, floor=floor, apply=apply, progress=progress
         )
-    refuse_recording(level, floor)
+    refuse_recording(level)
     if isinstance(subject, CallCase):
         from truestep.engines import diffusers
 
         _refuse_call(call)
-        recording = diffusers.record(subject, floor=floor != "none", apply=apply)
+        recording = diffusers.record(subject, floor=floor, apply=apply)
     else:
         from truestep.engines.pipelines import changed, record_pipeline
 
         pipe = changed(subject, apply)
-        recording = record_pipeline(pipe, call or {}, floor=floor != "none").recording
+        recording = record_pipeline(pipe, call or {}, floor=floor).recording
     if path is None:
         return recording
     recording.save(path)
@@ -101,8 +101,8 @@ def check(
         call: Of a pipeline object: what it is called with; None is what was recorded.
         depth: `steps` feeds every stage, or every call of a pipeline, the reference's recorded
             inputs and judges its output (a few forwards). `modules` also opens the model of the
-            first stage or call that fails, beside the trusted one, and names the module. Of a case
-            of the runtime, `final` generates freely and compares the latents.
+            first stage or call that fails, beside the trusted one, and names the module. `final`
+            generates freely and compares the latents.
         apply: The change under test: receives the pipeline and changes it or returns another.
         settings: Values that differ from the case (`guidance_scale`, `model`, `dtype`, ...).
         steps: At `steps`: where predictions are made; default the first and last step of every
@@ -157,7 +157,7 @@ def check(
             settings=settings,
             steps=steps,
             tolerance=tolerance,
-            modules=depth == "modules",
+            depth=depth,
             rename=rename,
         )
     else:
@@ -179,7 +179,9 @@ def check(
         given = recorded_arguments(recording) if call is None else call
         _refuse_alone(subject, trusted, depth)
         opened_beside = (lambda: trusted) if depth == "modules" else None
-        judging = Judging(steps=steps, tolerance=tolerance, rename=rename, trusted=opened_beside)
+        judging = Judging(
+            steps=steps, tolerance=tolerance, depth=depth, rename=rename, trusted=opened_beside
+        )
         before = snapshot_of(subject) if apply else {}
         pipe = changed(subject, apply)
         idle = apply is not None and not touched(before, snapshot_of(pipe))
@@ -188,21 +190,16 @@ def check(
     return stages.expected(result, expect)
 
 
-def refuse_recording(level: str, floor: str) -> None:
+def refuse_recording(level: str) -> None:
     """Refuse what a recording of calls has not.
 
     Raises:
-        UsageError: A level other than `full`, or a floor of free runs.
+        UsageError: A level other than `full`.
     """
     if level != "full":
         raise UsageError(
             f"a plain pipeline is not recorded at level {level!r}: its calls are played back",
             hint="--level full",
-        )
-    if floor == "final":
-        raise UsageError(
-            "a plain pipeline has no floor of free runs: it is checked call by call",
-            hint="--floor steps",
         )
 
 
@@ -212,16 +209,10 @@ def refuse_checking(
     """Refuse what a check of calls cannot do.
 
     Raises:
-        UsageError: Depth `final`, or an option of another depth.
+        UsageError: An option of another depth, or of cases of the runtime.
     """
     from truestep.replay.check import refuse_rename
 
-    if depth == "final":
-        raise UsageError(
-            f"a plain pipeline is not checked at depth {depth!r}",
-            measured="depth 'steps' checks every call of it and the code between",
-            hint="--depth steps",
-        )
     refuse_rename(rename, depth)
     if accept:
         raise UsageError(

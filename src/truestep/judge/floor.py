@@ -22,7 +22,7 @@ from itertools import pairwise
 from statistics import stdev
 
 from truestep.errors import UsageError
-from truestep.floors import EPSILON, NoiseFloor, NoiseRun, RunMetrics
+from truestep.floors import EPSILON, FREELY, NoiseFloor, NoiseRun, RunMetrics
 from truestep.judge.tail import Tail
 from truestep.keys import FREE_RUN, is_prediction, key_of, spread_key, stage_key
 from truestep.verdict import FloorUsed
@@ -481,6 +481,6 @@ def free_running(floor: NoiseFloor | None) -> NoiseFloor | None:
                 for m in found
             )
             # Chance grows over a free run: a repeat that is far off there is no unsteady reference.
-            kind = f"free run, {run.kind}"
+            kind = f"{FREELY}{run.kind}"
             runs.append(run.model_copy(update={"kind": kind, "tensors": renamed}))
     return NoiseFloor(runs=tuple(runs)) if runs else None
