@@ -330,3 +330,45 @@ def test_a_rename_map_must_name_what_there_is(case: Case, reference: Recording) 
         check(case, reference, apply=port_with(), depth="modules", rename={"layer.*": "blocks.*"})
     with pytest.raises(UsageError, match="of no use at depth 'steps'"):
         check(case, reference, rename={"layers.*": "blocks.*"})
+
+
+class Masked(torch.nn.Module):
+    """A block that is handed a mask with infinities, as causal attention is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.query(x) @ x.transpose(1, 2) + mask, -1) @ x
+
+
+class Causal(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = Masked()
+
+    def forward(self, x: torch.Tensor, *, sees: int = 0) -> torch.Tensor:
+        mask = torch.full((5, 5), float("-inf")).triu(1 + sees)
+        return self.block(x, mask)
+
+
+def test_infinities_of_a_mask_that_both_sides_are_given_are_no_fault() -> None:
+    def place(change: Callable[[Causal], Any], **options: int) -> tuple[str | None, str | None]:
+        ours, theirs = Causal(), Causal()
+        change(ours)
+        drilled = drill(
+            Subject(ours, lambda: ours(X, **options)),
+            Subject(theirs, lambda: theirs(X)),
+            step=0,
+            branch="main",
+        )
+        at = drilled.divergence
+        return (at.fqn, at.operator) if at else (None, None)
+
+    assert place(lambda net: None) == (None, None)
+    fqn, operator = place(lambda net: net.block.query.weight.data.mul_(1.05))
+    assert fqn == "block.query"
+    assert "weight differs by 0.05" in (operator or "")
+    assert place(lambda net: None, sees=1)[0] == "(root)"

@@ -66,12 +66,21 @@ def _comparable(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two sides as distances take them.
 
-    A number and a tensor of one element are set against each other. What calls are given may hold
-    infinities, as masks do: where both sides hold the same ones, the rest is compared.
+    A number and a tensor of one element are set against each other.
     """
     if actual.numel() == recorded.numel() == 1:
         actual = actual.reshape(recorded.shape)
-    if seen.key.side == "out" or not recorded.is_floating_point() or recorded.itemsize < 2:
+    return (actual, recorded) if seen.key.side == "out" else without_endless(actual, recorded)
+
+
+def without_endless(
+    actual: torch.Tensor, recorded: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is given to both sides, without the infinities that both hold in the same places.
+
+    Masks have them: the rest is compared.
+    """
+    if not recorded.is_floating_point() or recorded.itemsize < 2:
         return actual, recorded
     endless = ~torch.isfinite(recorded)
     if actual.shape != recorded.shape or not bool(endless.any()):

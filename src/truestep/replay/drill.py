@@ -24,7 +24,7 @@ from truestep.measure.distance import same_bits
 from truestep.pairing.naming import ROOT, callable_module, named_modules
 from truestep.pairing.partners import Part, Partners, namesake
 from truestep.replay.forms import holds_the_same
-from truestep.replay.isolation import Flow, Forward, benign_flows, flow, rounding
+from truestep.replay.isolation import Flow, Forward, benign_flows, flow, rounding, set_against
 from truestep.replay.statements import differing_parameters, first_operator, operators
 from truestep.runtime.precision import HIGHER
 from truestep.verdict import GIVEN, Divergence, Row
@@ -294,9 +294,11 @@ def _level(
     )
     left_out = {*actual.left_out, *_not_called(actual, reference, tree)}
     working = _precision(trusted.model)
+    theirs = {n: tensor for n, tensor in reference.tensors.items() if n not in left_out}
+    both = {n: set_against(n, t, theirs[n]) for n, t in actual.tensors.items() if n in theirs}
     rows = compare_tensors(
-        actual.tensors,
-        {name: tensor for name, tensor in reference.tensors.items() if name not in left_out},
+        {**actual.tensors, **{name: sides[0] for name, sides in both.items()}},
+        {**theirs, **{name: sides[1] for name, sides in both.items()}},
         limits=Limits(expected.floor, pair_of(working, working)),
     )
     rows = [row for row in rows if row.reference is not None or not _other(row, actual, tree)]

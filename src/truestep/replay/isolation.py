@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from truestep.calls.judging import without_endless
 from truestep.calls.values import in_real_numbers
 from truestep.floors import NoiseRun
 from truestep.judge.rows import measured_run
@@ -342,7 +343,7 @@ def benign_flows(
 
     def measured(kind: str, detail: str, found: Flow) -> NoiseRun:
         pairs = {
-            name: (tensor, reference.tensors[name])
+            name: set_against(name, tensor, reference.tensors[name])
             for name, tensor in found.tensors.items()
             if name in reference.tensors and tensor.shape == reference.tensors[name].shape
         }
@@ -360,6 +361,12 @@ def benign_flows(
         yield measured(
             "jitter", f"one rounding on the inputs, seed {seed}", run(change=rounding(generator))
         )
+
+
+def set_against(name: str, actual: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of a flow as distances take them: masks that are given hold infinities."""
+    outward = key_of(name).outward
+    return (actual, reference) if outward else without_endless(actual, reference)
 
 
 def rounding(generator: torch.Generator) -> Callable[[Tensor], Tensor]:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from truestep.calls.values import in_real_numbers
 from truestep.floors import EPSILON
 from truestep.judge.rows import dtype_name
-from truestep.measure.distance import distance
+from truestep.measure.distance import distance, same_bits
 from truestep.nests import leaves
 from truestep.pairing.naming import named_modules
 from truestep.pairing.partners import Names, namesake
@@ -227,7 +227,7 @@ def _differs(
             if not torch.equal(a, r):
                 return str(actual)
             continue
-        if not r.numel():
+        if not r.numel() or same_bits(a, r):
             continue
         limit = _ULPS * EPSILON.get(dtype_name(r), 0.0)
         if at < len(benign) and benign[at].key == reference.key:
