@@ -123,7 +123,7 @@ class Plain:
         from truestep.testing import tiny
 
         call = tiny.example_call(self.name, seed=draw.seed)
-        return pipelines.record_pipeline(model, call, floor=True).recording
+        return pipelines.record_pipeline(model, call, floor="steps").recording
 
     def check(self, model: Any, recording: Recording, draw: Draw, dtype: str) -> Comparison:
         """Called with the recorded arguments."""
