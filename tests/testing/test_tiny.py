@@ -79,6 +79,17 @@ def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) and all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_tables_that_a_class_draws_for_itself_are_of_the_seed_too() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = tiny.pipeline("StableAudioPipeline").transformer.time_proj.weight
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(first, tiny.pipeline("StableAudioPipeline").transformer.time_proj.weight)
+    other = tiny.pipeline("StableAudioPipeline", seed=1).transformer.time_proj.weight
+    assert not torch.equal(first, other)
+
+
 @pytest.mark.parametrize("name", SAMPLE)
 def test_it_runs_and_one_seed_gives_one_picture(name: str) -> None:
     pipe = tiny.pipeline(name)

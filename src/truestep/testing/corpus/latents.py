@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from truestep.testing.corpus.editing import derive, edit
-from truestep.testing.corpus.entry import NotApplicable, fault
+from truestep.testing.corpus.entry import fault
 
 _LATENTS = ("denoiser.forward in hidden_states", "denoiser.forward in sample")
 _DECODED = "vae.decode in z"
@@ -69,7 +69,7 @@ def text_ids_counted(pipe: Any) -> None:
 @fault("klein-kv", at="denoiser.forward in txt_ids")
 def text_ids_not_counted(pipe: Any) -> None:
     """The text's ids of positions are zero, where this family counts them."""
-    edit(pipe, "_prepare_text_ids", ("l = torch.arange(L)", "l = torch.zeros(L)"))
+    edit(pipe, "_prepare_text_ids", ("l = torch.arange(L)", "l = torch.arange(L) * 0"))
 
 
 @fault("kontext", at="denoiser.forward in img_ids")
@@ -98,15 +98,13 @@ def cache_not_given(pipe: Any) -> None:
 
 
 @fault("klein-kv", at=("denoiser.forward in kv_cache*", "denoiser.forward out*"))
-def cache_scaled(pipe: Any) -> None:
-    """The kept values of the picture are those of another layer's keys."""
+def cached_keys_for_values(pipe: Any) -> None:
+    """The picture's kept keys stand in place of its values."""
     old = "with self.progress_bar"
-    if not hasattr(pipe.transformer, "transformer_blocks"):
-        raise NotApplicable("no blocks")
     edit(
         pipe, "__call__",
         ("elif kv_cache is not None:", "elif kv_cache is not None and _swap(kv_cache):"),
-        (old, f"_swap = {_SWAP}\n        {old}"),
+        (old, f"_swap = {_SWAP}\n    {old}"),
     )  # fmt: skip
 
 

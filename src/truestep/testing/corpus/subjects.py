@@ -146,6 +146,11 @@ def _small_condition(pipe: Any, draw: int) -> None:
     with_function(pipe, "__call__", "calculate_dimensions", lambda _, ratio: original(4096, ratio))
 
 
+def _shifted(pipe: Any, draw: int) -> None:
+    """Shift time by what the pipeline computes."""
+    pipe.scheduler.register_to_config(use_dynamic_shifting=True)
+
+
 def wide(draw: int) -> PIL.Image.Image:
     """A picture of another size than what is generated, so that it has to be resized."""
     return tiny_picture(draw).resize((58, 42), PIL.Image.Resampling.BICUBIC)
@@ -159,9 +164,9 @@ def soft_mask(draw: int) -> PIL.Image.Image:
 
 
 def soft_masks(draw: int) -> list[PIL.Image.Image]:
-    """Masks of a video: the second half is another one."""
+    """Masks of a video: from the fifth frame another one."""
     first, second = soft_mask(draw), soft_mask(draw).transpose(PIL.Image.Transpose.ROTATE_90)
-    return [first if frame < 5 else second for frame in range(9)]
+    return [first if frame < 4 else second for frame in range(9)]
 
 
 def tiny_picture(draw: int) -> PIL.Image.Image:
@@ -274,7 +279,7 @@ SUBJECTS: dict[str, Subject] = {
             "hunyuan",
             "HunyuanVideoPipeline",
             "video: template cropped from a language model's text, guidance embedding",
-            {"true_cfg_scale": 2.0},
+            {"true_cfg_scale": 2.0, "max_sequence_length": 256},
         ),
         Subject("mochi", "MochiPipeline", "video: schedule of its own, batched guidance"),
         Subject(
@@ -300,6 +305,7 @@ SUBJECTS: dict[str, Subject] = {
             "klein-kv",
             "Flux2KleinKVPipeline",
             "edit: keys and values of the picture are kept from the first step",
+            prepare=_shifted,
         ),
         Subject(
             "lumina2",

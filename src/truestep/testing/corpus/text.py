@@ -56,14 +56,14 @@ def text_padded_in_front(pipe: Any) -> None:
     edit(pipe, "encode_prompt", (old, new))
 
 
-@fault("flux", "kontext", "sd3", "cogvideox-i2v", "mochi", "ltx-i2v", at=_IDS)
+@fault("flux", "kontext", "sd3", "mochi", "ltx-i2v", at=_IDS)
 def second_length(pipe: Any) -> None:
     """The long encoder's text is padded to half its length."""
     old, new = "max_length=max_sequence_length,", "max_length=max_sequence_length // 2,"
     edit(pipe, "_get_t5_prompt_embeds", (old, new))
 
 
-@fault("flux", "mochi", "cogvideox-i2v", at=_IDS)
+@fault("flux", at=_IDS)
 def unpadded(pipe: Any) -> None:
     """The long encoder's text is not padded to its full length."""
     edit(pipe, "_get_t5_prompt_embeds", ('padding="max_length"', 'padding="longest"'))
@@ -139,17 +139,14 @@ def capitals_kept(pipe: Any) -> None:
 @fault("wan-i2v", "vace", at="text_encoder*.forward in attention_mask")
 def mask_not_given_to_encoder(pipe: Any) -> None:
     """The text encoder sees padding."""
-    old = "self.text_encoder(text_input_ids.to(device), mask.to(device))"
-    edit(pipe, "_get_t5_prompt_embeds", (old, "self.text_encoder(text_input_ids.to(device))"))
+    edit(pipe, "_get_t5_prompt_embeds", (", mask.to(model_device))", ")"))
 
 
-@fault("pixart", "hunyuan", "sana", "mochi", at="text_encoder.forward in attention_mask")
+@fault("pixart", "mochi", at="text_encoder.forward in attention_mask")
 def mask_of_ones(pipe: Any) -> None:
     """The text encoder's mask is one everywhere."""
     method = {
         "PixArtSigmaPipeline": "encode_prompt",
-        "HunyuanVideoPipeline": "_get_llama_prompt_embeds",
-        "SanaPipeline": "_get_gemma_prompt_embeds",
         "MochiPipeline": "_get_t5_prompt_embeds",
     }[type(pipe).__name__]
     old = "attention_mask=prompt_attention_mask"
@@ -164,13 +161,6 @@ def padding_attended(pipe: Any) -> None:
     """The denoiser attends to padding."""
     old = "encoder_attention_mask=prompt_attention_mask"
     edit(pipe, "__call__", (old, "encoder_attention_mask=torch.ones_like(prompt_attention_mask)"))
-
-
-@fault("audioldm2", at="denoiser.forward in encoder_attention_mask_1")
-def padding_attended_in_audio(pipe: Any) -> None:
-    """The denoiser attends to padding of the second text."""
-    old = "encoder_attention_mask_1=attention_mask"
-    edit(pipe, "__call__", (old, "encoder_attention_mask_1=torch.ones_like(attention_mask)"))
 
 
 @fault("sdxl", "sd3", "pixart", "sana", "mochi", at=_GIVEN)
