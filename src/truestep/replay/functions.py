@@ -32,7 +32,13 @@ from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.table import tensor_table
 from truestep.replay.check import build_side
-from truestep.runtime.changes import JITTERS, math_kernel, one_rounding, thread_count
+from truestep.runtime.changes import (
+    JITTERS,
+    OtherFunctions,
+    math_kernel,
+    one_rounding,
+    thread_count,
+)
 from truestep.runtime.precision import HIGHER, converted
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Row, Side, Verdict
@@ -303,6 +309,7 @@ def _changes(function: Function) -> list[tuple[str, str, Change]]:
         for count in sorted({1, min(2, os.cpu_count() or 1)} - {current})
     ]
     found.append(("attention", "math kernel", _math_attention))
+    found.append(("functions", "exp, sin, ... as another library computes them", _functions))
     found += [
         ("jitter", f"one rounding on the inputs, seed {seed}", _jitter(seed))
         for seed in range(JITTERS)
@@ -363,6 +370,12 @@ def _threads(count: int) -> Change:
 @contextmanager
 def _math_attention(function: Function) -> Iterator[Callable[[Tensors], dict[str, torch.Tensor]]]:
     with math_kernel():
+        yield _plain(function)
+
+
+@contextmanager
+def _functions(function: Function) -> Iterator[Callable[[Tensors], dict[str, torch.Tensor]]]:
+    with OtherFunctions(torch.Generator("cpu").manual_seed(0)):
         yield _plain(function)
 
 

@@ -26,7 +26,7 @@ from truestep.testing.tiny.exceptions import EXCEPTIONS, OBSTACLES, Change, Use
 from truestep.testing.tiny.facts import Facts
 from truestep.testing.tiny.processors import IMAGES, WITH_TOKENIZER
 from truestep.testing.tiny.schedulers import ANY, SCHEDULERS
-from truestep.testing.tiny.weights import drawn_by, randomise
+from truestep.testing.tiny.weights import randomise
 from truestep.testing.tiny.words import texts
 
 LEFT_OUT = ("SafetyChecker", "Watermarker")
@@ -158,8 +158,7 @@ def build_components(
     _name_tokenizers(slots)
     for slot in sorted(slots, key=lambda slot: _order(slots[slot].__name__, slots[slot])):
         here = replace(facts, slot=slot)
-        with drawn_by(draw.seed, slot):  # classes draw some of their frozen parameters
-            component = _component(slot, slots[slot], changes.get(slot), here, sentences)
+        component = _component(slot, slots[slot], changes.get(slot), here, sentences)
         if isinstance(component, torch.nn.Module):
             randomise(component, seed=draw.seed, name=slot)
             cast(component.eval(), draw.dtype)

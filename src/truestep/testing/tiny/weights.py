@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
-
-from truestep.calls.subject import seed_all
-from truestep.randomness import own_randomness
 
 
 def randomise(module: nn.Module, *, seed: int, name: str) -> None:
@@ -34,22 +29,11 @@ def randomise(module: nn.Module, *, seed: int, name: str) -> None:
         if id(parameter) in seen or not drawn:
             continue
         seen.add(id(parameter))
-        generator = torch.Generator().manual_seed(_number(f"{seed}/{name}/{key}"))
+        digest = hashlib.sha256(f"{seed}/{name}/{key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
             parameter.copy_(_scaled(key, parameter, noise, id(parameter) in embeddings))
-
-
-@contextmanager
-def drawn_by(seed: int, name: str) -> Iterator[None]:
-    """Let a block draw the same random numbers each time; the caller's stay as they are."""
-    with own_randomness():
-        seed_all(_number(f"{seed}/{name}") % 2**32)
-        yield
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
 
 def _scaled(
