@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -315,6 +316,12 @@ def test_real_results_fit_the_schema() -> None:
     jsonschema.validate(json.loads(results.model_dump_json()), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"verdict": "fine"}, schema)
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """Folders of tests are no packages: of two files of one name only one could be imported."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_no_module_is_crowded() -> None:

@@ -180,9 +180,8 @@ def test_show_names_what_a_recording_holds(project: Run, tmp_path: Path) -> None
     code, out, _ = project("show", str(path))
     assert code == 0
     assert "prompt     a red three moving left" in out
-    assert re.search(
-        r"floor      float32/float32: \d+ runs \(attention, batch, (instructions, )?jitter, ", out
-    )
+    kinds = r"\(attention, batch, functions, (instructions, )?jitter, "
+    assert re.search(rf"floor      float32/float32: \d+ runs {kinds}", out)
     assert "... " in out
     code, out, _ = project("show", str(path), "--json")
     assert json.loads(out)["case"]["prompt"] == "a red three moving left"
@@ -364,7 +363,7 @@ def test_calibrate_adds_benign_runs_and_measures_false_alarms(project: Run, tmp_
     code, out, _ = project("check", "three")
     assert code == 0
     _, out, _ = project("show", str(path))
-    assert re.search(r"\d+ runs \(attention, batch, (instructions, )?jitter, mixed", out)
+    assert re.search(r"\d+ runs \(attention, batch, functions, (instructions, )?jitter, mixed", out)
 
 
 def test_calibrate_refuses_a_model_that_is_not_the_reference(project: Run, tmp_path: Path) -> None:
