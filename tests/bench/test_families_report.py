@@ -31,7 +31,7 @@ def test_the_table_counts_and_lists() -> None:
         row(entry="nothing", effect=1e-8, passed=True, named=None),
         row(entry="raised", effect="inf"),
         row(entry="quiet", kind="twin", passed=True, named=None),
-        row(entry="loud", kind="twin", named=None),
+        row(entry="loud", kind="twin", named=None, sentence="inconclusive: vae.decode"),
         {"subject": "flux", "entry": "gone", "kind": "fault", "draw": 0, "dtype": "float32",
          "not_applicable": "no such line"},
         row(dtype="bfloat16"),
@@ -41,12 +41,13 @@ def test_the_table_counts_and_lists() -> None:
     text = markdown(rows)
     assert (
         "- float32: 4 of 5 (80.0%) runs of 5 faults with an effect caught, 3 of 4 (75.0%) of them "
-        "named at the right place; 1 alarms in 2 runs of 2 harmless twins." in text
+        "named at the right place; 1 alarms (1 of them inconclusive) in 2 runs of 2 harmless twins."
+        in text
     )
     assert "- bfloat16: 1 of 1 (100.0%) runs of 1 faults of 0.001 or more caught" in text
     assert "| flux | float32 | 5 | 4 | 3 | 2 | 1 |" in text
     assert "- `missed` on flux, float32, draw 0, size 1.0e-01: " in text
-    assert "- `misplaced` on flux, float32, draw 0, size 1.0e-01: vae.decode out 0" in text
+    assert "- `misplaced` on flux, float32, draw 0, size 1.0e-01: vae.decode out 0; " in text
     assert "- `loud` on flux, float32, draw 0" in text
     assert "not counted: `nothing` on flux." in text
     assert "Entries with nothing to change: `gone` on flux." in text

@@ -37,7 +37,7 @@ def colours_reversed(pipe: Any) -> None:
     around(_processor(pipe), "preprocess", lambda call, *a, **k: call(*a, **k).flip(1))
 
 
-@fault("kontext", "fill", "inpaint", "img2img", "wan-i2v", "cogvideox-i2v", "ltx-i2v", at=_ENCODED)
+@fault("kontext", "fill", "inpaint", "wan-i2v", "cogvideox-i2v", "ltx-i2v", at=_ENCODED)
 def resized_by_nearest(pipe: Any) -> None:
     """The picture is resized without interpolation."""
     _processor(pipe).register_to_config(resample="nearest")
