@@ -76,11 +76,12 @@ def _summary(rows: Sequence[Row], dtype: str) -> str:
     alarms = [row for row in twins if not row["passed"]]
     size = f" of {LARGE[dtype]:g} or more" if LARGE[dtype] > NO_EFFECT else " with an effect"
     kinds = len({row["entry"] for row in faults})
+    harmless = len({row["entry"] for row in twins})
     unsure = sum(row["sentence"].startswith("inconclusive") for row in alarms)
     return (
         f"- {dtype}: {_share(len(caught), len(faults))} runs of {kinds} faults{size} caught, "
         f"{_share(len(named), len(caught))} of them named at the right place; {len(alarms)} "
-        f"alarms ({unsure} of them inconclusive) in {len(twins)} runs of {len({row['entry'] for row in twins})} harmless twins."
+        f"alarms ({unsure} of them inconclusive) in {len(twins)} runs of {harmless} harmless twins."
     )
 
 
