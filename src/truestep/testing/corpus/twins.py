@@ -103,7 +103,7 @@ def _attended(
     return (scores.softmax(-1) @ value.float()).to(query.dtype)
 
 
-@twin("sdxl", "sd3", "inpaint", "controlnet", "img2img", "flux", "audioldm2", "svd", "pixart")
+@twin("sdxl", "sd3", "inpaint", "controlnet", "img2img", "flux", "audioldm2", "pixart")
 def channels_last(pipe: Any) -> None:
     """Pictures are kept with the channels last."""
     for name in ("unet", "controlnet", "vae"):
@@ -332,7 +332,7 @@ def silu_by_hand(pipe: Any) -> None:
         around(unit, "forward", lambda call, x: x * torch.sigmoid(x.float()).to(x.dtype))
 
 
-@twin(*_UNETS, "flux", "pixart", "cogvideox-i2v")
+@twin(*_UNETS, "flux", "pixart")
 def convolution_as_product(pipe: Any) -> None:
     """Kernels of one pixel as products over channels."""
     kernels = [m for m in _modules(pipe, nn.Conv2d) if m.kernel_size == (1, 1)]
