@@ -138,9 +138,10 @@ def plain_processors(pipe: Any) -> None:
 @twin(*_ALL)
 def decoder_in_slices(pipe: Any) -> None:
     """The decoder, one sample after another."""
-    if not hasattr(pipe.vae, "enable_slicing"):
-        raise NotApplicable(f"{type(pipe.vae).__name__} has no slices")
-    pipe.vae.enable_slicing()
+    try:
+        pipe.vae.enable_slicing()
+    except (AttributeError, NotImplementedError) as error:
+        raise NotApplicable(f"{type(pipe.vae).__name__} has no slices") from error
 
 
 @twin(*_ALL)
