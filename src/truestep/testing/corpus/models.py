@@ -104,9 +104,9 @@ def attention_scale(pipe: Any) -> None:
     around(attention.to_q, "forward", lambda call, x: call(x) * 0.5)
 
 
-@fault("flux", "sdxl", "wan-i2v", "audioldm2", "svd", at="vae.decode out*")
-def decoder_norm_groups(pipe: Any) -> None:
-    """A norm of the decoder lacks its bias."""
+@fault("flux", "sdxl", "wan-i2v", "audioldm2", at="vae.decode out*")
+def decoder_bias_left_out(pipe: Any) -> None:
+    """A layer of the decoder lacks its bias."""
     decoder = pipe.vae.decoder
     norm = _first(
         decoder,
@@ -146,7 +146,7 @@ def image_positions_shifted(pipe: Any) -> None:
 
 
 @fault("audioldm2", at="vocoder.forward out*")
-def vocoder_not_normalising(pipe: Any) -> None:
+def vocoder_slope(pipe: Any) -> None:
     """The vocoder's leaky activation has another slope."""
     pipe.vocoder.config.leaky_relu_slope *= 2
 
@@ -159,7 +159,7 @@ def language_model_positions(pipe: Any) -> None:
 
 
 @fault("cogvideox-i2v", "hunyuan", "mochi", at="vae.decode out*")
-def causal_padding(pipe: Any) -> None:
+def decoder_bias_over_time(pipe: Any) -> None:
     """One convolution of the decoder over time lost its bias."""
     convolution = _first(pipe.vae.decoder, lambda m: isinstance(m, nn.Conv3d), "convolution")
     with torch.no_grad():

@@ -148,7 +148,8 @@ def _small_condition(pipe: Any, draw: int) -> None:
 
 def _shifted(pipe: Any, draw: int) -> None:
     """Shift time by what the pipeline computes."""
-    pipe.scheduler.register_to_config(use_dynamic_shifting=True)
+    scheduler = pipe.scheduler
+    pipe.scheduler = type(scheduler).from_config(scheduler.config, use_dynamic_shifting=True)
 
 
 def wide(draw: int) -> PIL.Image.Image:
@@ -294,7 +295,12 @@ SUBJECTS: dict[str, Subject] = {
             "text in lower case after an instruction, masks to the denoiser",
             {"max_sequence_length": 24, "complex_human_instruction": ["Improve the prompt:"]},
         ),
-        Subject("pixart", "PixArtSigmaPipeline", "text masked in the denoiser"),
+        Subject(
+            "pixart",
+            "PixArtSigmaPipeline",
+            "text masked in the denoiser",
+            {"max_sequence_length": 32},
+        ),
         Subject(
             "svd",
             "StableVideoDiffusionPipeline",
