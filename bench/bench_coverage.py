@@ -58,27 +58,6 @@ class Row:
     seconds: float = 0.0
 
 
-def leaves(value: Any) -> Iterator[Any]:
-    """The tensors of what a pipeline returns, pictures and arrays as tensors."""
-    import numpy
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, numpy.ndarray) and value.dtype != object:
-        yield torch.from_numpy(numpy.ascontiguousarray(value))
-    elif hasattr(value, "getdata"):
-        yield torch.from_numpy(numpy.array(value))
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from leaves(item)
-    elif hasattr(value, "values") and isinstance(value.values, dict):  # state of modular blocks
-        yield from leaves(value.values)
-
-
 def same(first: list[Any], second: list[Any]) -> bool:
     """Whether two runs gave the same bits, not-a-number where the other has it included."""
     import torch
@@ -114,6 +93,7 @@ def cover(name: str, folder: Path) -> Row:
     import torch
 
     from truestep.testing import tiny
+    from truestep.testing.outputs import leaves
 
     row = Row(name)
     start = time.process_time()

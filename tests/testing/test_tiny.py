@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy
-import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 from truestep.errors import UsageError
 from truestep.testing import tiny
+from truestep.testing.outputs import leaves
 
 SAMPLE = [
     "StableDiffusionPipeline",
@@ -49,20 +47,6 @@ SAMPLE = [
     "wan/WanBlocks",
 ]
 """One or two of each common family, and modular ones."""
-
-
-def leaves(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of what a pipeline returns."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, numpy.ndarray | PIL.Image.Image):
-        yield torch.from_numpy(numpy.array(value))
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from leaves(item)
 
 
 def run(pipe: Any, name: str) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,29 +90,37 @@ def measure(subject: Subject, reference: CallRecording, plan: Plan, note: Note) 
     Raises:
         UsageError: A call gives something else when the same run is made again.
     """
-    dtype = working_dtype(reference)
-    listed = changes(subject, plan, dtype, note)
-    with Elsewhere(note) as elsewhere:
-        runs = _run(subject, reference, listed[0], pair_of(dtype, dtype), note)
-        refuse_unsteady(runs)
-        collect = begun_elsewhere(subject, reference, plan, elsewhere)
-        for benign in listed[1:]:
-            more = _run(subject, reference, benign, pair_of(dtype, dtype), note)
-            runs += _of_rounding(more, runs, note)
-        runs += collect(pair_of(dtype, dtype))
+    runs = _in_precision(subject, reference, plan, working_dtype(reference), note, repeated=True)
     precision = recorded_precision(reference)
     if precision:
-        pair = pair_of(precision, precision)
         lifted = replace(plan, precision=getattr(torch, precision), raised=precision)
-        listed = changes(subject, lifted, precision, note)[1:]
-        with raised(subject, precision, lambda text: None), Elsewhere(note) as elsewhere:
-            collect = begun_elsewhere(subject, reference, lifted, elsewhere)
-            above: list[NoiseRun] = []
-            for benign in listed:
-                more = _run(subject, reference, benign, pair, note)
-                above += _of_rounding(more, above, note)
-            runs += above + collect(pair)
+        with raised(subject, precision, lambda text: None):
+            runs += _in_precision(subject, reference, lifted, precision, note)
     return NoiseFloor(runs=tuple(runs))
+
+
+def _in_precision(
+    subject: Subject,
+    reference: CallRecording,
+    plan: Plan,
+    dtype: str,
+    note: Note,
+    *,
+    repeated: bool = False,
+) -> list[NoiseRun]:
+    """Runs of every change in one precision, if asked for beginning with the same run again."""
+    pair = pair_of(dtype, dtype)
+    repeat, *others = changes(subject, plan, dtype, note)
+    runs: list[NoiseRun] = []
+    with Elsewhere(note) as elsewhere:
+        if repeated:
+            runs += _run(subject, reference, repeat, pair, note)
+            refuse_unsteady(runs)
+        collect = begun_elsewhere(subject, reference, plan, elsewhere)
+        for benign in others:
+            more = _run(subject, reference, benign, pair, note)
+            runs += _of_rounding(more, runs, note)
+        return runs + collect(pair)
 
 
 def _of_rounding(more: list[NoiseRun], others: Sequence[NoiseRun], note: Note) -> list[NoiseRun]:
@@ -164,14 +173,17 @@ def changes(subject: Subject, plan: Plan, dtype: str, note: Note) -> list[Benign
         listed.append(Benign("precision", text, lifted, lambda: raised(subject, higher, note)))
     current, cores = torch.get_num_threads(), os.cpu_count() or 1
     listed += [
-        Benign("threads", f"{current} -> {count} threads", plan, _threads(count))
+        Benign("threads", f"{current} -> {count} threads", plan, partial(thread_count, count))
         for count in sorted({1, min(2, cores), cores} - {current})
     ]
     listed.append(Benign("attention", "math kernel", plan, math_kernel))
     if not any(map(runs_compiled, subject.components.values())):
         listed += [
             Benign(
-                "functions", f"exp, sin and their like, seed {seed}", plan, _other_functions(seed)
+                "functions",
+                f"exp, sin and their like, seed {seed}",
+                plan,
+                partial(OtherFunctions, seed),
             )
             for seed in range(FUNCTIONS)
         ]
@@ -209,14 +221,6 @@ def _in_batch(subject: Subject, plan: Plan) -> Benign:
         return made
 
     return Benign("batch", "beside a neighbour", replace(plan, by=by), alone=alone)
-
-
-def _other_functions(seed: int) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: OtherFunctions(torch.Generator("cpu").manual_seed(seed))
-
-
-def _threads(count: int) -> Callable[[], AbstractContextManager[None]]:
-    return lambda: thread_count(count)
 
 
 def _forced(subject: Subject, reference: CallRecording, plan: Plan) -> Forced:

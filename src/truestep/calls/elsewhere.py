@@ -12,16 +12,12 @@ from truestep.calls.forcing import Forcing
 from truestep.calls.instructions import Elsewhere
 from truestep.calls.judging import Recorded, pairs
 from truestep.calls.recording import CallRecording
-from truestep.calls.seen import Forced, Plan, Seen
+from truestep.calls.seen import Forced, Plan, RunRaisedError, Seen
 from truestep.calls.subject import Subject
 from truestep.floors import NoiseRun
 from truestep.judge.rows import measured_run
 
 Collect = Callable[[str], list[NoiseRun]]
-
-
-class _RaisedError(RuntimeError):
-    """A run that did not come to its end."""
 
 
 def begun_elsewhere(
@@ -52,7 +48,7 @@ def begun_elsewhere(
     def again() -> Mapping[str, torch.Tensor]:
         result = Forcing(reference, forced).run(subject)
         if result.raised:
-            raise _RaisedError(result.raised)
+            raise RunRaisedError(result.raised)
         for each in result.seen:
             if isinstance(each.recorded, str) and each.actual is not None and not each.odd:
                 seen[str(each.key)] = each
@@ -62,7 +58,7 @@ def begun_elsewhere(
 
     try:
         elsewhere.start(again, recorded)
-    except _RaisedError as error:
+    except RunRaisedError as error:
         elsewhere.refuse(str(error))
 
     def collected(pair: str) -> list[NoiseRun]:

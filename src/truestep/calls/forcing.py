@@ -318,16 +318,22 @@ class Forcing:
 
     def _kept(self, match: Match, odd: bool) -> torch.Tensor | None:
         """A host copy of a tensor; the recorded one itself where no bit differs."""
-        if match.actual is None:
-            return None
-        if not isinstance(match.actual, torch.Tensor):
-            return number(match.actual)
-        if isinstance(match.recorded, str) and not odd and not self.plan.copies:
+        whole = not odd and not self.plan.copies
+        if whole and isinstance(match.actual, torch.Tensor) and isinstance(match.recorded, str):
             recorded = self.reference.recording[match.recorded]
             actual = in_real_numbers(plain(match.actual))
             if same_bits(actual, recorded.to(actual.device)):
                 return recorded
-        return host_copy(match.actual)
+        return copy_of(match)
+
+
+def copy_of(match: Match) -> torch.Tensor | None:
+    """A host copy of what came; a number as a tensor; None where nothing came."""
+    if match.actual is None:
+        return None
+    if not isinstance(match.actual, torch.Tensor):
+        return number(match.actual)
+    return host_copy(match.actual)
 
 
 def _no_name(path: Path, tensor: torch.Tensor) -> str:

@@ -12,13 +12,14 @@ import torch
 
 from truestep.calls.boundaries import FUNCTIONS, Arrival, watching
 from truestep.calls.classes import STEP, Kind
+from truestep.calls.forcing import copy_of
 from truestep.calls.keys import Key
-from truestep.calls.pairing import Match, matched
+from truestep.calls.pairing import matched
 from truestep.calls.recorder import RUN
-from truestep.calls.recording import CallRecording, host_copy
-from truestep.calls.seen import END, Forced, Plan, Seen, number
+from truestep.calls.recording import CallRecording
+from truestep.calls.seen import END, Forced, Plan, Seen
 from truestep.calls.subject import Subject
-from truestep.calls.values import in_real_numbers, tensors
+from truestep.calls.values import tensors
 from truestep.errors import FOREIGN, TruestepError, one_line
 from truestep.recording.manifest import CallEntry
 
@@ -96,7 +97,7 @@ class _Ends:
             Seen(
                 key=Key("output", RUN, END, 0, "out", (call.component, *match.path)),
                 context=None,
-                actual=_copied(match),
+                actual=copy_of(match),
                 recorded=match.recorded,
                 odd="shape" if match in matches.odd else "",
                 note="of other sizes" if match in matches.odd else "",
@@ -123,11 +124,3 @@ class _Ends:
 
 def _method(call: CallEntry) -> tuple[str, str]:
     return (call.component, call.method)
-
-
-def _copied(match: Match) -> torch.Tensor | None:
-    if match.actual is None:
-        return None
-    if not isinstance(match.actual, torch.Tensor):
-        return number(match.actual)
-    return host_copy(in_real_numbers(match.actual))

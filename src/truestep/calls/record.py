@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from truestep.calls.benign import measure, measure_end
-from truestep.calls.choosing import chosen_steps
+from truestep.calls.choosing import chosen_steps, made_at
 from truestep.calls.classes import Kind, kind_of
 from truestep.calls.instructions import prepare
 from truestep.calls.precision import with_raised
@@ -19,7 +19,6 @@ from truestep.calls.thinning import answerable, thinned
 from truestep.calls.values import tensors
 from truestep.judge.refusals import refuse_empty_content
 from truestep.randomness import own_randomness
-from truestep.recording.manifest import CallEntry
 
 _CONTENT = ("latent", "prediction", "update", "output")
 """Stages whose outputs must be full of numbers for a recording to judge anything."""
@@ -38,7 +37,7 @@ def record(
 
     Args:
         subject: See `subject_of`.
-        floor: Measure the noise floor (about eight forced runs at a few steps).
+        floor: Measure the noise floor (about a dozen forced runs at a few steps).
         steps: Where models are run for it; default `default_steps`.
         end: Also measure that of what a free run ends with (as many free runs).
         thin: Keep only what checks at these steps read; see `thinned`.
@@ -63,11 +62,9 @@ def record(
         recording = recording.with_floor(None, notes)
         return thinned(subject, recording, chosen) if thin else recording
 
-    def made(call: CallEntry) -> bool:
-        return call.step is None or call.step in chosen
-
-    recording = with_raised(subject, recording, Plan(made), notes.append)
-    measured = measure(subject, recording, Plan(made), notes.append)
+    plan = Plan(made_at(chosen))
+    recording = with_raised(subject, recording, plan, notes.append)
+    measured = measure(subject, recording, plan, notes.append)
     if end:
         free = measure_end(subject, recording, notes.append)
         measured = measured.model_copy(update={"runs": (*measured.runs, *free)})

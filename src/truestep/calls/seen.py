@@ -24,6 +24,10 @@ Proceed = Callable[..., Any]
 """Makes a call."""
 
 
+class RunRaisedError(RuntimeError):
+    """A run that was to come to its end raised; the message says what."""
+
+
 def as_it_is(call: CallEntry, proceed: Proceed) -> Proceed:
     """A call is made by nothing but itself."""
     return proceed

@@ -109,8 +109,8 @@ def check(
     recording = opened(reference)
     manifest = recording.recording.manifest
     where = str(recording.recording.path or "reference")
-    candidate = case.replace(**dict(settings or {})).with_hashes()
     case = case.with_hashes()
+    candidate = case.replace(**settings).with_hashes() if settings else case
     content = recorded_case(manifest, where=where)
     label = label_of(case, candidate, apply)
     notes = [*_prepared_notes(case, candidate), *_absent_notes(case, candidate)]
@@ -223,7 +223,7 @@ def _looked_at(case: CallCase) -> Model:
         raise MissingExtraError(error.name or "diffusers", "diffusers", "running a model") from None
     folder = folder_of(case)
     index = model_index(folder)
-    with still():
+    with still("transformers"):
         modular = is_modular(case, folder)
         model = (look_at if modular else _standard)(case, folder, index)
         refuse_arguments(model.signature, case)
@@ -267,7 +267,7 @@ def _loaded(case: CallCase, model: Model) -> Any:
     import torch
 
     device = usable_device(case.device)
-    with quiet(), still(), failures(case.model, model.folder):
+    with quiet(), still("transformers"), failures(case.model, model.folder):
         pipe = model.load(getattr(torch, case.dtype))
         pipe.to(device)
         if model.scheduler is not None:

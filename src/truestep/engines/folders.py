@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -42,10 +43,9 @@ class Model:
 
 
 @contextmanager
-def still() -> Iterator[None]:
-    """Let transformers say nothing of optional packages while its classes are imported."""
-    from transformers.utils import logging
-
+def still(library: str) -> Iterator[None]:
+    """Let diffusers or transformers say nothing that is no error."""
+    logging = importlib.import_module(f"{library}.utils.logging")
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

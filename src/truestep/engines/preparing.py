@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from truestep.call_case import CallCase
+from truestep.engines.folders import still
 from truestep.engines.pipelines import Change, changed
 from truestep.errors import CaseError, MissingExtraError, TruestepError, one_line
 from truestep.functions import function_of
@@ -147,13 +148,6 @@ def _modules(pipe: Any) -> Iterator[str]:
 @contextmanager
 def _still() -> Iterator[None]:
     """Let the libraries say nothing of parts without a LoRA, or with several."""
-    from diffusers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
+    with still("diffusers"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        yield

@@ -342,7 +342,7 @@ def threads(count: int) -> Vary:
 @contextmanager
 def other_functions(pipe: Pipeline) -> Iterator[Pipeline]:
     """Run with `OtherFunctions`."""
-    with OtherFunctions(torch.Generator("cpu").manual_seed(0)):
+    with OtherFunctions():
         yield replace(pipe)
 
 

@@ -24,7 +24,7 @@ from truestep.calls.judging import RAISED, rows_of
 from truestep.calls.precision import narrow, raised, recorded_precision
 from truestep.calls.recorder import RUN
 from truestep.calls.recording import CallRecording
-from truestep.calls.seen import Plan, Proceed
+from truestep.calls.seen import Plan, Proceed, RunRaisedError
 from truestep.calls.subject import Subject as Run
 from truestep.judge.floor import Limits
 from truestep.judge.rows import with_divergence
@@ -127,7 +127,7 @@ def open_call(
             _into(call),
             rename=rename,
         )
-    except _RunError as error:
+    except RunRaisedError as error:
         return noted(comparison, f"no module named: looked into once more, a run {error}")
 
 
@@ -185,10 +185,6 @@ def _before(run: Run, failing: Failing, steps: frozenset[int]) -> Callable[[Call
     return lambda each: id(each) in chosen
 
 
-class _RunError(RuntimeError):
-    """A run that a drill needs did not come to its end."""
-
-
 def _forward(side: Side, failing: Failing) -> Forward:
     """Run a side; modules are heard only in the call that is looked into."""
 
@@ -211,7 +207,7 @@ def _forward(side: Side, failing: Failing) -> Forward:
         with hearing(False):
             result = Forcing(failing.reference, plan).run(side.run)
         if result.raised:
-            raise _RunError(result.raised)
+            raise RunRaisedError(result.raised)
 
     return forward
 

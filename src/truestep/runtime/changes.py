@@ -47,12 +47,12 @@ class OtherFunctions(TorchDispatchMode):
     frequencies of a timestep's embedding are, this is far more than any rounding of the result.
 
     Args:
-        generator: A CPU generator; says which elements, and whether up or down.
+        seed: Says which elements, and whether up or down.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._generator = generator
+        self._generator = torch.Generator("cpu").manual_seed(seed)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -18,9 +17,11 @@ from truestep.calls.record import record
 from truestep.calls.recording import CallRecording
 from truestep.calls.subject import seed_all, subject_of
 from truestep.errors import UsageError
+from truestep.runtime.changes import thread_count
 from truestep.testing.corpus.editing import denoiser_name
 from truestep.testing.corpus.entry import Entry
 from truestep.testing.corpus.subjects import SUBJECTS, Subject
+from truestep.testing.outputs import leaves
 from truestep.verdict import Comparison
 
 Outputs = tuple[torch.Tensor, ...]
@@ -105,7 +106,7 @@ def run(
             measured=f"it is for {', '.join(entry.subjects)}",
         )
     trusted = trusted_side(subject, draw, dtype)
-    with _threads_restored():
+    with thread_count(torch.get_num_threads()):  # a change may leave another number
         candidate = planted(subject, entry, draw, dtype)
         model = denoiser_name(candidate)
         effect = 0.0
@@ -184,20 +185,7 @@ def free_run(pipe: Any, subject: Subject, draw: int = 0) -> Outputs:
     """What a pipeline gives, as tensors."""
     seed_all(draw)
     runs = subject_of(pipe, seed=draw, **subject.inputs(draw))
-    return tuple(_leaves(runs.run()))
-
-
-def _leaves(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value.detach()
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _leaves(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _leaves(part)
-    elif hasattr(value, "__array__"):
-        yield torch.as_tensor(value.__array__())
+    return tuple(tensor.detach() for tensor in leaves(runs.run()))
 
 
 def _effect(candidate: Any, trusted: Trusted) -> tuple[float, str, Outputs | None]:
@@ -244,12 +232,3 @@ def is_named(entry: Entry, place: str, model: str) -> bool:
     """
     patterns = (pattern.replace("denoiser", model) for pattern in entry.at)
     return any(fnmatchcase(place, pattern) for pattern in patterns)
-
-
-@contextmanager
-def _threads_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from truestep.recording.readers import load
+from truestep.runtime.changes import math_kernel, thread_count
 from truestep.testing.corpus.editing import around, denoiser, edit, source_of
 from truestep.testing.corpus.entry import NotApplicable, twin
 from truestep.testing.corpus.subjects import SUBJECTS
@@ -45,24 +46,13 @@ def _inside(pipe: Any, context: Callable[[], Any]) -> None:
 @twin(*_ALL)
 def math_attention(pipe: Any) -> None:
     """The denoiser's attention by the plain kernel."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    _inside(pipe, lambda: sdpa_kernel(SDPBackend.MATH))
+    _inside(pipe, math_kernel)
 
 
 @twin(*_ALL)
 def two_threads(pipe: Any) -> None:
     """The denoiser on two threads."""
-
-    def change(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before = torch.get_num_threads()
-        torch.set_num_threads(2 if before != 2 else 1)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            torch.set_num_threads(before)
-
-    around(denoiser(pipe), "forward", change)
+    _inside(pipe, lambda: thread_count(2 if torch.get_num_threads() != 2 else 1))
 
 
 @twin(*_ALL)
