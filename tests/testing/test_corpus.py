@@ -53,6 +53,16 @@ def test_a_fault_has_an_effect_and_is_named_where_it_is(subject: str, name: str)
     assert (outcome.passed, outcome.right, outcome.named) == (False, True, True), outcome
 
 
+def test_a_model_with_some_weights_in_float32_is_judged_in_float32_too() -> None:
+    subject, entry = corpus.SUBJECTS["wan-i2v"], corpus.faults()["exact-gelu"]
+    first = next(subject.build(0, "bfloat16").transformer.parameters())
+    assert first.dtype == torch.float32
+    outcome = corpus.run("truestep", subject, entry, dtype="bfloat16")
+    assert not outcome.passed, outcome
+    assert "raised to float32" in outcome.sentence
+    assert outcome.named
+
+
 @pytest.mark.parametrize(("subject", "name"), TWINS)
 def test_a_twin_passes(subject: str, name: str) -> None:
     entry = corpus.twins(subject)[name]

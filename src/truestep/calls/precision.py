@@ -42,16 +42,17 @@ def raised(subject: Subject, precision: str, note: Callable[[str], None]) -> Ite
 
 
 def working_dtype(reference: CallRecording) -> str:
-    """Dtype of the models that predict; where there is none, of the first one that has weights."""
+    """Dtype that rounds most of the models that predict; without any, of the first with weights."""
     models = [call for call in reference.calls if call.kind == "model" and call.dtype]
-    predicting = [call for call in models if call.stage == "prediction"]
-    return next((call.dtype for call in (*predicting, *models)), "float32")
+    predicting = {call.dtype for call in models if call.stage == "prediction"}
+    dtypes = sorted(predicting) or [call.dtype for call in models[:1]]
+    return max(dtypes, key=lambda dtype: EPSILON.get(dtype, 0.0), default="float32")
 
 
 def narrow(reference: CallRecording) -> str | None:
     """Precision that a reference is judged in beside its own; None of 32 bits and more."""
     dtype = working_dtype(reference)
-    return HIGHER[dtype] if EPSILON.get(dtype, 0.0) > EPSILON["float32"] else None
+    return HIGHER.get(dtype) if EPSILON.get(dtype, 0.0) > EPSILON["float32"] else None
 
 
 def recorded_precision(reference: CallRecording) -> str:

@@ -24,6 +24,7 @@ from truestep.calls.values import Path, Tree, encode, holds_state, opaque, quali
 from truestep.errors import UsageError
 from truestep.randomness import own_randomness
 from truestep.recording.manifest import CallEntry
+from truestep.runtime.precision import working_dtype
 
 RUN = "run"
 """Component name of what the whole run returns."""
@@ -159,10 +160,8 @@ class Recorder:
 
 
 def weight_dtype(owner: Any) -> str:
-    """Dtype of a module's first floating-point weight; nothing of what has none."""
-    weights = owner.parameters() if isinstance(owner, torch.nn.Module) else ()
-    dtypes = (weight.dtype for weight in weights if weight.is_floating_point())
-    return str(next(dtypes, "")).removeprefix("torch.")
+    """Working dtype of a module; nothing of what has no weights."""
+    return str(working_dtype(owner) or "").removeprefix("torch.")
 
 
 def generator_states(arguments: Arguments) -> Iterator[tuple[str, torch.Tensor]]:

@@ -26,7 +26,7 @@ from truestep.pairing.partners import Part, Partners, namesake
 from truestep.replay.forms import holds_the_same
 from truestep.replay.isolation import Flow, Forward, benign_flows, flow, rounding, set_against
 from truestep.replay.statements import differing_parameters, first_operator, operators
-from truestep.runtime.precision import HIGHER
+from truestep.runtime.precision import HIGHER, working_dtype
 from truestep.verdict import GIVEN, Divergence, Row
 
 Tensor = torch.Tensor
@@ -266,7 +266,7 @@ def _expected(
 
 
 def _precision(model: torch.nn.Module) -> str:
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    dtype = working_dtype(model) or torch.float32
     return str(dtype).removeprefix("torch.")
 
 

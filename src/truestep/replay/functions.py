@@ -39,7 +39,7 @@ from truestep.runtime.changes import (
     one_rounding,
     thread_count,
 )
-from truestep.runtime.precision import HIGHER, converted
+from truestep.runtime.precision import HIGHER, converted, working_dtype
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Row, Side, Verdict
 
@@ -287,18 +287,16 @@ def _measure(
 
 
 def _working_dtype(function: Function, recorded: Tensors) -> str:
-    """Dtype of a module's parameters; of any other function, of its first output."""
-    parameters = function.parameters() if isinstance(function, torch.nn.Module) else ()
+    """Working dtype of a module; of any other function, of its first output."""
     outputs = (tensor for name, tensor in recorded.items() if "/output/" in name)
-    found = (tensor.dtype for tensor in (*parameters, *outputs) if tensor.is_floating_point())
-    return str(next(found, torch.float32)).removeprefix("torch.")
+    found = (tensor.dtype for tensor in outputs if tensor.is_floating_point())
+    return str(working_dtype(function) or next(found, torch.float32)).removeprefix("torch.")
 
 
 def _changes(function: Function) -> list[tuple[str, str, Change]]:
     found: list[tuple[str, str, Change]] = []
     if isinstance(function, torch.nn.Module):
-        dtype = next((p.dtype for p in function.parameters()), torch.float32)
-        higher = HIGHER.get(str(dtype).removeprefix("torch."))
+        higher = HIGHER.get(str(working_dtype(function) or torch.float32).removeprefix("torch."))
         if higher:
             found.append(("precision", f"against {higher}", _raised(higher)))
     found.append(("repeat", "the same call again", _repeat))

@@ -35,6 +35,7 @@ from truestep.replay.drill import Drilled, Subject, drill
 from truestep.replay.isolation import Forward, hearing
 from truestep.replay.locating import Into, noted, opened
 from truestep.replay.statements import raising_line
+from truestep.runtime.precision import working_dtype
 from truestep.verdict import Comparison, Divergence, Verdict
 
 
@@ -215,8 +216,7 @@ def _forward(side: Side, failing: Failing) -> Forward:
 def _wider(module: torch.nn.Module, call: CallEntry) -> torch.dtype | None:
     """Dtype of a module's weights, where that is wider than it was recorded in."""
     recorded = getattr(torch, call.dtype) if call.dtype else None
-    floats = (weight.dtype for weight in module.parameters() if weight.is_floating_point())
-    here = next(floats, None)
+    here = working_dtype(module)
     return here if recorded and here and here.itemsize > recorded.itemsize else None
 
 

@@ -24,7 +24,7 @@ from truestep.pairing.partners import Names, Part, namesake
 from truestep.pairing.rename import renamed
 from truestep.recording.format import Recording
 from truestep.replay.isolation import Flow, benign_flows, flow
-from truestep.runtime.precision import HIGHER
+from truestep.runtime.precision import HIGHER, working_dtype
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Divergence, Row, Side
 
@@ -68,7 +68,7 @@ def replay_trace(
     names, left_out = _names(model, recording, rename)
     rows: list[Row] = []
     first: Divergence | None = None
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    dtype = working_dtype(model) or torch.float32
     working = str(dtype).removeprefix("torch.")
     pair = pair_of(working, working)
     for step, branch in places:
@@ -198,7 +198,7 @@ def _forward(
     placed: dict[int, Tensor] = {}
     named: dict[str, Tensor] = {}
     where = next(iter(p.device for p in model.parameters()), torch.device("cpu"))
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    dtype = working_dtype(model) or torch.float32
     for name, tensor in expected.tensors.items():
         given = key_of(name)
         slot = given.name

@@ -18,6 +18,18 @@ FLOAT32_AT_MOST = frozenset({"CosmosLearnablePositionalEmbed"})
 model, which stay in float32 and give what the modules after them take."""
 
 
+def working_dtype(model: Any) -> torch.dtype | None:
+    """Dtype that rounds most of those that a model's weights compute in; None without any.
+
+    Models keep some weights wider than the rest: embeddings, norms, tables of modulation. What is
+    stored in 8 bits is computed in another dtype, and says nothing where there are others.
+    """
+    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    found = dict.fromkeys(weight.dtype for weight in weights if weight.is_floating_point())
+    computed = [dtype for dtype in found if dtype.itemsize > 1] or list(found)
+    return max(computed, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
 @contextmanager
 def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
     """Swap narrower floating-point parameters and buffers of a module for wider copies."""
