@@ -47,6 +47,19 @@ def test_half_of_what_a_function_gives_is_one_unit_off(
     assert (gap <= torch.finfo(torch.float32).eps * 1.01).all()
 
 
+def test_what_is_no_number_stays_and_a_large_tensor_moves_too() -> None:
+    odd = torch.tensor([0.0, -torch.inf, torch.inf, torch.nan, 88.7])
+    for dtype in (torch.float32, torch.float64):
+        given = torch.cat([odd.to(dtype), torch.rand(200_000, dtype=dtype)])
+        plain = torch.exp(given)
+        with OtherFunctions(1):
+            made = torch.exp(given)
+        assert torch.equal(made[1:3], plain[1:3])
+        assert made[3].isnan()
+        assert made[4].isfinite()
+        assert 90_000 < int((made[5:] != plain[5:]).sum()) < 110_000
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -53,7 +53,7 @@ class Variation:
         vary: The change.
         pair: Working precisions, candidate first.
         stages: Stages that it is run on.
-        only: Of the floor's steps, the one at which it predicts (index); None is all of them.
+        only: Which of the floor's steps it predicts at (0 the first); none named: all of them.
         pairwise: Also predict at the step after it, or after the middle one.
     """
 
@@ -62,7 +62,7 @@ class Variation:
     vary: Vary
     pair: str
     stages: tuple[str, ...] = STAGES
-    only: int | None = None
+    only: tuple[int, ...] = ()
     pairwise: bool = False
 
     def run(
@@ -89,10 +89,10 @@ class Variation:
     ) -> tuple[int, ...]:
         """Steps at which it predicts."""
         every = tuple(steps) if steps is not None else floor_steps(recording)
-        step = every[(1 if self.only is None else self.only) % len(every)]
-        chosen = set(every) if self.only is None else {step}
+        chosen = {every[place % len(every)] for place in self.only or range(len(every))}
         if self.pairwise:
-            chosen.add(min(step + 1, steps_recorded(recording) - 1))
+            middle = every[1 % len(every)]
+            chosen.add(min(middle + 1, steps_recorded(recording) - 1))
         return tuple(sorted(chosen))
 
     def without_neighbour(
@@ -120,20 +120,31 @@ def variations(pipe: Pipeline) -> list[Variation]:
     found = [
         Variation("repeat", "the same run again", _unchanged, pair, pairwise=True),
         Variation("precision", f"{dtype} against {higher}", _precision(higher), pair),
-        Variation("batch", "both passes in one batch, others beside a neighbour", batched, pair),
+        Variation(
+            "batch",
+            "both passes in one batch, others beside a neighbour",
+            batched,
+            pair,
+            only=(0, 2),
+        ),
     ]
     current, cores = torch.get_num_threads(), os.cpu_count() or 1
     found += [
-        Variation("threads", f"{current} -> {count} threads", threads(count), pair, _AT_A_STEP, 1)
+        Variation(
+            "threads", f"{current} -> {count} threads", threads(count), pair, _AT_A_STEP, (1,)
+        )
         for count in sorted({1, min(2, cores), cores} - {current})
     ]
-    found.append(Variation("attention", "math kernel", math_attention, pair, _BEFORE_DECODING, 2))
-    found.append(replace(jitter(0, pair), only=0))
+    found.append(
+        Variation("attention", "math kernel", math_attention, pair, _BEFORE_DECODING, (2,))
+    )
+    found.append(replace(jitter(0, pair), only=(0,), stages=_ALL_BUT_DECODING))
     detail = "exp, sin, ... as another library computes them"
-    found.append(Variation("functions", detail, other_functions, pair, _AT_A_STEP))
+    found.append(Variation("functions", detail, other_functions, pair, _AT_A_STEP, (0, 1)))
     return found
 
 
+_ALL_BUT_DECODING = tuple(stage for stage in STAGES if stage != "decoding")
 _BEFORE_DECODING = ("text", "connector", "prediction")
 _AT_A_STEP = ("connector", "prediction")
 
@@ -175,7 +186,7 @@ def measure(
     in_order = keeps_state(pipe)
     with Elsewhere(note, identity=identity) as elsewhere:
         if elsewhere.known(recording):  # else the repeat, taped, is what the other process makes
-            todo[0] = replace(todo[0], only=1)
+            todo[0] = replace(todo[0], only=(1,))
         for done, variation in enumerate(todo):
             with variation.vary(pipe) as varied:
                 again = partial(variation.run, varied, recording, steps=steps)
@@ -256,8 +267,8 @@ def _other_precision(
     dtype = OTHER[case.dtype]
     pair = pair_of(dtype, case.dtype)
     todo = [
-        Variation("precision", f"loaded in {dtype}", _unchanged, pair),
-        replace(jitter(0, pair), only=1, stages=_AT_A_STEP),
+        Variation("precision", f"loaded in {dtype}", _unchanged, pair, only=(0, 2)),
+        replace(jitter(0, pair), only=(1,), stages=_AT_A_STEP),
     ]
     runs: list[NoiseRun] = []
     try:

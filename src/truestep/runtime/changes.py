@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from random import Random
 from typing import Any
 
 import torch
@@ -53,6 +54,13 @@ class OtherFunctions(TorchDispatchMode):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._start = Random(seed)
+        self._pools: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing compiled runs in this mode; to keep dynamo out costs more than most operators."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -62,8 +70,32 @@ class OtherFunctions(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if name.removesuffix("_") not in ELEMENTARY or not _in_full(made):
             return made
-        moved = one_rounding(made, self._generator, of=4)
+        moved = self._moved(made)
         return made.copy_(moved) if name.endswith("_") else moved
+
+    def _moved(self, made: torch.Tensor) -> torch.Tensor:
+        """A tensor with every other element moved up or down one unit; zeros and inf stay.
+
+        Which ones is read from a pool of random numbers, anywhere in it: every operator of a model
+        draws, and random numbers of its own would cost more than most of them.
+        """
+        key = (made.dtype, made.device)
+        if key not in self._pools:
+            draw = torch.randint(0, 4, (_POOL,), generator=self._generator, dtype=torch.int8)
+            moves = (draw == 0).to(made.dtype) - (draw == 1).to(made.dtype)
+            self._pools[key] = (moves * (_UNIT * torch.finfo(made.dtype).eps)).to(made.device)
+        count, pool = made.numel(), self._pools[key]
+        start = self._start.randrange(_POOL if count > _POOL else _POOL + 1 - count)
+        if start + count > _POOL:
+            pool = pool.repeat(-(-(start + count) // _POOL))
+        moves = pool[start : start + count].view(made.shape)
+        most = torch.finfo(made.dtype).max / 4  # a product with inf would be no number
+        return torch.addcmul(made, made.clamp(-most, most), moves)
+
+
+_POOL = 2**16
+_UNIT = 0.7
+"""Of a number x, x * 0.7 epsilon is between 0.7 and 1.4 units: added, it gives the next number."""
 
 
 ELEMENTARY = frozenset(
@@ -97,7 +129,7 @@ def _in_full(made: Any) -> bool:
     return isinstance(made, torch.Tensor) and made.dtype in (torch.float32, torch.float64)
 
 
-def one_rounding(tensor: torch.Tensor, generator: torch.Generator, *, of: int = 24) -> torch.Tensor:
+def one_rounding(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One element in twelve moved one unit in the last place, up or down at random; zeros stay.
 
     A rounding to nearest has a variance of 1/12 of a squared unit: this has the same, and stays
@@ -106,10 +138,9 @@ def one_rounding(tensor: torch.Tensor, generator: torch.Generator, *, of: int = 
     Args:
         tensor: Any shape; float64, float32, bfloat16 or float16. What is not finite stays.
         generator: A CPU generator.
-        of: Two elements of so many are moved.
     """
     bits = tensor.contiguous().view(_INTEGER[tensor.dtype])
-    draw = torch.randint(0, of, bits.shape, generator=generator, dtype=torch.int8)
+    draw = torch.randint(0, 24, bits.shape, generator=generator, dtype=torch.int8)
     move = ((draw == 0).to(bits.dtype) - (draw == 1).to(bits.dtype)).to(bits.device)
     stays = (tensor == 0) | ~torch.isfinite(tensor)
     return torch.where(stays, tensor, (bits + move).view(tensor.dtype))
