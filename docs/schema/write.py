@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from truestep.experiment.ablation_records import Ablation, Matrix
-from truestep.experiment.baseline import PerfResults
 from truestep.experiment.perf_importing import PerfImport
+from truestep.experiment.perf_records import PerfResults
 from truestep.experiment.records import Experiment
 from truestep.gates.thresholds.linting import Lint
 from truestep.report.trend import Trend

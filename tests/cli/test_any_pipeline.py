@@ -309,7 +309,7 @@ def test_what_cannot_be_is_refused_with_exit_code_2(name: str, run: Run) -> None
 
 def test_values_are_json_or_text() -> None:
     from truestep.call_case import CallCase
-    from truestep.cli.common import values_of
+    from truestep.cli.cases import values_of
 
     case = CallCase(model="m")
     words = ["a=3", "b=true", "c=a cat", 'd=["a", "b"]', "e=none", 'f="5"', "g=1e-3", "h=False"]

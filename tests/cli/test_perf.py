@@ -18,9 +18,10 @@ import pytest
 from tests.commands import Run, runner
 from tests.experiment.test_baseline import COHORT, SCHEMAS, make_run
 from truestep.cli import perf
-from truestep.experiment.baseline import STAGES, Cohort, PerfResults, PerfRun
+from truestep.experiment.baseline import STAGES
 from truestep.experiment.history import open_history
 from truestep.experiment.perf_importing import PerfImport
+from truestep.experiment.perf_records import Cohort, PerfResults, PerfRun
 from truestep.report.trend import Trend
 from truestep.verdict import Verdict
 

@@ -11,17 +11,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from truestep.experiment.baseline import (
+from truestep.experiment.baseline import check_result, impossible, missing_result, unequal_sums
+from truestep.experiment.perf_records import (
     Cohort,
     PerfBatch,
     PerfResult,
     PerfResults,
     PerfRun,
-    check_result,
     cohort_values,
-    impossible,
-    missing_result,
-    unequal_sums,
 )
 from truestep.experiment.statistics import Outcome
 from truestep.verdict import Verdict

@@ -13,8 +13,8 @@ import pytest
 from tests.experiment.test_baseline import COHORT, make_run
 from truestep.errors import FileFormatError, WriteError
 from truestep.experiment import history as module
-from truestep.experiment.baseline import Cohort, PerfBatch
 from truestep.experiment.history import History, Import, open_history
+from truestep.experiment.perf_records import Cohort, PerfBatch
 
 
 def record(history: History, *, runs: int = 2, baseline: int | None = 1, day: int = 1) -> int:

@@ -530,8 +530,8 @@ def _seed_packet(folder: Path) -> None:
 
 
 def _seed_history(folder: Path) -> None:
-    from truestep.experiment.baseline import Cohort, PerfRun
     from truestep.experiment.history import open_history
+    from truestep.experiment.perf_records import Cohort, PerfRun
 
     path = folder / "h.sqlite"
     with open_history(path) as history:

@@ -9,7 +9,8 @@ import torch
 
 import truestep
 from truestep.judge.modality import in_seconds, modalities, with_modalities
-from truestep.judge.rows import build_comparison, compare_tensors, with_divergence
+from truestep.judge.rows import build_comparison, compare_tensors
+from truestep.judge.sentence import with_divergence
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Level, Manifest
 from truestep.recording.table import tensor_table

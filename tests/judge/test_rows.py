@@ -7,8 +7,9 @@ import torch
 
 from truestep.errors import UsageError
 from truestep.floors import NoiseFloor, NoiseRun, RunMetrics
+from truestep.judge.divergence import traced_back
 from truestep.judge.floor import Limits
-from truestep.judge.rows import build_comparison, compare_tensors, measured_run, traced_back
+from truestep.judge.rows import build_comparison, compare_tensors, measured_run
 from truestep.verdict import Comparison, Difference, Row, Side, Verdict
 
 torch.manual_seed(0)

@@ -12,7 +12,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.experiment.test_baseline import COHORT, make_batches
 from tests.experiment.test_table import Made
-from truestep.experiment.baseline import Cohort
+from truestep.experiment.perf_records import Cohort
 from truestep.experiment.records import Experiment
 from truestep.report import trend
 from truestep.report.ab import COLUMNS, write_tables

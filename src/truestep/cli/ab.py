@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from truestep.cli.cases import choose_cases, parse_changes
 from truestep.cli.common import (
     case_options,
-    choose_cases,
     end,
     give,
     load_change,
     output_options,
-    parse_changes,
     progress_bar,
     set_option,
 )

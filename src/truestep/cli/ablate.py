@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from truestep.cli.cases import choose_cases, parse_changes
 from truestep.cli.common import (
     case_options,
-    choose_cases,
     end,
     give,
     output_options,
-    parse_changes,
     progress_bar,
     set_option,
 )

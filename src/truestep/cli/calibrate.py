@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from truestep.cli.common import case_options, chosen_or_recorded, find_reference, progress_bar
+from truestep.cli.cases import chosen_or_recorded, find_reference
+from truestep.cli.common import case_options, progress_bar
 from truestep.text import say
 
 

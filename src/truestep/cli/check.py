@@ -11,23 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.cli.common import (
+from truestep.cli.cases import (
     Words,
     any_or_recorded,
-    case_options,
     changed_cases,
-    end,
     find_reference,
-    finish,
-    load_change,
     of_calls,
     of_the_runtime,
+    said_with,
+    values_of,
+)
+from truestep.cli.common import (
+    case_options,
+    end,
+    finish,
+    load_change,
     output_options,
     progress_bar,
-    said_with,
     set_option,
     subject_options,
-    values_of,
 )
 from truestep.cli.words import spell_out, spelled
 from truestep.text import say, visible

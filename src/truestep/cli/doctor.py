@@ -138,7 +138,8 @@ def _component_problems(folder: Path) -> list[str]:
 def _audit(name: str, prompt: str | None, change: str | None) -> int:
     """Print what a case's text embeddings are, beside what its recipe says; 1 if they differ."""
     from truestep.case import CASE_FILE
-    from truestep.cli.common import choose_cases, load_change
+    from truestep.cli.cases import choose_cases
+    from truestep.cli.common import load_change
     from truestep.runtime.audit import audit
     from truestep.runtime.loading import load
     from truestep.runtime.pipeline import apply_change

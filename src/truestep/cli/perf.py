@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from truestep.cli.common import case_options, choose_cases, end, give, progress_bar
+from truestep.cli.cases import choose_cases
+from truestep.cli.common import case_options, end, give, progress_bar
 from truestep.cli.words import spell_out, spelled
+from truestep.report.perf import print_import, print_results
 from truestep.text import say, visible
 
 if TYPE_CHECKING:
     from truestep.case import Case
-    from truestep.experiment.baseline import Cohort, PerfBatch, PerfResult, PerfResults, PerfRun
-    from truestep.experiment.perf_importing import PerfImport
     from truestep.experiment.perf_measuring import Session
+    from truestep.experiment.perf_records import Cohort, PerfBatch, PerfResult, PerfRun
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-_COLOURS = {0: "green", 1: "red", 3: "yellow", 4: "yellow"}
 
 _history = click.option(
     "--history",
@@ -204,7 +203,7 @@ def import_(files: tuple[Path, ...], history: Path, json_path: str | None) -> No
         new=new,
         known=known,
     )
-    give(result, json_path=json_path, show=lambda: _print_import(result))
+    give(result, json_path=json_path, show=lambda: print_import(result))
     end(result.exit_code)
 
 
@@ -232,8 +231,9 @@ def _run_each(
 
 def _record(name: str, case: Case, *, runs: int, label: str, fresh: bool, path: Path) -> PerfResult:
     """Measure and keep each run as soon as it is known; then say for what the batch counts."""
-    from truestep.experiment.baseline import PerfResult, check_result, found_impossible
+    from truestep.experiment.baseline import check_result, found_impossible
     from truestep.experiment.history import open_history
+    from truestep.experiment.perf_records import PerfResult
     from truestep.verdict import Verdict
 
     version, now = _version_and_time()
@@ -259,41 +259,44 @@ def _record(name: str, case: Case, *, runs: int, label: str, fresh: bool, path: 
         if not problems:
             history.finish(batch, baseline=number)
         counting = history.baseline(cohort)
-    common: dict[str, Any] = {
-        "tool_version": version,
-        "action": "record",
-        "case_name": name,
-        "case_id": cohort.case_id,
-        "cohort_id": cohort.id,
-        "cohort": cohort,
-        "history": str(path),
-        "batch": batch,
-        "runs": tuple(measured),
-    }
+    result = PerfResult(
+        tool_version=version,
+        action="record",
+        verdict=Verdict.INVALID if problems else Verdict.EQUIVALENT,
+        sentence=f"invalid: {name}: {problems[0]}; it was not kept"
+        if problems
+        else f"recorded {name}: {_spread(measured)}; {words}",
+        case_name=name,
+        case_id=cohort.case_id,
+        cohort_id=cohort.id,
+        cohort=cohort,
+        history=str(path),
+        batch=batch,
+        problems=tuple(problems),
+        runs=tuple(measured),
+    )
     if problems:
-        return PerfResult(
-            verdict=Verdict.INVALID,
-            sentence=f"invalid: {name}: {problems[0]}; it was not kept",
-            problems=tuple(problems),
-            **common,
-        )
+        return result
+    rows = judged.rows if judged is not None else ()
+    return _counted(result.model_copy(update={"baseline": number, "rows": rows}), counting)
+
+
+def _counted(result: PerfResult, counting: list[PerfBatch]) -> PerfResult:
+    """A record that was kept, with the batches that now count for the baseline."""
     processes = len(counting)
     notes = _busy()
-    if number is not None and processes < 3:
+    if result.baseline is not None and processes < 3:
         more = "1 more call" if processes == 2 else f"{3 - processes} more calls"
         notes.append(
             f"{more} of this command until a slow-down below the percent rule can be told from "
             "how processes differ"
         )
-    return PerfResult(
-        verdict=Verdict.EQUIVALENT,
-        sentence=f"recorded {name}: {_spread(measured)}; {words}",
-        baseline=number,
-        baseline_batches=processes,
-        baseline_runs=sum(len(b.runs) for b in counting),
-        rows=judged.rows if judged is not None else (),
-        notes=tuple(notes),
-        **common,
+    return result.model_copy(
+        update={
+            "baseline_batches": processes,
+            "baseline_runs": sum(len(batch.runs) for batch in counting),
+            "notes": tuple(notes),
+        }
     )
 
 
@@ -421,94 +424,10 @@ def _nothing_to_show(name: str | None, history: Path, cohorts: list[Cohort]) -> 
 def _finish(results: list[PerfResult], json_path: str | None) -> int:
     """Print results and write JSON; the exit code of the worst verdict."""
     from truestep.environment import command_line
-    from truestep.experiment.baseline import PerfResults
+    from truestep.experiment.perf_records import PerfResults
 
     bundle = PerfResults.of(results, repeat=command_line())
     if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks for all
         return bundle.exit_code
-    give(bundle, json_path=json_path, show=lambda: _print_results(bundle))
+    give(bundle, json_path=json_path, show=lambda: print_results(bundle))
     return bundle.exit_code
-
-
-def _print_results(bundle: PerfResults) -> None:
-    results = bundle.results
-    for result in results:
-        for line in _lines(result):
-            say(line)
-    if len(results) > 1:
-        counts = [r.verdict.value for r in results]
-        parts = ", ".join(f"{counts.count(w)} {w}" for w in dict.fromkeys(counts))
-        say(f"{len(results)} cases: {parts}", colour=_COLOURS[bundle.exit_code])
-    else:
-        say(results[0].sentence, colour=_COLOURS[bundle.exit_code])
-    say(f"repeat: {bundle.repeat}")
-
-
-def _lines(result: PerfResult) -> Iterator[str]:
-    """A result as text: numbers beside their baseline, then what to do."""
-    from truestep.experiment.baseline import amount
-
-    word = "PASSED" if result.verdict.passed else "FAILED"
-    word = "RECORDED" if result.action == "record" and result.verdict.passed else word
-    yield f"{word} {result.verdict.value} {result.case_name} [cohort {result.cohort_id}]"
-    cells = [("", "new", "baseline", "change", "expected (99 %)", "percent rule", "")]
-    for row in result.rows:
-        interval = (
-            f"{amount(row.low)} to {amount(row.high)}"
-            if row.low is not None and row.high is not None
-            else "-"
-        )
-        note = row.note or ("" if row.verdict is None else row.verdict.value)
-        if row.verdict is not None and row.note and not row.verdict.passed:
-            note = f"{row.verdict.value}: {row.note}"
-        limit = f"<= {amount(row.limit)}" if row.limit is not None else "-"
-        name = f"{row.name} {row.unit}"
-        change = f"{row.change:+.1%}"
-        cells.append((name, amount(row.value), amount(row.base), change, interval, limit, note))
-    if result.rows:
-        widths = [max(len(line[i]) for line in cells) for i in range(6)]
-        for line in cells:
-            head = "  ".join(
-                c.ljust(w) if i == 0 else c.rjust(w)
-                for i, (c, w) in enumerate(zip(line, widths, strict=False))
-            )
-            yield f"  {head}  {line[6]}".rstrip()
-    if result.baseline_runs:
-        yield (
-            f"  baseline     {result.baseline_runs} runs of {result.baseline_batches} "
-            f"process{'es' if result.baseline_batches != 1 else ''} in {result.history}"
-        )
-    if result.detectable is not None and result.verdict.passed:
-        yield f"  detectable   {result.detectable:.1%} slower would not have passed"
-    for problem in result.problems[:20]:
-        yield f"  impossible   {problem}"
-    for other in result.alternatives[:8]:
-        differences = ", ".join(
-            f"{d.key} {d.actual} (there {d.reference})" for d in other.differences[:4]
-        )
-        more = f", {len(other.differences) - 4} more" if len(other.differences) > 4 else ""
-        where = f"{other.source} {other.cohort}, {other.runs} runs"
-        yield f"  there is     {where}: {differences or 'the same, without runs that count'}{more}"
-    if len(result.alternatives) > 8:
-        yield f"  there is     ... {len(result.alternatives) - 8} more cohorts"
-    for note in result.notes:
-        yield f"  note         {note}"
-    if result.hint:
-        yield f"  hint         {result.hint}"
-    if result.offer:
-        yield f"  {result.offer}"
-
-
-def _print_import(result: PerfImport) -> None:
-    for file in result.files:
-        say(f"{file.path}: {file.source}, {len(file.cases)} cases")
-        for name, reason in list(file.left_out.items())[:20]:
-            say(f"  left out     {name}: {reason}")
-        if len(file.left_out) > 20:
-            say(f"  left out     ... {len(file.left_out) - 20} more")
-        for note in file.notes[:5]:
-            say(f"  note         {note}")
-        if len(file.notes) > 5:
-            say(f"  note         ... {len(file.notes) - 5} more")
-    say(result.sentence, colour=_COLOURS[result.exit_code])
-    say(f"history: {result.history}")

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.cli.common import (
+from truestep.cli.cases import (
     Words,
     case_device_class,
-    case_options,
     changed_cases,
     choose_any,
+    of_calls,
+)
+from truestep.cli.common import (
+    case_options,
     end,
     load_change,
-    of_calls,
     progress_bar,
     set_option,
     subject_options,

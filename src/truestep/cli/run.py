@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.common import (
-    case_options,
-    changed_cases,
-    choose_cases,
-    load_change,
-    progress_bar,
-    set_option,
-)
+from truestep.cli.cases import changed_cases, choose_cases
+from truestep.cli.common import case_options, load_change, progress_bar, set_option
 from truestep.text import say
 
 if TYPE_CHECKING:

@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.common import (
-    case_options,
-    chosen_or_recorded,
-    end,
-    find_reference,
-    give,
-    progress_bar,
-)
+from truestep.cli.cases import chosen_or_recorded, find_reference
+from truestep.cli.common import case_options, end, give, progress_bar
 from truestep.text import say, visible
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.common import choose_cases, end, find_reference, give, progress_bar
+from truestep.cli.cases import choose_cases, find_reference
+from truestep.cli.common import end, give, progress_bar
 from truestep.text import say, visible
 
 if TYPE_CHECKING:

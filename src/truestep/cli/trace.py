@@ -11,15 +11,13 @@ from typing import Any
 
 import click
 
+from truestep.cli.cases import changed_cases, choose_cases, parse_changes
 from truestep.cli.common import (
     case_options,
-    changed_cases,
-    choose_cases,
     end,
     finish,
     load_change,
     output_options,
-    parse_changes,
     progress_bar,
     set_option,
 )

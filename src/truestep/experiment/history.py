@@ -29,7 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from truestep.errors import FileFormatError, WriteError
-from truestep.experiment.baseline import Cohort, PerfBatch, PerfRun
+from truestep.experiment.perf_records import Cohort, PerfBatch, PerfRun
 from truestep.magic import what_is
 from truestep.reading import parse_json, reason
 

@@ -17,16 +17,9 @@ from pydantic import Field
 
 from truestep import reading
 from truestep.errors import FileFormatError
-from truestep.experiment.baseline import (
-    SCHEMA_VERSION,
-    Cohort,
-    PerfBatch,
-    PerfRun,
-    every_step,
-    impossible,
-    unequal_sums,
-)
+from truestep.experiment.baseline import every_step, impossible, unequal_sums
 from truestep.experiment.history import Import
+from truestep.experiment.perf_records import SCHEMA_VERSION, Cohort, PerfBatch, PerfRun
 from truestep.verdict import Record, Verdict
 
 MOST_NAMED = 3

@@ -14,7 +14,7 @@ import torch
 
 from truestep.case import Case
 from truestep.errors import ProcessEndedError, TruestepError, last_frame
-from truestep.experiment.baseline import Cohort, MemoryKind, PerfRun, cohort_values
+from truestep.experiment.perf_records import Cohort, MemoryKind, PerfRun, cohort_values
 from truestep.replay.capture import attention_observed, run_environment
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Observer, Pipeline, generate

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from truestep.content import case_differences
 from truestep.environment import Environment
 from truestep.errors import UsageError
+from truestep.judge.divergence import traced_back
 from truestep.judge.estimates import moment_rows, sketch_rows, sketch_rule
 from truestep.judge.floor import Limits, pair_of
 from truestep.judge.latent import LATENT, SIGNATURE, check_latent
 from truestep.judge.parameters import are_parameters, compare_parameters, summed
-from truestep.judge.rows import build_comparison, compare_tensors, traced_back
+from truestep.judge.rows import build_comparison, compare_tensors
 from truestep.measure.sound import sample_rate_of
 from truestep.recording import readers as sources
 from truestep.recording.manifest import Manifest

@@ -13,6 +13,9 @@ import torch
 from truestep.keys import key_of
 from truestep.verdict import GIVEN, Divergence, Row, Verdict
 
+_SOURCES = ("text", "schedule", "latent")
+"""Stages that take nothing from one another; every other one of a run takes from all before it."""
+
 _FAILED = (Verdict.DRIFTED, Verdict.INVALID)
 ROOT = "(root)"
 
@@ -246,3 +249,26 @@ def _few_positions(residual: torch.Tensor, total: float) -> str | None:
         low, high = int(places.min()), int(places.max())
         return f"only positions {low} to {high} of axis -2: a mask, a padding or a range"
     return None
+
+
+def traced_back(rows: Sequence[Row]) -> list[Row]:
+    """Say of two whole runs which failing rows began it, and which only follow.
+
+    Args:
+        rows: In the order in which the tensors were made. A text, a schedule, an initial latent
+            that fails began it; else the first place that fails. What comes later is inherited.
+    """
+    failing = [row for row in rows if row.verdict in (Verdict.DRIFTED, Verdict.INVALID)]
+    begun = [row for row in failing if row.stage in _SOURCES]
+    if not begun:
+        begun = [r for r in failing if (r.stage, r.step) == (failing[0].stage, failing[0].step)]
+    if len(begun) == len(failing):  # nothing follows: there is nothing to tell apart
+        return list(rows)
+    names = {row.name for row in begun}
+    origin = {r.name: "introduced" if r.name in names else "inherited" for r in failing}
+    return [
+        row.model_copy(update={"origin": origin[row.name]})
+        if row.stage and row.name in origin
+        else row
+        for row in rows
+    ]

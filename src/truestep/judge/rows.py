@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache, partial
-from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,8 +25,9 @@ from truestep.judge.floor import (
     pair_of,
     tolerance_floor,
 )
-from truestep.judge.modality import in_seconds, modalities, told_apart, with_modalities
+from truestep.judge.modality import in_seconds, modalities, with_modalities
 from truestep.judge.rule import SIZES, Measured, Outcome, bounded, judged, rule_of
+from truestep.judge.sentence import sentence_of
 from truestep.keys import SAMPLES, Address, address, without_modality
 from truestep.measure.batches import Found, is_small, measured_together
 from truestep.measure.distance import distance, distance_to_itself, is_constant, same_bits
@@ -44,7 +44,6 @@ from truestep.verdict import (
     Side,
     TensorInfo,
     Verdict,
-    detectable,
 )
 
 EXACT = Rule(name="bits/1", text="every tensor agrees bit for bit")
@@ -423,7 +422,7 @@ def build_comparison(
     return Comparison(
         tool_version=library_version("truestep") or "",
         verdict=verdict,
-        sentence=_sentence(verdict, rows, divergence, fields),
+        sentence=sentence_of(verdict, rows, divergence, fields),
         rows=rows,
         rule=_rule(rows, list(judged.values())),
         first_divergence=divergence,
@@ -445,33 +444,6 @@ def _rule(rows: Rows, judged: Sequence[FloorUsed]) -> Rule:
     return NOTHING
 
 
-_SOURCES = ("text", "schedule", "latent")
-"""Stages that take nothing from one another; every other one of a run takes from all before it."""
-
-
-def traced_back(rows: Sequence[Row]) -> list[Row]:
-    """Say of two whole runs which failing rows began it, and which only follow.
-
-    Args:
-        rows: In the order in which the tensors were made. A text, a schedule, an initial latent
-            that fails began it; else the first place that fails. What comes later is inherited.
-    """
-    failing = [row for row in rows if row.verdict in (Verdict.DRIFTED, Verdict.INVALID)]
-    begun = [row for row in failing if row.stage in _SOURCES]
-    if not begun:
-        begun = [r for r in failing if (r.stage, r.step) == (failing[0].stage, failing[0].step)]
-    if len(begun) == len(failing):  # nothing follows: there is nothing to tell apart
-        return list(rows)
-    names = {row.name for row in begun}
-    origin = {r.name: "introduced" if r.name in names else "inherited" for r in failing}
-    return [
-        row.model_copy(update={"origin": origin[row.name]})
-        if row.stage and row.name in origin
-        else row
-        for row in rows
-    ]
-
-
 def _first_failing(rows: Rows) -> Row | None:
     """The first row that failed; of the two modalities of one tensor the one that is further off.
 
@@ -488,24 +460,6 @@ def _first_failing(rows: Rows) -> Row | None:
     return max((row for row in both if row.verdict is worst), key=lambda row: row.ratio or 0.0)
 
 
-def with_divergence(
-    comparison: Comparison, divergence: Divergence, rows: Sequence[Row]
-) -> Comparison:
-    """A comparison whose first divergence was followed into a model, with the rows it took."""
-    fields = {"case_differences": comparison.case_differences, "deeper": rows}
-    known = comparison.first_divergence
-    if known is not None and (known.stage, known.step) == (divergence.stage, divergence.step):
-        divergence = divergence.model_copy(update={"modality": known.modality})
-    judged = Rows.of(comparison.rows)
-    sentence = _sentence(comparison.verdict, judged, divergence, fields)
-    update: dict[str, Any] = {"first_divergence": divergence, "sentence": sentence}
-    if rows:
-        seen = f"{len({row.fqn for row in rows})} modules"
-        update["rows"] = Rows.of((*judged, *rows))
-        update["looked_at"] = (*comparison.looked_at, seen)
-    return comparison.model_copy(update=update)
-
-
 def _tests(rows: Rows) -> int:
     """Number of statistics that the rule set against a measured tail."""
     return sum(
@@ -513,58 +467,6 @@ def _tests(rows: Rows) -> int:
         for ratio, floor, statistics in rows.each("ratio", "floor", "statistics")
         if ratio and floor and floor.source == "measured"
     )
-
-
-def _sentence(
-    verdict: Verdict, rows: Rows, first: Divergence | None, fields: Mapping[str, Any]
-) -> str:
-    text = _outcome(verdict, rows, first, fields)
-    return text if verdict.passed or fields.get("case_differences") else text + told_apart(rows)
-
-
-def _outcome(
-    verdict: Verdict, rows: Rows, first: Divergence | None, fields: Mapping[str, Any]
-) -> str:
-    total = f"{len(rows)} tensor{'s' if len(rows) != 1 else ''}"
-    alike = rows.having(verdict)
-    count = len(alike)
-    seen = detectable(rows)
-    sight = f"a relative change of {seen:.1e} would have been seen" if seen is not None else ""
-    if not rows:
-        return "invalid: there was nothing to compare"
-    if verdict is Verdict.IDENTICAL:
-        return f"identical: {total} agree{'s' if len(rows) == 1 else ''} bit for bit"
-    if verdict is Verdict.EQUIVALENT:
-        passed = (r for r, v in rows.each("ratio", "verdict") if r is not None and v.passed)
-        worst = max(passed, default=0.0)
-        return f"equivalent: {total}, the worst at {worst:.2g} x the noise floor; {sight}"
-    place = f" (first divergence: {first})" if first else ""
-    if verdict is Verdict.INVALID and first:
-        named = (r for r in chain(alike, fields.get("deeper", ())) if r.name == first.name)
-        return f"invalid: {count} of {total}{place}: {(next(named, None) or alike[0]).note}"
-    if verdict is Verdict.DRIFTED:
-        row = _worst(alike)
-        bound = row.floor.bound if row.floor else math.inf
-        if row.note and (row.ratio or 0.0) <= bound:  # not by size: another rule said so
-            return f"drifted: {count} of {total}{place}: {row.note}"
-        over = f"{row.ratio or 0.0:.3g} x the noise floor"
-        return f"drifted: {count} of {total}{place}, the worst at {over}"
-    if verdict is Verdict.INCOMPARABLE:
-        differences = fields.get("case_differences", ())
-        if differences:
-            differing = ", ".join(d.key or "a key without a name" for d in differences)
-            return f"incomparable: the two sides are of different cases ({differing} differ)"
-        return f"incomparable: {count} of {total}: {alike[0].name}: {alike[0].note}"
-    if verdict is Verdict.MISSING:
-        return f"missing: {count} of {total}: {alike[0].name}: {alike[0].note}"
-    row = _worst(alike)
-    return f"inconclusive: {count} of {total}: {row.name}: {row.note}"
-
-
-def _worst(rows: Rows) -> Row:
-    """The first of those that are furthest over their floor."""
-    ratios = [ratio or 0.0 for ratio in rows.each("ratio")]
-    return rows[max(range(len(rows)), key=ratios.__getitem__)]
 
 
 def measured_run(

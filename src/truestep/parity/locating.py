@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from truestep.errors import FOREIGN, TruestepError
-from truestep.judge.rows import with_divergence
+from truestep.judge.sentence import with_divergence
 from truestep.keys import key_of
 from truestep.pairing import pair_modules
 from truestep.pairing.naming import ROOT

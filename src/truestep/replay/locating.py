@@ -11,7 +11,7 @@ import torch
 
 from truestep.errors import UsageError
 from truestep.joint import Value
-from truestep.judge.rows import with_divergence
+from truestep.judge.sentence import with_divergence
 from truestep.keys import key_of, step_name
 from truestep.pairing.naming import ROOT
 from truestep.pairing.partners import Partners, partners_of

@@ -27,7 +27,7 @@ from truestep.calls.recording import CallRecording
 from truestep.calls.seen import Plan, Proceed, RunRaisedError
 from truestep.calls.subject import Subject as Run
 from truestep.judge.floor import Limits
-from truestep.judge.rows import with_divergence
+from truestep.judge.sentence import with_divergence
 from truestep.pairing.naming import ROOT, named_modules, unwrapped
 from truestep.pairing.partners import Partners
 from truestep.recording.manifest import CallEntry

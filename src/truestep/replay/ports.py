@@ -17,7 +17,8 @@ from truestep.errors import FOREIGN, UsageError, surviving
 from truestep.floors import NoiseFloor
 from truestep.judge.divergence import ROOT, locate, with_kind, with_origins
 from truestep.judge.floor import Limits, pair_of
-from truestep.judge.rows import build_comparison, compare_tensors, with_divergence
+from truestep.judge.rows import build_comparison, compare_tensors
+from truestep.judge.sentence import with_divergence
 from truestep.keys import address, key_of
 from truestep.pairing.naming import listed, named_modules
 from truestep.pairing.partners import Names, Part, namesake

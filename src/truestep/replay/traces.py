@@ -16,12 +16,8 @@ from truestep.judge.divergence import ROOT, with_kind
 from truestep.judge.estimates import moment_rows, sketch_rows
 from truestep.judge.floor import Limits, pair_of
 from truestep.judge.growth import Inside, inside, introduced, origins
-from truestep.judge.rows import (
-    build_comparison,
-    compare_tensors,
-    one_value,
-    with_divergence,
-)
+from truestep.judge.rows import build_comparison, compare_tensors, one_value
+from truestep.judge.sentence import with_divergence
 from truestep.keys import address, key_of
 from truestep.many import Texts
 from truestep.measure.distance import distance

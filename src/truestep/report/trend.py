@@ -9,14 +9,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from truestep.experiment.baseline import (
-    SCHEMA_VERSION,
-    Cohort,
-    PerfBatch,
-    amount,
-    denoise_stage,
-    numbers,
-)
+from truestep.experiment.baseline import amount, denoise_stage, numbers
+from truestep.experiment.perf_records import SCHEMA_VERSION, Cohort, PerfBatch
 from truestep.experiment.perf_statistics import LEVEL, median_interval
 from truestep.experiment.statistics import median
 from truestep.files import write_text
