@@ -22,8 +22,9 @@ from bench.faults.subjects import subjects
 from truestep.case import Case
 from truestep.cli.common import load_change
 from truestep.keys import STAGES
+from truestep.runtime.applying import apply_change
 from truestep.runtime.loading import load
-from truestep.runtime.pipeline import apply_change, generate
+from truestep.runtime.pipeline import generate
 
 FOLDER = Path(registry.__file__).parent
 ENTRIES = [*FAULTS.values(), *BENIGN.values()]

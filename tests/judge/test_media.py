@@ -252,7 +252,7 @@ def test_measured_keeps_the_numbers_alone() -> None:
 def test_a_check_shows_the_sound_of_both_sides() -> None:
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Manifest
-    from truestep.replay.check import _sound
+    from truestep.replay.judging import _sound
     from truestep.replay.stages import Replay
 
     def shown(actual: torch.Tensor | None, **settings: object) -> tuple[Media, ...]:

@@ -24,8 +24,9 @@ from truestep.errors import FileFormatError, WriteError
 from truestep.recording import columns
 from truestep.recording.columns import columns_of, rows_of
 from truestep.recording.format import Recording, bytes_of
-from truestep.recording.header import read_header, read_manifest
+from truestep.recording.header import read_header
 from truestep.recording.manifest import Level, TensorEntry
+from truestep.recording.manifest_reading import read_manifest
 from truestep.recording.recovery import recover
 from truestep.recording.spool import Spool
 

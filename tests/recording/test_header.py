@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from truestep.errors import FileFormatError
 from truestep.recording.format import Recording, read_plain
-from truestep.recording.header import manifest_digest, read_header, read_manifest
+from truestep.recording.header import manifest_digest, read_header
 from truestep.recording.manifest import Manifest
+from truestep.recording.manifest_reading import read_manifest
 from truestep.recording.table import tensor_table
 
 GOOD: dict[str, Any] = {"x": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
@@ -314,7 +315,7 @@ def test_unaligned_tensors_read(tmp_path: Path) -> None:
 
 def test_reading_a_header_imports_no_torch(saved: Path) -> None:
     code = (
-        "import sys\nfrom truestep.recording.header import read_manifest\n"
+        "import sys\nfrom truestep.recording.manifest_reading import read_manifest\n"
         f"read_manifest({str(saved)!r})\nassert 'torch' not in sys.modules\n"
         "assert 'numpy' not in sys.modules"
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from truestep.case import Case
     from truestep.experiment.records import Expectation, Experiment, Plan
     from truestep.experiment.store import Store
-    from truestep.runtime.pipeline import Apply
+    from truestep.runtime.applying import Apply
 
 _DIMENSION = re.compile(r"[A-Za-z_]\w*=")
 """A positional argument that goes on with --matrix."""

@@ -270,7 +270,7 @@ def case_of(path: Path) -> AnyCase:
     """
     from truestep.case import case_from
     from truestep.errors import UsageError
-    from truestep.recording.header import read_manifest
+    from truestep.recording.manifest_reading import read_manifest
 
     manifest = read_manifest(path)
     if manifest is None or manifest.case is None:

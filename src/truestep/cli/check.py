@@ -142,8 +142,7 @@ def command(
     The change is --set, --model or --apply; without one the check says whether this environment
     still reproduces the reference.
     """
-    from truestep.errors import TruestepError, UsageError
-    from truestep.judge.known import judged
+    from truestep.errors import UsageError
     from truestep.recording.store import DEFAULT_ROOT
 
     if accelerator is not None and ray is None:
@@ -158,12 +157,11 @@ def command(
         cases = changed_cases(cases, changes)
     settings = {name: values_of(case, under_test) for name, case in cases.items()}
     for name, case in cases.items():  # every option is validated before any forward
-        if model is not None:
-            settings[name]["model"] = model
+        settings[name] |= {} if model is None else {"model": model}
         _refuse(case.replace(**settings[name]), depth, accept, thresholds)
     load_change(change)  # a change that cannot be read is refused before any forward
     ledger = _ledger(known, cases, case_file=case_file, tier=tier)
-    options: dict[str, Any] = {
+    common: dict[str, Any] = {
         "depth": depth,
         "steps": _steps(steps),
         "tolerance": tolerance,
@@ -171,9 +169,9 @@ def command(
         "accept": accept,
         "expect": expect,
     }
+    options = {name: {**common, "settings": settings[name]} for name in cases}
     check = partial(
         _check,
-        settings=settings,
         reference=reference,
         references=references,
         tier=tier,
@@ -184,8 +182,19 @@ def command(
     if ray is not None:
         folder = references or DEFAULT_ROOT
         endings = _on_cluster(check, cases, options, ray, accelerator, reference or folder)
+    results = _results(endings, cases, ledger)
+    code = finish(results, json_path=json_path, report=report) if results else 2
+    end(code if len(results) == len(cases) else 2)
+
+
+def _results(
+    endings: Generator[Ending], cases: Mapping[str, AnyCase], ledger: Mapping[str, Entry]
+) -> list[Comparison]:
+    """The results in the order of the cases, known failures among them; what broke is told."""
+    from truestep.errors import TruestepError
+    from truestep.judge.known import judged
+
     found: dict[str, Comparison] = {}
-    broken = 0
     with closing(endings):
         for name, outcome in endings:
             if not isinstance(outcome, Exception):
@@ -196,12 +205,10 @@ def command(
                 spelled(outcome, name)
             if len(cases) == 1:
                 raise outcome
-            broken += 1  # one broken case must not cost the others' results
+            # One broken case must not cost the others' results.
             text = f"BROKEN {visible(name)}: {type(outcome).__name__}: {outcome}"
             say(text, err=True, lines=True)
-    results = [found[name] for name in cases if name in found]
-    code = finish(results, json_path=json_path, report=report) if results else 2
-    end(2 if broken else code)
+    return [found[name] for name in cases if name in found]
 
 
 def _refuse(
@@ -282,7 +289,9 @@ Ending = tuple[str, "Comparison | Exception"]
 
 
 def _here(
-    check: Callable[..., Comparison], cases: Mapping[str, AnyCase], options: dict[str, Any]
+    check: Callable[..., Comparison],
+    cases: Mapping[str, AnyCase],
+    options: Mapping[str, dict[str, Any]],
 ) -> Generator[Ending]:
     """Check the cases one by one in this process."""
     from truestep.errors import TruestepError
@@ -290,7 +299,7 @@ def _here(
     for name, case in cases.items():
         try:
             with progress_bar() as progress:
-                yield name, check(name, case, {**options, "progress": progress})
+                yield name, check(name, case, {**options[name], "progress": progress})
         except TruestepError as error:
             yield name, error
 
@@ -298,7 +307,7 @@ def _here(
 def _on_cluster(
     check: Callable[..., Comparison],
     cases: Mapping[str, AnyCase],
-    options: dict[str, Any],
+    options: Mapping[str, dict[str, Any]],
     address: str,
     accelerator: str | None,
     references: Path,
@@ -306,7 +315,7 @@ def _on_cluster(
     """Check the cases on a Ray cluster, each as a task, in the order they end."""
     from truestep.experiment.cluster import Task, connected, run_tasks
 
-    tasks = {name: Task(check, (name, case, options)) for name, case in cases.items()}
+    tasks = {name: Task(check, (name, case, options[name])) for name, case in cases.items()}
     shared = {references: None} if references.exists() else {}
     with (
         connected(address, accelerator=accelerator),
@@ -347,7 +356,6 @@ def _check(
     case: AnyCase,
     options: dict[str, Any],
     *,
-    settings: Mapping[str, Mapping[str, Any]],
     reference: Path | None,
     references: Path | None,
     tier: str,
@@ -358,7 +366,6 @@ def _check(
     from truestep.errors import ReferenceNotFoundError
     from truestep.replay.check import missing_reference
 
-    options = {**options, "settings": settings[name]}
     try:
         path = reference or find_reference(name, case, references=references, tier=tier)
     except ReferenceNotFoundError as error:

@@ -85,7 +85,8 @@ _NOTES = {
 
 
 def _safetensors(path: Path, _: str) -> Contents:
-    from truestep.recording.header import manifest_of, read_header
+    from truestep.recording.header import read_header
+    from truestep.recording.manifest_reading import manifest_of
 
     header = read_header(path)
     manifest = manifest_of(header)

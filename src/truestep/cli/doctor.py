@@ -140,9 +140,9 @@ def _audit(name: str, prompt: str | None, change: str | None) -> int:
     from truestep.case import CASE_FILE
     from truestep.cli.cases import choose_cases
     from truestep.cli.common import load_change
+    from truestep.runtime.applying import apply_change
     from truestep.runtime.audit import audit
     from truestep.runtime.loading import load
-    from truestep.runtime.pipeline import apply_change
 
     cases = choose_cases((name,), case_file=Path(CASE_FILE), prompt=prompt, tier="default")
     apply = load_change(change)

@@ -14,7 +14,7 @@ from truestep.text import say
 if TYPE_CHECKING:
     from truestep.case import Case
     from truestep.recording.format import Recording
-    from truestep.runtime.pipeline import Apply
+    from truestep.runtime.applying import Apply
 
 _FPS = 16
 """Frames a second of a video that is told none."""

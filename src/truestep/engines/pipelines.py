@@ -29,7 +29,7 @@ from truestep.recording.table import table_entry
 from truestep.replay.check import Depth
 from truestep.replay.opening import open_call
 from truestep.replay.record import FloorChoice
-from truestep.runtime.pipeline import call_change, not_a_pipeline
+from truestep.runtime.applying import call_change, not_a_pipeline
 from truestep.verdict import Comparison
 
 ARGUMENTS = "arguments"

@@ -11,12 +11,14 @@ from truestep.case import Case
 from truestep.errors import UsageError
 
 if TYPE_CHECKING:
+    from truestep.calls.recording import CallRecording
+    from truestep.engines.pipelines import Judging
     from truestep.progress import Progress
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Level
     from truestep.replay.check import Depth, Expect
     from truestep.replay.record import FloorChoice
-    from truestep.runtime.pipeline import Apply
+    from truestep.runtime.applying import Apply
     from truestep.verdict import Comparison
 
 
@@ -77,7 +79,7 @@ def record(
     return type(recording).open(path)
 
 
-def check(
+def check(  # 13 parameters: the public check, whose options are keywords
     subject: Case | CallCase | Any,
     reference: Recording | str | Path,
     *,
@@ -128,21 +130,19 @@ def check(
     """
     from truestep.replay import check as stages
 
+    options: dict[str, Any] = {
+        "depth": depth,
+        "apply": apply,
+        "settings": settings,
+        "steps": steps,
+        "tolerance": tolerance,
+        "rename": rename,
+    }
     if isinstance(subject, Case):
         _refuse_call(call)
         _refuse_trusted(trusted)
         return stages.check(
-            subject,
-            reference,
-            depth=depth,
-            apply=apply,
-            settings=settings,
-            steps=steps,
-            tolerance=tolerance,
-            rename=rename,
-            accept=accept,
-            expect=expect,
-            progress=progress,
+            subject, reference, accept=accept, expect=expect, progress=progress, **options
         )
     refuse_checking(depth, rename, accept)
     if isinstance(subject, CallCase):
@@ -150,25 +150,9 @@ def check(
 
         _refuse_call(call)
         _refuse_trusted(trusted)
-        result = diffusers.check(
-            subject,
-            reference,
-            apply=apply,
-            settings=settings,
-            steps=steps,
-            tolerance=tolerance,
-            depth=depth,
-            rename=rename,
-        )
+        result = diffusers.check(subject, reference, **options)
     else:
-        from truestep.engines.pipelines import (
-            Judging,
-            changed,
-            check_pipeline,
-            opened,
-            recorded_arguments,
-        )
-        from truestep.replay.touched import snapshot_of, touched
+        from truestep.engines.pipelines import Judging, opened
 
         if settings:
             raise UsageError(
@@ -176,18 +160,33 @@ def check(
                 hint="give what it is called with: check(pipeline, reference, call={...})",
             )
         recording = opened(reference)
-        given = recorded_arguments(recording) if call is None else call
         _refuse_alone(subject, trusted, depth)
         opened_beside = (lambda: trusted) if depth == "modules" else None
         judging = Judging(
             steps=steps, tolerance=tolerance, depth=depth, rename=rename, trusted=opened_beside
         )
-        before = snapshot_of(subject) if apply else {}
-        pipe = changed(subject, apply)
-        idle = apply is not None and not touched(before, snapshot_of(pipe))
-        result = check_pipeline(pipe, recording, given, judging)
-        result = stages.said_idle(result) if idle else result
+        result = _check_object(subject, recording, call, apply, judging)
     return stages.expected(result, expect)
+
+
+def _check_object(
+    subject: Any,
+    recording: CallRecording,
+    call: Mapping[str, Any] | None,
+    apply: Apply | None,
+    judging: Judging,
+) -> Comparison:
+    """Check a pipeline object, as it is changed, called with arguments or as it was recorded."""
+    from truestep.engines.pipelines import changed, check_pipeline, recorded_arguments
+    from truestep.replay.check import said_idle
+    from truestep.replay.touched import snapshot_of, touched
+
+    given = recorded_arguments(recording) if call is None else call
+    before = snapshot_of(subject) if apply else {}
+    pipe = changed(subject, apply)
+    idle = apply is not None and not touched(before, snapshot_of(pipe))
+    result = check_pipeline(pipe, recording, given, judging)
+    return said_idle(result) if idle else result
 
 
 def refuse_recording(level: str) -> None:

@@ -17,15 +17,9 @@ from truestep.experiment.records import ArmName
 from truestep.keys import FINALS
 from truestep.recording.format import bytes_of
 from truestep.replay.capture import is_compiled
+from truestep.runtime.applying import Apply, apply_change
 from truestep.runtime.loading import load
-from truestep.runtime.pipeline import (
-    MODELS,
-    Apply,
-    Observer,
-    Pipeline,
-    apply_change,
-    generate,
-)
+from truestep.runtime.pipeline import MODELS, Observer, Pipeline, generate
 
 KEPT = (*FINALS, "video/frames", "audio/waveform")
 """What a generation leaves behind."""

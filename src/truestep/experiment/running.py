@@ -43,7 +43,7 @@ from truestep.runtime.loading import load
 
 if TYPE_CHECKING:
     from truestep.progress import Progress
-    from truestep.runtime.pipeline import Apply
+    from truestep.runtime.applying import Apply
 
 
 NO_COMPILER = ("InvalidCxxCompiler", "CppCompileError", "CppWrapperCompileError", "TritonMissing")

@@ -18,8 +18,10 @@ from truestep.measure.moments import _CHUNK, moments
 from truestep.measure.plain import plain
 from truestep.measure.sketch import sketch
 from truestep.recording import header as headers
-from truestep.recording.header import TORCH_NAMES, Header, Packed, Slot, digest, manifest_digest
+from truestep.recording import manifest_reading
+from truestep.recording.header import TORCH_NAMES, Header, Slot, digest, manifest_digest
 from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY, Manifest
+from truestep.recording.manifest_reading import Packed
 
 WHAT = "the recording"
 """What is written, for errors."""
@@ -59,7 +61,7 @@ class Recording(Mapping[str, torch.Tensor]):
         self._digests: dict[str, str] = {}
         packed = source is not None and isinstance(source.header.tensors, Packed)
         for entry in manifest.tensors if source and not packed else ():
-            self._digests |= headers.stored_digests(entry, manifest.level)
+            self._digests |= manifest_reading.stored_digests(entry, manifest.level)
         self._names: Collection[str] = (
             source.header.tensors
             if source and packed
@@ -79,7 +81,7 @@ class Recording(Mapping[str, torch.Tensor]):
         Raises:
             FileFormatError: It is unreadable, damaged, of a newer format, or not a recording.
         """
-        header, manifest = headers.read_recording(path)
+        header, manifest = manifest_reading.read_recording(path)
         if manifest is None:
             raise FileFormatError(
                 "the file is a safetensors file, but not a recording",

@@ -15,8 +15,8 @@ from truestep.magic import what_is
 from truestep.measure.plain import plain
 from truestep.reading import reason
 from truestep.recording.format import Plain, Recording
-from truestep.recording.header import read_recording
 from truestep.recording.manifest import Manifest
+from truestep.recording.manifest_reading import read_recording
 from truestep.recording.numpy_files import read_npy, read_npz
 from truestep.recording.torch_files import read_pt, tensors_in
 from truestep.verdict import Side

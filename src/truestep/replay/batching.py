@@ -19,8 +19,9 @@ from truestep.joint import each, made_of, tensors_of
 from truestep.judge.rows import build_comparison, compare_tensors
 from truestep.keys import key_of
 from truestep.replay.isolation import Flow, flow
+from truestep.runtime.applying import Apply, apply_change
 from truestep.runtime.loading import load
-from truestep.runtime.pipeline import Apply, Observer, apply_change, encode
+from truestep.runtime.pipeline import Observer, encode
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Divergence, Row, Side, Verdict
 

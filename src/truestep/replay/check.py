@@ -20,20 +20,19 @@ from truestep.errors import (
     one_line,
     surviving,
 )
-from truestep.judge.floor import Limits, free_running, pair_of, sample_sizes
-from truestep.judge.repeats import said_unsteady, with_second_answers
-from truestep.keys import SAMPLES, is_prediction, key_of
+from truestep.judge.floor import Limits, free_running, pair_of
+from truestep.judge.repeats import said_unsteady
 from truestep.randomness import own_randomness
+from truestep.replay.judging import coverage, media_of, rows_of
 from truestep.turns import taking_turns
-from truestep.verdict import Comparison, Cost, Difference, Media, Row, Rule, Side, Verdict
+from truestep.verdict import Comparison, Cost, Difference, Rule, Side, Verdict
 
 if TYPE_CHECKING:
     from truestep.progress import Progress
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Manifest
-    from truestep.replay.answers import Answers
-    from truestep.replay.stages import Replay
-    from truestep.runtime.pipeline import Apply, Pipeline
+    from truestep.runtime.applying import Apply
+    from truestep.runtime.pipeline import Pipeline
 
 Depth = Literal["steps", "modules", "final"]
 Expect = Literal["same", "different"]
@@ -41,7 +40,7 @@ Expect = Literal["same", "different"]
 
 @taking_turns()
 @own_randomness()
-def check(
+def check(  # 11 parameters: those of `truestep.check`, without what is of pipeline objects
     case: Case,
     reference: Recording | str | Path,
     *,
@@ -86,8 +85,8 @@ def check(
     """
     from truestep.recording.format import Recording
     from truestep.replay.touched import snapshot
+    from truestep.runtime.applying import apply_change
     from truestep.runtime.loading import load
-    from truestep.runtime.pipeline import apply_change
 
     refuse_rename(rename, depth)
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
@@ -215,7 +214,7 @@ def _opened(
 
 
 @taking_turns()
-def check_pipeline(
+def check_pipeline(  # 9 parameters: those of `check` that are left when the pipeline is loaded
     pipe: Pipeline,
     recording: Recording,
     *,
@@ -230,6 +229,7 @@ def check_pipeline(
     """Check a loaded pipeline; see `check`."""
     from truestep.environment import Environment
     from truestep.judge.rows import build_comparison
+    from truestep.measure.sound import sample_rate_of
     from truestep.replay.answers import repeat_failure, run_freely, run_stages
     from truestep.replay.capture import attention_observed, run_environment
 
@@ -247,7 +247,7 @@ def check_pipeline(
                 if depth == "final"
                 else run_stages(pipe, recording, steps, limits, progress)
             )
-            rows = _rows(run, recording, limits)
+            rows = rows_of(run, recording, limits)
             if depth != "final":
                 rows = repeat_failure(pipe, recording, rows, run, limits)
     except TruestepError:
@@ -258,7 +258,7 @@ def check_pipeline(
         return _invalid(case, recording, label, f"the candidate raised {one_line(error)}")
     seconds = time.perf_counter() - start
     environment = run_environment(pipe, attention=kernels())
-    looked, not_looked = _coverage(recording, run)
+    looked, not_looked = coverage(recording, run)
     result = build_comparison(
         rows,
         case_id=case.id,
@@ -268,17 +268,22 @@ def check_pipeline(
         environment_differences=Environment(environment).differences(manifest.environment),
         looked_at=looked,
         not_looked_at=not_looked,
-        media=_media(run, recording),
-        sample_rate=_sample_rate(recording),
+        media=media_of(run, recording),
+        sample_rate=sample_rate_of(manifest.settings),
         notes=(*run.notes, *pipe.fallbacks),
-        cost=Cost(
-            forwards=pipe.forwards - before,
-            forwards_generation=manifest.forwards,
-            seconds=seconds,
-            seconds_generation=sum(sum(times) for times in manifest.timings_s.values()) or None,
-        ),
+        cost=_cost(manifest, forwards=pipe.forwards - before, seconds=seconds),
     )
     return said_unsteady(result)
+
+
+def _cost(manifest: Manifest, *, forwards: int, seconds: float) -> Cost:
+    """What a check cost, beside what the recorded generation did."""
+    return Cost(
+        forwards=forwards,
+        forwards_generation=manifest.forwards,
+        seconds=seconds,
+        seconds_generation=sum(sum(times) for times in manifest.timings_s.values()) or None,
+    )
 
 
 def _invalid(case: Case, recording: Recording, label: str, what: str) -> Comparison:
@@ -350,42 +355,6 @@ def build_side(recording: Recording) -> Side:
     )
 
 
-def _rows(run: Answers, recording: Recording, limits: Limits) -> list[Row]:
-    from truestep.judge.rows import compare_tensors
-    from truestep.keys import address
-    from truestep.measure.structure import sample_mean
-
-    expected = {name: recording[name] for name in run.wanted}
-    actual = {
-        k: v for k, v in run.replayed.outputs.items() if k in expected or address(k).stage == "text"
-    }
-    floor = limits.floor
-    benign = [each for each in floor.runs if each.pair == limits.pair] if floor else []
-    averaged = any(m.name == SAMPLES for each in benign for m in each.tensors)
-    sizes = sample_sizes(benign) if averaged else {}
-    if sizes and set(sizes) <= {name for name in expected if is_prediction(name)}:
-        mean = sample_mean(actual, expected, sizes)
-        if mean is not None:
-            actual[SAMPLES], expected[SAMPLES] = mean
-    rows = compare_tensors(actual, expected, limits=limits)
-    rows = with_second_answers(rows, run.second, expected, run.second, limits)
-    rows = [_text_by_effect(row, run.replayed, recording, limits) for row in rows]
-    return [_beneath_rounding(_failed(row, run.replayed), rows) for row in rows]
-
-
-def _beneath_rounding(row: Row, rows: list[Row]) -> Row:
-    """Say of a drifted raised tensor that the working precision hides what it shows."""
-    key = key_of(row.name)
-    if row.verdict is not Verdict.DRIFTED or not key.precision or not row.metrics:
-        return row
-    own = str(key.working)
-    working = next((r.floor for r in rows if r.name == own and r.floor), None)
-    if working is None or row.metrics.rel_l2 > working.rel_l2:
-        return row
-    note = f"below the rounding of {working.pair.partition('/')[0]}: a small fault or a cast inside"
-    return row.model_copy(update={"note": "; ".join(part for part in (note, row.note) if part)})
-
-
 def _refuse(case: Case, recording: Recording, accept: Collection[str]) -> Comparison | None:
     """`incomparable` where the reference is of another case, or was not made by what it goes by; an
     error where it is unusable."""
@@ -445,134 +414,6 @@ def label_of(case: AnyCase, candidate: AnyCase, apply: Apply | None) -> str:
     if apply is not None:
         parts.append(f"apply {getattr(apply, '__name__', 'change')}")
     return ", ".join(parts) or "unchanged"
-
-
-def _coverage(recording: Recording, run: Answers) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """In words: what a run looked at, and what it did not."""
-    if run.depth == "final":
-        return (
-            ("final latents of two free runs, one after the other",),
-            (
-                "each stage on its own (--depth steps)",
-                "decoding: shown, not judged",
-                *_one_size(recording),
-            ),
-        )
-    from truestep.keys import STAGES, address
-    from truestep.replay.stages import steps_recorded
-
-    total = steps_recorded(recording)
-    places = [address(name) for name in run.wanted]
-    looked = []
-    for stage in STAGES:
-        steps = sorted({p.step for p in places if p.stage == stage and p.step is not None})
-        branches = sorted({p.branch for p in places if p.stage == stage and p.branch})
-        if not any(p.stage == stage for p in places):
-            continue
-        detail = f" at steps {', '.join(map(str, steps))} of {total}" if steps else ""
-        if len(steps) == total - (stage == "update"):  # the first latent is no update
-            detail = " at every step"
-        looked.append(f"{stage}{detail}" + (f" ({', '.join(branches)})" if branches else ""))
-    predicted = {p.step for p in places if p.stage == "prediction"}
-    others = total - len(predicted)
-    unseen = [f"prediction at the other {others} step{'s' * (others > 1)}"] if others else []
-    if run.unseen:
-        unseen.append(run.unseen)
-    if "video/frames" not in recording:
-        unseen.append("decoding (the reference holds no frames)")
-    unseen += ["accumulation over a free run (--depth final)", *_one_size(recording)]
-    return tuple(looked), tuple(unseen)
-
-
-def _one_size(recording: Recording) -> tuple[str, ...]:
-    """What a reference of one size and one batch cannot show."""
-    settings = recording.manifest.settings
-    if not {"width", "height", "num_frames"} <= settings.keys():
-        return ()
-    size = "x".join(str(settings[key]) for key in ("width", "height", "num_frames"))
-    clips = settings.get("videos_per_prompt") or 1
-    batch = "batches (one sample only)" if clips == 1 else f"other batches than {clips} samples"
-    return (f"other sizes than {size}", batch)
-
-
-def _text_by_effect(row: Row, replayed: Replay, recording: Recording, limits: Limits) -> Row:
-    """Judge text of another length by the prediction that the candidate makes of it."""
-    from truestep.judge.rows import compare_tensors
-
-    if row.name not in replayed.effects:
-        return row
-    prediction, made = replayed.effects[row.name]
-    (effect,) = compare_tensors(
-        {prediction: made}, {prediction: recording[prediction]}, limits=limits
-    )
-    lengths = (
-        f"length {row.actual.shape[1]} against {row.reference.shape[1]}"
-        if (row.actual and row.reference)
-        else "another length"
-    )
-    note = f"{lengths}: judged by its effect on {prediction}"
-    return effect.model_copy(
-        update={
-            "name": row.name,
-            "stage": row.stage,
-            "step": None,
-            "actual": row.actual,
-            "reference": row.reference,
-            "note": "; ".join(part for part in (note, effect.note) if part),
-        }
-    )
-
-
-def _head(name: str) -> str:
-    """First part of a name, whatever the modality."""
-    return key_of(name).head
-
-
-def _failed(row: Row, replayed: Replay) -> Row:
-    """A stage that raised is `invalid`, with what it raised; a tensor it took along likewise."""
-    text = replayed.failures.get(row.name)
-    if text is None and row.verdict is Verdict.MISSING:
-        stage = _head(row.name)
-        text = next((t for n, t in replayed.failures.items() if _head(n) == stage), None)
-    return (
-        row
-        if text is None
-        else row.model_copy(update={"verdict": Verdict.INVALID, "note": f"the stage raised {text}"})
-    )
-
-
-def _media(run: Answers, recording: Recording) -> tuple[Media, ...]:
-    """What both sides decode to, from the same latent or at the end of a free run."""
-    own = "the candidate's free run" if run.depth == "final" else "the reference's latent"
-    found = (*_frames(run.replayed, recording), *_sound(run.replayed, recording))
-    return tuple(media.model_copy(update={"origin": own}) for media in found)
-
-
-def _frames(replayed: Replay, recording: Recording) -> tuple[Media, ...]:
-    from truestep.judge.media import frame_media
-
-    actual, reference = replayed.outputs.get("video/frames"), recording.get("video/frames")
-    if actual is None or reference is None or actual.shape != reference.shape:
-        return ()
-    return (frame_media(actual, reference, name="video/frames"),)
-
-
-def _sound(replayed: Replay, recording: Recording) -> tuple[Media, ...]:
-    from truestep.judge.media import sound_media
-
-    actual, reference = replayed.outputs.get("audio/waveform"), recording.get("audio/waveform")
-    rate = _sample_rate(recording)
-    if actual is None or reference is None or rate is None:
-        return ()
-    if any(side.ndim != 3 or not side.numel() for side in (actual, reference)):
-        return ()
-    return (sound_media(actual, reference, name="audio/waveform", sample_rate=rate),)
-
-
-def _sample_rate(recording: Recording) -> int | None:
-    from truestep.measure.sound import sample_rate_of
-
-    return sample_rate_of(recording.manifest.settings)
 
 
 def missing_reference(case: AnyCase, error: ReferenceNotFoundError) -> Comparison:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from truestep.progress import Progress
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Level
-    from truestep.runtime.pipeline import Apply, Pipeline
+    from truestep.runtime.applying import Apply
+    from truestep.runtime.pipeline import Pipeline
 
 FloorChoice = Literal["none", "steps", "final"]
 
@@ -54,8 +55,8 @@ def record(
         ProcessEndedError: The model or the change called sys.exit.
         WriteError: It cannot be written; an existing file is left untouched.
     """
+    from truestep.runtime.applying import apply_change
     from truestep.runtime.loading import load
-    from truestep.runtime.pipeline import apply_change
 
     recording = record_pipeline(
         apply_change(load(case), apply), case=case, level=level, floor=floor, progress=progress

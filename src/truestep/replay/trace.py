@@ -19,8 +19,9 @@ from truestep.randomness import own_randomness
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Level
 from truestep.replay.hooks import capture, wants
+from truestep.runtime.applying import Apply, apply_change
 from truestep.runtime.loading import load
-from truestep.runtime.pipeline import Apply, Observer, Pipeline, apply_change, encode, generate
+from truestep.runtime.pipeline import Observer, Pipeline, encode, generate
 from truestep.turns import taking_turns
 from truestep.verdict import Verdict
 

@@ -13,12 +13,13 @@ from truestep.gates.thresholds.file import Limits, Thresholds, limits_of
 from truestep.gates.thresholds.rule import FRAMES, WAVEFORM, Measured, judge, measure
 from truestep.measure.plain import plain
 from truestep.measure.sound import sample_rate_of
-from truestep.runtime.pipeline import Observer, Pipeline, apply_change, generate
+from truestep.runtime.applying import apply_change
+from truestep.runtime.pipeline import Observer, Pipeline, generate
 from truestep.verdict import Comparison, Verdict
 
 if TYPE_CHECKING:
     from truestep.recording.format import Recording
-    from truestep.runtime.pipeline import Apply
+    from truestep.runtime.applying import Apply
 
 DECODED = (FRAMES, WAVEFORM)
 
