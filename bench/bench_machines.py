@@ -29,7 +29,7 @@ import torch
 from bench.faults import subjects as corpus
 from bench.faults.draws import DRAWS, Draw
 from bench.faults.registry import FAULTS, NotApplicable
-from truestep.calls.instructions import LIMITS, OLDEST
+from truestep.calls.instructions import AVX2, LIMITS, OLDEST
 from truestep.engines import pipelines
 from truestep.recording.format import Recording
 from truestep.replay.check import check_pipeline
@@ -40,11 +40,7 @@ from truestep.verdict import Comparison
 
 SETS: Mapping[str, Mapping[str, str]] = {
     "all": {},
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    },
+    "avx2": AVX2,
     "sse": {
         "ATEN_CPU_CAPABILITY": "default",
         "ONEDNN_MAX_CPU_ISA": "SSE41",

@@ -14,7 +14,7 @@ from tests.calls.loops import Copying, Loop, Scheduler, subject
 from truestep.calls.batching import NoBatchError, with_neighbour
 from truestep.calls.elsewhere import begun_elsewhere
 from truestep.calls.forcing import Forcing
-from truestep.calls.instructions import Elsewhere, other_set
+from truestep.calls.instructions import Elsewhere, other_sets
 from truestep.calls.keys import key_of
 from truestep.calls.record import record
 from truestep.calls.recorder import recorded
@@ -42,14 +42,14 @@ def loop_floor() -> CallRecording:
 
 def test_a_floor_is_made_of_every_kind_of_harmless_change(loop_floor: CallRecording) -> None:
     expected = {"repeat", "precision", "threads", "attention", "functions", "batch", "jitter"}
-    expected |= {"instructions"} if other_set() else set()
+    expected |= {"instructions"} if other_sets() else set()
     assert set(kinds(loop_floor)) == expected
     assert loop_floor.recording.manifest.notes == ()
     repeat = kinds(loop_floor)["repeat"]
     assert {tensor.rel_l2 for tensor in repeat.tensors} == {0.0}
 
 
-@pytest.mark.skipif(other_set() is None, reason="this processor has one set of instructions")
+@pytest.mark.skipif(not other_sets(), reason="this processor has one set of instructions")
 def test_other_instructions_are_measured_at_every_call(loop_floor: CallRecording) -> None:
     here = {m.name for m in kinds(loop_floor)["attention"].tensors}
     there = {m.name: m.rel_l2 for m in kinds(loop_floor)["instructions"].tensors}
@@ -82,7 +82,7 @@ def test_a_taped_run_hands_on_nothing_that_it_made(pipeline: Callable[[], Any]) 
 
 
 def test_a_subject_that_cannot_be_taped_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    if other_set() is None:
+    if not other_sets():
         pytest.skip("this processor has one set of instructions")
     told: list[str] = []
     reference = recorded(subject(Loop()))
@@ -190,5 +190,5 @@ def test_what_takes_no_batch_says_so(
 def test_the_floor_of_a_pipeline_holds_a_batch_and_other_instructions() -> None:
     found = kinds(record(TINY["sd"].subject()))
     assert {"unet", "vae"} <= components(found["batch"])
-    if other_set():
+    if other_sets():
         assert {"unet", "vae", "text_encoder"} <= components(found["instructions"])

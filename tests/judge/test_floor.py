@@ -232,6 +232,33 @@ def test_a_run_by_other_instructions_that_is_further_off_is_an_outcome_of_its_ow
         assert 1.5 * other < bound(other) < 10 * other
 
 
+def test_the_spread_is_that_of_the_values_that_the_scale_is_of() -> None:
+    """A recurrent detector: one kind is far off, and other machines lie between it and the rest."""
+    near = [run("jitter", step__0000__cond=size * 1e-7) for size in (5.6, 7.4, 9.7, 10.2)]
+    far = run("batch", step__0000__cond=59.5e-7)
+    between = [run("instructions", step__0000__cond=size * 1e-7) for size in (21.5, 54.6)]
+
+    def tail(*runs: NoiseRun) -> Tail:
+        return find("step/0000/cond", floor=NoiseFloor(runs=runs)).tails["rel_l2"]
+
+    bridged, gap = tail(*near, far, *between), tail(*near, far)
+    assert gap.scale == pytest.approx(59.5e-7)  # two outcomes: the larger one, and its own spread
+    assert gap.spread < 0.25
+    assert bridged.scale < 30e-7  # one outcome, and the spread of all of it
+    assert bridged.spread > 0.4
+    assert bridged.surprise(82e-7, known=True) > 1e-4
+    assert bridged.surprise(1e-4) < 1e-5
+
+
+def test_a_gain_may_be_as_large_as_a_residual_of_another_machine_makes_it() -> None:
+    near = [run("jitter", gain=0.3, step__0000__cond=1e-7 * (1 + i / 20)) for i in range(6)]
+    other = run("instructions", gain=0.3, step__0000__cond=8e-7)
+    here = find("step/0000/cond", floor=NoiseFloor(runs=tuple(near))).tails["gain"]
+    both = find("step/0000/cond", floor=NoiseFloor(runs=(*near, other))).tails["gain"]
+    assert both.scale == pytest.approx(0.3 * 8e-7, rel=0.05)
+    assert here.scale < both.scale / 3
+
+
 def test_a_step_without_runs_of_its_own_is_given_the_spread_between_steps() -> None:
     names = [f"step__{step:04d}__cond" for step in range(3)]
     alike = [dict.fromkeys(names, 1e-6 * (1 + at / 50)) for at in range(5)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from truestep import Recording, check, record
-from truestep.calls.instructions import other_set
+from truestep.calls.instructions import other_sets
 from truestep.case import Case
 from truestep.errors import FileFormatError, UsageError
 from truestep.replay.raised import raised
@@ -67,7 +67,7 @@ def test_the_floor_is_kept_run_by_run(reference: Recording) -> None:
     floor = reference.manifest.noise_floor
     assert floor is not None
     kinds = [run.kind for run in floor.runs if run.pair == "float32/float32"]
-    other = ["instructions"] if other_set() else []
+    other = ["instructions"] if other_sets() else []
     assert sorted(set(kinds)) == [
         "attention",
         "batch",

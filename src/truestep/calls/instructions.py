@@ -42,6 +42,13 @@ OLDEST = {
 """Variables that limit PyTorch, oneDNN and MKL to what any x86-64 processor can do. Of five sets
 tried on the fault corpus's subjects this one was furthest from AVX-512 on most."""
 
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+"""Variables that limit them to what most x86-64 processors can do."""
+
 LIMITS = (*OLDEST, "MKL_ENABLE_INSTRUCTIONS", "DNNL_MAX_CPU_ISA")
 """Variables that a process may be limited by."""
 
@@ -63,12 +70,23 @@ class _Kept(Record):
     run: NoiseRun
 
 
-def other_set() -> tuple[str, dict[str, str]] | None:
-    """The instruction set to compare with: its name and variables; None where there is no other."""
-    limited = {name: os.environ[name] for name in LIMITS if name in os.environ}
-    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
-        return "limited to the oldest", OLDEST
-    return ("not limited", {}) if limited else None
+InstructionSet = tuple[str, dict[str, str]]
+"""Its name, and the variables that limit a process to it."""
+
+
+def other_sets() -> tuple[InstructionSet, ...]:
+    """Instruction sets to compare with, the one that is furthest off first; nothing on a processor
+    that has one."""
+    limited = any(name in os.environ for name in LIMITS)
+    capability = torch.backends.cpu.get_cpu_capability()
+    sets: list[InstructionSet] = []
+    if capability != "DEFAULT":
+        sets.append(("limited to the oldest", OLDEST))
+    if limited:
+        sets.append(("not limited", {}))
+    if capability == "AVX512" or (capability == "DEFAULT" and limited):
+        sets.append(("limited to AVX2", AVX2))
+    return tuple(sets)
 
 
 class Elsewhere:
@@ -80,9 +98,16 @@ class Elsewhere:
         note: Told why there is no run by other instructions, if so.
         identity: What runs, in a text that says all of it (case, weights, patches): a run that was
             kept under it is found without a tape. Empty where there is no such text.
+        chosen: One of `other_sets`; default the first.
     """
 
-    def __init__(self, note: Callable[[str], None], *, identity: str = "") -> None:
+    def __init__(
+        self,
+        note: Callable[[str], None],
+        *,
+        identity: str = "",
+        chosen: InstructionSet | None = None,
+    ) -> None:
         self._note, self._identity = note, identity
         self._folder = tempfile.TemporaryDirectory(prefix="truestep-")
         self._player: _Player | None = None
@@ -90,7 +115,7 @@ class Elsewhere:
         self._key = self._shortcut = ""
         self._known = False
         self._until = 0.0
-        chosen = other_set()
+        chosen = chosen or next(iter(other_sets()), None)
         self.detail = f"instructions {chosen[0]}" if chosen else ""
         self._variables = chosen[1] if chosen else {}
 
@@ -257,11 +282,12 @@ _idle: list[_Player] = []
 
 
 def _player(variables: Mapping[str, str]) -> _Player:
-    while _idle:
-        player = _idle.pop()
-        if player.alive() and player.variables == dict(variables):
-            return player
-        player.end()
+    for player in list(_idle):
+        if player.variables == dict(variables):
+            _idle.remove(player)
+            if player.alive():
+                return player
+            player.end()
     return _Player(variables)
 
 
@@ -283,10 +309,10 @@ os.register_at_fork(after_in_child=_forget)
 
 def prepare() -> None:
     """Start a player that a recording will need, beside its first run, where there is a core."""
-    chosen = other_set()
+    chosen = other_sets()
     if chosen and not _idle and (os.cpu_count() or 1) > 1:
         with suppress(OSError):
-            _idle.append(_Player(chosen[1]))
+            _idle.append(_Player(chosen[0][1]))
 
 
 def _flags() -> dict[str, object]:

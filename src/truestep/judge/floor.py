@@ -340,15 +340,13 @@ class FloorLookup:
         largest = max([least, *seen])
         if statistic in SIGNED:
             rms, freedom = self._gain_share(spread_key(name))
-            _, sizes = modes(m.rel_l2 for m in values)
-            size = 1.0 if statistic == "correlation" else _geometric(sizes)
+            size = 1.0
+            if statistic != "correlation":
+                width, _ = self._spread("rel_l2", spread_key(name))
+                size = _geometric(_outcome("rel_l2", found, least)) * math.exp(width**2)
             scale = max(size * rms, least / 3, 1e-30)
             return Tail(scale, 0.0, freedom, len(seen), largest)
-        _, upper = modes(seen)
-        others = [abs(m.values().get(statistic, 0.0)) for run, m in found if run.kind in ELSEWHERE]
-        _, without = modes(v for v in seen if v not in others)
-        if max(others, default=0.0) > OTHER_OUTCOME * max(_geometric(without), least / 2):
-            upper = [max(others)]
+        upper = _outcome(statistic, found, least)
         spread, freedom = self._spread(statistic, spread_key(name))
         spread = math.hypot(spread, _between_steps(statistic, found))
         if not upper or max(upper) <= least:  # bit-equal, or below what can be told apart
@@ -360,14 +358,9 @@ class FloorLookup:
         if (statistic, key) not in self._spreads:
             squares, freedom = PRIOR_FREEDOM * PRIOR_SPREAD**2, PRIOR_FREEDOM
             for name in self._of_spread.get(key, ()):
-                items = self._by_name[name]
-                values = [
-                    m.values().get(statistic, 0.0)
-                    for m in _distinct(
-                        m for run, m in items if m.rel_l2 > 0 and run.kind not in ELSEWHERE
-                    )
-                ]
-                _, upper = modes(abs(v) for v in values)
+                here, others = _values(statistic, self._by_name[name])
+                _, together = modes([*here, *others])
+                upper = [v for v in here if v in together] or modes(here)[1]
                 logs = [math.log(v) for v in upper]
                 mean = sum(logs) / len(logs) if logs else 0.0
                 squares += sum((v - mean) ** 2 for v in logs)
@@ -439,6 +432,29 @@ class FloorLookup:
 
     def _of_stage(self, key: str) -> list[str]:
         return self._stages.get(key, [])
+
+
+def _values(
+    statistic: str, found: Iterable[tuple[NoiseRun, RunMetrics]]
+) -> tuple[list[float], list[float]]:
+    """Distinct sizes of a statistic: what runs made here, and what stands for `ELSEWHERE`."""
+    sides = []
+    items = [(run, m) for run, m in found if m.rel_l2 > 0]
+    for elsewhere in (False, True):
+        own = _distinct(m for run, m in items if (run.kind in ELSEWHERE) is elsewhere)
+        sides.append([abs(m.values().get(statistic, 0.0)) for m in own])
+    return sides[0], sides[1]
+
+
+def _outcome(
+    statistic: str, found: Iterable[tuple[NoiseRun, RunMetrics]], least: float
+) -> list[float]:
+    """Benign sizes that a further one would be like: those of the larger outcome."""
+    here, others = _values(statistic, found)
+    _, without = modes(here)
+    if max(others, default=0.0) > OTHER_OUTCOME * max(_geometric(without), least / 2):
+        return [max(others)]
+    return modes(dict.fromkeys([*here, *others]))[1]
 
 
 def _between_steps(statistic: str, found: Sequence[tuple[NoiseRun, RunMetrics]]) -> float:

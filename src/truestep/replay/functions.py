@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from truestep.calls.instructions import Elsewhere, prepare
+from truestep.calls.instructions import Elsewhere, other_sets, prepare
 from truestep.environment import Environment, library_version
 from truestep.errors import FOREIGN, UsageError, one_line, surviving
 from truestep.floors import NoiseFloor, NoiseRun
@@ -259,7 +260,12 @@ def _measure(
         pairs = {name: (value, recorded[name]) for name, value in made.items()}
         return measured_run(kind, detail, pair_of(dtype, dtype), pairs)
 
-    with Elsewhere(notes.append) as elsewhere:
+    def told(note: str) -> None:
+        if note not in notes:  # one for each set of instructions
+            notes.append(note)
+
+    with ExitStack() as stack:
+        machines = [stack.enter_context(Elsewhere(told, chosen=chosen)) for chosen in other_sets()]
         for done, (kind, detail, change) in enumerate(todo):
 
             def again(change: Change = change) -> dict[str, torch.Tensor]:
@@ -267,9 +273,10 @@ def _measure(
                     return {k: v for out in _run(call, samples) for k, v in out.items()}
 
             try:
-                given = (value for sample in samples for value in sample.values())
-                repeats = kind == "repeat"
-                made = elsewhere.start(again, recorded, given) if repeats else again()
+                given = [value for sample in samples for value in sample.values()]
+                taped = machines if kind == "repeat" else ()
+                begun = [machine.start(again, recorded, given) for machine in taped]
+                made = begun[0] if begun else again()
                 same_shapes = all(v.shape == recorded[k].shape for k, v in made.items())
             except FOREIGN as error:  # what a function cannot do is no benign change of it
                 notes.append(f"noise floor without {kind} ({detail}): {type(error).__name__}"[:200])
@@ -281,8 +288,9 @@ def _measure(
             refuse_unsteady(runs[-1:], model=function)
             if progress:
                 progress(f"noise floor: {kind}", done + 1, len(todo))
-        other = elsewhere.run(lambda made: measured("instructions", elsewhere.detail, made))
-        runs += [] if other is None else [other]
+        for machine in machines:
+            other = machine.run(partial(measured, "instructions", machine.detail))
+            runs += [] if other is None else [other]
     return NoiseFloor(runs=tuple(runs)), tuple(notes)
 
 
