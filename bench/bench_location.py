@@ -130,7 +130,7 @@ class Bench:
         recording = record_pipeline(trusted, case=subject.case(DRAWS[0], dtype))
         trusted = subject.load(DRAWS[0], dtype)
         forward = prediction(trusted, Place("prediction", 0, "cond"), recording)
-        ran = flow(trusted.expert(1), forward, step=0, branch="cond")
+        ran = flow(trusted.expert(1), forward, place=(0, "cond"))
         return cls(subject, dtype, trusted, recording, ran.calls)
 
     def run(self, entry: Fault, port: str) -> dict[str, Any]:

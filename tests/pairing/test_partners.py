@@ -204,8 +204,7 @@ def test_a_port_whose_names_mean_other_modules_is_opened_rightly(fault: bool) ->
     drilled = drill(
         Subject(ours, lambda: ours(*given)),
         Subject(theirs, lambda: theirs(*given)),
-        step=0,
-        branch="main",
+        place=(0, "main"),
         partners=partners_of(ours, theirs),
     )
     place = drilled.divergence

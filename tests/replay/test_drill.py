@@ -49,7 +49,7 @@ def found(change: Callable[[Net], Any]) -> tuple[str | None, str | None]:
     ours, theirs = Net(), Net()
     change(ours)
     drilled = drill(
-        Subject(ours, lambda: ours(X)), Subject(theirs, lambda: theirs(X)), step=0, branch="main"
+        Subject(ours, lambda: ours(X)), Subject(theirs, lambda: theirs(X)), place=(0, "main")
     )
     place = drilled.divergence
     return (place.fqn, place.kind) if place else (None, None)
@@ -57,7 +57,7 @@ def found(change: Callable[[Net], Any]) -> tuple[str | None, str | None]:
 
 def test_flow_keeps_what_modules_receive_and_return_in_order() -> None:
     net = Net()
-    seen = flow(net, lambda: net(X), step=2, branch="cond")
+    seen = flow(net, lambda: net(X), place=(2, "cond"))
     assert seen.calls[:4] == ["(root)", "blocks.0", "blocks.0.norm", "blocks.0.layers.0"]
     names = list(seen.tensors)
     assert names[0] == "module/(root)/2/cond/in.0"
@@ -139,8 +139,7 @@ def test_what_a_run_does_before_is_done_before_every_look() -> None:
     drilled = drill(
         Subject(ours, lambda: ours(X), before),
         Subject(theirs, lambda: theirs(X)),
-        step=0,
-        branch="main",
+        place=(0, "main"),
     )
     assert drilled.divergence is not None
     assert drilled.divergence.fqn == "blocks.1"
@@ -154,8 +153,7 @@ def test_levels_are_measured_once_for_several_candidates() -> None:
         drilled = drill(
             Subject(ours, lambda ours=ours: ours(X)),  # type: ignore[misc]
             Subject(theirs, lambda: theirs(X)),
-            step=0,
-            branch="main",
+            place=(0, "main"),
             known=known,
         )
         assert drilled.divergence is not None
@@ -361,8 +359,7 @@ def test_infinities_of_a_mask_that_both_sides_are_given_are_no_fault() -> None:
         drilled = drill(
             Subject(ours, lambda: ours(X, **options)),
             Subject(theirs, lambda: theirs(X)),
-            step=0,
-            branch="main",
+            place=(0, "main"),
         )
         at = drilled.divergence
         return (at.fqn, at.operator) if at else (None, None)

@@ -39,13 +39,12 @@ class Fused(torch.nn.Module):
 def test_a_fused_module_is_recorded_as_its_parts() -> None:
     apart = Apart()
     fused = Fused(apart)
-    reference = flow(apart, lambda: apart(X), step=0, branch="main")
+    reference = flow(apart, lambda: apart(X), place=(0, "main"))
     parts = {"both": (Part("first", (0, 1, 2, 3)), Part("second", (4, 5, 6, 7)))}
     seen = flow(
         fused,
         lambda: fused(X),
-        step=0,
-        branch="main",
+        place=(0, "main"),
         given=reference,
         parts=lambda fqn: parts.get(fqn, ()),
     )
@@ -90,16 +89,16 @@ class Wrapped(torch.nn.Module):
 
 def test_what_has_no_counterpart_is_left_out_of_other_classes_only() -> None:
     reference_net, net = Apart(), Apart()
-    reference = flow(reference_net, lambda: reference_net(X), step=0, branch="main")
+    reference = flow(reference_net, lambda: reference_net(X), place=(0, "main"))
     inner = Wrapped(net.first)
     net.first = inner  # type: ignore[assignment]
     net.forward = lambda x: inner(x, torch.ones(5, 2)) * net.second(x)  # type: ignore[assignment]
-    seen = flow(net, lambda: net(X), step=0, branch="main", given=reference)
+    seen = flow(net, lambda: net(X), place=(0, "main"), given=reference)
     assert [(apart.label, apart.slot) for apart in seen.apart] == [("first", "in.1")]
     assert not seen.left_out
     assert set(seen.tensors) == set(reference.tensors)
     reference.classes["first"] = "Wrapped"  # the same class: an argument more is a difference
-    seen = flow(net, lambda: net(X), step=0, branch="main", given=reference)
+    seen = flow(net, lambda: net(X), place=(0, "main"), given=reference)
     assert set(seen.tensors) - set(reference.tensors) == {"module/first/0/main/in.1"}
 
 
@@ -120,8 +119,8 @@ def test_a_list_that_a_module_writes_into_stays_the_callers() -> None:
             return self.cell(x, kept) + self.cell(2 * x, kept)
 
     net = Net()
-    reference = flow(net, lambda: net(X), step=0, branch="main")
-    seen = flow(net, lambda: net(X), step=0, branch="main", given=reference)
+    reference = flow(net, lambda: net(X), place=(0, "main"))
+    seen = flow(net, lambda: net(X), place=(0, "main"), given=reference)
     assert set(seen.tensors) == set(reference.tensors)
     for name, tensor in reference.tensors.items():
         assert torch.equal(seen.tensors[name], tensor), name

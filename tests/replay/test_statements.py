@@ -50,7 +50,7 @@ class Whole(nn.Module):
 
 def watched(model: Any) -> list[Operator]:
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    return operators(model, lambda: model(x), "part", step=0, branch="main")
+    return operators(model, lambda: model(x), "part", place=(0, "main"))
 
 
 def line_of(text: str) -> str:

@@ -206,24 +206,18 @@ def assembled(
 
         return name
 
+    def every(call: CallEntry, side: Side, trees: dict[str, Tree], *way: str) -> dict[str, Tree]:
+        return {k: renamed(tree, name_for(call, side, (*way, k))) for k, tree in trees.items()}
+
     named = []
     for call in calls:
         named.append(
             replace(
                 call,
-                arguments={
-                    argument: renamed(tree, name_for(call, "in", (argument,)))
-                    for argument, tree in call.arguments.items()
-                },
+                arguments=every(call, "in", call.arguments),
                 output=renamed(call.output, name_for(call, "out", ())),
-                written={
-                    argument: renamed(tree, name_for(call, "out", (WRITTEN, argument)))
-                    for argument, tree in call.written.items()
-                },
-                state={
-                    attribute: renamed(tree, name_for(call, "out", (STATE, attribute)))
-                    for attribute, tree in call.state.items()
-                },
+                written=every(call, "out", call.written, WRITTEN),
+                state=every(call, "out", call.state, STATE),
                 random=tuple(
                     (argument, name_for(call, "out", (RANDOM_STATE, argument))((), content))
                     for argument, content in call.random

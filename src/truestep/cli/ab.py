@@ -145,7 +145,7 @@ def _share(value: object) -> float:
     "without it, one CPU.",
 )
 @output_options
-def command(
+def command(  # 22 parameters, long: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,

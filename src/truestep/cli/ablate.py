@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Write the tables as Markdown.")
 @output_options
-def command(
+def command(  # 11 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from truestep.cli.cases import chosen_or_recorded, find_reference
 from truestep.cli.common import case_options, progress_bar
 from truestep.text import say
+
+if TYPE_CHECKING:
+    from truestep.replay.calibration import Calibration
 
 
 @click.command("calibrate")
@@ -34,7 +38,6 @@ def command(
     """
     from truestep.errors import UsageError
     from truestep.floors import NoiseFloor
-    from truestep.judge.rule import RATE
     from truestep.recording.format import Recording
     from truestep.recording.store import DEFAULT_ROOT, Store, place_of
     from truestep.replay.calibration import calibrate
@@ -81,15 +84,21 @@ def command(
             store = Store(references or DEFAULT_ROOT)
             store.save(updated, place_of(updated, tier=tier), update=True)
         say(f"CALIBRATED {name}: {found.added} benign runs added")
-        say("  stage       runs  needed  floor    x floor  before  spread  outcomes")
-        for row in found.stages:
-            say(
-                f"  {row.stage:<10}  {row.runs:4d}  {row.needed or '-':>6}  {row.floor:.1e}  "
-                f"{row.bound:7.3g}  {row.before:6.3g}  {row.spread:6.0%}  {row.outcomes}"
-            )
-        say(
-            f"  false alarms {found.flagged} of {found.added} benign runs, each judged by the "
-            f"others: below {found.flagged_below:.1%} with 95 % confidence"
-        )
-        say(f"  bounds are made for 1 false alarm in {1 / RATE:,.0f} checks")
+        _told(found)
         say(f"reference: {path}")
+
+
+def _told(found: Calibration) -> None:
+    from truestep.judge.rule import RATE
+
+    say("  stage       runs  needed  floor    x floor  before  spread  outcomes")
+    for row in found.stages:
+        say(
+            f"  {row.stage:<10}  {row.runs:4d}  {row.needed or '-':>6}  {row.floor:.1e}  "
+            f"{row.bound:7.3g}  {row.before:6.3g}  {row.spread:6.0%}  {row.outcomes}"
+        )
+    say(
+        f"  false alarms {found.flagged} of {found.added} benign runs, each judged by the "
+        f"others: below {found.flagged_below:.1%} with 95 % confidence"
+    )
+    say(f"  bounds are made for 1 false alarm in {1 / RATE:,.0f} checks")

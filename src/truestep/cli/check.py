@@ -107,7 +107,7 @@ if TYPE_CHECKING:
     "without it, one CPU.",
 )
 @output_options
-def command(
+def command(  # 27 parameters, long: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,

@@ -49,7 +49,7 @@ def command() -> None:
 @click.option("--official-dir", type=_FOLDER, help="Official repository, searched by syntax only.")
 @click.option("--output", type=_FOLDER, default=Path(), help="Folder of the test.")
 @click.option("--force", is_flag=True, help="Replace a test that exists.")
-def new(
+def new(  # 9 parameters: the options of the verb
     family: str,
     component: str,
     kind: str,

@@ -63,7 +63,7 @@ def command() -> None:
 @click.option("--fresh", is_flag=True, help="Begin a new baseline: earlier runs count no more.")
 @_history
 @_json
-def record(
+def record(  # 9 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 )
 @set_option
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
-def command(
+def command(  # 16 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -98,9 +98,8 @@ def command(
         _refuse(case, level)
     require_room(output or store.root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(store, cases, tier)
-    if len(cases) == 1:
-        for place in kept.values():
-            store.refuse_existing(place, update=False)
+    for place in kept.values() if len(cases) == 1 else ():
+        store.refuse_existing(place, update=False)
     broken = 0
     for name, case in cases.items():
         if name in kept:
@@ -119,13 +118,9 @@ def command(
         _told(name, recording, path)
         if level == "full":
             said = words.says_case and of_calls(case)
-            named = said or not changes
-            chosen = (
-                case_words(name, verb="check", with_changes=said)
-                if named and not output
-                else shlex.join(["--reference", str(path)])
-            )
-            say(f"check: truestep check {chosen}")
+            by_name = (said or not changes) and not output
+            chosen = case_words(name, verb="check", with_changes=said) if by_name else ""
+            say(f"check: truestep check {chosen or shlex.join(['--reference', str(path)])}")
     end(2 if broken else 0)
 
 

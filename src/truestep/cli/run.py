@@ -44,7 +44,7 @@ _FPS = 16
     type=click.FloatRange(min=0, min_open=True),
     help="Frames a second of the video; default: what the model is told, else 16.",
 )
-def command(
+def command(  # 10 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,

@@ -61,7 +61,7 @@ def command() -> None:
     metavar="[PATH]",
     help="Write the result as JSON; without a path, or with -, to stdout alone.",
 )
-def lint_command(
+def lint_command(  # 9 parameters: the options of the verb
     file: Path,
     name: str | None,
     platform: str | None,
@@ -121,7 +121,7 @@ def lint_command(
     show_default=True,
     help="Case file.",
 )
-def write_command(
+def write_command(  # 9 parameters: the options of the verb
     name: str,
     reference: Path | None,
     output: Path,

@@ -137,7 +137,7 @@ def compare(
     show_default=True,
     help="First run one forward with and without tracing: outputs must agree bit for bit.",
 )
-def record(
+def record(  # 13 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -215,7 +215,7 @@ def record(
 @_OUTPUT
 @click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
-def run(
+def run(  # 10 parameters: the context, and the options of the verb
     context: click.Context,
     select: str,
     class_name: str,

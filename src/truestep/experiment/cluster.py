@@ -118,6 +118,14 @@ def _require(accelerator: str | None) -> None:
         )
 
 
+def _lost(error: Exception, times: int) -> TruestepError:
+    return TruestepError(
+        f"its worker was lost {times} times",
+        measured=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        likely="it crashes its process or runs out of memory, or machines went away",
+    )
+
+
 def run_tasks(
     tasks: Mapping[str, Task],
     *,
@@ -174,12 +182,7 @@ def run_tasks(
                 if tries[name] <= max_retries:
                     submit(name)
                     continue
-                lost = TruestepError(
-                    f"its worker was lost {tries[name]} times",
-                    measured=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                    likely="it crashes its process or runs out of memory, or machines went away",
-                )
-                yield Ended(name, error=lost, lost=True)
+                yield Ended(name, error=_lost(error, tries[name]), lost=True)
                 continue
             if isinstance(value, _Unseen):
                 raise UsageError(

@@ -400,23 +400,12 @@ def metrics_of(
     sums: Sums, shape: tuple[int, ...], *, left: float | None = None, square: float | None = None
 ) -> Metrics:
     """The metrics of all sums; `left` is E - X^2 / R where it was summed by itself."""
-    nan = math.nan
-    if not sums.count:
-        return Metrics(
-            count=0,
-            rel_l2=nan,
-            max_abs=nan,
-            max_abs_index=(),
-            cosine_distance=nan,
-            norm_ratio=nan,
-            gain=nan,
-            rms_reference=nan,
-            nonfinite_actual=sums.nonfinite_actual,
-            nonfinite_reference=sums.nonfinite_reference,
-        )
+    nan, count = math.nan, sums.count
     difference, reference = sums.difference, sums.reference
     own = sums.square if square is None else square
-    if difference == 0.0:
+    if not count:
+        rel_l2, gain, ratio, cosine = nan, nan, nan, nan
+    elif difference == 0.0:
         rel_l2, gain, ratio, cosine = 0.0, 1.0, 1.0, 0.0
     elif reference == 0.0:
         rel_l2, gain, ratio, cosine = math.inf, nan, math.inf, nan
@@ -433,14 +422,14 @@ def metrics_of(
             share = min((_left(sums) if left is None else left) / own, 1.0)
             cosine = share / (1.0 + math.sqrt(1.0 - share))
     return Metrics(
-        count=sums.count,
+        count=count,
         rel_l2=rel_l2,
-        max_abs=sums.peak,
-        max_abs_index=_unravel(sums.peak_at, shape),
+        max_abs=sums.peak if count else nan,
+        max_abs_index=_unravel(sums.peak_at, shape) if count else (),
         cosine_distance=cosine,
         norm_ratio=ratio,
         gain=gain,
-        rms_reference=math.sqrt(reference) / math.sqrt(sums.count),
+        rms_reference=math.sqrt(reference) / math.sqrt(count) if count else nan,
         nonfinite_actual=sums.nonfinite_actual,
         nonfinite_reference=sums.nonfinite_reference,
     )

@@ -127,8 +127,7 @@ def _drilled(
         found = drill(
             subject(port, ours),
             subject(official, theirs),
-            step=0,
-            branch="main",
+            place=(0, "main"),
             partners=partners,
         ).divergence
     if found is None or partners is None:

@@ -232,23 +232,23 @@ def _compare(run: Run) -> BaseException | None:
         label="port",
     )
     if isinstance(run.official, Loaded) and not failures:
+        test = os.path.relpath(run.test_file)
         run.comparison, run.fault = explained(
-            run.comparison,
-            run.official,
-            port,
-            samples,
-            rebuild,
-            test=os.path.relpath(run.test_file),
+            run.comparison, run.official, port, samples, rebuild, test=test
         )
     run.outputs = {"official": _outputs(recording), "port": made}
     run.comparison, run.frames = with_frames(run.comparison, made, run.outputs["official"])
     if run.keep:
-        stem = f"{parity.family}-{parity.component}"
-        recording.save(run.keep / f"{stem}.official.safetensors")
-        changes = {"noise_floor": None, "tensors": tensor_table(made)}
-        manifest = recording.manifest.model_copy(update=changes)
-        Recording.in_memory(made, manifest).save(run.keep / f"{stem}.port.safetensors")
+        _save(recording, made, run.keep / f"{parity.family}-{parity.component}")
     return failures[0] if failures else None
+
+
+def _save(official: Recording, port: dict[str, torch.Tensor], stem: Path) -> None:
+    """Save the recordings of both sides."""
+    official.save(f"{stem}.official.safetensors")
+    changes = {"noise_floor": None, "tensors": tensor_table(port)}
+    manifest = official.manifest.model_copy(update=changes)
+    Recording.in_memory(port, manifest).save(f"{stem}.port.safetensors")
 
 
 class _Function(torch.nn.Module):

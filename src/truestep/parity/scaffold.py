@@ -148,7 +148,7 @@ def load_port() -> Loaded:
 '''
 
 
-def write_scaffold(
+def write_scaffold(  # 9 parameters: those of `parity new`
     family: str,
     component: str,
     *,
@@ -193,27 +193,7 @@ def write_scaffold(
             raise UsageError(f"{label} {spec!r} names no class", hint="package.module:Class")
     if official_dir is not None and not official_dir.is_dir():
         raise UsageError("the official repository is no folder", where=str(official_dir))
-    places = Family(family)
-    symbol = official.partition(":")[2]
-    folder = official_dir or _installed(official)
-    findings = search(folder, symbol) if folder else None
-    packet = describe(
-        Packet(
-            model_family=family,
-            component=component,
-            component_type=kind.value,
-            official_ref_dir=(
-                f"installed package {official.partition('.')[0]}"
-                if folder and not official_dir
-                else f"${places.variable('OFFICIAL_REF')}"
-            ),
-            local_tests_readme="README.md" if (output / "README.md").exists() else "",
-            parity_test=path.name,
-        ),
-        findings,
-        symbol=symbol,
-        weights_variable=places.variable("LOCAL_WEIGHTS"),
-    )
+    packet = _packet(case, path, official=official, official_dir=official_dir)
     loaders = _SCHEDULERS if kind is Kind.SCHEDULER else _LOADERS
     text = _TEST.format(
         family=family,
@@ -221,7 +201,7 @@ def write_scaffold(
         kind=kind.value,
         coverage=coverage.value,
         filename=path.name,
-        environment=_environment(places),
+        environment=_environment(Family(family)),
         tolerance=START_TOLERANCE[kind],
         official=official,
         port=port,
@@ -236,6 +216,30 @@ def write_scaffold(
     write_text(path, text, "the parity test")
     write_packet(packet_path(path), packet)
     return path, packet_path(path)
+
+
+def _packet(case: Parity, path: Path, *, official: str, official_dir: Path | None) -> Packet:
+    """The component packet of a test, with what the official code says of the class."""
+    places = Family(case.family)
+    symbol = official.partition(":")[2]
+    folder = official_dir or _installed(official)
+    return describe(
+        Packet(
+            model_family=case.family,
+            component=case.component,
+            component_type=Kind(case.kind).value,
+            official_ref_dir=(
+                f"installed package {official.partition('.')[0]}"
+                if folder and not official_dir
+                else f"${places.variable('OFFICIAL_REF')}"
+            ),
+            local_tests_readme="README.md" if path.with_name("README.md").exists() else "",
+            parity_test=path.name,
+        ),
+        search(folder, symbol) if folder else None,
+        symbol=symbol,
+        weights_variable=places.variable("LOCAL_WEIGHTS"),
+    )
 
 
 def _installed(spec: str) -> Path | None:

@@ -73,16 +73,16 @@ def run_stages(
     from truestep.replay.stages import chosen_steps, predict_steps, replay
 
     chosen = chosen_steps(recording, steps)
-    replayed = replay(pipe, recording, steps=chosen, again=True, progress=progress, label="check")
+    told = progress and partial(progress, "check")
+    replayed = replay(pipe, recording, steps=chosen, again=True, progress=told)
     changed = differing(replayed.outputs, replayed.again, limits)
     predicted = predict_steps(pipe, chosen)
     second = {name: replayed.again[name] for name in changed}
     notes: tuple[str, ...] = ()
     if any(is_prediction(name) for name in changed):
         predicted = predict_steps(pipe, chosen, in_order=True)
-        followed = replay(
-            pipe, recording, steps=predicted, only=_UP_TO_PREDICTION, progress=progress
-        )
+        told = progress and partial(progress, "replay")
+        followed = replay(pipe, recording, steps=predicted, only=_UP_TO_PREDICTION, progress=told)
         second = _fresh(replayed, changed)
         replayed = _in_order(replayed, followed)
         notes = (_STATEFUL.format(last=max(chosen)),)

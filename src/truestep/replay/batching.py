@@ -73,9 +73,9 @@ def batch_invariance(
         named = {key: row(value, index) for key, value in kwargs.items()}
         return lambda: run(*own, **named)
 
-    singles = [flow(model, alone(index), step=step, branch=branch) for index in range(size)]
+    singles = [flow(model, alone(index), place=(step, branch)) for index in range(size)]
     expected = _stacked(singles)
-    found = flow(model, lambda: run(*args, **kwargs), step=step, branch=branch, given=expected)
+    found = flow(model, lambda: run(*args, **kwargs), place=(step, branch), given=expected)
     rows = compare_tensors(_comparable(found.tensors, expected.tensors), expected.tensors)
     result = build_comparison(
         rows,

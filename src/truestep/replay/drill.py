@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -91,8 +90,7 @@ def drill(
     candidate: Subject,
     trusted: Subject,
     *,
-    step: int,
-    branch: str,
+    place: tuple[int, str],
     partners: Partners | None = None,
     known: Known | None = None,
 ) -> Drilled:
@@ -100,7 +98,7 @@ def drill(
 
     Args:
         candidate, trusted: The two sides, in one precision.
-        step, branch: Where the forwards belong.
+        place: Step and branch of the forwards.
         partners: Which trusted module a candidate's module answers to; None by name.
         known: What earlier drills of the same trusted subject and partners measured; added to.
 
@@ -115,8 +113,8 @@ def drill(
         if not parts and found is not None:
             break  # a leaf
         select = frozenset(parts | {here})
-        expected = _expected(trusted, select, tree, step, branch, {} if known is None else known)
-        level = _level(here, candidate, trusted, expected, select, tree, step, branch)
+        expected = _expected(trusted, select, tree, place, {} if known is None else known)
+        level = _level(here, candidate, trusted, expected, select, tree, place)
         levels.append(level)
         if level.divergence is None:
             break
@@ -211,16 +209,16 @@ def _with_operator(
     if theirs is None or len(names) != 1 or kind.startswith((*_FINAL, GIVEN)):
         return found
     own = ours[names[0]]
-    place: dict[str, Any] = {"step": found.step or 0, "branch": found.branch or "main"}
-    given = flow(trusted.model, trusted.forward, select={fqn}, **place)
+    place = found.step or 0, found.branch or "main"
+    given = flow(trusted.model, trusted.forward, place=place, select={fqn})
     parts = partners.candidate if partners is not None else namesake
     if candidate.before is not None:
         candidate.before()
     made = operators(
-        candidate.model, candidate.forward, names[0], given=given, parts=parts, **place
+        candidate.model, candidate.forward, names[0], given=given, parts=parts, place=place
     )
     reference, benign = (
-        operators(trusted.model, trusted.forward, fqn, given=given, change=change, **place)
+        operators(trusted.model, trusted.forward, fqn, given=given, change=change, place=place)
         for change in (None, rounding(torch.Generator("cpu").manual_seed(0)))
     )
     same_class = type(own) is type(theirs)
@@ -232,15 +230,14 @@ def _with_operator(
 
 
 def _expected(
-    trusted: Subject, select: frozenset[str], tree: _Tree, step: int, branch: str, known: Known
+    trusted: Subject, select: frozenset[str], tree: _Tree, place: tuple[int, str], known: Known
 ) -> Expected:
     """The trusted side of a level, measured once."""
     if select not in known:
         reference = flow(
             trusted.model,
             trusted.forward,
-            step=step,
-            branch=branch,
+            place=place,
             select=select | tree.alone,
             parts=tree.trusted,
         )
@@ -254,8 +251,7 @@ def _expected(
             trusted.model,
             trusted.forward,
             reference,
-            step=step,
-            branch=branch,
+            place=place,
             select=select,
             parts=tree.trusted,
             higher=HIGHER.get(working),
@@ -277,8 +273,7 @@ def _level(
     expected: Expected,
     select: frozenset[str],
     tree: _Tree,
-    step: int,
-    branch: str,
+    place: tuple[int, str],
 ) -> _Level:
     reference = expected.flow
     if candidate.before is not None:
@@ -286,8 +281,7 @@ def _level(
     actual = flow(
         candidate.model,
         candidate.forward,
-        step=step,
-        branch=branch,
+        place=place,
         given=reference,
         select=select,
         parts=tree.candidate,

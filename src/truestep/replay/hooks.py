@@ -69,7 +69,7 @@ class Trace:
 
 
 @contextmanager
-def capture(
+def capture(  # 10 parameters: the public way to trace, whose options are keywords
     target: torch.nn.Module | Pipeline,
     *,
     select: str = "*",

@@ -96,8 +96,7 @@ def flow(
     model: torch.nn.Module,
     forward: Forward,
     *,
-    step: int,
-    branch: str,
+    place: tuple[int, str],
     given: Flow | None = None,
     select: Container[str] | None = None,
     parts: Names = namesake,
@@ -109,7 +108,7 @@ def flow(
     Args:
         model: Its modules are hooked while the forward runs.
         forward: Runs the model, once.
-        step, branch: Where the forward belongs; part of the names.
+        place: Step and branch of the forward; part of the names.
         given: The reference's flow: where it has a module's inputs, they replace the received
             ones (in the dtype and on the device of those). Received tensors are kept all the same.
         select: Modules to hook, by the reference's fqn; None is all. The root always is.
@@ -120,7 +119,7 @@ def flow(
     Raises:
         Exception: Whatever the forward raises; the hooks are removed.
     """
-    recorder = _Recorder(step, branch, given, change, precision)
+    recorder = _Recorder(place, given, change, precision)
     handles = []
     for own, module in named_modules(model).modules.items():
         answers = (Part(ROOT),) if own == ROOT else parts(own)
@@ -144,14 +143,13 @@ class _Recorder:
 
     def __init__(
         self,
-        step: int,
-        branch: str,
+        place: tuple[int, str],
         given: Flow | None,
         change: Callable[[Tensor], Tensor] | None,
         precision: torch.dtype | None,
     ) -> None:
         self.found = Flow()
-        self.place = (step, branch)
+        self.place = place
         self.change, self.precision = change, precision
         self.seen: Counter[str] = Counter()
         self.open: list[tuple[str, ...]] = []
@@ -317,8 +315,7 @@ def benign_flows(
     forward: Forward,
     reference: Flow,
     *,
-    step: int,
-    branch: str,
+    place: tuple[int, str],
     select: Container[str] | None = None,
     parts: Names = namesake,
     higher: str | None,
@@ -333,13 +330,8 @@ def benign_flows(
     """
 
     def run(**options: Any) -> Flow:
-        place: dict[str, Any] = {
-            "step": step,
-            "branch": branch,
-            "select": select,
-            "parts": parts,
-        }
-        return flow(model, forward, given=reference, **place, **options)
+        around: dict[str, Any] = {"place": place, "select": select, "parts": parts}
+        return flow(model, forward, given=reference, **around, **options)
 
     def measured(kind: str, detail: str, found: Flow) -> NoiseRun:
         pairs = {

@@ -215,8 +215,7 @@ def drill_stage(
         return drill(
             Subject(models[0], _forward(ours, place, recording), before),
             Subject(models[1], _forward(theirs, place, recording)),
-            step=place.step,
-            branch=place.branch,
+            place=(place.step, place.branch),
             partners=partners,
             known=known,
         )

@@ -67,13 +67,10 @@ class Failing:
     call: CallEntry
 
     @property
-    def place(self) -> dict[str, Any]:
+    def place(self) -> tuple[int, str]:
         """Step and branch under which its modules are kept."""
         branch = self.call.context or "main"
-        return {
-            "step": self.call.step or 0,
-            "branch": branch if branch.isidentifier() else "main",
-        }
+        return self.call.step or 0, branch if branch.isidentifier() else "main"
 
 
 def open_call(
@@ -255,8 +252,8 @@ def _drilled(ours: Side, theirs: Side, failing: Failing, partners: Partners | No
         return drill(
             Subject(ours.module, _forward(ours, failing)),
             Subject(theirs.module, _forward(theirs, failing)),
+            place=failing.place,
             partners=partners,
-            **failing.place,
         )
 
 

@@ -24,7 +24,7 @@ from truestep.pairing.naming import listed, named_modules
 from truestep.pairing.partners import Names, Part, namesake
 from truestep.pairing.rename import renamed
 from truestep.recording.format import Recording
-from truestep.replay.isolation import Flow, benign_flows, flow
+from truestep.replay.isolation import Flow, Forward, benign_flows, flow
 from truestep.runtime.precision import HIGHER, working_dtype
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Divergence, Row, Side
@@ -69,44 +69,28 @@ def replay_trace(
     names, left_out = _names(model, recording, rename)
     rows: list[Row] = []
     first: Divergence | None = None
-    dtype = working_dtype(model) or torch.float32
-    working = str(dtype).removeprefix("torch.")
-    pair = pair_of(working, working)
-    for step, branch in places:
-        expected = _expected(recording, model, step, branch, same_names=not rename)
-        forward = _forward(model, expected, call, step, branch)
-        options: dict[str, Any] = {"step": step, "branch": branch, "parts": names}
+    for place in places:
+        expected = _expected(recording, model, place, same_names=not rename)
+        forward = _forward(model, expected, call, place)
         try:
-            actual = flow(model, forward, given=expected, **options)
+            actual = flow(model, forward, given=expected, place=place, parts=names)
         except FOREIGN as error:  # whatever a port's code raises on these arguments
             raise UsageError(
                 f"the port raised {type(error).__name__} on the recorded inputs: {error}",
-                where=f"step {step}, {branch}",
+                where="step {}, {}".format(*place),
                 hint="call=lambda **recorded: port(...) passes what the trace does not hold",
             ) from error
-        runs = (
-            ()
-            if tolerance is not None
-            else benign_flows(
-                model, forward, actual, higher=HIGHER.get(working), pair=pair, **options
-            )
-        )
+        limits = Limits(tolerance=tolerance)
+        if tolerance is None:
+            limits = _own_rounding(model, forward, actual, place=place, parts=names)
         unseen = {*actual.left_out, *_unmatched(expected, actual)}
         wanted = {name: t for name, t in expected.tensors.items() if name not in unseen}
-        found = compare_tensors(
-            actual.tensors,
-            wanted,
-            limits=(
-                Limits(NoiseFloor(runs=tuple(runs)), pair)
-                if tolerance is None
-                else Limits(tolerance=tolerance)
-            ),
-        )
-        place = locate(found)
-        rows += with_origins(found, place)
-        if first is None and place is not None:
-            name = place.name
-            first = with_kind(place, actual.tensors.get(name), wanted.get(name))
+        found = compare_tensors(actual.tensors, wanted, limits=limits)
+        departs = locate(found)
+        rows += with_origins(found, departs)
+        if first is None and departs is not None:
+            name = departs.name
+            first = with_kind(departs, actual.tensors.get(name), wanted.get(name))
     result = build_comparison(
         rows,
         actual=Side(label=type(model).__name__),
@@ -122,6 +106,17 @@ def replay_trace(
         not_looked_at=left_out,
     )
     return with_divergence(result, first, ()) if first is not None else result
+
+
+def _own_rounding(
+    model: torch.nn.Module, forward: Forward, reference: Flow, **options: Any
+) -> Limits:
+    """Limits by the port's own rounding, module by module; see `benign_flows`."""
+    dtype = working_dtype(model) or torch.float32
+    working = str(dtype).removeprefix("torch.")
+    pair = pair_of(working, working)
+    runs = benign_flows(model, forward, reference, higher=HIGHER.get(working), pair=pair, **options)
+    return Limits(NoiseFloor(runs=tuple(runs)), pair)
 
 
 def _places(recording: Recording, steps: Collection[int] | None) -> list[tuple[int, str]]:
@@ -175,13 +170,13 @@ def _names(
 
 
 def _expected(
-    recording: Recording, model: torch.nn.Module, step: int, branch: str, *, same_names: bool
+    recording: Recording, model: torch.nn.Module, place: tuple[int, str], *, same_names: bool
 ) -> Flow:
     """One recorded forward. Modules of one name count as one class: their calls must match."""
     found = Flow()
     classes = {n: type(m).__name__ for n, m in named_modules(model).modules.items()}
     for entry in recording.manifest.tensors:
-        if (entry.step, entry.branch) != (step, branch) or not entry.name.startswith("module/"):
+        if (entry.step, entry.branch) != place or not entry.name.startswith("module/"):
             continue
         label = key_of(entry.name).label
         found.tensors[entry.name] = recording[entry.name]
@@ -193,7 +188,7 @@ def _expected(
 
 
 def _forward(
-    model: torch.nn.Module, expected: Flow, call: Call | None, step: int, branch: str
+    model: torch.nn.Module, expected: Flow, call: Call | None, place: tuple[int, str]
 ) -> Callable[[], Any]:
     """The model on the root's recorded arguments."""
     placed: dict[int, Tensor] = {}
@@ -219,7 +214,7 @@ def _forward(
     if not placed and not named:
         raise UsageError(
             "the trace does not hold what the model itself was given",
-            where=f"step {step}, {branch}",
+            where="step {}, {}".format(*place),
             hint=f"record it with --select '*' --inputs: {ROOT} must be among the modules",
         )
     run = call or model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from truestep.case import Case
 from truestep.environment import library_version
@@ -13,6 +13,9 @@ from truestep.randomness import own_randomness
 from truestep.turns import taking_turns
 
 if TYPE_CHECKING:
+    import torch
+
+    from truestep.floors import NoiseFloor
     from truestep.progress import Progress
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Level
@@ -89,12 +92,8 @@ def record_pipeline(
         recorded_settings,
         run_environment,
     )
-    from truestep.replay.floor import measure
     from truestep.replay.implementation import examine
-    from truestep.replay.raised import raised_replay
-    from truestep.replay.stages import floor_steps
     from truestep.runtime.pipeline import generate
-    from truestep.runtime.precision import raised_precision
 
     if floor != "none" and pipe.device == "cpu":
         prepare()
@@ -105,16 +104,10 @@ def record_pipeline(
         generate(pipe, observer=capture, output="frames")
     forwards = pipe.forwards - before
     refuse_empty_run(capture.tensors, where=case.id)
-    precision = raised_precision(pipe.settings.dtype)
-    if precision and floor != "none":
-        steps = floor_steps(capture.tensors)
-        lifted = raised_replay(pipe, capture.tensors, steps=steps, precision=precision)
-        capture.tensors.update(lifted.outputs)
     notes: list[str] = []
-    measured = (
-        None
-        if floor == "none"
-        else measure(
+    measured: NoiseFloor | None = None
+    if floor != "none":
+        measured = _noise_floor(
             pipe,
             capture.tensors,
             case=case,
@@ -123,7 +116,6 @@ def record_pipeline(
             note=notes.append,
             identity=repr((case.canonical(), pipe.weights, implementation)) if pipe.weights else "",
         )
-    )
     manifest = Manifest(
         tool_version=library_version("truestep") or "",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -140,3 +132,17 @@ def record_pipeline(
         implementation=implementation,
     )
     return Recording.in_memory(capture.tensors, manifest)
+
+
+def _noise_floor(pipe: Pipeline, tensors: dict[str, torch.Tensor], **options: Any) -> NoiseFloor:
+    """Measure the floor of a run; what its raised stages give is added to its tensors before."""
+    from truestep.replay.floor import measure
+    from truestep.replay.raised import raised_replay
+    from truestep.replay.stages import floor_steps
+    from truestep.runtime.precision import raised_precision
+
+    precision = raised_precision(pipe.settings.dtype)
+    if precision:
+        lifted = raised_replay(pipe, tensors, steps=floor_steps(tensors), precision=precision)
+        tensors.update(lifted.outputs)
+    return measure(pipe, tensors, **options)

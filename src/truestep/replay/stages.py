@@ -18,7 +18,6 @@ from truestep.errors import FOREIGN, FileFormatError, TruestepError, UsageError,
 from truestep.joint import AUDIO, Value, each, gather
 from truestep.keys import STAGES, step_name
 from truestep.measure.plain import plain
-from truestep.progress import Progress
 from truestep.runtime.guidance import Adaptive
 from truestep.runtime.pipeline import (
     Branch,
@@ -126,11 +125,7 @@ def _in_order_of(value: Value, like: Value) -> Value:
 
 def recorded_schedule(recording: Mapping[str, torch.Tensor]) -> Schedule:
     """The schedule that a recording holds."""
-    return Schedule(
-        recording["schedule/sigmas"],
-        recording["schedule/timesteps"],
-        recording["schedule/experts"],
-    )
+    return Schedule(*(recording[name] for name in _SCHEDULE))
 
 
 def require_run(recording: Mapping[str, torch.Tensor], *, where: str) -> None:
@@ -218,8 +213,7 @@ def replay(
     thinned: bool = False,
     again: bool = False,
     in_order: bool | None = None,
-    progress: Progress | None = None,
-    label: str = "replay",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Replay:
     """Run every stage on a recording's inputs.
 
@@ -232,8 +226,7 @@ def replay(
         again: Also encode the texts, and predict one or two steps of each expert, a second time.
         in_order: Predict at every step up to the last of `steps`, as a model that keeps state needs
             it; None is where it says so (`keeps_state`).
-        progress: Told about each forward.
-        label: What the progress is called.
+        progress: Told (done, total) after the predictions of each step.
 
     Returns:
         Outputs under the names of the recorded tensors they answer to. A stage that raises is a
@@ -266,13 +259,11 @@ def replay(
             result.keep("latent/initial", initial)
         like = own[0] if own else None
         experts = result.outputs.get("schedule/experts", recorded.experts)
+        source = _Inputs(recording, recorded, experts, like)
         if "prediction" in wanted:
             predict_at = predict_steps(pipe, chosen, in_order=in_order)
-            source = _Inputs(recording, recorded, experts, like)
-            _predictions(pipe, source, predict_at, result.outputs, result, progress, label)
-            _text_effects(
-                pipe, recording, recorded_step(pipe, recorded, chosen[0], experts), result
-            )
+            _predictions(pipe, source, predict_at, result.outputs, result, progress)
+            _text_effects(pipe, source, chosen[0], result)
             if again:
                 forget(pipe)
                 repeated = _repeated(source, predict_at, in_order=predict_at != chosen)
@@ -280,9 +271,9 @@ def replay(
         if again and "text" in wanted:
             result.attempt("text/cond", lambda: encode(alone, Kept(result.again)))
         if "guidance" in wanted:
-            _guidance(pipe, recording, recorded, result, like, kept)
+            _guidance(pipe, source, result, kept)
         if "update" in wanted:
-            _updates(pipe, recording, recorded, result, like, kept)
+            _updates(pipe, source, result, kept)
         if "decoding" in wanted and "video/frames" in recording:
             final = given(pipe, recording, "latent/final")
             result.attempt("video/frames", lambda: show_decoded(keep, pipe.decode(pipe, final)))
@@ -375,8 +366,7 @@ def _predictions(
     steps: Sequence[int],
     outputs: dict[str, torch.Tensor],
     result: Replay,
-    progress: Progress | None = None,
-    label: str = "",
+    progress: Callable[[int, int], None] | None = None,
     *,
     first_pass: bool = False,
 ) -> None:
@@ -415,7 +405,7 @@ def _predictions(
             for branch in runnable:
                 result.attempt(step_name(index, branch), partial(alone, step, branch))
         if progress:
-            progress(label, done + 1, len(steps))
+            progress(done + 1, len(steps))
 
 
 def _together(pipe: Pipeline) -> bool:
@@ -426,10 +416,10 @@ def _together(pipe: Pipeline) -> bool:
     return pipe.audio_video or pipe.settings.cfg != "sequential"
 
 
-def _text_effects(
-    pipe: Pipeline, recording: Mapping[str, torch.Tensor], step: Step, result: Replay
-) -> None:
+def _text_effects(pipe: Pipeline, source: _Inputs, index: int, result: Replay) -> None:
     """Predict with the pipeline's own text where its length is not the recorded one."""
+    recording = source.recording
+    step = recorded_step(pipe, source.schedule, index, source.experts)
     branches: tuple[Branch, ...] = ("cond", "uncond")
     for branch in branches:
         name = f"text/{branch}"
@@ -448,14 +438,10 @@ def _text_effects(
 
 
 def _guidance(
-    pipe: Pipeline,
-    recording: Mapping[str, torch.Tensor],
-    recorded: Schedule,
-    result: Replay,
-    like: Value | None,
-    kept: Collection[int] | None,
+    pipe: Pipeline, source: _Inputs, result: Replay, kept: Collection[int] | None
 ) -> None:
     """Combine the recorded branches at every step; unguided, the prediction passes through."""
+    recording, recorded, like = source.recording, source.schedule, source.like
     adaptive = Adaptive(pipe.settings, len(recorded.timesteps))
     passes = pipe.passes(pipe)
     for index in range(len(recorded.timesteps)):
@@ -479,15 +465,9 @@ def _guidance(
             result.keep(step_name(index, "guided"), combined, kept=kept is None or index in kept)
 
 
-def _updates(
-    pipe: Pipeline,
-    recording: Mapping[str, torch.Tensor],
-    recorded: Schedule,
-    result: Replay,
-    like: Value | None,
-    kept: Collection[int] | None,
-) -> None:
+def _updates(pipe: Pipeline, source: _Inputs, result: Replay, kept: Collection[int] | None) -> None:
     """Drive a freshly reset scheduler through all steps on recorded latents and predictions."""
+    recording, recorded, like = source.recording, source.schedule, source.like
     total = len(recorded.timesteps)
 
     def reset() -> None:

@@ -103,8 +103,7 @@ def operators(
     forward: Forward,
     fqn: str,
     *,
-    step: int,
-    branch: str,
+    place: tuple[int, str],
     given: Flow | None = None,
     parts: Names = namesake,
     change: Any = None,
@@ -113,6 +112,7 @@ def operators(
 
     Args:
         fqn: The module, as this model names it.
+        place: Step and branch of the forward.
         given, parts, change: See `isolation.flow`: what its inputs are replaced by.
     """
     module = named_modules(model).modules[fqn]
@@ -138,8 +138,7 @@ def operators(
         flow(
             model,
             forward,
-            step=step,
-            branch=branch,
+            place=place,
             given=given,
             select=answers,
             parts=parts,

@@ -97,7 +97,7 @@ class _Until(Observer):
 @taking_turns()
 @surviving("the model")
 @own_randomness()
-def record_trace(
+def record_trace(  # 10 parameters: those of `capture`, and of the case to generate
     case: Case,
     *,
     path: str | Path,
