@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import torch
 from truestep.calls.choosing import cached_components, chosen_steps, made_at, repeats
 from truestep.calls.forcing import Forcing
 from truestep.calls.freely import run_twice
-from truestep.calls.judging import RAISED, Sides, comparison_of, rows_of
+from truestep.calls.judging import RAISED, UNEXPECTED, Sides, comparison_of, rows_of
+from truestep.calls.layouts import Layouts
 from truestep.calls.precision import raised, recorded_precision
 from truestep.calls.recording import CallRecording, read, trees_of
+from truestep.calls.regrouped import Regrouped
+from truestep.calls.scouting import found_layouts
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
 from truestep.calls.values import opaque
@@ -54,6 +57,11 @@ def check(
     limits = Limits(floor=recording.floor, pair=pair, tolerance=tolerance)
     how = How(chosen_steps(recording, steps), frozenset(cached_components(subject)))
     rows = _judged(subject, recording, limits, how)
+    if any(_of_passes(row) for row in rows):
+        layouts = found_layouts(subject, recording)
+        if layouts:
+            how = replace(how, layouts=layouts)
+            rows = _judged(subject, recording, limits, how)
     unsteady = {row.fqn.rpartition(".")[0] for row in rows if row.fqn and UNSTEADY in row.note}
     if unsteady and len(how.steps) < recording.steps:
         every = replace(how, stateful=how.stateful | unsteady)
@@ -101,6 +109,11 @@ def check_end(
     return said_unsteady(comparison_of(rows, _named(subject, recording, fields)))
 
 
+def _of_passes(row: Row) -> bool:
+    """Whether a row fails as rows do where passes are grouped otherwise."""
+    return not row.verdict.passed and (row.stage == "prediction" or row.name.endswith(UNEXPECTED))
+
+
 def _failing(rows: Iterable[Row]) -> list[str]:
     return [row.name for row in rows if not row.verdict.passed]
 
@@ -112,10 +125,12 @@ class How:
     Attributes:
         steps: At which they are run.
         stateful: Components that are run at every step up to the last of them.
+        layouts: How the candidate groups its guidance passes, where that is otherwise.
     """
 
     steps: frozenset[int]
     stateful: frozenset[str]
+    layouts: Layouts = field(default_factory=dict)
 
 
 def _judged(
@@ -128,7 +143,8 @@ def _judged(
         raised=precision,
         again={} if precision else repeats(recording, how.steps, how.stateful),
     )
-    result = Forcing(recording, plan).run(subject)
+    forcing = Regrouped(recording, plan, how.layouts) if how.layouts else Forcing(recording, plan)
+    result = forcing.run(subject)
     return rows_of(recording, result, limits)
 
 
@@ -140,6 +156,7 @@ def _sides(subject: Subject, recording: CallRecording, how: How, said: Sequence[
     skipped = recording.steps - len(how.steps)
     opaque_parts = sorted(set(_opaque(recording)))
     notes = [f"{name} keeps something between calls: run at every step" for name in how.stateful]
+    notes += {f"{method[0]}: {layout}" for (method, _), layout in how.layouts.items()}
     fields = {
         "looked_at": tuple(looked),
         "not_looked_at": (

@@ -7,7 +7,7 @@ a call gives, or in the code between two calls, where what arrives is not what w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from traceback import extract_tb
 from typing import Any
@@ -32,7 +32,7 @@ from truestep.calls.recorder import RUN, scheduler_state, weight_dtype
 from truestep.calls.recording import STATE, WRITTEN, CallRecording, host_copy, key
 from truestep.calls.seen import Change, Forced, Plan, Seen, number
 from truestep.calls.subject import Subject
-from truestep.calls.values import encode, in_real_numbers, tensors
+from truestep.calls.values import Tree, encode, in_real_numbers, tensors
 from truestep.errors import FOREIGN, TruestepError, one_line
 from truestep.measure.distance import same_bits
 from truestep.measure.plain import plain
@@ -48,6 +48,7 @@ class Forcing:
         self._came: Counter[tuple[str, str]] = Counter()
         self._packages: set[str] = set()
         self._last: Arrival | None = None
+        self._updated = -1
         self._with_own: set[int] = set()
         self._own: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._judged = reference.judged_steps
@@ -75,9 +76,13 @@ class Forcing:
         finally:
             for (_, name), (owner, value) in self._own.items():
                 setattr(owner, name, value)
+        self._ended()
         for method, calls in self.reference.by_method.items():
             self.result.missing += calls[self._came[method] :]
         return self.result
+
+    def _ended(self) -> None:
+        """The run is over; what did not come is counted next."""
 
     def __call__(self, arrival: Arrival) -> Any:
         """Answer a call."""
@@ -89,6 +94,8 @@ class Forcing:
         if number >= len(calls):
             return self._unexpected(arrival)
         call = calls[number]
+        if call.stage == "update" and call.step is not None:
+            self._updated = call.step
         if arrival.kind is Kind.RANDOM:
             return self._drawn(arrival, call)
         arguments = arguments_of(arrival, call.parameters)
@@ -108,6 +115,17 @@ class Forcing:
         notes: list[str] = []
         replaced: dict[int, torch.Tensor] = {}
         numbers: dict[Path, float] = {}
+        for name, value, tree in self._compared(call, arguments):
+            matches = matched(value, tree, self._shapes.__getitem__, (name,))
+            self._keep(call, "in", matches)
+            notes += self._notes(matches)
+            self._keep_words(call, matches)
+            for match in matches.alike:
+                self._replace(call, match, replaced, numbers)
+        return notes, Swaps(replaced, numbers)
+
+    def _compared(self, call: CallEntry, arguments: Arguments) -> Iterator[tuple[str, Any, Tree]]:
+        """Arguments that are set against recorded ones: name, what came, what was recorded."""
         for name in dict.fromkeys([*call.arguments, *arguments.values]):
             value = arguments.values.get(name, arguments.defaults.get(name))
             tree = call.arguments.get(name)
@@ -115,14 +133,12 @@ class Forcing:
                 continue
             if name not in call.arguments and name in arguments.defaults:
                 tree = encode(arguments.defaults[name], _no_name)
-            matches = matched(value, tree, self._shapes.__getitem__, (name,))
-            self._keep(call, "in", matches)
-            notes += [_odd_text(match, self._shapes) for match in matches.odd]
-            notes += [text for _, text in matches.differences]
-            self._keep_words(call, matches)
-            for match in matches.alike:
-                self._replace(call, match, replaced, numbers)
-        return notes, Swaps(replaced, numbers)
+            yield name, value, tree
+
+    def _notes(self, matches: Matches) -> list[str]:
+        """What of an argument cannot be replaced by what was recorded."""
+        odd = [_odd_text(match, self._shapes) for match in matches.odd]
+        return odd + [text for _, text in matches.differences]
 
     def _replace(
         self,
@@ -138,12 +154,15 @@ class Forcing:
         elif isinstance(match.actual, float) and isinstance(match.recorded, float | int):
             numbers[match.own or match.path] = float(match.recorded)
 
-    def _in_place_of(self, actual: torch.Tensor, name: str, change: Change | None) -> torch.Tensor:
-        """A recorded tensor for one that is there; that one itself where nothing differs.
+    def _in_place_of(
+        self, actual: torch.Tensor, name: str, change: Change | None, rows: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """A recorded tensor, or some rows of it, for one that is there; that where nothing differs.
 
         Views of it may be kept, and its layout in memory may decide which kernel runs.
         """
         recorded = self.reference.recording[name]
+        recorded = recorded[list(rows)] if rows else recorded
         precision = self._raised(recorded)
         same = change is None and precision is None
         real = in_real_numbers(plain(actual))

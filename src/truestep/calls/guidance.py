@@ -20,9 +20,9 @@ from truestep.calls.forcing import Forcing
 from truestep.calls.keys import Path
 from truestep.calls.recorder import held_tensors
 from truestep.calls.recording import CallRecording
-from truestep.calls.seen import Plan
+from truestep.calls.seen import EnoughError, Plan
 from truestep.calls.subject import Subject
-from truestep.calls.values import Tree, parts, tensors
+from truestep.calls.values import in_lists, tensors
 from truestep.recording.manifest import CallEntry
 
 ALIKE = 1e-2
@@ -150,7 +150,7 @@ def _levels(moved: torch.Tensor) -> list[float] | None:
 def _rows(reference: CallRecording, step: int) -> Iterator[Row]:
     """Every row of every floating-point output of the models at a step."""
     for call in _predictions(reference, step):
-        listed = set(_in_lists(call.output))
+        listed = set(in_lists(call.output))
         for path, name in tensors(call.output):
             tensor = reference.recording[name]
             if not tensor.is_floating_point() or tensor.ndim < 2:
@@ -162,19 +162,6 @@ def _rows(reference: CallRecording, step: int) -> Iterator[Row]:
 
 def _predictions(reference: CallRecording, step: int) -> list[CallEntry]:
     return [c for c in reference.calls if c.step == step and c.stage == "prediction"]
-
-
-def _in_lists(tree: Tree, path: Path = (), inside: bool = False) -> Iterator[Path]:
-    """Paths of what is a member of a list: one sample each."""
-    if not isinstance(tree, dict):
-        return
-    tag = next(iter(tree))
-    if tag == "tensor":
-        if inside:
-            yield path
-    elif tag in ("list", "tuple", "dict", "object"):
-        for name, part in parts(tree):
-            yield from _in_lists(part, (*path, name), inside or tag == "list")
 
 
 def _call_of(reference: CallRecording, step: int, row: Row) -> CallEntry:
@@ -197,7 +184,7 @@ def _arriving(
 ) -> dict[str, torch.Tensor]:
     """What the schedulers are given at a step, where a row was moved."""
     probe = _Probe(reference, step, row, size)
-    with suppress(_EnoughError):
+    with suppress(EnoughError):
         probe.run(subject)
     return {
         f"{seen.key.component}.{seen.key.method} {'.'.join(seen.key.path)}": seen.actual
@@ -208,10 +195,6 @@ def _arriving(
         and seen.actual is not None
         and seen.actual.is_floating_point()
     }
-
-
-class _EnoughError(BaseException):
-    """Ends a run in which everything was seen; no pipeline catches it."""
 
 
 class _Probe(Forcing):
@@ -227,7 +210,7 @@ class _Probe(Forcing):
         number = self._came[arrival.component, arrival.method]
         call = calls[number] if number < len(calls) else None
         if call is not None and (call.stage == "decoding" or (call.step or 0) > self._step):
-            raise _EnoughError
+            raise EnoughError
         return super().__call__(arrival)
 
     def _answer(self, arrival: Arrival, call: CallEntry, arguments: Arguments) -> object:

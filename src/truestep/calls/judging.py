@@ -24,6 +24,9 @@ from truestep.verdict import Comparison, Divergence, Row, Side, TensorInfo, Verd
 RAISED = "(raised)"
 """End of the name of the row that says what a subject raised."""
 
+UNEXPECTED = "(unexpected)"
+"""The same of the row that says which calls came that were not recorded."""
+
 WRONG = (Verdict.DRIFTED, Verdict.INVALID)
 
 
@@ -126,7 +129,8 @@ def rows_of(reference: CallRecording, result: Forced, limits: Limits) -> list[Ro
     ordered = _by_effect(ordered, result.seen)
     if result.raised:
         return [*ordered, _raised_row(result)]
-    return [*ordered, *map(_missing_row, result.missing), *_unexpected_rows(result)]
+    missing = [_missing_row(call, result.parts.get(id(call), "")) for call in result.missing]
+    return [*ordered, *missing, *_unexpected_rows(result)]
 
 
 def _number(actual: torch.Tensor | None) -> str:
@@ -211,7 +215,7 @@ def _call(key: Key) -> tuple[object, ...]:
     return (key.stage, key.step, key.component, key.method, key.call)
 
 
-def _missing_row(call: CallEntry) -> Row:
+def _missing_row(call: CallEntry, part: str) -> Row:
     key = Key(call.stage, call.component, call.method, call.call, "out", (), call.step)
     return Row(
         name=str(key),
@@ -221,7 +225,7 @@ def _missing_row(call: CallEntry) -> Row:
         branch=call.context,
         fqn=_caller(key),
         reference=TensorInfo(dtype="object", shape=()),
-        note="the call did not come",
+        note=part or "the call did not come",
     )
 
 
@@ -229,7 +233,7 @@ def _unexpected_rows(result: Forced) -> Iterator[Row]:
     for component, method in dict.fromkeys(result.unexpected):
         count = result.unexpected.count((component, method))
         yield Row(
-            name=str(Key("output", component, method, 0, "out", ("(unexpected)",))),
+            name=str(Key("output", component, method, 0, "out", (UNEXPECTED,))),
             verdict=Verdict.INCOMPARABLE,
             fqn=f"{component}.{method}",
             actual=TensorInfo(dtype="object", shape=()),
@@ -305,7 +309,7 @@ def comparison_of(rows: Sequence[Row], sides: Sides) -> Comparison:
         place, told = "run", first.note
     elif first.verdict is Verdict.MISSING:
         place, told = place.partition(":")[0], first.note
-    elif key.path == ("(unexpected)",):
+    elif key.path == (UNEXPECTED,):
         place, told = _caller(key), first.note
     else:
         told = _told(first)

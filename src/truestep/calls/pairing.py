@@ -14,6 +14,9 @@ from truestep.calls.values import GENERATOR, Leaf, Tree, encode, in_real_numbers
 Shape = Callable[[str], tuple[int, ...]]
 """Shape of a recorded tensor."""
 
+Taken = Callable[[Path, torch.Tensor], torch.Tensor]
+"""The part of a tensor that arrived which is compared, by its path."""
+
 
 @dataclass(frozen=True)
 class Match:
@@ -47,7 +50,9 @@ class Matches:
     differences: list[tuple[Path, str]] = field(default_factory=list)
 
 
-def matched(value: Any, recorded: Tree, shape: Shape, prefix: Path = ()) -> Matches:
+def matched(
+    value: Any, recorded: Tree, shape: Shape, prefix: Path = (), taken: Taken | None = None
+) -> Matches:
     """Compare a value with a recorded tree, leaf by leaf.
 
     Args:
@@ -55,11 +60,12 @@ def matched(value: Any, recorded: Tree, shape: Shape, prefix: Path = ()) -> Matc
         recorded: Its tree when it was recorded.
         shape: Of recorded tensors.
         prefix: Goes before every path.
+        taken: Takes a part of each tensor that arrived; default all of it.
     """
     arrived: list[torch.Tensor] = []
 
     def collect(path: Path, tensor: torch.Tensor) -> str:
-        arrived.append(tensor)
+        arrived.append(tensor if taken is None else taken((*prefix, *path), tensor))
         return str(len(arrived) - 1)
 
     actual = {

@@ -24,6 +24,10 @@ Proceed = Callable[..., Any]
 """Makes a call."""
 
 
+class EnoughError(BaseException):
+    """Ends a run in which everything was seen; no pipeline catches it."""
+
+
 class RunRaisedError(RuntimeError):
     """A run that was to come to its end raised; the message says what."""
 
@@ -89,6 +93,7 @@ class Forced:
         seen: Tensors.
         again: What calls gave that were made once more, by the key's text.
         missing: Recorded calls that did not come.
+        parts: By the identity of such a call, what came of it.
         unexpected: Component and method of calls that were not recorded.
         made: Calls of models that were made.
         raised: What the subject raised, and after which call.
@@ -98,6 +103,7 @@ class Forced:
     seen: list[Seen] = field(default_factory=list)
     again: dict[str, torch.Tensor] = field(default_factory=dict)
     missing: list[CallEntry] = field(default_factory=list)
+    parts: dict[int, str] = field(default_factory=dict)
     unexpected: list[tuple[str, str]] = field(default_factory=list)
     made: int = 0
     raised: str = ""

@@ -262,6 +262,19 @@ def tensors(tree: Tree) -> Iterator[tuple[Path, str]]:
     return ((path, leaf.value) for path, leaf in leaves(tree) if leaf.kind == "tensor")
 
 
+def in_lists(tree: Tree, path: Path = (), inside: bool = False) -> Iterator[Path]:
+    """Paths of the tensors that are members of a list."""
+    if not isinstance(tree, dict):
+        return
+    tag = next(iter(tree))
+    if tag == "tensor":
+        if inside:
+            yield path
+    elif tag in ("list", "tuple", "dict", "object"):
+        for name, part in parts(tree):
+            yield from in_lists(part, (*path, name), inside or tag == "list")
+
+
 def opaque(tree: Tree) -> Iterator[tuple[Path, str]]:
     """Path and class of everything in a tree that was not kept."""
     return ((path, leaf.value) for path, leaf in leaves(tree) if leaf.kind == "opaque")
