@@ -16,11 +16,10 @@ from truestep.judge.floor import (
     analytic_floor,
     free_running,
     minimum_floor,
-    modes,
     pair_for,
     sample_sizes,
 )
-from truestep.judge.tail import Tail
+from truestep.judge.tail import Tail, modes
 from truestep.keys import FREE_RUN, spread_key, stage_key
 
 

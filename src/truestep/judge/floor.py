@@ -18,12 +18,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from statistics import stdev
 
 from truestep.errors import UsageError
 from truestep.floors import EPSILON, FREELY, NoiseFloor, NoiseRun, RunMetrics
-from truestep.judge.tail import Tail
+from truestep.judge.tail import Tail, modes
 from truestep.keys import FREE_RUN, is_prediction, key_of, spread_key, stage_key
 from truestep.verdict import FloorUsed
 
@@ -86,9 +85,6 @@ OTHER_OUTCOME = 2.0
 """A run of `ELSEWHERE` that is further off than this times the others is an outcome of its own: a
 third machine is then as far off as that one, not as the others. Other instructions measured up to
 1.4 times the others on Wan, 2.5 on a recurrent detector, 5 on LTX-2, 7 on Flux."""
-
-MODE_GAP = math.log(4.0)
-"""Benign values further apart than this factor are two outcomes, not one spread."""
 
 
 def sample_sizes(runs: Iterable[NoiseRun]) -> dict[str, float]:
@@ -245,20 +241,6 @@ def tolerance_floor(tolerance: float, *, pair: str) -> Floor:
             detail="given by the user",
         )
     )
-
-
-def modes(values: Iterable[float]) -> tuple[list[float], list[float]]:
-    """Split positive values at their widest gap if it is wide enough to be two outcomes.
-
-    Returns:
-        The lower and the upper outcome's values, sorted; the lower is empty where there is one.
-    """
-    ordered = sorted(v for v in values if v > 0)
-    gaps = [math.log(b / a) for a, b in pairwise(ordered)]
-    if not gaps or max(gaps) < MODE_GAP:
-        return [], ordered
-    at = gaps.index(max(gaps)) + 1
-    return ordered[:at], ordered[at:]
 
 
 class FloorLookup:

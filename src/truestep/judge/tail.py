@@ -6,7 +6,12 @@ Pure: no I/O, no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+
+MODE_GAP = math.log(4.0)
+"""Benign values further apart than this factor are two outcomes, not one spread."""
 
 MARGIN = 1.1
 """Nothing within this multiple of the largest benign value is surprising, whatever the tail."""
@@ -76,3 +81,17 @@ def _student(t: float, freedom: float) -> float:
     from scipy.special import ndtr, stdtr
 
     return float(ndtr(t) if math.isinf(freedom) else stdtr(freedom, t))
+
+
+def modes(values: Iterable[float]) -> tuple[list[float], list[float]]:
+    """Split positive values at their widest gap if it is wide enough to be two outcomes.
+
+    Returns:
+        The lower and the upper outcome's values, sorted; the lower is empty where there is one.
+    """
+    ordered = sorted(v for v in values if v > 0)
+    gaps = [math.log(b / a) for a, b in pairwise(ordered)]
+    if not gaps or max(gaps) < MODE_GAP:
+        return [], ordered
+    at = gaps.index(max(gaps)) + 1
+    return ordered[:at], ordered[at:]

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# long: one file on purpose, to be copied to where truestep cannot be installed
 """Make truestep recordings where truestep is not installed: needs torch >= 1.13 and nothing else.
 
     import recorder                                     # this file, anywhere on the path
