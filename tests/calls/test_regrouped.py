@@ -118,17 +118,18 @@ FAULTS_OF_WAN = {
     ),
 }
 _BEFORE_UNET = "code before unet.forward{} at step 0: encoder_hidden_states"
+_UNCOND = _BEFORE_UNET.format(" (uncond)")
 FAULTS_OF_SDXL = {
     "split, combined the other way": (sdxl(SWAPPED), COMBINED),
-    "split, no negative text": (sdxl(IN_ORDER, ZERO_SDXL), _BEFORE_UNET.format("")),
+    "split, no negative text": (sdxl(IN_ORDER, ZERO_SDXL), _UNCOND),
     "split in the other order, no negative text": (
         sdxl(REVERSED_CALLS, ZERO_SDXL),
-        _BEFORE_UNET.format(""),
+        _UNCOND,
     ),
     "split, model off": (both(sdxl(IN_ORDER), scaled("unet")), "unet.forward at step 0: output 0"),
     "reversed batch, no negative text": (
         sdxl(REVERSED_BATCH, ZERO_SDXL),
-        _BEFORE_UNET.format(""),
+        _UNCOND,
     ),
     "reversed batch, not turned back": (
         sdxl("noise_pred = _unet([1, 0])"),
@@ -136,7 +137,7 @@ FAULTS_OF_SDXL = {
     ),
     "reversed batch, a row off": (
         both(sdxl(REVERSED_BATCH), row_scaled("unet", 0)),
-        "unet.forward at step 0: output 0",
+        "unet.forward (cond) at step 0: output 0",
     ),
 }
 
@@ -166,7 +167,7 @@ def test_a_pass_that_does_not_come_is_missing(checked: Checked) -> None:
 def test_a_row_that_does_not_come_is_missing(checked: Checked) -> None:
     result = checked(SDXL, sdxl(NO_UNCOND))
     notes = {row.note for row in result.rows if row.verdict is Verdict.MISSING}
-    assert notes == {"1 of the 2 rows of its batch did not come"}
+    assert notes == {"1 of the 2 rows of its batch did not come (uncond)"}
     assert not result.verdict.passed
 
 

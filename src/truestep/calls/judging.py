@@ -11,6 +11,7 @@ import torch
 
 from truestep.calls.boundaries import FUNCTIONS, RANDOM
 from truestep.calls.keys import Key, Path, dotted, key_of
+from truestep.calls.passes import Names, failing_pass, names_of
 from truestep.calls.recorder import RUN
 from truestep.calls.recording import RANDOM_STATE, STATE, WRITTEN, CallRecording
 from truestep.calls.seen import END, Forced, Seen, number
@@ -112,7 +113,8 @@ def rows_of(reference: CallRecording, result: Forced, limits: Limits) -> list[Ro
     first = {name: actual for name, (actual, _) in both.items()}
     otherwise = differing(first, result.again, limits)
     rows = with_second_answers(rows, result.again, expected, otherwise, limits)
-    judged = {row.name: row for row in rows}
+    names = names_of(reference)
+    judged = {row.name: _with_pass(row, names, both) for row in rows}
     ordered: list[Row] = []
     for seen in result.seen:
         row = judged.get(str(seen.key))
@@ -131,6 +133,16 @@ def rows_of(reference: CallRecording, result: Forced, limits: Limits) -> list[Ro
         return [*ordered, _raised_row(result)]
     missing = [_missing_row(call, result.parts.get(id(call), "")) for call in result.missing]
     return [*ordered, *missing, *_unexpected_rows(result)]
+
+
+def _with_pass(
+    row: Row, names: Names, both: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> Row:
+    """A row that fails with the pass of its batch that does, where the call does not say it."""
+    if row.verdict.passed or row.branch is not None or row.name not in both:
+        return row
+    branch = failing_pass(names, key_of(row.name), *both[row.name])
+    return row if branch is None else row.model_copy(update={"branch": branch})
 
 
 def _number(actual: torch.Tensor | None) -> str:

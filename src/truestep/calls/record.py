@@ -10,6 +10,7 @@ from truestep.calls.benign import measure, measure_end
 from truestep.calls.choosing import chosen_steps, made_at
 from truestep.calls.classes import Kind, kind_of
 from truestep.calls.instructions import prepare
+from truestep.calls.passes import with_passes
 from truestep.calls.precision import with_raised
 from truestep.calls.recorder import recorded
 from truestep.calls.recording import CallRecording, holds_tensors, trees_of
@@ -57,6 +58,7 @@ def record(
             notes.append(f"{name}.step was never called: is it built anew inside the run?")
     recording, said = answerable(subject, recording)
     notes += [said] if said else []
+    recording = with_passes(subject, recording)
     chosen = chosen_steps(recording, steps)
     if not floor:
         recording = recording.with_floor(None, notes)

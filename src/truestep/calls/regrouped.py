@@ -26,6 +26,7 @@ from truestep.calls.layouts import (
     sizes_of,
 )
 from truestep.calls.pairing import Match, Matches, Taken, matched
+from truestep.calls.passes import names_of
 from truestep.calls.rebuilding import CannotBuildError, Fetch, Swaps, build, laid_out_as, laid_over
 from truestep.calls.recorder import held_tensors
 from truestep.calls.recording import CallRecording, host_copy
@@ -152,6 +153,7 @@ class Regrouped(Forcing):
         self._layouts = layouts
         self._methods = {method for method, _ in layouts}
         self._open: dict[Method, _Group] = {}
+        self._names = names_of(reference)
 
     def __call__(self, arrival: Arrival) -> Any:
         """Answer a call."""
@@ -198,12 +200,16 @@ class Regrouped(Forcing):
         group = self._open.pop(method)
         self._came[method] += len(group.calls)
         for number, (call, size) in enumerate(zip(group.calls, group.layout.recorded, strict=True)):
-            came = group.came(number, "in")
-            if came < size:
+            pieces = group.pieces.get((number, "in"), ())
+            came = {row for part, _ in pieces for row in part.rows}
+            if len(came) < size:
                 self.result.missing.append(call)
-                if came:
-                    text = f"{size - came} of the {size} rows of its batch did not come"
-                    self.result.parts[id(call)] = text
+            if 0 < len(came) < size:
+                names = self._names.get((*method, call.call), [""] * size)
+                lost = {names[row] for row in range(size) if row not in came} - {""}
+                which = f" ({', '.join(sorted(lost))})" if lost else ""
+                text = f"{size - len(came)} of the {size} rows of its batch did not come{which}"
+                self.result.parts[id(call)] = text
 
     def _in_layout(
         self, arrival: Arrival, arguments: Arguments, group: _Group, parts: Sequence[_Part]

@@ -17,6 +17,7 @@ from truestep.calls.check import check, check_end
 from truestep.calls.rebuilding import CannotBuildError, build
 from truestep.calls.record import record
 from truestep.calls.recording import CallRecording, host_copy, read
+from truestep.calls.scouting import found_layouts
 from truestep.calls.subject import Subject, subject_of
 from truestep.calls.trees import check_tree
 from truestep.calls.values import Path as Place
@@ -24,9 +25,11 @@ from truestep.calls.values import encode
 from truestep.environment import Environment
 from truestep.errors import FileFormatError, UsageError, surviving
 from truestep.pairing.partners import check_rename
+from truestep.randomness import own_randomness
 from truestep.recording.format import Recording
 from truestep.recording.table import table_entry
 from truestep.replay.check import Depth
+from truestep.replay.locating import noted
 from truestep.replay.opening import open_call
 from truestep.replay.record import FloorChoice
 from truestep.runtime.applying import call_change, not_a_pipeline
@@ -182,9 +185,7 @@ def check_pipeline(
             pair=judging.pair,
         )
     if trusted is not None and not result.verdict.passed:
-        result = open_call(
-            subject, trusted, reference, result, steps=judging.steps, rename=judging.rename
-        )
+        result = _opened(subject, trusted, reference, result, judging)
     environment = Environment({**result.actual.environment, **(judging.environment or {})})
     known = {k: v for k, v in manifest.environment.items() if k in environment}
     return result.model_copy(
@@ -196,6 +197,24 @@ def check_pipeline(
                 known if judging.environment is None else manifest.environment
             ),
         }
+    )
+
+
+def _opened(
+    candidate: Subject,
+    trusted: Callable[[], Subject],
+    reference: CallRecording,
+    result: Comparison,
+    judging: Judging,
+) -> Comparison:
+    """Open the component of the first call that failed, unless its batches are others."""
+    with own_randomness():
+        layouts = found_layouts(candidate, reference)
+    others = [str(layout) for layout in layouts.values() if not layout.same_sizes]
+    if others:
+        return noted(result, f"no module named: its batches are others ({'; '.join(others)})")
+    return open_call(
+        candidate, trusted, reference, result, steps=judging.steps, rename=judging.rename
     )
 
 
