@@ -16,11 +16,17 @@ BAR_S = 0.4
 
 
 def main() -> None:
-    from truestep.judge.latent import write_latent_bundle
+    from truestep.recording.format import Recording
+    from truestep.recording.manifest import Manifest
+    from truestep.recording.table import tensor_table
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "latent.safetensors"
-        write_latent_bundle(path, torch.randn(1, 16, 5, 60, 104))
+        tensors = {"latent/final": torch.randn(1, 16, 5, 60, 104)}
+        manifest = Manifest(
+            tool_version="0", created="now", level="full", tensors=tensor_table(tensors)
+        )
+        Recording.in_memory(tensors, manifest).save(path)
         commands = {
             "truestep --help": ["--help"],
             "truestep show": ["show", str(path)],

@@ -261,10 +261,16 @@ def test_what_is_imported_by_commands_that_must_feel_instant(
     """As whole processes: parent and child of the guard, and what the interpreter adds left out."""
     import torch
 
-    from truestep.judge.latent import write_latent_bundle
+    from truestep.recording.format import Recording
+    from truestep.recording.manifest import Manifest
+    from truestep.recording.table import tensor_table
 
     (tmp_path / "plain.json").write_text('{"a": 1}')
-    write_latent_bundle(tmp_path / "recording.safetensors", torch.randn(1, 4, 2, 8, 8))
+    tensors = {"latent/final": torch.randn(1, 4, 2, 8, 8)}
+    manifest = Manifest(
+        tool_version="0", created="now", level="full", tensors=tensor_table(tensors)
+    )
+    Recording.in_memory(tensors, manifest).save(tmp_path / "recording.safetensors")
 
     def imported(*code: str) -> set[str]:
         done = subprocess.run(

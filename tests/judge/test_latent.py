@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,15 @@ import pytest
 import torch
 
 from truestep import check_latent, compare
-from truestep.errors import UsageError, WriteError
+from truestep.errors import UsageError
 from truestep.judge.latent import (
     SLICES,
     SliceSpec,
-    write_fastvideo_result,
-    write_latent_bundle,
 )
-from truestep.verdict import Comparison, Verdict
+from truestep.recording.format import Recording
+from truestep.recording.manifest import Manifest
+from truestep.recording.table import tensor_table
+from truestep.verdict import Verdict
 
 torch.manual_seed(0)
 VIDEO = torch.randn(1, 16, 16, 12, 12)
@@ -129,11 +129,18 @@ def test_a_stricter_threshold_overrules_an_equivalent() -> None:
 
 def test_a_bundle_keeps_its_slice(tmp_path: Path) -> None:
     path = tmp_path / "ref.safetensors"
-    recording = write_latent_bundle(path, VIDEO.bfloat16(), metadata={"model_id": "m"})
-    assert recording["latent/final"].dtype == torch.bfloat16
-    assert recording["signature"].dtype == torch.float32
+    spec, latent = SLICES["corner_3x3_first_frame"], VIDEO.bfloat16()
+    tensors = {"latent/final": latent, "signature": spec.cut(latent)}
+    manifest = Manifest(
+        tool_version="0",
+        created="now",
+        level="full",
+        settings={"slice_spec": spec.model_dump(mode="json")},
+        tensors=tensor_table(tensors),
+    )
+    Recording.in_memory(tensors, manifest).save(path)
     assert check_latent(VIDEO.bfloat16(), path).verdict is Verdict.IDENTICAL
-    newer = SLICES["corner_3x3_first_frame"].model_copy(update={"version": 2})
+    newer = spec.model_copy(update={"version": 2})
     result = check_latent(VIDEO.bfloat16(), path, slice_spec=newer)
     assert result.verdict is Verdict.INCOMPARABLE
     assert result.case_differences[0].key == "slice_spec.version"
@@ -157,41 +164,6 @@ def test_fastvideo_bundles_judge(tmp_path: Path) -> None:
     content["slice_spec"] = {"kind": "another", "version": 1}
     torch.save(content, path)
     assert check_latent(VIDEO, path).verdict is Verdict.INCOMPARABLE
-
-
-def result_of(tmp_path: Path, comparison: Comparison, prompt: str) -> Path:
-    return write_fastvideo_result(
-        tmp_path,
-        comparison,
-        steps=4,
-        prompt=prompt,
-        model_id="m",
-        attention_backend="FLASH_ATTN",
-    )
-
-
-def test_results_in_fastvideo_schema(tmp_path: Path) -> None:
-    prompt = "a/b\\c " + "x" * 200
-    path = result_of(tmp_path / "out", check_latent(VIDEO * 1.01, VIDEO), prompt)
-    assert path.parent == tmp_path / "out"
-    data = json.loads(path.read_text())
-    assert set(data["metrics"]) == {
-        "slice_cosine_distance",
-        "full_cosine_distance",
-        "max_abs_diff",
-    }
-    assert data["thresholds"] == {"slice_cosine": 5e-3, "full_cosine": 1e-2}
-    assert data["passed"] is True
-    assert data["truestep_verdict"] == "drifted"
-    assert data["parameters"] == {"num_inference_steps": 4, "prompt": prompt}
-
-
-def test_a_result_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match="the result could not be written"):
-        result_of(tmp_path / "file", check_latent(VIDEO, VIDEO), "p")
-    with pytest.raises(UsageError, match="no gate result"):
-        result_of(tmp_path, check_latent(VIDEO, VIDEO[:, :8]), "p")
 
 
 def test_more_tensors_than_one_latent_is_an_error() -> None:
@@ -250,25 +222,3 @@ def test_a_stored_signature_of_another_length_is_incomparable(tmp_path: Path) ->
     result = check_latent(VIDEO.half(), tmp_path / "p.pt")
     assert result.verdict is Verdict.INCOMPARABLE
     assert result.sentence == "incomparable: signature length 144 against 5"
-
-
-def test_a_result_names_the_slice_that_was_gated(tmp_path: Path) -> None:
-    audio = torch.randn(1, 8, 20)
-    path = result_of(tmp_path, check_latent(audio, audio), "p")
-    kind = "audio_first_8_timesteps"
-    assert json.loads(path.read_text())["slice_spec"] == {"kind": kind, "version": 1}
-    spec = SliceSpec(kind="mine", ranges=((0, 1), (0, 2), (0, 3)))
-    with pytest.raises(UsageError, match="was not made with signature slice"):
-        result_of(tmp_path, check_latent(audio, audio, slice_spec=spec), "p")
-
-
-def test_results_of_long_names_and_of_names_that_begin_the_same(tmp_path: Path) -> None:
-    good = check_latent(VIDEO, VIDEO)
-    assert result_of(tmp_path, good, "龍" * 10_000).exists()
-    assert result_of(tmp_path, good, "  a cat ").name == "steps4_a cat_latent.json"
-    path = result_of(tmp_path, good, "x" * 100 + "A")
-    assert result_of(tmp_path, good, "x" * 100 + "A") == path
-    before = path.read_text()
-    with pytest.raises(WriteError, match="would replace that of another prompt"):
-        result_of(tmp_path, good, "x" * 100 + "B")
-    assert path.read_text() == before

@@ -73,15 +73,13 @@ def choose_cases(
     case_file: Path,
     prompt: str | None,
     tier: str,
-    references: Path | None = None,
 ) -> dict[str, Case]:
     """Cases of the runtime by name; see `choose_any`.
 
     Raises:
         CaseError: A name is of no case, a case is not valid, or is one of any pipeline.
     """
-    words = Words(names, case_file, tier, prompt=prompt, references=references)
-    return of_the_runtime(choose_any(words))
+    return of_the_runtime(choose_any(Words(names, case_file, tier, prompt=prompt)))
 
 
 def of_the_runtime(cases: Mapping[str, AnyCase]) -> dict[str, Case]:

@@ -205,9 +205,9 @@ def needed(
     return Needed(more * each, more)
 
 
-def median_interval(values: Sequence[float], *, level: float = LEVEL) -> tuple[float, float] | None:
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Interval of the median of one batch, by the sign test; None below eight values at 99 %."""
-    rank = sign_rank(len(values), level=level)
+    rank = sign_rank(len(values), level=LEVEL)
     ordered = sorted(values)
     return (ordered[rank - 1], ordered[len(ordered) - rank]) if rank else None
 

@@ -8,21 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field, ValidationError, field_validator
 
-from truestep.environment import library_version
-from truestep.errors import FileFormatError, UsageError, WriteError
-from truestep.files import write_text
+from truestep.errors import UsageError
 from truestep.judge.floor import Limits
 from truestep.judge.rows import build_comparison, compare_tensors
-from truestep.reading import parse_json, read
 from truestep.recording import readers as sources
-from truestep.recording.format import Recording
-from truestep.recording.manifest import Manifest
 from truestep.recording.readers import Source
 from truestep.verdict import Comparison, Difference, GateResult, Record, Row, Side, Verdict
 
@@ -31,9 +25,6 @@ SIGNATURE = "signature"
 SLICE_THRESHOLD = 5e-3
 FULL_THRESHOLD = 1e-2
 GATE = "fastvideo-latent/1"
-
-_NAME_BYTES = 180
-"""Of a prompt in a file name; file systems hold 255 in all, and temporary names are longer."""
 
 
 class SliceSpec(Record):
@@ -310,130 +301,3 @@ def _no_laxer(row: Row, over: str) -> Row:
         return row
     note = "; ".join(part for part in (f"{GATE}: {over}", row.note) if part)
     return row.model_copy(update={"verdict": Verdict.DRIFTED, "note": note})
-
-
-def write_latent_bundle(
-    path: str | Path,
-    latent: torch.Tensor,
-    *,
-    slice_spec: SliceLike = None,
-    case_id: str | None = None,
-    environment: Mapping[str, str] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-) -> Recording:
-    """Store a latent with its signature as a reference for `check_latent`.
-
-    Args:
-        path: A .safetensors file, written atomically.
-        latent: In its own dtype; the signature is stored in float32.
-        slice_spec: The signature slice; default by rank.
-        case_id, environment, metadata: Kept in the manifest.
-
-    Raises:
-        UsageError: The slice does not fit, or the latent could judge nothing.
-        WriteError: It could not be written; an existing file is untouched.
-    """
-    from datetime import datetime, timezone
-
-    from truestep.judge.refusals import refuse_empty_content
-    from truestep.recording.table import tensor_table
-
-    spec = slice_for(latent, slice_spec)
-    refuse_empty_content({LATENT: latent}, where=str(path))
-    tensors = {LATENT: latent.detach().to("cpu"), SIGNATURE: spec.cut(latent)}
-    manifest = Manifest(
-        tool_version=library_version("truestep") or "",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        level="full",
-        case_id=case_id,
-        settings={"slice_spec": spec.model_dump(mode="json"), **(metadata or {})},
-        environment=dict(environment or {}),
-        tensors=tensor_table(tensors),
-    )
-    recording = Recording.in_memory(tensors, manifest)
-    recording.save(path)
-    return Recording.open(path)
-
-
-def write_fastvideo_result(
-    folder: str | Path,
-    comparison: Comparison,
-    *,
-    steps: int,
-    prompt: str,
-    model_id: str,
-    attention_backend: str,
-    slice_spec: SliceLike = None,
-) -> Path:
-    """Write a result in FastVideo's schema, for CI that scrapes it.
-
-    The name is theirs (`steps{N}_{prompt[:100]}_latent.json`) with separators replaced, which there
-    lose the file, and cut to what a file system holds. `passed` is theirs too; our verdict is
-    added as `truestep_verdict`.
-
-    Args:
-        folder: Made if need be.
-        comparison: From `check_latent`.
-        steps, prompt, model_id, attention_backend: Written as they are.
-        slice_spec: The slice that was gated; default the built-in one for the latent's rank.
-
-    Raises:
-        UsageError: The comparison has no FastVideo gate (shapes or slices differed), or was made
-            with another slice.
-        WriteError: It could not be written, or would replace another prompt's result.
-    """
-    gate = next((gate for gate in comparison.gates if gate.name == GATE), None)
-    if gate is None:
-        raise UsageError(
-            "there is no gate result to write", measured=comparison.sentence, where=str(folder)
-        )
-    shape = next(row.reference.shape for row in comparison.rows if row.reference is not None)
-    spec = slice_for(torch.empty(shape, device="meta"), slice_spec)
-    if _coverage(spec) not in comparison.looked_at:
-        raise UsageError(
-            f"the result was not made with signature slice {spec.kind} v{spec.version}",
-            measured=f"it looked at {comparison.looked_at[0]}",
-            hint="give slice_spec= as it was given to check_latent",
-        )
-    path = Path(folder) / f"steps{steps}_{_file_part(prompt)}_latent.json"
-    _not_anothers(path, prompt)
-    content = {
-        "metrics": {key: _json_number(value) for key, value in gate.metrics.items()},
-        "reference_latent": comparison.reference.path,
-        "generated_latent": comparison.actual.path,
-        "model_id": model_id,
-        "attention_backend": attention_backend,
-        "slice_spec": {"kind": spec.kind, "version": spec.version},
-        "thresholds": gate.thresholds,
-        "passed": gate.passed,
-        "parameters": {"num_inference_steps": steps, "prompt": prompt},
-        "truestep_verdict": comparison.verdict.value,
-    }
-    write_text(path, json.dumps(content, indent=2), "the result")
-    return path
-
-
-def _file_part(prompt: str) -> str:
-    """Their `prompt[:100].strip()` as part of a file name."""
-    start = prompt[:100].strip()
-    safe = "".join("_" if c in '/\\:*?"<>|' or ord(c) < 32 else c for c in start)
-    return safe.encode("utf-8", "replace")[:_NAME_BYTES].decode("utf-8", "ignore")
-
-
-def _not_anothers(path: Path, prompt: str) -> None:
-    """Refuse to replace the result of another prompt that begins the same."""
-    try:
-        written = read(path, "the result cannot be read", parse_json)["parameters"]["prompt"]
-    except (FileFormatError, KeyError, TypeError):
-        return
-    if written != prompt:
-        raise WriteError(
-            "the result would replace that of another prompt",
-            where=str(path),
-            measured="names are made of a prompt's first 100 characters, and both begin the same",
-            hint="write the results of each prompt to a folder of its own",
-        )
-
-
-def _json_number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)

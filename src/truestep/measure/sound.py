@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from truestep.errors import MissingExtraError, UsageError
 from truestep.measure.distance import distance
-from truestep.verdict import GateResult, SoundMetrics
+from truestep.verdict import SoundMetrics
 
 WINDOW, HOP = 1024, 256
 """Samples of a spectrogram's Hann window, and between two of them."""
@@ -153,20 +153,6 @@ def _broken(finite: list[bool]) -> str:
 
 
 @dataclass(frozen=True)
-class SglangLimits:
-    """SGLang-Diffusion's limits on sound, under the names that its threshold files use.
-
-    Source:
-        sglang 0.5.23, multimodal_gen/test/test_utils.py, `DEFAULT_AUDIO_*_THRESHOLD`.
-    """
-
-    audio_spectral_similarity_threshold: float = 0.95
-    audio_waveform_correlation_threshold: float = 0.90
-    audio_rms_db_diff_threshold: float = 2.0
-    audio_duration_diff_threshold: float = 0.10
-
-
-@dataclass(frozen=True)
 class SglangSound:
     """SGLang-Diffusion's four measurements of a sound.
 
@@ -181,15 +167,6 @@ class SglangSound:
     waveform_correlation: float
     rms_db_diff: float
     duration_diff: float
-
-    def passes(self, limits: SglangLimits) -> bool:
-        """Whether all four limits hold; NaN holds none."""
-        return (
-            self.spectral_similarity >= limits.audio_spectral_similarity_threshold
-            and self.waveform_correlation >= limits.audio_waveform_correlation_threshold
-            and self.rms_db_diff <= limits.audio_rms_db_diff_threshold
-            and self.duration_diff <= limits.audio_duration_diff_threshold
-        )
 
 
 def sglang_sound(actual: torch.Tensor, reference: torch.Tensor, *, sample_rate: int) -> SglangSound:
@@ -224,24 +201,6 @@ def sglang_sound(actual: torch.Tensor, reference: torch.Tensor, *, sample_rate: 
         waveform_correlation=_cosine(a - a.mean(), r - r.mean()),
         rms_db_diff=abs(levels[0] - levels[1]),
         duration_diff=duration,
-    )
-
-
-def sglang_sound_result(
-    actual: torch.Tensor,
-    reference: torch.Tensor,
-    *,
-    sample_rate: int,
-    limits: SglangLimits | None = None,
-) -> GateResult:
-    """SGLang-Diffusion's gate on sound as a result's named rule; see `sglang_sound`."""
-    limits = limits or SglangLimits()
-    found = sglang_sound(actual, reference, sample_rate=sample_rate)
-    return GateResult(
-        name="sglang-audio",
-        passed=found.passes(limits),
-        metrics={field.name: getattr(found, field.name) for field in fields(found)},
-        thresholds={field.name: getattr(limits, field.name) for field in fields(limits)},
     )
 
 

@@ -11,10 +11,10 @@ VIDEO_LATENT = 16
 _BLOCKS_3D = 4
 
 
-def _levels(prefix: str, suffix: str = "3D") -> dict[str, Any]:
+def _levels(prefix: str) -> dict[str, Any]:
     return {
-        "down_block_types": (f"{prefix}DownBlock{suffix}",) * _BLOCKS_3D,
-        "up_block_types": (f"{prefix}UpBlock{suffix}",) * _BLOCKS_3D,
+        "down_block_types": (f"{prefix}DownBlock3D",) * _BLOCKS_3D,
+        "up_block_types": (f"{prefix}UpBlock3D",) * _BLOCKS_3D,
         "block_out_channels": (8,) * _BLOCKS_3D,
         "layers_per_block": 1,
         "norm_num_groups": 2,
