@@ -18,7 +18,6 @@ from truestep.experiment.perf_records import (
     PerfResult,
     PerfResults,
     PerfRun,
-    cohort_values,
 )
 from truestep.experiment.statistics import Outcome
 from truestep.verdict import Verdict
@@ -239,25 +238,6 @@ def test_a_missing_cohort_lists_those_there_are() -> None:
     assert result.hint == "truestep perf record CASE"  # the verb says which
     none = missing_result(COHORT, [], case_name="three")
     assert none.sentence.endswith("there is no history")
-
-
-def test_a_cohort_knows_the_machine_but_not_the_version_under_test() -> None:
-    environment = {
-        "device.name": "a CPU",
-        "library.torch": "2.13",
-        "library.truestep": "0.1.0",
-        "variable.OMP_NUM_THREADS": "1",
-        "model.weights": "abc",
-        "attention.kernel": "flash-cpu",
-    }
-    values = cohort_values(environment, cores=2, dtype="float32")
-    assert set(values) == {
-        "device.name",
-        "library.torch",
-        "attention.kernel",
-        "machine.cores",
-        "case.dtype",
-    }
 
 
 def test_results_are_strict_json_and_have_no_truth_value() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from truestep.judge.divergence import ROOT, kind_of, locate, parent, with_origins
-from truestep.verdict import Row, TensorInfo, Verdict
+from truestep.judge.divergence import ROOT, kind_of, locate, parent, traced_back, with_origins
+from truestep.judge.rows import build_comparison, compare_tensors
+from truestep.verdict import Row, Side, TensorInfo, Verdict
 
 INFO = TensorInfo(dtype="float32", shape=(1,))
 
@@ -133,3 +134,53 @@ def test_what_a_module_was_given_is_not_its_error() -> None:
     }
     before = locate([row("b", "in.0", "drifted")])
     assert [r.origin for r in with_origins([row("b", "in.0", "drifted")], before)] == ["introduced"]
+
+
+def run_of(**scales: float) -> dict[str, torch.Tensor]:
+    """Tensors of a run of two steps, some of them scaled."""
+    names = [
+        "text/cond",
+        "schedule/sigmas",
+        "latent/initial",
+        "step/0000/cond",
+        "step/0000/uncond",
+        "step/0000/guided",
+        "step/0001/latent",
+        "step/0001/cond",
+        "latent/final",
+    ]
+    made = {}
+    for seed, name in enumerate(names):
+        draw = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+        made[name] = draw * scales.get(name.replace("/", "_"), 1.0)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("scaled", "introduced"),
+    [
+        (
+            ("schedule_sigmas", "step_0001_latent", "step_0001_cond", "latent_final"),
+            {"schedule/sigmas"},
+        ),
+        (("step_0000_cond", "step_0000_guided", "latent_final"), {"step/0000/cond"}),
+        (
+            ("step_0000_cond", "step_0000_uncond", "latent_final"),
+            {"step/0000/cond", "step/0000/uncond"},
+        ),
+        (
+            ("text_cond", "latent_initial", "step_0000_cond"),
+            {"text/cond", "latent/initial"},
+        ),
+    ],
+)
+def test_what_began_it_is_told_from_what_follows(
+    scaled: tuple[str, ...], introduced: set[str]
+) -> None:
+    rows = compare_tensors(run_of(**dict.fromkeys(scaled, 1.1)), run_of())
+    found = {row.name: row.origin for row in traced_back(rows)}
+    assert {name for name, origin in found.items() if origin == "introduced"} == introduced
+    inherited = {name for name, origin in found.items() if origin == "inherited"}
+    assert {name.replace("/", "_") for name in introduced | inherited} == set(scaled)
+    result = build_comparison(traced_back(rows), actual=Side(label="a"), reference=Side(label="r"))
+    assert {row.name for row in result.causes} == introduced

@@ -7,7 +7,6 @@ import torch
 
 from truestep.errors import UsageError
 from truestep.floors import NoiseFloor, NoiseRun, RunMetrics
-from truestep.judge.divergence import traced_back
 from truestep.judge.floor import Limits
 from truestep.judge.rows import build_comparison, compare_tensors, measured_run
 from truestep.verdict import Comparison, Difference, Row, Side, Verdict
@@ -370,56 +369,6 @@ def test_two_values_everywhere_are_judged_inside_of_a_model() -> None:
     ):
         (row,) = compare_tensors({name: timestep}, {name: other})
         assert row.verdict is verdict, row.note
-
-
-def run_of(**scales: float) -> dict[str, torch.Tensor]:
-    """Tensors of a run of two steps, some of them scaled."""
-    names = [
-        "text/cond",
-        "schedule/sigmas",
-        "latent/initial",
-        "step/0000/cond",
-        "step/0000/uncond",
-        "step/0000/guided",
-        "step/0001/latent",
-        "step/0001/cond",
-        "latent/final",
-    ]
-    made = {}
-    for seed, name in enumerate(names):
-        draw = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
-        made[name] = draw * scales.get(name.replace("/", "_"), 1.0)
-    return made
-
-
-@pytest.mark.parametrize(
-    ("scaled", "introduced"),
-    [
-        (
-            ("schedule_sigmas", "step_0001_latent", "step_0001_cond", "latent_final"),
-            {"schedule/sigmas"},
-        ),
-        (("step_0000_cond", "step_0000_guided", "latent_final"), {"step/0000/cond"}),
-        (
-            ("step_0000_cond", "step_0000_uncond", "latent_final"),
-            {"step/0000/cond", "step/0000/uncond"},
-        ),
-        (
-            ("text_cond", "latent_initial", "step_0000_cond"),
-            {"text/cond", "latent/initial"},
-        ),
-    ],
-)
-def test_what_began_it_is_told_from_what_follows(
-    scaled: tuple[str, ...], introduced: set[str]
-) -> None:
-    rows = compare_tensors(run_of(**dict.fromkeys(scaled, 1.1)), run_of())
-    found = {row.name: row.origin for row in traced_back(rows)}
-    assert {name for name, origin in found.items() if origin == "introduced"} == introduced
-    inherited = {name for name, origin in found.items() if origin == "inherited"}
-    assert {name.replace("/", "_") for name in introduced | inherited} == set(scaled)
-    result = build_comparison(traced_back(rows), actual=Side(label="a"), reference=Side(label="r"))
-    assert {row.name for row in result.causes} == introduced
 
 
 def test_a_key_without_a_name_differs_like_any_other() -> None:
