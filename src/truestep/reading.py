@@ -58,7 +58,7 @@ def read(
     Args:
         path: The file.
         what: The error's first line: "the case file cannot be read".
-        parse: `parse_text`, `parse_json`, `parse_toml`, or what raises ValueError likewise.
+        parse: `parse_json`, `parse_toml`, or what raises ValueError likewise.
         raises: The class of the error.
         most: Bytes that are read at most; a larger file is refused.
         likely, hint: Of the error.
@@ -87,15 +87,6 @@ def _piped(file: BinaryIO, most: int) -> bytes:
     while len(data) <= most and (block := file.read(_BLOCK)):
         data += block
     return data
-
-
-def parse_text(data: bytes) -> str:
-    """UTF-8.
-
-    Raises:
-        ValueError: It is not.
-    """
-    return data.decode("utf-8")
 
 
 def parse_toml(data: bytes) -> dict[str, Any]:

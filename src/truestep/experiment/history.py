@@ -33,8 +33,6 @@ from truestep.experiment.perf_records import Cohort, PerfBatch, PerfRun
 from truestep.magic import what_is
 from truestep.reading import parse_json, reason
 
-DEFAULT_HISTORY = Path("truestep-references") / "perf.sqlite"
-
 APPLICATION_ID = 0x54535046
 """`TSPF`, in the file's header."""
 

@@ -31,7 +31,6 @@ from truestep.keys import STAGES
 from truestep.reading import parse_toml, read
 from truestep.verdict import Comparison, KnownFailure, Record, Row, Verdict
 
-LEDGER_FILE = "truestep-known.toml"
 TABLE = "known"
 
 TENSORS = "tensors"
