@@ -188,6 +188,47 @@ def test_working_precision_sets_the_analytic_floor() -> None:
     assert verdict(rounded, pair="bfloat16/float32") == "equivalent"
 
 
+def narrow_floor(*names: str) -> NoiseFloor:
+    """Nine benign runs of noise without structure, and the same of names raised to 32 bits."""
+    runs = []
+    for index in range(9):
+        noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(10 + index))
+        for dtype, size in (("bfloat16", 5e-3), ("float32", 1e-6)):
+            wanted = [name for name in names if name.startswith("float32/") == (dtype == "float32")]
+            pairs = dict.fromkeys(wanted, (X + noise * size, X))
+            runs.append(measured_run("jitter", str(index), f"{dtype}/{dtype}", pairs))
+    return NoiseFloor(runs=tuple(runs))
+
+
+def test_the_structure_of_rounding_in_16_bits_is_no_fault_where_32_bits_are_judged_too() -> None:
+    name, lifted = "step/0000/cond", "float32/step/0000/cond"
+    limits = Limits(narrow_floor(name, lifted))
+    gained = (X * 1.004).bfloat16()
+    reference = {name: X.bfloat16(), lifted: X}
+
+    def verdicts(raised: torch.Tensor, *, also: bool) -> list[str]:
+        actual = {name: gained} | ({lifted: raised} if also else {})
+        expected = {k: v for k, v in reference.items() if k in actual}
+        return [row.verdict.value for row in compare_tensors(actual, expected, limits=limits)]
+
+    assert verdicts(X, also=False) == ["drifted"]
+    assert verdicts(X * (1 + 1e-7), also=True) == ["equivalent", "equivalent"]
+    assert verdicts(X * 1.004, also=True) == ["equivalent", "drifted"]
+    alone = compare_tensors(
+        {name: gained},
+        {name: X.bfloat16()},
+        limits=Limits(narrow_floor(name), raised=True),
+    )
+    assert [row.verdict.value for row in alone] == ["equivalent"]
+    assert not alone[0].statistics
+    large = compare_tensors(
+        {name: (X * 1.02).bfloat16()},
+        {name: X.bfloat16()},
+        limits=Limits(narrow_floor(name), raised=True),
+    )
+    assert [row.verdict.value for row in large] == ["drifted"]
+
+
 def test_every_key_of_both_sides_is_accounted_for() -> None:
     rows = compare_tensors({"a": X, "c": X}, {"a": X, "b": X})
     assert [(row.name, row.verdict.value) for row in rows] == [

@@ -47,6 +47,30 @@ def test_half_of_what_a_function_gives_is_one_unit_off(
     assert (gap <= torch.finfo(torch.float32).eps * 1.01).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.exp,
+        lambda x: x[:, None] @ x[None, :2],
+        lambda x: torch.nn.functional.layer_norm(x.view(-1, 8), (8,)),
+    ],
+    ids=["exp", "product", "norm"],
+)
+def test_narrow_results_are_rounded_once_more(
+    function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> None:
+    given = X.to(dtype)
+    plain = function(given)
+    with OtherFunctions():
+        made = function(given)
+    assert made.dtype == dtype
+    gap = (made.double() - plain.double()).abs() / plain.double().abs().clamp(min=1e-30)
+    share = float((gap > 0).double().mean())
+    assert 0.9 / 12 < share < 1.1 / 12
+    assert (gap <= torch.finfo(dtype).eps * 1.01).all()
+
+
 def test_what_is_no_number_stays_and_a_large_tensor_moves_too() -> None:
     odd = torch.tensor([0.0, -torch.inf, torch.inf, torch.nan, 88.7])
     for dtype in (torch.float32, torch.float64):
@@ -66,10 +90,9 @@ def test_what_is_no_number_stays_and_a_large_tensor_moves_too() -> None:
         lambda x: x * 2 + x.sum(),
         lambda x: x[None] @ x[:, None],
         torch.log,
-        lambda x: torch.exp(x.bfloat16()),
         lambda x: torch.pow(x.long(), 2),
     ],
-    ids=["arithmetic", "product", "log", "narrow", "whole"],
+    ids=["arithmetic", "product", "log", "whole"],
 )
 def test_what_is_rounded_to_nearest_stays(
     function: Callable[[torch.Tensor], torch.Tensor],

@@ -54,7 +54,8 @@ def check(
         UsageError: A step is not in it, or a component is being watched already.
     """
     recording = reference if isinstance(reference, CallRecording) else read(reference)
-    limits = Limits(floor=recording.floor, pair=pair, tolerance=tolerance)
+    precision = recorded_precision(recording) if tolerance is None else ""
+    limits = Limits(recording.floor, pair, tolerance, raised=bool(precision))
     how = How(chosen_steps(recording, steps), frozenset(cached_components(subject)))
     rows = _judged(subject, recording, limits, how)
     if any(_of_passes(row) for row in rows):
@@ -68,13 +69,15 @@ def check(
         again = _judged(subject, recording, limits, every)
         if _failing(_judged(subject, recording, limits, how)) == _failing(rows):
             how, rows = every, again  # skipped steps are what the state that it keeps lacked
-    precision = recorded_precision(recording)
     notes: list[str] = []
-    if precision and tolerance is None:
+    if precision:
+        limits = replace(limits, raised=False)
         with raised(subject, precision, notes.append):
             more = _judged(subject, recording, limits, how, precision)
         failed = [row.note for row in more if row.name.endswith(RAISED)]
-        rows += more if not failed else []
+        if failed:
+            rows, more = _judged(subject, recording, limits, how), []
+        rows += more
         notes += [f"not judged in {precision}: the candidate {text}" for text in failed]
     return said_unsteady(comparison_of(rows, _sides(subject, recording, how, notes)))
 

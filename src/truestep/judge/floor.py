@@ -178,6 +178,9 @@ class Limits:
             runs. Without either, a candidate coarser than the reference is `inconclusive` where
             only its dtype's rounding could explain the difference.
         tolerance: Limit on rel_l2 that judges in the place of both.
+        raised: The same tensors are judged in a higher precision as well. There the structure of a
+            residual is that of a fault. In 16 bits it is that of rounding: all tokens share the one
+            rounding of what modulates them, which is as large as any other. Size alone is judged.
 
     Raises:
         UsageError: The tolerance is negative or not finite.
@@ -186,6 +189,7 @@ class Limits:
     floor: NoiseFloor | None = None
     pair: str | None = None
     tolerance: float | None = None
+    raised: bool = False
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0 <= self.tolerance < math.inf:

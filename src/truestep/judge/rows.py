@@ -28,7 +28,7 @@ from truestep.judge.floor import (
 from truestep.judge.modality import in_seconds, modalities, with_modalities
 from truestep.judge.rule import SIZES, Measured, Outcome, bounded, judged, rule_of
 from truestep.judge.sentence import sentence_of
-from truestep.keys import SAMPLES, Address, address, without_modality
+from truestep.keys import PRECISIONS, SAMPLES, Address, address, without_modality
 from truestep.measure.batches import Found, is_small, measured_together
 from truestep.measure.distance import distance, distance_to_itself, is_constant, same_bits
 from truestep.measure.plain import plain
@@ -70,6 +70,8 @@ def compare_tensors(
         One row a name, in the reference's order, then names that only the actual side has.
     """
     floor_of = floors(limits)
+    parts = (name.partition("/") for name in reference if name in actual)
+    lifted = {rest for prefix, _, rest in parts if prefix in PRECISIONS}
     waiting: list[_Waiting | None] = []
     names = [*reference, *(name for name in actual if name not in reference)]
     for window in _windows(names, actual, reference):
@@ -86,7 +88,7 @@ def compare_tensors(
                 continue
             known = next(together)
             same = known.same if known else a.shape == r.shape and same_bits(a, r)
-            used = floor_of(name, a, r, structure=not same)
+            used = floor_of(name, a, r, structure=not (same or limits.raised or name in lifted))
             inner = partial(_is_inner, name, describe)
             found = _without_rule(a, r, used, same=same, inner=inner, known=known)
             waiting.append(_Waiting(name, *infos, found))

@@ -40,12 +40,15 @@ def math_kernel() -> AbstractContextManager[None]:
 
 
 class OtherFunctions(TorchDispatchMode):
-    """Elementary functions as another library computes them: half of what they give moved by one
-    unit in the last place.
+    """Operators as another library computes them: half of what elementary functions give moved by
+    one unit in the last place, and what products, norms and functions give in 16 bits rounded once
+    more.
 
-    None of them is rounded to nearest: exp, sin, pow and their like are one unit off here or there,
-    by library and by instruction set. Where what they give is multiplied by a large number, as the
-    frequencies of a timestep's embedding are, this is far more than any rounding of the result.
+    Elementary functions are not rounded to nearest: exp, sin, pow and their like are one unit off
+    here or there, by library and by instruction set. Where what they give is multiplied by a large
+    number, as the frequencies of a timestep's embedding are, this is far more than any rounding of
+    the result. And where numbers are narrow, a library that fuses two operators rounds once where
+    another rounds twice, in every layer: in 32 bits this is nothing beside what a sum rounds.
 
     Args:
         seed: Says which elements, and whether up or down.
@@ -65,23 +68,29 @@ class OtherFunctions(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator, and move what an elementary function gave."""
+        """Run an operator, and move what it gave."""
         made = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if name.removesuffix("_") not in ELEMENTARY or not _in_full(made):
+        first = made[0] if isinstance(made, tuple) and made else made
+        of = _of(first)
+        if not of or name.removesuffix("_") not in (ELEMENTARY if of == HALF else NARROW):
             return made
-        moved = self._moved(made)
+        moved = self._moved(first)
+        if isinstance(made, tuple):
+            return (moved, *made[1:])
         return made.copy_(moved) if name.endswith("_") else moved
 
     def _moved(self, made: torch.Tensor) -> torch.Tensor:
-        """A tensor with every other element moved up or down one unit; zeros and inf stay.
+        """A tensor with some elements moved up or down one unit; zeros and inf stay.
 
         Which ones is read from a pool of random numbers, anywhere in it: every operator of a model
         draws, and random numbers of its own would cost more than most of them.
         """
         key = (made.dtype, made.device)
         if key not in self._pools:
-            draw = torch.randint(0, 4, (_POOL,), generator=self._generator, dtype=torch.int8)
+            draw = torch.randint(
+                0, _of(made), (_POOL,), generator=self._generator, dtype=torch.int8
+            )
             moves = (draw == 0).to(made.dtype) - (draw == 1).to(made.dtype)
             self._pools[key] = (moves * (_UNIT * torch.finfo(made.dtype).eps)).to(made.device)
         count, pool = made.numel(), self._pools[key]
@@ -92,6 +101,9 @@ class OtherFunctions(TorchDispatchMode):
         most = torch.finfo(made.dtype).max / 4  # a product with inf would be no number
         return torch.addcmul(made, made.clamp(-most, most), moves)
 
+
+HALF, TWELFTH = 4, 24
+"""Two elements of so many are moved."""
 
 _POOL = 2**16
 _UNIT = 0.7
@@ -124,9 +136,31 @@ models take whole numbers from them, as the buckets of relative positions, and a
 turns over is no rounding."""
 
 
-def _in_full(made: Any) -> bool:
-    """Whether a result has 32 bits or more: narrower ones are rounded from such."""
-    return isinstance(made, torch.Tensor) and made.dtype in (torch.float32, torch.float64)
+NARROW = ELEMENTARY | frozenset(
+    (
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "convolution",
+        "native_layer_norm",
+        "native_group_norm",
+        "_fused_rms_norm",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+)
+"""Operators whose results fused kernels do not round, as what follows is computed with them."""
+
+
+def _of(made: Any) -> int:
+    """Of how many elements of a result two are moved: those of 32 bits and more are one unit off,
+    narrower ones are rounded from such, which has the variance of one in twelve."""
+    if not isinstance(made, torch.Tensor) or made.dtype not in _INTEGER:
+        return 0
+    return HALF if made.itemsize > 2 else TWELFTH
 
 
 def one_rounding(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
