@@ -92,7 +92,7 @@ class Recording(Mapping[str, torch.Tensor]):
 
     @classmethod
     def opened(cls, header: Header, manifest: Manifest) -> Recording:
-        """A recording whose header was read; see `header.read_recording`."""
+        """A recording whose header was read; see `manifest_reading.read_recording`."""
         return cls(manifest, source=_File(header))
 
     @classmethod
