@@ -51,13 +51,22 @@ def _unet(rows):
 """
 
 
-def subject(name: str, change: Change | None = None, *, dtype: str = "float32") -> Subject:
-    """A tiny pipeline of three steps with guidance."""
+def subject(
+    name: str,
+    change: Change | None = None,
+    *,
+    dtype: str = "float32",
+    steps: int = 3,
+    images: int = 0,
+) -> Subject:
+    """A tiny pipeline with guidance."""
     pipeline = tiny.pipeline(name, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     if change is not None:
         change(pipeline)
     call = {k: v for k, v in tiny.example_call(name).items() if k != "generator"}
+    call |= {"num_inference_steps": steps}
+    call |= {"num_images_per_prompt": images} if images else {}
     return subject_of(pipeline, **call)
 
 

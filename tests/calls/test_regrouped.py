@@ -49,6 +49,11 @@ def references() -> Callable[[str], CallRecording]:
     return reference
 
 
+@pytest.fixture(scope="module")
+def two_pictures() -> CallRecording:
+    return record(subject(SDXL, images=2))
+
+
 Checked = Callable[[str, Change], Comparison]
 
 
@@ -200,6 +205,39 @@ def test_sixteen_bits_are_judged_raised_in_any_layout() -> None:
     fault = both(wan_batched(), row_scaled("transformer", 1))
     result = check(subject(WAN, fault, dtype="bfloat16"), reference)
     assert GAVE.format("uncond") in result.sentence.replace(", raised to float32", "")
+
+
+def test_a_thinned_recording_pairs_passes_too() -> None:
+    reference = record(subject(SDXL, steps=8), thin=True)
+    assert reference.judged_steps is not None and 1 not in reference.judged_steps  # noqa: PT018
+    assert check(subject(SDXL, sdxl(IN_ORDER), steps=8), reference).verdict.passed
+    result = check(subject(SDXL, sdxl(SWAPPED), steps=8), reference)
+    assert result.sentence.startswith(f"drifted: {COMBINED}")
+
+
+@pytest.mark.parametrize(
+    ("calls", "passes"),
+    [
+        ("noise_pred = torch.cat([_unet([0, 1]), _unet([2, 3])])", True),
+        ("noise_pred = torch.cat([_unet([row]) for row in range(4)])", True),
+        (
+            "a, b = _unet([2, 0]), _unet([3, 1])\n"
+            "noise_pred = torch.stack([a[1], b[1], a[0], b[0]])",
+            True,
+        ),
+        (
+            "a, b = _unet([2, 0]), _unet([3, 1])\n"
+            "noise_pred = torch.stack([b[1], a[1], a[0], b[0]])",
+            False,
+        ),
+    ],
+)
+def test_samples_and_passes_of_a_batch_may_be_mixed(
+    calls: str, passes: bool, two_pictures: CallRecording
+) -> None:
+    result = check(subject(SDXL, sdxl(calls), images=2), two_pictures)
+    assert result.verdict.passed == passes
+    assert passes or result.sentence.startswith(f"drifted: {COMBINED}")
 
 
 def test_nothing_is_left_patched(checked: Checked) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.overrides import _get_current_function_mode
 
+from truestep.calls import blocks
 from truestep.calls.classes import (
     CONTEXT,
     Kind,
@@ -52,6 +53,7 @@ class Arrival:
         proceed: Makes the call, with these or other arguments.
         signature: What it takes, as its class says.
         context: The guidance pass, where the pipeline says it.
+        block: The innermost block that it is in, where the run is made of blocks.
     """
 
     component: str
@@ -63,6 +65,7 @@ class Arrival:
     proceed: Callable[..., Any]
     signature: inspect.Signature | None = None
     context: str | None = None
+    block: str = ""
 
 
 Observer = Callable[[Arrival], Any]
@@ -97,6 +100,7 @@ class Watch:
     _functions: dict[tuple[int, str], str] = field(default_factory=dict)
     _copies: Counter[str] = field(default_factory=Counter)
     _contexts: list[Any] = field(default_factory=list)
+    _blocks: list[tuple[Any, str]] = field(default_factory=list)
     _swaps: list[tuple[Any, type, type]] = field(default_factory=list)
     _others: list[Any] = field(default_factory=list)
     _patches: list[tuple[ModuleType, str, Any]] = field(default_factory=list)
@@ -116,6 +120,8 @@ class Watch:
             return call(*args, **kwargs)
         part = self._part(owner)
         component, kind = part.component, part.kind
+        if component == blocks.BLOCK:
+            return self._enter_block(owner, call, args, kwargs)
         function = self._functions.get((id(owner), method))
         if function is not None:
             component, method, kind = FUNCTIONS, function, Kind.FUNCTION
@@ -127,9 +133,35 @@ class Watch:
         with self._quiet():
             signature = signature_of(owner, method, call)
             context = str(self._contexts[-1]) if self._contexts else None
+            block = self._blocks[-1][1] if self._blocks else ""
             return self.observer(
-                Arrival(component, method, kind, owner, args, kwargs, proceed, signature, context)
+                Arrival(
+                    component, method, kind, owner, args, kwargs, proceed, signature, context, block
+                )
             )
+
+    def _enter_block(self, owner: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a block, named by where it stands in the one that called it."""
+
+        def proceed(*args: Any, **kwargs: Any) -> Any:
+            with self._inside(Kind.FUNCTION, None):
+                return call(*args, **kwargs)
+
+        above, path = self._blocks[-1] if self._blocks else (None, "")
+        own = next((n for n, part in blocks.parts_of(above).items() if part is owner), "")
+        name = ".".join(filter(None, (path, own)))
+        self._blocks.append((owner, name))
+        try:
+            if not name or not blocks.is_judged(owner):
+                return call(*args, **kwargs)
+            with self._quiet():
+                return self.observer(
+                    Arrival(
+                        blocks.BLOCK, name, Kind.FUNCTION, owner, args, kwargs, proceed, block=name
+                    )
+                )
+        finally:
+            self._blocks.pop()
 
     def _draw(self, name: str, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._quiet():
@@ -251,6 +283,7 @@ class Watch:
             inner += [(f"{component}.{name}", module) for name, module in submodules(value)]
         for identity, attributes in functions.items():
             self._begin(owners[identity], _Part(FUNCTIONS, Kind.FUNCTION), set(attributes))
+        self._begin_blocks(subject.blocks)
         by_class: dict[type, type] = {}
         for name, module in inner:
             if id(module) in self._parts:
@@ -261,6 +294,12 @@ class Watch:
                 self._classes[id(by_class[original])] = _Part(name, Kind.MODEL)
                 self._kept_classes.append(by_class[original])
             self._swap(module, by_class[original], _Part(name, Kind.MODEL))
+
+    def _begin_blocks(self, root: Any) -> None:
+        part = _Part(blocks.BLOCK, Kind.FUNCTION)
+        for block in blocks.every(root) if root is not None else ():
+            if id(block) not in self._parts and callable(block):
+                self._begin(block, part, set())
 
     def _begin(self, value: Any, part: _Part, methods: set[str]) -> None:
         context = {CONTEXT} if callable(getattr(value, CONTEXT, None)) else set()
@@ -325,6 +364,7 @@ def _taken(subject: Subject) -> Iterator[None]:
     """Have a subject's components to oneself."""
     parts = {id(value): name for name, value in subject.components.items()}
     parts |= {id(owner): name for name, (owner, _) in subject.functions.items()}
+    parts |= {} if subject.blocks is None else {id(subject.blocks): "the pipeline"}
     with _LOCK:
         for identity, name in parts.items():
             if identity in _TAKEN:

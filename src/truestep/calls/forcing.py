@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from truestep.calls.arguments import Arguments, arguments_of
+from truestep.calls.blocks import BLOCK, state_in
 from truestep.calls.boundaries import Arrival, watching
 from truestep.calls.classes import Kind
 from truestep.calls.keys import Key, Path, Side
@@ -32,7 +33,7 @@ from truestep.calls.recorder import RUN, scheduler_state, weight_dtype
 from truestep.calls.recording import STATE, WRITTEN, CallRecording, host_copy, key
 from truestep.calls.seen import Change, Forced, Plan, Seen, number
 from truestep.calls.subject import Subject
-from truestep.calls.values import Tree, encode, in_real_numbers, tensors
+from truestep.calls.values import Tree, dict_keys, encode, in_real_numbers, tensors
 from truestep.errors import FOREIGN, TruestepError, one_line
 from truestep.measure.distance import same_bits
 from truestep.measure.plain import plain
@@ -49,6 +50,8 @@ class Forcing:
         self._packages: set[str] = set()
         self._last: Arrival | None = None
         self._updated = -1
+        self._block = ""
+        self._others: list[str] = []
         self._with_own: set[int] = set()
         self._own: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._judged = reference.judged_steps
@@ -78,7 +81,8 @@ class Forcing:
                 setattr(owner, name, value)
         self._ended()
         for method, calls in self.reference.by_method.items():
-            self.result.missing += calls[self._came[method] :]
+            if method[0] != BLOCK:  # code may be cut into other blocks
+                self.result.missing += calls[self._came[method] :]
         return self.result
 
     def _ended(self) -> None:
@@ -86,6 +90,7 @@ class Forcing:
 
     def __call__(self, arrival: Arrival) -> Any:
         """Answer a call."""
+        self._block = arrival.block
         method = (arrival.component, arrival.method)
         calls = self.reference.by_method.get(method, [])
         number = self._came[method]
@@ -94,6 +99,8 @@ class Forcing:
         if number >= len(calls):
             return self._unexpected(arrival)
         call = calls[number]
+        if arrival.component == BLOCK:
+            return self._run_block(arrival, call)
         if call.stage == "update" and call.step is not None:
             self._updated = call.step
         if arrival.kind is Kind.RANDOM:
@@ -302,8 +309,28 @@ class Forcing:
         in_place = arrival.args and arrival.args[0] is output
         return output.copy_(handed) if in_place and handed is not output else handed
 
+    def _run_block(self, arrival: Arrival, call: CallEntry) -> Any:
+        """Run a block, and set what it wrote into the state to what was recorded."""
+        output = arrival.proceed(*arrival.args, **arrival.kwargs)
+        held = state_in(output)
+        if held is None:
+            return output
+        self._block = arrival.block
+        names = dict_keys(call.output)
+        value = {name: held[name] for name in names if name in held}
+        matches = matched(value, call.output, self._shapes.__getitem__)
+        self._keep(call, "out", matches)
+        laid_over(value, self._handed(matches))
+        for name, part in value.items():
+            if part is not held[name]:
+                held[name] = part
+        return output
+
     def _unexpected(self, arrival: Arrival) -> Any:
         output = arrival.proceed(*arrival.args, **arrival.kwargs)
+        if arrival.component == BLOCK:
+            self._others += [arrival.method] if arrival.method not in self._others else []
+            return output
         if any(tensors(encode(output, _no_name))):
             self.result.unexpected.append((arrival.component, arrival.method))
         return output
@@ -332,8 +359,17 @@ class Forcing:
                     odd="shape" if odd else "",
                     effect=effect and not odd,
                     note=_odd_text(match, self._shapes) if odd else note,
+                    block=self._code(side),
                 )
             )
+
+    def _code(self, side: Side) -> str:
+        """Where the code is that made what is seen, as far as the place of it does not say that."""
+        block = f"in block {self._block}" if side == "in" and self._block else ""
+        if not self._others or not (block or self._block):
+            return block
+        others = f"or in {', '.join(self._others[:3])}, which the reference has not"
+        return f"{block} {others}".strip()
 
     def _kept(self, match: Match, odd: bool) -> torch.Tensor | None:
         """A host copy of a tensor; the recorded one itself where no bit differs."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from truestep.calls.blocks import BLOCK
 from truestep.calls.boundaries import FUNCTIONS, RANDOM
 from truestep.calls.keys import Key, Path, dotted, key_of
 from truestep.calls.passes import Names, failing_pass, names_of
@@ -117,7 +118,7 @@ def rows_of(reference: CallRecording, result: Forced, limits: Limits) -> list[Ro
     judged = {row.name: _with_pass(row, names, both) for row in rows}
     ordered: list[Row] = []
     for seen in result.seen:
-        row = judged.get(str(seen.key))
+        row = _in_block(judged.get(str(seen.key)), seen.block)
         if seen.odd or row is None:
             ordered.append(_odd_row(reference, seen))
         elif isinstance(seen.recorded, float | int) and not row.verdict.passed:
@@ -133,6 +134,14 @@ def rows_of(reference: CallRecording, result: Forced, limits: Limits) -> list[Ro
         return [*ordered, _raised_row(result)]
     missing = [_missing_row(call, result.parts.get(id(call), "")) for call in result.missing]
     return [*ordered, *missing, *_unexpected_rows(result)]
+
+
+def _in_block(row: Row | None, block: str) -> Row | None:
+    """A row that fails, with the blocks in whose code it does."""
+    if row is None or row.verdict.passed or not block:
+        return row
+    note = "; ".join(part for part in (row.note, block) if part)
+    return row.model_copy(update={"note": note})
 
 
 def _with_pass(
@@ -157,6 +166,8 @@ def _address(name: str, context: str | None) -> Address:
 
 
 def _caller(key: Key) -> str:
+    if key.component == BLOCK:
+        return f"block {key.method}"
     return key.method if key.component in (FUNCTIONS, RUN) else f"{key.component}.{key.method}"
 
 
@@ -281,6 +292,8 @@ def place_of(key: Key, context: str | None = None) -> str:
         return f"code after the last call: {_what(key.path)}"
     if key.component == RANDOM:
         return f"{caller}: other random numbers"
+    if key.component == BLOCK:
+        return f"{caller}: {dotted(key.path)}"
     if key.side == "in":
         return f"code before {caller}: {dotted(key.path)}"
     return f"{caller}: {_what(key.path)}"

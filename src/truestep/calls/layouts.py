@@ -16,7 +16,7 @@ from truestep.calls.arguments import Arguments
 from truestep.calls.keys import Path
 from truestep.calls.recorder import held_tensors
 from truestep.calls.recording import CallRecording
-from truestep.calls.values import in_lists, in_real_numbers, tensors
+from truestep.calls.values import Tree, in_lists, in_real_numbers, leaves, tensors
 from truestep.measure.plain import plain
 from truestep.recording.manifest import CallEntry
 
@@ -102,11 +102,20 @@ def shapes_of(reference: CallRecording) -> Callable[[str], tuple[int, ...]]:
 def rows_of(call: CallEntry, shape: Callable[[str], tuple[int, ...]]) -> int:
     """Number of rows in a recorded call's batch; 0 where its samples cannot be told apart."""
     listed = set(in_lists(call.output))
-    outputs = dict(tensors(call.output))
-    sizes = {shape(name)[:1] for name in outputs.values()}
+    outputs = _shapes(call.output, shape)
+    sizes = {size[:1] for size in outputs.values()}
     if call.kind != "model" or call.written or call.random or not set(outputs) - listed:
         return 0
     return int(next(iter(sizes))[0]) if len(sizes) == 1 and sizes != {()} else 0
+
+
+def _shapes(tree: Tree, shape: Callable[[str], tuple[int, ...]]) -> dict[Path, tuple[int, ...]]:
+    """Shapes of a tree's tensors by their places, of those that were not kept too."""
+    return {
+        path: shape(leaf.value) if leaf.kind == "tensor" else tuple(leaf.value)
+        for path, leaf in leaves(tree)
+        if leaf.kind in ("tensor", "dropped")
+    }
 
 
 def sizes_of(
@@ -135,11 +144,16 @@ def rows_arrived(
         call: A recorded call of the same method.
         shape: Of recorded tensors.
     """
-    size, recorded = rows_of(call, shape), given_to(call)
+    size = rows_of(call, shape)
+    recorded = {
+        (name, *path): known
+        for name, tree in call.arguments.items()
+        for path, known in _shapes(tree, shape).items()
+    }
     sizes = [
         tuple(in_real_numbers(tensor).shape)
         for path, tensor in held_tensors(arguments.values).items()
-        if path in recorded and shape(recorded[path])[:1] == (size,)
+        if recorded.get(path, ())[:1] == (size,)
     ]
     wide = [s for s in sizes if len(s) > 1] or [s for s in sizes if s]
     return max((s[0] for s in wide), default=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from truestep.calls import blocks
 from truestep.calls.arguments import Arguments, arguments_of
 from truestep.calls.boundaries import Arrival, watching
 from truestep.calls.classes import SET_TIMESTEPS, Kind, positional
@@ -51,8 +52,10 @@ def recorded(subject: Subject) -> CallRecording:
         )
     places = roles(
         [
-            Happened(call.component, call.method, Kind(call.kind), inside)
-            for call, inside in zip(recorder.calls, recorder.inside, strict=True)
+            Happened(call.component, call.method, Kind(call.kind), inside, begins)
+            for call, inside, begins in zip(
+                recorder.calls, recorder.inside, recorder.begins, strict=True
+            )
         ]
     )
     placed = [
@@ -71,16 +74,20 @@ class Recorder:
     Attributes:
         calls: In the order in which they began; trees name tensors by content.
         inside: Place of the call that each is part of, if it is.
+        begins: Number of calls before each began: a block is kept when it ends.
         contents: Content to tensor.
     """
 
     calls: list[CallEntry] = field(default_factory=list)
     inside: list[int | None] = field(default_factory=list)
     contents: dict[str, torch.Tensor] = field(default_factory=dict)
+    begins: list[int] = field(default_factory=list)
     _open: list[int] = field(default_factory=list)
 
     def __call__(self, arrival: Arrival) -> Any:
         """Make a call and keep it."""
+        if arrival.component == blocks.BLOCK:
+            return self._block(arrival)
         place = len(self.calls)
         drawn = arrival.kind is Kind.RANDOM
         arguments = Arguments({}, 0, {}) if drawn else arguments_of(arrival)
@@ -99,6 +106,7 @@ class Recorder:
         )
         self.calls.append(entry)  # before what is drawn inside it
         self.inside.append(self._open[-1] if self._open else None)
+        self.begins.append(place)
         before, states = marks(arguments), [] if drawn else [*generator_states(arguments)]
         self._open.append(place)
         try:
@@ -122,6 +130,30 @@ class Recorder:
         )
         return output
 
+    def _block(self, arrival: Arrival) -> Any:
+        """Run a block, and keep what it wrote into the state once what is inside of it is kept."""
+        begins = len(self.calls)
+        before = blocks.marks(blocks.state_in(arrival.args) or {})
+        output = arrival.proceed(*arrival.args, **arrival.kwargs)
+        held = blocks.state_in(output)
+        if held is not None:
+            self.begins.append(begins)
+            self.inside.append(None)
+            self.calls.append(
+                CallEntry(
+                    component=arrival.component,
+                    method=arrival.method,
+                    kind=str(arrival.kind),
+                    stage="",
+                    call=0,
+                    owner=qualified(type(arrival.owner)),
+                    parameters=(),
+                    arguments={},
+                    output=blocks.written(before, held, self.keep),
+                )
+            )
+        return output
+
     def keep(self, path: Path, tensor: torch.Tensor) -> str:
         """Keep a copy of a tensor, once by content."""
         copy = host_copy(tensor)
@@ -136,6 +168,7 @@ class Recorder:
         if len(self.calls) == 1 and all(name in given for _, name in tensors(tree)):
             return
         self.inside.append(None)
+        self.begins.append(len(self.calls))
         self.calls.append(
             CallEntry(
                 component=RUN,

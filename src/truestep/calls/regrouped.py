@@ -161,7 +161,7 @@ class Regrouped(Forcing):
         group = self._group(method) if method in self._methods else None
         if group is None:
             return super().__call__(arrival)
-        self._last = arrival
+        self._last, self._block = arrival, arrival.block
         arguments = arguments_of(arrival, group.calls[0].parameters)
         parts = group.parts()
         rows = rows_arrived(arguments, group.calls[0], self._shapes.__getitem__)

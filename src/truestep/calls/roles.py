@@ -7,10 +7,12 @@ after the last step, as one that both encodes and decodes; what comes after is d
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from truestep.calls.blocks import BLOCK
 from truestep.calls.classes import SET_TIMESTEPS, STEP, Kind
 
 _OF_SCHEDULER = {STEP: "update", SET_TIMESTEPS: "schedule"}
@@ -20,12 +22,19 @@ _NOISING = ("add_noise", "scale_noise")
 
 @dataclass(frozen=True)
 class Happened:
-    """One call, as far as its role goes; `inside` is the place of the call that it is part of."""
+    """One call, as far as its role goes.
+
+    Attributes:
+        component, method, kind: What is called.
+        inside: The place of the call that it is part of.
+        begins: Of a block, which stands where it ends: the place at which it began.
+    """
 
     component: str
     method: str
     kind: Kind
     inside: int | None = None
+    begins: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,40 @@ class Role:
     call: int
 
 
+Place = tuple[str, int | None]
+"""Stage and step."""
+
+
 def roles(calls: Sequence[Happened]) -> list[Role]:
-    """The role of every call of a run, in the order in which they began."""
-    ends = _ends(calls)
+    """The role of every call of a run, in the order in which they began, and of its blocks."""
+    others = [index for index, call in enumerate(calls) if call.component != BLOCK]
+    number = {index: place for place, index in enumerate(others)}
+    rest = [
+        replace(calls[index], inside=None if inside is None else number[inside])
+        for index in others
+        for inside in [calls[index].inside]
+    ]
+    ends = _ends(rest)
     if not ends:
         return _numbered(calls, [("output", None)] * len(calls))
+    known = _places(rest, ends)
+    often = Counter(_named(call) for call in calls)
+    places = []
+    for index, call in enumerate(calls):
+        if call.component != BLOCK:
+            places.append(known[number[index]])
+            continue
+        before = bisect_left(others, index)
+        begins = bisect_left(others, call.begins)
+        within = often[_named(call)] > 1 and begins < len(rest) and known[begins][1] is not None
+        stage = known[before - 1][0] if before else "text"
+        stage = "latent" if within and begins == before else stage  # no call is inside of it
+        places.append((stage, sum(end < begins for end in ends) if within else None))
+    return _numbered(calls, places)
+
+
+def _places(calls: Sequence[Happened], ends: Sequence[int]) -> list[Place]:
+    """Stage and step of every call that is no block."""
     segments = [sum(end < index for end in ends) for index in range(len(calls))]
     every = _at_every_step(calls, segments, len(ends))
     first = next(
@@ -49,7 +87,7 @@ def roles(calls: Sequence[Happened]) -> list[Role]:
     )
     begin = _back_to_scaling(calls, first)
     after = {c.component for i, c in enumerate(calls) if segments[i] == len(ends)}
-    places: list[tuple[str, int | None]] = []
+    places: list[Place] = []
     for index, call in enumerate(calls):
         inside = begin <= index <= ends[-1]
         step = segments[index] if inside else None
@@ -58,7 +96,7 @@ def roles(calls: Sequence[Happened]) -> list[Role]:
             places.append(("update" if inside or late else "latent", places[call.inside][1]))
             continue
         places.append((_stage(call, every, inside=inside, late=late, after=after), step))
-    return _numbered(calls, places)
+    return places
 
 
 def _named(call: Happened) -> tuple[str, str]:
@@ -130,7 +168,7 @@ def _stage(
     return "latent" if call.component in after else "text"
 
 
-def _numbered(calls: Sequence[Happened], places: Sequence[tuple[str, int | None]]) -> list[Role]:
+def _numbered(calls: Sequence[Happened], places: Sequence[Place]) -> list[Role]:
     seen: Counter[tuple[object, ...]] = Counter()
     numbered = []
     for call, (stage, step) in zip(calls, places, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -35,7 +35,7 @@ def found_layouts(
 
     Passes may come in another order, or be given what belongs to another; and where two are given
     the same, nothing says which is which. That reading is taken which leaves least to explain:
-    with which what the scheduler is given is nearest to what was recorded.
+    with which what is made of these calls is nearest to what was recorded.
     """
     wanted = _steps_to_see(reference)
     if not wanted:
@@ -57,7 +57,8 @@ def found_layouts(
     if len(distinct) == 1:
         return distinct[0]
     steps = [step for _, step in scout.arrivals]
-    return min(distinct, key=lambda reading: _left_over(subject, reference, reading, steps))
+    unsure = {method for reading in distinct for method, _ in reading}
+    return min(distinct, key=lambda r: _left_over(subject, reference, r, steps, unsure))
 
 
 def _steps_to_see(reference: CallRecording) -> dict[tuple[Method, int], list[CallEntry]]:
@@ -79,16 +80,31 @@ def _steps_to_see(reference: CallRecording) -> dict[tuple[Method, int], list[Cal
 
 
 def _left_over(
-    subject: Subject, reference: CallRecording, layouts: Layouts, steps: Sequence[int]
+    subject: Subject,
+    reference: CallRecording,
+    layouts: Layouts,
+    steps: Sequence[int],
+    unsure: Collection[Method],
 ) -> float:
-    """How far what schedulers are given at some steps is from the recorded, played back."""
+    """How far what calls of other methods are given is from the recorded, played back.
+
+    Args:
+        subject, reference: The candidate, and the recording that is played back.
+        layouts: By which it is.
+        steps: At which that is looked at.
+        unsure: Methods whose own inputs say nothing: how they are paired is the question.
+    """
     run = _Until(reference, layouts, max(steps))
     with suppress(EnoughError):
         run.run(subject)
     worst = 0.0
     for seen in run.result.seen:
         place = seen.key
-        if place.stage != "update" or place.side != "in" or place.step not in steps:
+        if (
+            place.side != "in"
+            or place.step not in steps
+            or (place.component, place.method) in unsure
+        ):
             continue
         if isinstance(seen.recorded, str) and seen.actual is not None and not seen.odd:
             recorded = reference.recording[seen.recorded].double()

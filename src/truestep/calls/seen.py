@@ -74,6 +74,7 @@ class Seen:
         odd: Why the two cannot be set against each other: other sizes, or no tensors at all.
         effect: Whether its call was made with something that could not be replaced.
         note: What that was.
+        block: Which blocks' code made it, in words, where that is not what the key says.
     """
 
     key: Key
@@ -83,6 +84,7 @@ class Seen:
     odd: Literal["", "shape", "words"] = ""
     effect: bool = False
     note: str = ""
+    block: str = ""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from truestep.calls.blocks import root_of
 from truestep.errors import UsageError
 
 SEED = 0
@@ -28,12 +29,14 @@ class Subject:
         functions: Name to (owner, attribute) of further functions, as an engine has them: `step`,
             `schedule` and `guidance` are taken as what they say.
         label: What it is called in results.
+        blocks: The blocks that its code is made of, if it is; see `truestep.calls.blocks`.
     """
 
     run: Callable[[], Any]
     components: Mapping[str, Any] = field(default_factory=dict)
     functions: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     label: str = "candidate"
+    blocks: Any = None
 
 
 def subject_of(
@@ -85,7 +88,8 @@ def subject_of(
         with torch.no_grad():
             return thing(*fresh_args, **fresh_inputs)
 
-    return Subject(run, named, dict(functions or {}), label=type(thing).__name__)
+    label = type(thing).__name__
+    return Subject(run, named, dict(functions or {}), label=label, blocks=root_of(thing))
 
 
 class Called:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from truestep.calls.arguments import Arguments
+from truestep.calls.blocks import BLOCK
 from truestep.calls.boundaries import Arrival
 from truestep.calls.choosing import chosen_steps
 from truestep.calls.classes import STEP, Kind
@@ -101,7 +102,7 @@ def _keeps(call: CallEntry, chosen: frozenset[int], windows: frozenset[int]) -> 
     if call.step is None or call.step in chosen:
         return True, True
     inside = call.step in windows
-    if call.kind == str(Kind.MODEL):
+    if call.kind == str(Kind.MODEL) or call.component == BLOCK:
         return False, False
     leads_in = call.method == STEP and call.step + 1 in windows
     return inside, inside or leads_in
@@ -210,6 +211,9 @@ class _Reading(Forcing):
             twin.mark = self._marks[self._numbers[id(call)], path] = _Mark()
             marked[id(tensor)] = twin
         return laid_over(output, Swaps(marked))
+
+    def _run_block(self, arrival: Arrival, call: CallEntry) -> Any:
+        return arrival.proceed(*arrival.args, **arrival.kwargs)
 
     def _keep(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is compared: only what is used counts."""

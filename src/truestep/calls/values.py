@@ -257,6 +257,11 @@ def parts(tree: Tree) -> Iterator[tuple[str, Tree]]:
         yield from ((str(index), part) for index, part in enumerate(tree[tag]))
 
 
+def dict_keys(tree: Tree) -> list[str]:
+    """Keys of a dict's tree that are texts."""
+    return [key for key, _ in tree.get("dict", []) if isinstance(key, str)]
+
+
 def tensors(tree: Tree) -> Iterator[tuple[Path, str]]:
     """Path and name of every tensor of a tree."""
     return ((path, leaf.value) for path, leaf in leaves(tree) if leaf.kind == "tensor")
@@ -267,7 +272,7 @@ def in_lists(tree: Tree, path: Path = (), inside: bool = False) -> Iterator[Path
     if not isinstance(tree, dict):
         return
     tag = next(iter(tree))
-    if tag == "tensor":
+    if tag in ("tensor", "dropped"):
         if inside:
             yield path
     elif tag in ("list", "tuple", "dict", "object"):

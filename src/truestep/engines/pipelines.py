@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from truestep.calls.blocks import BLOCK
 from truestep.calls.check import check, check_end
+from truestep.calls.keys import key_of
 from truestep.calls.rebuilding import CannotBuildError, build
 from truestep.calls.record import record
 from truestep.calls.recording import CallRecording, host_copy, read
@@ -208,6 +210,9 @@ def _opened(
     judging: Judging,
 ) -> Comparison:
     """Open the component of the first call that failed, unless its batches are others."""
+    first = result.first_divergence
+    if first is not None and key_of(first.name).component == BLOCK:
+        return noted(result, f"no module named: {first.fqn} is code of the pipeline itself")
     with own_randomness():
         layouts = found_layouts(candidate, reference)
     others = [str(layout) for layout in layouts.values() if not layout.same_sizes]
