@@ -26,9 +26,11 @@ class RunMetrics(Record):
     dtype: str = Field(default="", description="of this run, where it is not the reference's")
     structure: dict[str, Float] = Field(default_factory=dict, description="over the same rms")
 
-    def values(self) -> dict[str, float]:
-        """Every statistic by name."""
-        return {"rel_l2": self.rel_l2, "max_abs": self.max_abs, **self.structure}
+    def value(self, statistic: str) -> float:
+        """One statistic; 0 where it was not measured."""
+        if statistic in ("rel_l2", "max_abs"):
+            return self.rel_l2 if statistic == "rel_l2" else self.max_abs
+        return self.structure.get(statistic, 0.0)
 
 
 class NoiseRun(Record):

@@ -340,7 +340,7 @@ def test_a_replaced_call_of_the_class_is_inside_its_boundary() -> None:
 
     pipeline.net.__class__ = Other
     result = check(subject_of(pipeline), reference)
-    assert result.sentence.startswith("drifted: net.forward at step 0: output 0")
+    assert result.sentence.startswith("drifted: net.forward (cond) at step 0: output 0")
 
 
 def test_an_adapter_around_a_component_is_inside_its_boundary() -> None:

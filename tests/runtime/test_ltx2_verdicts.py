@@ -170,7 +170,10 @@ def test_a_joint_connector_in_16_bits_is_rounding_unless_a_tolerance_is_set(
     narrow: Subject,
 ) -> None:
     entry = BENIGN["connector-joint"]
-    assert narrow.check(entry).verdict is Verdict.EQUIVALENT
+    verdict = narrow.check(entry).verdict
+    if verdict is Verdict.IDENTICAL:
+        pytest.skip("this processor's instructions round rows of a batch as they do one row")
+    assert verdict is Verdict.EQUIVALENT
     strict = narrow.check(entry, tolerance=1e-3)
     assert strict.verdict is Verdict.DRIFTED
     assert strict.first_divergence is not None

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable, Collection, Iterator
 from enum import Enum
 from functools import wraps
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -145,6 +146,22 @@ def positional(signature: inspect.Signature | None) -> tuple[str, ...]:
 
 
 def _signature(function: Any, *, bound: bool) -> inspect.Signature | None:
+    """What a function takes; of one that is not bound, without its first parameter."""
+    if isinstance(function, MethodType):
+        function, bound = function.__func__, False
+    if not isinstance(function, FunctionType):
+        return _inspected(function, bound=bound)
+    known = _signatures.setdefault(function, {})
+    if bound not in known:
+        known[bound] = _inspected(function, bound=bound)
+    return known[bound]
+
+
+_signatures: WeakKeyDictionary[FunctionType, dict[bool, inspect.Signature | None]]
+_signatures = WeakKeyDictionary()
+
+
+def _inspected(function: Any, *, bound: bool) -> inspect.Signature | None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

@@ -57,6 +57,11 @@ class Tape(TorchDispatchMode):
         self._stored: dict[int, list[int]] = {}  # numbers of `outside` by where their memory is
         self._count = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing compiled runs in this mode; to keep dynamo out costs more than most operators."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

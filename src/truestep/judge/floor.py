@@ -321,18 +321,18 @@ class FloorLookup:
         name: str,
         least: float,
     ) -> Tail:
-        values = _distinct(m for _, m in found if m.rel_l2 > 0)
-        seen = [abs(v) for m in values if (v := m.values().get(statistic)) is not None and v != 0]
+        here, others = _values(statistic, found)
+        seen = [v for v in ({**here, **others}).values() if v]
         largest = max([least, *seen])
         if statistic in SIGNED:
             rms, freedom = self._gain_share(spread_key(name))
             size = 1.0
             if statistic != "correlation":
                 width, _ = self._spread("rel_l2", spread_key(name))
-                size = _geometric(_outcome("rel_l2", found, least)) * math.exp(width**2)
+                size = _geometric(_outcome(*_values("rel_l2", found), least)) * math.exp(width**2)
             scale = max(size * rms, least / 3, 1e-30)
             return Tail(scale, 0.0, freedom, len(seen), largest)
-        upper = _outcome(statistic, found, least)
+        upper = _outcome(here, others, least)
         spread, freedom = self._spread(statistic, spread_key(name))
         spread = math.hypot(spread, _between_steps(statistic, found))
         if not upper or max(upper) <= least:  # bit-equal, or below what can be told apart
@@ -345,8 +345,8 @@ class FloorLookup:
             squares, freedom = PRIOR_FREEDOM * PRIOR_SPREAD**2, PRIOR_FREEDOM
             for name in self._of_spread.get(key, ()):
                 here, others = _values(statistic, self._by_name[name])
-                _, together = modes([*here, *others])
-                upper = [v for v in here if v in together] or modes(here)[1]
+                _, together = modes([*here.values(), *others.values()])
+                upper = [v for v in here.values() if v in together] or modes(here.values())[1]
                 logs = [math.log(v) for v in upper]
                 mean = sum(logs) / len(logs) if logs else 0.0
                 squares += sum((v - mean) ** 2 for v in logs)
@@ -420,34 +420,39 @@ class FloorLookup:
         return self._stages.get(key, [])
 
 
-def _values(
-    statistic: str, found: Iterable[tuple[NoiseRun, RunMetrics]]
-) -> tuple[list[float], list[float]]:
-    """Distinct sizes of a statistic: what runs made here, and what stands for `ELSEWHERE`."""
-    sides = []
-    items = [(run, m) for run, m in found if m.rel_l2 > 0]
-    for elsewhere in (False, True):
-        own = _distinct(m for run, m in items if (run.kind in ELSEWHERE) is elsewhere)
-        sides.append([abs(m.values().get(statistic, 0.0)) for m in own])
-    return sides[0], sides[1]
+_Sizes = dict[tuple[str, float, float], float]
 
 
-def _outcome(
-    statistic: str, found: Iterable[tuple[NoiseRun, RunMetrics]], least: float
-) -> list[float]:
+def _values(statistic: str, found: Iterable[tuple[NoiseRun, RunMetrics]]) -> tuple[_Sizes, _Sizes]:
+    """Sizes of a statistic: what runs made here, and what stands for `ELSEWHERE`.
+
+    Runs that gave the very same numbers are one piece of evidence, not several.
+    """
+    here: _Sizes = {}
+    others: _Sizes = {}
+    for run, m in found:
+        if m.rel_l2 > 0:
+            side = others if run.kind in ELSEWHERE else here
+            side[m.name, m.rel_l2, m.max_abs] = abs(m.value(statistic))
+    return here, others
+
+
+def _outcome(here: _Sizes, others: _Sizes, least: float) -> list[float]:
     """Benign sizes that a further one would be like: those of the larger outcome."""
-    here, others = _values(statistic, found)
-    _, without = modes(here)
-    if max(others, default=0.0) > OTHER_OUTCOME * max(_geometric(without), least / 2):
-        return [max(others)]
-    return modes(dict.fromkeys([*here, *others]))[1]
+    _, without = modes(here.values())
+    most = max(others.values(), default=0.0)
+    if most > OTHER_OUTCOME * max(_geometric(without), least / 2):
+        return [most]
+    return modes({**here, **others}.values())[1]
 
 
 def _between_steps(statistic: str, found: Sequence[tuple[NoiseRun, RunMetrics]]) -> float:
     """Log-spread of a size between the steps that stand for one without runs; 0 of one step."""
+    if len({metrics.name for _, metrics in found}) == 1:
+        return 0.0
     by_name: dict[str, list[float]] = defaultdict(list)
     for run, metrics in found:
-        value = abs(metrics.values().get(statistic, 0.0))
+        value = abs(metrics.value(statistic))
         if value > 0 and run.kind not in ELSEWHERE:
             by_name[metrics.name].append(math.log(value))
     means = [sum(logs) / len(logs) for logs in by_name.values()]

@@ -67,7 +67,8 @@ class Recording(Mapping[str, torch.Tensor]):
             if source and packed
             else dict.fromkeys(self._digests if source else self._tensors)
         )
-        self._seen = {name: digest(bytes_of(tensor)) for name, tensor in self._tensors.items()}
+        self._views: dict[str, tuple[tuple[Any, ...], memoryview]] = {}
+        self._seen = {name: self._digest(name, tensor) for name, tensor in self._tensors.items()}
 
     @property
     def path(self) -> Path | None:
@@ -129,8 +130,8 @@ class Recording(Mapping[str, torch.Tensor]):
             known = self._source.header.tensors[name].digest or self._digests[name]
             tensor = self._tensors[name] = self._source.read(name, known)
             slow = known.startswith(headers.SHA256)
-            self._seen[name] = digest(bytes_of(tensor)) if slow else known
-        elif digest(bytes_of(tensor)) != self._seen[name]:
+            self._seen[name] = self._digest(name, tensor) if slow else known
+        elif self._digest(name, tensor) != self._seen[name]:
             raise UsageError(
                 f"tensor {name!r} of a recording was changed in memory",
                 where=str(self.path or "a recording in memory"),
@@ -140,6 +141,16 @@ class Recording(Mapping[str, torch.Tensor]):
             )
         return tensor
 
+    def _digest(self, name: str, tensor: torch.Tensor) -> str:
+        """Digest of the bytes that a tensor has now; where they lie is found once."""
+        if not tensor.is_contiguous() or tensor.numel() < 2:  # bytes of one may be a copy
+            return digest(bytes_of(tensor))
+        layout = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        known = self._views.get(name)
+        if known is None or known[0] != layout:
+            known = self._views[name] = layout, bytes_of(tensor)
+        return digest(known[1])
+
     def release(self, name: str) -> None:
         """Forget a mapped tensor and let its pages go; whoever holds it reads the file again.
 
@@ -147,6 +158,7 @@ class Recording(Mapping[str, torch.Tensor]):
         """
         if self._source is not None and self._tensors.pop(name, None) is not None:
             del self._seen[name]
+            self._views.pop(name, None)
             self._source.release(name)
 
     def __contains__(self, name: object) -> bool:

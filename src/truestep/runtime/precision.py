@@ -24,8 +24,9 @@ def working_dtype(model: Any) -> torch.dtype | None:
     Models keep some weights wider than the rest: embeddings, norms, tables of modulation. What is
     stored in 8 bits is computed in another dtype, and says nothing where there are others.
     """
-    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    found = dict.fromkeys(weight.dtype for weight in weights if weight.is_floating_point())
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    found = {w.dtype: None for m in modules for w in m._parameters.values() if w is not None}
+    found = {dtype: None for dtype in found if dtype.is_floating_point}
     computed = [dtype for dtype in found if dtype.itemsize > 1] or list(found)
     return max(computed, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from truestep.recording.readers import load
 from truestep.runtime.changes import math_kernel, thread_count
+from truestep.runtime.precision import working_dtype
 from truestep.testing.corpus.editing import around, denoiser, edit, source_of
 from truestep.testing.corpus.entry import NotApplicable, twin
 from truestep.testing.corpus.subjects import SUBJECTS
@@ -145,7 +146,7 @@ def values_scaled_by_two(pipe: Any) -> None:
 @twin(*_UNCACHED)
 def values_scaled_by_three(pipe: Any) -> None:
     """A factor of three between an attention's values and its output: roundings change."""
-    if next(denoiser(pipe).parameters()).itemsize < 4:
+    if working_dtype(denoiser(pipe)) in (torch.bfloat16, torch.float16):
         raise NotApplicable("a third of a weight of 16 bits is another weight")
     _scale_values(pipe, 3.0)
 
