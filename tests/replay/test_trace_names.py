@@ -22,6 +22,9 @@ from tests.replay.models import (
 )
 from truestep import capture
 from truestep.recording.format import Recording
+from truestep.recording.manifest import Manifest
+from truestep.recording.table import tensor_table
+from truestep.replay.trace_names import Names, match_inputs
 from truestep.replay.traces import compare_traces
 from truestep.verdict import Comparison, Verdict
 
@@ -313,3 +316,17 @@ def test_the_renamed_and_fused_port_passes_and_its_fault_is_named(
     assert named(wrong) == ("blocks.1.ffn.net.0.proj", "constant offset 0.01")
     assert "`blocks.1.ffn.net.0.proj` is `layers.1.mlp.up` in the actual trace" in wrong.notes
     assert [row.name for row in wrong.causes] == ["module/blocks.1.ffn.net.0.proj/0/main/out.0"]
+
+
+def test_a_name_that_reads_as_another_one_is_no_crash() -> None:
+    """A module without a name, as a damaged file may have one."""
+
+    def trace(size: int) -> Recording:
+        tensors = {f"module//0/cond/in.{slot}": torch.arange(size + slot) / 7 for slot in range(2)}
+        table = tensor_table(tensors)
+        manifest = Manifest(tool_version="0", created="", level="full", tensors=table)
+        return Recording.in_memory(tensors, manifest)
+
+    ours, theirs = trace(3), trace(9)
+    names = Names((name, name) for name in ours)
+    assert dict(match_inputs(names, ours, theirs).pairs()) == dict(names.pairs())

@@ -280,9 +280,9 @@ def test_a_row_takes_a_bounded_number_of_bytes(level: Level, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("sizes", "factor"),
     [
-        ((500, 1_500), 1.0),
-        ((500, 1_500), 1.05),
-        pytest.param((4_000, 8_000), 1.05, marks=pytest.mark.slow),
+        ((1_000, 3_000), 1.0),
+        ((1_000, 3_000), 1.05),
+        pytest.param((6_000, 10_000), 1.05, marks=pytest.mark.slow),
     ],
 )
 def test_a_row_of_moments_takes_less_than_a_kilobyte(

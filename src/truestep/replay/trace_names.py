@@ -255,7 +255,10 @@ def _odd_calls(names: Names, ours: Source, theirs: Source) -> dict[Key, _Slots]:
         return calls
     for new, old in names.pairs():
         key = key_of(new)
-        if key.inward and (head := key.but(name="")) in calls:
+        found = key.inward and (head := key.but(name="")) in calls
+        if (
+            found and str(head.but(name=key.name)) == new
+        ):  # a damaged name may be read as another one
             calls[head][0].append((key.name, _empty(own.value(old, "shape"))))
     for name, shape in others.each("name", "shape"):
         key = key_of(name)
