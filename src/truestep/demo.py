@@ -16,7 +16,7 @@ from truestep.judge.media import frame_media
 from truestep.recording.format import Recording
 from truestep.replay.capture import Capture
 from truestep.replay.check import check_pipeline
-from truestep.replay.floor import in_batch, threads
+from truestep.replay.variations import in_batch, threads
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Pipeline, generate
 from truestep.verdict import Comparison, GateResult

@@ -33,7 +33,7 @@ from truestep.experiment.attribution import (
     stage_distances,
 )
 from truestep.keys import STAGES
-from truestep.replay import floor
+from truestep.replay import floor, variations
 from truestep.replay.check import check
 from truestep.replay.record import record, record_pipeline
 from truestep.verdict import Metrics, Row, Verdict
@@ -233,7 +233,7 @@ def case(tiny_ltx2: dict[str, Path], ltx2_case: dict[str, Any]) -> Case:
 def measured(case: Case) -> Ablation:
     """Of one clip, in float32, with a noise floor of three jitter runs."""
     with pytest.MonkeyPatch.context() as patch:
-        jitters = [floor.jitter(seed, "float32/float32") for seed in range(3)]
+        jitters = [variations.jitter(seed, "float32/float32") for seed in range(3)]
         patch.setattr(floor, "variations", lambda pipe: jitters)
         patch.setattr(floor, "_other_precision", lambda *args, **given: [])
         return ablate(case, reference=OFFICIAL, candidate=DIFFUSERS)

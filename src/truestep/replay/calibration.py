@@ -21,7 +21,8 @@ from truestep.judge.rule import RATE, judge_run
 from truestep.judge.tail import Tail
 from truestep.keys import address
 from truestep.progress import Progress
-from truestep.replay.floor import Variation, jitter, noise_run, variations
+from truestep.replay.floor import noise_run
+from truestep.replay.variations import Variation, jitter, variations
 from truestep.runtime.pipeline import Pipeline
 from truestep.turns import taking_turns
 from truestep.verdict import Verdict

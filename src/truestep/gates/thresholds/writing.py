@@ -19,7 +19,7 @@ from truestep.measure.frames import levels
 from truestep.measure.sound import sample_rate_of
 from truestep.progress import Progress
 from truestep.recording.format import Recording
-from truestep.replay.floor import variations
+from truestep.replay.variations import variations
 from truestep.runtime.pipeline import Pipeline
 
 LEAST_SHARE = 0.01
