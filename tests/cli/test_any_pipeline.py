@@ -323,3 +323,12 @@ def test_values_are_json_or_text() -> None:
         "g": 1e-3,
         "h": False,
     }
+
+
+def test_a_tiny_pipeline_is_written_without_a_word_of_the_libraries(run: Run) -> None:
+    code, out, err = run("tiny", "WanImageToVideoPipeline", "wan")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("WanImageToVideoPipeline, random weights of seed 0, float32, ")
+    assert lines[1:] == ["folder: wan"]
+    assert err == ""

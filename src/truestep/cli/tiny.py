@@ -21,9 +21,12 @@ def command(pipeline: str, folder: Path, seed: int, dtype: str) -> None:
     flux/FluxAutoBlocks/text2image. The folder is loaded as any other:
     diffusers.DiffusionPipeline.from_pretrained(FOLDER), or ModularPipeline.
     """
+    from truestep.engines.folders import still
+    from truestep.runtime.loading import quiet
     from truestep.testing import tiny
 
-    tiny.save(pipeline, folder, seed=seed, dtype=dtype)
+    with quiet(), still("transformers"):
+        tiny.save(pipeline, folder, seed=seed, dtype=dtype)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     say(f"{visible(pipeline)}, random weights of seed {seed}, {dtype}, {size / 1e6:.1f} MB")
     say(f"folder: {visible(str(folder))}")
