@@ -18,7 +18,7 @@ from truestep.calls.precision import raised, recorded_precision
 from truestep.calls.recording import CallRecording, read, trees_of
 from truestep.calls.regrouped import Regrouped
 from truestep.calls.scouting import found_layouts
-from truestep.calls.seen import Plan
+from truestep.calls.seen import Forced, Plan
 from truestep.calls.subject import Subject
 from truestep.calls.values import opaque
 from truestep.environment import Environment
@@ -57,27 +57,29 @@ def check(
     precision = recorded_precision(recording) if tolerance is None else ""
     limits = Limits(recording.floor, pair, tolerance, raised=bool(precision))
     how = How(chosen_steps(recording, steps), frozenset(cached_components(subject)))
-    rows = _judged(subject, recording, limits, how)
+    result = _forced(subject, recording, how)
+    rows = rows_of(recording, result, limits)
     if any(_of_passes(row) for row in rows):
         layouts = found_layouts(subject, recording)
         if layouts:
             how = replace(how, layouts=layouts)
-            rows = _judged(subject, recording, limits, how)
+            result = _forced(subject, recording, how)
+            rows = rows_of(recording, result, limits)
     unsteady = {row.fqn.rpartition(".")[0] for row in rows if row.fqn and UNSTEADY in row.note}
     if unsteady and len(how.steps) < recording.steps:
         every = replace(how, stateful=how.stateful | unsteady)
-        again = _judged(subject, recording, limits, every)
-        if _failing(_judged(subject, recording, limits, how)) == _failing(rows):
-            how, rows = every, again  # skipped steps are what the state that it keeps lacked
+        again = _forced(subject, recording, every)
+        alike = rows_of(recording, _forced(subject, recording, how), limits)
+        if _failing(alike) == _failing(rows):
+            # Skipped steps are what the state that it keeps lacked.
+            how, result, rows = every, again, rows_of(recording, again, limits)
     notes: list[str] = []
     if precision:
         limits = replace(limits, raised=False)
         with raised(subject, precision, notes.append):
-            more = _judged(subject, recording, limits, how, precision)
+            more = rows_of(recording, _forced(subject, recording, how, precision), limits)
         failed = [row.note for row in more if row.name.endswith(RAISED)]
-        if failed:
-            rows, more = _judged(subject, recording, limits, how), []
-        rows += more
+        rows = rows_of(recording, result, limits) if failed else rows + more
         notes += [f"not judged in {precision}: the candidate {text}" for text in failed]
     return said_unsteady(comparison_of(rows, _sides(subject, recording, how, notes)))
 
@@ -136,10 +138,8 @@ class How:
     layouts: Layouts = field(default_factory=dict)
 
 
-def _judged(
-    subject: Subject, recording: CallRecording, limits: Limits, how: How, precision: str = ""
-) -> list[Row]:
-    """Rows of one forced run."""
+def _forced(subject: Subject, recording: CallRecording, how: How, precision: str = "") -> Forced:
+    """One forced run."""
     plan = Plan(
         made=made_at(how.steps, how.stateful),
         precision=getattr(torch, precision) if precision else None,
@@ -147,8 +147,7 @@ def _judged(
         again={} if precision else repeats(recording, how.steps, how.stateful),
     )
     forcing = Regrouped(recording, plan, how.layouts) if how.layouts else Forcing(recording, plan)
-    result = forcing.run(subject)
-    return rows_of(recording, result, limits)
+    return forcing.run(subject)
 
 
 def _sides(subject: Subject, recording: CallRecording, how: How, said: Sequence[str]) -> Sides:

@@ -55,7 +55,7 @@ class Forcing:
         self._with_own: set[int] = set()
         self._own: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._judged = reference.judged_steps
-        self._shapes = {e.name: e.shape for e in reference.recording.manifest.tensors}
+        self._shapes = reference.shapes
 
     def run(self, subject: Subject) -> Forced:
         """Run a subject once; what it raises is part of what it shows."""

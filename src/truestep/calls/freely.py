@@ -75,7 +75,7 @@ class _Ends:
         self.reference, self.plan = reference, plan
         self.calls = {_method(call): call for call in end_calls(reference)}
         self.seen: dict[tuple[str, str], Sequence[Seen]] = {}
-        self._shapes = {e.name: e.shape for e in reference.recording.manifest.tensors}
+        self._shapes = reference.shapes
         self._drawn = 0
         self._draws = [call for call in reference.calls if call.kind == Kind.RANDOM]
 

@@ -86,17 +86,12 @@ def grouped(reference: CallRecording) -> dict[Method, dict[int, list[CallEntry]]
     for call in reference.calls:
         if call.step is not None and call.stage == "prediction":
             found[call.component, call.method][call.step].append(call)
-    shape = shapes_of(reference)
+    shape = reference.shapes.__getitem__
     return {
         method: dict(steps)
         for method, steps in found.items()
         if all(rows_of(call, shape) for calls in steps.values() for call in calls)
     }
-
-
-def shapes_of(reference: CallRecording) -> Callable[[str], tuple[int, ...]]:
-    """Shapes of a recording's tensors by name."""
-    return {e.name: tuple(e.shape) for e in reference.recording.manifest.tensors}.__getitem__
 
 
 def rows_of(call: CallEntry, shape: Callable[[str], tuple[int, ...]]) -> int:
@@ -196,8 +191,7 @@ def layout_of(
     """
     from scipy.optimize import linear_sum_assignment
 
-    shape = shapes_of(reference)
-    sizes = sizes_of(calls, shape)
+    sizes = sizes_of(calls, reference.shapes.__getitem__)
     slots = [(number, row) for number, size in enumerate(sizes) for row in range(size)]
     rows = [(number, row) for number, came in enumerate(arrivals) for row in range(came.rows)]
     if not rows:
@@ -212,7 +206,7 @@ def layout_of(
             turn = len(slots) - 1 - other if backwards else other
             costs[place, other] += _OUT_OF_ORDER * abs(place - turn)
             costs[place, other] += _NAMED_OTHERWISE * (says and calls[call].context != came.context)
-    for theirs, mine in _compared(reference, calls, arrivals):
+    for theirs, mine in _compared(reference, calls, sizes, arrivals):
         scale = float(theirs.norm(dim=1).max()) or 1.0
         costs += (mine[:, None] / scale - theirs[None] / scale).norm(dim=2)
     paired: list[list[Slot]] = [[] for _ in arrivals]
@@ -224,10 +218,12 @@ def layout_of(
 
 
 def _compared(
-    reference: CallRecording, calls: Sequence[CallEntry], arrivals: Sequence[Arrived]
+    reference: CallRecording,
+    calls: Sequence[CallEntry],
+    sizes: Sequence[int],
+    arrivals: Sequence[Arrived],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of every tensor that has a row for each sample on both sides: all rows, as vectors."""
-    shape = shapes_of(reference)
     given = [given_to(call) for call in calls]
     for path in given[0]:
         if not all(path in names for names in given):
@@ -236,7 +232,7 @@ def _compared(
         actual = [came.given.get(path) for came in arrivals]
         split = [t for t in actual if t is not None]
         tails = {tuple(t.shape[1:]) for t in (*recorded, *split)}
-        rows = [*sizes_of(calls, shape), *(came.rows for came in arrivals)]
+        rows = [*sizes, *(came.rows for came in arrivals)]
         lengths = [t.shape[0] if t.ndim else 0 for t in (*recorded, *split)]
         if len(tails) == 1 and lengths == rows:
             yield _vectors(recorded), _vectors(split)

@@ -9,7 +9,7 @@ import torch
 
 from truestep.calls.guidance import guidance
 from truestep.calls.keys import Key
-from truestep.calls.layouts import grouped, shapes_of, sizes_of
+from truestep.calls.layouts import grouped, sizes_of
 from truestep.calls.recording import CallRecording
 from truestep.calls.subject import Subject
 
@@ -28,7 +28,7 @@ def with_passes(subject: Subject, recording: CallRecording) -> CallRecording:
 
     They are looked for at the second step: at the first some pipelines do not guide yet.
     """
-    shape, steps = shapes_of(recording), grouped(recording).values()
+    shape, steps = recording.shapes.__getitem__, grouped(recording).values()
     unnamed = [
         step
         for by_step in steps

@@ -104,9 +104,7 @@ class Recorder:
             output=None,
             context=arrival.context,
         )
-        self.calls.append(entry)  # before what is drawn inside it
-        self.inside.append(self._open[-1] if self._open else None)
-        self.begins.append(place)
+        self._add(entry, place, inside=self._open[-1] if self._open else None)  # before draws in it
         before, states = marks(arguments), [] if drawn else [*generator_states(arguments)]
         self._open.append(place)
         try:
@@ -137,22 +135,24 @@ class Recorder:
         output = arrival.proceed(*arrival.args, **arrival.kwargs)
         held = blocks.state_in(output)
         if held is not None:
-            self.begins.append(begins)
-            self.inside.append(None)
-            self.calls.append(
-                CallEntry(
-                    component=arrival.component,
-                    method=arrival.method,
-                    kind=str(arrival.kind),
-                    stage="",
-                    call=0,
-                    owner=qualified(type(arrival.owner)),
-                    parameters=(),
-                    arguments={},
-                    output=blocks.written(before, held, self.keep),
-                )
+            entry = CallEntry(
+                component=arrival.component,
+                method=arrival.method,
+                kind=str(arrival.kind),
+                stage="",
+                call=0,
+                owner=qualified(type(arrival.owner)),
+                parameters=(),
+                arguments={},
+                output=blocks.written(before, held, self.keep),
             )
+            self._add(entry, begins)
         return output
+
+    def _add(self, entry: CallEntry, begins: int, *, inside: int | None = None) -> None:
+        self.calls.append(entry)
+        self.inside.append(inside)
+        self.begins.append(begins)
 
     def keep(self, path: Path, tensor: torch.Tensor) -> str:
         """Keep a copy of a tensor, once by content."""
@@ -167,21 +167,18 @@ class Recorder:
         tree = encode(output, self.keep)
         if len(self.calls) == 1 and all(name in given for _, name in tensors(tree)):
             return
-        self.inside.append(None)
-        self.begins.append(len(self.calls))
-        self.calls.append(
-            CallEntry(
-                component=RUN,
-                method=RUN,
-                kind=str(Kind.RUN),
-                stage="",
-                call=0,
-                owner="",
-                parameters=(),
-                arguments={},
-                output=tree,
-            )
+        entry = CallEntry(
+            component=RUN,
+            method=RUN,
+            kind=str(Kind.RUN),
+            stage="",
+            call=0,
+            owner="",
+            parameters=(),
+            arguments={},
+            output=tree,
         )
+        self._add(entry, len(self.calls))
 
     def _moved(
         self, before: list[tuple[str, torch.Tensor]], arguments: Arguments

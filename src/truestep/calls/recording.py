@@ -78,6 +78,11 @@ class CallRecording:
             found[call.component, call.method].append(call)
         return found
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by its name."""
+        return {entry.name: tuple(entry.shape) for entry in self.recording.manifest.tensors}
+
     @property
     def methods(self) -> dict[str, set[str]]:
         """Methods of each component that were called."""

@@ -66,13 +66,12 @@ def _steps_to_see(reference: CallRecording) -> dict[tuple[Method, int], list[Cal
 
     Of every way in which they were recorded: in an interval of the steps there may be no guidance.
     """
-    shapes = {e.name: tuple(e.shape) for e in reference.recording.manifest.tensors}
     kept = reference.judged_steps
     wanted: dict[tuple[Method, int], list[CallEntry]] = {}
     for method, steps in grouped(reference).items():
         met = set()
         for step, calls in steps.items():
-            sizes = sizes_of(calls, shapes.__getitem__)
+            sizes = sizes_of(calls, reference.shapes.__getitem__)
             if sum(sizes) > 1 and sizes not in met and (kept is None or step in kept):
                 met.add(sizes)
                 wanted[method, step] = calls
