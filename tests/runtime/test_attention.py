@@ -14,6 +14,7 @@ from torch.nn import functional
 from truestep.runtime.attention import (
     MAX_TERMS,
     TextAttention,
+    _equal_rows,
     collapse,
     pad_terms,
     real_lengths,
@@ -197,6 +198,20 @@ def test_rows_that_the_model_tells_apart_are_not_collapsed() -> None:
     assert plan.reasons == [
         "padded rows have different keys in attention 0: they cannot be one key"
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 1024])
+def test_rows_summed_in_another_order_are_one_row(width: int, dtype: torch.dtype) -> None:
+    rows = torch.randn(1, width).repeat(9, 1)
+    layers = [torch.randn(width, width) / width**0.5 for _ in range(3)]
+    order = torch.randperm(width)
+    for layer in layers:  # the last row as where a tile ends: the same terms, in another order
+        ends = (rows[-1, order, None] * layer[order]).sum(0)
+        rows = torch.cat([rows[:1] @ layer] * 8 + [ends[None]])
+    assert _equal_rows(rows.to(dtype), width)
+    rows[-1] *= 1 + 1e-3 if dtype == torch.float32 else 1.5  # a thousandth is rounding in 16 bits
+    assert not _equal_rows(rows.to(dtype), width)
 
 
 @pytest.mark.parametrize(
