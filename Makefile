@@ -65,6 +65,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.bench_sketch
 	$(BIN)/python -m bench.bench_memory
 	$(BIN)/python -m bench.bench_check
+	$(BIN)/python -m bench.bench_calls
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_trace
 	$(BIN)/python -m bench.bench_startup
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_guidance --tokens 256 1024

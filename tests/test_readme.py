@@ -21,7 +21,7 @@ def comparable(text: str) -> str:
     """Measured numbers differ between machines, and with them where a line is broken; everything
     else must not."""
     text = re.sub(r"\n {15,}", " ", text)
-    text = re.sub(r"\d\.\d{1,2}e[+-]\d\d", "N", text)
+    text = re.sub(r"\d(\.\d{1,2})?e[+-]\d\d", "N", text)
     text = re.sub(r"from \d+ benign runs", "from N benign runs", text)  # one a number of cores
     text = re.sub(r"; \d+\.\d\d s", "; S s", text)
     text = re.sub(r"above \d+(\.\d+)?( to \d+(\.\d+)?)? x", "above B x", text)

@@ -12,11 +12,12 @@ import torch
 
 from tests.calls.conftest import TINY, Tiny
 from truestep.calls.check import check
+from truestep.calls.judging import in_order
 from truestep.calls.record import record
 from truestep.calls.recording import CallRecording, read
 from truestep.calls.subject import subject_of
 from truestep.errors import UsageError
-from truestep.verdict import Verdict
+from truestep.verdict import Row, Verdict
 
 BFLOAT = "ignore:There are modules"
 
@@ -395,3 +396,32 @@ def test_a_candidate_that_cannot_be_raised_says_so(
     assert result.verdict.passed
     (note,) = result.notes
     assert note.startswith("not judged in float32: the candidate raised TypeError: bfloat16 only")
+
+
+def test_rows_of_two_precisions_stand_in_the_order_of_the_run() -> None:
+    def rows(*names: str) -> list[Row]:
+        return [Row(name=name, verdict=Verdict.EQUIVALENT) for name in names]
+
+    both = in_order(rows("a", "b", "c"), rows("float32/a", "float32/more", "float32/c"), "float32")
+    assert [row.name for row in both] == ["a", "float32/a", "float32/more", "b", "c", "float32/c"]
+    assert [row.name for row in in_order([], rows("float32/a"), "float32")] == ["float32/a"]
+
+
+@pytest.mark.filterwarnings(BFLOAT)
+def test_the_first_divergence_is_the_earliest_in_either_precision(
+    references: Callable[[str], CallRecording],
+) -> None:
+    def growing(pipe: Any) -> None:  # hidden by rounding at the first step, large at the others
+        forward = pipe.transformer.forward
+
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            first = float(kwargs["timestep"].max()) > 990
+            return (forward(*args, **kwargs)[0] * (1.0005 if first else 1.1),)
+
+        pipe.transformer.forward = patched
+
+    result = check(tiny_of("wan bf16").subject(growing), references("wan bf16"))
+    place = "transformer.forward (cond) at step 0, raised to float32: output 0"
+    assert result.sentence.startswith(f"drifted: {place}")
+    native = [row for row in result.failing if not row.name.startswith("float32/")]
+    assert native and all(row.step for row in native)  # noqa: PT018

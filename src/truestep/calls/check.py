@@ -12,7 +12,14 @@ import torch
 from truestep.calls.choosing import cached_components, chosen_steps, made_at, repeats
 from truestep.calls.forcing import Forcing
 from truestep.calls.freely import run_twice
-from truestep.calls.judging import RAISED, UNEXPECTED, Sides, comparison_of, rows_of
+from truestep.calls.judging import (
+    RAISED,
+    UNEXPECTED,
+    Sides,
+    comparison_of,
+    in_order,
+    rows_of,
+)
 from truestep.calls.layouts import Layouts
 from truestep.calls.precision import raised, recorded_precision
 from truestep.calls.recording import CallRecording, read, trees_of
@@ -79,7 +86,7 @@ def check(
         with raised(subject, precision, notes.append):
             more = rows_of(recording, _forced(subject, recording, how, precision), limits)
         failed = [row.note for row in more if row.name.endswith(RAISED)]
-        rows = rows_of(recording, result, limits) if failed else rows + more
+        rows = rows_of(recording, result, limits) if failed else in_order(rows, more, precision)
         notes += [f"not judged in {precision}: the candidate {text}" for text in failed]
     return said_unsteady(comparison_of(rows, _sides(subject, recording, how, notes)))
 

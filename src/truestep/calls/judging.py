@@ -319,6 +319,23 @@ class Sides:
     fields: dict[str, Any]
 
 
+def in_order(rows: Sequence[Row], raised: Sequence[Row], precision: str) -> list[Row]:
+    """Rows of one run in two precisions by their place in it: the first that fails is the earliest.
+
+    Args:
+        rows: In the working precision, in the order of the run.
+        raised: In a higher one, likewise.
+        precision: Its name, which stands before those rows' names.
+    """
+    places = {row.name: place for place, row in enumerate(rows)}
+    placed = list(enumerate(rows))
+    place = -1
+    for row in raised:
+        place = places.get(row.name.removeprefix(f"{precision}/"), place)
+        placed.append((place, row))
+    return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
+
+
 def comparison_of(rows: Sequence[Row], sides: Sides) -> Comparison:
     """Sum rows up; the sentence begins with the place where it went wrong."""
     comparison = build_comparison(
