@@ -241,8 +241,8 @@ def test_smaller_levels_hold_what_truestep_would_have_made(level: str, traced: P
     assert small.manifest.level == level
     assert [e.name for e in small.manifest.tensors] == [e.name for e in full.manifest.tensors]
     for name in full:
-        same = torch.equal(small[f"stats/{name}"], moments(full[name]))
-        assert same, name
+        found = small[f"stats/{name}"]  # summed by another process's number of threads
+        torch.testing.assert_close(found, moments(full[name]), rtol=1e-12, atol=1e-15)
         if level == "sketch":
             assert torch.equal(small[f"sketch/{name}"], sketch(full[name])), name
 
