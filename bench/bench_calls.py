@@ -42,7 +42,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "WanPipeline": {
         "num_attention_heads": 48,
         "ffn_dim": 2048,
-        "num_layers": 4,
+        "num_layers": 8,
     },
 }
 """Settings of the denoiser that differ from the tiny pipeline's."""
