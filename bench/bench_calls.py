@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.common import emit, paired, rounded
+from bench.common import emit, paired, ratio, rounded
 from truestep.calls.check import check
 from truestep.calls.forcing import Forcing
 from truestep.calls.record import record
@@ -89,12 +89,7 @@ def measured(name: str, rounds: int) -> None:
     )
     for contender, seconds in samples.items():
         emit("plain_50_steps", pipeline=name, contender=contender, samples_s=rounded(seconds))
-    share = {
-        contender: statistics.median(
-            own / run for own, run in zip(seconds, samples["run"], strict=True)
-        )
-        for contender, seconds in samples.items()
-    }
+    share = {contender: ratio(samples, contender, "run") for contender in samples}
     emit(
         "plain_cost_bar",
         pipeline=name,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.common import emit, paired, rounded
+from bench.common import emit, paired, ratio, rounded
 from truestep.case import Case
 from truestep.replay.check import check_pipeline
 from truestep.replay.record import record_pipeline
@@ -47,7 +47,7 @@ def main() -> None:
         emit("digits_50_steps", contender=name, samples_s=rounded(seconds))
     result = check_pipeline(pipe, recording, case=case)
     assert result.cost is not None
-    share = _median_share(samples["check"], samples["generation"])
+    share = ratio(samples, "check", "generation")
     beyond = _beyond_models(pipe, lambda: check_pipeline(pipe, recording, case=case))
     emit(
         "check_cost_bar",
@@ -58,7 +58,7 @@ def main() -> None:
         bar_beyond_models=BEYOND_BAR,
         met=share <= CHECK_BAR and beyond <= BEYOND_BAR,
     )
-    generations = _median_share(samples["record"], samples["generation"])
+    generations = ratio(samples, "record", "generation")
     emit(
         "record_cost_bar",
         generations=round(generations, 2),
@@ -66,10 +66,6 @@ def main() -> None:
         bar=RECORD_BAR,
         met=generations <= RECORD_BAR,
     )
-
-
-def _median_share(part: list[float], whole: list[float]) -> float:
-    return statistics.median(p / w for p, w in zip(part, whole, strict=True))
 
 
 def _beyond_models(pipe: Pipeline, check: Callable[[], Any]) -> float:

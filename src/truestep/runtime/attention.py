@@ -296,6 +296,7 @@ class TextAttention:
         """Which of the keys and values of equal text rows are not equal, if any."""
         embed = self._family.embedder(self.model) if self._family else None
         rows = text if embed is None else embed(text)
+        terms = max(text.shape[-1], rows.shape[-1])
         for index, attention in enumerate(self._attentions()):
             if getattr(attention, "fused_projections", False):
                 key, value = attention.to_kv(rows).chunk(2, dim=-1)
@@ -308,7 +309,7 @@ class TextAttention:
                 )
             for what, found in (("keys", key), ("values", value)):
                 for sample, length in enumerate(lengths):
-                    if not _equal_rows(found[sample, length:], max(text.shape[-1], rows.shape[-1])):
+                    if not _equal_rows(found[sample, length:], terms):
                         return f"{what} in attention {index}"
         return None
 
