@@ -91,17 +91,11 @@ class Recorder:
         place = len(self.calls)
         drawn = arrival.kind is Kind.RANDOM
         arguments = Arguments({}, 0, {}) if drawn else arguments_of(arrival)
-        entry = CallEntry(
-            component=arrival.component,
-            method=arrival.method,
-            kind=str(arrival.kind),
-            stage="",
-            call=0,
-            owner=qualified(type(arrival.owner)),
+        entry = replace(
+            begun(arrival),
             dtype=weight_dtype(arrival.owner),
             parameters=positional(arrival.signature),
             arguments={name: encode(v, self.keep) for name, v in arguments.values.items()},
-            output=None,
             context=arrival.context,
         )
         self._add(entry, place, inside=self._open[-1] if self._open else None)  # before draws in it
@@ -135,18 +129,8 @@ class Recorder:
         output = arrival.proceed(*arrival.args, **arrival.kwargs)
         held = blocks.state_in(output)
         if held is not None:
-            entry = CallEntry(
-                component=arrival.component,
-                method=arrival.method,
-                kind=str(arrival.kind),
-                stage="",
-                call=0,
-                owner=qualified(type(arrival.owner)),
-                parameters=(),
-                arguments={},
-                output=blocks.written(before, held, self.keep),
-            )
-            self._add(entry, begins)
+            wrote = blocks.written(before, held, self.keep)
+            self._add(replace(begun(arrival), output=wrote), begins)
         return output
 
     def _add(self, entry: CallEntry, begins: int, *, inside: int | None = None) -> None:
@@ -187,6 +171,21 @@ class Recorder:
         for (name, old), (_, new) in zip(before, after, strict=True):
             if not torch.equal(old, new):
                 yield name, self.keep((), new)
+
+
+def begun(arrival: Arrival) -> CallEntry:
+    """Whose call it is; what it takes and gives, and its place in the run, are not known yet."""
+    return CallEntry(
+        component=arrival.component,
+        method=arrival.method,
+        kind=str(arrival.kind),
+        stage="",
+        call=0,
+        owner=qualified(type(arrival.owner)),
+        parameters=(),
+        arguments={},
+        output=None,
+    )
 
 
 def weight_dtype(owner: Any) -> str:
