@@ -22,7 +22,7 @@ from truestep.judge.tail import Tail
 from truestep.keys import address
 from truestep.progress import Progress
 from truestep.replay.floor import noise_run
-from truestep.replay.variations import Variation, jitter, variations
+from truestep.replay.variations import Variation, functions, jitter, variations
 from truestep.runtime.pipeline import Pipeline
 from truestep.turns import taking_turns
 from truestep.verdict import Verdict
@@ -127,9 +127,11 @@ def calibrate(
 
 def _mixed(pipe: Pipeline, dice: random.Random, *, number: int, seed: int) -> Variation:
     """Jitter, and half of the time one more harmless change."""
-    known = [v for v in variations(pipe) if v.kind in MIXED]
     dtype = str(pipe.first_transformer.dtype).removeprefix("torch.")
-    moved = jitter(10_000 * (seed + 1) + number, pair_of(dtype, dtype))
+    pair, drawn = pair_of(dtype, dtype), 10_000 * (seed + 1) + number
+    known = [v for v in variations(pipe) if v.kind in MIXED]
+    known = [functions(drawn, pair) if v.kind == "functions" else v for v in known]
+    moved = jitter(drawn, pair)
     parts = [*([dice.choice(known)] if known and dice.random() < 0.5 else []), moved]
 
     @contextmanager

@@ -67,8 +67,8 @@ def measure(
     runs: list[NoiseRun] = []
     in_order = keeps_state(pipe)
     with Elsewhere(note, identity=identity) as elsewhere:
-        if elsewhere.known(recording):  # else the repeat, taped, is what the other process makes
-            todo[0] = replace(todo[0], only=(1,))
+        if elsewhere.known(recording):  # an earlier recording gave these very tensors, and taped it
+            todo[0] = replace(todo[0], only=(1,), stages=AT_A_STEP)
         for done, variation in enumerate(todo):
             with variation.vary(pipe) as varied:
                 again = partial(variation.run, varied, recording, steps=steps)

@@ -109,7 +109,7 @@ def variations(pipe: Pipeline) -> list[Variation]:
             "both passes in one batch, others beside a neighbour",
             batched,
             pair,
-            only=(0, 2),
+            only=(2,),
         ),
     ]
     current, cores = torch.get_num_threads(), os.cpu_count() or 1
@@ -118,17 +118,28 @@ def variations(pipe: Pipeline) -> list[Variation]:
         for count in sorted({1, min(2, cores), cores} - {current})
     ]
     found.append(
-        Variation("attention", "math kernel", math_attention, pair, _BEFORE_DECODING, (2,))
+        Variation("attention", "math kernel", math_attention, pair, _BEFORE_DECODING, (1,))
     )
     found.append(replace(jitter(0, pair), only=(0,), stages=_ALL_BUT_DECODING))
-    detail = "exp, sin, ... as another library computes them"
-    found.append(Variation("functions", detail, other_functions, pair, AT_A_STEP, (0, 1)))
-    return found
+    return [*found, functions(0, pair)]
 
 
 _ALL_BUT_DECODING = tuple(stage for stage in STAGES if stage != "decoding")
 _BEFORE_DECODING = ("text", "connector", "prediction")
 AT_A_STEP = ("connector", "prediction")
+
+
+def functions(seed: int, pair: str) -> Variation:
+    """Elementary functions as another library computes them; at every step, as their noise is of a
+    timestep's embedding, and is another at another step."""
+    detail = f"exp, sin, ... as another library computes them, seed {seed}"
+
+    @contextmanager
+    def vary(pipe: Pipeline) -> Iterator[Pipeline]:
+        with OtherFunctions(seed):
+            yield replace(pipe)
+
+    return Variation("functions", detail, vary, pair, AT_A_STEP)
 
 
 def jitter(seed: int, pair: str) -> Variation:
@@ -150,13 +161,6 @@ def threads(count: int) -> Vary:
             yield replace(pipe)
 
     return vary
-
-
-@contextmanager
-def other_functions(pipe: Pipeline) -> Iterator[Pipeline]:
-    """Run with `OtherFunctions`."""
-    with OtherFunctions():
-        yield replace(pipe)
 
 
 @contextmanager

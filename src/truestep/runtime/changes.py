@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -40,15 +41,18 @@ def math_kernel() -> AbstractContextManager[None]:
 
 
 class OtherFunctions(TorchDispatchMode):
-    """Operators as another library computes them: half of what elementary functions give moved by
-    one unit in the last place, and what products, norms and functions give in 16 bits rounded once
-    more.
+    """Operators as another library computes them: what elementary functions give moved by one unit
+    in the last place, up or down, and what products, norms and functions give in 16 bits rounded
+    once more.
 
     Elementary functions are not rounded to nearest: exp, sin, pow and their like are one unit off
     here or there, by library and by instruction set. Where what they give is multiplied by a large
     number, as the frequencies of a timestep's embedding are, this is far more than any rounding of
-    the result. And where numbers are narrow, a library that fuses two operators rounds once where
-    another rounds twice, in every layer: in 32 bits this is nothing beside what a sum rounds.
+    the result. A few elements are then all of it: were some left where they are, one run would not
+    say how far off the next is (17 times, measured on a Wan of 16 frequencies; 2 times so). What
+    every library gives exactly stays: zeros, ones as of exp(0), squares and roots. And where
+    numbers are narrow, a library that fuses two operators rounds once where another rounds twice,
+    in every layer: in 32 bits this is nothing beside what a sum rounds.
 
     Args:
         seed: Says which elements, and whether up or down.
@@ -57,7 +61,8 @@ class OtherFunctions(TorchDispatchMode):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._generator = torch.Generator("cpu").manual_seed(seed)
-        self._start = Random(seed)
+        self._random = Random(seed)
+        self._factor = self._random.randrange(_GOLDEN, 2**31, 2)
         self._pools: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     @classmethod
@@ -70,42 +75,70 @@ class OtherFunctions(TorchDispatchMode):
     ) -> Any:
         """Run an operator, and move what it gave."""
         made = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
-        first = made[0] if isinstance(made, tuple) and made else made
-        of = _of(first)
-        if not of or name.removesuffix("_") not in (ELEMENTARY if of == HALF else NARROW):
+        name = _moved_by(func)
+        if not name:
             return made
-        moved = self._moved(first)
+        first = made[0] if isinstance(made, tuple) else made
+        if not isinstance(first, torch.Tensor) or first.dtype not in _INTEGER:
+            return made
+        wide = first.itemsize > 2
+        if wide and (name not in ELEMENTARY or _is_rounded_power(name, args)):
+            return made
+        if wide:
+            moves = self._directions(first, ones_stay=name not in _ACTIVATIONS)
+        else:
+            moves = self._roundings(first)
+        most = torch.finfo(first.dtype).max / 4  # a product with inf would be no number
+        unit = _UNIT * torch.finfo(first.dtype).eps
+        moved = torch.addcmul(first, first.clamp(-most, most), moves, value=unit)
         if isinstance(made, tuple):
             return (moved, *made[1:])
-        return made.copy_(moved) if name.endswith("_") else moved
+        return made.copy_(moved) if made is args[0] else moved
 
-    def _moved(self, made: torch.Tensor) -> torch.Tensor:
-        """A tensor with some elements moved up or down one unit; zeros and inf stay.
+    def _directions(self, made: torch.Tensor, *, ones_stay: bool) -> torch.Tensor:
+        """1 or -1 for every number, by its bits: a library gives one answer to one question,
+        however often it is asked."""
+        mixed = made.contiguous().view(_INTEGER[made.dtype]) * self._factor
+        up = torch.copysign(made.new_ones(()), mixed.view(made.dtype))
+        return up.masked_fill_(made.abs() == 1, 0) if ones_stay else up
+
+    def _roundings(self, made: torch.Tensor) -> torch.Tensor:
+        """Up or down for one number in twelve, which is the variance of a rounding.
 
         Which ones is read from a pool of random numbers, anywhere in it: every operator of a model
         draws, and random numbers of its own would cost more than most of them.
         """
         key = (made.dtype, made.device)
         if key not in self._pools:
-            draw = torch.randint(
-                0, _of(made), (_POOL,), generator=self._generator, dtype=torch.int8
+            draw = torch.randint(0, 24, (_POOL,), generator=self._generator, dtype=torch.int8)
+            self._pools[key] = ((draw == 0).to(made.dtype) - (draw == 1).to(made.dtype)).to(
+                made.device
             )
-            moves = (draw == 0).to(made.dtype) - (draw == 1).to(made.dtype)
-            self._pools[key] = (moves * (_UNIT * torch.finfo(made.dtype).eps)).to(made.device)
         count, pool = made.numel(), self._pools[key]
-        start = self._start.randrange(_POOL if count > _POOL else _POOL + 1 - count)
+        start = self._random.randrange(_POOL if count > _POOL else _POOL + 1 - count)
         if start + count > _POOL:
             pool = pool.repeat(-(-(start + count) // _POOL))
-        moves = pool[start : start + count].view(made.shape)
-        most = torch.finfo(made.dtype).max / 4  # a product with inf would be no number
-        return torch.addcmul(made, made.clamp(-most, most), moves)
+        return pool[start : start + count].view(made.shape)
 
-
-HALF, TWELFTH = 4, 24
-"""Two elements of so many are moved."""
 
 _POOL = 2**16
+
+
+@cache
+def _moved_by(operator: Any) -> str:
+    """Its name without an ending for in-place, if `OtherFunctions` moves what it gives."""
+    name: str = operator._schema.name.removeprefix("aten::").removesuffix("_")
+    return name if name in NARROW else ""
+
+
+def _is_rounded_power(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether it is one product or one root, which every processor rounds to nearest."""
+    return name == "pow" and not isinstance(args[1], torch.Tensor) and args[1] in (0.5, 1, 2)
+
+
+_GOLDEN = 0x9E3779B1 >> 1 | 1
+"""Least factor that mixes the bits of a number: its half of the golden ratio of 2**32."""
+
 _UNIT = 0.7
 """Of a number x, x * 0.7 epsilon is between 0.7 and 1.4 units: added, it gives the next number."""
 
@@ -136,6 +169,9 @@ models take whole numbers from them, as the buckets of relative positions, and a
 turns over is no rounding."""
 
 
+_ACTIVATIONS = frozenset(("silu", "gelu", "mish", "softplus"))
+"""Of them, those that give 1 by chance alone."""
+
 NARROW = ELEMENTARY | frozenset(
     (
         "mm",
@@ -153,14 +189,6 @@ NARROW = ELEMENTARY | frozenset(
     )
 )
 """Operators whose results fused kernels do not round, as what follows is computed with them."""
-
-
-def _of(made: Any) -> int:
-    """Of how many elements of a result two are moved: those of 32 bits and more are one unit off,
-    narrower ones are rounded from such, which has the variance of one in twelve."""
-    if not isinstance(made, torch.Tensor) or made.dtype not in _INTEGER:
-        return 0
-    return HALF if made.itemsize > 2 else TWELFTH
 
 
 def one_rounding(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
