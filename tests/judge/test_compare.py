@@ -93,3 +93,21 @@ def test_moments_of_nothing_are_invalid() -> None:
     nothing = torch.empty(0)
     result = compare(recording(nothing), recording(nothing, level="stats"))
     assert result.verdict is Verdict.INVALID
+
+
+def test_two_whole_runs_may_differ_by_grown_rounding_and_a_check_decides() -> None:
+    """A floor is measured on recorded inputs, which a run of its own does not have."""
+    names = ("text/cond", "step/0000/cond", "step/0000/guided", "latent/final")
+
+    def run(**off: float) -> Recording:
+        tensors = {n: X * (1 + off.get(n.replace("/", "_"), 0.0)) for n in names}
+        manifest = recording(X).manifest.model_copy(update={"tensors": tensor_table(tensors)})
+        return Recording.in_memory(tensors, manifest)
+
+    result = compare(run(text_cond=5e-7, step_0000_guided=4e-5), run())
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert "rounding before it may have grown to this (" in result.sentence
+    assert result.hint.startswith("truestep check CASE --apply FILE.py:FUNCTION")
+    assert compare(run(step_0000_guided=4e-5), run()).verdict is Verdict.DRIFTED
+    limited = compare(run(text_cond=5e-7, step_0000_guided=4e-5), run(), tolerance=1e-6)
+    assert limited.verdict is Verdict.DRIFTED

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from truestep.judge.divergence import ROOT, kind_of, locate, parent, traced_back, with_origins
+from truestep.judge.divergence import (
+    GREW,
+    ROOT,
+    kind_of,
+    locate,
+    parent,
+    traced_back,
+    with_growth,
+    with_origins,
+)
 from truestep.judge.rows import build_comparison, compare_tensors
 from truestep.verdict import Row, Side, TensorInfo, Verdict
 
@@ -184,3 +193,70 @@ def test_what_began_it_is_told_from_what_follows(
     assert {name.replace("/", "_") for name in introduced | inherited} == set(scaled)
     result = build_comparison(traced_back(rows), actual=Side(label="a"), reference=Side(label="r"))
     assert {row.name for row in result.causes} == introduced
+
+
+@pytest.mark.parametrize(
+    ("scaled", "verdicts"),
+    [
+        # Rounding of the text, ten times further off where guidance combines passes of it.
+        (
+            {"text_cond": 5e-7, "step_0000_cond": 5e-7, "step_0000_guided": 4e-5},
+            {"step/0000/guided": Verdict.INCONCLUSIVE},
+        ),
+        # Nothing came before it that was not bit for bit the same.
+        ({"step_0000_cond": 4e-5}, {"step/0000/cond": Verdict.DRIFTED}),
+        # A thousand times what came before it is an error of its own, and is inherited.
+        (
+            {"text_cond": 5e-7, "step_0000_cond": 1e-2, "step_0001_latent": 1e-2},
+            {"step/0000/cond": Verdict.DRIFTED, "step/0001/latent": Verdict.DRIFTED},
+        ),
+        # What begins a run takes nothing from the text.
+        (
+            {"text_cond": 5e-7, "schedule_sigmas": 4e-5},
+            {"schedule/sigmas": Verdict.DRIFTED},
+        ),
+        # Passes of one step take nothing from each other.
+        (
+            {"step_0000_cond": 5e-7, "step_0000_uncond": 4e-5},
+            {"step/0000/uncond": Verdict.DRIFTED},
+        ),
+    ],
+    ids=["grown", "alone", "larger", "source", "beside"],
+)
+def test_what_rounding_may_have_grown_to_is_undecided(
+    scaled: dict[str, float], verdicts: dict[str, Verdict]
+) -> None:
+    rows = compare_tensors(run_of(**{name: 1 + by for name, by in scaled.items()}), run_of())
+    grown = with_growth(rows)
+    assert {row.name: row.verdict for row in grown if not row.verdict.passed} == verdicts
+    for row in grown:
+        assert (GREW in row.note) == (row.verdict is Verdict.INCONCLUSIVE)
+
+
+def test_what_is_no_number_does_not_grow() -> None:
+    run = run_of(text_cond=1 + 5e-7)
+    run["step/0000/cond"] = run["step/0000/cond"] * float("nan")
+    run["latent/final"] = run["latent/final"] * (1 + 4e-5)
+    rows = with_growth(compare_tensors(run, run_of()))
+    failing = {row.name: row.verdict for row in rows if not row.verdict.passed}
+    assert failing == {"step/0000/cond": Verdict.INVALID, "latent/final": Verdict.DRIFTED}
+
+
+def test_a_raised_place_takes_what_its_own_step_was_given() -> None:
+    def raised(**scales: float) -> dict[str, torch.Tensor]:
+        run = run_of(**scales)
+        for name in ("step/0000/cond", "step/0001/cond"):
+            run[f"float32/{name}"] = run[name] * scales.get(f"raised_{name[5:9]}", 1.0)
+        return run
+
+    scales = {"step_0001_latent": 1 + 5e-7, "raised_0000": 1 + 4e-5, "raised_0001": 1 + 4e-5}
+    rows = with_growth(compare_tensors(raised(**scales), raised()))
+    assert {row.name: row.verdict for row in rows if not row.verdict.passed} == {
+        "float32/step/0000/cond": Verdict.DRIFTED,
+        "float32/step/0001/cond": Verdict.DRIFTED,  # what is after a drift is inherited
+    }
+    scales.pop("raised_0000")
+    rows = with_growth(compare_tensors(raised(**scales), raised()))
+    assert {row.name: row.verdict for row in rows if not row.verdict.passed} == {
+        "float32/step/0001/cond": Verdict.INCONCLUSIVE
+    }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from truestep.content import case_differences
 from truestep.environment import Environment
 from truestep.errors import UsageError
-from truestep.judge.divergence import traced_back
+from truestep.judge.divergence import GREW, traced_back, with_growth
 from truestep.judge.estimates import moment_rows, sketch_rows, sketch_rule
 from truestep.judge.floor import Limits, pair_of
 from truestep.judge.latent import LATENT, SIGNATURE, check_latent
@@ -87,7 +87,8 @@ def compare(
     else:
         rows = compare_tensors(ours.tensors, theirs.tensors, limits=limits)
     if ours_manifest is not None and theirs_manifest is not None:
-        rows = traced_back(rows)
+        rows = _placed(rows, theirs_manifest)
+        rows = traced_back(rows if tolerance else with_growth(rows))
     estimated = "sketch" in levels and "stats" not in levels
     result = build_comparison(
         rows,
@@ -101,11 +102,29 @@ def compare(
         looked_at=(f"{len(rows)} tensors by name",),
         not_looked_at=(_NOT_SKETCHED,) if estimated else (),
     )
+    if result.verdict is Verdict.INCONCLUSIVE and any(GREW in row.note for row in result.rows):
+        return result.model_copy(update={"hint": _REPLAY})
     if not estimated:
         return result
     undecided = result.verdict is Verdict.INCONCLUSIVE
     hint = "record it whole: truestep record CASE --level full --output FILE" if undecided else ""
     return result.model_copy(update={"rule": sketch_rule(rows), "hint": hint})
+
+
+_REPLAY = "truestep check CASE --apply FILE.py:FUNCTION  # each place on recorded inputs, no growth"
+
+
+def _placed(rows: Sequence[Row], manifest: Manifest) -> Sequence[Row]:
+    """Rows of recorded calls with the stage, step and branch that their table says."""
+    if not manifest.calls:
+        return rows
+    places = {entry.name: entry for entry in manifest.tensors}
+    return [
+        row.model_copy(update={"stage": at.kind, "step": at.step, "branch": at.branch})
+        if (at := places.get(row.name)) and not row.stage
+        else row
+        for row in rows
+    ]
 
 
 def _weights(ours: Source, theirs: Source, weights: bool | None, tolerance: float | None) -> bool:
