@@ -16,6 +16,7 @@ from truestep.engines import diffusers
 from truestep.errors import CaseError, FileFormatError, ModelLoadError, UsageError
 from truestep.recording.format import Recording
 from truestep.testing.tiny import calls as tiny_pictures
+from truestep.verdict import Verdict
 
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 3, "max_sequence_length": 16}
 
@@ -289,10 +290,25 @@ def test_a_folder_without_a_pipeline_is_named(tmp_path: Path) -> None:
         truestep.record(truestep.CallCase(model=str(tmp_path)))
 
 
-def test_options_of_the_runtime_are_refused(models: Path) -> None:
+@pytest.mark.parametrize("level", ["sketch", "stats"])
+def test_levels_that_keep_no_tensors_are_compared_and_not_replayed(
+    models: Path, tmp_path: Path, level: Any
+) -> None:
     case = flux(models)
-    with pytest.raises(UsageError, match="not recorded at level 'stats'"):
-        truestep.record(case, level="stats")
+    whole = truestep.record(case, floor="none")
+    small = truestep.record(case, level=level, floor="none", path=tmp_path / "small.safetensors")
+    assert small.manifest.calls == whole.manifest.calls
+    assert {name.partition("/")[0] for name in small} <= {"stats", "sketch"}
+    result = truestep.compare(whole, small)
+    assert result.verdict is (Verdict.EQUIVALENT if level == "sketch" else Verdict.INCONCLUSIVE)
+    other = truestep.record(case.replace(prompt="a dog"), floor="none")
+    result = truestep.compare(other, small)
+    assert [difference.key for difference in result.case_differences] == ["call.prompt"]
+    drifted = [row.stage for row in result.rows if row.verdict is Verdict.DRIFTED]
+    assert drifted[0] == "text"
+    for reference in (small, tmp_path / "small.safetensors"):
+        with pytest.raises(UsageError, match=f"level '{level}' only: .* no tensors to replay"):
+            truestep.check(case, reference)
 
 
 def test_modules_are_opened_beside_the_case_as_it_is_prepared(models: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from truestep.calls.keys import Path as Place
 from truestep.calls.trees import check_tree
 from truestep.calls.values import Tree, in_real_numbers, renamed, tensors
 from truestep.environment import Environment, library_version
-from truestep.errors import FileFormatError
+from truestep.errors import FileFormatError, UsageError
 from truestep.floors import NoiseFloor
 from truestep.measure.plain import plain
 from truestep.recording.format import Recording, bytes_of
@@ -121,15 +121,33 @@ class CallRecording:
         return self.recording.save(path)
 
 
+def refuse_unplayable(recording: Recording, *, where: str) -> None:
+    """Refuse what cannot be played back.
+
+    Raises:
+        FileFormatError: It holds no calls.
+        UsageError: It was recorded at a level that keeps no tensors.
+    """
+    manifest = recording.manifest
+    if not manifest.calls:
+        raise FileFormatError("the recording holds no calls", where=where)
+    if manifest.level != "full":
+        raise UsageError(
+            f"the reference holds level {manifest.level!r} only: there are no tensors to replay",
+            where=where,
+            hint="truestep record CASE --level full --update",
+        )
+
+
 def read(path: str | Path) -> CallRecording:
     """Open a recording of calls; tensors are read when they are asked for.
 
     Raises:
         FileFormatError: It is unreadable, damaged or hostile, or holds no calls.
+        UsageError: It was recorded at a level that keeps no tensors.
     """
     recording = Recording.open(path)
-    if not recording.manifest.calls:
-        raise FileFormatError("the recording holds no calls", where=str(path))
+    refuse_unplayable(recording, where=str(path))
     ranks = {entry.name: len(entry.shape) for entry in recording.manifest.tensors}
     for call in recording.manifest.calls:
         try:

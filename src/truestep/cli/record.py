@@ -95,7 +95,7 @@ def command(  # 16 parameters: the options of the verb
     store = Store(references or DEFAULT_ROOT)
     apply = load_change(change)
     for case in cases.values():
-        _refuse(case, level)
+        _refuse(case)
     require_room(output or store.root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(store, cases, tier)
     for place in kept.values() if len(cases) == 1 else ():
@@ -124,16 +124,14 @@ def command(  # 16 parameters: the options of the verb
     end(2 if broken else 0)
 
 
-def _refuse(case: AnyCase, level: str) -> None:
+def _refuse(case: AnyCase) -> None:
     """Refuse options and arguments that a case cannot have, before any forward."""
     from truestep.call_case import CallCase
 
     if not isinstance(case, CallCase):
         return
     from truestep.engines.diffusers import refuse
-    from truestep.engines.subjects import refuse_recording
 
-    refuse_recording(level)
     refuse(case)
 
 

@@ -18,7 +18,7 @@ from truestep.calls.check import check, check_end
 from truestep.calls.keys import key_of
 from truestep.calls.rebuilding import CannotBuildError, build
 from truestep.calls.record import record
-from truestep.calls.recording import CallRecording, host_copy, read
+from truestep.calls.recording import CallRecording, host_copy, read, refuse_unplayable
 from truestep.calls.scouting import found_layouts
 from truestep.calls.subject import Subject, subject_of
 from truestep.calls.trees import check_tree
@@ -140,13 +140,13 @@ def opened(reference: Recording | str | Path) -> CallRecording:
 
     Raises:
         FileFormatError: It is unreadable, or holds no calls.
+        UsageError: It was recorded at a level that keeps no tensors.
     """
     if isinstance(reference, str | Path):
         return read(reference)
     if reference.path is not None:
         return read(reference.path)
-    if not reference.manifest.calls:
-        raise FileFormatError("the recording holds no calls", where="a recording in memory")
+    refuse_unplayable(reference, where="a recording in memory")
     return CallRecording(reference)
 
 

@@ -38,9 +38,9 @@ def record(
         subject: A case, or a pipeline object of diffusers.
         call: What a pipeline object is called with, by name.
         path: Where to write the recording (atomically); None keeps it in memory.
-        level: `full` keeps the tensors; of a case of the runtime also `sketch`, the moments and
-            1,024 floats of each, from which distances are estimated within 5 %, and `stats`, the
-            moments only.
+        level: `full` keeps the tensors, `sketch` the moments and 1,024 floats of each, from which
+            distances are estimated within 5 %, and `stats` the moments only. A check needs `full`;
+            any two are told apart by `compare`.
         floor: `steps` measures the noise floor of every stage, or call of a pipeline, in
             isolation; `none` none; `final` also that of the final latent of a free run.
         apply: A change to the pipeline before it runs.
@@ -62,7 +62,6 @@ def record(
         return stages.record(
             subject, path=path, level=level, floor=floor, apply=apply, progress=progress
         )
-    refuse_recording(level)
     if isinstance(subject, CallCase):
         from truestep.engines import diffusers
 
@@ -73,6 +72,7 @@ def record(
 
         pipe = changed(subject, apply)
         recording = record_pipeline(pipe, call or {}, floor=floor).recording
+    recording = recording.at_level(level)
     if path is None:
         return recording
     recording.save(path)
@@ -187,19 +187,6 @@ def _check_object(
     idle = apply is not None and not touched(before, snapshot_of(pipe))
     result = check_pipeline(pipe, recording, given, judging)
     return said_idle(result) if idle else result
-
-
-def refuse_recording(level: str) -> None:
-    """Refuse what a recording of calls has not.
-
-    Raises:
-        UsageError: A level other than `full`.
-    """
-    if level != "full":
-        raise UsageError(
-            f"a plain pipeline is not recorded at level {level!r}: its calls are played back",
-            hint="--level full",
-        )
 
 
 def refuse_checking(

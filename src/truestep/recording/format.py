@@ -20,7 +20,7 @@ from truestep.measure.sketch import sketch
 from truestep.recording import header as headers
 from truestep.recording import manifest_reading
 from truestep.recording.header import TORCH_NAMES, Header, Slot, digest, manifest_digest
-from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY, Manifest
+from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY, Level, Manifest
 from truestep.recording.manifest_reading import Packed
 
 WHAT = "the recording"
@@ -110,6 +110,13 @@ class Recording(Mapping[str, torch.Tensor]):
             if manifest.level == "sketch":
                 kept[f"sketch/{name}"] = sketch(tensor)
         return cls(manifest, tensors=kept)
+
+    def at_level(self, level: Level) -> Recording:
+        """The same run at a level that keeps no more than this one's, which is `full`."""
+        if level == self.manifest.level:
+            return self
+        manifest = self.manifest.model_copy(update={"level": level})
+        return Recording.in_memory(dict(self), manifest)
 
     def at(self, path: Path) -> Recording:
         """The same recording once its file has been moved; nothing is read again."""
