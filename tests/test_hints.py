@@ -156,6 +156,7 @@ ADVICE = {
     "record it with --level full --inputs",
     "record it with --select '*' --inputs: {} must be among the modules",
     "record the case with its frames: truestep record",
+    "replay the change on recorded inputs: truestep check CASE --apply FILE.py:FUNCTION",
     "record the reference again with this slice, or give its own slice_spec=",
     "rename or delete the entry",
     "rename={'layers.*': 'blocks.*'} says which belong together",
@@ -548,7 +549,6 @@ SCENARIOS: dict[str, Scenario] = {
     "--force  # replaces it; or edit it": (
         twice("parity", "new", "acme", "mixer", "--kind", "generic"), (0,)),
     "--from official@f4b06fb --to diffusers-0.42.1": (given("ablate", "l", "--from", "x"), (0, 1)),
-    "--level full": (given("record", *PLAIN, "--level", "stats", "--floor", "none"), (0,)),
     "--no-check-untraced  # records all the same": (
         given("trace", "record", "a", "--apply", "change.py:watched"), (0,)),
     "--resume  # goes on with it; truestep ab recover shows it, another --output keeps it": (

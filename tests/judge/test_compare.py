@@ -107,7 +107,7 @@ def test_two_whole_runs_may_differ_by_grown_rounding_and_a_check_decides() -> No
     result = compare(run(text_cond=5e-7, step_0000_guided=4e-5), run())
     assert result.verdict is Verdict.INCONCLUSIVE
     assert "rounding before it may have grown to this (" in result.sentence
-    assert result.hint.startswith("truestep check CASE --apply FILE.py:FUNCTION")
+    assert result.hint.endswith("on recorded inputs: truestep check CASE --apply FILE.py:FUNCTION")
     assert compare(run(step_0000_guided=4e-5), run()).verdict is Verdict.DRIFTED
     limited = compare(run(text_cond=5e-7, step_0000_guided=4e-5), run(), tolerance=1e-6)
     assert limited.verdict is Verdict.DRIFTED

@@ -103,15 +103,13 @@ def compare(
         not_looked_at=(_NOT_SKETCHED,) if estimated else (),
     )
     if result.verdict is Verdict.INCONCLUSIVE and any(GREW in row.note for row in result.rows):
-        return result.model_copy(update={"hint": _REPLAY})
+        hint = "replay the change on recorded inputs: truestep check CASE --apply FILE.py:FUNCTION"
+        return result.model_copy(update={"hint": hint})
     if not estimated:
         return result
     undecided = result.verdict is Verdict.INCONCLUSIVE
     hint = "record it whole: truestep record CASE --level full --output FILE" if undecided else ""
     return result.model_copy(update={"rule": sketch_rule(rows), "hint": hint})
-
-
-_REPLAY = "truestep check CASE --apply FILE.py:FUNCTION  # each place on recorded inputs, no growth"
 
 
 def _placed(rows: Sequence[Row], manifest: Manifest) -> Sequence[Row]:
