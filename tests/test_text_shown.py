@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truestep.errors import FileFormatError, TruestepError
-from truestep.text import say, visible, visible_json
+from truestep.text import pasteable, say, visible, visible_json
 
 EVIL = "a\x1b[31m\u202e\x9b2J\u200b\r\nPASSED identical [red]x[/red]"
 
@@ -81,3 +82,15 @@ def test_a_reader_that_leaves_does_not_change_the_exit_code() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(60) == 3
+
+
+@pytest.mark.parametrize(
+    "word", ["a\nb", "it's \x1b[2J", "back\\slash\n", "\u202eright", "plain", ""]
+)
+def test_what_a_hint_says_is_what_a_shell_reads(word: str) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash")
+    line = visible(pasteable(["printf", "%s", word]))
+    run = subprocess.run([bash, "-c", line], capture_output=True, env={"LC_ALL": "C.UTF-8"})
+    assert run.stdout.decode() == word

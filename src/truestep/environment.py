@@ -17,6 +17,7 @@ from typing import Any
 
 from truestep.content import mapping_differences
 from truestep.errors import UsageError
+from truestep.text import pasteable
 from truestep.verdict import Difference
 
 LIBRARIES = ("truestep", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
@@ -232,8 +233,7 @@ def attention_kernel(device: str | None = None, dtype: str = "float32") -> str |
 
 def command_line() -> str:
     """This process's command as a user would type it."""
-    import shlex
     from pathlib import Path
 
     name = Path(sys.argv[0]).name
-    return shlex.join(["truestep" if name == "__main__.py" else name, *sys.argv[1:]])
+    return pasteable(["truestep" if name == "__main__.py" else name, *sys.argv[1:]])

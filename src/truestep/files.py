@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import secrets
-import shlex
 import shutil
 import time
 import zlib
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from truestep.errors import WriteError
+from truestep.text import quoted
 
 STALE_S = 24 * 3600.0
 """After so long without a change a temporary file of another machine is taken for abandoned."""
@@ -154,7 +154,7 @@ def unwritten(path: Path, what: str, error: Exception) -> WriteError:
     with suppress(OSError, ValueError):  # a name that the system does not take
         while not there.exists() and there != there.parent:
             there = there.parent
-    folder = shlex.quote(str(there))
+    folder = quoted(str(there))
     return WriteError(
         f"{what} could not be written",
         where=str(path),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shlex
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from truestep.text import pasteable
 
 if TYPE_CHECKING:
     from truestep.judge.known import Entry
@@ -317,7 +318,7 @@ class TruestepFixture:
             "--truestep-references": self._config.getoption("truestep_references"),
         }
         options = [f"{name}={value}" for name, value in given.items() if value]
-        return shlex.join(["pytest", path + colons + rest, *options])
+        return pasteable(["pytest", path + colons + rest, *options])
 
 
 def _only(latent: object) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable
@@ -31,6 +32,28 @@ def visible(text: str, *, lines: bool = False) -> str:
     if lines:
         return "\n".join(map(visible, text.split("\n")))
     return _ACTING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def quoted(word: str) -> str:
+    r"""A word as a shell takes it back: quoted where that is needed, `$'a\nb'` where something in
+    it would act."""
+    if not _ACTING.search(word):
+        return shlex.quote(word)
+    parts = (_escaped(c) if _ACTING.match(c) else "\\" + c if c in "\\'" else c for c in word)
+    return f"$'{''.join(parts)}'"
+
+
+def pasteable(words: Iterable[str]) -> str:
+    """Words as one line that can be pasted into a shell."""
+    return " ".join(map(quoted, words))
+
+
+def _escaped(character: str) -> str:
+    """As `$'...'` knows it: beyond ASCII by its number, not by a byte."""
+    code = ord(character)
+    if code < 128:
+        return character.encode("unicode_escape").decode("ascii")
+    return f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}"
 
 
 def visible_json(text: str) -> str:

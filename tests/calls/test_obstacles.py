@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from bench.bench_coverage import differences
 from tests.calls import loops
@@ -621,3 +622,86 @@ def test_an_engine_is_cut_at_the_functions_that_it_names() -> None:
         fault(engine)
         result = check(engine.subject(), reference)
         assert result.sentence.startswith(f"drifted: {place}"), result.sentence
+
+
+def answering(change: Callable[[torch.Tensor], Any], of: type[Loop] = Loop) -> Loop:
+    """A pipeline whose net answers with what something makes of its answer."""
+    pipeline = of()
+    inner = type(pipeline.net).forward
+
+    def forward(net: Any, *args: Any, **kwargs: Any) -> Any:
+        return (change(inner(net, *args, **kwargs)[0].detach()),)
+
+    pipeline.net.__class__ = type("Answering", (type(pipeline.net),), {"forward": forward})
+    return pipeline
+
+
+def in_one_buffer(made: torch.Tensor) -> torch.Tensor:
+    """As a captured graph answers."""
+    return _BUFFERS.setdefault(made.shape, torch.empty_like(made)).copy_(made)
+
+
+_BUFFERS: dict[torch.Size, torch.Tensor] = {}
+
+
+class Alone(Loop):
+    """One pass a step: nothing is kept beside the answer."""
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().predict(x, t, text)
+
+
+@pytest.mark.parametrize(("pipeline", "harmless"), [(Alone, True), (Loop, False)])
+def test_an_answer_in_one_buffer_is_a_fault_where_two_are_held(
+    pipeline: type[Loop], harmless: bool
+) -> None:
+    """What a check calls once more overwrites nothing that the candidate reads."""
+    plain = subject_of(pipeline()).run()
+    assert torch.equal(subject_of(answering(in_one_buffer, pipeline)).run(), plain) is harmless
+    result = check(subject_of(answering(in_one_buffer, pipeline)), record(subject_of(pipeline())))
+    assert (result.verdict is Verdict.IDENTICAL) is harmless, result.sentence
+    assert result.verdict.passed is harmless
+
+
+class Sharded(torch.Tensor):
+    """A tensor whose elements only its own class reads, as DTensor's are."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Sharded:
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = tree_map(lambda t: t.held if isinstance(t, cls) else t, (args, kwargs or {}))
+        made = func(*plain[0], **plain[1])
+        return tree_map(lambda t: cls(t) if type(t) is torch.Tensor else t, made)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_what_only_its_class_reads_passes_nothing(scale: float) -> None:
+    """From the net through the scheduler to the end, nothing of it can be judged."""
+    candidate = subject_of(answering(lambda made: Sharded(made * scale)))
+    result = check(candidate, record(subject_of(Loop())))
+    assert result.verdict in (Verdict.INCOMPARABLE, Verdict.DRIFTED)
+    assert "Sharded, which is not read as numbers" in " ".join(r.note for r in result.rows)
+
+
+def test_a_sparse_answer_is_judged_by_what_is_made_of_it() -> None:
+    reference = record(subject_of(Loop()))
+    wrong = check(subject_of(answering(lambda made: (1.5 * made).to_sparse())), reference)
+    assert not wrong.verdict.passed
+
+
+def test_an_end_that_cannot_be_read_is_incomparable() -> None:
+    class Ending(Loop):
+        def __call__(self, generator: Any = None) -> Any:
+            return Sharded(super().__call__(generator))
+
+    result = check(subject_of(Ending()), record(subject_of(Loop())))
+    assert result.verdict is Verdict.INCOMPARABLE
+    assert "which is not read as numbers" in result.sentence

@@ -253,7 +253,7 @@ def test_a_check_shows_the_sound_of_both_sides() -> None:
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Manifest
     from truestep.replay.judging import _sound
-    from truestep.replay.stages import Replay
+    from truestep.replay.kept import Replay
 
     def shown(actual: torch.Tensor | None, **settings: object) -> tuple[Media, ...]:
         manifest = Manifest(tool_version="0", created="", level="full", settings=settings)

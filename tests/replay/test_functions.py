@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,25 @@ def test_every_sample_is_called_twice_and_in_another_order(recording: Recording)
     assert check_function(watched, recording).verdict is Verdict.IDENTICAL
     assert len(seen) == 2 * len(SAMPLES)
     assert seen[len(SAMPLES) :] == seen[: len(SAMPLES)][::-1]
+
+
+def test_complex_outputs_are_judged_by_their_parts_and_complex_inputs_refused() -> None:
+    samples = [{"x": torch.linspace(0.1, 1.0, 8)[None]}]
+
+    def turned(by: float) -> Callable[..., torch.Tensor]:
+        return lambda x: torch.polar(torch.ones_like(x), x * by)
+
+    recording = record_function(turned(1.0), samples)
+    assert tuple(recording["sample/0000/output/out"].shape) == (1, 8, 2)
+    assert check_function(turned(1.0), recording).verdict is Verdict.IDENTICAL
+    assert check_function(turned(1.001), recording).verdict is Verdict.DRIFTED
+    real = check_function(lambda x: torch.cos(x), recording)
+    assert real.verdict is Verdict.INCOMPARABLE
+    with pytest.raises(UsageError, match="the samples cannot be recorded") as caught:
+        record_function(turned(1.0), [{"x": torch.ones(2, dtype=torch.complex64)}])
+    assert caught.value.measured == "x is complex"
+
+
+def test_a_tolerance_that_is_no_number_is_refused(recording: Recording) -> None:
+    with pytest.raises(UsageError, match="tolerance = '1e-3' cannot judge anything"):
+        check_function(Block(), recording, tolerance="1e-3")  # type: ignore[arg-type]

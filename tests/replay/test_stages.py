@@ -473,3 +473,71 @@ def test_the_mean_over_samples_is_judged(case: Case, reference: Recording) -> No
     (row,) = [row for row in result.rows if row.name == "samples/prediction"]
     assert row.verdict is Verdict.DRIFTED
     assert row.stage == "prediction"
+
+
+def poisoned(which: str) -> Apply:
+    """A transformer that writes into what it is given."""
+
+    def change(pipe: Pipeline) -> None:
+        forward = pipe.transformer.forward
+
+        def poisoning(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            made = forward(hidden_states, *args, **kwargs)
+            (hidden_states if which == "latent" else kwargs["encoder_hidden_states"]).mul_(1.5)
+            return made
+
+        pipe.transformer.forward = poisoning
+
+    return change
+
+
+@pytest.mark.parametrize("which", ["latent", "text"])
+def test_a_prediction_that_writes_into_its_inputs_is_blamed(
+    case: Case, reference: Recording, which: str
+) -> None:
+    result = check(case, reference, apply=poisoned(which))
+    assert result.verdict is Verdict.INVALID
+    assert result.first_divergence is not None
+    assert result.first_divergence.name == "step/0000/cond"
+    assert "the stage wrote into a tensor of shape [1, " in result.sentence
+
+
+def test_a_pass_that_writes_over_the_others_answer_is_blamed(
+    case: Case, reference: Recording
+) -> None:
+    """As a captured graph answers, in one buffer."""
+
+    def in_one_buffer(pipe: Pipeline) -> None:
+        forward, buffer = pipe.transformer.forward, []
+
+        def answering(*args: Any, **kwargs: Any) -> Any:
+            (made,) = forward(*args, **kwargs)
+            buffer.extend([] if buffer else [torch.empty_like(made)])
+            return (buffer[0].copy_(made),)
+
+        pipe.transformer.forward = answering
+
+    result = check(case, reference, apply=in_one_buffer)
+    assert result.verdict is Verdict.DRIFTED
+    assert result.first_divergence is not None
+    assert result.first_divergence.name == "step/0000/cond"
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "text"),
+    [
+        ("predict", lambda made: None, "no tensor came but NoneType"),
+        ("update", lambda made: made.to_sparse(), "a tensor of layout torch.sparse_coo came"),
+        ("make_latent", lambda made: [made], "no tensor came but list"),
+    ],
+)
+def test_what_is_no_tensor_is_the_outcome_of_its_stage(
+    case: Case, reference: Recording, stage: str, given: Callable[[Any], Any], text: str
+) -> None:
+    def change(pipe: Pipeline) -> None:
+        own = getattr(pipe, stage)
+        setattr(pipe, stage, lambda *args: given(own(*args)))
+
+    result = check(case, reference, apply=change)
+    assert result.verdict is Verdict.INVALID
+    assert f"the stage raised TypeError: {text}" in " ".join(row.note for row in result.rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from traceback import extract_tb
 from typing import Any
 
@@ -112,8 +112,13 @@ class Forcing:
                 return self._answer(arrival, call, arguments)
         output = self._make(arrival, call, arguments, swaps, "; ".join(notes))
         self._with_own |= {id(call)} if notes else set()
-        for earlier in self.plan.again.get((*method, number), ()):
-            if id(earlier) not in self._with_own:
+        again = [
+            each
+            for each in self.plan.again.get((*method, number), ())
+            if id(each) not in self._with_own
+        ]
+        with kept_as_it_is(output) if again else nullcontext():
+            for earlier in again:
                 self._make_again(arrival, earlier, arguments)
         return output
 
@@ -356,7 +361,7 @@ class Forcing:
                     context=call.context,
                     actual=self._kept(match, odd),
                     recorded=match.recorded,
-                    odd="shape" if odd else "",
+                    odd=("unreadable" if match.unreadable else "shape") if odd else "",
                     effect=effect and not odd,
                     note=_odd_text(match, self._shapes) if odd else note,
                     block=self._code(side),
@@ -382,6 +387,25 @@ class Forcing:
         return copy_of(match)
 
 
+@contextmanager
+def kept_as_it_is(output: Any) -> Iterator[None]:
+    """Give the tensors of an output the values back that they had: a candidate may answer every
+    call in one buffer of its own, as a captured graph does, and what we call again is ours."""
+    found: list[torch.Tensor] = []
+
+    def collect(path: Path, tensor: torch.Tensor) -> str:
+        found.append(tensor)
+        return ""
+
+    encode(output, collect)
+    before = [plain(tensor).clone() for tensor in found]
+    yield
+    for tensor, value in zip(found, before, strict=True):
+        now = plain(tensor)
+        if not same_bits(in_real_numbers(now), in_real_numbers(value)):
+            now.copy_(value)
+
+
 def copy_of(match: Match) -> torch.Tensor | None:
     """A host copy of what came; a number as a tensor; None where nothing came."""
     if match.actual is None:
@@ -397,6 +421,8 @@ def _no_name(path: Path, tensor: torch.Tensor) -> str:
 
 def _odd_text(match: Match, shapes: Mapping[str, tuple[int, ...]]) -> str:
     name = ".".join(match.path)
+    if match.unreadable:
+        return f"{name} came as a {match.unreadable}, which is not read as numbers"
     if match.actual is None:
         return f"{name} is not given"
     if match.recorded is None:

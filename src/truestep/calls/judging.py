@@ -194,17 +194,20 @@ def _by_effect(rows: list[Row], seen: Sequence[Seen]) -> list[Row]:
 
     Of other sizes: by everything that was made of what could not be replaced, from there on; where
     nothing was, by what later calls are given. Of words: by what their own call gave, where that
-    says something.
+    says something. What cannot be read may be given to all later calls unread: what those are given
+    beside it says nothing of it.
     """
     decided = list(rows)
     for index, tensor in enumerate(seen):
         if not tensor.odd or rows[index].verdict is not Verdict.INCOMPARABLE:
             continue
+        if tensor.key.component == RUN and tensor.key.side == "out":
+            continue  # nothing is made of what a run ends with
         effects = [i for i in range(index, len(seen)) if seen[i].effect]
         if tensor.odd == "words":
             same = [i for i in effects if _call(seen[i].key) == _call(tensor.key)]
             effects = same or effects
-        if not effects:
+        if not effects and tensor.odd != "unreadable":
             effects = [i for i in range(index, len(seen)) if _follows(seen[i])]
         if not effects:
             continue

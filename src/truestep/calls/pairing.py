@@ -27,12 +27,14 @@ class Match:
         actual: None where nothing stands there.
         recorded: Name of the recorded tensor, or a recorded number; None of an extra tensor.
         own: Path in the value that arrived, where that is another.
+        unreadable: Class of what arrived, where only its own code can read it.
     """
 
     path: Path
     actual: torch.Tensor | float | None
     recorded: str | float | None
     own: Path | None = None
+    unreadable: str = ""
 
 
 @dataclass
@@ -108,8 +110,10 @@ def _match(
     if recorded.kind not in numeric or (actual is not None and actual.kind not in numeric):
         if recorded.kind in numeric and actual is not None and actual.value is None:
             result.odd.append(Match(path, None, recorded.value))
+        elif recorded.kind in numeric and actual is not None and actual.kind == "opaque":
+            result.odd.append(Match(path, None, recorded.value, unreadable=actual.value))
         elif recorded.kind == "opaque" or (actual is not None and actual.kind == "opaque"):
-            pass  # live on both sides, and said to be not judged
+            pass  # live: where it was recorded so, it is said to be not judged
         elif actual is not None and actual.kind == "tensor":
             result.odd.append(Match(path, actual.value, None, own))
         elif {GENERATOR, None} == {recorded.value, actual.value if actual else None}:

@@ -15,7 +15,7 @@ import torch
 
 from truestep.calls.arguments import Arguments, arguments_of
 from truestep.calls.boundaries import Arrival
-from truestep.calls.forcing import Forcing
+from truestep.calls.forcing import Forcing, kept_as_it_is
 from truestep.calls.keys import Path, Side
 from truestep.calls.layouts import (
     Layout,
@@ -169,7 +169,8 @@ class Regrouped(Forcing):
             return self._unexpected(arrival)
         output = self._in_layout(arrival, arguments, group, parts)
         if group.arrived == len(group.layout.arrivals):
-            self._repeat(arrival, arguments, group)
+            with kept_as_it_is(output):
+                self._repeat(arrival, arguments, group)
         return output
 
     def _ended(self) -> None:

@@ -71,7 +71,8 @@ class Seen:
         context: The guidance pass, where it was said.
         actual: A host copy; None where nothing came.
         recorded: Name in the recording, or a number; None where nothing was recorded.
-        odd: Why the two cannot be set against each other: other sizes, or no tensors at all.
+        odd: Why the two cannot be set against each other: other sizes, no tensors at all, or a
+            class that only its own code can read.
         effect: Whether its call was made with something that could not be replaced.
         note: What that was.
         block: Which blocks' code made it, in words, where that is not what the key says.
@@ -81,7 +82,7 @@ class Seen:
     context: str | None
     actual: torch.Tensor | None
     recorded: str | float | None
-    odd: Literal["", "shape", "words"] = ""
+    odd: Literal["", "shape", "words", "unreadable"] = ""
     effect: bool = False
     note: str = ""
     block: str = ""

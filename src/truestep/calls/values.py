@@ -153,7 +153,9 @@ def dict_names(value: Mapping[Any, Any]) -> list[str]:
 def _encoded_media(value: Any, keep: Keep, path: Path) -> Tree:
     numpy, image = sys.modules.get("numpy"), sys.modules.get("PIL.Image")
     if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
-        if value.dtype.kind not in "biuf" or value.dtype.name in ("uint64", "longdouble"):
+        if value.dtype.kind not in "biuf" or value.dtype.name == "uint64":
+            return None
+        if value.dtype.kind == "f" and value.dtype.itemsize > 8:  # no dtype of PyTorch's
             return None
         return {"array": keep(path, torch.from_numpy(numpy.array(value, order="C")))}
     if image is not None and isinstance(value, image.Image):

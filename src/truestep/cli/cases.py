@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from truestep.cli.words import case_words
+from truestep.text import quoted
 
 if TYPE_CHECKING:
     from truestep.case import AnyCase, Case
@@ -275,7 +275,7 @@ def case_of(path: Path) -> AnyCase:
         raise UsageError(
             "the reference is not a recording of a case",
             where=str(path),
-            hint=f"truestep show {shlex.quote(str(path))}  # says what it is",
+            hint=f"truestep show {quoted(str(path))}  # says what it is",
         )
     return case_from(manifest.case)
 
@@ -336,5 +336,5 @@ def _instead(name: str, cases: dict[str, AnyCase], case_file: Path) -> str:
     from truestep.environment import command_line
 
     if cases:
-        return f"grep '^.case' {shlex.quote(str(case_file))}  # lists them"
+        return f"grep '^.case' {quoted(str(case_file))}  # lists them"
     return f"{command_line()} --prompt 'a red three moving left'  # a case without a file"

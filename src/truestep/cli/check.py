@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from functools import partial
@@ -32,7 +31,7 @@ from truestep.cli.common import (
     subject_options,
 )
 from truestep.cli.words import spell_out, spelled
-from truestep.text import say, visible
+from truestep.text import quoted, say, visible
 
 if TYPE_CHECKING:
     from truestep.case import AnyCase
@@ -348,7 +347,7 @@ def _name_changed(
     except TruestepError:
         return
     error.likely = "--set is the change under test; there is a reference recorded with it"
-    error.hint = f"truestep check --reference {shlex.quote(str(path))}"
+    error.hint = f"truestep check --reference {quoted(str(path))}"
 
 
 def _check(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from truestep import magic
 from truestep.errors import FileFormatError
 from truestep.reading import parse_json, read, reason
+from truestep.text import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +167,7 @@ def _json(path: Path, kind: str) -> Contents:
 
 
 def _folder(path: Path, kind: str) -> Contents:
-    place = shlex.quote(str(path))
+    place = quoted(str(path))
     if kind == magic.REFERENCES:
         from truestep.recording.lock import read_lock
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from truestep.cli.words import asked_for
 from truestep.environment import command_line
 from truestep.errors import ProcessEndedError
 from truestep.guard import Ended
-from truestep.text import say
+from truestep.text import quoted, say
 
 _MOST_NAMES = 5
 
@@ -76,7 +75,7 @@ def what_is_left(parameters: dict[str, Any], since: float) -> tuple[str, str]:
     elif isinstance(output, Path) and (
         spools := sorted(output.parent.glob(f"{output.name}.*.spool"))
     ):
-        again = f"truestep trace recover {shlex.quote(str(spools[-1]))}"
+        again = f"truestep trace recover {quoted(str(spools[-1]))}"
     return kept, again
 
 

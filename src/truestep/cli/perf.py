@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +13,7 @@ from truestep.cli.cases import choose_cases
 from truestep.cli.common import case_options, end, give, progress_bar
 from truestep.cli.words import spell_out, spelled
 from truestep.report.perf import print_import, print_results
-from truestep.text import say, visible
+from truestep.text import quoted, say, visible
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -417,7 +416,7 @@ def _nothing_to_show(name: str | None, history: Path, cohorts: list[Cohort]) -> 
         f"the history holds no runs of {name!r}" if name else "the history holds no runs",
         where=str(history),
         measured=f"it holds: {', '.join(ids[:6])}{more}" if ids else "",
-        hint=f"truestep perf record {shlex.quote(name)}" if name else "truestep perf record",
+        hint=f"truestep perf record {quoted(name)}" if name else "truestep perf record",
     )
 
 

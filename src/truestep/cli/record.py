@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from truestep.cli.common import (
     subject_options,
 )
 from truestep.cli.words import case_words, spelled
-from truestep.text import say, visible
+from truestep.text import pasteable, say, visible
 
 if TYPE_CHECKING:
     from truestep.case import AnyCase
@@ -120,7 +119,7 @@ def command(  # 16 parameters: the options of the verb
             said = words.says_case and of_calls(case)
             by_name = (said or not changes) and not output
             chosen = case_words(name, verb="check", with_changes=said) if by_name else ""
-            say(f"check: truestep check {chosen or shlex.join(['--reference', str(path)])}")
+            say(f"check: truestep check {chosen or pasteable(['--reference', str(path)])}")
     end(2 if broken else 0)
 
 

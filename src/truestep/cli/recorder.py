@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import click
 
-from truestep.text import say
+from truestep.text import quoted, say
 
 
 @click.command("recorder")
@@ -33,7 +32,7 @@ def command(path: Path, force: bool) -> None:
         raise UsageError(
             "the recorder was not written: there is a file of this name",
             where=str(path),
-            hint=f"truestep recorder --write {shlex.quote(str(path))} --force",
+            hint=f"truestep recorder --write {quoted(str(path))} --force",
         )
     write_text(path, text, "the recorder")
     say(f"{path}: copy it to the other environment; python {path.name} --help")

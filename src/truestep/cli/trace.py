@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from truestep.cli.common import (
     set_option,
 )
 from truestep.cli.words import case_words
-from truestep.text import say
+from truestep.text import quoted, say
 
 _SELECT = click.option(
     "--select",
@@ -165,7 +164,7 @@ def record(  # 13 parameters: the options of the verb
         raise UsageError(
             f"a trace is of one case, {len(cases)} were chosen",
             measured=", ".join(cases),
-            hint=f"truestep trace record {words} --output {shlex.quote(str(output))}",
+            hint=f"truestep trace record {words} --output {quoted(str(output))}",
         )
     case = next(iter(cases.values())).replace(**parse_changes(changes))
     chosen = parse_steps(steps) if steps is not None else None

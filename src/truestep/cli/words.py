@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from typing import Any
 
 import click
 
 from truestep.errors import TruestepError
+from truestep.text import pasteable
 
 _OF_A_CASE = re.compile(r"\btruestep ((?:(?:trace|perf) )?[a-z]+) CASE\b")
 _SAYING = ("prompt", "pipeline", "subject", "inputs", "loras", "prepare")
@@ -109,7 +109,7 @@ def case_words(name: str, *, verb: str, with_changes: bool = False) -> str:
         value = parameters.get(key) or ()
         for text in (value,) if isinstance(value, str) else value:
             words += [options[key].opts[0], text]
-    return shlex.join(words)
+    return pasteable(words)
 
 
 def _options(verb: str) -> dict[str, click.Parameter]:

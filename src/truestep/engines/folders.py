@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from truestep.call_case import CallCase
 from truestep.engines.arguments import Signature
 from truestep.environment import library_version
 from truestep.errors import CaseError, ModelLoadError
-from truestep.text import nearest
+from truestep.text import nearest, quoted
 
 LIBRARIES = ("diffusers", "transformers")
 """Whose code is run."""
@@ -81,7 +80,7 @@ def refuse_code(file: Path, index: Mapping[str, Any]) -> None:
             where=str(file),
             measured=f"{strange}, not of {' or '.join(LIBRARIES)}",
             likely="made for custom_pipeline= or trust_remote_code=True",
-            hint=f"truestep show {shlex.quote(str(file.parent))}  # says what it holds",
+            hint=f"truestep show {quoted(str(file.parent))}  # says what it holds",
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from truestep.engines.pipelines import Change, changed
 from truestep.errors import CaseError, MissingExtraError, TruestepError, one_line
 from truestep.functions import function_of
 from truestep.recording.header import read_header
-from truestep.text import nearest
+from truestep.text import nearest, quoted
 
 _ADAPTER = re.compile(
     r"\.(lora_[AB]|lora_(down|up)|lora\.(down|up)|lora_linear_layer\.(down|up)|lokr_\w+|hada_\w+)"
@@ -89,7 +88,7 @@ def _refuse_absent(path: Path, key: str) -> None:
             where=str(path),
             measured="" if not path.exists() else "it is no file",
             likely="paths in a case file count from that file",
-            hint=f"ls {shlex.quote(str(path.parent))}",
+            hint=f"ls {quoted(str(path.parent))}",
         )
 
 
@@ -111,7 +110,7 @@ def _lay_over(pipe: Any, path: Path, name: str) -> None:
             where=str(path),
             measured=one_line(error)[:300],
             likely="made for another model",
-            hint=f"truestep show {shlex.quote(str(path))}  # says what it holds",
+            hint=f"truestep show {quoted(str(path))}  # says what it holds",
         ) from error
     if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
         raise _unmatched(pipe, path, [str(key) for key in keys], len(keys))
@@ -135,7 +134,7 @@ def _unmatched(pipe: Any, path: Path, missing: list[str], count: int) -> CaseErr
         where=str(path),
         measured=f"{len(missing)} of {count} are not in it: {shown}",
         likely="; ".join(filter(None, ("made for another model", near))),
-        hint=f"truestep show {shlex.quote(str(path))}  # says what it holds",
+        hint=f"truestep show {quoted(str(path))}  # says what it holds",
     )
 
 

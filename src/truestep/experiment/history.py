@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 import sqlite3
 import time
@@ -32,6 +31,7 @@ from truestep.errors import FileFormatError, WriteError
 from truestep.experiment.perf_records import Cohort, PerfBatch, PerfRun
 from truestep.magic import what_is
 from truestep.reading import parse_json, reason
+from truestep.text import quoted
 
 APPLICATION_ID = 0x54535046
 """`TSPF`, in the file's header."""
@@ -403,7 +403,7 @@ def _damaged(path: Path, text: str) -> FileFormatError:
 @contextmanager
 def _errors(path: Path) -> Iterator[None]:
     """SQLite's and the system's errors as ours."""
-    folder = shlex.quote(str(path.parent))
+    folder = quoted(str(path.parent))
     try:
         yield
     except sqlite3.OperationalError as error:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +36,7 @@ from truestep.experiment.records import (
 )
 from truestep.files import replacing, write_text
 from truestep.reading import parse_json, read
+from truestep.text import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -251,5 +251,5 @@ def _unwritten(what: str, path: Path, error: OSError) -> WriteError:
         where=str(path),
         measured=error.strerror or str(error),
         likely="the disk is full" if error.errno == errno.ENOSPC else "",
-        hint=f"df -h {shlex.quote(str(path.parent))}  # what is measured is kept: --resume goes on",
+        hint=f"df -h {quoted(str(path.parent))}  # what is measured is kept: --resume goes on",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
 from truestep.content import case_differences
@@ -18,6 +17,7 @@ from truestep.measure.sound import sample_rate_of
 from truestep.recording import readers as sources
 from truestep.recording.manifest import Manifest
 from truestep.recording.readers import Source, side_of
+from truestep.text import quoted
 from truestep.verdict import Comparison, Difference, Row, Verdict
 
 _UNDER_TEST = ("model", "revision", "dtype")
@@ -154,7 +154,7 @@ def _of_parameters(ours: Source, theirs: Source, *, guessed: bool) -> Comparison
     )
     if result.verdict.passed or not guessed or not (ours.path and theirs.path):
         return result
-    sides = " ".join(shlex.quote(str(side.path)) for side in (ours, theirs))
+    sides = " ".join(quoted(str(side.path)) for side in (ours, theirs))
     note = "the names are those of parameters; if a model computed these tensors, say so"
     hint = f"truestep compare --activations {sides}"
     return result.model_copy(update={"notes": (*result.notes, note), "hint": hint})

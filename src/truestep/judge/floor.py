@@ -183,7 +183,7 @@ class Limits:
             rounding of what modulates them, which is as large as any other. Size alone is judged.
 
     Raises:
-        UsageError: The tolerance is negative or not finite.
+        UsageError: The tolerance is no number, negative or not finite.
     """
 
     floor: NoiseFloor | None = None
@@ -192,9 +192,12 @@ class Limits:
     raised: bool = False
 
     def __post_init__(self) -> None:
-        if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
+        limit = self.tolerance
+        if limit is None:
+            return
+        if not isinstance(limit, int | float) or not 0 <= limit < math.inf:
             raise UsageError(
-                f"tolerance = {self.tolerance:g} cannot judge anything",
+                f"tolerance = {limit!r} cannot judge anything",
                 measured="a limit on rel_l2 is a number from 0 up, and finite",
             )
 

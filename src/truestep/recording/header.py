@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import re
-import shlex
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from truestep.reading import reason
 from truestep.recording.manifest import (
     METADATA_KEY,
 )
+from truestep.text import quoted
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
@@ -136,7 +136,7 @@ def _refuse_kind(path: Path, size: int) -> None:
         "this is not a safetensors file",
         where=str(path),
         measured=f"it is {kind}, {size:,} bytes",
-        hint=f"truestep show {shlex.quote(str(path))}  # says what it holds",
+        hint=f"truestep show {quoted(str(path))}  # says what it holds",
     )
 
 
@@ -164,7 +164,7 @@ def _header_text(path: Path) -> tuple[bytes, int, int]:
                 "a folder was given where a file is needed",
                 where=str(path),
                 measured=f"it is {what_is(path)}",
-                hint=f"truestep show {shlex.quote(str(path))}  # says what it holds",
+                hint=f"truestep show {quoted(str(path))}  # says what it holds",
             )
         size = path.stat().st_size
         if size < 8:

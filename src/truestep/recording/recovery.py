@@ -7,7 +7,6 @@ or a tensor that was being written is dropped.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -29,6 +28,7 @@ from truestep.recording.spool import (
     journal_lines,
     stored_parts,
 )
+from truestep.text import quoted
 
 PARTIAL = "partial: the process ended before the trace was closed"
 
@@ -60,9 +60,7 @@ def recover(path: str | Path, *, output: str | Path | None = None) -> Recording:
             "there is no spool to recover" if not found else f"{len(found)} spools were left",
             where=str(path),
             measured="\n".join(str(place) for place in found[:10]),
-            hint=f"truestep trace recover {shlex.quote(str(found[0]))}"
-            if found
-            else "ls -d *.spool",
+            hint=f"truestep trace recover {quoted(str(found[0]))}" if found else "ls -d *.spool",
         )
     folder = found[0]
     name, _, owner = folder.name.removesuffix(SUFFIX).rpartition(".")
@@ -78,7 +76,7 @@ def recover(path: str | Path, *, output: str | Path | None = None) -> Recording:
         raise UsageError(
             "the target exists",
             where=str(target),
-            hint=f"truestep trace recover {shlex.quote(str(folder))} --output other.safetensors",
+            hint=f"truestep trace recover {quoted(str(folder))} --output other.safetensors",
         )
     notes = (*head.get("notes", ()), *(() if closed else (PARTIAL,)))
     manifest = Manifest.model_validate({**head, "notes": notes, "tensors": ()})

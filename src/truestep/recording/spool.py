@@ -16,7 +16,6 @@ import errno
 import itertools
 import json
 import os
-import shlex
 import shutil
 import struct
 import threading
@@ -43,6 +42,7 @@ from truestep.recording.header import (
     stored_names,
 )
 from truestep.recording.manifest import PACKED, Level, Manifest, TensorEntry
+from truestep.text import quoted
 
 SUFFIX = ".spool"
 
@@ -453,7 +453,7 @@ def _kept(folder: Path, target: Path, error: OSError | ValueError | WriteError) 
     shown = error if isinstance(error, WriteError) else unwritten(target, "the trace", error)
     shown.where = str(target)
     shown.likely = shown.likely or "what was traced is kept in the spool"
-    place = shlex.quote(str(folder))
+    place = quoted(str(folder))
     shown.hint = f"truestep trace recover {place} --output other.safetensors"
     return shown
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from truestep.case import DEFAULT_TIER
 from truestep.errors import FileFormatError, ReferenceNotFoundError, UsageError
 from truestep.recording.lock import Entry, put_entry, read_lock
+from truestep.text import quoted
 
 if TYPE_CHECKING:
     from truestep.case import AnyCase
@@ -162,7 +162,7 @@ class Store:
             else "the reference is not in the lock file",
             where=str(path),
             likely="it was changed or copied without `truestep record`",
-            hint=f"truestep check --reference {shlex.quote(str(path))}  # judges by it as it is",
+            hint=f"truestep check --reference {quoted(str(path))}  # judges by it as it is",
         )
 
     def _not_found(

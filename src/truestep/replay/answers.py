@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from truestep.progress import Progress
     from truestep.recording.format import Recording
-    from truestep.replay.stages import Replay
+    from truestep.replay.kept import Replay
     from truestep.runtime.pipeline import Pipeline
 
 Depth = Literal["steps", "modules", "final"]
@@ -46,7 +46,7 @@ def run_freely(pipe: Pipeline, recording: Recording) -> Answers:
 
     What the pipeline raises is the outcome of the latent.
     """
-    from truestep.replay.stages import Kept, Replay
+    from truestep.replay.kept import Kept, Replay
     from truestep.runtime.pipeline import generate
 
     runs = (Replay(), Replay())
@@ -169,8 +169,8 @@ def _with_raised(
     """
     from truestep.keys import address
     from truestep.measure.distance import same_bits
+    from truestep.replay.kept import Replay
     from truestep.replay.raised import raised_replay
-    from truestep.replay.stages import Replay
     from truestep.runtime.precision import raised_precision
 
     recorded = [name for name in recording if key_of(name).precision]
@@ -189,7 +189,7 @@ def _with_raised(
     answered = [name for name in more.outputs if name in recording]
     failed = [text for text in more.failures.values() if text]
     if failed and not answered:
-        return replayed, f"{precision} replay (the candidate raised {failed[0]})"
+        return replayed, f"{precision} replay (the candidate {failed[0]})"
     return Replay(
         outputs={**replayed.outputs, **more.outputs},
         failures={**replayed.failures, **more.failures},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from truestep.judge.floor import Limits, free_running, pair_of
 from truestep.judge.repeats import said_unsteady
 from truestep.randomness import own_randomness
 from truestep.replay.judging import coverage, media_of, rows_of
+from truestep.text import quoted
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Cost, Difference, Rule, Side, Verdict
 
@@ -142,8 +142,14 @@ def _idle(
 
 
 def said_idle(result: Comparison) -> Comparison:
-    """A result whose change touched nothing says so in its first line and its last."""
+    """A result whose change touched nothing says so in its first line and its last.
+
+    Not where it is not bit for bit the same: something was touched that is not looked at.
+    """
     from truestep.replay.touched import NOTHING
+
+    if result.verdict is not Verdict.IDENTICAL:
+        return result
 
     label = f"{result.actual.label}: {NOTHING.partition(':')[0]}"
     return result.model_copy(
@@ -341,7 +347,7 @@ def recorded_case(manifest: Manifest, *, where: str) -> dict[str, Any]:
         raise UsageError(
             "the reference is not a recording of a case",
             where=where,
-            hint=f"truestep show {shlex.quote(where)}  # truestep compare judges plain tensors",
+            hint=f"truestep show {quoted(where)}  # truestep compare judges plain tensors",
         )
     return manifest.case
 
@@ -396,7 +402,7 @@ def _refuse(case: Case, recording: Recording, accept: Collection[str]) -> Compar
             ),
             actual=Side(label=case.id),
             reference=side,
-            hint=f"--accept {shlex.quote(strange[0])}  # compares with it all the same",
+            hint=f"--accept {quoted(strange[0])}  # compares with it all the same",
         )
     from truestep.replay.stages import require_run
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from truestep.calls.instructions import Elsewhere, other_sets, prepare
+from truestep.calls.values import in_real_numbers
 from truestep.environment import Environment, library_version
 from truestep.errors import FOREIGN, UsageError, one_line, surviving
 from truestep.floors import NoiseFloor, NoiseRun
@@ -73,17 +74,25 @@ def record_function(
         progress: Told (what, done, total).
 
     Returns:
-        A recording with `sample/0000/input/<name>` and `sample/0000/output/<name>`.
+        A recording with `sample/0000/input/<name>` and `sample/0000/output/<name>`; real and
+        imaginary parts of a complex output are its last axis.
 
     Raises:
-        UsageError: There are no samples, their names differ, the function returns no tensor or
-            nothing that could be judged, or it returns something else when it is called again.
+        UsageError: There are no samples, one is complex, their names differ, the function returns
+            no tensor or nothing that could be judged, or something else when it is called again.
         WriteError: The recording cannot be written.
     """
     if not samples or any(set(sample) != set(samples[0]) for sample in samples):
         raise UsageError(
             "the samples cannot be recorded",
             measured="needed: at least one, all with the same input names",
+        )
+    odd = [name for sample in samples for name, value in sample.items() if value.is_complex()]
+    if odd:
+        raise UsageError(
+            "the samples cannot be recorded",
+            measured=f"{odd[0]} is complex",
+            hint="give real numbers, and let the function make view_as_complex of them",
         )
     if floor:
         prepare()
@@ -236,7 +245,8 @@ def _run(
     with torch.no_grad():
         for index, sample in enumerate(samples, start=first):
             outputs = call({name: value.clone() for name, value in sample.items()})
-            made.append({f"{_sample(index)}/output/{k}": _copy(v) for k, v in outputs.items()})
+            real = {k: in_real_numbers(plain(v)) for k, v in outputs.items()}
+            made.append({f"{_sample(index)}/output/{k}": _copy(v) for k, v in real.items()})
     return made
 
 

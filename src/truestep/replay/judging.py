@@ -12,7 +12,7 @@ from truestep.verdict import Media, Row, Verdict
 if TYPE_CHECKING:
     from truestep.recording.format import Recording
     from truestep.replay.answers import Answers
-    from truestep.replay.stages import Replay
+    from truestep.replay.kept import Replay
 
 
 def rows_of(run: Answers, recording: Recording, limits: Limits) -> list[Row]:
@@ -142,7 +142,7 @@ def _failed(row: Row, replayed: Replay) -> Row:
     return (
         row
         if text is None
-        else row.model_copy(update={"verdict": Verdict.INVALID, "note": f"the stage raised {text}"})
+        else row.model_copy(update={"verdict": Verdict.INVALID, "note": f"the stage {text}"})
     )
 
 

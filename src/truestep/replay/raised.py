@@ -16,7 +16,8 @@ import torch
 from truestep.joint import Value, each, floating
 from truestep.keys import address
 from truestep.replay.capture import is_compiled
-from truestep.replay.stages import Replay, chosen_steps, replay
+from truestep.replay.kept import Replay
+from truestep.replay.stages import chosen_steps, replay
 from truestep.runtime.pipeline import MODELS, Pipeline, Step
 from truestep.runtime.precision import converted
 

@@ -8,20 +8,19 @@ are driven through all steps in order on the recorded predictions.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
 import torch
 
-from truestep.errors import FOREIGN, FileFormatError, TruestepError, UsageError, one_line
+from truestep.errors import FileFormatError, UsageError
 from truestep.joint import AUDIO, Value, each, gather
 from truestep.keys import STAGES, step_name
-from truestep.measure.plain import plain
+from truestep.replay.kept import Kept, Replay, unchanged_by
 from truestep.runtime.guidance import Adaptive
 from truestep.runtime.pipeline import (
     Branch,
-    Observer,
     Pipeline,
     Schedule,
     Step,
@@ -38,55 +37,6 @@ from truestep.runtime.pipeline import (
 )
 
 _SCHEDULE = ("schedule/sigmas", "schedule/timesteps", "schedule/experts")
-
-
-@dataclass
-class Replay:
-    """What the stages of a pipeline gave on recorded inputs.
-
-    Attributes:
-        outputs: By the name of the recorded tensor that each answers to.
-        failures: What a stage raised instead.
-        again: What some steps of each expert gave when they were predicted once more, after others,
-            and the texts when they were encoded once more.
-        effects: Where the text's length differs from the recorded one: text name to (prediction
-            name, prediction made with the pipeline's own text). Rows of padding cannot be compared
-            element by element, but what the model makes of them can.
-    """
-
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    again: dict[str, torch.Tensor] = field(default_factory=dict)
-    effects: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
-
-    def attempt(self, name: str, run: Callable[[], object]) -> None:
-        """Run a stage; what it raises becomes its failure."""
-        try:
-            run()
-        except TruestepError:  # a setting that cannot be, not a stage that went wrong
-            raise
-        except FOREIGN as error:  # whatever a candidate's stage raises is that stage's outcome
-            self.failures[name] = one_line(error)
-
-    def keep(self, name: str, run: Callable[[], Value], *, kept: bool = True) -> None:
-        """Run a stage and keep a host copy of its output, where it is asked for."""
-        watch = Kept(self.outputs) if kept else Observer()
-        self.attempt(name, lambda: show(watch, name, run()))
-
-
-class Kept(Observer):
-    """Keeps host copies of what is shown, or of some names only."""
-
-    def __init__(
-        self, outputs: dict[str, torch.Tensor], names: Collection[str] | None = None
-    ) -> None:
-        super().__init__()
-        self._outputs, self._names = outputs, names
-
-    def tensor(self, name: str, value: torch.Tensor) -> None:
-        """Keep a copy, where the name is wanted."""
-        if self._names is None or name in self._names:
-            self._outputs[name] = plain(value, name).to("cpu", copy=True)
 
 
 def steps_recorded(recording: Mapping[str, torch.Tensor]) -> int:
@@ -257,7 +207,7 @@ def replay(
                 return own[0]
 
             result.keep("latent/initial", initial)
-        like = own[0] if own else None
+        like = own[0] if own and "latent/initial" not in result.failures else None
         experts = result.outputs.get("schedule/experts", recorded.experts)
         source = _Inputs(recording, recorded, experts, like)
         if "prediction" in wanted:
@@ -382,28 +332,31 @@ def _predictions(
     if first_pass and not _together(pipe):
         runnable = runnable[:1]
 
-    def together(step: Step) -> None:
+    def together(step: Step, held: dict[str, Value]) -> None:
         latent = given(pipe, recording, step_name(step.index, "latent"), like=like)
         texts = recorded_texts(pipe, recording, stage)
-        made = pipe.predict_passes(pipe, latent, step, texts, runnable)
-        for branch, prediction in made.items():
-            show(Kept(outputs), step_name(step.index, branch), prediction)
+        with unchanged_by(latent, *texts.values()):
+            made = pipe.predict_passes(pipe, latent, step, texts, runnable)
+        held.update({step_name(step.index, branch): value for branch, value in made.items()})
 
-    def alone(step: Step, branch: Branch) -> None:
+    def alone(step: Step, branch: Branch, held: dict[str, Value]) -> None:
         latent = given(pipe, recording, step_name(step.index, "latent"), like=like)
         text = given(pipe, recording, f"{stage}/{text_branch(branch)}")
-        prediction = pipe.predict(pipe, latent, step, text, branch)
-        show(Kept(outputs), step_name(step.index, branch), prediction)
+        with unchanged_by(latent, text):
+            held[step_name(step.index, branch)] = pipe.predict(pipe, latent, step, text, branch)
 
     for done, index in enumerate(steps):
         step = recorded_step(pipe, source.schedule, index, source.experts)
+        held: dict[str, Value] = {}
         if pipe.skips(pipe, index) and index:
             pass
         elif _together(pipe) and len(runnable) > 1:
-            result.attempt(step_name(index, "cond"), partial(together, step))
+            result.attempt(step_name(index, "cond"), partial(together, step, held))
         else:
             for branch in runnable:
-                result.attempt(step_name(index, branch), partial(alone, step, branch))
+                result.attempt(step_name(index, branch), partial(alone, step, branch, held))
+        for name, made in held.items():  # after all passes: one may write over another's answer
+            result.attempt(name, partial(show, Kept(outputs), name, made))
         if progress:
             progress(done + 1, len(steps))
 

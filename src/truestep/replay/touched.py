@@ -178,12 +178,12 @@ def _module(name: str, model: torch.nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _content(tensor: torch.Tensor) -> object:
-    """Form and bytes of a tensor; of one that has no bytes of its own, the tensor."""
+    """Form, order in memory and bytes of a tensor; of one without bytes of its own, the tensor."""
     try:
         content = digest(bytes_of(tensor.detach().to("cpu")))
     except (RuntimeError, TypeError, NotImplementedError):  # meta, quantised in a wrapper
         return tensor
-    return (type(tensor), tensor.dtype, tuple(tensor.shape), content)
+    return (type(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), content)
 
 
 def _value(value: object) -> object:

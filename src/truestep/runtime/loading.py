@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from truestep.environment import usable_device
 from truestep.errors import CaseError, MissingExtraError, ModelLoadError
 from truestep.reading import parse_json, read
 from truestep.runtime.pipeline import Pipeline
+from truestep.text import quoted
 from truestep.turns import taking_turns
 
 COSMOS = "CosmosTextToWorldPipeline"
@@ -237,14 +237,14 @@ def failures(model: str, folder: Path) -> Iterator[None]:
                 measured=f"{type(absent).__name__}: {absent}",
                 likely="a package that it needs is missing, or of another version: nothing is "
                 "wrong with the folder",
-                hint=f"truestep doctor {shlex.quote(model)}",
+                hint=f"truestep doctor {quoted(model)}",
             ) from error
         raise ModelLoadError(
             "the model could not be loaded",
             where=str(folder),
             measured=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}",
             likely="a component's folder, weights or configuration is missing or damaged",
-            hint=f"truestep doctor {shlex.quote(model)}",
+            hint=f"truestep doctor {quoted(model)}",
         ) from error
 
 
@@ -357,7 +357,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
             where=f"revision {revision or 'main'}",
             measured=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}",
             likely="no network, no such model, or a gated one without a token",
-            hint=f"hf download {shlex.quote(model)}  # then give its folder as model",
+            hint=f"hf download {quoted(model)}  # then give its folder as model",
         ) from None
 
 

@@ -5,9 +5,10 @@ No hub and no download: tokenizers are made locally, weights are drawn from a se
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
+
+from truestep.text import quoted
 
 __all__ = ["example_call", "modular_names", "names", "pipeline", "save"]
 
@@ -85,7 +86,7 @@ def save(name: str, folder: Path | str, *, seed: int = 0, dtype: str = "float32"
 
     folder = Path(folder)
     if folder.exists():
-        other = shlex.quote(f"{folder}-2")
+        other = quoted(f"{folder}-2")
         raise UsageError(f"the folder {folder} exists", hint=f"truestep tiny {name} {other}")
     built = pipeline(name, seed=seed, dtype=dtype)
     for part, value in built.components.items():
