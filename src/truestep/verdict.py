@@ -108,7 +108,7 @@ class TensorInfo(Light):
 
 
 class Metrics(Light):
-    """Distances of one tensor pair, relative to the reference (see `truestep.compare.distance`)."""
+    """Distances of one tensor pair, relative to the reference (see `truestep.measure.distance`)."""
 
     count: int
     rel_l2: Float

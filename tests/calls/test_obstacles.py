@@ -636,14 +636,6 @@ def answering(change: Callable[[torch.Tensor], Any], of: type[Loop] = Loop) -> L
     return pipeline
 
 
-def in_one_buffer(made: torch.Tensor) -> torch.Tensor:
-    """As a captured graph answers."""
-    return _BUFFERS.setdefault(made.shape, torch.empty_like(made)).copy_(made)
-
-
-_BUFFERS: dict[torch.Size, torch.Tensor] = {}
-
-
 class Alone(Loop):
     """One pass a step: nothing is kept beside the answer."""
 
@@ -651,11 +643,19 @@ class Alone(Loop):
         return 2.0 * super().predict(x, t, text)
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize(("pipeline", "harmless"), [(Alone, True), (Loop, False)])
 def test_an_answer_in_one_buffer_is_a_fault_where_two_are_held(
-    pipeline: type[Loop], harmless: bool
+    pipeline: type[Loop], harmless: bool, inference: bool
 ) -> None:
     """What a check calls once more overwrites nothing that the candidate reads."""
+    buffers: dict[torch.Size, torch.Tensor] = {}
+
+    def in_one_buffer(made: torch.Tensor) -> torch.Tensor:
+        """As a captured graph answers."""
+        with torch.inference_mode(inference):
+            return buffers.setdefault(made.shape, torch.empty_like(made)).copy_(made)
+
     plain = subject_of(pipeline()).run()
     assert torch.equal(subject_of(answering(in_one_buffer, pipeline)).run(), plain) is harmless
     result = check(subject_of(answering(in_one_buffer, pipeline)), record(subject_of(pipeline())))

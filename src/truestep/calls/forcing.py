@@ -403,7 +403,8 @@ def kept_as_it_is(output: Any) -> Iterator[None]:
     for tensor, value in zip(found, before, strict=True):
         now = plain(tensor)
         if not same_bits(in_real_numbers(now), in_real_numbers(value)):
-            now.copy_(value)
+            with torch.inference_mode(tensor.is_inference()):  # elsewhere such are not written to
+                now.copy_(value)
 
 
 def copy_of(match: Match) -> torch.Tensor | None:
