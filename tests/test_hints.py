@@ -146,6 +146,9 @@ ADVICE = {
     "measure the floor: --noise TRACE of the trusted model, run with other threads or again",
     "name one of them",
     "name the components that run: subject_of(function, components={...})",
+    "give real numbers, and let the function make view_as_complex of them",
+    "name one of its parts: {}",
+    "name one of them: {}",
     "name the pairs with --rename MAP.toml; traces at level sketch or full pair by what "
     "modules return",
     "names are the candidate's on the left, the trusted model's on the right",

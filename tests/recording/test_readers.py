@@ -97,7 +97,7 @@ def bomb(path: Path) -> None:
     [
         ("none.pt", lambda path: None, "the file cannot be read"),
         ("empty.npy", lambda path: path.touch(), "the file is empty"),
-        ("folder.pt", lambda path: path.mkdir(), "a folder was given"),
+        ("folder.pt", lambda path: path.mkdir(), "the folder holds no safetensors files"),
         ("f.txt", lambda path: path.write_text("x"), "files of kind .txt cannot be compared"),
         ("f.npy", lambda path: path.write_bytes(b"garbage!"), ".npy file cannot be read"),
         ("o.npy", object_array, "the array holds Python objects"),

@@ -29,7 +29,10 @@ def command(
     json_path: str | None,
     report: Path | None,
 ) -> None:
-    """Compare ACTUAL with REFERENCE: recordings, weights, safetensors, npy, npz, pt, latents."""
+    """Compare ACTUAL with REFERENCE: recordings, weights, safetensors, npy, npz, pt, latents.
+
+    A folder of weights, or the index in it, is one side, however many files it has.
+    """
     from truestep.judge.compare import compare
 
     result = compare(actual, reference, tolerance=tolerance, weights=weights)

@@ -18,6 +18,7 @@ from truestep.recording.format import Plain, Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.manifest_reading import read_recording
 from truestep.recording.numpy_files import read_npy, read_npz
+from truestep.recording.shards import is_checkpoint, read_checkpoint
 from truestep.recording.torch_files import read_pt, tensors_in
 from truestep.verdict import Side
 
@@ -59,7 +60,8 @@ def load(what: object, *, label: str) -> Source:
     """Read one side of a comparison.
 
     Args:
-        what: A path, a recording, a tensor or array, or a mapping from name to tensor or array.
+        what: A path of a file or of a checkpoint's folder, a recording, a tensor or array, or a
+            mapping from name to tensor or array.
         label: How the side is called where it has no path.
 
     Raises:
@@ -134,8 +136,8 @@ def _refuse(path: Path, what: str, *, measured: str = "", hint: str = "") -> NoR
 
 def _load_file(path: Path) -> Source:
     try:
-        if path.is_dir():
-            _refuse(path, "a folder was given where a file is needed", measured=_is(path))
+        if is_checkpoint(path):
+            return Source(str(path), read_checkpoint(path), path)
         size = path.stat().st_size
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         _refuse(path, "the file cannot be read", measured=reason(error))
