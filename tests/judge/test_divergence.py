@@ -260,3 +260,37 @@ def test_a_raised_place_takes_what_its_own_step_was_given() -> None:
     assert {row.name: row.verdict for row in rows if not row.verdict.passed} == {
         "float32/step/0001/cond": Verdict.INCONCLUSIVE
     }
+
+
+def test_what_is_undecided_explains_nothing_that_follows() -> None:
+    """A hundredfold once, not from place to place."""
+    scales = {"text_cond": 1 + 5e-7, "step_0000_cond": 1 + 4e-5, "latent_final": 1 + 4e-3}
+    rows = with_growth(compare_tensors(run_of(**scales), run_of()))
+    assert {row.name: row.verdict for row in rows if not row.verdict.passed} == {
+        "step/0000/cond": Verdict.INCONCLUSIVE,
+        "latent/final": Verdict.DRIFTED,
+    }
+
+
+def test_another_thing_is_no_grown_rounding() -> None:
+    """However far off what came before it was: in 16 bits that is much."""
+    narrow = {name: tensor.bfloat16() for name, tensor in run_of(step_0000_cond=-1.0).items()}
+    rows = with_growth(compare_tensors(narrow, {n: t.bfloat16() for n, t in run_of().items()}))
+    assert [row.name for row in rows if row.verdict is Verdict.DRIFTED] == ["step/0000/cond"]
+    whole = run_of(text_cond=1 + 5e-7)
+    ids = torch.arange(1000) + 1_000_000
+    other = ids.clone()
+    other[0] += 1
+    rows = with_growth(
+        compare_tensors({**whole, "step/0001/ids": other}, {**run_of(), "step/0001/ids": ids})
+    )
+    assert [row.name for row in rows if row.verdict is Verdict.DRIFTED] == ["step/0001/ids"]
+
+
+def test_a_place_that_was_given_the_same_grows_nothing() -> None:
+    run = run_of(text_cond=1 + 5e-7, latent_final=1 + 4e-5)
+    rows = compare_tensors(run, run_of())
+    (grown,) = [row for row in with_growth(rows) if not row.verdict.passed]
+    assert grown.verdict is Verdict.INCONCLUSIVE
+    (given,) = [r for r in with_growth(rows, {"latent/final": 0.0}) if not r.verdict.passed]
+    assert given.verdict is Verdict.DRIFTED

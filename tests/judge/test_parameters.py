@@ -282,3 +282,23 @@ def test_the_dtype_that_was_rounded_to_is_named() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
         assert rounded_to(source.to(dtype).float(), source) is dtype
     assert rounded_to(source * 1.0001, source) is None
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-7])
+def test_weights_below_what_their_dtype_holds_are_not_rounded_to_it(scale: float) -> None:
+    """float16 makes zeros of them, or keeps a bit or two."""
+    weights = {"a.weight": torch.randn(64, 64) * scale}
+    narrow = {name: tensor.half() for name, tensor in weights.items()}
+    result = compare(narrow, weights)
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert "rounded to float16, but so coarsely that rel_l2 is" in result.sentence
+
+
+def test_what_is_the_same_but_for_signs_of_zeros_or_a_scale_says_so() -> None:
+    zeros = compare({"a.weight": -torch.zeros(4, 4)}, {"a.weight": torch.zeros(4, 4)})
+    assert "only signs of zeros differ (float32)" in zeros.sentence
+    codes = torch.randn(4, 4).to(torch.float8_e4m3fn)
+    scaled = {"a.weight": codes, "a.weight_scale": torch.tensor(0.5)}
+    result = compare(scaled, {"a.weight": codes})
+    assert result.verdict is Verdict.DRIFTED
+    assert "the same codes, with a stored scale on the actual side alone" in result.sentence

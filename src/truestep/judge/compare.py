@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from truestep.content import case_differences
 from truestep.environment import Environment
@@ -88,7 +89,8 @@ def compare(
         rows = compare_tensors(ours.tensors, theirs.tensors, limits=limits)
     if ours_manifest is not None and theirs_manifest is not None:
         rows = _placed(rows, theirs_manifest)
-        rows = traced_back(rows if tolerance else with_growth(rows))
+        given = _given(rows, theirs_manifest)
+        rows = traced_back(rows if tolerance else with_growth(rows, given))
     estimated = "sketch" in levels and "stats" not in levels
     result = build_comparison(
         rows,
@@ -123,6 +125,39 @@ def _placed(rows: Sequence[Row], manifest: Manifest) -> Sequence[Row]:
         else row
         for row in rows
     ]
+
+
+def _given(rows: Sequence[Row], manifest: Manifest) -> dict[str, float]:
+    """How far off the furthest is of what components were given until they gave each tensor.
+
+    Until then, and not then alone: schedulers and models keep things from call to call.
+    """
+    errors = {row.name: row.metrics.rel_l2 for row in rows if row.metrics and row.verdict.passed}
+    largest: dict[str, float] = {}
+    given: dict[str, float] = {}
+    for call in manifest.calls:
+        names = [*_tensors(list(call.arguments.values()))]
+        largest[call.component] = max(
+            [largest.get(call.component, 0.0), *(errors.get(name, 0.0) for name in names)]
+        )
+        if call.component in ("run", "random"):
+            continue  # no component: what they give is made of everything
+        for name in _tensors([call.output, *call.written.values(), *call.state.values()]):
+            given.setdefault(name, largest[call.component])
+    return given
+
+
+def _tensors(tree: Any) -> Iterator[str]:
+    """Names of the tensors in trees of calls; see `truestep.calls.values`."""
+    if isinstance(tree, list):
+        for part in tree:
+            yield from _tensors(part)
+    elif isinstance(tree, dict):
+        name = next((tree[tag] for tag in ("tensor", "array", "image") if tag in tree), None)
+        if isinstance(name, str):
+            yield name
+        else:
+            yield from _tensors(list(tree.values()))
 
 
 def _weights(ours: Source, theirs: Source, weights: bool | None, tolerance: float | None) -> bool:

@@ -6,7 +6,7 @@ order in which things happened. Pure: no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -251,39 +251,55 @@ def _few_positions(residual: torch.Tensor, total: float) -> str | None:
     return None
 
 
-def with_growth(rows: Sequence[Row]) -> list[Row]:
+def with_growth(rows: Sequence[Row], given: Mapping[str, float] | None = None) -> list[Row]:
     """Leave undecided, of two whole runs, what rounding before it may have grown to.
 
     A floor is measured on recorded inputs. In two runs that were made freely, every place was given
     what the places before it made, with their rounding, and guidance, a model, or pixels of 8 bits
     may amplify that: up to 47 times was measured between two harmless runs of a random Flux. What
-    is given bit for bit the same, and what begins a run, is judged as it is.
+    is given bit for bit the same, and what begins a run, is judged as it is. Only what passes is
+    rounding: what is undecided itself explains nothing that comes after it.
 
     Args:
         rows: In the order in which the tensors were made; those raised to another precision last.
+        given: Of some rows, by name: how far off the furthest of what that place was given is.
+            Of all others it is the furthest of everything before.
     """
-    given: dict[tuple[str, int | None], float] = {}
+    places: dict[tuple[str, int | None], float] = {}
     result: list[Row] = []
     before, drifted = 0.0, False
     for row in rows:
         place = (row.stage, row.step)
-        largest = given.setdefault(place, before)
+        largest = places.setdefault(place, before)
+        if given is not None and row.name in given:
+            largest = given[row.name]
         error = row.metrics.rel_l2 if row.metrics else 0.0
+        if row.verdict.passed and not key_of(row.name).precision:
+            before = max(before, error)
         if row.verdict is Verdict.DRIFTED and not drifted:
-            if row.stage not in ("", *_SOURCES) and error <= GROWN * largest:
+            if _may_have_grown(row, error, largest):
                 update = {"verdict": Verdict.INCONCLUSIVE, "note": f"{GREW} ({largest:.1e})"}
                 row = row.model_copy(update=update)
             else:
                 drifted = True  # what follows inherits it
         drifted |= row.verdict is Verdict.INVALID
-        if not key_of(row.name).precision:
-            before = max(before, error)
         result.append(row)
     return result
 
 
+def _may_have_grown(row: Row, error: float, given: float) -> bool:
+    """Whether an error is of numbers that round, of a place that takes from others, and no more
+    than rounding that it was given may have become."""
+    dtype = row.reference.dtype if row.reference else ""
+    rounds = "float" in dtype or dtype == "uint8"  # pixels
+    return rounds and row.stage not in ("", *_SOURCES) and error <= min(GROWN * given, ANOTHER)
+
+
 GROWN = 100.0
 """So many times further off than everything before it, a place has an error of its own."""
+
+ANOTHER = 0.5
+"""Two tensors that are further apart are of other things: one with its sign turned is 2 off."""
 
 GREW = "rounding before it may have grown to this"
 

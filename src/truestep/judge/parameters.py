@@ -38,7 +38,7 @@ RULE = Rule(
 )
 
 COARSE = 0.1
-"""Largest rel_l2 of codes whose scale suits them: int8 0.01, float8 e4m3 0.03, e5m2 0.05."""
+"""Largest rel_l2 of codes whose range suits them: int8 0.01, float8 e4m3 0.03, e5m2 0.05."""
 
 _NAMED = re.compile(
     r"(?:^|[._])(?:weight|bias|gamma|beta|kernel|embedding|scale_shift_table|lora_[ABab]|alpha)"
@@ -150,6 +150,10 @@ def _judged(
     if own is None and theirs is None and same_bits(actual, reference):
         return {"verdict": Verdict.IDENTICAL, "ratio": 0.0, "ratio_metric": "rel_l2"}
     if actual.dtype == reference.dtype:
+        if same_bits(actual, reference) and (own is None) != (theirs is None):
+            side = "actual" if own is not None else "reference"
+            note = f"the same codes, with a stored scale on the {side} side alone"
+            return {"verdict": Verdict.DRIFTED, "note": note}
         return _other(actual, reference)
     more = counts[0][1] - counts[1][1]
     if more:
@@ -164,6 +168,9 @@ def _judged(
 def _other(actual: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
     """Two tensors of one dtype whose bits differ."""
     metrics = distance(actual, reference)
+    if metrics.rel_l2 == 0.0:
+        note = f"only signs of zeros differ ({called(actual.dtype)})"
+        return {"verdict": Verdict.DRIFTED, "metrics": metrics, "note": note}
     name, narrow = called(actual.dtype), rounded_to(actual, reference)
     parts = [
         likely(metrics),
