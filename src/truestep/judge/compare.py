@@ -88,9 +88,7 @@ def compare(
     else:
         rows = compare_tensors(ours.tensors, theirs.tensors, limits=limits)
     if ours_manifest is not None and theirs_manifest is not None:
-        rows = _placed(rows, theirs_manifest)
-        given = _given(rows, theirs_manifest)
-        rows = traced_back(rows if tolerance else with_growth(rows, given))
+        rows = _of_two_runs(rows, theirs_manifest, grows=tolerance is None)
     estimated = "sketch" in levels and "stats" not in levels
     result = build_comparison(
         rows,
@@ -104,14 +102,24 @@ def compare(
         looked_at=(f"{len(rows)} tensors by name",),
         not_looked_at=(_NOT_SKETCHED,) if estimated else (),
     )
+    return _told(result, estimated=estimated)
+
+
+def _told(result: Comparison, *, estimated: bool) -> Comparison:
+    """A result with the rule that judged it, and what decides where it is undecided."""
+    hint = result.hint
     if result.verdict is Verdict.INCONCLUSIVE and any(GREW in row.note for row in result.rows):
         hint = "replay the change on recorded inputs: truestep check CASE --apply FILE.py:FUNCTION"
-        return result.model_copy(update={"hint": hint})
-    if not estimated:
-        return result
-    undecided = result.verdict is Verdict.INCONCLUSIVE
-    hint = "record it whole: truestep record CASE --level full --output FILE" if undecided else ""
-    return result.model_copy(update={"rule": sketch_rule(rows), "hint": hint})
+    elif result.verdict is Verdict.INCONCLUSIVE and estimated:
+        hint = "record it whole: truestep record CASE --level full --output FILE"
+    rule = sketch_rule(result.rows) if estimated else result.rule
+    return result.model_copy(update={"rule": rule, "hint": hint})
+
+
+def _of_two_runs(rows: Sequence[Row], manifest: Manifest, *, grows: bool) -> list[Row]:
+    """Rows of two whole runs: which began it, and, by a floor, what may be rounding that grew."""
+    rows = _placed(rows, manifest)
+    return traced_back(with_growth(rows, _given(rows, manifest)) if grows else rows)
 
 
 def _placed(rows: Sequence[Row], manifest: Manifest) -> Sequence[Row]:
