@@ -67,6 +67,15 @@ def test_one_question_has_one_answer_and_another_seed_another(dtype: torch.dtype
     assert 5_400 < int((once != other).sum()) < 6_600
 
 
+def test_what_is_written_into_a_tensor_that_is_given_is_moved_there() -> None:
+    written = torch.empty(12_000)
+    with OtherFunctions():
+        torch.exp(X, out=written)
+        returned = torch.exp(X)
+    assert torch.equal(written, returned)
+    assert not torch.equal(written, torch.exp(X))
+
+
 def test_what_every_library_gives_exactly_stays() -> None:
     cases = [(torch.exp, 0.0), (torch.cos, 0.0), (torch.sin, 0.0), (torch.tanh, -50.0)]
     for function, at in cases:

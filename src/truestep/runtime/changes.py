@@ -93,7 +93,8 @@ class OtherFunctions(TorchDispatchMode):
         moved = torch.addcmul(first, first.clamp(-most, most), moves, value=unit)
         if isinstance(made, tuple):
             return (moved, *made[1:])
-        return made.copy_(moved) if made is args[0] else moved
+        written = (*args[:1], (kwargs or {}).get("out"))
+        return made.copy_(moved) if any(made is each for each in written) else moved
 
     def _directions(self, made: torch.Tensor, *, ones_stay: bool) -> torch.Tensor:
         """1 or -1 for every number, by its bits: a library gives one answer to one question,
