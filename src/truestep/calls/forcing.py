@@ -29,7 +29,7 @@ from truestep.calls.rebuilding import (
     laid_over,
     written_back,
 )
-from truestep.calls.recorder import RUN, scheduler_state, weight_dtype
+from truestep.calls.recorder import RUN, held_tensors, scheduler_state, weight_dtype
 from truestep.calls.recording import STATE, WRITTEN, CallRecording, host_copy, key
 from truestep.calls.seen import Change, Forced, Plan, Seen, number
 from truestep.calls.subject import Subject
@@ -391,13 +391,7 @@ class Forcing:
 def kept_as_it_is(output: Any) -> Iterator[None]:
     """Give the tensors of an output the values back that they had: a candidate may answer every
     call in one buffer of its own, as a captured graph does, and what we call again is ours."""
-    found: list[torch.Tensor] = []
-
-    def collect(path: Path, tensor: torch.Tensor) -> str:
-        found.append(tensor)
-        return ""
-
-    encode(output, collect)
+    found = [*held_tensors(output).values()]
     before = [plain(tensor).clone() for tensor in found]
     yield
     for tensor, value in zip(found, before, strict=True):

@@ -17,7 +17,7 @@ from truestep.calls.keys import Path as Place
 from truestep.calls.trees import check_tree
 from truestep.calls.values import Tree, in_real_numbers, renamed, tensors
 from truestep.environment import Environment, library_version
-from truestep.errors import FileFormatError, UsageError
+from truestep.errors import FileFormatError
 from truestep.floors import NoiseFloor
 from truestep.measure.plain import plain
 from truestep.recording.format import Recording, bytes_of
@@ -128,15 +128,9 @@ def refuse_unplayable(recording: Recording, *, where: str) -> None:
         FileFormatError: It holds no calls.
         UsageError: It was recorded at a level that keeps no tensors.
     """
-    manifest = recording.manifest
-    if not manifest.calls:
+    if not recording.manifest.calls:
         raise FileFormatError("the recording holds no calls", where=where)
-    if manifest.level != "full":
-        raise UsageError(
-            f"the reference holds level {manifest.level!r} only: there are no tensors to replay",
-            where=where,
-            hint="truestep record CASE --level full --update",
-        )
+    recording.require_tensors(where=where)
 
 
 def read(path: str | Path) -> CallRecording:

@@ -292,13 +292,13 @@ def _may_have_grown(row: Row, error: float, given: float) -> bool:
     than rounding that it was given may have become."""
     dtype = row.reference.dtype if row.reference else ""
     rounds = "float" in dtype or dtype == "uint8"  # pixels
-    return rounds and row.stage not in ("", *_SOURCES) and error <= min(GROWN * given, ANOTHER)
+    return rounds and row.stage not in ("", *_SOURCES) and error <= min(GROWN * given, UNRELATED)
 
 
 GROWN = 100.0
 """So many times further off than everything before it, a place has an error of its own."""
 
-ANOTHER = 0.5
+UNRELATED = 0.5
 """Two tensors that are further apart are of other things: one with its sign turned is 2 off."""
 
 GREW = "rounding before it may have grown to this"

@@ -150,7 +150,7 @@ def _judged(
     if own is None and theirs is None and same_bits(actual, reference):
         return {"verdict": Verdict.IDENTICAL, "ratio": 0.0, "ratio_metric": "rel_l2"}
     if actual.dtype == reference.dtype:
-        if same_bits(actual, reference) and (own is None) != (theirs is None):
+        if (own is None) != (theirs is None) and same_bits(actual, reference):
             side = "actual" if own is not None else "reference"
             note = f"the same codes, with a stored scale on the {side} side alone"
             return {"verdict": Verdict.DRIFTED, "note": note}

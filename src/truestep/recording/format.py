@@ -111,6 +111,20 @@ class Recording(Mapping[str, torch.Tensor]):
                 kept[f"sketch/{name}"] = sketch(tensor)
         return cls(manifest, tensors=kept)
 
+    def require_tensors(self, *, where: str) -> None:
+        """Refuse a level that keeps no tensors.
+
+        Raises:
+            UsageError: There is nothing to replay.
+        """
+        level = self.manifest.level
+        if level != "full":
+            raise UsageError(
+                f"the reference holds level {level!r} only: there are no tensors to replay",
+                where=where,
+                hint="truestep record CASE --level full --update",
+            )
+
     def at_level(self, level: Level) -> Recording:
         """The same run at a level that keeps no more than this one's, which is `full`."""
         if level == self.manifest.level:

@@ -367,12 +367,7 @@ def _refuse(case: Case, recording: Recording, accept: Collection[str]) -> Compar
     manifest = recording.manifest
     where = str(recording.path or "reference")
     recorded = recorded_case(manifest, where=where)
-    if manifest.level != "full":
-        raise UsageError(
-            f"the reference holds level {manifest.level!r} only: there are no tensors to replay",
-            where=where,
-            hint="truestep record CASE --level full --update",
-        )
+    recording.require_tensors(where=where)
     differences = case.differences(recorded)
     made = manifest.implementation
     strange = [

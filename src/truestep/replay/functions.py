@@ -245,8 +245,8 @@ def _run(
     with torch.no_grad():
         for index, sample in enumerate(samples, start=first):
             outputs = call({name: value.clone() for name, value in sample.items()})
-            real = {k: in_real_numbers(plain(v)) for k, v in outputs.items()}
-            made.append({f"{_sample(index)}/output/{k}": _copy(v) for k, v in real.items()})
+            copies = {k: in_real_numbers(_copy(v)) for k, v in outputs.items()}
+            made.append({f"{_sample(index)}/output/{k}": v for k, v in copies.items()})
     return made
 
 
