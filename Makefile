@@ -63,6 +63,7 @@ fuzz: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench.bench_compare
 	$(BIN)/python -m bench.bench_sketch
+	$(BIN)/python -m bench.bench_weights
 	$(BIN)/python -m bench.bench_memory
 	$(BIN)/python -m bench.bench_check
 	$(BIN)/python -m bench.bench_calls

@@ -469,6 +469,16 @@ def activations(folder: Path) -> tuple[str, ...]:
     return ("compare", "x.safetensors", "y.safetensors")
 
 
+def renamed_parameters(folder: Path) -> tuple[str, ...]:
+    """The same parameters, under other names."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(8, 8, generator=generator) for _ in range(4)]
+    for file, stem in (("x", "blocks"), ("y", "layers")):
+        named = {f"{stem}.{at}.weight": tensor for at, tensor in enumerate(tensors)}
+        save_file(named, folder / f"{file}.safetensors")
+    return ("compare", "x.safetensors", "y.safetensors")
+
+
 def no_floor(folder: Path) -> tuple[str, ...]:
     return ("thresholds", "write", "a", "--output", "limits.json")
 
@@ -587,6 +597,7 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep check --reference {}  # judges by it as it is": (copied, (0,)),
     "truestep check CASE": (another_model, (1,)),
     "truestep compare --activations {}": (activations, (0,)),
+    "truestep weights {}": (renamed_parameters, (0,)),
     "truestep perf record  # makes one": (given("perf", "show"), (0, 1, 4)),
     "truestep record CASE  # seeds a reference of this case; check --set KEY=VALUE tests a change "
     "of it": (other_reference, (0, 2)),

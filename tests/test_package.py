@@ -96,6 +96,7 @@ def test_public_names_are_sorted_and_exist() -> None:
         "check_latent",
         "compare",
         "compare_traces",
+        "compare_weights",
         "record",
         "record_function",
         "replay_trace",

@@ -65,6 +65,14 @@ def test_any_pipeline_prints_what_it_says(tmp_path: Path) -> None:
         printed(block, tmp_path)
 
 
+@pytest.mark.slow
+def test_two_checkpoints_print_what_it_says(tmp_path: Path) -> None:
+    (made,) = (b for b in blocks("console") if b.startswith("$ truestep tiny FluxPipeline flux"))
+    printed("\n".join(made.splitlines()[:3]), tmp_path)
+    (block,) = (b for b in blocks("console") if "$ truestep weights" in b)
+    printed(block, tmp_path)
+
+
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for block in blocks("python"):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from truestep.experiment.ablation import ablate
     from truestep.judge.compare import assert_equivalent, compare
     from truestep.judge.latent import check_latent
+    from truestep.judge.weights import compare_weights
     from truestep.recording.format import Recording
     from truestep.replay.batching import batch_invariance
     from truestep.replay.functions import check_function, record_function
@@ -44,6 +45,7 @@ __all__ = [
     "check_latent",
     "compare",
     "compare_traces",
+    "compare_weights",
     "record",
     "record_function",
     "replay_trace",
@@ -67,6 +69,7 @@ _HOMES = {
     "check_latent": "truestep.judge.latent",
     "compare": "truestep.judge.compare",
     "compare_traces": "truestep.replay.traces",
+    "compare_weights": "truestep.judge.weights",
     "record": "truestep.engines.subjects",
     "record_function": "truestep.replay.functions",
     "replay_trace": "truestep.replay.ports",

@@ -54,6 +54,7 @@ def test_names_of_tensors(run: Run, tmp_path: Path) -> None:
         ("show", "a.safetensors", "--json"),
         ("compare", "b.safetensors", "a.safetensors"),
         ("compare", "b.safetensors", "a.safetensors", "--json"),
+        ("weights", "b.safetensors", "a.safetensors"),
         ("parity", "keys", "a.safetensors", "b.safetensors"),
     ):
         _, out, err = run(*arguments)

@@ -12,7 +12,7 @@ from tests.commands import Captured, runner
 from truestep import compare
 from truestep.errors import UsageError
 from truestep.judge.parameters import are_parameters
-from truestep.measure.rounding import rounded_to, rounding, spread
+from truestep.measure.rounding import expanded, rounded_to, rounding, spread
 from truestep.verdict import Comparison, Verdict
 
 Tensors = dict[str, torch.Tensor]
@@ -263,8 +263,10 @@ def test_what_is_guessed_can_be_said(
 
 
 def test_a_block_may_be_cut_short() -> None:
-    scale = spread(torch.arange(1.0, 6.0).reshape(5, 1), torch.Size((576, 4)))
-    assert scale is not None
+    shape = torch.Size((576, 4))
+    found = spread(torch.arange(1.0, 6.0).reshape(5, 1), shape)
+    assert found is not None
+    scale = expanded(found, shape)
     assert scale[:, 0].tolist() == [1 + i // 128 for i in range(576)]
     assert spread(torch.ones(3), torch.Size((5, 4))) is None
 

@@ -15,6 +15,7 @@ VERBS = {
     "trace": "Record what every module of a model gives, step by step.",
     "calibrate": "Add benign runs to a reference's noise floor, and measure the false alarms.",
     "compare": "Compare two files of tensors: recordings, safetensors, npy, npz, pt.",
+    "weights": "Compare two checkpoints: renamed, fused, split, rounded, quantised.",
     "ab": "Time a switch against a control, and say whether the model stays the same.",
     "ablate": "Say which difference between two audio-video references matters, and how much.",
     "perf": "Keep a history of what a case costs, and say whether it costs more now.",

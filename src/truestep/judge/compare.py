@@ -198,6 +198,10 @@ def _of_parameters(ours: Source, theirs: Source, *, guessed: bool) -> Comparison
     if result.verdict.passed or not guessed or not (ours.path and theirs.path):
         return result
     sides = " ".join(quoted(str(side.path)) for side in (ours, theirs))
+    if result.missing or result.unexpected:
+        note = "the two sides call parameters otherwise; they can be paired by what they hold"
+        hint = f"truestep weights {sides}"
+        return result.model_copy(update={"notes": (*result.notes, note), "hint": hint})
     note = "the names are those of parameters; if a model computed these tensors, say so"
     hint = f"truestep compare --activations {sides}"
     return result.model_copy(update={"notes": (*result.notes, note), "hint": hint})

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,16 +18,17 @@ from truestep.floors import EPSILON
 from truestep.judge.rows import forget, likely, one_sided, row_fields, shape_note
 from truestep.keys import Address
 from truestep.measure.distance import distance, same_bits
-from truestep.measure.plain import plain
+from truestep.measure.plain import NO_PAGES, Pages, plain
 from truestep.measure.rounding import (
     Rounding,
     called,
+    expanded,
     nonfinite,
     reach,
     rounded_to,
     rounding,
-    spread,
 )
+from truestep.pairing.scales import BESIDE, scale_name, scale_of
 from truestep.verdict import Comparison, Row, Rule, Verdict
 
 RULE = Rule(
@@ -47,16 +49,10 @@ _NAMED = re.compile(
 )
 """How names of parameters end; those of activations end in modules, slots or stages."""
 
-_BESIDE = re.compile(r"(?:^|[._])(?:input_scale|scale_input|scaled_fp8)$")
-"""What formats with a scale keep beside it, which says nothing of the weights."""
-
-_BNB = 127.0
-"""bitsandbytes keeps the largest magnitude of a row, not its scale."""
-
 
 def are_parameters(names: Iterable[str]) -> bool:
     """Whether most names are those of parameters."""
-    listed = [name for name in names if not _BESIDE.search(name)]
+    listed = [name for name in names if not BESIDE.search(name)]
     return 2 * sum(bool(_NAMED.search(name)) for name in listed) > len(listed)
 
 
@@ -82,12 +78,17 @@ def compare_parameters(
         )
         fields = row_fields(name, a, r, Address())
         if a is None or r is None:
-            if not _BESIDE.search(name):
+            if not BESIDE.search(name):
                 rows.append(Row(**fields, **one_sided(a)))
             continue
         scales = [_scale_of(name, side, other) for side, other in _both(actual, reference)]
-        used.update(stored for stored, _ in filter(None, scales))
-        rows.append(Row(**fields, **_judged(a, r, *(found and found[1] for found in scales))))
+        used.update(filter(None, scales))
+        own, theirs = (
+            Codes(tensor, (scale_of(name, stored, side),) if stored else None)
+            for tensor, stored, side in zip((a, r), scales, (actual, reference), strict=True)
+        )
+        pages = Pages(partial(forget, name, actual, reference))
+        rows.append(Row(**fields, **judged_pair(own, theirs, pages)))
         forget(name, actual, reference)
     return [row for row in rows if not (row.name in used and None in (row.actual, row.reference))]
 
@@ -114,44 +115,41 @@ def _both(
 
 def _scale_of(
     name: str, tensors: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
-) -> tuple[str, torch.Tensor] | None:
-    """The stored scale of a tensor's codes, which the other side lacks: its name and its value."""
-    stem, dot, leaf = name.rpartition(".")
-    for stored in (
-        f"{name}_scale",
-        f"{name}_scale_inv",
-        f"{name}.scale",
-        f"{stem}{dot}scale_{leaf}",
-        f"{stem}{dot}scale",
-    ):
-        if stored in tensors and stored not in other and tensors[name].itemsize == 1:
-            return stored, tensors[stored].detach().to("cpu", torch.float64)
-    stored = f"{stem}{dot}SCB"
-    if stored in tensors and stored not in other and tensors[name].dtype is torch.int8:
-        return stored, tensors[stored].detach().to("cpu", torch.float64) / _BNB
-    return None
+) -> str | None:
+    """Name of the stored scale of a tensor's codes, which the other side lacks."""
+    stored = scale_name(name, tensors)
+    return None if stored is None or stored in other else stored
 
 
-def _judged(
-    actual: torch.Tensor,
-    reference: torch.Tensor,
-    own: torch.Tensor | None,
-    theirs: torch.Tensor | None,
-) -> dict[str, Any]:
-    """Verdict and note of one pair, with the scales of both sides."""
+class Codes(NamedTuple):
+    """A tensor, with what a code of 1 stands for: None, or a scale (None: of an unknown shape)."""
+
+    tensor: torch.Tensor
+    scale: tuple[torch.Tensor | None] | None = None
+
+
+def judged_pair(own: Codes, theirs: Codes, pages: Pages = NO_PAGES) -> dict[str, Any]:
+    """Verdict, note and distance of one parameter of both sides.
+
+    Args:
+        own, theirs: The actual and the reference tensor, with scales that only one side needs.
+        pages: Given back while they are read, where the tensors lie in files.
+    """
+    actual, reference = own.tensor, theirs.tensor
     if actual.shape != reference.shape:
         return {"verdict": Verdict.INCOMPARABLE, "note": shape_note(actual, reference)}
     if actual.is_complex() or reference.is_complex():
         return {"verdict": Verdict.INVALID, "note": "complex tensors cannot be judged"}
-    counts = [nonfinite(actual), nonfinite(reference)]
+    counts = [nonfinite(actual, pages=pages), nonfinite(reference, pages=pages)]
     for side, (nans, _) in zip(("actual", "reference"), counts, strict=True):
         if nans:
             return {"verdict": Verdict.INVALID, "note": f"{nans:,} NaN in {side}"}
-    if own is None and theirs is None and same_bits(actual, reference):
+    plain_both = own.scale is None and theirs.scale is None
+    if plain_both and same_bits(actual, reference, pages=pages):
         return {"verdict": Verdict.IDENTICAL, "ratio": 0.0, "ratio_metric": "rel_l2"}
     if actual.dtype == reference.dtype:
-        if (own is None) != (theirs is None) and same_bits(actual, reference):
-            side = "actual" if own is not None else "reference"
+        if (own.scale is None) != (theirs.scale is None) and same_bits(actual, reference):
+            side = "actual" if own.scale is not None else "reference"
             note = f"the same codes, with a stored scale on the {side} side alone"
             return {"verdict": Verdict.DRIFTED, "note": note}
         return _other(actual, reference)
@@ -160,9 +158,9 @@ def _judged(
         side = "actual" if more > 0 else "reference"
         note = f"{abs(more):,} values of the {side} side overflowed to infinity"
         return {"verdict": Verdict.INVALID, "note": note}
-    if _coarser(actual, reference, own, theirs) is actual:
-        return _conversion(actual, own, reference, theirs)
-    return _conversion(reference, theirs, actual, own)
+    if _coarser(own, theirs) is own:
+        return _conversion(own, theirs, pages)
+    return _conversion(theirs, own, pages)
 
 
 def _other(actual: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
@@ -181,28 +179,24 @@ def _other(actual: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
     return {"verdict": Verdict.DRIFTED, "metrics": metrics, "note": note}
 
 
-def _conversion(
-    codes: torch.Tensor,
-    scale: torch.Tensor | None,
-    source: torch.Tensor,
-    unit: torch.Tensor | None,
-) -> dict[str, Any]:
+def _conversion(own: Codes, other: Codes, pages: Pages) -> dict[str, Any]:
     """One tensor in two formats: codes with their scale, and what they round with its own."""
-    name = called(codes.dtype) + (" with its scale" if scale is not None else "")
-    if not codes.is_floating_point() and scale is None and source.is_floating_point():
+    codes, source = own.tensor, other.tensor
+    name = called(codes.dtype) + (" with its scale" if own.scale is not None else "")
+    if not codes.is_floating_point() and own.scale is None and source.is_floating_point():
         note = f"{name} codes without a stored scale (weight_scale, scale_weight, SCB)"
         return {"verdict": Verdict.INCOMPARABLE, "note": note}
-    each, step = spread(scale, codes.shape), spread(unit, codes.shape)
-    if (scale is not None and each is None) or (unit is not None and step is None):
+    if (None,) in (own.scale, other.scale):
         return {"verdict": Verdict.INCOMPARABLE, "note": "a stored scale of a shape not known here"}
-    for scales in (each, step):
-        if scales is not None and not bool((scales > 0).logical_and(scales.isfinite()).all()):
+    scale, unit = (side.scale[0] if side.scale else None for side in (own, other))
+    for each in (scale, unit):
+        if each is not None and not bool((each > 0).logical_and(each.isfinite()).all()):
             return {"verdict": Verdict.INVALID, "note": "a stored scale is not a positive number"}
-    if step is not None:
-        source = source.to(torch.float64) * step
-    found = rounding(codes, source, each)
+    found = rounding(codes, source, scale, unit=unit, pages=pages)
     if found.off:
-        return _misrounded(codes, source, each, found, name)
+        if unit is not None:
+            source = source.to(torch.float64) * expanded(unit, source.shape)
+        return _misrounded(codes, source, scale, found, name)
     if not found.rel_l2 <= COARSE:
         note = f"rounded to {name}, but so coarsely that rel_l2 is {found.rel_l2:.2g}"
         return {"verdict": Verdict.INCONCLUSIVE, "note": note}
@@ -246,18 +240,14 @@ def _misrounded(
     return fields | ({"metrics": metrics} if metrics else {})
 
 
-def _coarser(
-    actual: torch.Tensor,
-    reference: torch.Tensor,
-    own: torch.Tensor | None,
-    theirs: torch.Tensor | None,
-) -> torch.Tensor:
+def _coarser(own: Codes, theirs: Codes) -> Codes:
     """The side that was rounded: codes with a scale, or the dtype with the larger epsilon."""
-    if (own is None) != (theirs is None):
-        return actual if own is not None else reference
+    if (own.scale is None) != (theirs.scale is None):
+        return own if own.scale is not None else theirs
+    actual, reference = own.tensor, theirs.tensor
     if actual.is_floating_point() != reference.is_floating_point():
-        return reference if actual.is_floating_point() else actual
+        return theirs if actual.is_floating_point() else own
     if not actual.is_floating_point():
-        return actual if actual.itemsize <= reference.itemsize else reference
+        return own if actual.itemsize <= reference.itemsize else theirs
     own_step, other_step = (EPSILON.get(called(t.dtype), 1.0) for t in (actual, reference))
-    return actual if own_step >= other_step else reference
+    return own if own_step >= other_step else theirs

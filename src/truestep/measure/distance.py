@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from truestep.measure.plain import NO_PAGES, Pages
 from truestep.verdict import Metrics
 
 CHUNK = 65_536
@@ -443,7 +444,7 @@ def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(place))
 
 
-def same_bits(actual: torch.Tensor, reference: torch.Tensor) -> bool:
+def same_bits(actual: torch.Tensor, reference: torch.Tensor, *, pages: Pages = NO_PAGES) -> bool:
     """Whether dtype, shape and every byte agree (so 0.0 and -0.0 differ, and NaN equals itself)."""
     if actual is reference:
         return True
@@ -456,12 +457,15 @@ def same_bits(actual: torch.Tensor, reference: torch.Tensor) -> bool:
         return True
     if second.device.type != "cpu":
         return torch.equal(_bytes(first), _bytes(second))
-    a, b = _bytes(first).numpy(), _bytes(second).numpy()
+    mine, others = _bytes(first), _bytes(second)
+    a, b = mine.numpy(), others.numpy()
     if not len(a) % 8:  # eight at a time, where their places in memory allow
         a, b = a.view(np.int64), b.view(np.int64)
-    return all(
-        bool((a[at : at + _SAME] == b[at : at + _SAME]).all()) for at in range(0, len(a), _SAME)
-    )
+    for at in range(0, len(a), _SAME):
+        if not bool((a[at : at + _SAME] == b[at : at + _SAME]).all()):
+            return False
+        pages.read(*(x[at * a.itemsize : (at + _SAME) * a.itemsize] for x in (mine, others)))
+    return True
 
 
 _SAME = 1 << 18

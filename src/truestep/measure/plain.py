@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from truestep.errors import UsageError
@@ -26,3 +28,32 @@ def plain(tensor: torch.Tensor, name: str = "a value") -> torch.Tensor:
         )
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.detach().as_subclass(torch.Tensor)
+
+
+class Pages:
+    """Gives pages of a mapped file back while tensors in it are read in chunks.
+
+    Whoever reads them again gets them from the file: only what is resident changes.
+    """
+
+    HELD = 1 << 25
+    """Bytes that are read before they are given back."""
+
+    def __init__(self, release: Callable[[], None] | None = None) -> None:
+        """Args:
+        release: Gives back all pages of what is read; None where nothing is mapped.
+        """
+        self._release, self._read = release, 0
+
+    def read(self, *chunks: torch.Tensor) -> None:
+        """Say what has been read."""
+        if self._release is None:
+            return
+        self._read += sum(chunk.numel() * chunk.itemsize for chunk in chunks)
+        if self._read > self.HELD:
+            self._release()
+            self._read = 0
+
+
+NO_PAGES = Pages()
+"""For tensors in memory."""

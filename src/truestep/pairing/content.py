@@ -34,7 +34,7 @@ SHARE = 0.25
 NEIGHBOURS = 8
 """Candidates confirmed a tensor. The nearest is the right one; the others show duplicates."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 _PROBES = 64
 
 
@@ -88,6 +88,8 @@ def measure(actual: Tensor, reference: Tensor) -> Sums:
 
 def fit(actual: Tensor, reference: Tensor) -> Fit | None:
     """How the actual tensor is the reference, in the layouts they have; None if it is another."""
+    if actual.dtype == reference.dtype and torch.equal(actual.reshape(-1), reference.reshape(-1)):
+        return Fit(Evidence.EQUAL, 0.0, 1.0, 0.0) if actual.numel() else None
     sums = measure(actual, reference)
     if not math.isfinite(sums.actual + sums.reference) or not sums.count:
         return None
@@ -152,6 +154,31 @@ def _layouts(actual: Tensor, reference: Tensor) -> Iterator[tuple[Tensor, Tensor
         text = f"axes {' '.join(str(numbers[axis]) for axis in axes)} of the {side}"
         pair = (view, fixed) if side == "actual" else (fixed, view)
         yield (*pair, Evidence.TRANSPOSED, text)
+
+
+def arranged(actual: Tensor, reference: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Both in the layout in which they agree, as a `Fit` says it.
+
+    Args:
+        layout: Empty, `reshape ...`, `axes 1 0 of the actual`, `axes 1 and 0 exchanged`.
+    """
+    words = layout.split()
+    if words[:1] == ["axes"]:
+        if words[-1] == "exchanged":  # slices along an axis of a part are those along another's
+            return tuple(
+                _slices(t, int(axis)) for t, axis in ((actual, words[3]), (reference, words[1]))
+            )  # type: ignore[return-value]
+        tensor = actual if words[-1] == "actual" else reference
+        kept = [axis for axis, size in enumerate(tensor.shape) if size != 1]
+        turned = tensor.squeeze().permute([kept.index(int(axis)) for axis in words[1:-3]])
+        if tensor is actual:
+            return turned.reshape(reference.shape), reference
+        return actual, turned.reshape(actual.shape)
+    return actual, reference.reshape(actual.shape) if words else reference
+
+
+def _slices(tensor: Tensor, axis: int) -> Tensor:
+    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
 
 
 def _alike(actual: Tensor, reference: Tensor) -> bool:

@@ -98,7 +98,7 @@ def find_parts(parts: Mapping[str, Tensor], wholes: Mapping[str, Tensor]) -> lis
         wanted = [(name, axis) for name, axis in wanted if parts[name].numel() < smallest]
         if wanted:
             found += _Index(length, wholes, places).search(parts, wanted)
-    return _undisputed(found)
+    return undisputed(found)
 
 
 def _axes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, int, int]]:
@@ -158,7 +158,7 @@ class _Index:
         whole, along = self.places[place]
         targets = self.rows[place]
         apart, rows = cKDTree(targets).query(directions, k=1, distance_upper_bound=NEAR)
-        for guess in _patterns(rows, apart <= NEAR, len(targets)):
+        for guess in patterns(rows, apart <= NEAR, len(targets)):
             if len(set(guess)) < len(guess):
                 continue
             own = rows_of(part, axis)
@@ -176,7 +176,7 @@ class _Index:
         return None
 
 
-def _patterns(rows: Rows, near: npt.NDArray[np.bool_], size: int) -> Iterator[Rows]:
+def patterns(rows: Rows, near: npt.NDArray[np.bool_], size: int) -> Iterator[Rows]:
     """Where a part's rows may lie, the plainest first: one run, runs at a period, any order."""
     count = np.arange(len(rows))
     good = np.flatnonzero(near)
@@ -215,7 +215,7 @@ def _projection(length: int) -> Tensor:
     return torch.randn(length, PROJECTED, generator=generator)
 
 
-def _undisputed(found: Sequence[Part]) -> list[Part]:
+def undisputed(found: Sequence[Part]) -> list[Part]:
     """Parts at one place only, whose rows no other part claims."""
     best: dict[str, Part] = {}
     for part in found:  # a symmetric layout may be found twice: the closer, then the plainer

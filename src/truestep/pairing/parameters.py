@@ -12,7 +12,17 @@ from truestep.pairing.content import Fit, candidates, fit, is_constant
 from truestep.pairing.fused import MARGIN, Part, Place, find_parts, find_run
 from truestep.pairing.records import Evidence
 from truestep.pairing.rename import renamed
-from truestep.pairing.state import Match, State, Unit, parent
+from truestep.pairing.rows import (
+    LEAST,
+    common_dtype,
+    exact_fit,
+    found_parts,
+    hashed,
+    parts_by_rows,
+    same_wholes,
+)
+from truestep.pairing.scales import Numbers
+from truestep.pairing.state import Chosen, Match, State, Unit, parent
 
 Tensor = torch.Tensor
 
@@ -30,6 +40,9 @@ def pair_parameters(
     """
     state = State(actual, reference)
     _by_name(state, rename or {})
+    _by_rows(state)
+    if _scales(state):  # few rows of codes are those of their source; what is beside them may be
+        structure.by_neighbours(state)
     _by_content(state)
     _inside_larger(state)
     structure.settle(state)
@@ -50,12 +63,87 @@ def _by_name(state: State, rename: Mapping[str, str]) -> None:
                 state.add(unit, Unit(unit.name), found, Evidence.NAME)
 
 
+def _scales(state: State) -> list[set[str]]:
+    """Names of codes with a stored scale, of each side that has any."""
+    sides = state.actual, state.reference
+    return [set(side.scales) for side in sides if isinstance(side, Numbers) and side.scales]
+
+
+def _by_rows(state: State) -> None:
+    """Tensors that are bit for bit one of the other side, or rows of one, once cast alike.
+
+    Of codes, where both sides keep such; their scales are judged apart.
+    """
+    coded = _scales(state)
+    left_out = coded[0] if len(coded) == 1 else set()
+    sides = [
+        Chosen(side, [name for name in side if name not in left_out])
+        for side in (_open(state, "actual"), _open(state, "reference"))
+    ]
+    dtype = common_dtype(*sides)
+    own, theirs = (
+        {n: rows for n in side if (rows := hashed(side, n, dtype)) is not None} for side in sides
+    )
+    for name, other in same_wholes(own, theirs):
+        state.add(Unit(name), Unit(other), exact_fit(state.actual[name], state.reference[other]))
+    for whole_side, part_side in (("actual", "reference"), ("reference", "actual")):
+        parts, wholes = (_open(state, side) for side in (part_side, whole_side))
+        mine, others = (own, theirs) if part_side == "actual" else (theirs, own)
+        places = parts_by_rows(
+            {name: mine[name] for name in parts if name in mine},
+            {name: others[name] for name in wholes if name in others},
+        )
+        found = found_parts(parts, wholes, places)
+        for part in found:
+            _take(state, part, whole_side)
+        for whole in dict.fromkeys(part.whole for part in found):
+            beside = [_sibling(state, part, whole_side) for part in found if part.whole == whole]
+            # Where one does not lie as its matrix does, each is sought by itself.
+            for vector in beside if None not in beside else ():
+                assert vector is not None
+                _take(state, vector, whole_side)
+    _permuted_vectors(state, dtype)
+
+
+def _permuted_vectors(state: State, dtype: torch.dtype | None) -> None:
+    """Vectors that hold another's numbers in the order that rows of matrices were found in."""
+    orders = dict.fromkeys(
+        match.actual.place.rows
+        for match in state.matches
+        if match.actual.place
+        and match.reference.place is None
+        and max(match.actual.place.rows) < len(match.actual.place.rows)
+    )
+    if not orders:
+        return
+    own, theirs = (_vectors_of(state, side) for side in ("actual", "reference"))
+    for rows in orders:
+        place, count = Place(0, rows), len(rows)
+        turned = {n: place.of(state.actual[n]) for n, size in own.items() if size == count}
+        others = Chosen(state.reference, [n for n, size in theirs.items() if size == count])
+        hashes = [
+            {n: h for n in side if (h := hashed(side, n, dtype)) is not None}
+            for side in (turned, others)
+        ]
+        for name, other in same_wholes(*hashes):
+            hit = exact_fit(turned[name], state.reference[other], Evidence.FUSED)
+            state.add(Unit(name, place), Unit(other), hit)
+            del own[name], theirs[other]
+
+
+def _vectors_of(state: State, side: str) -> dict[str, int]:
+    """Vectors that no pair has touched, and their lengths."""
+    shapes = state.shapes[side]
+    names = (unit.name for unit in state.free(side) if unit.place is None)
+    return {n: shapes[n][0] for n in names if len(shapes[n]) == 1 and shapes[n][0] >= LEAST}
+
+
 def _by_content(state: State) -> None:
     """Tensors that hold the same numbers as one tensor of the other side, and no second one."""
     sides = []
     for side, tensors in (("actual", state.actual), ("reference", state.reference)):
         units = [unit for unit in state.free(side) if not state.constant(unit, side=side)]
-        sides.append({unit.name: tensors[unit.name] for unit in units})
+        sides.append(Chosen(tensors, [unit.name for unit in units]))
     found: dict[str, dict[str, Fit]] = {}
     back: dict[str, dict[str, Fit]] = {}
     for name, others in candidates(*sides):
@@ -85,18 +173,22 @@ def _inside_larger(state: State) -> None:
         found = find_parts(parts, wholes)
         for part in found:
             _take(state, part, whole_side)
-        for part in found:
-            _siblings(state, part, whole_side)
+        for whole in dict.fromkeys(part.whole for part in found):
+            beside = [_sibling(state, part, whole_side) for part in found if part.whole == whole]
+            # Where one does not lie as its matrix does, each is sought by itself.
+            for vector in beside if None not in beside else ():
+                assert vector is not None
+                _take(state, vector, whole_side)
         wholes, parts = (_open(state, side) for side in (whole_side, part_side))
         for part in _runs(parts, wholes):
             _take(state, part, whole_side)
 
 
-def _open(state: State, side: str) -> dict[str, Tensor]:
+def _open(state: State, side: str) -> Chosen:
     """Tensors that no pair has touched and that are not constant."""
     tensors = state.actual if side == "actual" else state.reference
     units = (unit for unit in state.free(side) if unit.place is None)
-    return {unit.name: tensors[unit.name] for unit in units if not state.constant(unit, side=side)}
+    return Chosen(tensors, [u.name for u in units if not state.constant(u, side=side)])
 
 
 def _take(state: State, part: Part, whole_side: str) -> None:
@@ -109,42 +201,39 @@ def _take(state: State, part: Part, whole_side: str) -> None:
 
 
 def _siblings(state: State, part: Part, whole_side: str) -> None:
-    """Vectors beside a fused matrix (biases) lie where the matrix' rows do."""
+    """Pair the vector beside a fused matrix, where it lies as the matrix' rows do."""
+    vector = _sibling(state, part, whole_side)
+    if vector is not None:
+        _take(state, vector, whole_side)
+
+
+def _sibling(state: State, part: Part, whole_side: str) -> Part | None:
+    """The vector (bias) beside a fused matrix, where it lies as the matrix' rows do."""
     part_side = "reference" if whole_side == "actual" else "actual"
     tensors = {"actual": state.actual, "reference": state.reference}
-    size = tensors[whole_side][part.whole].shape[part.place.axis]
-    larger = _vectors(tensors[whole_side], parent(part.whole), size)
-    smaller = _vectors(tensors[part_side], parent(part.part), len(part.place.rows))
+    size = state.shapes[whole_side][part.whole][part.place.axis]
+    larger = _vectors(state.shapes[whole_side], parent(part.whole), size)
+    smaller = _vectors(state.shapes[part_side], parent(part.part), len(part.place.rows))
     if len(larger) != 1 or len(smaller) != 1:
-        return
-    place = Unit(larger[0], Place(0, part.place.rows))
-    if not (
-        state.is_free(place, side=whole_side) and state.is_free(Unit(smaller[0]), side=part_side)
-    ):
-        return
+        return None
+    place = Place(0, part.place.rows)
+    free = state.is_free(Unit(larger[0], place), side=whole_side)
+    if not (free and state.is_free(Unit(smaller[0]), side=part_side)):
+        return None
     whole, own = tensors[whole_side][larger[0]], tensors[part_side][smaller[0]]
-    hit = fit(place.place.of(whole), own) if place.place else None
+    hit = fit(place.of(whole), own)
     if hit is None:
-        return  # its content differs: left to exclusion
+        return None  # its content differs: left to exclusion
     kind = hit.evidence
     if is_constant(own):
         kind = Evidence.STRUCTURE
     elif kind is Evidence.EQUAL:
         kind = Evidence.FUSED
-    assert place.place is not None
-    _take(
-        state,
-        Part(larger[0], smaller[0], place.place, 0, replace(hit, evidence=kind)),
-        whole_side,
-    )
+    return Part(larger[0], smaller[0], place, 0, replace(hit, evidence=kind))
 
 
-def _vectors(tensors: Mapping[str, Tensor], module: str, size: int) -> list[str]:
-    return [
-        name
-        for name, tensor in tensors.items()
-        if parent(name) == module and tensor.ndim == 1 and tensor.numel() == size
-    ]
+def _vectors(shapes: Mapping[str, torch.Size], module: str, size: int) -> list[str]:
+    return [name for name, shape in shapes.items() if parent(name) == module and shape == (size,)]
 
 
 def _runs(parts: Mapping[str, Tensor], wholes: Mapping[str, Tensor]) -> list[Part]:

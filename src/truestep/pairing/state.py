@@ -12,12 +12,50 @@ import torch
 from truestep.pairing.content import Fit, fit_any, is_constant, measure
 from truestep.pairing.fused import Place
 from truestep.pairing.records import Evidence
+from truestep.pairing.scales import Numbers
 
 Tensor = torch.Tensor
+
+SAMPLE = 1 << 20
+"""Elements that tell whether large tensors of two checkpoints are a pair."""
 
 AGREEMENT = 2 / 3
 """A module of one side is where at least this share of the other's paired parameters lies: one
 misplaced parameter of three may not move it."""
+
+
+class Chosen(Mapping[str, Tensor]):
+    """Some tensors of a side, each read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        self.tensors, self._names = tensors, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self.tensors[name]
+
+    def release(self, name: str) -> None:
+        """Let the pages of a tensor go, where it has any."""
+        release = getattr(self.tensors, "release", None)
+        if release is not None:
+            release(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def stored(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A tensor as a checkpoint holds it: of codes with a scale (`scales.Numbers`), the codes."""
+    while isinstance(tensors, Chosen):
+        tensors = tensors.tensors
+    return tensors.stored(name) if isinstance(tensors, Numbers) else tensors[name]
 
 
 class Unit(NamedTuple):
@@ -29,7 +67,12 @@ class Unit(NamedTuple):
 
 @dataclass
 class Match:
-    """Two units that belong together."""
+    """Two units that belong together.
+
+    Attributes:
+        odd: It disagrees with its content, or with others of its kind; `note` says how.
+        misplaced: It lies, or is laid out, otherwise than others of its kind.
+    """
 
     actual: Unit
     reference: Unit
@@ -39,6 +82,7 @@ class Match:
     distance: float = 0.0
     layout: str = ""
     odd: bool = False
+    misplaced: bool = False
     note: str = ""
 
 
@@ -55,6 +99,13 @@ class State:
     matches: list[Match] = field(default_factory=list)
     fits: dict[tuple[Unit, Unit], Fit | None] = field(default_factory=dict)
     constants: dict[tuple[str, Unit], bool] = field(default_factory=dict)
+    shapes: dict[str, dict[str, torch.Size]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shapes = {
+            side: {name: stored(tensors, name).shape for name in tensors}
+            for side, tensors in (("actual", self.actual), ("reference", self.reference))
+        }
 
     def add(
         self, actual: Unit, reference: Unit, found: Fit, evidence: Evidence | None = None
@@ -103,9 +154,26 @@ class State:
         """How one unit is the other; None if their contents differ."""
         key = (actual, reference)
         if key not in self.fits:
-            a, r = self.tensor(actual, side="actual"), self.tensor(reference, side="reference")
-            self.fits[key] = fit_any(a, r) if a.numel() == r.numel() else None
+            self.fits[key] = self._fit(actual, reference)
         return self.fits[key]
+
+    def _fit(self, actual: Unit, reference: Unit) -> Fit | None:
+        if self.count(actual, side="actual") != self.count(reference, side="reference"):
+            return None
+        own, theirs = self.actual, self.reference
+        shape = self.shapes["actual"][actual.name]
+        large = shape.numel() > SAMPLE and not (actual.place or reference.place)
+        alike = large and shape == self.shapes["reference"][reference.name]
+        if alike and isinstance(own, Numbers) and isinstance(theirs, Numbers):
+            return fit_any(_sample(own, actual.name), _sample(theirs, reference.name))
+        return fit_any(self.tensor(actual, side="actual"), self.tensor(reference, side="reference"))
+
+    def count(self, unit: Unit, *, side: str) -> int:
+        """Elements of a unit."""
+        shape = self.shapes[side][unit.name]
+        if unit.place is None or not shape:
+            return shape.numel()
+        return shape.numel() // max(shape[unit.place.axis], 1) * len(unit.place.rows)
 
     def apart(self, actual: Unit, reference: Unit) -> float:
         """Relative distance of two units in the layouts they have."""
@@ -116,7 +184,9 @@ class State:
         """Whether a unit's content says nothing."""
         key = (side, unit)
         if key not in self.constants:
-            self.constants[key] = is_constant(self.tensor(unit, side=side))
+            tensors = self.actual if side == "actual" else self.reference
+            whole = stored(tensors, unit.name)
+            self.constants[key] = is_constant(unit.place.of(whole) if unit.place else whole)
         return self.constants[key]
 
     def free(self, side: str) -> list[Unit]:
@@ -132,15 +202,14 @@ class State:
             axes[unit.name] = unit.place.axis
             if rows is not None:
                 rows.update(unit.place.rows)
-        tensors = self.actual if side == "actual" else self.reference
         left = []
-        for name, tensor in tensors.items():
+        for name, shape in self.shapes[side].items():
             if name not in taken:
                 left.append(Unit(name))
                 continue
             rows = taken[name]
-            if rows is not None and len(rows) < tensor.shape[axes[name]]:
-                rest = tuple(i for i in range(tensor.shape[axes[name]]) if i not in rows)
+            if rows is not None and len(rows) < shape[axes[name]]:
+                rest = tuple(i for i in range(shape[axes[name]]) if i not in rows)
                 left.append(Unit(name, Place(axes[name], rest)))
         return left
 
@@ -155,6 +224,18 @@ class State:
             if set(other.place.rows) & set(unit.place.rows):
                 return False
         return True
+
+
+def _sample(numbers: Numbers, name: str) -> Tensor:
+    """About `SAMPLE` elements: runs of rows from all over a tensor; what is judged later is all."""
+    count = len(numbers.stored(name))
+    wanted = max(SAMPLE * count // numbers.stored(name).numel() // _RUNS, 1)
+    starts = [at * count // _RUNS for at in range(_RUNS)] if count > wanted * _RUNS else [0]
+    size = wanted if len(starts) > 1 else count
+    return torch.cat([numbers.rows(name, slice(at, at + size)) for at in starts])
+
+
+_RUNS = 16
 
 
 def parent(name: str) -> str:
@@ -180,20 +261,29 @@ def relative(name: str, scope: str) -> str:
 
 
 def scopes(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Where each module of the first side is on the second: the innermost that holds its pairs.
+    """Where each module of the first side is on the second.
 
+    Of the modules that hold enough of its pairs, the one that holds the fewest others beside them
+    (a layer is not its attention, though that has most of its parameters), the innermost of equals.
     The model is always the model.
     """
     votes: dict[str, Counter[str]] = {}
+    held: Counter[str] = Counter()
     for first, second in pairs:
         around = list(ancestors(second))
+        held.update(around)
         for scope in ancestors(first):
             votes.setdefault(scope, Counter()).update(around)
     found = {}
     for scope, counter in votes.items():
         needed = AGREEMENT * counter[""]
-        holding = [name for name, count in counter.items() if count >= needed]
-        found[scope] = max(holding, key=lambda name: name.count(".") + 1 if name else 0)
+        found[scope] = max(
+            (name for name, count in counter.items() if count >= needed),
+            key=lambda name: (
+                counter[name] / (counter[""] + held[name] - counter[name]),
+                name.count(".") + 1 if name else 0,
+            ),
+        )
     if found:
         found[""] = ""
     return found

@@ -53,20 +53,26 @@ def settle(state: State) -> None:
     _mark(state)
 
 
+def by_neighbours(state: State) -> None:
+    """Pair what lies beside what is paired and holds the same numbers."""
+    _until_done(state, content=True)
+
+
 def _until_done(state: State, *, content: bool) -> None:
     """Repeat until nothing changes; with `content`, only units that hold the same numbers."""
     while _by_habit(state, content=content) or _by_scope(state, content=content):
         pass
 
 
-def _forward(state: State) -> dict[str, str]:
+def forward(state: State) -> dict[str, str]:
+    """Where each module of the actual side is on the reference."""
     return scopes((m.actual.name, m.reference.name) for m in state.matches)
 
 
 def habits(state: State) -> Counter[Habit]:
     """How often each layer of a list names a parameter so on both sides."""
     found: Counter[Habit] = Counter()
-    where = _forward(state)
+    where = forward(state)
     for match in state.matches:
         found.update(habit for habit, _ in habits_of(match, where))
     return found
@@ -76,7 +82,7 @@ def habits_of(match: Match, where: dict[str, str]) -> Iterator[tuple[Habit, tupl
     """A pair as each list of layers around it sees it, with the two layers."""
     for scope in ancestors(match.actual.name):
         target = where.get(scope)
-        if not target or not _numbered(scope) or not _numbered(target):
+        if not target or not numbered_layer(scope) or not numbered_layer(target):
             continue
         if inside(match.reference.name, target):
             yield (
@@ -89,7 +95,8 @@ def habits_of(match: Match, where: dict[str, str]) -> Iterator[tuple[Habit, tupl
             )
 
 
-def _numbered(scope: str) -> bool:
+def numbered_layer(scope: str) -> bool:
+    """Whether a module is one of a list."""
     return scope.rpartition(".")[2].isdecimal()
 
 
@@ -115,8 +122,8 @@ def _by_habit(state: State, *, content: bool) -> bool:
         agreed.setdefault(habit.containers, []).append(habit)
     free = {unit.name for unit in state.free("actual")}, {u.name for u in state.free("reference")}
     changed = False
-    for scope, target in _forward(state).items():
-        if not (_numbered(scope) and _numbered(target)):
+    for scope, target in forward(state).items():
+        if not (numbered_layer(scope) and numbered_layer(target)):
             continue
         containers = (scope.rpartition(".")[0], target.rpartition(".")[0])
         for habit in agreed.get(containers, ()):
@@ -134,25 +141,21 @@ def _by_habit(state: State, *, content: bool) -> bool:
 
 def _sizes(state: State, own: Unit, theirs: Unit) -> bool:
     """Whether two units hold as many numbers, and their rows exist."""
-    for unit, tensors in ((own, state.actual), (theirs, state.reference)):
-        shape = tensors[unit.name].shape
+    for unit, side in ((own, "actual"), (theirs, "reference")):
+        shape = state.shapes[side][unit.name]
         if unit.place and (
             len(shape) <= unit.place.axis or max(unit.place.rows) >= shape[unit.place.axis]
         ):
             return False
-    counts = (
-        state.tensor(own, side="actual").numel(),
-        state.tensor(theirs, side="reference").numel(),
-    )
-    return counts[0] == counts[1] > 0
+    return state.count(own, side="actual") == state.count(theirs, side="reference") > 0
 
 
 def _by_scope(state: State, *, content: bool) -> bool:
     """Pair what is alone in its module with what is alone in the module that corresponds."""
-    where = _forward(state)
+    where = forward(state)
     own, theirs = state.free("actual"), state.free("reference")
     count = {
-        unit: state.tensor(unit, side=side).numel()
+        unit: state.count(unit, side=side)
         for side, units in (("actual", own), ("reference", theirs))
         for unit in units
     }
@@ -207,7 +210,7 @@ def _by_names_against_content(state: State) -> None:
 
 def _by_habit_against_content(state: State) -> None:
     """Where layers disagree, most of them (or the plainer names) say what belongs together."""
-    where = _forward(state)
+    where = forward(state)
     counts = habits(state)
     scores: dict[tuple[tuple[str, str], object], dict[Habit, float]] = {}
     for habit, count in counts.items():
@@ -230,7 +233,7 @@ def _by_habit_against_content(state: State) -> None:
         wants = {match.actual: unit for match, unit in found.values()}
         if not _exchange(state, matches, wants, Evidence.EXCLUSION):
             for match in matches:
-                match.odd = True
+                match.odd = match.misplaced = True
                 match.note = f"in other layers it is {relative(wants[match.actual].name, '')}"
 
 
@@ -274,7 +277,7 @@ def _exchange(
         if match.reference.place:
             note += f" [{match.reference.place}]"
         state.add_by(match.actual, moving[match.actual], evidence, note)
-        state.matches[-1].odd = True
+        state.matches[-1].odd = state.matches[-1].misplaced = True
     return True
 
 
@@ -297,13 +300,13 @@ def _last_one(state: State) -> None:
 
 def _mark(state: State) -> None:
     """Mark pairs that are less exact, or laid out otherwise, than most of their kind."""
-    where = _forward(state)
+    where = forward(state)
     kinds: dict[object, list[Match]] = {}
     for match in state.matches:
         seen = [habit for habit, _ in habits_of(match, where)]
         kinds.setdefault(seen[-1] if seen else match.actual, []).append(match)
     everyone = [match for match in state.matches if match.evidence is not Evidence.EXCLUSION]
-    axes = {id(m): state.tensor(m.reference, side="reference").ndim for m in everyone}
+    axes = {id(m): len(state.shapes["reference"][m.reference.name]) for m in everyone}
     matrices = [m for m in everyone if axes[id(m)] == 2]
     # Quantisation leaves vectors as they are: matrices are compared with matrices.
     alike = {wide: [m for m in everyone if (axes[id(m)] > 1) is wide] for wide in (True, False)}
@@ -321,7 +324,8 @@ def _mark(state: State) -> None:
                 match.odd, match.note = True, _less_exact(match)
             elif common and match.layout != common[0][0] and _square(state, match):
                 plain = common[0][0] or "as it is"
-                match.odd, match.note = True, f"others of its kind: {plain}"
+                match.odd = match.misplaced = True
+                match.note = f"others of its kind: {plain}"
 
 
 def _exactness(match: Match) -> tuple[int, float]:
@@ -340,17 +344,24 @@ def _less_exact(match: Match) -> str:
 def _square(state: State, match: Match) -> bool:
     """Only a square matrix can be transposed by mistake without its shape telling."""
     shapes = {
-        state.tensor(unit, side=side).shape
+        _shape(state, unit, side)
         for side, unit in (("actual", match.actual), ("reference", match.reference))
     }
     shape = shapes.pop()
     return not shapes and len(shape) == 2 and shape[0] == shape[1]
 
 
+def _shape(state: State, unit: Unit, side: str) -> tuple[int, ...]:
+    shape = list(state.shapes[side][unit.name])
+    if unit.place is not None:
+        shape[unit.place.axis] = len(unit.place.rows)
+    return tuple(shape)
+
+
 def ambiguous(state: State) -> tuple[list[Ambiguous], list[str], list[str]]:
     """Groups of free units that hold the same numbers, and all others that are free, by side."""
     own, theirs = state.free("actual"), state.free("reference")
-    where = _forward(state)
+    where = forward(state)
     groups: list[tuple[set[Unit], set[Unit]]] = []
     for unit in own:
         same = {other for other in theirs if state.fit(unit, other)}
@@ -371,18 +382,19 @@ def ambiguous(state: State) -> tuple[list[Ambiguous], list[str], list[str]]:
         found.append(
             Ambiguous(
                 kind="parameter",
-                actual=tuple(sorted(_text(u) for u in mine)),
-                reference=tuple(sorted(_text(u) for u in others)),
+                actual=tuple(sorted(called_unit(u) for u in mine)),
+                reference=tuple(sorted(called_unit(u) for u in others)),
                 why="one value everywhere" if constant else "equal content",
             )
         )
     listed = [{unit for group in groups for unit in group[side]} for side in (0, 1)]
     left = [
-        [_text(u) for u in units if u not in seen]
+        [called_unit(u) for u in units if u not in seen]
         for units, seen in zip((own, theirs), listed, strict=True)
     ]
     return found, left[0], left[1]
 
 
-def _text(unit: Unit) -> str:
+def called_unit(unit: Unit) -> str:
+    """A name, with the rows where it is not the whole tensor."""
     return unit.name if unit.place is None else f"{unit.name} [{unit.place}]"

@@ -1,0 +1,119 @@
+"""Quantised checkpoints: codes with the scale that is stored beside them, as numbers."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from truestep.measure.plain import plain
+from truestep.measure.rounding import of_rows, spread
+
+BESIDE = re.compile(r"(?:^|[._])(?:input_scale|scale_input|scaled_fp8)$")
+"""What formats with a scale keep beside it, which says nothing of the weights."""
+
+_BNB = 127.0
+"""bitsandbytes keeps the largest magnitude of a row, not its scale."""
+
+_HELD = 1 << 26
+"""Bytes of a file's tensors whose pages are left in memory."""
+
+
+def scale_name(name: str, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Name of the stored scale of a tensor, if one of the known names is there.
+
+    Args:
+        name: A tensor whose elements are one byte each; others have no scale.
+    """
+    stem, dot, leaf = name.rpartition(".")
+    known = (
+        f"{name}_scale",
+        f"{name}_scale_inv",
+        f"{name}.scale",
+        f"{stem}{dot}scale_{leaf}",
+        f"{stem}{dot}scale",
+        f"{stem}{dot}SCB",
+    )
+    found = next((stored for stored in known if stored in tensors), None)
+    if found is None or tensors[name].itemsize != 1:
+        return None
+    if found == known[-1] and tensors[name].dtype is not torch.int8:
+        return None
+    return found
+
+
+def scale_of(name: str, stored: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """What a code of 1 stands for, float64, as `spread` gives it; None where it gives none."""
+    value = tensors[stored].detach().to("cpu", torch.float64)
+    return spread(value / _BNB if stored.endswith("SCB") else value, tensors[name].shape)
+
+
+class Numbers(Mapping[str, torch.Tensor]):
+    """Tensors of a checkpoint as the numbers that they stand for; stored scales have no name.
+
+    Tensors of a file are read when they are asked for, and their pages given back soon after.
+
+    Attributes:
+        tensors: What the checkpoint holds.
+        scales: Name of a tensor of codes to that of its scale.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.scales = {
+            name: stored for name in tensors if (stored := scale_name(name, tensors)) is not None
+        }
+        beside = set(self.scales.values())
+        self._names = dict.fromkeys(
+            name for name in tensors if name not in beside and not BESIDE.search(name)
+        )
+        self._held: OrderedDict[str, int] = OrderedDict()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.rows(name, slice(None))
+
+    def rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Some slices of a tensor along its first axis."""
+        tensor = self.stored(name)
+        stored = self.scales.get(name)
+        if stored is None:
+            return tensor[rows] if tensor.ndim else tensor
+        scale = scale_of(name, stored, self.tensors)
+        part = tensor[rows] if tensor.ndim else tensor
+        wide = part.to(torch.float32)
+        if scale is None:
+            return wide
+        each = of_rows(scale, tensor.shape, rows)
+        return wide * each.to(torch.float32)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A tensor as the checkpoint holds it: codes without their scale."""
+        if name not in self._names:
+            raise KeyError(name)
+        tensor = plain(self.tensors[name], name)
+        self._hold(name, tensor.numel() * tensor.itemsize)
+        return tensor
+
+    def release(self, name: str) -> None:
+        """Give the pages of a tensor back; whoever holds it reads the file again."""
+        release = getattr(self.tensors, "release", None)
+        if release is not None:
+            release(name)
+        self._held.pop(name, None)
+
+    def _hold(self, name: str, size: int) -> None:
+        self._held.pop(name, None)
+        while self._held and sum(self._held.values()) + size > _HELD:
+            self.release(next(iter(self._held)))
+        self._held[name] = size
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
