@@ -31,7 +31,8 @@ def leaves(value: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
 
     Yields:
         Path and tensor: `out.0` for a tensor alone, else index, key or field, joined by dots
-        (`out.sample`, `in.0.1`). What is neither nest nor tensor is left out.
+        (`out.sample`, `in.0.1`). Arrays are tensors, and plain objects give the tensors that they
+        hold; what is none of these is left out, see `unread`.
     """
     if isinstance(value, torch.Tensor):
         yield f"{prefix}.0", value
@@ -51,10 +52,33 @@ def _nested(value: Any, path: str, depth: int) -> Iterator[tuple[str, torch.Tens
     if isinstance(value, torch.Tensor):
         yield path, value
         return
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.dtype.isnative:
+        yield path, torch.from_numpy(np.array(value))
+        return
     if depth >= MAX_DEPTH:
         return
-    for key, part in parts(value):
+    for key, part in parts(value) if _is_nest(value) else _held(value):
         yield from _nested(part, f"{path}.{_UNSAFE.sub(_escaped, key)}", depth + 1)
+
+
+def _held(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that a plain object holds: a `latent_dist`."""
+    if isinstance(value, (type, torch.nn.Module)):
+        return
+    for key, item in getattr(value, "__dict__", {}).items():
+        if isinstance(item, torch.Tensor):
+            yield key, item
+
+
+def unread(value: Any, depth: int = 0) -> Iterator[str]:
+    """Kinds of what is in a nest and is neither read as tensors nor says nothing."""
+    if isinstance(value, (torch.Tensor, int, float, complex, np.generic, *_PLAIN)):
+        return
+    if _is_nest(value) and depth < MAX_DEPTH:
+        for _, part in parts(value):
+            yield from unread(part, depth + 1)
+    elif not any(True for _ in _nested(value, "", MAX_DEPTH - 1)):
+        yield type(value).__name__
 
 
 def parts(value: Any) -> Iterator[tuple[str, Any]]:

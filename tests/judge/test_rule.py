@@ -65,6 +65,27 @@ def test_within_the_floor_is_equivalent() -> None:
     assert [s.name for s in outcome.statistics] == ["gain", "frame_energy"]
 
 
+def test_a_floor_as_large_as_the_values_passes_nothing() -> None:
+    """Where benign runs differ by half of the values, or a file says so."""
+    for size, verdict in ((0.3, Verdict.EQUIVALENT), (0.9, Verdict.INCONCLUSIVE)):
+        runs = tuple(
+            NoiseRun(
+                kind="jitter",
+                detail="d",
+                pair="float32/float32",
+                tensors=(metrics_of(size * (1 + 0.01 * at), 0.0),),
+            )
+            for at in range(30)
+        )
+        wide = FloorLookup(NoiseFloor(runs=runs), pair="float32/float32").find(
+            NAME, dtype="float32"
+        )
+        assert wide is not None
+        (outcome,) = judge([Measured(metrics(0.08), wide, {})])
+        assert outcome.verdict is verdict
+    assert outcome.note == "the floor itself is 1 of the values: it says nothing here"
+
+
 def test_beyond_the_bound_is_drifted_by_size() -> None:
     outcome = one(5e-6)
     assert outcome.verdict is Verdict.DRIFTED

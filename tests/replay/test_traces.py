@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,92 @@ def test_a_partial_trace_says_so(tmp_path: Path) -> None:
     result = compare_traces(path, traced(model))
     assert result.verdict is Verdict.IDENTICAL
     assert any(note.startswith("actual: partial") for note in result.notes)
+
+
+def test_a_candidate_that_broke_off_does_not_pass(tmp_path: Path) -> None:
+    """The reference goes on; one that was cut at the same place, or has fewer steps, is judged."""
+
+    def run(steps: int, fail_at: int | None, file: str) -> Path:
+        path, model = tmp_path / file, net()
+        with suppress(RuntimeError), torch.no_grad(), capture(model, level="full", path=path):
+            for step in range(steps):
+                if step == fail_at:
+                    raise RuntimeError("out of memory")
+                model(given())
+        return path
+
+    whole, cut = run(3, None, "whole.safetensors"), run(3, 1, "cut.safetensors")
+    result = compare_traces(cut, whole)
+    assert result.verdict is Verdict.INVALID
+    assert result.failing[0].note == (
+        "actual: partial: the traced block raised RuntimeError, before what the reference goes on "
+        "with"
+    )
+    assert compare_traces(cut, run(3, 1, "also.safetensors")).verdict is Verdict.IDENTICAL
+    fewer = compare_traces(run(1, None, "fewer.safetensors"), whole)
+    assert fewer.verdict is Verdict.IDENTICAL
+    assert fewer.not_looked_at == ("steps 1 main, 2 main (only the reference trace has them)",)
+
+
+class Told:
+    """An output that is no nest."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+class Wrapped(torch.nn.Module):
+    """Returns what its layer gives in some form, times a factor."""
+
+    def __init__(self, form: Callable[[torch.Tensor], object], factor: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.form, self.factor = torch.nn.Linear(8, 8), form, factor
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.form(self.layer(x) * self.factor)
+
+
+def wrapped(form: Callable[[torch.Tensor], object], factor: float) -> Recording:
+    """A trace of one call."""
+    model = Wrapped(form, factor)
+    with torch.no_grad(), capture(model, level="full") as trace:
+        model(torch.linspace(-1, 1, 64).reshape(8, 8))
+    assert trace.recording is not None
+    return trace.recording
+
+
+def test_what_no_trace_holds_passes_nothing() -> None:
+    """A sparse tensor, or objects in objects, at the end: what is inside cannot vouch for it."""
+    for form, words in (
+        (torch.Tensor.to_sparse, "(root) has tensors that cannot be stored: torch.sparse_coo"),
+        (lambda t: Told(Told(t)), "(root) returned no tensor (Told)"),
+    ):
+        for factor in (1.0, 2.0):
+            result = compare_traces(wrapped(form, factor), wrapped(form, 1.0))
+            assert result.verdict is Verdict.INCOMPARABLE
+            assert words in result.failing[0].note
+            assert any(words in text for text in result.not_looked_at)
+
+
+def test_plain_objects_and_arrays_are_read() -> None:
+    forms: tuple[Callable[[torch.Tensor], object], ...] = (
+        Told,
+        lambda t: {"sample": t.numpy()},
+        lambda t: (t * 0 + 1, Told(t)),
+    )
+    for form in forms:
+        assert compare_traces(wrapped(form, 1.0), wrapped(form, 1.0)).verdict is Verdict.IDENTICAL
+        result = compare_traces(wrapped(form, 2.0), wrapped(form, 1.0))
+        assert result.verdict is Verdict.DRIFTED, form
+
+
+def test_what_is_returned_beside_tensors_is_not_looked_at() -> None:
+    result = compare_traces(
+        wrapped(lambda t: (t, Told(Told(t))), 1.0), wrapped(lambda t: (t, Told(Told(t))), 1.0)
+    )
+    assert result.verdict is Verdict.IDENTICAL
+    assert result.not_looked_at == ("(root) returned, beside tensors, a Told",)
 
 
 def test_the_command_prints_growth_and_exits_by_verdict(tmp_path: Path) -> None:

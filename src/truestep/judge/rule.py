@@ -15,6 +15,9 @@ from truestep.floors import NoiseFloor, NoiseRun, RunMetrics
 from truestep.judge.floor import SHARE_OF_MINIMUM, Floor, FloorLookup, coarser
 from truestep.verdict import FloorUsed, Metrics, Rule, Statistic, Verdict
 
+BLIND = 0.5
+"""Largest measured floor (rel_l2) that can pass anything: half of the values may be noise there."""
+
 RATE = 1e-4
 """False alarms per check that the bounds are made for."""
 
@@ -111,10 +114,13 @@ def judged(items: Sequence[Measured], *, rate: float = RATE) -> Iterator[Outcome
 
 
 def _steady(item: Measured, outcome: Outcome) -> Outcome:
-    """Nothing is equivalent to a reference that is not so to itself."""
-    if not item.floor.unsteady or outcome.verdict is not Verdict.EQUIVALENT:
+    """Nothing is equivalent to a reference that is not so to itself, or by noise as large as it."""
+    if outcome.verdict is not Verdict.EQUIVALENT:
         return outcome
-    return replace(outcome, verdict=Verdict.INCONCLUSIVE, note=item.floor.unsteady)
+    note = item.floor.unsteady
+    if outcome.floor.source == "measured" and outcome.floor.rel_l2 > BLIND:
+        note = f"the floor itself is {outcome.floor.rel_l2:.1g} of the values: it says nothing here"
+    return replace(outcome, verdict=Verdict.INCONCLUSIVE, note=note) if note else outcome
 
 
 def judge_run(run: NoiseRun, floor: NoiseFloor, dtypes: Mapping[str, str]) -> list[Outcome]:

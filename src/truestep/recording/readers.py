@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from truestep.errors import FileFormatError, UsageError
-from truestep.magic import what_is
+from truestep.magic import SAFETENSORS, what_is
 from truestep.measure.plain import plain
 from truestep.reading import reason
 from truestep.recording.format import Plain, Recording
@@ -158,6 +158,8 @@ def read_source(path: Path, suffix: str) -> Source:
         ".npz": _npz,
         **dict.fromkeys((".pt", ".pth", ".bin"), _pt),
     }
+    if suffix not in readers and what_is(path) == SAFETENSORS:
+        suffix = ".safetensors"
     if suffix not in readers:
         known = f"known: {', '.join(readers)}"
         _refuse(

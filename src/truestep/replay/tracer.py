@@ -18,8 +18,8 @@ from truestep.keys import module_name
 from truestep.measure.moments import Moments, from_device, on_device, with_square
 from truestep.measure.reduced import STATS
 from truestep.measure.sketch import SIZE, STEP, sketch_and_square
-from truestep.nests import argument_leaves, leaves
-from truestep.pairing.naming import Named, callable_module
+from truestep.nests import argument_leaves, leaves, unread
+from truestep.pairing.naming import ROOT, Named, callable_module
 from truestep.recording.format import bytes_of
 from truestep.recording.header import bad_name
 from truestep.recording.manifest import Level
@@ -28,6 +28,15 @@ from truestep.recording.spool import Blob, Memory, Spool, storable
 Leaves = Iterable[tuple[str, torch.Tensor]]
 
 MAX_NOTES = 20
+
+UNREAD = (
+    "returned, beside tensors,",
+    "returned no tensor",
+    "has tensors that cannot be stored",
+    "could not be recorded",
+    "has tensors under names",
+)
+"""What notes say, after a module's name, of values that no trace holds."""
 
 
 @dataclass
@@ -163,8 +172,15 @@ class Tracer:
                 found = self.record(fqn, call, leaves(output, "out"))
                 if not found:
                     self.note(f"{fqn} returned no tensor ({type(output).__name__})")
+                else:
+                    self._unread(fqn, output)
 
         return before, after
+
+    def _unread(self, fqn: str, output: object) -> None:
+        with suppress(Exception):  # a mapping may raise anything; what it gave is recorded
+            for kind in dict.fromkeys(unread(output)):
+                self.note(f"{fqn} {UNREAD[0]} a {kind}")
 
     def around(
         self,
@@ -383,9 +399,8 @@ class Tracer:
             missed = sorted(self.steps - self.seen_steps)
             if missed:
                 told.append(f"steps never reached: {', '.join(map(str, missed))}")
-        kept = [
-            text if times == 1 else f"{text} ({times} times)" for text, times in self._notes.items()
-        ]
+        ordered = sorted(self._notes.items(), key=lambda note: not note[0].startswith(ROOT))
+        kept = [text if times == 1 else f"{text} ({times} times)" for text, times in ordered]
         if len(kept) > MAX_NOTES:
             kept = [*kept[:MAX_NOTES], f"{len(kept) - MAX_NOTES} more notes were left out"]
         return (*told, *kept)

@@ -28,6 +28,7 @@ from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.readers import Source, side_of
 from truestep.replay.isolation import alike, laid_out
+from truestep.replay.trace_ends import cut, gone, is_partial, only_of_the, unrecorded, with_ends
 from truestep.replay.trace_names import (
     Named,
     Names,
@@ -41,9 +42,6 @@ from truestep.verdict import GIVEN, Comparison, Difference, Divergence, Row, Row
 
 FEW = 16
 """So many elements, one for every sample, are timesteps and no latent."""
-
-PARTIAL = "partial"
-"""How a note of a trace begins that was cut short."""
 
 
 class Streamed(Mapping[str, torch.Tensor]):
@@ -150,15 +148,16 @@ def compare_traces(
         rows = _judged(*sides, Limits(floor, tolerance=tolerance))
     del names
     seen = inside(rows)
-    rows = _gone(_settled(origins(seen.rows)), partial=_partial(ours) or _partial(theirs))
+    rows = gone(_settled(origins(seen.rows)), partial=is_partial(ours) or is_partial(theirs))
+    rows = with_ends(rows, ours, theirs, left_out)
     result = build_comparison(
         rows,
         actual=side_of(ours),
         reference=side_of(theirs),
         environment_differences=_environment(ours, theirs),
         looked_at=(f"{len({*rows.each('fqn')})} modules", f"{len(rows)} tensors"),
-        not_looked_at=(*left_out, *_unseen(seen)),
-        notes=(*named.notes, *_undone(seen), *_cut(ours, "actual"), *_cut(theirs, "reference")),
+        not_looked_at=(*left_out, *_unseen(seen), *unrecorded(ours, theirs)),
+        notes=(*named.notes, *_undone(seen), *cut(ours, "actual"), *cut(theirs, "reference")),
         hint=_hint(rows, floor is not None, tolerance),
     )
     return _located(result, sides, named)
@@ -197,14 +196,6 @@ def _modules(source: Source) -> Texts:
 
 def _of_module(name: str) -> bool:
     return key_of(name).stage == "module"
-
-
-def _partial(source: Source) -> bool:
-    return any(note.startswith(PARTIAL) for note in _manifest(source).notes)
-
-
-def _cut(source: Source, side: str) -> list[str]:
-    return [f"{side}: {note}" for note in _manifest(source).notes if note.startswith(PARTIAL)]
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -287,7 +278,7 @@ def _scope(
     inputs = [any(_is_input(name) for name in side) for side in (ours, theirs)]
     common = places[0] & places[1]
     words = [
-        f"{_places(only - common)} (only the {label} trace has them)"
+        f"{_places(only - common)} {only_of_the(label)}"
         for only, label in zip(places, ("actual", "reference"), strict=True)
         if only - common
     ]
@@ -423,16 +414,6 @@ def _settled(rows: Rows) -> Rows:
     return rows.replaced(
         verdict=(Verdict.INCONCLUSIVE if v is Verdict.DRIFTED else v for v in told),
         note=(grown if v is Verdict.DRIFTED else note for v, note in notes),
-    )
-
-
-def _gone(rows: Rows, *, partial: bool) -> Rows:
-    """Say of a tensor that one side lacks whether the trace ended before it."""
-    if not partial:
-        return rows
-    sides = rows.each("note", "actual", "reference")
-    return rows.replaced(
-        note=(note if a and r else f"{note}: a trace is partial" for note, a, r in sides)
     )
 
 
