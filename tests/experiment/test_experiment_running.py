@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 
 from truestep.case import Case
-from truestep.experiment.arms import choose, load_arm, run
+from truestep.experiment import running
+from truestep.experiment.arms import Arm, Run, choose, load_arm, run
 from truestep.experiment.planning import parse_matrix, planned_cases
 from truestep.experiment.records import ARMS, Finding, Plan, Sample
 from truestep.experiment.running import run_experiment
 from truestep.experiment.store import Store
 from truestep.experiment.table import summarise
+from truestep.report.ab import markdown
 from truestep.runtime.pipeline import Pipeline
+from truestep.verdict import Verdict
 
 Change = Callable[[Pipeline], None]
 
@@ -182,3 +186,129 @@ def test_a_change_of_shared_code_spoils_the_cell(
         "the switch reaches all arms: the baseline gives other latents once the candidate is "
         "loaded",
     )
+
+
+def generations_changed(
+    monkeypatch: pytest.MonkeyPatch, of: str, change: Callable[[int, dict[str, torch.Tensor]], None]
+) -> None:
+    """Change what an arm's generations leave behind; the first is number 1."""
+    numbers = itertools.count(1)
+
+    def changed(arm: Arm, case: Case) -> Run:
+        made = run(arm, case)
+        if arm.name == of:
+            change(next(numbers), made.tensors)
+        return made
+
+    monkeypatch.setattr(running, "run", changed)
+
+
+def scaled(name: str, by: float, *, first: int) -> Callable[[int, dict[str, torch.Tensor]], None]:
+    """One tensor from one generation on."""
+
+    def change(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        if number >= first:
+            tensors[name] = tensors[name] * by
+
+    return change
+
+
+CHECKED = 2  # the candidate's generations up to the one that is checked
+
+
+def alike(case: Case, **values: object) -> Plan:
+    return planned(case, apply="", expect=("same",), **values)
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_candidate_that_drifts_after_its_check_is_found(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmup: int
+) -> None:
+    generations_changed(monkeypatch, "candidate", scaled("latent/final", 1.1, first=CHECKED + 2))
+    found = summarise(begun(tmp_path, alike(case, warmup=warmup)))
+    cell = found.cells[0]
+    assert (found.verdict, found.exit_code) == (Finding.DRIFTED, 1)
+    assert not cell.unchanged
+    place = "warming up" if warmup else "round 0"
+    assert cell.first_divergence == f"`latent/final`, {place}"
+    assert cell.worst_final == pytest.approx(0.1, rel=1e-3)
+    assert "candidate: repeats of one case gave 2 different latents; the furthest is drifted " in (
+        markdown(found)
+    )
+    assert "changed nothing" not in markdown(found)
+
+
+def test_a_drift_before_the_check_or_in_every_round_is_found(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        if number == 1:
+            tensors["latent/final"] = tensors["latent/final"] * 1.1
+
+    generations_changed(monkeypatch, "candidate", first)
+    store = begun(tmp_path / "first", alike(case))
+    assert summarise(store).verdict is Finding.DRIFTED
+    generations_changed(monkeypatch, "candidate", scaled("latent/final", 1.1, first=CHECKED + 1))
+    found = summarise(begun(tmp_path / "all", alike(case, warmup=0)))
+    assert found.verdict is Finding.DRIFTED
+    assert found.cells[0].arms["candidate"].results == 1
+    assert "candidate: repeats of one case gave 2 different latents; " in markdown(found)
+
+
+def test_a_decoder_that_drifts_after_its_check_is_found(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generations_changed(monkeypatch, "candidate", scaled("video/frames", 1.1, first=CHECKED + 1))
+    found = summarise(begun(tmp_path, alike(case)))
+    assert found.verdict is Finding.DRIFTED
+    assert found.cells[0].worst_final == 0.0
+    assert (
+        "candidate: repeats of one case gave one latent decoded to other frames; the furthest "
+        in (markdown(found))
+    )
+
+
+def test_a_candidate_that_varies_within_the_floor_is_equivalent_and_said_to_vary(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounding(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        tensors["latent/final"] = tensors["latent/final"] * (1 + 2**-23 * (number % 3))
+
+    generations_changed(monkeypatch, "candidate", rounding)
+    found = summarise(begun(tmp_path, alike(case)))
+    cell = found.cells[0]
+    assert cell.sameness is Verdict.EQUIVALENT
+    assert not cell.unchanged
+    assert not any("latents" in reason for reason in cell.reasons)
+    assert "different latents; the furthest is equivalent (rel_l2 " in markdown(found)
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        ("baseline", "the baseline gives other latents from one run to the next, beyond the floor"),
+        (
+            "control",
+            "the A/A control gives other latents from one run to the next, beyond the floor",
+        ),
+    ],
+)
+def test_a_trusted_arm_that_does_not_stay_the_same_decides_nothing(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, said: str
+) -> None:
+    generations_changed(monkeypatch, arm, scaled("latent/final", 1.1, first=6))
+    found = summarise(begun(tmp_path, alike(case, rounds=3, most_rounds=3)))
+    assert found.verdict is Finding.INCONCLUSIVE
+    assert any(reason.startswith(said) for reason in found.cells[0].reasons)
+
+
+def test_a_resumed_experiment_judges_what_its_new_rounds_give(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = alike(case)
+    assert summarise(begun(tmp_path, plan)).cells[0].sameness is Verdict.IDENTICAL
+    generations_changed(monkeypatch, "candidate", scaled("latent/final", 1.1, first=1))
+    more = plan.model_copy(update={"rounds": 2, "most_rounds": 2})
+    found = summarise(begun(tmp_path, more)).cells[0]
+    assert found.verdict is Finding.DRIFTED
+    assert len(found.repeats) == 1

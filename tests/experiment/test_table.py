@@ -22,6 +22,7 @@ from truestep.experiment.records import (
     Finding,
     Plan,
     Remark,
+    Repeat,
     Sameness,
     Sample,
 )
@@ -59,6 +60,7 @@ class Made:
         control: float = 1.0,
         noise: float = 0.01,
         forwards: int = 4,
+        latents: int = 1,
     ) -> Made:
         dice = random.Random(1)
         factor = {"baseline": 1.0, "candidate": candidate, "control": control}
@@ -77,7 +79,7 @@ class Made:
                         stages_s={"step": (seconds / 2, seconds / 2)},
                         memory_mib=100.0,
                         forwards=forwards if arm == "candidate" else 4,
-                        latent="x",
+                        latent=f"x{number % latents}" if arm == "candidate" else "x0",
                         frames="y",
                     ),
                 )
@@ -146,6 +148,28 @@ def test_of_a_speed_that_is_not_decided_nobody_says_that_it_is_the_same(tmp_path
     assert found.cells[0].reasons == (
         "the switch changed nothing so far: same bits and forwards, and the speed is not decided",
     )
+
+
+def test_results_that_nobody_judged_are_no_pass(tmp_path: Path) -> None:
+    made = Made(tmp_path).time(20, latents=3).check()
+    found = made.result()
+    assert (found.verdict, found.exit_code) == (Finding.INCONCLUSIVE, 4)
+    assert not found.cells[0].unchanged
+    assert found.cells[0].reasons == (
+        f"{ID}: 2 more results of the candidate were not judged: give another --output to run it "
+        "anew",
+    )
+    assert found.cells[0].looked_at_cases == 1
+    row = found.cells[0].checks[0].final
+    for latent in ("x1", "x2"):
+        made.store.append(
+            CELL,
+            Repeat(
+                arm="candidate", case=ID, round=1, latent=latent, frames="y", checked="x0", row=row
+            ),
+        )
+    judged = made.result()
+    assert (judged.verdict, judged.cells[0].unchanged) == (Finding.IDENTICAL, False)
 
 
 def test_drift_fails_unless_it_was_expected(tmp_path: Path) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from truestep.experiment.records import Sameness
 from truestep.floors import NoiseFloor
-from truestep.judge.floor import Limits
+from truestep.judge.floor import Limits, free_running
 from truestep.judge.rows import compare_tensors
 from truestep.keys import FINALS
 from truestep.measure.frames import frame_scores
 from truestep.verdict import Comparison, Row, Verdict
 
 FRAMES = "video/frames"
+DECODED = (FRAMES, "audio/waveform")
 
 
 def sameness(
@@ -64,7 +65,47 @@ def final_row(
     an arm is absent."""
     if FINALS[0] not in actual or FINALS[0] not in reference:
         return None
-    sides = ({name: side[name] for name in FINALS if name in side} for side in (actual, reference))
-    rows = compare_tensors(*sides, limits=Limits(floor, pair))
+    return _worst(_rows(actual, reference, FINALS, limits=Limits(floor, pair)))
+
+
+def repeat_row(
+    actual: Mapping[str, torch.Tensor],
+    reference: Mapping[str, torch.Tensor],
+    *,
+    decoded: Mapping[str, torch.Tensor] | None = None,
+    floor: NoiseFloor | None,
+    pair: str,
+) -> Row | None:
+    """A generation that left other bits than the one that was checked, judged as that one was.
+
+    Args:
+        actual: Its final latents and what they were decoded to.
+        reference: The baseline's.
+        decoded: What the same arm decoded the same latent to when it was checked; None where the
+            latent is another.
+        floor: What the recording measured, of a free run and of decoding.
+        pair: Working precisions, candidate first.
+
+    Returns:
+        The worst row; None where the baseline kept nothing.
+    """
+    final = final_row(actual, reference, floor=free_running(floor), pair=pair)
+    if final is None or decoded is None:
+        return final
+    return _worst([final, *_rows(actual, decoded, DECODED, limits=Limits(floor, pair))])
+
+
+def _rows(
+    actual: Mapping[str, torch.Tensor],
+    reference: Mapping[str, torch.Tensor],
+    names: Sequence[str],
+    *,
+    limits: Limits,
+) -> list[Row]:
+    sides = ({name: side[name] for name in names if name in side} for side in (actual, reference))
+    return compare_tensors(*sides, limits=limits)
+
+
+def _worst(rows: Sequence[Row]) -> Row:
     worst = Verdict.worst(row.verdict for row in rows)
     return max((row for row in rows if row.verdict is worst), key=lambda row: row.ratio or 0.0)

@@ -183,7 +183,30 @@ class Remark(Record):
     spoils: bool = Field(default=False, description="no speed can be believed because of it")
 
 
-Line = Annotated[Sample | Failure | Remark, Field(discriminator="kind")]
+class Repeat(Record):
+    """A generation of an arm that left other bits than the one that was checked, and its judgement.
+
+    Attributes:
+        round: None while it warmed up.
+        latent, frames: Digests, as of a sample.
+        checked: Digest of the final latent that was checked.
+        row: The final latent against the baseline's; where the latent is the one that was checked,
+            what it was decoded to, against what it was then. None where nothing was kept to
+            compare with.
+    """
+
+    kind: Literal["repeat"] = "repeat"
+    arm: ArmName
+    case: str
+    round: int | None = None
+    session: int = 0
+    latent: str
+    frames: str
+    checked: str
+    row: Row | None = None
+
+
+Line = Annotated[Sample | Failure | Remark | Repeat, Field(discriminator="kind")]
 """A line of a samples file."""
 
 
@@ -246,6 +269,7 @@ class CellResult(Record):
         sentence: What a person would repeat.
         sameness: Of the latents at steps and at the end, over all cases.
         worst_final: Largest rel_l2 of a final latent, and its multiple of the floor.
+        repeats: Every result of an arm that is not, bit by bit, the one that was checked.
         missing: What a complete cell would have and this one has not.
         reasons: Why the verdict is what it is, where it is not a pass.
     """
@@ -273,6 +297,7 @@ class CellResult(Record):
     notes: tuple[str, ...] = ()
     checks: tuple[Sameness, ...] = ()
     samples: tuple[Sample, ...] = ()
+    repeats: tuple[Repeat, ...] = ()
 
 
 class Experiment(Record):

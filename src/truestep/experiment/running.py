@@ -15,7 +15,7 @@ from truestep.environment import Environment
 from truestep.errors import FOREIGN, FileFormatError, TruestepError, WriteError
 from truestep.experiment.arms import Arm, Run, choose, digest, load_arm, own_backend, run
 from truestep.experiment.cluster import Ended, Task, run_tasks
-from truestep.experiment.judging import final_row, sameness
+from truestep.experiment.judging import DECODED, final_row, repeat_row, sameness
 from truestep.experiment.planning import arm_case, own_settings
 from truestep.experiment.records import (
     ARMS,
@@ -25,6 +25,7 @@ from truestep.experiment.records import (
     PlannedCase,
     PlannedCell,
     Remark,
+    Repeat,
     Sameness,
     Sample,
 )
@@ -42,6 +43,8 @@ from truestep.replay.record import FloorChoice, record_pipeline
 from truestep.runtime.loading import load
 
 if TYPE_CHECKING:
+    import torch
+
     from truestep.progress import Progress
     from truestep.runtime.applying import Apply
 
@@ -198,6 +201,14 @@ class _Cell:
         self.session = 1 + max((line.session for line in lines), default=-1)
         samples = [line for line in lines if isinstance(line, Sample)]
         self.rounds = {found[0].round: found for found in complete_rounds(samples)}
+        self.repeats = {
+            (line.arm, line.case, line.latent, line.frames)
+            for line in lines
+            if isinstance(line, Repeat)
+        }
+        self.checked: dict[tuple[ArmName, str], tuple[str, str]] = {}  # digests
+        self.floor: NoiseFloor | None = None
+        self.early: Run | None = None
 
     def run(self) -> None:
         """Everything that is missing; what an arm raises is kept and ends the cell."""
@@ -212,6 +223,9 @@ class _Cell:
                 "control": self._load("control"),
             }
             self._check(arms)
+            if self.early is not None:
+                self._repeat("candidate", self.plan.cases[0], self.early)
+                self.early = None
             self._warm_up(arms)
             while not self._enough():
                 self._round(arms, self._next())
@@ -266,7 +280,7 @@ class _Cell:
             before = run(trusted, first).tensors
         candidate = self._load("candidate")
         with self._raising("candidate", "generating", cases[0].name):
-            run(candidate, self._case(cases[0], "candidate"))
+            self.early = run(candidate, self._case(cases[0], "candidate"))
         with self._raising("baseline", "recording"):
             self._record(trusted)
             after = run(trusted, first).tensors
@@ -319,13 +333,12 @@ class _Cell:
 
     def _check(self, arms: Mapping[ArmName, Arm]) -> None:
         """Run every arm once a case, keep latents and frames, and judge them."""
-        floor: NoiseFloor | None = None
         for number, planned in enumerate(self.plan.cases):
             key = self._id(planned)
             path = self.store.recording(self.cell, key)
             recording = Recording.open(path) if path.exists() else None
-            if recording is not None and floor is None:
-                floor = free_running(recording.manifest.noise_floor)
+            if recording is not None and self.floor is None:
+                self.floor = recording.manifest.noise_floor
             if self.store.check(self.cell, key) is not None:
                 continue
             self._tell("checking", number, len(self.plan.cases))
@@ -334,7 +347,7 @@ class _Cell:
                 with self._raising(name, "generating", planned.name):
                     made[name] = run(arm, self._case(planned, name))
                 self.store.save_tensors(self.cell, name, key, made[name].tensors)
-            self.store.save_check(self.cell, self._sameness(planned, arms, made, recording, floor))
+            self.store.save_check(self.cell, self._sameness(planned, arms, made, recording))
 
     def _sameness(
         self,
@@ -342,7 +355,6 @@ class _Cell:
         arms: Mapping[ArmName, Arm],
         made: Mapping[str, Run],
         recording: Recording | None,
-        floor: NoiseFloor | None,
     ) -> Sameness:
         base, cand = self._case(planned, "baseline"), self._case(planned, "candidate")
         steps = None
@@ -373,16 +385,52 @@ class _Cell:
             self._id(planned),
             {name: found.tensors for name, found in made.items()},
             steps=steps,
-            floor=floor,
+            floor=free_running(self.floor),
             pairs=(pair_of(cand.dtype, base.dtype), pair_of(base.dtype, base.dtype)),
         )
+
+    def _repeat(
+        self, name: ArmName, planned: PlannedCase, made: Run, *, number: int | None = None
+    ) -> tuple[str, str]:
+        """Judge what a generation left behind where it is not what was checked; its digests."""
+        key, now = self._id(planned), _results(made.tensors)
+        kept: dict[str, torch.Tensor] | None = None
+        if (name, key) not in self.checked:
+            kept = self.store.tensors(self.cell, name, key)
+            self.checked[name, key] = _results(kept)
+        before = self.checked[name, key]
+        if now == before or (name, planned.name, *now) in self.repeats:
+            return now
+        if kept is None:
+            kept = self.store.tensors(self.cell, name, key)
+        row = repeat_row(
+            made.tensors,
+            self.store.tensors(self.cell, "baseline", key),
+            decoded=kept if now[0] == before[0] else None,
+            floor=self.floor,
+            pair=pair_of(self._case(planned, name).dtype, self._case(planned, "baseline").dtype),
+        )
+        found = Repeat(
+            arm=name,
+            case=planned.name,
+            round=number,
+            session=self.session,
+            latent=now[0],
+            frames=now[1],
+            checked=before[0],
+            row=row,
+        )
+        self.store.append(self.cell, found)
+        self.repeats.add((name, planned.name, *now))
+        return now
 
     def _warm_up(self, arms: Mapping[ArmName, Arm]) -> None:
         first = self.plan.cases[0]
         for _ in range(self.plan.warmup):
             for name, arm in arms.items():
                 with self._raising(name, "warming up", first.name):
-                    run(arm, self._case(first, name))
+                    made = run(arm, self._case(first, name))
+                self._repeat(name, first, made)
 
     def _round(self, arms: Mapping[ArmName, Arm], number: int) -> None:
         """One case, every arm twice: an order drawn from the seed, and back."""
@@ -393,6 +441,7 @@ class _Cell:
             arm = arms[name]  # type: ignore[index]
             with self._raising(arm.name, "generating", planned.name):
                 made = run(arm, self._case(planned, arm.name))
+            latent, frames = self._repeat(arm.name, planned, made, number=number)
             sample = Sample(
                 arm=arm.name,
                 case=planned.name,
@@ -404,8 +453,8 @@ class _Cell:
                 memory_mib=made.memory_mib,
                 memory_kind=made.memory_kind,
                 forwards=made.forwards,
-                latent=_digests(made, FINALS),
-                frames=_digests(made, ("video/frames", "audio/waveform")),
+                latent=latent,
+                frames=frames,
             )
             self.store.append(self.cell, sample)
             found.append(sample)
@@ -426,9 +475,14 @@ class _Cell:
         return interval(ratios).half_width <= self.plan.until
 
 
-def _digests(made: Run, names: Sequence[str]) -> str:
-    """Of what a generation left behind: of the video, and of the sound where there is one."""
-    return " ".join(digest(made.tensors[name]) for name in names if name in made.tensors)
+def _results(tensors: Mapping[str, torch.Tensor]) -> tuple[str, str]:
+    """Digests of what a generation left behind: of its final latents, and of what is decoded."""
+    return _digests(tensors, FINALS), _digests(tensors, DECODED)
+
+
+def _digests(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> str:
+    """Of the video, and of the sound where there is one."""
+    return " ".join(digest(tensors[name]) for name in names if name in tensors)
 
 
 def with_floor(recording: Recording, floor: NoiseFloor | None) -> Recording:

@@ -31,6 +31,7 @@ from truestep.experiment.records import (
     Plan,
     PlannedCell,
     Remark,
+    Repeat,
     Sameness,
     Sample,
 )
@@ -41,7 +42,7 @@ from truestep.text import quoted
 if TYPE_CHECKING:
     import torch
 
-_LINE: TypeAdapter[Sample | Failure | Remark] = TypeAdapter(Line)
+_LINE: TypeAdapter[Sample | Failure | Remark | Repeat] = TypeAdapter(Line)
 
 
 class Store:
@@ -147,7 +148,7 @@ class Store:
             return {}
         return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
-    def append(self, cell: PlannedCell, line: Sample | Failure | Remark) -> None:
+    def append(self, cell: PlannedCell, line: Sample | Failure | Remark | Repeat) -> None:
         """Add a line to a cell's samples, flushed to the operating system.
 
         Raises:
@@ -170,7 +171,9 @@ class Store:
         except OSError as error:
             raise _unwritten("the samples", path, error) from error
 
-    def lines(self, cell: PlannedCell) -> tuple[list[Sample | Failure | Remark], list[str]]:
+    def lines(
+        self, cell: PlannedCell
+    ) -> tuple[list[Sample | Failure | Remark | Repeat], list[str]]:
         """Every line of a cell that can be read, and what is said of those that cannot."""
         path = self._samples(cell)
         if not path.exists():

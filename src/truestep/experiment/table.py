@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from truestep.case import Case
 from truestep.environment import library_version
+from truestep.experiment import repeats as others
 from truestep.experiment.records import (
     ARMS,
     ArmSummary,
@@ -17,6 +18,7 @@ from truestep.experiment.records import (
     Plan,
     PlannedCell,
     Remark,
+    Repeat,
     Sameness,
     Sample,
     Speed,
@@ -102,13 +104,14 @@ def _cell(store: Store, plan: Plan, cell: PlannedCell) -> CellResult:
     last = max((line.session for line in lines), default=-1)
     failed = [f for f in lines if isinstance(f, Failure) and f.session == last]
     remarks = [line for line in lines if isinstance(line, Remark)]
+    repeats = tuple(line for line in lines if isinstance(line, Repeat))
     notes += [r.text for r in remarks if not r.spoils]
     if len(rounds) < plan.rounds:
         missing = (*missing, f"{plan.rounds - len(rounds)} of {plan.rounds} rounds")
     speed = speed_of(rounds, plan, "candidate") if rounds else None
     control = speed_of(rounds, plan, "control") if rounds else None
     arms = {arm: _summary(used, arm) for arm in ARMS if any(s.arm == arm for s in used)}
-    found = _latents(checks)
+    found = others.verdict_with(_latents(checks), repeats)
     result = CellResult(
         cell=cell,
         verdict=Finding.INCONCLUSIVE,
@@ -122,7 +125,8 @@ def _cell(store: Store, plan: Plan, cell: PlannedCell) -> CellResult:
         notes=(*dict.fromkeys(notes), *damaged),
         checks=checks,
         samples=tuple(samples),
-        **_numbers(checks),
+        repeats=repeats,
+        **_numbers(checks, repeats),
     )
     result = result.model_copy(update={"unchanged": _unchanged(result)})
     spoiled = list(dict.fromkeys(r.text for r in remarks if r.spoils))
@@ -180,9 +184,10 @@ def _latents(checks: Sequence[Sameness]) -> Verdict | None:
     return Verdict.worst(found) if found else None
 
 
-def _numbers(checks: Sequence[Sameness]) -> dict[str, object]:
+def _numbers(checks: Sequence[Sameness], repeats: Sequence[Repeat]) -> dict[str, object]:
     """Worst and mean values over all cases."""
     finals = [check.final for check in checks if check.final is not None]
+    finals += others.finals(repeats)
     measured = [row for row in finals if row.metrics is not None]
     ratios = [row.ratio for row in finals if row.ratio is not None]
     diverged = next(
@@ -202,7 +207,7 @@ def _numbers(checks: Sequence[Sameness]) -> dict[str, object]:
     return {
         "worst_final": max((row.metrics.rel_l2 for row in measured if row.metrics), default=None),
         "worst_final_ratio": max(ratios, default=None),
-        "first_divergence": str(diverged) if diverged else "",
+        "first_divergence": str(diverged) if diverged else others.divergence(repeats),
         "ssim_mean": math.fsum(means) / len(means) if means else None,
         "ssim_worst": min(values("ssim_worst"), default=None),
         "psnr_worst_db": min(values("psnr_db"), default=None),
@@ -212,12 +217,12 @@ def _numbers(checks: Sequence[Sameness]) -> dict[str, object]:
 
 def _unchanged(result: CellResult) -> bool:
     """Whether the switch shows in nothing: bits, forwards or speed."""
-    if result.sameness is not Verdict.IDENTICAL or result.speed is None:
+    if result.sameness is not Verdict.IDENTICAL or result.speed is None or result.repeats:
         return False
     if result.speed.outcome in (Outcome.FASTER, Outcome.SLOWER):
         return False
     base, candidate = result.arms["baseline"], result.arms["candidate"]
-    return base.forwards == candidate.forwards
+    return base.forwards == candidate.forwards and base.results == candidate.results == 1
 
 
 def nothing_text(result: CellResult) -> str:
@@ -272,7 +277,7 @@ def _sameness(result: CellResult, plan: Plan) -> tuple[list[Finding], list[str],
         unsure.append("whether the latents are the same is not decided")
     if any(c.control_final and not c.control_final.verdict.passed for c in result.checks):
         unsure.append("the A/A control gives other latents than the baseline, beyond the floor")
-    return wrong, reasons, unsure
+    return wrong, reasons, [*unsure, *others.undecided(result.samples, result.repeats)]
 
 
 def _raised(failure: Failure) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from truestep.experiment import repeats
 from truestep.experiment.records import CellResult, Experiment, Finding
 from truestep.experiment.table import nothing_text, ratio_text
 from truestep.files import write_text
@@ -97,18 +98,13 @@ def markdown(experiment: Experiment) -> str:
 
 
 def _remarks(result: CellResult) -> tuple[str, ...]:
-    repeats = [
-        f"{arm}: repeats of one case gave {found.results} different latents"
-        for arm, found in result.arms.items()
-        if found.results > 1
-    ]
     nothing = nothing_text(result)
     silent = [nothing] if result.unchanged and nothing not in result.reasons else []
     return (
         *result.reasons,
         *(f"missing: {m}" for m in result.missing),
         *result.notes,
-        *repeats,
+        *repeats.notes(result),
         *silent,
     )
 
