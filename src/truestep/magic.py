@@ -9,7 +9,7 @@ from pathlib import Path
 ARCHIVE, NUMPY, PICKLE = "a zip archive", "a numpy array (.npy)", "a pickle"
 SAFETENSORS, JSON, TEXT = "a safetensors file", "a JSON file", "a text file"
 OLD_PT, ONNX, HDF5 = "a .pt file of before torch 1.6", "an ONNX model", "an HDF5 file (Keras)"
-SQLITE = "a SQLite database"
+SQLITE, GGUF = "a SQLite database", "a GGUF model (llama.cpp)"
 MODEL, REFERENCES = "a diffusers model folder", "a folder of references"
 EXPERIMENT = "the folder of an experiment (truestep ab)"
 SPOOL = "the spool of a trace that was not closed"
@@ -19,7 +19,7 @@ _STARTS = (
     (0, b"PK\x05\x06", ARCHIVE),
     (0, b"\x93NUMPY", NUMPY),
     (0, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", OLD_PT),
-    (0, b"GGUF", "a GGUF model (llama.cpp)"),
+    (0, b"GGUF", GGUF),
     (0, b"GGML", "a GGML model (llama.cpp)"),
     (0, b"\x89HDF\r\n\x1a\n", HDF5),
     (0, b"SQLite format 3\0", SQLITE),

@@ -416,6 +416,24 @@ def _seed_npz(folder: Path) -> None:
     np.savez_compressed(folder / "c.npz", **arrays)
 
 
+def _seed_gguf(folder: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(folder / "a.gguf", "flux")
+    values = np.linspace(-1, 1, 256, dtype="f4").reshape(4, 64)
+    kinds = gguf.GGMLQuantizationType
+    writer.add_array("comfy.gguf.orig_shape.plain", [8, 32])
+    writer.add_tensor("plain", values)
+    for kind in (kinds.Q8_0, kinds.Q4_1):
+        packed = gguf.quants.quantize(values, kind)
+        writer.add_tensor(kind.name, packed, raw_dtype=kind)
+    writer.add_tensor("Q4_K", np.zeros((1, 144), np.uint8), raw_dtype=kinds.Q4_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def _without_addresses(data: bytes) -> bytes:
     """A .pt file of the old form with one storage, which is called by its address there."""
     return re.sub(rb"X.\0\0\0\d{5,}", b"X\1\0\0\x000", data, flags=re.DOTALL)
@@ -690,6 +708,7 @@ KINDS: dict[str, Kind] = {
     "safetensors": Kind(_seed_plain, {"": mutate.safetensors}, _use_weights),
     "npy": Kind(_seed_npy, {"": _numpy}, _use_tensors),
     "npz": Kind(_seed_npz, {"": _zipped}, _use_tensors),
+    "gguf": Kind(_seed_gguf, {"": mutate.raw}, _use_weights),
     "pt": Kind(_seed_pt, {"": _zipped}, _use_weights),
     "bundle": Kind(_seed_bundle, {"": _zipped}, _use_bundle),
     "onnx": Kind(_seed_onnx, {"": mutate.raw}, _use_state),

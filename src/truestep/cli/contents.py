@@ -65,6 +65,7 @@ def contents_of(path: Path) -> Contents:
         magic.SAFETENSORS: _safetensors,
         magic.NUMPY: _tensors,
         magic.ARCHIVE: _archive,
+        magic.GGUF: _gguf,
         magic.OLD_PT: _tensors,
         magic.JSON: _json,
     }
@@ -128,6 +129,15 @@ def _archive(path: Path, kind: str) -> Contents:
         return _tensors(path, _NPZ)
     rows = tuple((info.filename, "", f"{info.file_size:,} bytes") for info in entries)
     return Contents(kind, rows, "entries")
+
+
+def _gguf(path: Path, kind: str) -> Contents:
+    from truestep.recording.gguf_files import read_gguf
+
+    found = read_gguf(path)
+    rows = tuple((name, entry.called, entry.shape) for name, entry in found.entries.items())
+    lines = (f"architecture: {found.architecture}",) if found.architecture else ()
+    return Contents(kind, rows, lines=lines)
 
 
 def _weights(path: Path, kind: str) -> Contents:

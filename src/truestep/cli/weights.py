@@ -35,10 +35,10 @@ def command(
 ) -> None:
     """Was ACTUAL converted right from REFERENCE? Two checkpoints, under whatever names.
 
-    Each is a file, a folder of sharded weights, or the index in it. What is called otherwise,
-    fused, split or laid out anew is paired by what it holds. Every parameter must be the other's
-    bits, or its exact rounding; codes with a stored scale, the nearest. No model is built, and
-    tensors are read one after another.
+    Each is a file (.safetensors, .gguf, .pt), a folder of sharded weights, or the index in it. What
+    is called otherwise, fused, split or laid out anew is paired by what it holds. Every parameter
+    must be the other's bits, or its exact rounding; codes with a stored scale, and in blocks
+    (GGUF), the nearest. No model is built, and tensors are read one after another.
     """
     from truestep.judge.weights import compare_weights
     from truestep.pairing import Pairing

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from truestep.floors import EPSILON
-from truestep.judge.rows import forget, likely, one_sided, row_fields, shape_note
+from truestep.judge.packed import info_of, judged_blocks
+from truestep.judge.rows import forget, likely, one_sided, place_fields, row_fields, shape_note
 from truestep.keys import Address
+from truestep.measure.blocks import Packed
 from truestep.measure.distance import distance, same_bits
 from truestep.measure.plain import NO_PAGES, Pages, plain
 from truestep.measure.rounding import (
@@ -28,7 +30,7 @@ from truestep.measure.rounding import (
     rounded_to,
     rounding,
 )
-from truestep.pairing.scales import BESIDE, scale_name, scale_of
+from truestep.pairing.scales import BESIDE, packed_of, scale_name, scale_of
 from truestep.verdict import Comparison, Row, Rule, Verdict
 
 RULE = Rule(
@@ -72,6 +74,11 @@ def compare_parameters(
     used: set[str] = set()
     rows: list[Row] = []
     for name in [*reference, *(name for name in actual if name not in reference)]:
+        blocks = packed_of(actual, name), packed_of(reference, name)
+        if any(blocks) and name in actual and name in reference:
+            rows.append(_of_blocks(name, actual, reference, blocks))
+            forget(name, actual, reference)
+            continue
         a, r = (
             None if tensor is None else plain(tensor, name)
             for tensor in (actual.get(name), reference.get(name))
@@ -91,6 +98,21 @@ def compare_parameters(
         rows.append(Row(**fields, **judged_pair(own, theirs, pages)))
         forget(name, actual, reference)
     return [row for row in rows if not (row.name in used and None in (row.actual, row.reference))]
+
+
+def _of_blocks(
+    name: str,
+    actual: Mapping[str, torch.Tensor],
+    reference: Mapping[str, torch.Tensor],
+    blocks: tuple[Packed | None, Packed | None],
+) -> Row:
+    """The row of one name that a side at least holds in blocks."""
+    own, theirs = (
+        packed or side[name] for packed, side in zip(blocks, (actual, reference), strict=True)
+    )
+    pages = Pages(partial(forget, name, actual, reference))
+    infos = info_of(own), info_of(theirs)
+    return Row(**place_fields(name, *infos, Address()), **judged_blocks(own, theirs, pages))
 
 
 def summed(result: Comparison) -> Comparison:

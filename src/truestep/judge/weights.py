@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from truestep.errors import UsageError
+from truestep.judge.packed import Weights, info_of, judged_blocks
 from truestep.judge.parameters import Codes, compare_parameters, judged_pair, summed
-from truestep.judge.rows import build_comparison, one_sided, row_fields
+from truestep.judge.rows import build_comparison, one_sided, place_fields, row_fields
 from truestep.keys import Address
 from truestep.measure.plain import NO_PAGES, Pages, plain
 from truestep.measure.rounding import expanded
@@ -140,6 +141,12 @@ def _whole(name: str, numbers: Numbers) -> torch.Tensor:
 
 
 def _of_match(match: Match, own: Numbers, others: Numbers) -> Iterator[Row]:
+    if match.actual.name in own.coded or match.reference.name in others.coded:
+        blocks = own.packed(match.actual.name) or others.packed(match.reference.name)
+        if blocks is not None:
+            yield _in_blocks(match, own, others)
+            _forget_both(match, own, others)
+            return
     a, r = _codes(own, match.actual), _codes(others, match.reference)
     scales = a.scale, r.scale
     both = None not in scales and a.tensor.dtype == r.tensor.dtype
@@ -152,18 +159,50 @@ def _of_match(match: Match, own: Numbers, others: Numbers) -> Iterator[Row]:
     found = judged_pair(a, r, Pages(release) if mapped else NO_PAGES)
     name = called_unit(match.reference)
     fields = row_fields(name, a.tensor, r.tensor, Address())
-    parts = [
-        found.get("note", ""),
-        match.layout if match.layout and shapes[0] != shapes[1] else "",
-        f"in actual: {called_unit(match.actual)}" if match.actual != match.reference else "",
-    ]
-    if match.misplaced:
-        found |= {"verdict": Verdict.DRIFTED} if found["verdict"].passed else {}
-        parts.insert(0, match.note)
-    yield Row(**fields, **{**found, "note": "; ".join(part for part in parts if part)})
+    yield Row(**fields, **_placed(match, found, layout=shapes[0] != shapes[1]))
     if both:
         yield _of_scales(match, own, others, scales)
     release()
+
+
+def _placed(match: Match, found: dict[str, Any], *, layout: bool) -> dict[str, Any]:
+    """What was judged, with where it lies on the actual side; drifted where that is not right."""
+    parts = [
+        match.note if match.misplaced else "",
+        found.get("note", ""),
+        match.layout if layout else "",
+        f"in actual: {called_unit(match.actual)}" if match.actual != match.reference else "",
+    ]
+    wrong = match.misplaced and found["verdict"].passed
+    verdict = Verdict.DRIFTED if wrong else found["verdict"]
+    return {**found, "verdict": verdict, "note": "; ".join(part for part in parts if part)}
+
+
+def _in_blocks(match: Match, own: Numbers, others: Numbers) -> Row:
+    """The row of a pair of which a side at least is in blocks (GGUF)."""
+    sides: list[Weights] = []
+    for numbers, unit in ((own, match.actual), (others, match.reference)):
+        found: Weights | None = numbers.packed(unit.name)
+        if found is None:
+            found = numbers[unit.name] if unit.place is None else unit.place.of(numbers[unit.name])
+        elif unit.place is not None:
+            rows = torch.tensor(unit.place.rows)
+            found = None if unit.place.axis else found.take(rows)
+        if found is None:
+            break
+        sides.append(found)
+    turned = match.layout and not match.layout.startswith("reshape")
+    name = called_unit(match.reference)
+    if turned or len(sides) < 2:
+        note = "in blocks along another axis: convert it in its own layout to have it judged"
+        judged: dict[str, Any] = {"verdict": Verdict.INCOMPARABLE, "note": note}
+        return Row(name=name, **_placed(match, judged, layout=True))
+    a, r = sides
+    mapped = not (match.actual.place or match.reference.place)
+    release = partial(_forget_both, match, own, others)
+    judged = judged_blocks(a, r, Pages(release) if mapped else NO_PAGES)
+    fields = place_fields(name, info_of(a), info_of(r), Address())
+    return Row(**fields, **_placed(match, judged, layout=tuple(a.shape) != tuple(r.shape)))
 
 
 def _of_scales(match: Match, own: Numbers, others: Numbers, scales: Sequence[Any]) -> Row:

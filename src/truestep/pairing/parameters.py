@@ -64,9 +64,9 @@ def _by_name(state: State, rename: Mapping[str, str]) -> None:
 
 
 def _scales(state: State) -> list[set[str]]:
-    """Names of codes with a stored scale, of each side that has any."""
+    """Names of what is in codes, of each side that has any."""
     sides = state.actual, state.reference
-    return [set(side.scales) for side in sides if isinstance(side, Numbers) and side.scales]
+    return [side.coded for side in sides if isinstance(side, Numbers) and side.coded]
 
 
 def _by_rows(state: State) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from truestep.measure.blocks import Packed
 from truestep.measure.plain import plain
 from truestep.measure.rounding import of_rows, spread
 
@@ -37,7 +38,7 @@ def scale_name(name: str, tensors: Mapping[str, torch.Tensor]) -> str | None:
         f"{stem}{dot}SCB",
     )
     found = next((stored for stored in known if stored in tensors), None)
-    if found is None or tensors[name].itemsize != 1:
+    if found is None or packed_of(tensors, name) or tensors[name].itemsize != 1:
         return None
     if found == known[-1] and tensors[name].dtype is not torch.int8:
         return None
@@ -50,6 +51,20 @@ def scale_of(name: str, stored: str, tensors: Mapping[str, torch.Tensor]) -> tor
     return spread(value / _BNB if stored.endswith("SCB") else value, tensors[name].shape)
 
 
+def packed_of(tensors: Mapping[str, torch.Tensor], name: str) -> Packed | None:
+    """A tensor in blocks (GGUF), where a side holds it so."""
+    packed = getattr(tensors, "packed", None)
+    return packed(name) if packed is not None and name in tensors else None
+
+
+def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Size:
+    """Shape of a tensor, which is not read for it."""
+    found = packed_of(tensors, name)
+    if found is not None:
+        return torch.Size(found.shape)
+    return tensors.stored(name).shape if isinstance(tensors, Numbers) else tensors[name].shape
+
+
 class Numbers(Mapping[str, torch.Tensor]):
     """Tensors of a checkpoint as the numbers that they stand for; stored scales have no name.
 
@@ -58,6 +73,7 @@ class Numbers(Mapping[str, torch.Tensor]):
     Attributes:
         tensors: What the checkpoint holds.
         scales: Name of a tensor of codes to that of its scale.
+        coded: Names of what is in codes, with a scale beside them or in blocks.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -66,6 +82,7 @@ class Numbers(Mapping[str, torch.Tensor]):
             name: stored for name in tensors if (stored := scale_name(name, tensors)) is not None
         }
         beside = set(self.scales.values())
+        self.coded = {*self.scales, *(name for name in tensors if packed_of(tensors, name))}
         self._names = dict.fromkeys(
             name for name in tensors if name not in beside and not BESIDE.search(name)
         )
@@ -76,6 +93,9 @@ class Numbers(Mapping[str, torch.Tensor]):
 
     def rows(self, name: str, rows: slice) -> torch.Tensor:
         """Some slices of a tensor along its first axis."""
+        found = self.packed(name)
+        if found is not None:
+            return found.rows(rows)
         tensor = self.stored(name)
         stored = self.scales.get(name)
         if stored is None:
@@ -89,12 +109,17 @@ class Numbers(Mapping[str, torch.Tensor]):
         return wide * each.to(torch.float32)
 
     def stored(self, name: str) -> torch.Tensor:
-        """A tensor as the checkpoint holds it: codes without their scale."""
+        """A tensor as the checkpoint holds it: codes without their scale, or bytes of blocks."""
         if name not in self._names:
             raise KeyError(name)
-        tensor = plain(self.tensors[name], name)
+        found = self.packed(name)
+        tensor = plain(self.tensors[name], name) if found is None else found.data
         self._hold(name, tensor.numel() * tensor.itemsize)
         return tensor
+
+    def packed(self, name: str) -> Packed | None:
+        """A tensor in blocks; None of any other."""
+        return packed_of(self.tensors, name) if name in self._names else None
 
     def release(self, name: str) -> None:
         """Give the pages of a tensor back; whoever holds it reads the file again."""

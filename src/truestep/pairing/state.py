@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 
+from truestep.measure.blocks import Packed
 from truestep.pairing.content import Fit, fit_any, is_constant, measure
 from truestep.pairing.fused import Place
 from truestep.pairing.records import Evidence
-from truestep.pairing.scales import Numbers
+from truestep.pairing.scales import Numbers, packed_of, shape_of
 
 Tensor = torch.Tensor
 
@@ -34,6 +35,10 @@ class Chosen(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         return self.tensors[name]
+
+    def packed(self, name: str) -> Packed | None:
+        """A tensor in blocks, where the side holds it so."""
+        return packed_of(self.tensors, name) if name in self._names else None
 
     def release(self, name: str) -> None:
         """Let the pages of a tensor go, where it has any."""
@@ -103,7 +108,7 @@ class State:
 
     def __post_init__(self) -> None:
         self.shapes = {
-            side: {name: stored(tensors, name).shape for name in tensors}
+            side: {name: shape_of(tensors, name) for name in tensors}
             for side, tensors in (("actual", self.actual), ("reference", self.reference))
         }
 
@@ -228,8 +233,9 @@ class State:
 
 def _sample(numbers: Numbers, name: str) -> Tensor:
     """About `SAMPLE` elements: runs of rows from all over a tensor; what is judged later is all."""
-    count = len(numbers.stored(name))
-    wanted = max(SAMPLE * count // numbers.stored(name).numel() // _RUNS, 1)
+    shape = shape_of(numbers, name)
+    count = shape[0]
+    wanted = max(SAMPLE * count // shape.numel() // _RUNS, 1)
     starts = [at * count // _RUNS for at in range(_RUNS)] if count > wanted * _RUNS else [0]
     size = wanted if len(starts) > 1 else count
     return torch.cat([numbers.rows(name, slice(at, at + size)) for at in starts])

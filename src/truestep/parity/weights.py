@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_state(path: Path) -> dict[str, torch.Tensor]:
-    """Parameters of a file by name: safetensors, pt, pth, bin, ckpt, ONNX or HDF5 (Keras).
+    """Parameters of a file by name: safetensors, GGUF, pt, pth, bin, ckpt, ONNX or HDF5.
 
     Nothing in a file is executed.
 
@@ -25,6 +25,7 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
     """
     readers: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
         ".safetensors": _safetensors,
+        ".gguf": _gguf,
         ".onnx": _onnx,
         ".h5": _hdf5,
         ".hdf5": _hdf5,
@@ -56,6 +57,12 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
     from truestep.recording.format import read_plain
 
     return dict(read_plain(path))
+
+
+def _gguf(path: Path) -> dict[str, torch.Tensor]:
+    from truestep.recording.gguf_files import read_gguf
+
+    return dict(read_gguf(path))
 
 
 def _torch(path: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Read what people compare: recordings, safetensors, .npy, .npz, .pt, FastVideo latent bundles."""
+"""Read what people compare: recordings, safetensors, .npy, .npz, .pt, .gguf, FastVideo bundles."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from truestep.magic import SAFETENSORS, what_is
 from truestep.measure.plain import plain
 from truestep.reading import reason
 from truestep.recording.format import Plain, Recording
+from truestep.recording.gguf_files import read_gguf
 from truestep.recording.manifest import Manifest
 from truestep.recording.manifest_reading import read_recording
 from truestep.recording.numpy_files import read_npy, read_npz
@@ -156,6 +157,7 @@ def read_source(path: Path, suffix: str) -> Source:
         ".safetensors": _safetensors,
         ".npy": _npy,
         ".npz": _npz,
+        ".gguf": _gguf,
         **dict.fromkeys((".pt", ".pth", ".bin"), _pt),
     }
     if suffix not in readers and what_is(path) == SAFETENSORS:
@@ -192,6 +194,10 @@ def _npy(path: Path) -> Source:
 def _npz(path: Path) -> Source:
     arrays = read_npz(path)
     return Source(str(path), {name: _tensor(arrays[name], name) for name in arrays}, path)
+
+
+def _gguf(path: Path) -> Source:
+    return Source(str(path), read_gguf(path), path)
 
 
 def _pt(path: Path) -> Source:
