@@ -9,7 +9,8 @@ import textwrap
 import pytest
 import torch  # noqa: F401  pytester unloads what a run imported, and torch cannot load twice
 
-import truestep.judge.latent  # noqa: F401  likewise what it needs
+import truestep.judge.compare  # likewise what it needs
+import truestep.judge.latent  # noqa: F401
 
 pytest_plugins = ["pytester"]
 
@@ -207,6 +208,161 @@ def test_a_drift_that_a_test_swallows_fails_it(project: pytest.Pytester) -> None
     result.stdout.fnmatch_lines(["ERROR test_a.py::test_teardown - *EquivalenceError: drifted*"])
     if hasattr(BaseException, "add_note"):
         result.stdout.fnmatch_lines(["*the test went on after this check failed, which fails it"])
+
+
+SKIPPED = """
+import unittest
+
+import pytest
+import torch
+
+def swallow(truestep, name=""):
+    try:
+        truestep.check(torch.arange(4.0) * SCALE, name=name)
+    except Exception:
+        pass
+
+class TestUnit(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def given(self, truestep):
+        self.truestep = truestep
+
+    def test_skip(self):
+        swallow(self.truestep)
+        self.skipTest("no weights")
+
+    def test_raise(self):
+        swallow(self.truestep)
+        raise unittest.SkipTest("no weights")
+
+    def test_pytest(self):
+        swallow(self.truestep)
+        pytest.skip("no weights")
+
+    def test_import(self):
+        swallow(self.truestep)
+        pytest.importorskip("no_such_module")
+
+    def test_xfail(self):
+        swallow(self.truestep)
+        pytest.xfail("later")
+
+    def test_subtest(self):
+        with self.subTest("one"):
+            swallow(self.truestep)
+            self.skipTest("no weights")
+
+@pytest.fixture
+def skips(truestep):
+    swallow(truestep)
+    pytest.skip("no weights")
+
+@pytest.fixture
+def fails_later(truestep):
+    swallow(truestep)
+    pytest.xfail("later")
+
+@pytest.fixture
+def late(truestep):
+    yield
+    swallow(truestep)
+    pytest.skip("no weights")
+
+def test_setup(skips):
+    pass
+
+def test_setup_xfail(fails_later):
+    pass
+
+def test_import(truestep):
+    swallow(truestep)
+    pytest.importorskip("no_such_module")
+
+def test_raise(truestep):
+    swallow(truestep)
+    raise unittest.SkipTest("no weights")
+
+def test_teardown(late):
+    pass
+"""
+
+MEANT = """
+import unittest
+
+import pytest
+import torch
+
+class TestUnit(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def given(self, truestep):
+        self.truestep = truestep
+
+    @unittest.expectedFailure
+    def test_expected(self):
+        self.truestep.check(torch.arange(4.0) * SCALE)
+
+    def test_raised(self):
+        self.truestep.check(torch.arange(4.0) * SCALE)
+
+@pytest.mark.xfail
+def test_marked(truestep):
+    truestep.check(torch.arange(4.0) * SCALE)
+"""
+
+
+def test_a_skip_after_a_drift_that_was_swallowed_fails(project: pytest.Pytester) -> None:
+    project.makepyfile(test_a="SCALE = 1.0\n" + SKIPPED)
+    run(project, "--truestep-update")
+    same = run(project)
+    assert same.ret == pytest.ExitCode.OK
+    assert same.parseoutcomes().keys() <= {"passed", "skipped", "xfailed"}
+    project.makepyfile(test_a="SCALE = 1.01\n" + SKIPPED)
+    result = run(project, "-rA")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    told = [line for line in result.outlines if line.startswith(("FAILED", "ERROR", "SUBFAILED"))]
+    for name in (
+        *("TestUnit::test_skip", "TestUnit::test_raise", "TestUnit::test_pytest"),
+        *("TestUnit::test_import", "TestUnit::test_xfail", "TestUnit::test_subtest"),
+        *("test_setup", "test_setup_xfail", "test_import", "test_raise", "test_teardown"),
+    ):
+        assert [line for line in told if f"test_a.py::{name} " in f"{line} "], name
+    if hasattr(BaseException, "add_note"):
+        note = "the test went on after this check failed, which fails it"
+        assert sum(note in line for line in result.outlines) == 11
+
+
+@pytest.mark.parametrize("way", ["pytest.skip('no weights')", "pytest.xfail('later')"])
+def test_a_skip_in_a_subtest_does_not_hide_a_drift(project: pytest.Pytester, way: str) -> None:
+    pytest.importorskip("_pytest.subtests", reason="part of pytest from 9.0 on")
+    body = """
+    import pytest
+    import torch
+
+    def test_parts(truestep, subtests):
+        with subtests.test("one"):
+            try:
+                truestep.check(torch.arange(4.0) * SCALE)
+            except Exception:
+                pass
+            WAY
+    """
+    source = textwrap.dedent(body).replace("WAY", way)
+    project.makepyfile(test_a="SCALE = 1.0\n" + source)
+    run(project, "--truestep-update")
+    assert run(project).ret == pytest.ExitCode.OK
+    project.makepyfile(test_a="SCALE = 1.01\n" + source)
+    result = run(project)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*EquivalenceError: drifted*"])
+
+
+def test_a_drift_that_a_mark_expects_is_expected(project: pytest.Pytester) -> None:
+    project.makepyfile(test_a="SCALE = 1.0\n" + MEANT)
+    run(project, "--truestep-update")
+    project.makepyfile(test_a="SCALE = 1.01\n" + MEANT)
+    result = run(project)
+    result.assert_outcomes(failed=1, xfailed=2)
+    result.stdout.no_fnmatch_line("*the test went on after*")
 
 
 def test_a_check_that_its_test_does_not_wait_for_fails(project: pytest.Pytester) -> None:

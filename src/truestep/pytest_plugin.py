@@ -171,13 +171,23 @@ def truestep(request: pytest.FixtureRequest) -> Iterator[TruestepFixture]:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    try:
+        return (yield)
+    except (pytest.skip.Exception, pytest.xfail.Exception):
+        raise_failures(item)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     try:
         result = yield
     except (pytest.skip.Exception, pytest.xfail.Exception):
         raise_failures(item)
         raise
-    raise_failures(item)
+    if not getattr(item, "_excinfo", None):  # unittest keeps what a test raised: see the report
+        raise_failures(item)
     return result
 
 
@@ -187,6 +197,10 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     checks = item.stash.get(CHECKS, Checks())
+    if checks.failures and report.skipped and not _expected_to_fail(item, report):
+        # Skipped where no hook of a phase could see it: by unittest, or in a subtest.
+        call.excinfo = pytest.CallInfo.from_call(lambda: raise_failures(item), call.when).excinfo
+        report = pytest.TestReport.from_item_and_call(item, call)
     if call.excinfo is not None:
         checks.failures.clear()  # told by this report, whichever they are
     compared, checks.compared = checks.compared, Compared()
@@ -199,6 +213,13 @@ def pytest_runtest_makereport(
     if report.longrepr is not None and item.get_closest_marker("parity"):
         _hide_tokens(report)
     return report
+
+
+def _expected_to_fail(item: pytest.Item, report: pytest.TestReport) -> bool:
+    """Whether a mark says that the test fails, and it did so: its drift is the failure meant."""
+    unittest = getattr(getattr(item, "obj", None), "__unittest_expecting_failure__", False)
+    marked = unittest or item.get_closest_marker("xfail") is not None
+    return marked and hasattr(report, "wasxfail")
 
 
 def _result(report: pytest.TestReport) -> str:
