@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from truestep.errors import UsageError
+from truestep.judge.adapters import are_adapters, compare_adapters
 from truestep.judge.packed import Weights, info_of, judged_blocks
 from truestep.judge.parameters import Codes, compare_parameters, judged_pair, summed
 from truestep.judge.rows import build_comparison, one_sided, place_fields, row_fields
@@ -80,7 +81,10 @@ def compare_weights(
         if not held:
             raise UsageError("the checkpoint holds no weights", where=side.label)
     notes: tuple[str, ...] = ()
-    if rename is None and set(numbers[0]) == set(numbers[1]):
+    if rename is None and are_adapters(own) and are_adapters(others):
+        rows, notes = compare_adapters(own, others)
+        how = f"{len(rows):,} tensors of LoRA adapters, by what they add"
+    elif rename is None and set(numbers[0]) == set(numbers[1]):
         rows = _explained(compare_parameters(own, others), *numbers)
         how = f"{len(rows):,} parameters by name"
     else:

@@ -73,22 +73,32 @@ def _mark_layers(state: State) -> None:
 
 
 def _mark_orders(state: State) -> None:
-    """Mark what is laid out, or permuted, otherwise than its kind in the other layers."""
+    """What is laid out, or permuted, otherwise than its kind in the other layers.
+
+    Where as many layers say one thing as another, all of them: one is wrong.
+    """
     where = forward(state)
     kinds: dict[object, list[Match]] = {}
     for match in state.matches:
+        shapes = (
+            state.shapes["actual"][match.actual.name],
+            state.shapes["reference"][match.reference.name],
+        )
         for habit, _ in habits_of(match, where):
-            kinds.setdefault((habit.containers, habit.actual[0], habit.reference[0]), []).append(
-                match
-            )
+            kind = habit.containers, habit.actual[0], habit.reference[0], shapes
+            kinds.setdefault(kind, []).append(match)
     for members in kinds.values():
-        usual, count = Counter(_order(match) for match in members).most_common(1)[0]
-        if count < max(AGREEMENT * len(members), 2):
-            continue
+        orders = Counter(_order(match) for match in members)
+        usual, count = orders.most_common(1)[0]
+        settled = count >= max(AGREEMENT * len(members), 2)
+        if not settled and len({order[:2] for order in orders}) < 2:
+            continue  # layouts alone: an axis of one element more, in half of the layers
         for match in members:
-            if _order(match) != usual and not match.misplaced:
+            other = next((order for order in orders if order != _order(match)), usual)
+            odd = _order(match) != usual if settled else len(orders) > 1
+            if odd and not match.misplaced:
                 match.odd = match.misplaced = True
-                match.note = f"in other layers: {_order_text(usual)}"
+                match.note = f"in other layers: {_order_text(usual if settled else other)}"
 
 
 def _mark_apart(state: State) -> None:
