@@ -558,6 +558,15 @@ def other_files(folder: Path) -> tuple[str, ...]:
     return ("check", *said)
 
 
+def of_files(folder: Path) -> str:
+    """A recording in a file of its own, whose case no case file has."""
+    said = ("record", *PLAIN, "--prepare", "change.py:same", "--output", "my file", "--floor")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["truestep", *said, "none"])
+        cli.run_here()
+    return "my file"
+
+
 SCENARIOS: dict[str, Scenario] = {
     "--force  # replaces it; or edit it": (
         twice("parity", "new", "acme", "mixer", "--kind", "generic"), (0,)),
@@ -588,6 +597,10 @@ SCENARIOS: dict[str, Scenario] = {
     "--subject diffusers": (given("record", *RUNTIME, "--prepare", "change.py:same"), (0,)),
     "ls {}": (given("record", *PLAIN, "--prepare", "none.py:same"), (0,)),
     "truestep record CASE --update  # takes the files as they are now": (other_files, (0,)),
+    "truestep check --reference {}  # takes its own case": (
+        lambda folder: ("check", "--reference", of_files(folder), "--prompt", "a cat"), (0,)),
+    "--update  # replaces it; with --output it stays": (
+        lambda folder: ("record", "--reference", of_files(folder), "--floor", "none"), (0,)),
     "--steps 0,5": (given("trace", "record", "a", "--steps", "x"), (0, 2)),
     "df -h {}; ls -ld {}": (beneath_a_file, (0,)),
     "grep '^.case' {}  # lists them": (given("check", "c", "--file", "my cases.toml"), (0,)),
@@ -644,3 +657,22 @@ def test_a_hint_works_as_printed(hint: str, run: Run, tmp_path: Path) -> None:
     assert re.search(pattern.replace("CASE", ".+"), shown), shown
     code, out, err = paste(run, shown)
     assert code in codes, (shown, out, err)
+
+
+@pytest.mark.parametrize("way", ["file", "id"])
+def test_the_hint_to_record_again_finds_the_case_as_the_check_did(run: Run, way: str) -> None:
+    """A reference in a file of its own, or one that is named by its id: no case file has either."""
+    said = ("record", *PLAIN, "--prepare", "change.py:same", "--floor", "none")
+    code, out, _ = run(*said, *(("--output", "my file") if way == "file" else ()))
+    assert code == 0
+    name = out.split()[1].rstrip(":")
+    check = ("check", "--reference", "my file") if way == "file" else ("check", name)
+    assert run(*check)[0] == 0
+    Path("change.py").write_text(CHANGE + "# changed\n")
+    code, out, err = run(*check)
+    assert code == 3
+    hint = printed(out, err)
+    words = "--reference 'my file'" if way == "file" else name
+    assert hint == f"truestep record {words} --update  # takes the files as they are now"
+    assert paste(run, hint)[0] == 0
+    assert run(*check)[0] == 0

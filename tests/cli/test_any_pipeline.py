@@ -235,6 +235,50 @@ def test_a_lora_of_a_case(run: Run, folder: Path) -> None:
     assert "drifted: transformer.forward (cond) at step 0: output" in out
 
 
+def test_a_lora_that_changes_nothing_is_said_when_it_is_recorded(run: Run, folder: Path) -> None:
+    pytest.importorskip("peft")
+    module = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{module}.lora_A.weight": torch.ones(2, 32)}
+    for name, value in (("some", 1.0), ("zero", 0.0)):
+        up = {f"{module}.lora_B.weight": torch.full((32, 2), value)}
+        save_file(tensors | up, folder / f"{name}.safetensors")
+    for lora, note in (
+        ("some.safetensors:0.8", ""),
+        ("some.safetensors:0", "its scale is 0"),
+        ("zero.safetensors", "its second factor (B, up) is zero everywhere"),
+    ):
+        code, out, err = run("record", *WORDS, "--lora", lora, "--floor", "none", "--output", "z")
+        assert code == 0, err
+        assert ("\nnote: lora " in out) is bool(note)
+        assert note in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--lora", "some.safetensors:0.8"),
+        ("--prepare", "change.py:bias"),
+        ("--pipeline", "FluxPipeline"),
+        ("--input", "latents=a.npy"),
+        ("--prompt", "a cat"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["check", "record"])
+def test_what_would_say_a_case_beside_a_reference_needs_its_model(
+    run: Run, verb: str, words: tuple[str, ...]
+) -> None:
+    code, _, err = run("record", *WORDS, "--floor", "none", "--output", "alone")
+    assert code == 0, err
+    code, _, err = run(verb, "--reference", "alone", *words)
+    assert code == 2
+    assert f"{words[0]} would say a case, and no model is named" in err
+    assert "measured the reference is of ./flux" in err
+    assert "hint: truestep check --reference alone  # takes its own case" in err
+    if words[0] == "--prompt" and verb == "check":
+        assert run("check", *WORDS, "--reference", "alone")[0] == 0
+        assert run("check", "--reference", "alone")[0] == 0
+
+
 def test_a_change_that_touches_nothing_is_said_first(run: Run) -> None:
     code, _, err = run("record", *WORDS, "--floor", "none", "--references", "idle")
     assert code == 0, err

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import truestep
 from truestep.errors import CaseError, FileFormatError, MissingExtraError, UsageError
@@ -124,6 +124,42 @@ def test_another_source_of_the_preparation_is_another_case(models: Path, folder:
     assert result.hint.startswith("truestep record CASE --update")
 
 
+REMOVED = """
+def transformer(pipe):
+    pipe.transformer = None
+
+def vae(pipe):
+    pipe.vae = None
+"""
+
+
+@pytest.mark.parametrize("name", ["transformer", "vae"])
+def test_a_component_that_a_preparation_takes_away_is_named(
+    name: str, models: Path, folder: Path
+) -> None:
+    (folder / "removing.py").write_text(REMOVED)
+    spec = f"{folder}/removing.py:{name}"
+    with pytest.raises(UsageError) as caught:
+        truestep.record(flux(models, prepare=spec), floor="none")
+    assert caught.value.what == (
+        f"the pipeline does not run once the preparation {spec} has set {name} to None"
+    )
+    assert caught.value.measured.startswith("AttributeError: 'NoneType' object has no attribute")
+
+    def change(pipe: Any) -> None:
+        setattr(pipe, name, None)
+
+    with pytest.raises(UsageError, match=f"the change .*change has set {name} to None"):
+        truestep.record(flux(models), apply=change, floor="none")
+
+
+def test_a_component_that_the_pipeline_can_do_without_is_no_error(models: Path) -> None:
+    def change(pipe: Any) -> None:
+        pipe.image_encoder = None
+
+    assert truestep.record(flux(models), apply=change, floor="none").manifest.forwards
+
+
 BAD_PREPARE = {
     "absent": ("none.py:fuse", "the file of prepare is not there"),
     "function": ("port.py:round", "no function 'round'"),
@@ -161,6 +197,23 @@ def test_a_lora_is_part_of_the_reference(models: Path, folder: Path) -> None:
     assert without.verdict is Verdict.DRIFTED
     wrong = truestep.check(case, reference, apply=bias)
     assert wrong.sentence.startswith("drifted: transformer.forward (cond) at step 0: output")
+
+
+@pytest.mark.usefixtures("peft")
+def test_a_lora_that_changes_nothing_is_said_to(models: Path, folder: Path) -> None:
+    style, zero = folder / "style.safetensors", folder / "zero.safetensors"
+    tensors = load_file(style)
+    save_file({k: v * 0 if "lora_B" in k else v for k, v in tensors.items()}, zero)
+
+    def said(*loras: str) -> Any:
+        case = flux(models, lora=list(loras))
+        return truestep.record(case, floor="none").manifest.settings.get("idle")
+
+    assert said(str(style)) is None
+    assert said(f"{style}:0") == [f"lora {style} x 0 changes nothing: its scale is 0"]
+    assert said(f"{style}:0.5", str(zero)) == [
+        f"lora {zero} x 1 changes nothing: its second factor (B, up) is zero everywhere"
+    ]
 
 
 @pytest.mark.usefixtures("peft")

@@ -15,6 +15,9 @@ from truestep.text import quoted
 if TYPE_CHECKING:
     from truestep.case import AnyCase, Case
 
+DEFAULT_MODEL = "builtin:digits"
+"""Of a case that is said without one."""
+
 CasesT = TypeVar("CasesT", bound="AnyCase")
 
 
@@ -135,7 +138,7 @@ def _said(words: Words) -> AnyCase:
 
     if len(words.names) > 1:
         raise click.UsageError("--prompt makes one case: give one model (or none)")
-    model = words.names[0] if words.names else "builtin:digits"
+    model = words.names[0] if words.names else DEFAULT_MODEL
     own = words.pipeline is not None or words.inputs or words.loras or words.prepare is not None
     if own and words.subject == "runtime":
         raise UsageError(
@@ -205,7 +208,38 @@ def any_or_recorded(words: Words, reference: Path | None) -> dict[str, AnyCase]:
     if reference is not None and not words.names and not words.says_case:
         case = case_of(reference)
         return {case.id: case}
+    if reference is not None and not words.names:
+        _refuse_unnamed(words, reference)
     return choose_any(replace(words, references=words.references or DEFAULT_ROOT))
+
+
+def _refuse_unnamed(words: Words, reference: Path) -> None:
+    """Refuse to say a case beside a reference of another model without naming that model.
+
+    Raises:
+        UsageError: What is said would be a case of builtin:digits.
+    """
+    from truestep.errors import UsageError
+
+    said = {
+        "--prompt": words.prompt,
+        "--pipeline": words.pipeline,
+        "--input": words.inputs,
+        "--lora": words.loras,
+        "--prepare": words.prepare,
+        "--subject": words.subject,
+    }
+    given = [option for option, value in said.items() if value]
+    model = case_of(reference).model
+    if given in (["--prompt"], ["--subject"]) and model == DEFAULT_MODEL:
+        return
+    raise UsageError(
+        f"{', '.join(given)} would say a case, and no model is named",
+        where=str(reference),
+        measured=f"the reference is of {model}",
+        likely=f"name {model} and the whole call, as it was recorded; --set changes one value",
+        hint=f"truestep check --reference {quoted(str(reference))}  # takes its own case",
+    )
 
 
 def said_with(words: Words, cases: dict[str, AnyCase], changes: Sequence[str]) -> Sequence[str]:

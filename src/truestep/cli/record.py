@@ -10,6 +10,7 @@ import click
 
 from truestep.cli.cases import (
     Words,
+    any_or_recorded,
     case_device_class,
     changed_cases,
     choose_any,
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 @case_options
 @subject_options
 @click.option("--references", type=click.Path(path_type=Path), help="Reference folder.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="Record the case of this recording again: with --update in its place, or to --output.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Write one file instead.")
 @click.option("--update", is_flag=True, help="Replace references that exist.")
 @click.option(
@@ -54,7 +60,7 @@ if TYPE_CHECKING:
 )
 @set_option
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
-def command(  # 16 parameters: the options of the verb
+def command(  # 17 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -65,6 +71,7 @@ def command(  # 16 parameters: the options of the verb
     pipeline: str | None,
     subject: str | None,
     references: Path | None,
+    reference: Path | None,
     output: Path | None,
     update: bool,
     level: str,
@@ -84,10 +91,13 @@ def command(  # 16 parameters: the options of the verb
     from truestep.recording.format import WHAT
     from truestep.recording.store import DEFAULT_ROOT, Store, place_of
 
-    words = Words(
-        names, case_file, tier, prompt, pipeline, subject, inputs, loras=loras, prepare=prepare
-    )
-    cases = choose_any(words)
+    given = (prompt, pipeline, subject, inputs, references or DEFAULT_ROOT, loras, prepare)
+    words = Words(names, case_file, tier, *given)
+    if reference is None:
+        cases = choose_any(words)
+    else:
+        cases = any_or_recorded(words, reference)
+        output = output or _replaced(reference, words, update=update)
     if output is not None and len(cases) != 1:
         raise UsageError(f"--output takes one case, {len(cases)} were chosen")
     cases = changed_cases(cases, changes)
@@ -121,6 +131,21 @@ def command(  # 16 parameters: the options of the verb
             chosen = case_words(name, verb="check", with_changes=said) if by_name else ""
             say(f"check: truestep check {chosen or pasteable(['--reference', str(path)])}")
     end(2 if broken else 0)
+
+
+def _replaced(reference: Path, words: Words, *, update: bool) -> Path:
+    """The recording that is made anew, if that was said."""
+    from truestep.errors import UsageError
+
+    if words.names:
+        raise click.UsageError("--reference names the case: leave CASES out, or give --output")
+    if not update:
+        raise UsageError(
+            "the recording would be replaced",
+            where=str(reference),
+            hint="--update  # replaces it; with --output it stays",
+        )
+    return reference
 
 
 def _refuse(case: AnyCase) -> None:
@@ -161,4 +186,6 @@ def _told(name: str, recording: Recording, path: Path) -> None:
     )
     if "prepared" in manifest.settings:
         say(f"prepared: {manifest.settings['prepared']}")
+    for text in manifest.settings.get("idle", ()):
+        say(f"note: {text}")
     say(f"reference: {path}")

@@ -97,6 +97,8 @@ def case_words(name: str, *, verb: str, with_changes: bool = False) -> str:
                 words += [options[key].opts[0], text]
     else:
         words = [*(n for n in names if n.endswith(".toml") and n != name), name]
+    if _of_reference(parameters) and "reference" in options:
+        words = ["--reference", str(parameters["reference"])]
     for key in _CARRIED:
         option, value = options.get(key), parameters.get(key)
         needed = key != "case_file" or not (said or prompt is not None)
@@ -127,9 +129,16 @@ def _names(parameters: dict[str, Any]) -> list[str]:
     return [one] if one else list(parameters.get("names") or ())
 
 
+def _of_reference(parameters: dict[str, Any]) -> bool:
+    """Whether the case is the one that a recording holds, which no other command finds by name."""
+    return bool(parameters.get("reference")) and not _names(parameters)
+
+
 def _chosen(parameters: dict[str, Any]) -> str | None:
     """The one case that this command names, as it names it."""
     names = [name for name in _names(parameters) if not name.endswith(".toml")]
+    if _of_reference(parameters):
+        return ""
     if any(parameters.get(key) for key in _SAYING):
         return names[0] if names else ""
     return names[0] if len(names) == 1 and names[0] != "all" else None

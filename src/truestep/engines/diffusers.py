@@ -29,7 +29,13 @@ from truestep.engines.pipelines import (
     record_pipeline,
     recorded_arguments,
 )
-from truestep.engines.preparing import prepared, refuse_preparation
+from truestep.engines.preparing import (
+    idle_loras,
+    parts_of,
+    prepared,
+    refuse_preparation,
+    removed_named,
+)
 from truestep.environment import attention_kernel, usable_device
 from truestep.errors import (
     MissingExtraError,
@@ -63,7 +69,10 @@ def record(
     case = case.with_hashes()
     files = {name: read_input(case.files(name)) for name in case.input}
     call = {**model.signature.always, **case.call, **files}
-    pipe = changed(prepared(_loaded(case, model), case), apply)
+    pipe = _loaded(case, model)
+    parts = parts_of(pipe)
+    pipe = changed(prepared(pipe, case), apply)
+    idle = idle_loras(case)
     settings = {
         "label": "reference",
         "pipeline": model.name,
@@ -71,9 +80,11 @@ def record(
         "components": _components(pipe),
         "scheduler_config": _configuration(getattr(pipe, "scheduler", None)),
         **({"prepared": case.prepared} if case.prepared else {}),
+        **({"idle": idle} if idle else {}),
     }
     told = Told(settings, _environment(case, model), case.id, case.canonical())
-    with named_missing(model.signature):
+    without = removed_named(parts, pipe, case=case, change=apply)
+    with named_missing(model.signature), without:
         return record_pipeline(pipe, call, floor=floor, seed=case.seed, told=told).recording
 
 

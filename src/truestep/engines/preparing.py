@@ -13,9 +13,17 @@ from typing import Any
 from truestep.call_case import CallCase
 from truestep.engines.folders import still
 from truestep.engines.pipelines import Change, changed
-from truestep.errors import CaseError, MissingExtraError, TruestepError, one_line
+from truestep.errors import (
+    CaseError,
+    MissingExtraError,
+    TruestepError,
+    UsageError,
+    last_frame,
+    one_line,
+)
 from truestep.functions import function_of
 from truestep.recording.header import read_header
+from truestep.runtime.applying import change_name
 from truestep.text import nearest, quoted
 
 _ADAPTER = re.compile(
@@ -23,6 +31,9 @@ _ADAPTER = re.compile(
     r"(\.\w+)*$"
 )
 """What follows the module's name in the keys of such a file."""
+
+_UP = re.compile(r"\.(lora_B|lora_up|lora\.up|lora_linear_layer\.up)(\.\w+)*$")
+"""What follows it in the keys of the second factor: where that is zero, so is the product."""
 
 _SHOWN = 3
 
@@ -73,6 +84,69 @@ def prepared(pipe: Any, case: CallCase) -> Any:
     if case.prepare is None:
         return pipe
     return changed(pipe, _function(case, case.prepare), what="the preparation")
+
+
+def idle_loras(case: CallCase) -> list[str]:
+    """The LoRA files of a case that change nothing, each with the reason."""
+    said = []
+    for lora in case.loras:
+        reason = "its scale is 0" if lora.scale == 0 else ""
+        if not reason and _all_zero(case.path_of(lora.path)):
+            reason = "its second factor (B, up) is zero everywhere"
+        if reason:
+            said.append(f"lora {lora.path} x {lora.scale:g} changes nothing: {reason}")
+    return said
+
+
+def _all_zero(path: Path) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+        modules = {_ADAPTER.sub("", key) for key in keys if _ADAPTER.search(key)}
+        ups = [key for key in keys if _UP.search(key)]
+        zero = all(not file.get_tensor(key).any() for key in ups)
+    return bool(ups) and zero and modules == {_UP.sub("", key) for key in ups}
+
+
+def parts_of(pipe: Any) -> frozenset[str]:
+    """Names of the components that a pipeline has."""
+    held = getattr(pipe, "components", None)
+    return frozenset(
+        str(name)
+        for name, part in (held.items() if isinstance(held, Mapping) else ())
+        if part is not None
+    )
+
+
+@contextmanager
+def removed_named(
+    before: frozenset[str], pipe: Any, *, case: CallCase, change: Change | None
+) -> Iterator[None]:
+    """Name the component that a preparation took away, where the pipeline does not run without it.
+
+    Args:
+        before: Components as they were loaded.
+        pipe: The pipeline that runs in the block.
+        case, change: Whose function it was.
+
+    Raises:
+        UsageError: The pipeline met None.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        gone = sorted(before - parts_of(pipe))
+        if not gone or "NoneType" not in str(error):
+            raise
+        names = [] if case.prepare is None else [f"the preparation {case.prepare}"]
+        names += [] if change is None else [f"the change {change_name(change)}"]
+        raise UsageError(
+            f"the pipeline does not run once {' or '.join(names) or 'it is prepared'} has set "
+            f"{', '.join(gone)} to None",
+            where=last_frame(error),
+            measured=one_line(error)[:300],
+        ) from error
 
 
 def _function(case: CallCase, spec: str) -> Change:
