@@ -75,6 +75,32 @@ def test_a_pass_and_its_recordings(tmp_path: Path) -> None:
     assert "sample/0000/output/out" in made
 
 
+class Counting(torch.nn.Module):
+    """A port whose n-th call is off by a hundredth."""
+
+    def __init__(self, wrong: int) -> None:
+        super().__init__()
+        self.inner, self.wrong, self.calls = Net().inner, wrong, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return torch.tanh(self.inner(x)) * (1.01 if self.calls == self.wrong else 1.0)
+
+
+def test_no_call_of_a_port_is_overlooked() -> None:
+    """Those that measure its rounding are answers too, but where it runs in a higher precision."""
+    good = Counting(0).eval()
+    execute(case(port=good, seeds=(0, 1)))
+    raised = (3, 4)  # both samples in float64, of which nothing but a rounding is concluded
+    for wrong in range(1, good.calls + 1):
+        parity = case(port=Counting(wrong).eval(), seeds=(0, 1))
+        if wrong in raised:
+            execute(parity)
+            continue
+        with pytest.raises(EquivalenceError, match="the same input gave another output the second"):
+            execute(parity)
+
+
 def test_the_official_side_may_be_a_recording(tmp_path: Path) -> None:
     sample = inputs(torch.Generator().manual_seed(0))
     path = tmp_path / "official.safetensors"

@@ -11,6 +11,7 @@ from truestep.errors import FOREIGN
 from truestep.floors import NoiseFloor
 from truestep.judge.floor import coarser, declared_pair, pair_of
 from truestep.judge.rows import measured_run
+from truestep.measure.distance import same_bits
 from truestep.nests import flatten
 from truestep.parity.component import Loaded
 from truestep.parity.sides import Tensors, module_of
@@ -25,7 +26,7 @@ def with_rounding(
     rebuild: Callable[[Tensors], dict[str, Any]],
     *,
     most: float,
-) -> Recording:
+) -> tuple[Recording, Tensors]:
     """Add the port's own rounding to the official side's noise floor.
 
     Two correct implementations differ by the roundings of both. The official side's are among its
@@ -38,25 +39,48 @@ def with_rounding(
         samples: Inputs by name.
         rebuild: Makes call arguments of them.
         most: Largest rel_l2 to believe.
+
+    Returns:
+        The recording with that floor, and what the port gave on the way: answers like any other,
+        the later ones where it gave two.
     """
     floor, module = recording.manifest.noise_floor, module_of(port)
     if floor is None or module is None:
-        return recording
+        return recording, {}
     higher, pair = HIGHER.get(_precision(module)), working_pair(recording, port)
     if higher is None or pair is None:
-        return recording
+        return recording, {}
     try:
-        pairs = _pairs(port, module, samples, rebuild, getattr(torch, higher))
+        first = _answers(port, samples, rebuild)
+        raised = _raised(port, module, samples, rebuild, getattr(torch, higher))
+        later = _answers(port, samples, rebuild)
+        pairs = {name: (raised[name], value) for name, value in first.items()}
         run = measured_run("precision", f"the port against {higher}", pair, pairs)
     except FOREIGN as error:  # the comparison itself will raise what matters
-        return _changed(recording, floor, type(error).__name__)
+        return _changed(recording, floor, type(error).__name__), {}
+    if any(not same_bits(value, later[name]) for name, value in first.items()):
+        lacking = "it answers one input in two ways"
+        worse = {n: _further(first[n], later[n], recording, n) for n in first}
+        return _changed(recording, floor, lacking), worse
     narrow, _, official = pair.partition("/")
     if narrow != official:  # its rounding is that of its weights, whatever it returns
         rows = tuple(row.model_copy(update={"dtype": narrow}) for row in run.tensors)
         run = run.model_copy(update={"tensors": rows})
     if any(not row.rel_l2 <= most for row in run.tensors):
-        return _changed(recording, floor, f"it is larger than {most:g}")
-    return _changed(recording, NoiseFloor(runs=(*floor.runs, run)), "")
+        return _changed(recording, floor, f"it is larger than {most:g}"), later
+    return _changed(recording, NoiseFloor(runs=(*floor.runs, run)), ""), later
+
+
+def _further(
+    first: torch.Tensor, later: torch.Tensor, recording: Recording, name: str
+) -> torch.Tensor:
+    """Of two answers, the one further from what was recorded."""
+    known = recording.get(name)
+    if known is None or not first.shape == later.shape == known.shape:
+        return later
+    wide = (answer.to(torch.float64) - known.to(torch.float64) for answer in (first, later))
+    sizes = [float(difference.norm()) for difference in wide]
+    return first if not sizes[0] <= sizes[1] else later
 
 
 def working_pair(recording: Recording, port: Loaded) -> str | None:
@@ -97,26 +121,31 @@ def with_variants(
     return _changed(recording, NoiseFloor(runs=tuple(runs)), "")
 
 
-def _pairs(
+def _answers(
+    port: Loaded, samples: Sequence[Tensors], rebuild: Callable[[Tensors], dict[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """What the port gives for each sample, by the names of a recording."""
+    return {
+        f"sample/{index:04d}/output/{key}": value
+        for index, sample in enumerate(samples)
+        for key, value in _call(port, rebuild({k: v.clone() for k, v in sample.items()})).items()
+    }
+
+
+def _raised(
     port: Loaded,
     module: torch.nn.Module,
     samples: Sequence[Tensors],
     rebuild: Callable[[Tensors], dict[str, Any]],
     higher: torch.dtype,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Outputs in the higher precision and in the port's own, by name."""
-    pairs = {}
-    for index, sample in enumerate(samples):
-        plain = _call(port, rebuild({key: value.clone() for key, value in sample.items()}))
-        wide = {
-            key: value.to(higher) if value.is_floating_point() else value.clone()
-            for key, value in sample.items()
-        }
-        with converted(module, higher):
-            raised = _call(port, rebuild(wide))
-        for key, value in plain.items():
-            pairs[f"sample/{index:04d}/output/{key}"] = (raised[key], value)
-    return pairs
+) -> dict[str, torch.Tensor]:
+    """The same in a higher precision."""
+    wide = [
+        {k: v.to(higher) if v.is_floating_point() else v.clone() for k, v in sample.items()}
+        for sample in samples
+    ]
+    with converted(module, higher):
+        return _answers(port, wide, rebuild)
 
 
 @torch.no_grad()
