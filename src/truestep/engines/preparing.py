@@ -22,6 +22,7 @@ from truestep.errors import (
     one_line,
 )
 from truestep.functions import function_of
+from truestep.recording.format import read_plain
 from truestep.recording.header import read_header
 from truestep.runtime.applying import change_name
 from truestep.text import nearest, quoted
@@ -99,13 +100,10 @@ def idle_loras(case: CallCase) -> list[str]:
 
 
 def _all_zero(path: Path) -> bool:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        keys = list(file.keys())
-        modules = {_ADAPTER.sub("", key) for key in keys if _ADAPTER.search(key)}
-        ups = [key for key in keys if _UP.search(key)]
-        zero = all(not file.get_tensor(key).any() for key in ups)
+    tensors = read_plain(path)
+    modules = {_ADAPTER.sub("", key) for key in tensors if _ADAPTER.search(key)}
+    ups = [key for key in tensors if _UP.search(key)]
+    zero = all(not tensors[key].any() for key in ups)
     return bool(ups) and zero and modules == {_UP.sub("", key) for key in ups}
 
 
