@@ -37,7 +37,8 @@ RULE = Rule(
     name="weights/1",
     text=(
         "parameters: of one dtype they agree bit for bit, of two the coarser is the other's exact "
-        "rounding (ties either way; with a stored scale, of the other over its scale)"
+        "rounding (ties either way; with a stored scale, of the other over its scale; in blocks, "
+        "each code the nearest under its step)"
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Judge two checkpoints of one model: paired by what they hold, whatever it is called. Pure.
+"""Judge two checkpoints of one model: paired by what they hold, whatever it is called.
 
 Names that both sides have are judged as `truestep.judge.parameters` does. Of others, the pairs come
 from `truestep.pairing`: equal rows, fused or split or laid out anew, or the place in the model.
@@ -177,9 +177,10 @@ def _placed(match: Match, found: dict[str, Any], *, layout: bool) -> dict[str, A
         match.layout if layout else "",
         f"in actual: {called_unit(match.actual)}" if match.actual != match.reference else "",
     ]
-    wrong = match.misplaced and found["verdict"].passed
-    verdict = Verdict.DRIFTED if wrong else found["verdict"]
-    return {**found, "verdict": verdict, "note": "; ".join(part for part in parts if part)}
+    note = "; ".join(part for part in parts if part)
+    if match.misplaced and found["verdict"].passed:
+        return {"verdict": Verdict.DRIFTED, "note": note}
+    return {**found, "note": note}
 
 
 def _in_blocks(match: Match, own: Numbers, others: Numbers) -> Row:
