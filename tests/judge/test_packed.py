@@ -69,7 +69,8 @@ def test_a_right_conversion_passes(kind: KINDS, prefix: str, tmp_path: Path) -> 
     assert {row.actual.dtype for row in found.rows if row.actual} == {name, "float32"}
 
 
-def test_split_projections_are_found_in_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [KINDS.Q8_0, KINDS.Q4_0])
+def test_split_projections_are_found_in_blocks(kind: KINDS, tmp_path: Path) -> None:
     split = {}
     for name, tensor in SOURCE.items():
         if ".qkv." in name:
@@ -77,10 +78,10 @@ def test_split_projections_are_found_in_blocks(tmp_path: Path) -> None:
                 split[name.replace("qkv", f"to_{part}")] = piece.clone()
         else:
             split[name] = tensor
-    found = compare_weights(write(tmp_path / "a.gguf", KINDS.Q8_0), split)
+    found = compare_weights(write(tmp_path / "a.gguf", kind), split)
     assert found.verdict is Verdict.EQUIVALENT, found.sentence
     row = next(row for row in found.rows if row.name == "blocks.1.to_k.weight")
-    assert row.note == f"rounded to Q8_0; in actual: {KEY} [{WIDTH}:{2 * WIDTH}]"
+    assert row.note == f"rounded to {kind.name}; in actual: {KEY} [{WIDTH}:{2 * WIDTH}]"
 
 
 def test_faults_are_named(tmp_path: Path) -> None:
@@ -123,3 +124,23 @@ def test_compare_reads_files_of_weights_too(tmp_path: Path) -> None:
     shape = compare(path, SOURCE | {KEY: values[:5]}, weights=True)
     assert shape.verdict is Verdict.INCOMPARABLE
     assert np.isfinite(SOURCE[KEY].numpy()).all()
+
+
+@pytest.mark.parametrize("kind", [KINDS.Q8_0, KINDS.Q4_0, KINDS.Q5_1])
+def test_blocks_of_zero_are_right_where_there_is_nothing(kind: KINDS, tmp_path: Path) -> None:
+    """A step of zero says zero: of a block of zeros, and of no other."""
+    zeros = SOURCE[KEY].clone()
+    zeros[5] = 0.0
+    path = write(tmp_path / "a.gguf", kind, SOURCE | {KEY: zeros})
+    assert compare_weights(path, SOURCE | {KEY: zeros}).verdict is Verdict.EQUIVALENT
+    found = compare_weights(path, SOURCE)
+    assert found.verdict is Verdict.DRIFTED
+    assert [row.name for row in found.failing] == [KEY]
+
+
+def test_another_shape_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf", KINDS.Q8_0)
+    other = SOURCE | {KEY: SOURCE[KEY].reshape(WIDTH, 3 * WIDTH)}
+    found = compare_weights(path, other)
+    assert found.verdict is Verdict.INCOMPARABLE
+    assert f"shape [{3 * WIDTH}, {WIDTH}] against [{WIDTH}, {3 * WIDTH}]" in found.failing[0].note

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -239,7 +240,7 @@ WRONG: Mapping[str, tuple[State, tuple[str, ...], str]] = {
     ),
     "one layer not permuted": (
         permuted(cast(torch.bfloat16)(PORT), but=KEY),
-        (OFFICIAL,),
+        (OFFICIAL, "blocks.1.self_attn.k.bias"),
         f"in other layers: [{WIDTH} rows in another order] of the actual side",
     ),
     "a scale": (scaled_codes(), (OFFICIAL,), "are not the nearest float8_e4m3fn with its scale"),
@@ -260,6 +261,173 @@ def test_faults_are_found_and_named(kind: str) -> None:
     assert sorted(failing) == sorted(names)
     assert words in failing[names[0]]
     assert "in actual: blocks.1.attn1.to_" in failing[names[0]]
+
+
+def prefixed(state: State) -> State:
+    return {f"model.{name}": tensor for name, tensor in state.items()}
+
+
+def moved(pairs: Mapping[str, str]) -> State:
+    """The port with some tensors where others were."""
+    return PORT | {name: PORT[other] for name, other in pairs.items()}
+
+
+def cycle(pattern: str, by: int = 1) -> dict[str, str]:
+    """Names of a kind, each to that of a layer further on."""
+    return {pattern.format(i): pattern.format((i + by) % LAYERS) for i in range(LAYERS)}
+
+
+def both(one: str, other: str) -> dict[str, str]:
+    return {one: other, other: one}
+
+
+ELSEWHERE: Mapping[str, tuple[State, str]] = {
+    "one kind of two layers": (
+        moved(both("blocks.1.attn1.to_k.weight", "blocks.2.attn1.to_k.weight")),
+        "holds the content of blocks.",
+    ),
+    "one kind, a layer off everywhere": (
+        moved(cycle("blocks.{}.ffn.net.0.proj.weight") | cycle("blocks.{}.ffn.net.0.proj.bias")),
+        "holds the content of blocks.",
+    ),
+    "biases of two modules": (
+        moved(both("blocks.1.attn1.to_q.bias", "blocks.2.attn1.to_v.bias")),
+        "blocks.",
+    ),
+    "biases of two modules in all layers": (
+        moved(
+            {
+                name: other
+                for i in range(LAYERS)
+                for name, other in both(
+                    f"blocks.{i}.attn1.to_q.bias", f"blocks.{i}.attn1.to_k.bias"
+                ).items()
+            }
+        ),
+        "would be of two modules",
+    ),
+    "a weight for a bias": (
+        {name.replace("norm_q.weight", "norm_q.bias"): tensor for name, tensor in PORT.items()},
+        "a weight is a bias on the other side",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_content_at_another_place_is_no_conversion(kind: str, dtype: torch.dtype) -> None:
+    state, words = ELSEWHERE[kind]
+    found = compare_weights(cast(dtype)(state), REFERENCE)
+    assert found.verdict is Verdict.DRIFTED, found.sentence
+    assert any(words in row.note for row in found.failing)
+
+
+def test_everything_in_another_place_is_no_conversion() -> None:
+    """Every tensor where another of its shape was, in the whole model."""
+    dice = random.Random(0)
+    shapes: dict[torch.Size, list[str]] = {}
+    for name, tensor in PORT.items():
+        shapes.setdefault(tensor.shape, []).append(name)
+    places = {}
+    for names in shapes.values():
+        places |= dict(zip(names, dice.sample(names, len(names)), strict=True))
+    for state in (moved(places), prefixed({n: REFERENCE[n] for n in REFERENCE})):
+        found = compare_weights(state, REFERENCE)
+        assert found.verdict is (Verdict.DRIFTED if state.keys() == PORT.keys() else found.verdict)
+    assert found.verdict is Verdict.IDENTICAL
+
+
+def swapped_everywhere() -> State:
+    """The reference with queries and keys exchanged in all layers, under its own names."""
+    names = {
+        name: name.replace(".q.", ".?.").replace(".k.", ".q.").replace(".?.", ".k.")
+        for name in REFERENCE
+    }
+    return {name: REFERENCE[other] for name, other in names.items()}
+
+
+def test_names_decide_where_nearly_all_are_equal() -> None:
+    """So also behind a prefix, and where a few others are new."""
+    wrong = swapped_everywhere()
+    for state, reference in (
+        (wrong, REFERENCE),
+        (prefixed(wrong), REFERENCE),
+        (wrong, prefixed(REFERENCE)),
+        (wrong | {"new.bias": torch.ones(7)}, REFERENCE | {"old.bias": torch.ones(7)}),
+    ):
+        found = compare_weights(state, reference)
+        assert found.verdict is Verdict.DRIFTED, found.sentence
+        assert len(found.failing) == 4 * LAYERS
+    assert compare_weights(prefixed(REFERENCE), REFERENCE).verdict is Verdict.IDENTICAL
+
+
+def test_an_exchange_in_all_layers_under_other_names_is_noted() -> None:
+    """Content cannot tell it; names of another implementation may."""
+    names = {
+        name: name.replace("norm_q", "?").replace("norm_k", "norm_q").replace("?", "norm_k")
+        for name in PORT
+    }
+    found = compare_weights({name: PORT[other] for name, other in names.items()}, REFERENCE)
+    assert found.verdict is Verdict.IDENTICAL
+    assert found.notes == (
+        "names say otherwise, content cannot: blocks.*.attn1.norm_q.weight is "
+        "blocks.*.self_attn.norm_k.weight and blocks.*.attn1.norm_k.weight is "
+        "blocks.*.self_attn.norm_q.weight",
+    )
+    assert compare_weights(PORT, REFERENCE).notes == ()
+
+
+def test_halves_that_a_format_exchanges_are_found_in_codes() -> None:
+    generator = torch.Generator().manual_seed(3)
+    last = torch.randn(2 * WIDTH, WIDTH, generator=generator)
+    own = quantised(PORT | {"norm_out.linear.weight": last})
+    turned = torch.cat([last[WIDTH:], last[:WIDTH]])
+    found = compare_weights(own, REFERENCE | {"final_layer.modulation.weight": turned})
+    assert found.verdict is Verdict.EQUIVALENT, found.sentence
+
+
+def test_roles_by_number_and_exceptions_of_a_layer_are_no_faults() -> None:
+    """`mlp.0` and `mlp.2` of one shape, and a last layer that has a name of its own."""
+    generator = torch.Generator().manual_seed(2)
+    own: State = {}
+    theirs: State = {}
+    for layer in range(LAYERS):
+        for role, name in (("0", "linear_1"), ("2", "linear_2")):
+            tensor = torch.randn(8, 8, generator=generator)
+            theirs[f"layers.{layer}.mlp.{role}.weight"] = tensor
+            last = "last_" if layer == LAYERS - 1 and role == "2" else ""
+            own[f"blocks.{layer}.{last}{name}.weight"] = tensor.clone()
+    assert compare_weights(own, theirs).verdict is Verdict.IDENTICAL
+
+
+def test_whole_numbers_do_not_wrap() -> None:
+    table = torch.arange(8) + 2**32
+    found = compare_weights({"a.weight": table.to(torch.int32)}, {"a.weight": table})
+    assert found.verdict is Verdict.DRIFTED
+    small = torch.arange(8)
+    found = compare_weights({"a.weight": small.to(torch.int32)}, {"a.weight": small})
+    assert found.verdict is Verdict.EQUIVALENT
+
+
+def test_a_scale_is_of_the_axis_that_it_is_stored_along() -> None:
+    wide = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    wide = wide * torch.logspace(-1, 1, 16)
+    scale = wide.abs().amax(0, keepdim=True) / 448
+    codes = (wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    state = {"a.weight": codes, "a.weight_scale": scale}
+    assert compare_weights(state, {"a.weight": wide}).verdict is Verdict.EQUIVALENT
+    state["a.weight_scale"] = scale.T.contiguous()
+    assert compare_weights(state, {"a.weight": wide}).verdict is Verdict.DRIFTED
+
+
+def test_empty_tensors_and_scales_of_activations() -> None:
+    empty = {"none.weight": torch.empty(0, 3)}
+    found = compare_weights(PORT | empty, REFERENCE | empty)
+    assert found.verdict is Verdict.IDENTICAL
+    state = quantised(PORT) | {f"{KEY.removesuffix('.weight')}.input_scale": torch.tensor(2.0)}
+    found = compare_weights(state, REFERENCE)
+    assert found.verdict is Verdict.EQUIVALENT
+    assert found.not_looked_at == ("scales of activations: 1",)
 
 
 def test_layers_that_changed_places_are_all_named() -> None:

@@ -127,10 +127,14 @@ def command(  # 17 parameters: the options of the verb
         _told(name, recording, path)
         if level == "full":
             said = words.says_case and of_calls(case)
-            by_name = (said or not changes) and not output
-            chosen = case_words(name, verb="check", with_changes=said) if by_name else ""
-            say(f"check: truestep check {chosen or pasteable(['--reference', str(path)])}")
+            _say_check(name, path, said=said, by_name=(said or not changes) and not output)
     end(2 if broken else 0)
+
+
+def _say_check(name: str, path: Path, *, said: bool, by_name: bool) -> None:
+    """The command that checks against a reference."""
+    chosen = case_words(name, verb="check", with_changes=said) if by_name else ""
+    say(f"check: truestep check {chosen or pasteable(['--reference', str(path)])}")
 
 
 def _replaced(reference: Path, words: Words, *, update: bool) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ def judged_blocks(own: Weights, theirs: Weights, pages: Pages = NO_PAGES) -> dic
         pages: Given back while they are read, where they lie in files.
     """
     shapes = tuple(own.shape), tuple(theirs.shape)
-    if shapes[0] != shapes[1] and math.prod(shapes[0]) != math.prod(shapes[1]):
+    if [n for n in shapes[0] if n != 1] != [n for n in shapes[1] if n != 1]:
         note = shape_note(*(torch.empty(shape, device="meta") for shape in shapes))
         return {"verdict": Verdict.INCOMPARABLE, "note": note}
     coarse = [side.format.coarse if isinstance(side, Packed) else 0.0 for side in (own, theirs)]

@@ -23,17 +23,20 @@ from truestep.keys import Address
 from truestep.measure.plain import NO_PAGES, Pages, plain
 from truestep.measure.rounding import expanded
 from truestep.pairing.content import arranged
-from truestep.pairing.order import mark_misplaced, reversed_lists
+from truestep.pairing.order import against_names, mark_misplaced, reversed_lists
 from truestep.pairing.parameters import matched, pair_parameters
 from truestep.pairing.records import Ambiguous, Evidence
 from truestep.pairing.rows import Hashed, hashed
-from truestep.pairing.scales import Numbers, scale_of
+from truestep.pairing.scales import BESIDE, Numbers, scale_of
 from truestep.pairing.state import Chosen, Match, State, Unit
 from truestep.pairing.structure import ambiguous, called_unit
 from truestep.recording import readers
 from truestep.recording.readers import Source, side_of
 from truestep.text import quoted
 from truestep.verdict import Comparison, Row, Verdict
+
+ALIKE = 0.9
+"""Share of equal names of the smaller side from which on names decide."""
 
 LAID_OUT = "laid out anew: {how}; right where the code that loads them expects it"
 
@@ -88,20 +91,30 @@ def compare_weights(
         rows = _explained(compare_parameters(own, others), *numbers)
         how = f"{len(rows):,} parameters by name"
     else:
-        state = pair_parameters(*numbers, rename=rename)
+        state = pair_parameters(*numbers, rename=_said(*numbers) if rename is None else rename)
         mark_misplaced(state)
         rows = list(_rows(state, *numbers))
         how = _how(state)
-        notes = (*_laid_out(state.matches), *_turned(state))
+        notes = (*_crossed(state), *_laid_out(state.matches), *_turned(state))
     result = build_comparison(
         rows,
         actual=side_of(ours),
         reference=side_of(theirs),
         looked_at=(how,),
-        not_looked_at=(f"names to be ignored: {len(left_out):,}",) if left_out else (),
+        not_looked_at=_unseen(left_out, own, others),
         notes=notes,
     )
     return summed(result)
+
+
+def _unseen(left_out: Iterable[str], *sides: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    count = len(set(left_out))
+    beside = {name for side in sides for name in side if BESIDE.search(name)}
+    words = (
+        f"names to be ignored: {count:,}" if count else "",
+        f"scales of activations: {len(beside):,}" if beside else "",
+    )
+    return tuple(word for word in words if word)
 
 
 def _compare(ours: Source, theirs: Source) -> str:
@@ -123,10 +136,42 @@ def _ignored(ours: Source, theirs: Source, patterns: Sequence[str]) -> list[str]
     return list(found)
 
 
+def _said(own: Numbers, others: Numbers) -> dict[str, str]:
+    """Actual names to the reference's where nearly all are equal, or are so behind a prefix.
+
+    Names then decide: a checkpoint is loaded by them, and one that is new says nothing of the rest.
+    """
+    ways = [{name: name for name in own if name in others}]
+    for prefix in _prefixes(own, others):
+        cut = ((n, n[len(prefix) :]) for n in own if n.startswith(prefix))
+        ways.append({name: rest for name, rest in cut if rest in others})
+    for prefix in _prefixes(others, own):
+        ways.append({name: prefix + name for name in own if prefix + name in others})
+    best = max(ways, key=len)
+    return best if len(best) >= ALIKE * min(len(own), len(others)) else {}
+
+
+def _prefixes(longer: Iterable[str], shorter: Numbers) -> list[str]:
+    """What stands before names of one side that are the other's behind a dot; the commonest."""
+    found: Counter[str] = Counter()
+    for name in longer:
+        for at, letter in enumerate(name):
+            if letter == "." and name[at + 1 :] in shorter:
+                found[name[: at + 1]] += 1
+    return [prefix for prefix, _ in found.most_common(3)]
+
+
 def _rows(state: State, own: Numbers, others: Numbers) -> Iterator[Row]:
     """Rows of all pairs in the reference's order, then of what has none."""
     groups, left, right = ambiguous(state)
     rows: list[Row] = []
+    for name in [
+        name for name in left if name in right
+    ]:  # of one name, and nothing to pair them by
+        a, r = _whole(name, own), _whole(name, others)
+        rows.append(Row(**row_fields(name, a, r, Address()), **judged_pair(Codes(a), Codes(r))))
+        left.remove(name)
+        right.remove(name)
     for match in matched(state):
         rows += _of_match(match, own, others)
     for group in groups:
@@ -307,6 +352,14 @@ def _laid_out(matches: Iterable[Match]) -> tuple[str, ...]:
     if not how:
         return ()
     return (LAID_OUT.format(how=", ".join(f"{count:,} {word}" for word, count in how.items())),)
+
+
+def _crossed(state: State) -> tuple[str, ...]:
+    told = against_names(state)
+    if not told:
+        return ()
+    more = f", and {len(told) - 3} more" if len(told) > 3 else ""
+    return (f"names say otherwise, content cannot: {'; '.join(told[:3])}{more}",)
 
 
 def _turned(state: State) -> tuple[str, ...]:

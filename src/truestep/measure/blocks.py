@@ -21,6 +21,9 @@ _CHUNK = 1 << 18
 HALF = 2.0**-11
 """Of a number in steps: what a step may turn that is rounded to float16 after it was used."""
 
+TINY = 2.0**-24
+"""The smallest float16."""
+
 EXACT = 2.0**-20
 """Likewise of computing in float32, as ggml does."""
 
@@ -32,11 +35,13 @@ class Parts:
     Attributes:
         codes: Whole numbers.
         step, offset: Of each group.
+        unit: What steps are whole multiples of, of each block: those below half of it are zero.
     """
 
     codes: Tensor
     step: Tensor
     offset: Tensor
+    unit: Tensor | None = None
 
     def values(self) -> Tensor:
         """The numbers that the codes stand for: float32, (blocks, elements of a block)."""
@@ -80,23 +85,27 @@ class Packed:
 
     def rows(self, rows: slice) -> Tensor:
         """The numbers of some rows of the first axis: float32."""
-        inner = math.prod(self.shape[1:-1])
-        start, stop, _ = rows.indices(self.shape[0] if len(self.shape) > 1 else 1)
-        blocks = self.data[start * inner : stop * inner].reshape(-1, self.format.size)
-        found = [
-            self.format.apart(part).values()
-            for part in blocks.split(max(_CHUNK // self.format.elements, 1))
-        ]
+        count = self.shape[0] if len(self.shape) > 1 else 1
+        blocks = self.data.reshape(-1, self.format.size)
+        start, stop, _ = rows.indices(count)
+        each, rest = divmod(len(blocks), count)
+        if rest:  # a shape from before, whose rows are no whole blocks
+            return self._numbers(blocks).reshape(self.shape)[rows]
         shape = (stop - start, *self.shape[1:]) if len(self.shape) > 1 else self.shape
-        return (torch.cat(found) if found else torch.empty(0)).reshape(shape)
+        return self._numbers(blocks[start * each : stop * each]).reshape(shape)
+
+    def _numbers(self, blocks: Tensor) -> Tensor:
+        parts = blocks.split(max(_CHUNK // self.format.elements, 1))
+        found = [self.format.apart(part).values() for part in parts if len(part)]
+        return torch.cat(found) if found else torch.empty(0)
 
     def take(self, rows: torch.Tensor) -> Packed | None:
         """Some rows of the first axis, in an order; None where these are not whole."""
-        if len(self.shape) < 2:
+        if len(self.shape) < 2 or self.data.numel() // self.format.size % self.shape[0]:
             return None
         data = self.data.reshape(self.shape[0], -1).index_select(0, rows)
         shape = (len(rows), *self.shape[1:])
-        return Packed(self.format, data.reshape(-1, self.data.shape[-1]), shape)
+        return Packed(self.format, data, shape)
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,12 @@ def nearest(packed: Packed, source: Tensor, read: Callable[..., None] = lambda *
         size = parts.codes.abs() + (parts.offset / parts.step).abs() + 1
         slack = 2 * (form.slack + EXACT) * size
         worse = (target - parts.codes).abs() > (target - best).abs() + slack
-        off += int((worse & (parts.step != 0)).sum())
+        none = parts.step == 0
+        off += int((worse & ~none).sum())
+        if bool(none.any()):  # then what it should say is below what a step can be
+            unit = TINY if parts.unit is None else parts.unit.abs().clamp_min(TINY)
+            reach = unit * max(form.highest, -form.lowest)
+            off += int((((wide - parts.offset).abs() > reach) & none).sum())
         fine = (parts.step.isfinite() & parts.offset.isfinite()).flatten(1).all(1)
         broken += int((~fine).sum())
         taken = parts.values().reshape(parts.codes.shape) - wide
@@ -187,6 +201,7 @@ def _q2_k(raw: Tensor) -> Parts:
         codes.reshape(len(raw), 16, 16).to(torch.float32),
         step * (scales & 15).unsqueeze(-1),
         -least * (scales >> 4).unsqueeze(-1),
+        step,
     )
 
 
@@ -207,7 +222,7 @@ def _q3_k(raw: Tensor) -> Parts:
         dim=1,
     )
     each = step * (scales.to(torch.float32) - 32).unsqueeze(-1)
-    return Parts(codes.reshape(len(raw), 16, 16), each, torch.zeros_like(each))
+    return Parts(codes.reshape(len(raw), 16, 16), each, torch.zeros_like(each), step)
 
 
 def _six_bits(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,7 +242,7 @@ def _q45_k(raw: Tensor, *, fifth: bool) -> Parts:
     if fifth:
         bits = torch.arange(8, dtype=torch.uint8).reshape(1, 8, 1)
         codes = codes | (((raw[:, 16:48].unsqueeze(1) >> bits) & 1) << 4)
-    return Parts(codes.to(torch.float32), step * scales, -least * minima)
+    return Parts(codes.to(torch.float32), step * scales, -least * minima, step)
 
 
 def _q6_k(raw: Tensor) -> Parts:
@@ -236,9 +251,10 @@ def _q6_k(raw: Tensor) -> Parts:
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).reshape(1, 1, 4, 1)
     nibbles = torch.cat([low & 15, low >> 4], dim=2).reshape(len(raw), 2, 4, 32)
     codes = nibbles | (((high >> shifts) & 3) << 4)
-    step = _half(raw[:, 208:210]) * scales.unsqueeze(-1)
+    unit = _half(raw[:, 208:210])
+    step = unit * scales.unsqueeze(-1)
     whole = codes.to(torch.float32).reshape(len(raw), 16, 16) - 32
-    return Parts(whole, step, torch.zeros_like(step))
+    return Parts(whole, step, torch.zeros_like(step), unit)
 
 
 FORMATS = {

@@ -61,6 +61,10 @@ def rounding(
     every = _EVERY if codes.numel() > _WHOLE else 1
     for at, (q, x, s, u) in enumerate(_chunks(codes, source, scale, unit)):
         x = x if u is None else x.to(torch.float64) * u
+        if not (q.is_floating_point() or x.is_floating_point() or s is not None):
+            off += int((q.to(torch.int64) != x.to(torch.int64)).sum())
+            count += q.numel()
+            continue
         wide = x if s is None else _over(x, s)
         nearest = _cast(wide, codes.dtype)
         differs = _bits(nearest) != _bits(q)
@@ -171,6 +175,8 @@ def spread(scale: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None
         return scale.reshape(())
     if not shape:
         return None
+    if scale.ndim == len(shape) == 2 and scale.shape == (1, shape[1]):
+        return scale
     if scale.numel() == shape[0] and scale.ndim <= 2:
         return scale.reshape(-1, *[1] * (len(shape) - 1))
     if scale.ndim != len(shape) or any(m > n for m, n in zip(scale.shape, shape, strict=True)):
@@ -242,7 +248,8 @@ def _finite(chunk: torch.Tensor) -> bool:
     """False where a value is not finite; of wide floats also where their sum is not."""
     largest = _LARGEST.get(chunk.dtype)
     if largest is None:
-        return math.isfinite(float(chunk.sum()))
+        wide = chunk.to(torch.float32) if chunk.itemsize == 1 else chunk
+        return math.isfinite(float(wide.sum()))
     return int((_bits(chunk) & (0x7F if chunk.itemsize == 1 else 0x7FFF)).max()) <= largest
 
 

@@ -69,7 +69,9 @@ def describe(rows: Sequence[int]) -> str:
     if block == count:
         return f"{start}:{start + count}"
     period = rows[block] - start
-    if all(row == start + i // block * period + i % block for i, row in enumerate(rows)):
+    if period > 0 and all(
+        row == start + i // block * period + i % block for i, row in enumerate(rows)
+    ):
         return f"{block} of every {period} from {start}"
     return f"{count} rows in another order"
 

@@ -6,20 +6,39 @@ its place. Implementations of a model may number and lay out what they hold as t
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import torch
 
 from truestep.pairing.fused import Place
-from truestep.pairing.state import AGREEMENT, Match, State, ancestors, inside, parent
+from truestep.pairing.state import (
+    AGREEMENT,
+    Match,
+    State,
+    Unit,
+    ancestors,
+    inside,
+    parent,
+    relative,
+)
 from truestep.pairing.structure import forward, habits_of, numbered_layer
 
 
 def mark_misplaced(state: State) -> None:
     """Mark pairs that are right by their content, and not by their place."""
-    _mark_layers(state)
-    _mark_orders(state)
-    _mark_apart(state)
+    for mark in (_layers, _other_layers, _kinds, _modules, _orders, _apart):
+        mark(state)
+
+
+def _mark(match: Match, note: str) -> None:
+    """Say of a pair where it should be; what was said first stays."""
+    if not match.misplaced:
+        match.odd = match.misplaced = True
+        match.note = note
 
 
 def _lists(state: State) -> dict[tuple[str, str], dict[int, int]]:
@@ -55,7 +74,7 @@ def reversed_lists(state: State) -> list[tuple[str, str]]:
     return [names for names, layers in _lists(state).items() if _ordered(layers)[1]]
 
 
-def _mark_layers(state: State) -> None:
+def _layers(state: State) -> None:
     """Layers that do not lie in the order of the others changed places."""
     moved: dict[str, str] = {}
     for (own, theirs), layers in _lists(state).items():
@@ -68,11 +87,104 @@ def _mark_layers(state: State) -> None:
     for match in state.matches:
         scope = next((s for s in ancestors(match.actual.name) if s in moved), None)
         if scope is not None and inside(match.reference.name, moved[scope]):
-            match.odd = match.misplaced = True
-            match.note = f"{scope} holds the content of {moved[scope]}, out of order"
+            _mark(match, f"{scope} holds the content of {moved[scope]}, out of order")
 
 
-def _mark_orders(state: State) -> None:
+def _other_layers(state: State) -> None:
+    """Pairs that lie in another layer of a list than the rest of their layer does."""
+    where = forward(state)
+    for match in state.matches:
+        for scope in ancestors(match.actual.name):
+            target = where.get(scope, "")
+            if not (numbered_layer(scope) and numbered_layer(target)):
+                continue
+            container, _, layer = target.rpartition(".")
+            rest = relative(match.reference.name, container).split(".")
+            inner = inside(match.reference.name, container)
+            if inner and rest[0].isdecimal() and rest[0] != layer:
+                found = f"{container}.{rest[0]}" if container else rest[0]
+                _mark(match, f"holds the content of {found}, where the rest of {scope} is {target}")
+                break
+
+
+_NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
+"""A number that is a part of a name by itself."""
+
+
+def _kinds(state: State) -> None:
+    """Names that mean one thing in some layers, and another in others.
+
+    A number in a name may tell two things apart (`mlp.0` and `mlp.2`), and one layer may lack a
+    name that the others have: then it means nothing.
+    """
+    for side, other in (("reference", "actual"), ("actual", "reference")):
+        names = getattr(state, other)
+        kinds: dict[object, list[Match]] = {}
+        for match in state.matches:
+            unit = getattr(match, side)
+            shape = state.shapes[side][unit.name]
+            kinds.setdefault((_NUMBER.sub("*", unit.name), unit.place, shape), []).append(match)
+        for members in kinds.values():
+            told = [_NUMBER.sub("*", getattr(match, other).name) for match in members]
+            meanings = Counter(told)
+            if len(meanings) in (1, len(members)) or _by_number(members, side, told):
+                continue
+            usual, count = meanings.most_common(1)[0]
+            settled = count >= max(AGREEMENT * len(members), 2)
+            for match, meaning in zip(members, told, strict=True):
+                wanted = _filled(usual, getattr(match, other).name)
+                if (meaning != usual and wanted in names) or not settled:
+                    _mark(match, f"{getattr(match, side).name} is {usual} in other layers")
+
+
+def _by_number(members: Sequence[Match], side: str, told: Sequence[str]) -> bool:
+    """Whether one number of the names decides what they mean, as an index of a role does."""
+    numbers = [_NUMBER.findall(getattr(match, side).name) for match in members]
+    for place in range(len(numbers[0])):
+        meant: dict[str, set[str]] = {}
+        for found, meaning in zip(numbers, told, strict=True):
+            meant.setdefault(found[place], set()).add(meaning)
+        if len(meant) < len(members) and all(len(each) == 1 for each in meant.values()):
+            return True
+    return False
+
+
+def _filled(pattern: str, name: str) -> str | None:
+    """A pattern with the numbers of a name."""
+    numbers = _NUMBER.findall(name)
+    if pattern.count("*") != len(numbers):
+        return None
+    left = iter(numbers)
+    return re.sub(r"\*", lambda _: next(left), pattern)
+
+
+def _modules(state: State) -> None:
+    """Weight and bias of one module that come from two, where each has both."""
+    for side, other in (("actual", "reference"), ("reference", "actual")):
+        names = getattr(state, other)
+        held: dict[str, list[Match]] = {}
+        for match in state.matches:
+            if match.actual.place is None and match.reference.place is None:
+                held.setdefault(parent(getattr(match, side).name), []).append(match)
+        for module, members in held.items():
+            for first, second in combinations(members[:8] if module else [], 2):
+                one, two = (getattr(match, other).name for match in (first, second))
+                both = (f"{parent(one)}.{_leaf(two)}", f"{parent(two)}.{_leaf(one)}")
+                if parent(one) != parent(two) and any(name in names for name in both):
+                    note = f"{module} would be of two modules: {one} and {two}"
+                    _mark(first, note)
+                    _mark(second, note)
+    for match in state.matches:
+        leaves = {_leaf(match.actual.name), _leaf(match.reference.name)}
+        if leaves == {"weight", "bias"}:
+            _mark(match, "a weight is a bias on the other side")
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _orders(state: State) -> None:
     """What is laid out, or permuted, otherwise than its kind in the other layers.
 
     Where as many layers say one thing as another, all of them: one is wrong.
@@ -96,25 +208,100 @@ def _mark_orders(state: State) -> None:
         for match in members:
             other = next((order for order in orders if order != _order(match)), usual)
             odd = _order(match) != usual if settled else len(orders) > 1
-            if odd and not match.misplaced:
-                match.odd = match.misplaced = True
-                match.note = f"in other layers: {_order_text(usual if settled else other)}"
+            if odd:
+                _mark(match, f"in other layers: {_order_text(usual if settled else other)}")
 
 
-def _mark_apart(state: State) -> None:
-    """Mark parts of fused modules whose parameters (weight and bias) do not lie alike in it."""
+def _apart(state: State) -> None:
+    """Parts of fused or permuted modules whose parameters (weight and bias) do not lie alike."""
     for side, other in (("actual", "reference"), ("reference", "actual")):
         found: dict[tuple[str, str], list[Match]] = {}
         for match in state.matches:
             whole, part = getattr(match, side), getattr(match, other)
-            if whole.place is not None and not whole.place.axis:
+            if part.place is None and not (whole.place and whole.place.axis):
                 found.setdefault((parent(whole.name), parent(part.name)), []).append(match)
         for members in found.values():
-            if len({getattr(match, side).place for match in members}) > 1:
-                words = [f"{m.reference.name} at [{getattr(m, side).place}]" for m in members]
-                for match in members:
-                    match.odd = match.misplaced = True
-                    match.note = f"not in one place of the {side} side: {', '.join(words)}"
+            _of_module(state, members, side)
+
+
+def _of_module(state: State, members: Sequence[Match], side: str) -> None:
+    placed = {getattr(match, side).place for match in members} - {None}
+    if not placed or (len(placed) == 1 and all(getattr(m, side).place for m in members)):
+        return
+    rows = {len(place.rows) for place in placed}
+    whole = [m for m in members if getattr(m, side).place is None]
+    apart = [m for m in members if m not in whole]
+    for match in whole:  # a permuted matrix beside a vector that is as it was
+        shape = state.shapes[side][getattr(match, side).name]
+        if shape and shape[0] in rows and not _same_in(state, match, apart, side):
+            apart.append(match)
+    if len(apart) < 2:
+        return
+    words = [f"{m.reference.name} at [{getattr(m, side).place or 'all'}]" for m in apart]
+    for match in apart:
+        _mark(match, f"not in one place of the {side} side: {', '.join(words)}")
+
+
+def _same_in(state: State, match: Match, placed: Sequence[Match], side: str) -> bool:
+    """Whether a unit's numbers are the same in the order that its neighbours lie in."""
+    unit = getattr(match, side)
+    for other in placed:
+        place = getattr(other, side).place
+        if place is not None and len(place.rows) == state.shapes[side][unit.name][0]:
+            moved = Unit(unit.name, Place(0, place.rows))
+            units = (moved, match.reference) if side == "actual" else (match.actual, moved)
+            if state.fit(*units) is None:
+                return False
+    return True
+
+
+_SAME = {"query": "q", "key": "k", "value": "v", "embedding": "embed", "embedder": "embed"}
+
+
+def against_names(state: State) -> list[str]:
+    """Pairs of kinds whose names say that they are exchanged, in all layers alike.
+
+    Content that agrees everywhere is no proof of its place: names that share more words crosswise
+    are told.
+    """
+    kinds: dict[tuple[str, str], torch.Size] = {}
+    for match in state.matches:
+        if not (match.actual.place or match.reference.place):
+            names = tuple(_NUMBER.sub("*", u.name) for u in (match.actual, match.reference))
+            kinds.setdefault((names[0], names[1]), state.shapes["actual"][match.actual.name])
+    told = []
+    for (first, second), (one, two) in combinations(kinds, 2):
+        if kinds[first, second] != kinds[one, two] or _leaf(first) != _leaf(one):
+            continue
+        straight = _shared(first, second) + _shared(one, two)
+        if _shared(first, two) + _shared(one, second) > straight:
+            told.append(f"{first} is {second} and {one} is {two}")
+    return told + _roles(state)
+
+
+def _roles(state: State) -> list[str]:
+    """Fused projections that do not hold queries, keys and values in this order, by their names."""
+    told: dict[str, None] = {}
+    for side, other in (("actual", "reference"), ("reference", "actual")):
+        found: dict[str, list[tuple[int, str]]] = {}
+        for match in state.matches:
+            place, name = getattr(match, side).place, getattr(match, other).name
+            words = [_SAME.get(word, word) for word in re.split(r"[._]+", name)]
+            role = next((word for word in words[::-1] if word in ("q", "k", "v")), "")
+            if place is not None and role and _leaf(name) == "weight":
+                whole = getattr(match, side).name
+                found.setdefault(whole, []).append((place.rows[0], role))
+        for whole, parts in found.items():
+            order = "".join(role for _, role in sorted(parts))
+            if order in ("kqv", "kvq", "qvk", "vqk", "vkq"):
+                told[f"{_NUMBER.sub('*', whole)} holds {', '.join(order)} in this order"] = None
+    return list(told)
+
+
+def _shared(name: str, other: str) -> int:
+    """Words that two names have in common."""
+    words = ({_SAME.get(w, w) for w in re.split(r"[._*]+", text) if w} for text in (name, other))
+    return len(set.intersection(*words))
 
 
 def _order(match: Match) -> tuple[Place | None, Place | None, str]:

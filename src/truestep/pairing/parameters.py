@@ -45,6 +45,8 @@ def pair_parameters(
         structure.by_neighbours(state)
     _by_content(state)
     _inside_larger(state)
+    if _scales(state):
+        _exchanged_halves(state)
     structure.settle(state)
     return state
 
@@ -182,6 +184,25 @@ def _inside_larger(state: State) -> None:
         wholes, parts = (_open(state, side) for side in (whole_side, part_side))
         for part in _runs(parts, wholes):
             _take(state, part, whole_side)
+
+
+def _exchanged_halves(state: State) -> None:
+    """Codes whose two halves are the other's, exchanged: scale and shift of a last norm."""
+    own, theirs = ([u for u in state.free(s) if u.place is None] for s in ("actual", "reference"))
+    for unit in own:
+        shape = state.shapes["actual"][unit.name]
+        if not shape or shape[0] % 2 or state.constant(unit, side="actual"):
+            continue
+        half = shape[0] // 2
+        turned = Unit(unit.name, Place(0, (*range(half, shape[0]), *range(half))))
+        found = [
+            other
+            for other in theirs
+            if state.shapes["reference"][other.name] == shape and state.fit(turned, other)
+        ]
+        if len(found) == 1 and (hit := state.fit(turned, found[0])) is not None:
+            state.add(turned, found[0], hit, Evidence.FUSED)
+            theirs.remove(found[0])
 
 
 def _open(state: State, side: str) -> Chosen:

@@ -16,6 +16,8 @@ def renamed(name: str, rename: Mapping[str, str]) -> str | None:
     Raises:
         UsageError: A rule has more wildcards on the reference's side than on the actual one.
     """
+    if name in rename and "*" not in rename[name]:
+        return rename[name]
     for rule in sorted(rename, key=len, reverse=True):
         target = rename[rule]
         if target.count("*") > rule.count("*"):

@@ -27,8 +27,8 @@ from truestep.pairing.state import SAMPLE, stored
 Tensor = torch.Tensor
 Hashes = npt.NDArray[np.uint64]
 
-LEAST = 8
-"""Elements: two unrelated tensors of so many agree in bfloat16 with a chance of 1e-21."""
+LEAST = 4
+"""Elements: two unrelated tensors of so many agree in bfloat16 with a chance of 1e-11."""
 
 _BLOCK = 1 << 25
 """Bytes of rows that are cast and hashed at once."""

@@ -104,6 +104,7 @@ class State:
     matches: list[Match] = field(default_factory=list)
     fits: dict[tuple[Unit, Unit], Fit | None] = field(default_factory=dict)
     constants: dict[tuple[str, Unit], bool] = field(default_factory=dict)
+    values: dict[tuple[str, Unit], float] = field(default_factory=dict)
     shapes: dict[str, dict[str, torch.Size]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,6 +166,12 @@ class State:
     def _fit(self, actual: Unit, reference: Unit) -> Fit | None:
         if self.count(actual, side="actual") != self.count(reference, side="reference"):
             return None
+        one, other = (
+            self._value(unit, side=side)
+            for unit, side in ((actual, "actual"), (reference, "reference"))
+        )
+        if one is not None and other is not None:
+            return self._constants(actual, reference) if one == other else None
         own, theirs = self.actual, self.reference
         shape = self.shapes["actual"][actual.name]
         large = shape.numel() > SAMPLE and not (actual.place or reference.place)
@@ -172,6 +179,25 @@ class State:
         if alike and isinstance(own, Numbers) and isinstance(theirs, Numbers):
             return fit_any(_sample(own, actual.name), _sample(theirs, reference.name))
         return fit_any(self.tensor(actual, side="actual"), self.tensor(reference, side="reference"))
+
+    def _constants(self, actual: Unit, reference: Unit) -> Fit:
+        """Two units of one value."""
+        shapes = [
+            list(self.shapes[side][unit.name])
+            for side, unit in (("reference", reference), ("actual", actual))
+        ]
+        if actual.place or reference.place or shapes[0] == shapes[1]:
+            return Fit(Evidence.EQUAL, 0.0, 1.0, 0.0)
+        return Fit(Evidence.RESHAPED, 0.0, 1.0, 0.0, f"reshape {shapes[0]} to {shapes[1]}")
+
+    def _value(self, unit: Unit, *, side: str) -> float | None:
+        """The one value of a unit that has no other."""
+        if not self.constant(unit, side=side) or not self.count(unit, side=side):
+            return None
+        key = (side, unit)
+        if key not in self.values:
+            self.values[key] = float(self.tensor(unit, side=side).reshape(-1)[0])
+        return self.values[key]
 
     def count(self, unit: Unit, *, side: str) -> int:
         """Elements of a unit."""

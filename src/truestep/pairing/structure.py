@@ -225,7 +225,7 @@ def _by_habit_against_content(state: State) -> None:
         for habit, layers in habits_of(match, where):
             rivals = scores[habit.containers, habit.actual]
             best = max(rivals, key=lambda h: rivals[h])
-            if best != habit:
+            if best != habit and f"{layers[1]}.{best.reference[0]}" in state.reference:
                 wanted = Unit(f"{layers[1]}.{best.reference[0]}", best.reference[1])
                 broken.setdefault(layers, {})[id(match)] = (match, wanted)
     for found in broken.values():

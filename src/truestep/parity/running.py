@@ -226,13 +226,10 @@ def _compare(run: Run) -> BaseException | None:
         return found
 
     floor = recording.manifest.noise_floor
-    tolerance = parity.loosened.rel_l2 if parity.loosened else None
-    if tolerance is None and not (floor and floor.runs):
-        tolerance = parity.start_tolerance
     run.comparison = check_function(
         candidate,
         recording,
-        tolerance=tolerance,
+        tolerance=_tolerance(parity, measured=bool(floor and floor.runs)),
         pair=working_pair(recording, port) if floor and floor.runs else None,
         label="port",
     )
@@ -246,6 +243,13 @@ def _compare(run: Run) -> BaseException | None:
     if run.keep:
         _save(recording, made, run.keep / f"{parity.family}-{parity.component}")
     return failures[0] if failures else None
+
+
+def _tolerance(parity: Parity, *, measured: bool) -> float | None:
+    """The one that was agreed on, or the first one where no floor was measured."""
+    if parity.loosened:
+        return parity.loosened.rel_l2
+    return None if measured else parity.start_tolerance
 
 
 def _another(

@@ -104,8 +104,7 @@ class GgufTensors(Mapping[str, torch.Tensor]):
                 f"they are {entry.called}; read are {', '.join(f.name for f in FORMATS.values())}",
             )
         form = FORMATS[entry.kind]
-        width = entry.shape[-1] // form.elements * form.size
-        return Packed(form, self._raw(entry).reshape(-1, width), entry.shape)
+        return Packed(form, self._raw(entry).reshape(-1, form.size), entry.shape)
 
     def _raw(self, entry: Entry) -> torch.Tensor:
         raw = torch.frombuffer(self._data, dtype=torch.uint8, count=entry.size, offset=entry.begin)
@@ -266,7 +265,7 @@ def _entry(reader: _Reader, said: Mapping[str, object]) -> tuple[str, Entry]:
     else:
         raise _DamagedError(f"tensor {name[:80]!r} is of type {kind}")
     before = said.get(f"{_SHAPE}{name}")
-    if isinstance(before, list) and before and kind in PLAIN:
+    if isinstance(before, list) and before:
         whole = [n for n in before if isinstance(n, int)]
         if len(whole) == len(before) and math.prod(whole) == math.prod(shape):
             shape = tuple(whole)
