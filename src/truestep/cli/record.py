@@ -29,6 +29,7 @@ from truestep.text import pasteable, say, visible
 
 if TYPE_CHECKING:
     from truestep.case import AnyCase
+    from truestep.errors import TruestepError
     from truestep.recording.format import Recording
     from truestep.recording.store import Place, Store
 
@@ -91,8 +92,8 @@ def command(  # 17 parameters: the options of the verb
     from truestep.recording.format import WHAT
     from truestep.recording.store import DEFAULT_ROOT, Store, place_of
 
-    given = (prompt, pipeline, subject, inputs, references or DEFAULT_ROOT, loras, prepare)
-    words = Words(names, case_file, tier, *given)
+    root = references or DEFAULT_ROOT
+    words = Words(names, case_file, tier, prompt, pipeline, subject, inputs, root, loras, prepare)
     if reference is None:
         cases = choose_any(words)
     else:
@@ -101,7 +102,7 @@ def command(  # 17 parameters: the options of the verb
     if output is not None and len(cases) != 1:
         raise UsageError(f"--output takes one case, {len(cases)} were chosen")
     cases = changed_cases(cases, changes)
-    store = Store(references or DEFAULT_ROOT)
+    store = Store(root)
     apply = load_change(change)
     for case in cases.values():
         _refuse(case)
@@ -121,14 +122,18 @@ def command(  # 17 parameters: the options of the verb
             if len(cases) == 1:
                 raise
             broken += 1  # one broken case must not cost the others' references
-            text = f"{type(error).__name__}: {spelled(error, name)}"
-            say(f"BROKEN {visible(name)}: {text}", err=True, lines=True)
+            _say_broken(name, error)
             continue
         _told(name, recording, path)
         if level == "full":
             said = words.says_case and of_calls(case)
             _say_check(name, path, said=said, by_name=(said or not changes) and not output)
     end(2 if broken else 0)
+
+
+def _say_broken(name: str, error: TruestepError) -> None:
+    text = f"{type(error).__name__}: {spelled(error, name)}"
+    say(f"BROKEN {visible(name)}: {text}", err=True, lines=True)
 
 
 def _say_check(name: str, path: Path, *, said: bool, by_name: bool) -> None:
