@@ -101,11 +101,9 @@ def command(  # 17 parameters: the options of the verb
         output = output or _replaced(reference, words, update=update)
     if output is not None and len(cases) != 1:
         raise UsageError(f"--output takes one case, {len(cases)} were chosen")
-    cases = changed_cases(cases, changes)
     store = Store(root)
     apply = load_change(change)
-    for case in cases.values():
-        _refuse(case)
+    cases = _accepted(changed_cases(cases, changes))
     require_room(output or store.root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(store, cases, tier)
     for place in kept.values() if len(cases) == 1 else ():
@@ -129,6 +127,13 @@ def command(  # 17 parameters: the options of the verb
             said = words.says_case and of_calls(case)
             _say_check(name, path, said=said, by_name=(said or not changes) and not output)
     end(2 if broken else 0)
+
+
+def _accepted(cases: dict[str, AnyCase]) -> dict[str, AnyCase]:
+    """The cases, unless one of them cannot be recorded."""
+    for case in cases.values():
+        _refuse(case)
+    return cases
 
 
 def _say_broken(name: str, error: TruestepError) -> None:
