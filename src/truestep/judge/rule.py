@@ -118,7 +118,7 @@ def _steady(item: Measured, outcome: Outcome) -> Outcome:
     if outcome.verdict is not Verdict.EQUIVALENT:
         return outcome
     note = item.floor.unsteady
-    if outcome.floor.source == "measured" and outcome.floor.rel_l2 > BLIND:
+    if not note and outcome.floor.source == "measured" and outcome.floor.rel_l2 > BLIND:
         note = f"the floor itself is {outcome.floor.rel_l2:.1g} of the values: it says nothing here"
     return replace(outcome, verdict=Verdict.INCONCLUSIVE, note=note) if note else outcome
 
