@@ -119,11 +119,11 @@ def compare_adapters(actual: Tensors, reference: Tensors) -> tuple[list[Row], tu
     seen = {name for each in others for name in (each.down, each.up, each.alpha)}
     for adapter in own:
         if id(adapter) not in used:
-            rows += [_extra(name, actual) for name in (adapter.down, adapter.up)]
+            rows += [_row(name, actual[name], None) for name in (adapter.down, adapter.up)]
     known = {name for each in own for name in (each.down, each.up, each.alpha)}
     rest = [name for name in reference if name not in seen]
     for name in [*rest, *(n for n in actual if n not in known and n not in rest)]:
-        rows.append(_other(name, actual, reference))
+        rows.append(_row(name, actual.get(name), reference.get(name)))
     silent = sum(adapter.alpha is None for adapter in own), sum(a.alpha is None for a in others)
     notes = [
         f"{count} adapters of the {side} side have no alpha: taken as their rank"
@@ -253,8 +253,7 @@ def _uncovered(other: Adapter, pairs: list[_Pair], reference: Tensors) -> Iterat
     at, count = 0, len(reference[other.up])
     if not pairs:
         for name in (other.down, other.up):
-            fields = row_fields(name, None, plain(reference[name], name), Address())
-            yield Row(**fields, **one_sided(None))
+            yield _row(name, None, reference[name])
         return
     for pair in pairs:
         if pair.rows.start < at:
@@ -270,18 +269,12 @@ def _uncovered(other: Adapter, pairs: list[_Pair], reference: Tensors) -> Iterat
 
 def _gap(other: Adapter, start: int, stop: int, reference: Tensors) -> Row:
     name = f"{other.up} [{describe(range(start, stop))}]"
-    part = plain(reference[other.up], name)[start:stop]
-    return Row(**row_fields(name, None, part, Address()), **one_sided(None))
+    return _row(name, None, reference[other.up][start:stop])
 
 
-def _extra(name: str, actual: Tensors) -> Row:
-    tensor = plain(actual[name], name)
-    return Row(**row_fields(name, tensor, None, Address()), **one_sided(tensor))
-
-
-def _other(name: str, actual: Tensors, reference: Tensors) -> Row:
-    """A tensor that is of no adapter, by its name."""
-    a, r = (plain(side[name], name) if name in side else None for side in (actual, reference))
+def _row(name: str, actual: Tensor | None, reference: Tensor | None) -> Row:
+    """A tensor by itself: judged, or what one side lacks."""
+    a, r = (None if tensor is None else plain(tensor, name) for tensor in (actual, reference))
     fields = row_fields(name, a, r, Address())
     if a is None or r is None:
         return Row(**fields, **one_sided(a))

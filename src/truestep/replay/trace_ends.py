@@ -15,7 +15,7 @@ from truestep.verdict import Row, Rows, Verdict
 PARTIAL = "partial"
 """How a note of a trace begins that was cut short."""
 
-_UNREAD = re.compile(rf"^(?P<fqn>\S+) (?P<how>{'|'.join(map(re.escape, UNREAD))})")
+_UNREAD = re.compile(rf"^(?P<fqn>\S+) (?:{'|'.join(map(re.escape, UNREAD))})")
 _NOTHING = "(NoneType)"
 
 
