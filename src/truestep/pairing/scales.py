@@ -65,7 +65,22 @@ def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Size:
     return tensors.stored(name).shape if isinstance(tensors, Numbers) else tensors[name].shape
 
 
-class Numbers(Mapping[str, torch.Tensor]):
+class Named(Mapping[str, torch.Tensor]):
+    """Tensors under the names in `_names`, whatever each of them is read from."""
+
+    _names: Mapping[str, object]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Numbers(Named):
     """Tensors of a checkpoint as the numbers that they stand for; stored scales have no name.
 
     Tensors of a file are read when they are asked for, and their pages given back soon after.
@@ -133,12 +148,3 @@ class Numbers(Mapping[str, torch.Tensor]):
         while self._held and sum(self._held.values()) + size > _HELD:
             self.release(next(iter(self._held)))
         self._held[name] = size
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -13,7 +13,7 @@ from truestep.measure.blocks import Packed
 from truestep.pairing.content import Fit, fit_any, is_constant, measure
 from truestep.pairing.fused import Place
 from truestep.pairing.records import Evidence
-from truestep.pairing.scales import Numbers, packed_of, shape_of
+from truestep.pairing.scales import Named, Numbers, packed_of, shape_of
 
 Tensor = torch.Tensor
 
@@ -25,7 +25,7 @@ AGREEMENT = 2 / 3
 misplaced parameter of three may not move it."""
 
 
-class Chosen(Mapping[str, Tensor]):
+class Chosen(Named):
     """Some tensors of a side, each read when it is asked for."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
@@ -45,15 +45,6 @@ class Chosen(Mapping[str, Tensor]):
         release = getattr(self.tensors, "release", None)
         if release is not None:
             release(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def stored(tensors: Mapping[str, Tensor], name: str) -> Tensor:
