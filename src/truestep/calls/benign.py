@@ -19,7 +19,6 @@ import torch
 from truestep.calls.batching import NoBatchError, is_measured, with_neighbour
 from truestep.calls.boundaries import RANDOM
 from truestep.calls.choosing import cached_components
-from truestep.calls.classes import runs_compiled
 from truestep.calls.elsewhere import begun_elsewhere
 from truestep.calls.forcing import Forcing
 from truestep.calls.freely import run_freely
@@ -35,6 +34,7 @@ from truestep.floors import FREELY, NoiseFloor, NoiseRun
 from truestep.judge.floor import pair_of, repeat_limit
 from truestep.judge.refusals import refuse_unsteady
 from truestep.judge.rows import measured_run
+from truestep.pairing.naming import runs_compiled
 from truestep.recording.manifest import CallEntry
 from truestep.runtime.changes import (
     JITTERS,

@@ -26,7 +26,6 @@ from truestep.calls.classes import (
     Kind,
     kind_of,
     methods_of,
-    runs_compiled,
     signature_of,
     submodules,
     swapped_class,
@@ -34,6 +33,7 @@ from truestep.calls.classes import (
 from truestep.calls.randomness import Draws
 from truestep.calls.subject import Subject
 from truestep.errors import UsageError
+from truestep.pairing.naming import runs_compiled
 
 FUNCTIONS = "functions"
 """Component name of functions that have a name of their own."""

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from truestep.pairing.naming import compiled, unwrapped
+from truestep.pairing.naming import runs_compiled, unwrapped
 
 FORWARD = "forward"
 """What a call of a component itself is named, whatever lets it be called."""
@@ -116,13 +116,6 @@ def submodules(component: Any) -> Iterator[tuple[str, torch.nn.Module]]:
     for name, module in component.named_modules():
         if name and not isinstance(module, torch.jit.ScriptModule):
             yield name, module
-
-
-def runs_compiled(component: Any) -> bool:
-    """Whether a component, or a module in it, runs compiled code."""
-    if not isinstance(component, torch.nn.Module):
-        return False
-    return any(compiled(module) for module in component.modules())
 
 
 def signature_of(owner: Any, method: str, call: Callable[..., Any]) -> inspect.Signature | None:

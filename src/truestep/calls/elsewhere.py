@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from truestep.calls.classes import runs_compiled
 from truestep.calls.forcing import Forcing
 from truestep.calls.instructions import Elsewhere
 from truestep.calls.judging import Recorded, pairs
@@ -16,6 +15,7 @@ from truestep.calls.seen import Forced, Plan, RunRaisedError, Seen
 from truestep.calls.subject import Subject
 from truestep.floors import NoiseRun
 from truestep.judge.rows import measured_run
+from truestep.pairing.naming import runs_compiled
 
 Collect = Callable[[str], list[NoiseRun]]
 

@@ -13,13 +13,13 @@ from dataclasses import replace
 
 import torch
 
-from truestep.calls.classes import runs_compiled
 from truestep.calls.forcing import Forcing
 from truestep.calls.recording import CallRecording
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
 from truestep.floors import EPSILON
 from truestep.keys import PRECISIONS
+from truestep.pairing.naming import runs_compiled
 from truestep.recording.table import table_entry
 from truestep.runtime.precision import HIGHER, converted
 

@@ -46,7 +46,11 @@ class Tape(TorchDispatchMode):
         operations: In order.
         outside: Number to tensor, of what the operations did not make.
         problem: Why the tape cannot be played, if so.
+        of_weights: Weights that are made when they are used are made on the tape: it holds what
+            they are made from.
     """
+
+    of_weights = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -94,6 +94,12 @@ if TYPE_CHECKING:
     help="Ledger of known failures: a drift as stated there passes, and says so.",
 )
 @click.option(
+    "--from-disk",
+    is_flag=True,
+    help="Leave large weights in their files and read each when it is used: for a model that does "
+    "not fit into memory.",
+)
+@click.option(
     "--ray",
     metavar="local|ADDRESS",
     help="Run every case as a task of a Ray cluster; this folder, models and references must be on "
@@ -106,7 +112,7 @@ if TYPE_CHECKING:
     "without it, one CPU.",
 )
 @output_options
-def command(  # 27 parameters, long: the options of the verb
+def command(  # 28 parameters, long: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -130,6 +136,7 @@ def command(  # 27 parameters, long: the options of the verb
     thresholds: Path | None,
     platform: str | None,
     known: Path | None,
+    from_disk: bool,
     ray: str | None,
     accelerator: str | None,
     json_path: str | None,
@@ -167,6 +174,7 @@ def command(  # 27 parameters, long: the options of the verb
         "rename": _rename(rename, depth),
         "accept": accept,
         "expect": expect,
+        "from_disk": from_disk,
     }
     options = {name: {**common, "settings": settings[name]} for name in cases}
     check = partial(

@@ -50,6 +50,7 @@ from truestep.replay.check import Depth, ended, label_of, of_another_case, recor
 from truestep.replay.record import FloorChoice
 from truestep.replay.touched import snapshot_of, touched
 from truestep.runtime.loading import failures, fingerprint, folder_of, index_of, model_index, quiet
+from truestep.runtime.stored import in_files, refuse_compiled
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Side
 
@@ -142,16 +143,15 @@ def check(
         environment=_environment(candidate, model),
         depth=depth,
         rename=rename,
-        trusted=(lambda: prepared(_loaded(case, _looked_at(case)), case))
-        if depth == "modules"
-        else None,
+        trusted=(lambda: _in_files(case, _looked_at(case))) if depth == "modules" else None,
     )
     try:
         with surviving("the model's code"):
-            pipe = prepared(_loaded(candidate, model), candidate)
+            pipe = _in_files(candidate, model)
             here = _facts(pipe, model, call, judging.environment)
             before = snapshot_of(pipe) if apply else {}
             pipe = changed(pipe, apply)
+            refuse_compiled(getattr(pipe, "components", {}).values())
             idle = bool(settings or apply) and settings_idle(
                 case, candidate, _recorded_facts(manifest), here
             )
@@ -271,6 +271,13 @@ def _pipeline_class(case: CallCase, own: str, folder: Path) -> type:
         return cls
     where = str(folder / "model_index.json") if case.pipeline is None else "pipeline"
     raise no_class(name, "Pipeline", where=where)
+
+
+def _in_files(case: CallCase, model: Model) -> Any:
+    """The prepared pipeline, with its weights in their files where a lender is on."""
+    with in_files():
+        pipe = _loaded(case, model)
+    return prepared(pipe, case)
 
 
 def _loaded(case: CallCase, model: Model) -> Any:

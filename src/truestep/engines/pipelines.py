@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from truestep.replay.locating import noted
 from truestep.replay.opening import open_call
 from truestep.replay.record import FloorChoice
 from truestep.runtime.applying import call_change, not_a_pipeline
+from truestep.runtime.stored import beside
 from truestep.verdict import Comparison
 
 ARGUMENTS = "arguments"
@@ -218,26 +218,27 @@ def _opened(
     others = [str(layout) for layout in layouts.values() if not layout.same_sizes]
     if others:
         return noted(result, f"no module named: its batches are others ({'; '.join(others)})")
-    return open_call(
-        candidate, trusted, reference, result, steps=judging.steps, rename=judging.rename
-    )
+    with beside(candidate.components.values()):
+        return open_call(
+            candidate, trusted, reference, result, steps=judging.steps, rename=judging.rename
+        )
 
 
 def _trusted(
     candidate: Subject, reference: CallRecording, judging: Judging
 ) -> Callable[[], Subject] | None:
-    """What makes the trusted side, where it is wanted; made now where names have to be checked."""
+    """What makes the trusted side, where it is wanted; names are checked now."""
     make = judging.trusted
     if make is None:
         return None
 
-    @cache
     def trusted() -> Subject:
         return _subject(make(), reference, recorded_arguments(reference))
 
     if judging.rename:
-        sides = [side.components.values() for side in (candidate, trusted())]
-        check_rename(judging.rename, candidate=sides[0], trusted=sides[1])
+        with beside(candidate.components.values()):
+            sides = [side.components.values() for side in (candidate, trusted())]
+            check_rename(judging.rename, candidate=sides[0], trusted=sides[1])
     return trusted
 
 

@@ -79,7 +79,7 @@ def record(
     return type(recording).open(path)
 
 
-def check(  # 13 parameters: the public check, whose options are keywords
+def check(  # 14 parameters: the public check, whose options are keywords
     subject: Case | CallCase | Any,
     reference: Recording | str | Path,
     *,
@@ -93,6 +93,7 @@ def check(  # 13 parameters: the public check, whose options are keywords
     accept: Collection[str] = (),
     trusted: Any = None,
     expect: Expect | None = None,
+    from_disk: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Say whether a candidate is still the same model as a recorded reference.
@@ -118,6 +119,8 @@ def check(  # 13 parameters: the public check, whose options are keywords
         trusted: At `modules`, of a pipeline object: the trusted pipeline, another object. A case
             loads its own.
         expect: `different` where the change is for something: `unmet` if nothing changes.
+        from_disk: Of a case: leave weights above 1 MiB in their safetensors files, and read each
+            whenever it is used, so that a model can be judged that is larger than the memory.
         progress: Told (what, done, total).
 
     Returns:
@@ -128,7 +131,7 @@ def check(  # 13 parameters: the public check, whose options are keywords
         UsageError: The change raised, the reference holds no tensors to replay, or an option does
             not apply.
     """
-    from truestep.replay import check as stages
+    from truestep.replay.check import expected
 
     options: dict[str, Any] = {
         "depth": depth,
@@ -138,35 +141,65 @@ def check(  # 13 parameters: the public check, whose options are keywords
         "tolerance": tolerance,
         "rename": rename,
     }
-    if isinstance(subject, Case):
+    if isinstance(subject, Case | CallCase):
         _refuse_call(call)
         _refuse_trusted(trusted)
-        return stages.check(
-            subject, reference, accept=accept, expect=expect, progress=progress, **options
-        )
+        if isinstance(subject, CallCase):
+            refuse_checking(depth, rename, accept)
+        stages = {"accept": accept, "expect": expect, "progress": progress}
+        result = _check_case(subject, reference, options, stages, from_disk=from_disk)
+        return result if isinstance(subject, Case) else expected(result, expect)
     refuse_checking(depth, rename, accept)
-    if isinstance(subject, CallCase):
+    from truestep.engines.pipelines import Judging, opened
+
+    _refuse_of_cases(settings, from_disk)
+    recording = opened(reference)
+    _refuse_alone(subject, trusted, depth)
+    opened_beside = (lambda: trusted) if depth == "modules" else None
+    judging = Judging(
+        steps=steps, tolerance=tolerance, depth=depth, rename=rename, trusted=opened_beside
+    )
+    return expected(_check_object(subject, recording, call, apply, judging), expect)
+
+
+def _check_case(
+    case: Case | CallCase,
+    reference: Recording | str | Path,
+    options: dict[str, Any],
+    stages: dict[str, Any],
+    *,
+    from_disk: bool,
+) -> Comparison:
+    """Check a case, whose model is loaded here; `stages` are options of truestep's runtime."""
+    if from_disk:
+        from truestep.runtime.lent import lending
+
+        with lending() as lender:
+            result = _check_case(case, reference, options, stages, from_disk=False)
+        size = f"{sum(lender.stored.values()) / 1e9:.1f} GB"
+        note = f"weights of {size} stayed on disk, and were read whenever they were used"
+        return result.model_copy(update={"notes": (*result.notes, note)})
+    if isinstance(case, CallCase):
         from truestep.engines import diffusers
 
-        _refuse_call(call)
-        _refuse_trusted(trusted)
-        result = diffusers.check(subject, reference, **options)
-    else:
-        from truestep.engines.pipelines import Judging, opened
+        return diffusers.check(case, reference, **options)
+    from truestep.replay.check import check
 
-        if settings:
-            raise UsageError(
-                "settings are of a case, and a pipeline object has none",
-                hint="give what it is called with: check(pipeline, reference, call={...})",
-            )
-        recording = opened(reference)
-        _refuse_alone(subject, trusted, depth)
-        opened_beside = (lambda: trusted) if depth == "modules" else None
-        judging = Judging(
-            steps=steps, tolerance=tolerance, depth=depth, rename=rename, trusted=opened_beside
+    return check(case, reference, **stages, **options)
+
+
+def _refuse_of_cases(settings: Mapping[str, Any] | None, from_disk: bool) -> None:
+    """Refuse what needs a model that is loaded here."""
+    if settings:
+        raise UsageError(
+            "settings are of a case, and a pipeline object has none",
+            hint="give what it is called with: check(pipeline, reference, call={...})",
         )
-        result = _check_object(subject, recording, call, apply, judging)
-    return stages.expected(result, expect)
+    if from_disk:
+        raise UsageError(
+            "a pipeline object is in memory already, and cannot be read from disk",
+            hint="check(case, reference, from_disk=True) loads the case's own model so",
+        )
 
 
 def _check_object(

@@ -15,8 +15,8 @@ from truestep.case import Case
 from truestep.environment import usable_device
 from truestep.experiment.records import ArmName
 from truestep.keys import FINALS
+from truestep.pairing.naming import runs_compiled
 from truestep.recording.format import bytes_of
-from truestep.replay.capture import is_compiled
 from truestep.runtime.applying import Apply, apply_change
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import MODELS, Observer, Pipeline, generate
@@ -83,7 +83,7 @@ def load_arm(name: ArmName, case: Case, *, apply: Apply | None = None, compiled:
     arm.overrides = {k: v for k, v in arm.pipe.settings.model_dump().items() if v != plain[k]}
     if compiled:
         for model in (arm.pipe.transformer, arm.pipe.transformer_2):
-            if model is not None and not is_compiled(model):
+            if model is not None and not runs_compiled(model):
                 compile_model(model)
     arm.weights_mib = _allocated_mib(device) - before
     return arm

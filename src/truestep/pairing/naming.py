@@ -79,6 +79,12 @@ def compiled(module: Any) -> bool:
     )
 
 
+def runs_compiled(model: Any) -> bool:
+    """Whether a module, or one inside it, runs compiled code."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return any(map(compiled, modules))
+
+
 def callable_module(module: torch.nn.Module) -> bool:
     """Whether a module can be called: containers like ModuleList have no forward."""
     none: Any = torch.nn.Module.forward

@@ -13,6 +13,7 @@ import torch
 from truestep.environment import Environment, watch_attention
 from truestep.joint import Value
 from truestep.measure.plain import plain
+from truestep.pairing.naming import runs_compiled
 from truestep.progress import Progress
 from truestep.runtime.pipeline import MODELS, Branch, Observer, Pipeline, Step
 
@@ -60,7 +61,7 @@ def attention_observed(pipe: Pipeline) -> Iterator[Callable[[], str | None]]:
         inner: Pipeline, latent: Value, step: Step, text: Value, branch: Branch
     ) -> Value:
         model = inner.expert(step.expert)
-        if seen or is_compiled(model):
+        if seen or runs_compiled(model):
             return original(inner, latent, step, text, branch)
         with _watched(model) as kernels:
             result = original(inner, latent, step, text, branch)
@@ -109,18 +110,6 @@ def _first_attention(model: Any) -> torch.nn.Module | None:
         return None
     named = (m for m in model.modules() if _ATTENTION.search(type(m).__name__))
     return next(named, None)
-
-
-def is_compiled(model: Any) -> bool:
-    """Whether a module, or one inside it, runs through torch.compile."""
-    if not isinstance(model, torch.nn.Module):
-        return False
-    return any(
-        type(module).__name__ == "OptimizedModule"
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-        for module in model.modules()
-    )
 
 
 def run_environment(pipe: Pipeline, *, attention: str | None) -> Environment:

@@ -87,6 +87,7 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
     from truestep.replay.touched import snapshot
     from truestep.runtime.applying import apply_change
     from truestep.runtime.loading import load
+    from truestep.runtime.stored import beside, in_files, refuse_compiled
 
     refuse_rename(rename, depth)
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
@@ -97,15 +98,18 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
     before: Mapping[str, object] = {}
     try:
         with surviving("the model's code"):
-            pipe = load(candidate)
+            with in_files():
+                pipe = load(candidate)
             before = snapshot(pipe) if apply is not None else {}
             pipe = apply_change(pipe, apply)
+        refuse_compiled(vars(pipe).values())
     except ProcessEndedError as error:
         label = label_of(case, candidate, apply)
         return _invalid(case, recording, label, f"{error.what}, {error.where}")
     idle = _idle(pipe, case, candidate, recording, before) if apply or settings else False
     if rename:
-        _check_rename(rename, pipe, load(case))
+        with beside(vars(pipe).values()), in_files():
+            _check_rename(rename, pipe, load(case))
     result = check_pipeline(
         pipe,
         recording,
@@ -120,7 +124,8 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
     result = expected(said_idle(result) if idle else result, expect)
     if depth != "modules" or result.verdict in _NOTHING_TO_OPEN:
         return result
-    return _opened(pipe, case, recording, result, rename)
+    with beside(vars(pipe).values()):
+        return _opened(pipe, case, recording, result, rename)
 
 
 def _idle(
@@ -210,8 +215,10 @@ def _opened(
     """Follow a failing stage into its model, beside the reference's model loaded here."""
     from truestep.replay.locating import locate_module
     from truestep.runtime.loading import load
+    from truestep.runtime.stored import in_files
 
-    trusted = load(case)
+    with in_files():
+        trusted = load(case)
     same = check_pipeline(trusted, recording, case=case)
     if not same.verdict.passed:
         note = f"no module named: the case's own model is not the reference here ({same.sentence})"

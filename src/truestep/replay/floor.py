@@ -26,9 +26,11 @@ from truestep.progress import Progress
 from truestep.replay.raised import raised, raised_stages
 from truestep.replay.stages import keeps_state
 from truestep.replay.variations import AT_A_STEP, Variation, jitter, unchanged, variations
+from truestep.runtime.lent import lending
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Pipeline, generate
 from truestep.runtime.precision import raised_precision
+from truestep.runtime.stored import in_files
 
 OTHER = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """The other precision that candidates of a reference commonly run in."""
@@ -154,11 +156,13 @@ def _other_precision(
     ]
     runs: list[NoiseRun] = []
     try:
-        other = load(case.replace(dtype=dtype))
-        for variation in todo:
-            with variation.vary(other) as varied:
-                outputs = variation.run(varied, recording, steps=steps, in_order=in_order)
-            runs.append(noise_run(variation, outputs, recording, weights=sample_sizes(runs)))
+        with lending():
+            with in_files():  # no model is held twice
+                other = load(case.replace(dtype=dtype))
+            for variation in todo:
+                with variation.vary(other) as varied:
+                    outputs = variation.run(varied, recording, steps=steps, in_order=in_order)
+                runs.append(noise_run(variation, outputs, recording, weights=sample_sizes(runs)))
     except (TruestepError, RuntimeError):  # a device without this dtype: no floor for that pair
         return []
     return runs

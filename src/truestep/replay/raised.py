@@ -15,7 +15,7 @@ import torch
 
 from truestep.joint import Value, each, floating
 from truestep.keys import address
-from truestep.replay.capture import is_compiled
+from truestep.pairing.naming import runs_compiled
 from truestep.replay.kept import Replay
 from truestep.replay.stages import chosen_steps, replay
 from truestep.runtime.pipeline import MODELS, Pipeline, Step
@@ -73,7 +73,7 @@ def raised_replay(
             continue
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"{name} is a {type(model).__name__}, not a torch module")
-        if is_compiled(model):
+        if runs_compiled(model):
             raise TypeError(f"{name} is compiled")
     narrow = _narrow_stages(pipe, precision)
     with raised(pipe, precision) as lifted:

@@ -42,7 +42,9 @@ _MARGIN = 8.0
 """Distance over that of a benign run from which on a result is wrong."""
 
 _TORCH = str(Path(torch.__file__).parent)
-_OWN = tuple(str(Path(__file__).parent.parent / room) for room in ("calls", "replay"))
+_OWN = tuple(
+    str(Path(__file__).parent.parent / room) for room in ("calls", "replay", "runtime/lent.py")
+)
 _UNSEEN = {
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten.empty.memory_format,

@@ -18,6 +18,7 @@ import torch
 from truestep.recording.format import bytes_of
 from truestep.recording.header import digest
 from truestep.replay.implementation import patched
+from truestep.runtime.lent import content_of
 from truestep.runtime.pipeline import MODELS, Pipeline
 
 NOTHING = "touched nothing: no weight, buffer, class, hook, configuration or setting differs"
@@ -179,6 +180,9 @@ def _module(name: str, model: torch.nn.Module) -> Iterator[tuple[str, object]]:
 
 def _content(tensor: torch.Tensor) -> object:
     """Form, order in memory and bytes of a tensor; of one without bytes of its own, the tensor."""
+    stored = content_of(tensor)
+    if stored is not None:  # on disk
+        return (type(tensor), tensor.dtype, tuple(tensor.shape), stored)
     try:
         content = digest(bytes_of(tensor.detach().to("cpu")))
     except (RuntimeError, TypeError, NotImplementedError):  # meta, quantised in a wrapper

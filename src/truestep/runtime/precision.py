@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from truestep.floors import EPSILON
+from truestep.runtime.lent import Lender, cast, lendable, lending
 
 HIGHER = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
 """Next higher precision to measure a working dtype's own rounding against."""
@@ -33,23 +34,39 @@ def working_dtype(model: Any) -> torch.dtype | None:
 
 @contextmanager
 def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Swap narrower floating-point parameters and buffers of a module for wider copies."""
+    """Make narrower floating-point parameters and buffers of a module wider, for a while.
+
+    Small ones are copied; large ones are widened whenever they are used (see `truestep.runtime.
+    lent`), so that no model is held twice. On leaving, every one is what it was.
+    """
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    try:
-        for module in modules:
-            if dtype is torch.float64 and type(module).__name__ in FLOAT32_AT_MOST:
+    narrow: dict[int, tuple[torch.Tensor, bool]] = {}
+    for module in modules:
+        if dtype is torch.float64 and type(module).__name__ in FLOAT32_AT_MOST:
+            continue
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None or not tensor.is_floating_point():
                 continue
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is None or not tensor.is_floating_point():
-                    continue
-                if tensor.itemsize < dtype.itemsize:
-                    kept.append((tensor, tensor.data))
-                    tensor.data = tensor.data.to(dtype)
-        yield
-    finally:
-        for tensor, data in reversed(kept):
-            tensor.data = data
+            if tensor.itemsize < dtype.itemsize:
+                seen = narrow.get(id(tensor), (tensor, True))[1]
+                narrow[id(tensor)] = (tensor, seen and lendable(module, tensor, dtype))
+    with ExitStack() as stack:
+        if any(lent for _, lent in narrow.values()):
+            lender = stack.enter_context(lending())
+        try:
+            for tensor, lent in narrow.values():
+                data = tensor.data
+                kept.append((tensor, data))
+                tensor.data = _lent(lender, data, dtype) if lent else data.to(dtype)
+            yield
+        finally:
+            for tensor, data in reversed(kept):
+                tensor.data = data
+
+
+def _lent(lender: Lender, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return lender.lend(cast(lender.lent(data) or data, dtype, data.device, lender.buffers))
 
 
 def raised_precision(dtype: str) -> str | None:

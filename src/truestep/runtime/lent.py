@@ -1,0 +1,439 @@
+"""Weights that are there only while they are used: widened from narrower ones, or read from disk.
+
+In the place of such a weight stands a single element, expanded to the weight's shape, in the dtype
+and on the device that the weight seems to have; parameters stay the objects that they were. A
+function that is given one is given the weight itself, made for this call. Once something writes
+into a weight or keeps a view of it, the weight stays, so that all code does what it would do with
+weights in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+
+from truestep.measure.distance import same_bits
+
+LEAST = 1 << 20
+"""Bytes of a weight from which on it is lent: smaller ones are beside nothing."""
+
+
+PIECE = 1 << 24
+"""Bytes of a weight that are cast at once."""
+
+
+class Buffers:
+    """Memory that weights are made in, one after the other.
+
+    Hundreds of weights a forward, allocated and freed between activations, would leave the heap in
+    pieces, several times as large as all that is in use.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+
+    def take(self, size: int) -> torch.Tensor:
+        """Bytes, at least so many; whoever takes them owns them until they are given back."""
+        for at, buffer in enumerate(self._free):
+            if buffer.numel() >= size:
+                return self._free.pop(at)
+        return torch.empty(size, dtype=torch.uint8)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Let others have a buffer. The largest is kept, and small ones to cast in."""
+        *others, largest = sorted((*self._free, buffer), key=torch.Tensor.numel)
+        self._free = [*(each for each in others if each.numel() <= PIECE), largest]
+
+    def clear(self) -> None:
+        """Hold nothing that nobody uses."""
+        self._free = []
+
+
+@dataclass
+class Lent:
+    """A weight that is made when it is used.
+
+    Attributes:
+        like: What it seems to be: shape, strides and dtype, without memory (on `meta`).
+        device: Where it seems to be.
+        write: Writes its elements from one to before another, in the order of memory, into a flat
+            tensor of so many.
+        source: What it is a cast of, where that is in memory.
+        content: What says which weight it is without making it; None if nothing does.
+        beside: Bytes from a multiple of 64 at which it lies, as in a mapped file: which kernel runs
+            depends on it.
+        kept: The weight itself, once something wrote into it or kept a view of it.
+    """
+
+    like: torch.Tensor
+    device: torch.device
+    write: Callable[[torch.Tensor, int, int], None]
+    source: torch.Tensor | None = None
+    content: object = None
+    beside: int = 0
+    kept: torch.Tensor | None = None
+
+    def tensor(self, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight in memory: in a buffer or, without one, in memory of its own."""
+        if self.kept is not None:
+            return self.kept
+        with torch.inference_mode(False), torch.no_grad():
+            if buffer is None and self.source is not None:
+                return self.source.to(self.like.dtype)
+            if buffer is None:
+                buffer = torch.empty(self.room, dtype=torch.uint8, device=self.device)
+            flat = buffer[self.beside : self.room].view(self.like.dtype)
+            self.write(flat, 0, self.like.numel())
+            return flat.as_strided(self.like.shape, self.like.stride(), flat.storage_offset())
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weight."""
+        return self.like.numel() * self.like.itemsize
+
+    @property
+    def room(self) -> int:
+        """Bytes of memory that it is made in."""
+        return self.beside + self.size
+
+
+def cast(
+    weight: Lent | torch.Tensor, dtype: torch.dtype, device: torch.device, buffers: Buffers
+) -> Lent:
+    """A weight, lent or in memory, in another dtype or on another device.
+
+    Args:
+        buffers: What pieces of a lent one are cast in.
+    """
+    if isinstance(weight, torch.Tensor):
+        data = weight
+        like = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device="meta")
+        flat = data.as_strided((data.numel(),), (1,), data.storage_offset())
+
+        def copy(into: torch.Tensor, start: int, stop: int) -> None:
+            into.copy_(flat[start:stop])
+
+        return Lent(like.to(dtype), device, copy, source=data)
+    inner = weight
+
+    def write(into: torch.Tensor, start: int, stop: int) -> None:
+        if inner.kept is not None:
+            kept = inner.kept
+            into.copy_(kept.as_strided((kept.numel(),), (1,), kept.storage_offset())[start:stop])
+        elif into.dtype == inner.like.dtype and into.device == inner.device:
+            inner.write(into, start, stop)
+        else:
+            count = PIECE // inner.like.itemsize
+            buffer = buffers.take(PIECE)
+            piece = buffer[:PIECE].view(inner.like.dtype)
+            for at in range(start, stop, count):
+                end = min(at + count, stop)
+                inner.write(piece[: end - at], at, end)
+                into[at - start : end - start].copy_(piece[: end - at])
+            buffers.give_back(buffer)
+
+    content = None if inner.content is None else (inner.content, dtype)
+    return Lent(inner.like.to(dtype), device, write, content=content)
+
+
+_T = torch.Tensor
+
+_AS_IT_IS = frozenset(
+    {
+        *(_T.detach, _T.requires_grad_, _T.__hash__, _T.__len__, _T.dim, _T.ndimension, _T.size),
+        *(_T.numel, _T.nelement, _T.element_size, _T.is_floating_point, _T.is_complex),
+        *(_T.is_signed, _T.get_device, _T.is_pinned, _T.is_shared, _T._is_view, _T.is_inference),
+        *(torch.detach, torch.numel, torch.is_floating_point, torch.is_complex),
+    }
+)
+"""Functions that ask for no value, or give the same weight as another object."""
+
+_LAYOUT = frozenset({_T.stride, _T.is_contiguous, _T.storage_offset})
+"""Functions that ask how a weight lies in memory."""
+
+_VIEWS = frozenset({"T", "H", "mT", "mH", "real", "imag"})
+"""Properties that are values; all others are answered by what stands in for a weight."""
+
+_MEMORY = frozenset({_T.numpy, _T.untyped_storage, _T.data_ptr, _T.__array__, _T.__dlpack__})
+"""Functions that hand out the memory of a weight."""
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Types of weights that are lent: a class of its own may keep its values elsewhere."""
+
+
+class Lender(TorchFunctionMode):
+    """While it is on, functions that are given a stand-in are given the weight.
+
+    It is on in the thread that entered it alone; see `lending`.
+
+    Attributes:
+        stored: Weights that stayed in files, by where they are, and their bytes.
+        buffers: Memory that weights are made in.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lent: dict[int, tuple[torch.Tensor, Lent]] = {}
+        self._loading = False
+        self.stored: dict[object, int] = {}
+        self.buffers = Buffers()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """What is compiled is not lent; to keep dynamo out costs more than most operators."""
+        return False
+
+    def lend(self, weight: Lent) -> torch.Tensor:
+        """What stands in the place of a weight."""
+        with torch._C.DisableTorchFunction():
+            one = torch.empty(
+                (1,) * weight.like.ndim, dtype=weight.like.dtype, device=weight.device
+            )
+            one.view(torch.uint8).fill_(255)  # NaN, for code that this does not see
+            stand_in = one.expand(weight.like.shape)
+            self._lent[stand_in.data_ptr()] = (stand_in, weight)
+        return stand_in
+
+    def lent(self, value: object) -> Lent | None:
+        """The weight that a tensor stands in for, if it does.
+
+        Raises:
+            RuntimeError: It stands for a part of one, taken where nobody saw it.
+        """
+        if type(value) not in _PLAIN or not self._lent:
+            return None
+        with torch._C.DisableTorchFunction():
+            found = self._lent.get(value.data_ptr())  # type: ignore[attr-defined]
+            if found is not None and value.shape != found[0].shape:  # type: ignore[attr-defined]
+                raise RuntimeError("a part was taken of a weight that was not in memory then")
+        return None if found is None else found[1]
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Casts and copies of weights stay lent: what is loaded is used later."""
+        before, self._loading = self._loading, True
+        try:
+            yield
+        finally:
+            self._loading = before
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call a function with the weights that it is given stand-ins of."""
+        kwargs = kwargs or {}
+        if not self._lent or func in _AS_IT_IS or _is_property(func):
+            return func(*args, **kwargs)
+        if self._loading and (func is _T.data_ptr or func in _COPIES):
+            done, copy = self._copied(func, args, kwargs)
+            if done:
+                return copy
+        borrowed = _Borrowed(self, of_layout=func in _LAYOUT)
+        args = borrowed.given(args)
+        kwargs = {name: borrowed.given(value) for name, value in kwargs.items()}
+        made = func(*args, **kwargs)
+        return borrowed.returned(made, outside=func in _MEMORY) if borrowed.loans else made
+
+    def _copied(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+        """Whether a function of a weight can be put off until it is used; and what it gives."""
+        weight = self.lent(args[0])
+        if weight is None or weight.kept is not None:
+            return False, None
+        if func is _T.data_ptr:  # asked while loading to see what is tied
+            return True, func(args[0])
+        target = _target(func, args[1:], kwargs)
+        if target is None:
+            return False, None
+        device, dtype = target[0] or weight.device, target[1] or weight.like.dtype
+        if func is not _T.clone and (device, dtype) == (weight.device, weight.like.dtype):
+            return True, args[0]
+        copied = cast(weight, dtype, device, self.buffers)
+        return True, self.lend(copied)
+
+
+_CASTS = {
+    _T.float: torch.float32,
+    _T.double: torch.float64,
+    _T.half: torch.float16,
+    _T.bfloat16: torch.bfloat16,
+}
+_COPIES = frozenset({_T.to, _T.clone, _T.contiguous, _T.cpu, _T.cuda, *_CASTS})
+
+
+def _target(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.device | None, torch.dtype | None] | None:
+    """Device and dtype of what a copying function gives; None where its layout may be another."""
+    if func is _T.to:
+        if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+            return None
+        known = {key: value for key, value in kwargs.items() if key != "copy"}
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **known)
+        return None if layout is not None or kwargs.get("copy") else (device, dtype)
+    if func in _CASTS and not (args or kwargs):
+        return None, _CASTS[func]
+    if func in (_T.clone, _T.contiguous) and not (args or kwargs):
+        return None, None
+    return (torch.device("cpu"), None) if func is _T.cpu and not (args or kwargs) else None
+
+
+def _is_property(func: Any) -> bool:
+    """Whether a function reads or sets a property that is no value of the tensor."""
+    name = getattr(func, "__name__", "")
+    if name not in ("__get__", "__set__", "__delete__"):
+        return False
+    return name != "__get__" or getattr(func.__self__, "__name__", "") not in _VIEWS
+
+
+class _Loan(NamedTuple):
+    """A weight that one call of a function is given.
+
+    Attributes:
+        stand_in: What was in its place.
+        weight, tensor: It, and it in memory.
+        version: Of the tensor, before the call.
+        buffer: Where it lies, if in memory that others may have after the call.
+        holders: How many hold that memory, before the call.
+    """
+
+    stand_in: torch.Tensor
+    weight: Lent
+    tensor: torch.Tensor
+    version: int
+    buffer: torch.Tensor | None
+    holders: int
+
+
+@dataclass
+class _Borrowed:
+    """The weights that one call of a function is given."""
+
+    lender: Lender
+    of_layout: bool = False
+    loans: list[_Loan] = field(default_factory=list)
+
+    def given(self, value: Any) -> Any:
+        """A value with weights in the places of stand-ins, in lists and tuples too."""
+        if type(value) in (list, tuple):
+            parts = [self.given(part) for part in value]
+            same = all(a is b for a, b in zip(parts, value, strict=True))
+            return value if same else type(value)(parts)
+        weight = self.lender.lent(value)
+        if weight is None:
+            return value
+        if self.of_layout:
+            return weight.like
+        return self._lent(value, weight)
+
+    def _lent(self, stand_in: torch.Tensor, weight: Lent) -> torch.Tensor:
+        for loan in self.loans:
+            if loan.weight is weight:  # given twice
+                tensor = _as_leaf(loan.tensor, stand_in.requires_grad)
+                self.loans.append(loan._replace(stand_in=stand_in, tensor=tensor, buffer=None))
+                return tensor
+        buffers = self.lender.buffers
+        mode = _get_current_dispatch_mode()
+        if getattr(mode, "of_weights", False) and weight.source is not None:
+            tensor, buffer = weight.tensor(), None
+        else:
+            buffer = None
+            if weight.kept is None and weight.device.type == "cpu":
+                buffer = buffers.take(weight.room)
+            with _disable_current_modes():
+                tensor = weight.tensor(buffer)
+        tensor = _as_leaf(tensor, stand_in.requires_grad)
+        holders = 0 if buffer is None else _holders(buffer)
+        self.loans.append(_Loan(stand_in, weight, tensor, tensor._version, buffer, holders))
+        return tensor
+
+    def returned(self, made: Any, *, outside: bool) -> Any:
+        """What a function gave, with stand-ins for whole weights; what is still held stays."""
+        parts = list(made) if isinstance(made, list | tuple) else [made]
+        places = [_place(part) for part in parts if not any(part is x.tensor for x in self.loans)]
+        result = made
+        for loan in self.loans:
+            if made is loan.tensor:
+                result = loan.stand_in
+            written = outside or loan.tensor._version != loan.version
+            if written or _place(loan.tensor) in places:
+                loan.weight.kept = loan.tensor
+        del parts, made
+        for loan in self.loans:
+            buffer = loan.buffer
+            if buffer is None or loan.weight.kept is not None:
+                continue
+            if _holders(buffer) == loan.holders:  # else somebody keeps it, for a gradient perhaps
+                self.lender.buffers.give_back(buffer)
+        return result
+
+
+def _as_leaf(tensor: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """A weight that asks for a gradient or not: without gradients, too, kernels depend on it."""
+    same = tensor.requires_grad == requires_grad
+    return tensor if same else tensor.detach().requires_grad_(requires_grad)
+
+
+def _holders(buffer: torch.Tensor) -> int:
+    count: int = torch._C._storage_Use_Count(buffer.untyped_storage()._cdata)
+    return count
+
+
+def _place(value: Any) -> object:
+    """Where a tensor lies; nothing of anything else."""
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return object()
+    try:
+        return value.untyped_storage().data_ptr() or object()
+    except (RuntimeError, NotImplementedError):  # of a class that has no storage
+        return object()
+
+
+@contextmanager
+def lending() -> Iterator[Lender]:
+    """The lender of this thread: the one that is on, or a new one while this lasts."""
+    lender = active()
+    if lender is not None:
+        yield lender
+        return
+    with Lender() as lender:
+        yield lender
+
+
+def active() -> Lender | None:
+    """The lender that is on in this thread."""
+    modes = _get_current_function_mode_stack()
+    return next((mode for mode in modes if isinstance(mode, Lender)), None)
+
+
+def content_of(tensor: torch.Tensor) -> object:
+    """What says which weight a stand-in is of; None of a tensor in memory, or changed since."""
+    lender = active()
+    weight = None if lender is None else lender.lent(tensor)
+    if weight is None or weight.content is None:
+        return None
+    if weight.kept is not None:
+        original = replace(weight, kept=None).tensor()
+        return weight.content if same_bits(weight.kept, original) else None
+    return weight.content
+
+
+def lendable(module: torch.nn.Module, tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight of a module can be lent in a dtype: it is large, and all code that reads it
+    can be seen."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and tensor.numel() * dtype.itemsize >= LEAST
+        and not isinstance(module, torch.jit.ScriptModule | torch.nn.DataParallel)
+    )

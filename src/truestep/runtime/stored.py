@@ -1,0 +1,187 @@
+"""Models whose large weights stay in their files: each is read whenever it is used.
+
+diffusers and transformers load them by their own code, so names, ties, dtypes and the modules that
+are kept in float32 are theirs; only what they open is another thing: safetensors files that give
+stand-ins (see `truestep.runtime.lent`). A weight is read by `pread` into memory of its own, as no
+mapping of a file would be within a limit of memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from truestep.errors import FileFormatError, UsageError
+from truestep.pairing.naming import runs_compiled
+from truestep.recording.header import TORCH_NAMES, Header, Slot, read_header
+from truestep.runtime.lent import LEAST, Lender, Lent, active, lending
+
+PIECE = 1 << 26
+"""Bytes that are read at once."""
+
+
+@contextmanager
+def in_files() -> Iterator[None]:
+    """Let models that are loaded in it leave their large weights in their files.
+
+    They can be used for as long as the lender is on that is on now (`truestep.runtime.lent.
+    lending`); where none is, they are loaded as ever.
+    """
+    lender = active()
+    if lender is None:
+        yield
+        return
+    from transformers import modeling_utils
+
+    with ExitStack() as stack:
+        stack.enter_context(lender.loading())
+        opened = partial(_File, lender)
+        stack.enter_context(patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
+        stack.enter_context(patch.object(modeling_utils, "safe_open", opened))
+        stack.enter_context(patch("safetensors.torch.load_file", partial(_loaded, lender)))
+        yield
+
+
+@contextmanager
+def beside(models: Iterable[object]) -> Iterator[None]:
+    """Run a trusted side beside a candidate's models without holding a second model.
+
+    Nothing is lent where one of them is compiled: compiled code would not see who lends.
+    """
+    with nullcontext() if any(map(runs_compiled, models)) else lending():
+        yield
+
+
+def refuse_compiled(models: Iterable[object]) -> None:
+    """Refuse compiled models where weights are left in files.
+
+    Raises:
+        UsageError: Their code would read what stands in for a weight.
+    """
+    if active() is not None and any(map(runs_compiled, models)):
+        raise UsageError(
+            "compiled models cannot be run from disk",
+            likely="compiled code reads the memory of its weights, and they are not in memory",
+            hint="check without --from-disk, or without compiling",
+        )
+
+
+def _loaded(lender: Lender, path: str | Path, device: Any = "cpu") -> dict[str, torch.Tensor]:
+    """As `safetensors.torch.load_file` does."""
+    with _File(lender, path, device=device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+class _File:
+    """A safetensors file, as `safetensors.safe_open` opens it."""
+
+    def __init__(
+        self,
+        lender: Lender,
+        path: str | Path,
+        framework: str = "pt",
+        device: Any = "cpu",
+        backend: str = "pread",
+    ) -> None:
+        self._lender = lender
+        self._device = torch.device(device)
+        self._header = read_header(path)
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def keys(self) -> list[str]:
+        """Names of its tensors."""
+        return list(self._header.tensors)
+
+    def offset_keys(self) -> list[str]:
+        """Names of its tensors, in the order in which they lie in it."""
+        return sorted(self._header.tensors, key=lambda name: self._header.tensors[name].begin)
+
+    def metadata(self) -> Mapping[str, str]:
+        """What it says of itself."""
+        return self._header.metadata
+
+    def get_slice(self, name: str) -> _Slice:
+        """A tensor that parts can be taken of."""
+        return _Slice(self, name, self._header.tensors[name])
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A tensor; where it is large, what stands in for it."""
+        slot = self._header.tensors[name]
+        dtype = getattr(torch, TORCH_NAMES[slot.dtype])
+        if slot.end - slot.begin < LEAST or not dtype.is_floating_point:
+            tensor = torch.empty(slot.shape, dtype=dtype)
+            _read(self._header, name, tensor.view(-1), 0, tensor.numel())
+            return tensor.to(self._device)
+        like = torch.empty(slot.shape, dtype=dtype, device="meta")
+        content = (str(self._header.path), name, dtype)
+        read = partial(_read, self._header, name)
+        beside = (self._header.data_start + slot.begin) % 64
+        weight = Lent(
+            like,
+            torch.device("cpu"),
+            read,
+            content=content,
+            beside=0 if beside % dtype.itemsize else beside,
+        )
+        self._lender.stored[content] = weight.size
+        return self._lender.lend(weight).to(self._device)
+
+
+class _Slice:
+    """A tensor of a file, as `safe_open` slices it."""
+
+    def __init__(self, file: _File, name: str, slot: Slot) -> None:
+        self._file, self._name, self._slot = file, name, slot
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        return list(self._slot.shape)
+
+    def get_dtype(self) -> str:
+        """Its dtype as the file calls it."""
+        return self._slot.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        whole = self._file.get_tensor(self._name)
+        return whole if index is ... else whole[index]
+
+
+def _read(header: Header, name: str, into: torch.Tensor, start: int, stop: int) -> None:
+    """Read elements of a tensor, from one to before another, into a flat one of its dtype.
+
+    Raises:
+        FileFormatError: The file ends before it, or cannot be read any more.
+    """
+    memory = into.view(torch.uint8).numpy().data if stop > start else memoryview(b"")
+    at = header.data_start + header.tensors[name].begin + start * into.itemsize
+    done = 0
+    try:
+        file = os.open(header.path, os.O_RDONLY)
+        try:
+            while done < len(memory):
+                count = os.preadv(file, [memory[done : done + PIECE]], at + done)
+                if not count:
+                    raise OSError(f"it ends {len(memory) - done:,} bytes too early")
+                done += count
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise FileFormatError(
+            f"{name} cannot be read",
+            where=str(header.path),
+            measured=str(error),
+            likely="the file was changed or removed while it was in use",
+            hint="run the check again",
+        ) from error
