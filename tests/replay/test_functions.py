@@ -77,6 +77,16 @@ def test_a_fault_is_drifted_and_named(recording: Recording) -> None:
     assert result.actual.label == "port"
 
 
+def test_a_small_probability_by_tanh_is_equivalent_and_one_of_other_logits_is_not() -> None:
+    """Libraries add one half last, which costs a probability of 0.004 a dozen roundings."""
+    logits = torch.linspace(-6.5, -5, 4096)[None]
+    recording = record_function(lambda logits: torch.sigmoid(logits), [{"logits": logits}])
+    by_tanh = check_function(lambda logits: 0.5 + 0.5 * torch.tanh(logits / 2), recording)
+    assert by_tanh.verdict is Verdict.EQUIVALENT
+    found = check_function(lambda logits: torch.sigmoid(logits + 2e-5), recording)
+    assert found.verdict is Verdict.DRIFTED
+
+
 def test_a_call_that_raises_is_said(recording: Recording) -> None:
     def broken(**inputs: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no kernel image")

@@ -57,6 +57,36 @@ def test_what_a_function_gives_is_one_unit_off_up_or_down(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_small_sigmoid_is_one_unit_of_one_half_off(dtype: torch.dtype) -> None:
+    """As one half and a part of tanh give it; of exp by itself it would be a unit of its own."""
+    unit = torch.finfo(dtype).eps / 4
+    given = torch.linspace(-14, 0, 12_000, dtype=dtype)[:-1]
+    plain = torch.sigmoid(given)
+    by_tanh = 0.5 + 0.5 * torch.tanh(given / 2)
+    assert 0.1 * unit < float((by_tanh - plain).abs().max()) < 4 * unit
+    with OtherFunctions():
+        made = torch.sigmoid(given)
+        written = given.clone().sigmoid_()
+        alone = torch.exp(given)
+    assert torch.equal(written, made)
+    moved = (made - plain) / unit
+    assert 5_400 < int((moved > 0).sum()) < 6_600
+    assert ((moved.abs() > 0.7) & (moved.abs() < 1.6)).all()
+    assert (((alone - given.exp()) / given.exp()).abs() <= 4.04 * unit).all()
+
+
+def test_a_sigmoid_of_nearly_nothing_stays_above_it() -> None:
+    given = torch.tensor([-torch.inf, -200.0, -80.0, -40.0, -17.0, 30.0, torch.inf, torch.nan])
+    plain = torch.sigmoid(given)
+    with OtherFunctions():
+        made = torch.sigmoid(given)
+    assert torch.equal(made[:2], plain[:2])  # zeros
+    assert (made[2:5] >= plain[2:5] / 2).all()
+    assert torch.equal(made[5:7], plain[5:7])  # ones
+    assert made[7].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_question_has_one_answer_and_another_seed_another(dtype: torch.dtype) -> None:
     given = X.to(dtype)
     with OtherFunctions(3):
