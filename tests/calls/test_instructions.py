@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from truestep.errors import UsageError
 from truestep.floors import NoiseRun
 from truestep.judge.rows import measured_run
 from truestep.recording.format import Recording
+from truestep.verdict import Verdict
 
 SAMPLES = [{"input": torch.randn(2, 64, generator=torch.Generator().manual_seed(5))}]
 
@@ -163,8 +165,6 @@ import torch
 from truestep.calls.instructions import other_sets
 print(torch.backends.cpu.get_cpu_capability(), [name for name, _ in other_sets()])
 """
-    import os
-
     environment = {**os.environ, **instructions.OLDEST}
     done = subprocess.run(
         [sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True
@@ -197,6 +197,50 @@ def test_what_is_known_by_its_identity_is_not_taped_again() -> None:
     assert runs[0] == runs[1]
     with Elsewhere(pytest.fail, identity="another one") as elsewhere:
         assert not elsewhere.known(recorded)
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_where_a_limit_does_not_hold_products_are_summed_in_parts(
+    holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MKL gave the same bits under each of its variables on an EPYC; this limit holds nowhere."""
+    if holds:
+        monkeypatch.setattr(tape, "products", lambda: ["other bits"])
+    found = _same_set(net())
+    assert found == 0.0 if holds else 1e-8 < found < 1e-6
+    assert _same_set(torch.nn.GELU()) == 0.0  # no products
+
+
+def test_another_order_of_sums_passes_and_a_fault_as_large_as_twenty_roundings_does_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 256, generator=generator)
+    recording = record_function(lambda input: input @ weight, SAMPLES)
+
+    def in_parts(input: torch.Tensor) -> torch.Tensor:
+        return sum(input[:, at::7] @ weight[at::7] for at in range(7))  # type: ignore[return-value]
+
+    assert check_function(in_parts, recording).verdict is Verdict.EQUIVALENT
+    other = weight * (1 + 2e-6 * torch.randn(64, 256, generator=generator))
+    found = check_function(lambda input: input @ other, recording)
+    assert found.verdict is Verdict.DRIFTED
+
+
+def _same_set(model: torch.nn.Module) -> float:
+    """rel_l2 of a run in a process of the same instructions, as one of another set."""
+    limits = {name: os.environ[name] for name in instructions.LIMITS if name in os.environ}
+    x = SAMPLES[0]["input"]
+    with torch.no_grad():
+        recorded = {"out": model(x)}
+
+    def measured(made: Mapping[str, torch.Tensor]) -> NoiseRun:
+        pairs = {"out": (made["out"], recorded["out"])}
+        return measured_run("instructions", "same", "float32/float32", pairs)
+
+    with torch.no_grad(), Elsewhere(pytest.fail, chosen=("not limited", limits)) as elsewhere:
+        elsewhere.start(lambda: {"out": model(x)}, recorded)
+        run = elsewhere.run(measured)
+    assert run is not None
+    return run.tensors[0].rel_l2
 
 
 def _taped() -> bool:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.counting import calls_inside
-from truestep.calls.tape import Tape, play, save
+from truestep.calls.instructions import PARTS
+from truestep.calls.tape import PROBES, Tape, play, products, save
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 SIGMAS = torch.linspace(0.1, 1, 8)
@@ -92,6 +93,70 @@ def test_what_was_taped_is_played_bit_for_bit(name: str, tmp_path: Path) -> None
     played = play(torch.load(tmp_path / "tape", weights_only=True))
     assert torch.equal(played["out"], outputs["out"]), name
     assert played["out"].stride() == outputs["out"].stride()
+
+
+WIDE = torch.randn(3, 8, 200, generator=torch.Generator().manual_seed(1))
+ROW = WIDE[0, 0]
+PRODUCTS: dict[str, Function] = {
+    "mm": lambda x: x[0] @ x[1].t(),
+    "bmm": lambda x: x @ x.transpose(1, 2),
+    "mv": lambda x: x[0] @ ROW.to(x.dtype),
+    "dot": lambda x: torch.stack([row @ x[1, 0] for row in x[0]]),
+    "addmm": lambda x: torch.addmm(x[0, :, :8], x[0], x[1].t(), beta=0.5, alpha=2),
+    "baddbmm": lambda x: torch.baddbmm(x[..., :8], x, x.transpose(1, 2), beta=0.5, alpha=2),
+    "addmv": lambda x: torch.addmv(x[0, :, 0], x[0], ROW.to(x.dtype), beta=0.5, alpha=2),
+    "linear": lambda x: torch.nn.functional.linear(x, x[0], x[0, :, 0]),
+    "taps": lambda x: torch.conv1d(x[:, :1], x[:2, :1, :64], x[0, :2, 0], stride=7, padding=3),
+    "channels": lambda x: torch.conv1d(x, x[..., :9], x[0, :3, 0]),
+    "groups": lambda x: torch.conv1d(x, x[:2, :4, :20].reshape(8, 1, 20), groups=8),
+    "transposed": lambda x: torch.conv_transpose1d(x, x[0, :, None, :16], x[0, :1, 0], stride=2),
+}
+
+
+@pytest.mark.parametrize("parts", sorted(set(PARTS.values())))
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_in_parts_is_the_same_sum_in_another_order(name: str, parts: int) -> None:
+    function = PRODUCTS[name]
+    truth = function(WIDE.double())
+    for dtype, least in ((torch.float32, 1e-8), (torch.float64, 1e-17)):
+        with torch.no_grad(), Tape() as tape:
+            plain = function(WIDE.to(dtype))
+        content = taped(tape, plain)
+        assert torch.equal(play(content)["out"], plain)
+        made = play(content, parts=parts)["out"]
+        assert made.shape == plain.shape
+        assert made.dtype == dtype
+        gap = float((made - plain).norm() / plain.norm())
+        assert least < gap < 10 * torch.finfo(dtype).eps
+        assert float((made - truth).norm() / truth.norm()) < 10 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("terms", [0, 1])
+def test_a_product_of_fewer_terms_than_parts_is_what_it_was(terms: int) -> None:
+    with torch.no_grad(), Tape() as tape:
+        plain = torch.addmm(X[:, :1], X[:, :terms], X[:terms, :8])
+    assert torch.equal(play(taped(tape, plain), parts=3)["out"], plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_what_is_no_wide_product_has_no_parts(dtype: torch.dtype) -> None:
+    given = (4 * WIDE[0]).to(dtype)
+    with torch.no_grad(), Tape() as tape:
+        plain = torch.softmax((given @ given.t()).float() + ROW[:8].exp(), -1)
+    assert torch.equal(play(taped(tape, plain), parts=3)["out"], plain)
+
+
+def test_products_are_the_same_each_time_and_of_every_probe() -> None:
+    found = products()
+    assert found == products()
+    assert len(set(found)) == len(PROBES)
+
+
+def taped(tape: Tape, made: torch.Tensor) -> dict[str, object]:
+    number = tape.number(made)
+    assert number is not None
+    assert not tape.problem
+    return {"operations": tape.operations, "outside": tape.outside, "outputs": {"out": number}}
 
 
 def test_a_tensor_from_outside_is_kept_as_it_was_when_it_was_taken() -> None:

@@ -3,8 +3,10 @@
 References travel between machines, and kernels are chosen by what a processor can do. Which are
 used is settled when a process first computes, so a run is taped (`tape`) and played by a process of
 its own that is limited to the oldest set; where this one is limited so already, by one that is not.
-It plays beside whatever else is measured. What it gave is kept in `~/.cache/truestep` under the
-content of the tape, so that the same thing is not run twice.
+It plays beside whatever else is measured. Not every library obeys on every processor: where a
+product is the same to the bit in both processes, the other one sums products in parts, as kernels
+of other widths do. What it gave is kept in `~/.cache/truestep` under the content of the tape, so
+that the same thing is not run twice.
 """
 
 from __future__ import annotations
@@ -51,6 +53,15 @@ AVX2 = {
 
 LIMITS = (*OLDEST, "MKL_ENABLE_INSTRUCTIONS", "DNNL_MAX_CPU_ISA")
 """Variables that a process may be limited by."""
+
+PARTS: Mapping[str, int] = {
+    "limited to the oldest": 3,
+    "limited to AVX2": 5,
+    "not limited": 3,
+}
+"""Partial sums of a product, by set, where its limit does not hold. Kernels have powers of two
+themselves: in two parts MKL's small products were the same to the bit. Those of two runs are not
+the same, or both would be one piece of evidence."""
 
 MOST_BYTES = 4 * 2**30
 """Weights and inputs beyond this are not copied to another process."""
@@ -118,6 +129,7 @@ class Elsewhere:
         chosen = chosen or next(iter(other_sets()), None)
         self.detail = f"instructions {chosen[0]}" if chosen else ""
         self._variables = chosen[1] if chosen else {}
+        self._parts = PARTS[chosen[0]] if chosen else 1
 
     def __enter__(self) -> Elsewhere:
         """Nothing runs yet."""
@@ -137,7 +149,7 @@ class Elsewhere:
     def known(self, recorded: Mapping[str, torch.Tensor]) -> bool:
         """Whether the run elsewhere is kept under its identity, so that none needs to be begun."""
         if self.detail and self._identity:
-            self._shortcut = _key({"identity": self._identity}, recorded, self._variables)
+            self._shortcut = self._key_of({"identity": self._identity}, recorded)
             self._cached = _read(self._shortcut)
             self._known = self._cached is not None
         return self._known
@@ -183,7 +195,7 @@ class Elsewhere:
         told = {"operations": tape.operations, "outputs": known}
         tensors: dict[Any, torch.Tensor] = dict(tape.outside)
         tensors |= {name: recorded[name] for name in known}
-        self._key = _key(told, tensors, self._variables)
+        self._key = self._key_of(told, tensors)
         self._cached = _read(self._key)
         if self._cached is None:
             self._begin(tape, known)
@@ -212,11 +224,14 @@ class Elsewhere:
     def _begin(self, tape: Tape, outputs: Mapping[str, int]) -> None:
         folder = self._folder_path
         try:
-            tapes.save(tape, outputs, folder / "tape", flags=_flags())
+            tapes.save(tape, outputs, folder / "tape", flags=_flags(self._parts))
             self._player = _player(self._variables)
             self._player.ask(folder / "tape", folder / "made")
         except (OSError, RuntimeError) as error:  # no space, no processes
             self.refuse(str(error).splitlines()[0][:150])
+
+    def _key_of(self, told: Mapping[str, object], tensors: Mapping[Any, torch.Tensor]) -> str:
+        return _key((dict(told), _flags(self._parts), self._variables), tensors)
 
     @property
     def _folder_path(self) -> Path:
@@ -315,8 +330,10 @@ def prepare() -> None:
             _idle.append(_Player(chosen[0][1]))
 
 
-def _flags() -> dict[str, object]:
+def _flags(parts: int) -> dict[str, object]:
     return {
+        "parts": parts,
+        "products": tapes.products(),
         "threads": torch.get_num_threads(),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "mkldnn": bool(torch._C._get_mkldnn_enabled()),
@@ -332,14 +349,10 @@ def cache_folder() -> Path:
     return Path(root) / "truestep" / "instructions"
 
 
-def _key(
-    told: Mapping[str, object],
-    tensors: Mapping[Any, torch.Tensor],
-    variables: Mapping[str, str],
-) -> str:
+def _key(told: Iterable[Mapping[str, object]], tensors: Mapping[Any, torch.Tensor]) -> str:
     """Hash of all that such a run depends on: what runs, its tensors, machine and libraries."""
     digest = xxhash.xxh3_128()
-    for thing in (dict(told), _flags(), dict(variables)):
+    for thing in told:
         digest.update(repr(thing).encode())
     limits = {name: os.environ.get(name) for name in LIMITS}
     digest.update(repr((sorted(Environment.current("cpu").items()), limits)).encode())
