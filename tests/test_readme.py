@@ -88,7 +88,7 @@ def test_named_options_and_files_exist() -> None:
         for parameter in command.params
         for option in parameter.opts
     }
-    for option in set(re.findall(r"truestep (?:check|record)\b.*?(--[a-z]+)", README)):
+    for option in set(re.findall(r"truestep (?:check|record)\b.*?(--[a-z-]+)", README)):
         assert option in known
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (Path(__file__).parent.parent / target).exists(), target

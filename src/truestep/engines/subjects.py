@@ -198,7 +198,7 @@ def _refuse_of_cases(settings: Mapping[str, Any] | None, from_disk: bool) -> Non
     if from_disk:
         raise UsageError(
             "a pipeline object is in memory already, and cannot be read from disk",
-            hint="check(case, reference, from_disk=True) loads the case's own model so",
+            hint="give the case: check(case, reference, from_disk=True)",
         )
 
 

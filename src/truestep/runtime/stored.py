@@ -69,7 +69,7 @@ def refuse_compiled(models: Iterable[object]) -> None:
         raise UsageError(
             "compiled models cannot be run from disk",
             likely="compiled code reads the memory of its weights, and they are not in memory",
-            hint="check without --from-disk, or without compiling",
+            hint="leave --from-disk out",
         )
 
 
