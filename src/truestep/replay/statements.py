@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -42,6 +42,12 @@ _MARGIN = 8.0
 """Distance over that of a benign run from which on a result is wrong."""
 
 _TORCH = str(Path(torch.__file__).parent)
+_MOVING = ("accelerate/utils/", "hooks/layerwise_casting.py", "hooks/group_offloading.py")
+"""Files whose operators bring weights to where they are used, and are none of the model."""
+
+_HOOKS = ("/accelerate/hooks.py", "/diffusers/hooks/hooks.py")
+"""Files whose code calls a module's forward for it."""
+
 _OWN = tuple(
     str(Path(__file__).parent.parent / room) for room in ("calls", "replay", "runtime/lent.py")
 )
@@ -93,9 +99,12 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if not (getattr(func, "is_view", False) or func in _UNSEEN):
-            returned = (in_real_numbers(t.detach()) for _, t in leaves(output, "out"))
+            outputs = (t for _, t in leaves(output, "out") if not t.is_meta)  # what is offloaded
+            returned = (in_real_numbers(t.detach()) for t in outputs)
             made = tuple(t.to("cpu", copy=True) for t in returned)
             line, code = _calling()
+            if any(part in line for part in _MOVING):
+                return output
             self.found.append(Operator(str(func), _plain(func, args, kwargs), made, line, code))
         return output
 
@@ -191,20 +200,28 @@ def first_operator(
 
 def differing_parameters(actual: torch.nn.Module, reference: torch.nn.Module) -> str | None:
     """Parameters and buffers of a module itself that are not the same on both sides, in words."""
-    own, theirs = (
-        dict([*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)])
-        for m in (actual, reference)
-    )
+    own, theirs = _weights(actual), _weights(reference)
     told = []
     for name, tensor in theirs.items():
         if name not in own:
             told.append(f"{name} is missing")
         elif own[name].shape != tensor.shape:
             told.append(f"{name} has shape {list(own[name].shape)} for {list(tensor.shape)}")
+        elif own[name].is_meta or tensor.is_meta:
+            told.append(f"{name} is not in memory, and was not compared")
         elif not torch.equal(own[name].to(tensor.device, tensor.dtype), tensor):
             told.append(f"{name} {_apart(own[name].data, tensor.data)}")
     told += [f"{name} is extra" for name in own if name not in theirs]
     return ", ".join(told) or None
+
+
+def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a module itself; those that accelerate holds for it, from there."""
+    hook = getattr(module, "_hf_hook", None)
+    maps = (getattr(each, "weights_map", None) for each in getattr(hook, "hooks", (hook,)))
+    held: Mapping[str, torch.Tensor] = next((each for each in maps if each), {})
+    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name: held[name] if w.is_meta and name in held else w for name, w in named}
 
 
 def _apart(actual: torch.Tensor, reference: torch.Tensor) -> str:
@@ -284,7 +301,7 @@ def raising_line(frames: Sequence[FrameSummary]) -> str | None:
 
 
 def _passed_by(file: str) -> bool:
-    return file.startswith((_TORCH, *_OWN, "<"))
+    return file.startswith((_TORCH, *_OWN, "<")) or file.endswith(_HOOKS)
 
 
 def _line(file: str, number: int) -> tuple[str, str]:

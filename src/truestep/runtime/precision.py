@@ -26,7 +26,11 @@ def working_dtype(model: Any) -> torch.dtype | None:
     stored in 8 bits is computed in another dtype, and says nothing where there are others.
     """
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    found = {w.dtype: None for m in modules for w in m._parameters.values() if w is not None}
+    found: dict[torch.dtype, None] = {}
+    for module in modules:
+        used = next((dtype for _, name, dtype in _casting(module) if name == "compute_dtype"), None)
+        weights = [w for w in module._parameters.values() if w is not None]
+        found |= dict.fromkeys(used or weight.dtype for weight in weights)
     found = {dtype: None for dtype in found if dtype.is_floating_point}
     computed = [dtype for dtype in found if dtype.itemsize > 1] or list(found)
     return max(computed, key=lambda dtype: torch.finfo(dtype).eps, default=None)
@@ -37,24 +41,33 @@ def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
     """Make narrower floating-point parameters and buffers of a module wider, for a while.
 
     Small ones are copied; large ones are widened whenever they are used (see `truestep.runtime.
-    lent`), so that no model is held twice. On leaving, every one is what it was.
+    lent`), so that no model is held twice. Layerwise casting of diffusers casts to the wider dtype.
+    On leaving, every one is what it was, also where hooks that offload have put others there.
     """
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     narrow: dict[int, tuple[torch.Tensor, bool]] = {}
+    places: list[tuple[dict[str, Any], str, Any]] = []
+    hooks: list[tuple[Any, str, Any]] = []
     for module in modules:
         if dtype is torch.float64 and type(module).__name__ in FLOAT32_AT_MOST:
             continue
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None or not tensor.is_floating_point():
-                continue
-            if tensor.itemsize < dtype.itemsize:
-                seen = narrow.get(id(tensor), (tensor, True))[1]
-                narrow[id(tensor)] = (tensor, seen and lendable(module, tensor, dtype))
+        hooks += _casting(module)
+        both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in both:
+            for name, tensor in held.items():
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if tensor.itemsize < dtype.itemsize:
+                    seen = narrow.get(id(tensor), (tensor, True))[1]
+                    narrow[id(tensor)] = (tensor, seen and lendable(module, tensor, dtype))
+                    places.append((held, name, tensor))
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     with ExitStack() as stack:
         if any(lent for _, lent in narrow.values()):
             lender = stack.enter_context(lending())
         try:
+            for hook, name, _ in hooks:
+                setattr(hook, name, dtype)
             for tensor, lent in narrow.values():
                 data = tensor.data
                 kept.append((tensor, data))
@@ -63,10 +76,23 @@ def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
         finally:
             for tensor, data in reversed(kept):
                 tensor.data = data
+            for held, name, tensor in places:
+                held[name] = tensor
+            for hook, name, value in hooks:
+                setattr(hook, name, value)
+
+
+def _casting(module: torch.nn.Module) -> list[tuple[Any, str, Any]]:
+    """What diffusers' layerwise casting of a module casts to: (hook, attribute, dtype)."""
+    registry = getattr(module, "_diffusers_hook", None)
+    hook = getattr(registry, "hooks", {}).get("layerwise_casting")
+    names = ("storage_dtype", "compute_dtype") if hook is not None else ()
+    return [(hook, name, getattr(hook, name)) for name in names]
 
 
 def _lent(lender: Lender, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return lender.lend(cast(lender.lent(data) or data, dtype, data.device, lender.buffers))
+    lent = lender.lent(data)
+    return lender.lend(cast(lent or data, dtype, data.device, lender.buffers))
 
 
 def raised_precision(dtype: str) -> str | None:
