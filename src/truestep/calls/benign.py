@@ -35,6 +35,7 @@ from truestep.judge.floor import pair_of, repeat_limit
 from truestep.judge.refusals import refuse_unsteady
 from truestep.judge.rows import measured_run
 from truestep.pairing.naming import runs_compiled
+from truestep.progress import Progress
 from truestep.recording.manifest import CallEntry
 from truestep.runtime.changes import (
     JITTERS,
@@ -78,7 +79,13 @@ class Benign:
 
 
 @taking_turns()
-def measure(subject: Subject, reference: CallRecording, plan: Plan, note: Note) -> NoiseFloor:
+def measure(
+    subject: Subject,
+    reference: CallRecording,
+    plan: Plan,
+    note: Note,
+    progress: Progress | None = None,
+) -> NoiseFloor:
     """Measure the noise floor of a recording on the subject that made it.
 
     Args:
@@ -86,16 +93,20 @@ def measure(subject: Subject, reference: CallRecording, plan: Plan, note: Note) 
         reference: Its recording.
         plan: Which calls of models are made.
         note: Told which kind of change could not be made, and why.
+        progress: Told (what, done, total) after every run.
 
     Raises:
         UsageError: A call gives something else when the same run is made again.
     """
-    runs = _in_precision(subject, reference, plan, working_dtype(reference), note, repeated=True)
+    told = partial(progress or _silent, "noise floor")
+    dtype = working_dtype(reference)
+    runs = _in_precision(subject, reference, plan, dtype, note, told, repeated=True)
     precision = recorded_precision(reference)
     if precision:
         lifted = replace(plan, precision=getattr(torch, precision), raised=precision)
         with raised(subject, precision, lambda text: None):
-            runs += _in_precision(subject, reference, lifted, precision, note)
+            told = partial(progress or _silent, f"noise floor in {precision}")
+            runs += _in_precision(subject, reference, lifted, precision, note, told)
     return NoiseFloor(runs=tuple(runs))
 
 
@@ -105,6 +116,7 @@ def _in_precision(
     plan: Plan,
     dtype: str,
     note: Note,
+    told: Callable[[int, int], None],
     *,
     repeated: bool = False,
 ) -> list[NoiseRun]:
@@ -117,10 +129,18 @@ def _in_precision(
             runs += _run(subject, reference, repeat, pair, note)
             refuse_unsteady(runs)
         collect = begun_elsewhere(subject, reference, plan, elsewhere)
-        for benign in others:
+        for done, benign in enumerate(others):
+            told(done, len(others) + 1)
             more = _run(subject, reference, benign, pair, note)
             runs += _of_rounding(more, runs, note)
-        return runs + collect(pair)
+        told(len(others), len(others) + 1)
+        runs += collect(pair)
+        told(len(others) + 1, len(others) + 1)
+    return runs
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 def _of_rounding(more: list[NoiseRun], others: Sequence[NoiseRun], note: Note) -> list[NoiseRun]:

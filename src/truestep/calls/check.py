@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ from truestep.calls.precision import raised, recorded_precision
 from truestep.calls.recording import CallRecording, read, trees_of
 from truestep.calls.regrouped import Regrouped
 from truestep.calls.scouting import found_layouts
-from truestep.calls.seen import Forced, Plan
+from truestep.calls.seen import Forced, Plan, Proceed, as_it_is
 from truestep.calls.subject import Subject
 from truestep.calls.values import opaque
 from truestep.environment import Environment
 from truestep.judge.floor import Limits
 from truestep.judge.repeats import UNSTEADY, said_unsteady
+from truestep.progress import Progress
 from truestep.randomness import own_randomness
+from truestep.recording.manifest import CallEntry
 from truestep.verdict import Comparison, Row, Side
 
 
@@ -43,6 +45,7 @@ def check(
     steps: Iterable[int] | None = None,
     tolerance: float | None = None,
     pair: str | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Run a candidate once on a recording's inputs and judge every call, and the code between.
 
@@ -63,7 +66,8 @@ def check(
     recording = reference if isinstance(reference, CallRecording) else read(reference)
     precision = recorded_precision(recording) if tolerance is None else ""
     limits = Limits(recording.floor, pair, tolerance, raised=bool(precision))
-    how = How(chosen_steps(recording, steps), frozenset(cached_components(subject)))
+    stateful = frozenset(cached_components(subject))
+    how = How(chosen_steps(recording, steps), stateful, progress=progress)
     result = _forced(subject, recording, how)
     rows = rows_of(recording, result, limits)
     if any(_of_passes(row) for row in rows):
@@ -138,23 +142,47 @@ class How:
         steps: At which they are run.
         stateful: Components that are run at every step up to the last of them.
         layouts: How the candidate groups its guidance passes, where that is otherwise.
+        progress: Told of every call of a model.
     """
 
     steps: frozenset[int]
     stateful: frozenset[str]
     layouts: Layouts = field(default_factory=dict)
+    progress: Progress | None = None
 
 
 def _forced(subject: Subject, recording: CallRecording, how: How, precision: str = "") -> Forced:
     """One forced run."""
+    made = made_at(how.steps, how.stateful)
     plan = Plan(
-        made=made_at(how.steps, how.stateful),
+        made=made,
+        by=_telling(recording, made, how.progress, precision),
         precision=getattr(torch, precision) if precision else None,
         raised=precision,
         again={} if precision else repeats(recording, how.steps, how.stateful),
     )
     forcing = Regrouped(recording, plan, how.layouts) if how.layouts else Forcing(recording, plan)
     return forcing.run(subject)
+
+
+def _telling(
+    recording: CallRecording,
+    made: Callable[[CallEntry], bool],
+    progress: Progress | None,
+    precision: str,
+) -> Callable[[CallEntry, Proceed], Proceed]:
+    """What tells of every call of a model before it is made."""
+    if progress is None:
+        return as_it_is
+    todo = [id(call) for call in recording.calls if call.kind == "model" and made(call)]
+    places = {call: at for at, call in enumerate(todo)}
+
+    def by(call: CallEntry, proceed: Proceed) -> Proceed:
+        if id(call) in places:
+            progress(f"check in {precision}" if precision else "check", places[id(call)], len(todo))
+        return proceed
+
+    return by
 
 
 def _sides(subject: Subject, recording: CallRecording, how: How, said: Sequence[str]) -> Sides:

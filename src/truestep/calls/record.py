@@ -19,6 +19,7 @@ from truestep.calls.subject import Subject
 from truestep.calls.thinning import answerable, thinned
 from truestep.calls.values import tensors
 from truestep.judge.refusals import refuse_empty_content
+from truestep.progress import Progress
 from truestep.randomness import own_randomness
 
 _CONTENT = ("latent", "prediction", "update", "output")
@@ -33,6 +34,7 @@ def record(
     steps: Iterable[int] | None = None,
     thin: bool = False,
     end: bool = False,
+    progress: Progress | None = None,
 ) -> CallRecording:
     """Run a trusted subject and keep every call of its components, and the noise floor.
 
@@ -41,6 +43,7 @@ def record(
         floor: Measure the noise floor (about a dozen forced runs at a few steps).
         steps: Where models are run for it; default `default_steps`.
         end: Also measure that of what a free run ends with (as many free runs).
+        progress: Told (what, done, total) while it runs.
         thin: Keep only what checks at these steps read; see `thinned`.
 
     Raises:
@@ -49,7 +52,7 @@ def record(
     """
     if floor:
         prepare()
-    recording = recorded(subject)
+    recording = recorded(subject, progress)
     _refuse_empty(recording)
     elsewhere = recording.recording.manifest.settings.get("elsewhere", {})
     notes = [f"calls of {name} from other threads were not recorded" for name in elsewhere]
@@ -66,7 +69,7 @@ def record(
 
     plan = Plan(made_at(chosen))
     recording = with_raised(subject, recording, plan, notes.append)
-    measured = measure(subject, recording, plan, notes.append)
+    measured = measure(subject, recording, plan, notes.append, progress)
     if end:
         free = measure_end(subject, recording, notes.append)
         measured = measured.model_copy(update={"runs": (*measured.runs, *free)})

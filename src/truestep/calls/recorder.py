@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from truestep.calls import blocks
 from truestep.calls.arguments import Arguments, arguments_of
 from truestep.calls.boundaries import Arrival, watching
-from truestep.calls.classes import SET_TIMESTEPS, Kind, positional
+from truestep.calls.classes import SET_TIMESTEPS, STEP, Kind, positional
 from truestep.calls.recording import (
     CallRecording,
     assembled,
@@ -23,6 +23,7 @@ from truestep.calls.roles import Happened, roles
 from truestep.calls.subject import Subject
 from truestep.calls.values import Path, Tree, encode, holds_state, opaque, qualified, tensors
 from truestep.errors import UsageError
+from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.manifest import CallEntry
 from truestep.runtime.precision import working_dtype
@@ -32,13 +33,17 @@ RUN = "run"
 
 
 @own_randomness()
-def recorded(subject: Subject) -> CallRecording:
+def recorded(subject: Subject, progress: Progress | None = None) -> CallRecording:
     """Run a subject once and keep its calls.
+
+    Args:
+        subject: What runs.
+        progress: Told (what, done, total) at every step of a scheduler.
 
     Raises:
         UsageError: It makes no call that gives a tensor, or is being watched already.
     """
-    recorder = Recorder()
+    recorder = Recorder(progress)
     with watching(subject, recorder) as watch:
         output = subject.run()
     recorder.keep_run(output)
@@ -72,17 +77,20 @@ class Recorder:
     """An observer that makes every call and keeps what it took and gave.
 
     Attributes:
+        progress: Told at every step of a scheduler.
         calls: In the order in which they began; trees name tensors by content.
         inside: Place of the call that each is part of, if it is.
         begins: Number of calls before each began: a block is kept when it ends.
         contents: Content to tensor.
     """
 
+    progress: Progress | None = None
     calls: list[CallEntry] = field(default_factory=list)
     inside: list[int | None] = field(default_factory=list)
     contents: dict[str, torch.Tensor] = field(default_factory=dict)
     begins: list[int] = field(default_factory=list)
     _open: list[int] = field(default_factory=list)
+    _steps: dict[str, int] = field(default_factory=lambda: {"done": 0, "total": 0})
 
     def __call__(self, arrival: Arrival) -> Any:
         """Make a call and keep it."""
@@ -112,6 +120,7 @@ class Recorder:
             if mark != before[name]
         }
         state = scheduler_state(arrival)
+        self._tell(arrival, state)
         self.calls[place] = replace(
             entry,
             output=tree,
@@ -121,6 +130,16 @@ class Recorder:
             live=any(opaque(tree)) or any(map(holds_state, entry.arguments.values())),
         )
         return output
+
+    def _tell(self, arrival: Arrival, state: Mapping[str, Any]) -> None:
+        if arrival.kind is not Kind.SCHEDULER or self.progress is None:
+            return
+        if arrival.method == STEP:
+            self._steps["done"] += 1
+            done = self._steps["done"]
+            self.progress("record", done, max(done, self._steps["total"]))
+        elif arrival.method == SET_TIMESTEPS:
+            self._steps["total"] += int(state.get("num_inference_steps", 0))
 
     def _block(self, arrival: Arrival) -> Any:
         """Run a block, and keep what it wrote into the state once what is inside of it is kept."""

@@ -330,8 +330,7 @@ def _on_cluster(
         progress_bar() as progress,
     ):
         for done, ended in enumerate(endings, start=1):
-            if progress:
-                progress("cases", done, len(cases))
+            progress("cases", done, len(cases))
             yield ended.name, ended.value if ended.error is None else ended.error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,11 +155,44 @@ def load_change(spec: str | None) -> Callable[[Any], Any] | None:
     return function_of(Path(file), name, "--apply")
 
 
+class Lines:
+    """Progress as lines on stderr, one at most every `EVERY_S` seconds."""
+
+    EVERY_S = 30.0
+
+    def __init__(self) -> None:
+        self._begun = self._told = time.monotonic()
+        self._what = ""
+        self._first = 0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Say how far something is, how long it takes, and the memory of this process."""
+        from truestep.progress import resident_peak
+
+        now = time.monotonic()
+        if what != self._what or done < self._first:
+            self._what, self._first, self._begun = what, done, now
+        if now - self._told < self.EVERY_S:
+            return
+        self._told = now
+        line = f"{visible(what)}: {done} of {total}"
+        if done > self._first:
+            pace = (now - self._begun) / (done - self._first)
+            line += f", {pace:.1f} s each, {_minutes(pace * (total - done))} left"
+        peak = resident_peak()
+        line += f", at most {peak / 1e9:.1f} GB of memory" if peak else ""
+        click.echo(line, err=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress bar on stderr; None when stderr is not a terminal."""
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr; where that is no terminal, a line every half minute."""
     if not sys.stderr.isatty():
-        yield None
+        yield Lines()
         return
     from rich.console import Console
     from rich.progress import (

@@ -372,8 +372,7 @@ def _measured(session: Session, name: str, runs: int) -> Iterator[PerfRun]:
     with progress_bar() as progress:
         for number in range(runs):
             yield measure(session, name=name)
-            if progress:
-                progress(f"{name}: runs", number + 1, runs)
+            progress(f"{name}: runs", number + 1, runs)
 
 
 def _version_and_time() -> tuple[str, str]:

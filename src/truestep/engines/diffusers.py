@@ -43,6 +43,7 @@ from truestep.errors import (
     surviving,
 )
 from truestep.judge.floor import pair_of
+from truestep.progress import Progress
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.media import read_input
@@ -57,9 +58,13 @@ from truestep.verdict import Comparison, Side
 
 @taking_turns()
 def record(
-    case: CallCase, *, floor: FloorChoice = "steps", apply: Change | None = None
+    case: CallCase,
+    *,
+    floor: FloorChoice = "steps",
+    apply: Change | None = None,
+    progress: Progress | None = None,
 ) -> Recording:
-    """Record a case on its pipeline.
+    """Record a case on its pipeline; see `truestep.record`.
 
     Raises:
         CaseError, ModelLoadError, UsageError: The case cannot be run.
@@ -86,11 +91,13 @@ def record(
     told = Told(settings, _environment(case, model), case.id, case.canonical())
     without = removed_named(parts, pipe, case=case, change=apply)
     with named_missing(model.signature), without:
-        return record_pipeline(pipe, call, floor=floor, seed=case.seed, told=told).recording
+        return record_pipeline(
+            pipe, call, floor=floor, seed=case.seed, told=told, progress=progress
+        ).recording
 
 
 @taking_turns()
-def check(
+def check(  # 9 parameters: those of `truestep.check` that a case of calls has
     case: CallCase,
     reference: Recording | str | Path,
     *,
@@ -100,6 +107,7 @@ def check(
     tolerance: float | None = None,
     depth: Depth = "steps",
     rename: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Check a case's pipeline, as it is changed, against a reference of the case.
 
@@ -113,6 +121,7 @@ def check(
         depth: `modules` also opens the component of the first call that fails, beside the case's
             own model loaded here, and names the module; `final` judges the end of a free run.
         rename: At `modules`, names of the candidate's modules to the case's, `*` for one part.
+        progress: Told (what, done, total) while it runs.
 
     Raises:
         CaseError, ModelLoadError, FileFormatError, UsageError: Case, model or reference cannot be
@@ -143,6 +152,7 @@ def check(
         environment=_environment(candidate, model),
         depth=depth,
         rename=rename,
+        progress=progress,
         trusted=(lambda: _in_files(case, _looked_at(case))) if depth == "modules" else None,
     )
     try:

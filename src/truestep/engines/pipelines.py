@@ -26,6 +26,7 @@ from truestep.calls.values import encode
 from truestep.environment import Environment
 from truestep.errors import FileFormatError, UsageError, surviving
 from truestep.pairing.partners import check_rename
+from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.format import Recording
 from truestep.recording.table import table_entry
@@ -66,6 +67,7 @@ def record_pipeline(
     floor: FloorChoice,
     seed: int = 0,
     told: Told | None = None,
+    progress: Progress | None = None,
 ) -> CallRecording:
     """Record a pipeline's calls, and what it was called with.
 
@@ -75,10 +77,11 @@ def record_pipeline(
         floor: Which noise floor is measured.
         seed: Of the generator, where the call has none.
         told: What the recording is to say.
+        progress: Told (what, done, total) while it runs.
     """
     with surviving("the pipeline"):
         subject = subject_of(pipe, seed=seed, **call)
-        recording = record(subject, floor=floor != "none", end=floor == "final")
+        recording = record(subject, floor=floor != "none", end=floor == "final", progress=progress)
     return _with_arguments(recording, call, seed, told or Told({}, {}))
 
 
@@ -156,6 +159,7 @@ class Judging:
 
     Attributes:
         trusted: Makes the trusted pipeline, where the component that fails is to be opened.
+        progress: Told (what, done, total) while it runs.
     """
 
     steps: tuple[int, ...] | None = None
@@ -166,6 +170,7 @@ class Judging:
     depth: Depth = "steps"
     rename: Mapping[str, str] | None = None
     trusted: Callable[[], Any] | None = None
+    progress: Progress | None = None
 
 
 def check_pipeline(
@@ -185,6 +190,7 @@ def check_pipeline(
             steps=judging.steps,
             tolerance=judging.tolerance,
             pair=judging.pair,
+            progress=judging.progress,
         )
     if trusted is not None and not result.verdict.passed:
         result = _opened(subject, trusted, reference, result, judging)

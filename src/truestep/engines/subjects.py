@@ -66,12 +66,12 @@ def record(
         from truestep.engines import diffusers
 
         _refuse_call(call)
-        recording = diffusers.record(subject, floor=floor, apply=apply)
+        recording = diffusers.record(subject, floor=floor, apply=apply, progress=progress)
     else:
         from truestep.engines.pipelines import changed, record_pipeline
 
         pipe = changed(subject, apply)
-        recording = record_pipeline(pipe, call or {}, floor=floor).recording
+        recording = record_pipeline(pipe, call or {}, floor=floor, progress=progress).recording
     recording = recording.at_level(level)
     if path is None:
         return recording
@@ -146,7 +146,8 @@ def check(  # 14 parameters: the public check, whose options are keywords
         _refuse_trusted(trusted)
         if isinstance(subject, CallCase):
             refuse_checking(depth, rename, accept)
-        stages = {"accept": accept, "expect": expect, "progress": progress}
+        options["progress"] = progress
+        stages = {"accept": accept, "expect": expect}
         result = _check_case(subject, reference, options, stages, from_disk=from_disk)
         return result if isinstance(subject, Case) else expected(result, expect)
     refuse_checking(depth, rename, accept)
@@ -157,7 +158,12 @@ def check(  # 14 parameters: the public check, whose options are keywords
     _refuse_alone(subject, trusted, depth)
     opened_beside = (lambda: trusted) if depth == "modules" else None
     judging = Judging(
-        steps=steps, tolerance=tolerance, depth=depth, rename=rename, trusted=opened_beside
+        steps=steps,
+        tolerance=tolerance,
+        depth=depth,
+        rename=rename,
+        trusted=opened_beside,
+        progress=progress,
     )
     return expected(_check_object(subject, recording, call, apply, judging), expect)
 

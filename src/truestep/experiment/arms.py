@@ -16,6 +16,7 @@ from truestep.environment import usable_device
 from truestep.experiment.records import ArmName
 from truestep.keys import FINALS
 from truestep.pairing.naming import runs_compiled
+from truestep.progress import resident_peak
 from truestep.recording.format import bytes_of
 from truestep.runtime.applying import Apply, apply_change
 from truestep.runtime.loading import load
@@ -200,7 +201,8 @@ def _peak_memory(arm: Arm) -> Callable[[], tuple[float | None, Literal["device",
     reset = _reset_resident_peak()
 
     def resident() -> tuple[float | None, Literal["device", "resident"]]:
-        return (_resident_peak_mib() if reset else None), "resident"
+        peak = resident_peak() if reset else None
+        return (None if peak is None else peak / 2**20), "resident"
 
     return resident
 
@@ -219,17 +221,6 @@ def _reset_resident_peak() -> bool:
     except OSError:  # another system, or not allowed to
         return False
     return True
-
-
-def _resident_peak_mib() -> float | None:
-    try:
-        with open("/proc/self/status", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) / 1024
-    except OSError:
-        pass
-    return None
 
 
 def _synchronize(device: str) -> None:
