@@ -200,3 +200,41 @@ def test_names_of_the_formats() -> None:
         (found,) = adapters(state | {"a.b.alpha": torch.tensor(1.0)})
         assert (found.stem, found.plain_stem, found.scale) == ("a.b", "a_b", 0.5)
     assert not are_adapters({"a.weight": torch.ones(2), "b.lora_A.weight": torch.ones(2, 2)})
+
+
+def of_encoders(*names: str) -> dict[str, torch.Tensor]:
+    """One adapter of the same module in each part of a model, all of one shape."""
+    generator = torch.Generator().manual_seed(7)
+    state = {}
+    for name in names:
+        for part, shape in (("lora_down", (2, 6)), ("lora_up", (6, 2))):
+            state[name.format(part)] = torch.randn(shape, generator=generator)
+    return state
+
+
+KOHYA = ("lora_te1_h_0_q.{}.weight", "lora_te2_h_0_q.{}.weight", "lora_unet_h_0_q.{}.weight")
+
+
+def test_adapters_of_two_text_encoders_are_told_apart() -> None:
+    source = of_encoders(*KOHYA)
+    for parts in (
+        ("text_encoder.", "text_encoder_2.", "unet."),
+        ("base_model.model.text_encoder.", "base_model.model.text_encoder_2.", "transformer."),
+        ("lora_te_", "lora_text_encoder2_", "lora_transformer_"),
+    ):
+        names = [
+            f"{p}h_0_q.{{}}.weight" if p[-1] == "_" else f"{p}h.0.q.{{}}.weight" for p in parts
+        ]
+        right = of_encoders(*names)
+        for actual, reference in ((right, source), (source, right)):
+            found = compare_weights(actual, reference)
+            assert found.verdict is Verdict.IDENTICAL, (parts, found.sentence)
+
+    right = of_encoders(
+        "text_encoder.h.0.q.{}.weight", "text_encoder_2.h.0.q.{}.weight", *KOHYA[2:]
+    )
+    for part in ("lora_down", "lora_up"):
+        one, two = f"text_encoder.h.0.q.{part}.weight", f"text_encoder_2.h.0.q.{part}.weight"
+        right[one], right[two] = right[two], right[one]
+    found = compare_weights(right, source)
+    assert not found.verdict.passed, "the encoders' adapters are exchanged"

@@ -41,6 +41,8 @@ _AROUND = re.compile(
 )
 """What formats write before the name of a module."""
 
+_ENCODER = re.compile(r"(?:text_encoder|te)_?(?P<number>\d?)[._]$")
+
 GAIN = 0.05
 """How far the best factor between two matrices may be from one that alphas explain, for this one to
 be what they are judged by."""
@@ -60,6 +62,13 @@ class Adapter:
     def plain_stem(self) -> str:
         """The module's name without what formats write around it, dots as underscores."""
         return _AROUND.sub("", self.stem).replace(".", "_")
+
+    @property
+    def encoder(self) -> int:
+        """Which text encoder the module is of, from 1 on; 0 where it is of none."""
+        around = _AROUND.match(self.stem)
+        found = _ENCODER.search(around[0]) if around else None
+        return int(found["number"] or 1) if found else 0
 
 
 def adapters(tensors: Tensors) -> list[Adapter]:
@@ -137,9 +146,12 @@ def _paired(
     own: Iterable[Adapter], others: list[Adapter], actual: Tensors, reference: Tensors
 ) -> Iterator[_Pair]:
     """Adapters of one module: by its name, or by what they hold."""
-    named = {other.plain_stem: other for other in others}
+    named = {(other.encoder, other.plain_stem): other for other in others}
+    alone = Counter(other.plain_stem for other in others)
+    anywhere = {other.plain_stem: other for other in others if alone[other.plain_stem] == 1}
     for adapter in own:
-        known = named.get(adapter.plain_stem)
+        stem = adapter.plain_stem
+        known = named.get((adapter.encoder, stem)) or anywhere.get(stem)
         candidates = [*([known] if known else []), *(o for o in others if o is not known)]
         up, down = actual[adapter.up], actual[adapter.down]
         for other in candidates:
