@@ -6,13 +6,18 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from truestep.calls.tape import Tape
 from truestep.runtime import lent
+from truestep.runtime.buffers import Buffers
 from truestep.runtime.lent import Lender, active, cast, content_of, lending
 from truestep.runtime.precision import converted
 
@@ -88,10 +93,15 @@ WRITES: list[Callable[[nn.Linear], object]] = [
     lambda m: m.weight.T.copy_(m.weight + 1),
     lambda m: m.weight.numpy(force=True).fill(0.5),
     lambda m: setattr(m, "weight", nn.Parameter(m.weight * 2)),
+    lambda m: m.weight.t_(),
+    lambda m: m.weight.data.unsqueeze_(0).mul_(2),
+    lambda m: m.weight.data.t_().add_(torch.arange(8.0)),
+    lambda m: m.weight.data.storage().__setitem__(3, 9.0),
     lambda m: m.load_state_dict({"weight": torch.ones(8, 8), "bias": torch.ones(8)}),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("write", WRITES)
 @torch.no_grad()
 def test_what_is_written_into_a_weight_is_there(write: Callable[[nn.Linear], object]) -> None:
@@ -138,15 +148,71 @@ def test_memory_that_somebody_keeps_is_not_used_again() -> None:
 
 
 @torch.no_grad()
-def test_other_threads_see_no_number() -> None:
-    """They are not seen, so what they read must not pass for a weight."""
+def test_a_thread_that_is_not_reached_sees_no_number() -> None:
+    """What it reads must not pass for a weight."""
     model = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
     found: list[torch.Tensor] = []
+    lent_now = threading.Event()
+
+    def read() -> None:
+        lent_now.wait()
+        found.append(model.weight.detach().sum())
+
+    thread = threading.Thread(target=read)
+    thread.start()
     with converted(model, torch.float32):
-        thread = threading.Thread(target=lambda: found.append(model.weight.detach().sum()))
-        thread.start()
+        lent_now.set()
         thread.join()
     assert found[0].isnan()
+
+
+@torch.no_grad()
+def test_threads_that_are_given_work_are_lent_weights() -> None:
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+    x = torch.randn(64, 3, 8)
+    expected = widened_copies(model, x)
+    found: list[torch.Tensor] = []
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: None, range(4)))  # its threads are there before
+        with converted(model, torch.float32):
+            thread = threading.Thread(target=lambda: found.append(model(x)))
+            thread.start()
+            thread.join()
+            pooled = list(pool.map(model, x))
+        narrow = pool.submit(model, x.bfloat16()).result()
+    assert torch.equal(found[0], expected)
+    assert all(torch.equal(one, model_of) for one, model_of in zip(pooled, expected, strict=True))
+    assert torch.equal(narrow, model(x.bfloat16()))
+
+
+def test_what_reaches_further_is_gone_with_the_last_lender() -> None:
+    def held() -> tuple[object, ...]:
+        scripted = torch._C.ScriptFunction.__call__, torch._C.ScriptMethod.__call__
+        return (threading.Thread.start, ThreadPoolExecutor.submit, *scripted)
+
+    before = held()
+    first, second = Lender(), Lender()
+    with first:
+        during = held()
+        assert not any(a is b for a, b in zip(before, during, strict=True))
+        with second:
+            assert held() == during
+        assert held() == during
+    assert held() == before
+
+
+@torch.no_grad()
+def test_a_function_of_torchscript_is_given_weights() -> None:
+    @torch.jit.script
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight
+
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+    x = torch.randn(3, 8)
+    expected = x @ model.weight.float()
+    with converted(model, torch.float32):
+        assert torch.equal(product(x, model.weight), expected)
+    assert torch.equal(product(x, model.weight.float()), expected)
 
 
 @torch.no_grad()
@@ -224,3 +290,115 @@ def test_what_must_not_be_lent_is_copied() -> None:
     expected = copy.deepcopy(script).to(torch.float32)(x)
     with converted(script, torch.float32):
         assert torch.equal(script(x), expected)
+
+
+@pytest.mark.parametrize("parts", [(slice(None), slice(8)), slice(None, None, 2), slice(4, 12)])
+@torch.no_grad()
+def test_a_weight_that_is_a_part_of_another_is_that_part(parts: Any) -> None:
+    model = nn.Linear(8, 8)
+    model.weight = nn.Parameter(torch.randn(16, 16).to(torch.bfloat16)[parts][:8, :8])
+    x = torch.randn(3, 8)
+    expected = widened_copies(model, x)
+    with converted(model, torch.float32):
+        assert torch.equal(model(x), expected)
+
+
+@torch.no_grad()
+def test_a_weight_of_which_many_elements_are_one() -> None:
+    model = nn.Linear(8, 8)
+    model.weight = nn.Parameter(torch.randn(8).to(torch.bfloat16).expand(8, 8))
+    x = torch.randn(3, 8)
+    expected = widened_copies(model, x)
+    with converted(model, torch.float32):
+        assert torch.equal(model(x), expected)
+
+
+UNUSUAL: list[Callable[[nn.Linear, torch.Tensor], torch.Tensor]] = [
+    lambda m, x: torch.sparse.mm(torch.eye(8).to_sparse(), m.weight),
+    lambda m, x: torch.eye(8).to_sparse_csr() @ m.weight,
+    lambda m, x: torch.vmap(m)(x),
+    lambda m, x: torch.func.grad(lambda row: m(row).sin().sum())(x[0]),
+    lambda m, x: torch.func.jvp(m, (x,), (x,))[1],
+    lambda m, x: torch.cat(NamedTuple("Two", [("a", Any), ("b", Any)])(m.weight, m.weight)),
+    lambda m, x: flex_attention(*[m(x).detach()[None, None]] * 3, score_mod=lambda s, *at: s * 2),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use", UNUSUAL)
+def test_a_weight_beside_unusual_tensors(
+    use: Callable[[nn.Linear, torch.Tensor], torch.Tensor],
+) -> None:
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+    x = torch.randn(4, 8)
+    expected = use(copy.deepcopy(model).to(torch.float32), x)
+    with converted(model, torch.float32):
+        assert torch.equal(use(model, x), expected)
+
+
+def test_parts_of_a_weight_within_a_transform_are_refused() -> None:
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+    with converted(model, torch.float32), pytest.raises(RuntimeError, match="a part was taken"):
+        torch.vmap(lambda row: row * 2)(model.weight)
+
+
+KEPT: list[Callable[[nn.Linear], torch.Tensor]] = [
+    lambda m: m.weight.detach(),
+    lambda m: m.weight.data,
+    lambda m: m.weight.to(torch.float32),
+    lambda m: m.weight[2:],
+    lambda m: nn.Parameter(m.weight),
+    lambda m: m.state_dict()["weight"],
+    lambda m: copy.deepcopy(m).weight,
+]
+
+
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("keep", KEPT)
+@torch.no_grad()
+def test_what_code_keeps_of_a_weight_is_the_weight(
+    keep: Callable[[nn.Linear], torch.Tensor], outer: bool
+) -> None:
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+    expected = keep(copy.deepcopy(model).to(torch.float32))
+    with lending() if outer else nullcontext():
+        with converted(model, torch.float32):
+            kept = keep(model)
+        assert torch.equal(kept, expected)
+    assert torch.equal(kept, expected)
+    assert kept.stride() == expected.stride()
+
+
+def test_a_weight_is_written_into_with_gradients_on() -> None:
+    """As an adapter is fused."""
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+    expected = model.weight.detach().float() + 1
+    expected[0] *= 2
+    with converted(model, torch.float32):
+        model.weight.data += 1
+        row = model.weight.data[0]
+        row.mul_(2)
+        assert torch.equal(model.weight.detach() + 0, expected)
+
+
+@torch.no_grad()
+def test_nothing_is_held_of_weights_that_are_narrow_again() -> None:
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+    with lending() as lender:
+        before = lender.lend(cast(torch.ones(8, 8), torch.float64, CPU, lender.buffers))
+        for _ in range(3):
+            with converted(model, torch.float32):
+                model.weight.mul_(1)
+                assert len(lender._lent) == 3
+            assert len(lender._lent) == 1
+        assert torch.equal(before + 0, torch.ones(8, 8, dtype=torch.float64))
+
+
+def test_who_keeps_a_small_weight_keeps_no_large_memory() -> None:
+    buffers = Buffers()
+    buffers.give_back(buffers.take(1 << 22))
+    small = buffers.take(1 << 20)
+    assert small.numel() == 1 << 20
+    buffers.give_back(small)
+    assert buffers.take(3 << 20).numel() == 1 << 22
+    assert buffers.take(1 << 20) is small

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,101 @@ def test_shards_are_read(folders: Any, tmp_path: Path) -> None:
         for name, weight in model.named_parameters():
             assert torch.equal(dict(other.named_parameters())[name] + 0, weight)
     assert load_file(sorted(tmp_path.glob("*.safetensors"))[0])
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+def test_a_file_that_is_another_one_meanwhile_is_named(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": torch.ones(64, 64)}, path)
+    with lending(), in_files():
+        tensors = __import__("safetensors.torch").torch.load_file(path)
+        assert torch.equal(tensors["a"] + 0, torch.ones(64, 64))
+        os.utime(path, ns=(0, path.stat().st_mtime_ns))  # it was read, no more
+        assert torch.equal(tensors["a"] + 0, torch.ones(64, 64))
+        if how == "written":
+            save_file({"a": torch.zeros(64, 64)}, path)
+        else:
+            save_file({"a": torch.zeros(64, 64)}, tmp_path / "other")
+            os.replace(tmp_path / "other", path)
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # clocks may be coarse
+        with pytest.raises(FileFormatError, match="it is not the file that was loaded"):
+            tensors["a"] + 0
+
+
+def test_a_folder_that_is_named_from_here_is_read_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"a": torch.ones(64, 64)}, tmp_path / "weights.safetensors")
+    monkeypatch.chdir(tmp_path)
+    with lending(), in_files():
+        tensors = __import__("safetensors.torch").torch.load_file("weights.safetensors")
+        monkeypatch.chdir("/")
+        assert torch.equal(tensors["a"] + 0, torch.ones(64, 64))
+
+
+def test_what_another_thread_loads_meanwhile_is_in_memory(folders: Any) -> None:
+    folder = folders("FluxPipeline")
+    begun, end = threading.Event(), threading.Event()
+    pipes: list[Any] = []
+
+    def load() -> None:
+        begun.wait()
+        pipes.append(loaded(folder, torch.float32))
+        end.set()
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    with lending() as lender:
+        with in_files():
+            begun.set()
+            end.wait()
+            pipes.append(loaded(folder, torch.float32))
+        thread.join()
+        theirs, ours = (dict(pipe.transformer.named_parameters()) for pipe in pipes)
+        assert all(lender.lent(weight) is None for weight in theirs.values())
+        assert all(lender.lent(weight) is not None for weight in ours.values())
+        assert all(torch.equal(ours[name] + 0, weight) for name, weight in theirs.items())
+
+
+def test_shards_are_read_by_several_threads(
+    folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+    from diffusers.models import modeling_utils
+
+    folder = folders("FluxPipeline") / "transformer"
+    model = diffusers.FluxTransformer2DModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    monkeypatch.setattr(modeling_utils, "HF_ENABLE_PARALLEL_LOADING", True)
+    with lending() as lender, in_files():
+        other = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        for name, weight in other.named_parameters():
+            assert lender.lent(weight) is not None
+            assert torch.equal(weight + 0, dict(model.named_parameters())[name].bfloat16())
+
+
+def test_an_adapter_is_fused_into_weights_in_files(folders: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    case = truestep.CallCase(model=str(folders("FluxPipeline")), dtype="bfloat16", call=CALL)
+    path = tmp_path / "reference.safetensors"
+    truestep.record(case, path=path)
+
+    def fused(pipe: Any) -> None:
+        torch.manual_seed(0)
+        adapter = LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False)
+        pipe.transformer.add_adapter(adapter)
+        pipe.transformer.fuse_lora()
+
+    def unfused(pipe: Any) -> None:
+        fused(pipe)
+        pipe.transformer.unfuse_lora()
+        pipe.transformer.unload_lora()
+
+    for change in (fused, unfused):
+        here, there = (
+            truestep.check(case, path, apply=change, from_disk=disk) for disk in (False, True)
+        )
+        assert there.sentence == here.sentence
+        assert [row.model_dump() for row in there.rows] == [row.model_dump() for row in here.rows]
+    assert truestep.check(case, path, apply=fused).verdict.value == "drifted"

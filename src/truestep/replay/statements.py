@@ -48,9 +48,8 @@ _MOVING = ("accelerate/utils/", "hooks/layerwise_casting.py", "hooks/group_offlo
 _HOOKS = ("/accelerate/hooks.py", "/diffusers/hooks/hooks.py")
 """Files whose code calls a module's forward for it."""
 
-_OWN = tuple(
-    str(Path(__file__).parent.parent / room) for room in ("calls", "replay", "runtime/lent.py")
-)
+_LENDING = tuple(f"runtime/{name}.py" for name in ("buffers", "lent", "reached"))
+_OWN = tuple(str(Path(__file__).parent.parent / room) for room in ("calls", "replay", *_LENDING))
 _UNSEEN = {
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten.empty.memory_format,

@@ -9,8 +9,9 @@ weights in memory.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,40 +20,19 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from truestep.measure.distance import same_bits
+from truestep.runtime.buffers import (
+    PIECE,
+    Buffers,
+    address,
+    holders_of,
+    is_transformed,
+    out_of_transforms,
+    place_of,
+)
+from truestep.runtime.reached import reached
 
 LEAST = 1 << 20
 """Bytes of a weight from which on it is lent: smaller ones are beside nothing."""
-
-
-PIECE = 1 << 24
-"""Bytes of a weight that are cast at once."""
-
-
-class Buffers:
-    """Memory that weights are made in, one after the other.
-
-    Hundreds of weights a forward, allocated and freed between activations, would leave the heap in
-    pieces, several times as large as all that is in use.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
-
-    def take(self, size: int) -> torch.Tensor:
-        """Bytes, at least so many; whoever takes them owns them until they are given back."""
-        for at, buffer in enumerate(self._free):
-            if buffer.numel() >= size:
-                return self._free.pop(at)
-        return torch.empty(size, dtype=torch.uint8)
-
-    def give_back(self, buffer: torch.Tensor) -> None:
-        """Let others have a buffer. The largest is kept, and small ones to cast in."""
-        *others, largest = sorted((*self._free, buffer), key=torch.Tensor.numel)
-        self._free = [*(each for each in others if each.numel() <= PIECE), largest]
-
-    def clear(self) -> None:
-        """Hold nothing that nobody uses."""
-        self._free = []
 
 
 @dataclass
@@ -83,13 +63,14 @@ class Lent:
         """The weight in memory: in a buffer or, without one, in memory of its own."""
         if self.kept is not None:
             return self.kept
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # others may write into its views
             if buffer is None and self.source is not None:
                 return self.source.to(self.like.dtype)
             if buffer is None:
                 buffer = torch.empty(self.room, dtype=torch.uint8, device=self.device)
             flat = buffer[self.beside : self.room].view(self.like.dtype)
-            self.write(flat, 0, self.like.numel())
+            with torch.no_grad():
+                self.write(flat, 0, self.like.numel())
             return flat.as_strided(self.like.shape, self.like.stride(), flat.storage_offset())
 
     @property
@@ -160,17 +141,38 @@ _LAYOUT = frozenset({_T.stride, _T.is_contiguous, _T.storage_offset})
 _VIEWS = frozenset({"T", "H", "mT", "mH", "real", "imag"})
 """Properties that are values; all others are answered by what stands in for a weight."""
 
-_MEMORY = frozenset({_T.numpy, _T.untyped_storage, _T.data_ptr, _T.__array__, _T.__dlpack__})
+_MEMORY = frozenset(
+    {_T.numpy, _T.storage, _T.untyped_storage, _T.data_ptr, _T.__array__, _T.__dlpack__}
+)
 """Functions that hand out the memory of a weight."""
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Types of weights that are lent: a class of its own may keep its values elsewhere."""
 
 
+class _Known(NamedTuple):
+    """A weight, and the element that stands in for it.
+
+    Attributes:
+        one: The element.
+        weight: The weight.
+        holders: How many hold the memory of the element where nobody has a stand-in.
+    """
+
+    one: torch.Tensor
+    weight: Lent
+    holders: int
+
+
+def _is_held(known: _Known) -> bool:
+    """Whether somebody has a stand-in."""
+    return holders_of(known.one) > known.holders
+
+
 class Lender(TorchFunctionMode):
     """While it is on, functions that are given a stand-in are given the weight.
 
-    It is on in the thread that entered it alone; see `lending`.
+    It is on in the thread that entered it, and in what that gives others to do; see `lending`.
 
     Attributes:
         stored: Weights that stayed in files, by where they are, and their bytes.
@@ -179,8 +181,9 @@ class Lender(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lent: dict[int, tuple[torch.Tensor, Lent]] = {}
+        self._lent: dict[int, _Known] = {}
         self._loading = False
+        self._reach = ExitStack()
         self.stored: dict[object, int] = {}
         self.buffers = Buffers()
 
@@ -196,8 +199,9 @@ class Lender(TorchFunctionMode):
                 (1,) * weight.like.ndim, dtype=weight.like.dtype, device=weight.device
             )
             one.view(torch.uint8).fill_(255)  # NaN, for code that this does not see
+            alone = holders_of(one)
             stand_in = one.expand(weight.like.shape)
-            self._lent[stand_in.data_ptr()] = (stand_in, weight)
+            self._lent[one.data_ptr()] = _Known(one, weight, alone)
         return stand_in
 
     def lent(self, value: object) -> Lent | None:
@@ -209,10 +213,53 @@ class Lender(TorchFunctionMode):
         if type(value) not in _PLAIN or not self._lent:
             return None
         with torch._C.DisableTorchFunction():
-            found = self._lent.get(value.data_ptr())  # type: ignore[attr-defined]
-            if found is not None and value.shape != found[0].shape:  # type: ignore[attr-defined]
+            found = self._lent.get(address(value))
+            if found is None:
+                return None
+            if value.shape != found.weight.like.shape or is_transformed(value):  # type: ignore
                 raise RuntimeError("a part was taken of a weight that was not in memory then")
-        return None if found is None else found[1]
+        return found.weight
+
+    def forget(self) -> None:
+        """Hold nothing of weights whose stand-ins nobody has any more."""
+        with torch._C.DisableTorchFunction():
+            self._lent = {at: known for at, known in self._lent.items() if _is_held(known)}
+
+    def __enter__(self) -> Lender:
+        """Lend in this thread, and in those that it gives something to do."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._reach.enter_context(reached(active))
+        return self
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Lend in this thread, too."""
+        if active() is not None:
+            yield
+            return
+        super().__enter__()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *raised: Any) -> None:
+        """Stand-ins that code has kept of weights in memory are those weights from now on."""
+        self._reach.close()
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+            kept = {
+                place: known.weight
+                for place, known in self._lent.items()
+                if known.weight.source is not None and _is_held(known)
+            }
+            alive = [each for each in gc.get_objects() if type(each) in _PLAIN] if kept else []
+            weights: dict[int, torch.Tensor] = {}
+            for each in alive:
+                if each.layout is torch.strided and (place := address(each)) in kept:
+                    weights.setdefault(place, kept[place].tensor())
+                    each.data = weights[place]
+        self._lent = {}
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -313,6 +360,22 @@ class _Loan(NamedTuple):
     buffer: torch.Tensor | None
     holders: int
 
+    def reshaped(self) -> bool:
+        """Whether a function gave the weight another form in place; then it is as it is now.
+
+        That goes for the object that the function was given: others of the weight have its form.
+        """
+        like, tensor = self.weight.like, self.tensor
+        if (tensor.shape, tensor.stride()) == (like.shape, like.stride()):
+            return False
+        with torch._C.DisableTorchFunction():
+            if self.buffer is not None and place_of(tensor) == place_of(self.buffer):
+                self.weight.kept = tensor.detach().as_strided(
+                    like.shape, like.stride(), tensor.storage_offset()
+                )
+            self.stand_in.data = tensor
+        return True
+
 
 @dataclass
 class _Borrowed:
@@ -324,10 +387,10 @@ class _Borrowed:
 
     def given(self, value: Any) -> Any:
         """A value with weights in the places of stand-ins, in lists and tuples too."""
-        if type(value) in (list, tuple):
+        if isinstance(value, list | tuple):
             parts = [self.given(part) for part in value]
             same = all(a is b for a, b in zip(parts, value, strict=True))
-            return value if same else type(value)(parts)
+            return value if same else parts if isinstance(value, list) else tuple(parts)
         weight = self.lender.lent(value)
         if weight is None:
             return value
@@ -343,36 +406,39 @@ class _Borrowed:
                 return tensor
         buffers = self.lender.buffers
         mode = _get_current_dispatch_mode()
-        if getattr(mode, "of_weights", False) and weight.source is not None:
-            tensor, buffer = weight.tensor(), None
-        else:
-            buffer = None
-            if weight.kept is None and weight.device.type == "cpu":
-                buffer = buffers.take(weight.room)
-            with _disable_current_modes():
-                tensor = weight.tensor(buffer)
-        tensor = _as_leaf(tensor, stand_in.requires_grad)
-        holders = 0 if buffer is None else _holders(buffer)
+        with out_of_transforms():
+            if getattr(mode, "of_weights", False) and weight.source is not None:
+                tensor, buffer = weight.tensor(), None
+            else:
+                buffer = None
+                if weight.kept is None and weight.device.type == "cpu":
+                    buffer = buffers.take(weight.room)
+                with _disable_current_modes():
+                    tensor = weight.tensor(buffer)
+            tensor = _as_leaf(tensor, stand_in.requires_grad)
+        holders = 0 if buffer is None else holders_of(buffer)
         self.loans.append(_Loan(stand_in, weight, tensor, tensor._version, buffer, holders))
         return tensor
 
     def returned(self, made: Any, *, outside: bool) -> Any:
         """What a function gave, with stand-ins for whole weights; what is still held stays."""
         parts = list(made) if isinstance(made, list | tuple) else [made]
-        places = [_place(part) for part in parts if not any(part is x.tensor for x in self.loans)]
+        places = [place_of(part) for part in parts if not any(part is x.tensor for x in self.loans)]
         result = made
         for loan in self.loans:
             if made is loan.tensor:
                 result = loan.stand_in
             written = outside or loan.tensor._version != loan.version
-            if written or _place(loan.tensor) in places:
+            if loan.reshaped():
+                result = loan.stand_in if made is loan.tensor else result
+            elif written or place_of(loan.tensor) in places:
                 loan.weight.kept = loan.tensor
         del parts, made
         for loan in self.loans:
             buffer = loan.buffer
             if buffer is None or loan.weight.kept is not None:
                 continue
-            if _holders(buffer) == loan.holders:  # else somebody keeps it, for a gradient perhaps
+            if holders_of(buffer) == loan.holders:  # else somebody keeps it, for a gradient perhaps
                 self.lender.buffers.give_back(buffer)
         return result
 
@@ -381,21 +447,6 @@ def _as_leaf(tensor: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     """A weight that asks for a gradient or not: without gradients, too, kernels depend on it."""
     same = tensor.requires_grad == requires_grad
     return tensor if same else tensor.detach().requires_grad_(requires_grad)
-
-
-def _holders(buffer: torch.Tensor) -> int:
-    count: int = torch._C._storage_Use_Count(buffer.untyped_storage()._cdata)
-    return count
-
-
-def _place(value: Any) -> object:
-    """Where a tensor lies; nothing of anything else."""
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-        return object()
-    try:
-        return value.untyped_storage().data_ptr() or object()
-    except (RuntimeError, NotImplementedError):  # of a class that has no storage
-        return object()
 
 
 @contextmanager
@@ -434,6 +485,7 @@ def lendable(module: torch.nn.Module, tensor: torch.Tensor, dtype: torch.dtype) 
         type(tensor) in _PLAIN
         and tensor.layout is torch.strided
         and tensor.device.type != "meta"
+        and torch.empty_like(tensor, device="meta").stride() == tensor.stride()  # it is dense
         and tensor.numel() * dtype.itemsize >= LEAST
         and not isinstance(module, torch.jit.ScriptModule | torch.nn.DataParallel)
     )

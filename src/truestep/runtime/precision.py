@@ -80,6 +80,8 @@ def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
                 held[name] = tensor
             for hook, name, value in hooks:
                 setattr(hook, name, value)
+            if any(lent for _, lent in narrow.values()):
+                lender.forget()
 
 
 def _casting(module: torch.nn.Module) -> list[tuple[Any, str, Any]]:

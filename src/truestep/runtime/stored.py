@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +27,9 @@ from truestep.runtime.lent import LEAST, Lender, Lent, active, lending
 PIECE = 1 << 26
 """Bytes that are read at once."""
 
+_one_at_a_time = RLock()
+"""Held while something stands in for what opens files."""
+
 
 @contextmanager
 def in_files() -> Iterator[None]:
@@ -38,14 +42,17 @@ def in_files() -> Iterator[None]:
     if lender is None:
         yield
         return
+    import safetensors.torch
     from transformers import modeling_utils
 
     with ExitStack() as stack:
+        stack.enter_context(_one_at_a_time)
         stack.enter_context(lender.loading())
-        opened = partial(_File, lender)
+        opened = partial(_opened, lender, modeling_utils.safe_open)
+        loaded = partial(_loaded, lender, safetensors.torch.load_file)
         stack.enter_context(patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
         stack.enter_context(patch.object(modeling_utils, "safe_open", opened))
-        stack.enter_context(patch("safetensors.torch.load_file", partial(_loaded, lender)))
+        stack.enter_context(patch.object(safetensors.torch, "load_file", loaded))
         yield
 
 
@@ -73,8 +80,18 @@ def refuse_compiled(models: Iterable[object]) -> None:
         )
 
 
-def _loaded(lender: Lender, path: str | Path, device: Any = "cpu") -> dict[str, torch.Tensor]:
-    """As `safetensors.torch.load_file` does."""
+def _opened(lender: Lender, library: Any, *args: Any, **kwargs: Any) -> Any:
+    """As `safetensors.safe_open` does; that opens what other threads load meanwhile."""
+    return _File(lender, *args, **kwargs) if active() is lender else library(*args, **kwargs)
+
+
+def _loaded(
+    lender: Lender, library: Any, path: str | Path, device: Any = "cpu"
+) -> dict[str, torch.Tensor]:
+    """As `safetensors.torch.load_file` does; that loads what other threads do meanwhile."""
+    if active() is not lender:
+        tensors: dict[str, torch.Tensor] = library(path, device=device)
+        return tensors
     with _File(lender, path, device=device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
@@ -92,6 +109,8 @@ class _File:
     ) -> None:
         self._lender = lender
         self._device = torch.device(device)
+        path = Path(path).absolute()  # it is read for as long as its weights are used
+        self._state = _state(os.stat(path))
         self._header = read_header(path)
 
     def __enter__(self) -> _File:
@@ -122,11 +141,11 @@ class _File:
         dtype = getattr(torch, TORCH_NAMES[slot.dtype])
         if slot.end - slot.begin < LEAST or not dtype.is_floating_point:
             tensor = torch.empty(slot.shape, dtype=dtype)
-            _read(self._header, name, tensor.view(-1), 0, tensor.numel())
+            _read(self._header, self._state, name, tensor.view(-1), 0, tensor.numel())
             return tensor.to(self._device)
         like = torch.empty(slot.shape, dtype=dtype, device="meta")
         content = (str(self._header.path), name, dtype)
-        read = partial(_read, self._header, name)
+        read = partial(_read, self._header, self._state, name)
         beside = (self._header.data_start + slot.begin) % 64
         weight = Lent(
             like,
@@ -158,11 +177,18 @@ class _Slice:
         return whole if index is ... else whole[index]
 
 
-def _read(header: Header, name: str, into: torch.Tensor, start: int, stop: int) -> None:
+def _state(stat: os.stat_result) -> tuple[int, int]:
+    """What tells whether a file was written to, or another one is in its place."""
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _read(
+    header: Header, state: tuple[int, int], name: str, into: torch.Tensor, start: int, stop: int
+) -> None:
     """Read elements of a tensor, from one to before another, into a flat one of its dtype.
 
     Raises:
-        FileFormatError: The file ends before it, or cannot be read any more.
+        FileFormatError: The file ends before it, cannot be read any more, or is not what it was.
     """
     memory = into.view(torch.uint8).numpy().data if stop > start else memoryview(b"")
     at = header.data_start + header.tensors[name].begin + start * into.itemsize
@@ -175,6 +201,8 @@ def _read(header: Header, name: str, into: torch.Tensor, start: int, stop: int) 
                 if not count:
                     raise OSError(f"it ends {len(memory) - done:,} bytes too early")
                 done += count
+            if _state(os.fstat(file)) != state:
+                raise OSError("it is not the file that was loaded")
         finally:
             os.close(file)
     except OSError as error:
