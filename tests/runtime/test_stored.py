@@ -316,3 +316,19 @@ def test_an_adapter_is_fused_into_weights_in_files(folders: Any, tmp_path: Path)
         assert there.sentence == here.sentence
         assert [row.model_dump() for row in there.rows] == [row.model_dump() for row in here.rows]
     assert truestep.check(case, path, apply=fused).verdict.value == "drifted"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_weights_lie_as_they_do_in_memory(
+    dtype: torch.dtype, folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "LEAST", 1 << 40)
+    plain = loaded(folders("FluxPipeline"), dtype)
+    with lending(), in_files():
+        pipe = loaded(folders("FluxPipeline"), dtype)
+    for part, module in modules_of(plain).items():
+        others = dict(modules_of(pipe)[part].named_parameters())
+        for name, weight in module.named_parameters():
+            assert torch.equal(others[name], weight)
+            assert others[name].data_ptr() % 64 == weight.data_ptr() % 64, f"{part}.{name}"
+            assert others[name].stride() == weight.stride()

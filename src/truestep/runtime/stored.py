@@ -136,24 +136,24 @@ class _File:
         return _Slice(self, name, self._header.tensors[name])
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """A tensor; where it is large, what stands in for it."""
+        """A tensor; where it is large, what stands in for it.
+
+        It lies as in a mapped file, on which depends which kernel runs.
+        """
         slot = self._header.tensors[name]
         dtype = getattr(torch, TORCH_NAMES[slot.dtype])
-        if slot.end - slot.begin < LEAST or not dtype.is_floating_point:
-            tensor = torch.empty(slot.shape, dtype=dtype)
-            _read(self._header, self._state, name, tensor.view(-1), 0, tensor.numel())
-            return tensor.to(self._device)
+        beside = (self._header.data_start + slot.begin) % 64
+        beside = 0 if beside % dtype.itemsize else beside
+        size = slot.end - slot.begin
+        if size < LEAST or not dtype.is_floating_point:
+            memory = torch.empty(beside + size, dtype=torch.uint8)
+            tensor = memory[beside:].view(dtype).data
+            _read(self._header, self._state, name, tensor, 0, tensor.numel())
+            return tensor.view(slot.shape).to(self._device)
         like = torch.empty(slot.shape, dtype=dtype, device="meta")
         content = (str(self._header.path), name, dtype)
         read = partial(_read, self._header, self._state, name)
-        beside = (self._header.data_start + slot.begin) % 64
-        weight = Lent(
-            like,
-            torch.device("cpu"),
-            read,
-            content=content,
-            beside=0 if beside % dtype.itemsize else beside,
-        )
+        weight = Lent(like, torch.device("cpu"), read, content=content, beside=beside)
         self._lender.stored[content] = weight.size
         return self._lender.lend(weight).to(self._device)
 
