@@ -10,8 +10,12 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("TRUESTEP_TEST_THREADS", "1"))
+# A floor runs under two threads: on busy cores, each would wait in a loop for the other's turn.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+
+from tests.warm import Command, warm
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -104,3 +108,10 @@ def ltx2_case() -> dict[str, object]:
             "device": "cpu",
         },
     }
+
+
+@pytest.fixture(scope="session")
+def command() -> Iterator[Command]:
+    """Run the command line in a process of its own, without its imports; see `tests.warm`."""
+    with warm() as run:
+        yield run

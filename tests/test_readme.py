@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm import Command
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 
@@ -30,7 +30,7 @@ def comparable(text: str) -> str:
     return re.sub(r" +", " ", text).strip()
 
 
-def printed(block: str, folder: Path) -> None:
+def printed(block: str, folder: Path, run: Command) -> None:
     """Run the commands of a block in a folder, and compare what they print."""
     expected: dict[str, list[str]] = {}
     command = ""
@@ -41,36 +41,33 @@ def printed(block: str, folder: Path) -> None:
         else:
             expected[command].append(line)
     for command, lines in expected.items():
-        done = subprocess.run(
-            [sys.executable, "-m", *shlex.split(command)],
-            capture_output=True,
-            text=True,
-            cwd=folder,
-        )
+        program, *words = shlex.split(command)
+        assert program == "truestep"
+        done = run(*words, cwd=folder)
         assert comparable(done.stdout) == comparable("\n".join(lines)), done.stderr
 
 
 @pytest.mark.slow
-def test_the_first_block_prints_what_it_says(tmp_path: Path) -> None:
+def test_the_first_block_prints_what_it_says(tmp_path: Path, command: Command) -> None:
     assert blocks("console")[0].count("\n$ ") == 1
-    printed(blocks("console")[0], tmp_path)
+    printed(blocks("console")[0], tmp_path, command)
 
 
 @pytest.mark.slow
-def test_any_pipeline_prints_what_it_says(tmp_path: Path) -> None:
+def test_any_pipeline_prints_what_it_says(tmp_path: Path, command: Command) -> None:
     (change,) = (block for block in blocks("python") if block.startswith("# bias.py"))
     (tmp_path / "bias.py").write_text(change)
     first = next(i for i, b in enumerate(blocks("console")) if b.startswith("$ truestep tiny"))
     for block in blocks("console")[first : first + 3]:
-        printed(block, tmp_path)
+        printed(block, tmp_path, command)
 
 
 @pytest.mark.slow
-def test_two_checkpoints_print_what_it_says(tmp_path: Path) -> None:
+def test_two_checkpoints_print_what_it_says(tmp_path: Path, command: Command) -> None:
     (made,) = (b for b in blocks("console") if b.startswith("$ truestep tiny FluxPipeline flux"))
-    printed("\n".join(made.splitlines()[:3]), tmp_path)
+    printed("\n".join(made.splitlines()[:3]), tmp_path, command)
     (block,) = (b for b in blocks("console") if "$ truestep weights" in b)
-    printed(block, tmp_path)
+    printed(block, tmp_path, command)
 
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Run, runner, write_cases
+from tests.warm import Command
 from truestep import check, cli, guard, record
 from truestep.case import load_cases
 from truestep.errors import ProcessEndedError
@@ -89,9 +90,15 @@ def test_what_ends_the_process_after_the_verdict_does_not_change_it(tmp_path: Pa
 def test_a_process_that_was_forked_meanwhile_says_nothing(tmp_path: Path) -> None:
     body = "if os.fork() == 0: return 0\nos.wait(); return 1"
     assert guarded(tmp_path, body).returncode == 1
-    done = guarded(tmp_path, "if os.fork() == 0:\n    time.sleep(5); return 0\nos._exit(0)")
-    assert done.returncode == 1  # and nobody waited for the other one
-    assert "exit status 0" in done.stderr
+    began = time.monotonic()
+    with (tmp_path / "err").open("w") as err:  # a pipe would be waited for until both are gone
+        code = GUARDED.format(
+            body="    if os.fork() == 0:\n        time.sleep(30); return 0\n    os._exit(0)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=err, stderr=err)
+    assert done.returncode == 1
+    assert time.monotonic() - began < 30  # and nobody waited for the other one
+    assert "exit status 0" in (tmp_path / "err").read_text()
 
 
 def test_a_crash_says_where(tmp_path: Path) -> None:
@@ -222,13 +229,10 @@ VERBS = {
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_verb_is_ended_with_0_by_the_file_of_a_change(
-    folder: Path, verb: str, tmp_path: Path
+    folder: Path, verb: str, command: Command
 ) -> None:
     for name, cause in (("script", "SystemExit: 0"), ("gone", "exit status 0")):
-        done = subprocess.run(
-            [sys.executable, "-m", "truestep", *VERBS[verb], "--apply", f"{name}.py:f"],
-            cwd=folder, capture_output=True, text=True,
-        )  # fmt: skip
+        done = command(*VERBS[verb], "--apply", f"{name}.py:f", cwd=folder)
         assert done.returncode == 1
         assert done.stderr.startswith("ProcessEndedError: invalid: ")
         assert cause in done.stderr
@@ -237,12 +241,9 @@ def test_no_verb_is_ended_with_0_by_the_file_of_a_change(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_no_verb_is_ended_with_0_by_a_stage(folder: Path, verb: str) -> None:
+def test_no_verb_is_ended_with_0_by_a_stage(folder: Path, verb: str, command: Command) -> None:
     change = "ends" if verb in ("doctor", "trace batch") else "kills"
-    done = subprocess.run(
-        [sys.executable, "-m", "truestep", *VERBS[verb], "--apply", f"change.py:{change}"],
-        cwd=folder, capture_output=True, text=True,
-    )  # fmt: skip
+    done = command(*VERBS[verb], "--apply", f"change.py:{change}", cwd=folder)
     assert done.returncode == 1, done.stdout
     assert done.stderr.startswith("ProcessEndedError: invalid: ")
 
