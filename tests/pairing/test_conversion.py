@@ -70,6 +70,46 @@ def test_equal_values_are_never_guessed() -> None:
     assert not [pair for pair in pairs if pair.how]
 
 
+@pytest.mark.parametrize("at_once", [1, 2**22])
+@pytest.mark.parametrize("axis", [0, 1, None])
+def test_a_grid_of_a_byte_is_that_of_all_a_row_or_a_column_and_holds_everywhere(
+    axis: int | None, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("truestep.pairing.checkpoints._AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    official = torch.randn(300, 400, generator=generator)
+    official *= torch.logspace(-2, 2, 400) * torch.logspace(-2, 2, 300)[:, None]
+    most = official.abs().amax() if axis is None else official.abs().amax(1 - axis, keepdim=True)
+    step = most / 127
+    port = (official / step).round() * step
+
+    def kind(value: torch.Tensor) -> str:
+        pair = {"w": value}, {"w": official}
+        return compare_checkpoints(pair_keys(*pair), *pair).rows[0].kind
+
+    assert kind(port) == "int8"
+    far = port.clone()
+    far[-1, -1] += step.reshape(-1)[-1]  # on the grid, and not the nearest
+    assert kind(far) == "other values"
+    off = port.clone()
+    off[-1, :] += 0.3 * (off[-1, :] - off[-1, :].roll(1)) * torch.rand(400, generator=generator)
+    assert kind(off) == "other values"
+
+
+def test_values_that_are_permuted_are_found_among_others_of_their_size() -> None:
+    values = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    values[0, 0, :2] = torch.tensor([0.0, -0.0])
+    swapped = values.flatten()[torch.randperm(60)].reshape(3, 4, 5)
+    close = values.clone()
+    close[1, 1, 1] += 1e-3 * float(close[1, 1, 1].abs())
+    official = {"a": values, "b": close}
+    port = {"x": values.permute(2, 0, 1).contiguous(), "y": close.permute(1, 2, 0).contiguous()}
+    paired = {pair.official: pair.port for pair in pair_keys(port, official) if pair.how}
+    assert paired == {("a",): ("x",), ("b",): ("y",)}
+    none = pair_keys({"x": swapped, "y": swapped + 1}, official)
+    assert not [pair for pair in none if pair.how]
+
+
 def test_checkpoints() -> None:
     official = state()
     same = {f"model.{name}": tensor for name, tensor in official.items()}

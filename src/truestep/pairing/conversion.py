@@ -223,8 +223,12 @@ def _is_counter(name: str) -> bool:
 
 def _by_value(port: State, official: State, paired: set[str], taken: set[str]) -> Iterable[Pair]:
     """Pairs whose sorted values agree bit for bit, where no other parameter has the same."""
-    theirs = _fingerprints({k: v for k, v in official.items() if k not in paired})
-    ours = _fingerprints({k: v for k, v in port.items() if k not in taken})
+    unpaired = {k: v for k, v in official.items() if k not in paired}
+    free = {k: v for k, v in port.items() if k not in taken}
+    their_ranges, our_ranges = _ranges(unpaired), _ranges(free)
+    both = set(their_ranges.values()) & set(our_ranges.values())  # only these need to be sorted
+    theirs = _fingerprints({k: unpaired[k] for k, found in their_ranges.items() if found in both})
+    ours = _fingerprints({k: free[k] for k, found in our_ranges.items() if found in both})
     for key, names in theirs.items():
         others = ours.get(key, [])
         if len(names) != 1 or len(others) != 1:
@@ -234,19 +238,32 @@ def _by_value(port: State, official: State, paired: set[str], taken: set[str]) -
             yield Pair((names[0],), (others[0],), how, "the only parameters with these values")
 
 
+def _ranges(state: State) -> dict[str, tuple[int, float, float]]:
+    """Size, smallest and largest of each parameter whose values say where it belongs: zeros and
+    ones do not."""
+    import torch
+
+    found = {}
+    for name, tensor in state.items():
+        if tensor.numel() < 2 or not tensor.is_floating_point():
+            continue
+        low, high = (float(value) for value in tensor.detach().to(torch.float64).aminmax())
+        if low != high:
+            found[name] = (tensor.numel(), low, high)
+    return found
+
+
 def _fingerprints(state: State) -> dict[bytes, list[str]]:
+    """Names by the digest of their sorted values."""
     import hashlib
 
+    import numpy as np
     import torch
 
     found: dict[bytes, list[str]] = {}
     for name, tensor in state.items():
-        if tensor.numel() < 2 or not tensor.is_floating_point():
-            continue
-        values = tensor.detach().to(torch.float64).reshape(-1)
-        if bool((values == values[0]).all()):
-            continue  # zeros and ones say nothing about where they belong
-        digest = hashlib.sha256(values.sort().values.numpy().tobytes()).digest()
+        values = tensor.detach().to(torch.float64).reshape(-1).view(torch.int64)
+        digest = hashlib.sha256(np.sort(values.cpu().numpy()).tobytes()).digest()
         found.setdefault(digest, []).append(name)
     return found
 
