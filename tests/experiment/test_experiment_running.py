@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,10 +36,25 @@ def planned(case: Case, *, matrix: tuple[str, ...] = (), **values: object) -> Pl
     return Plan(cases=planned_cases({"three": case}), cells=cells, **options)  # type: ignore[arg-type]
 
 
-def begun(folder: Path, plan: Plan, change: Change | None = None) -> Store:
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of recordings with floors that several tests may begin with."""
+    return tmp_path_factory.mktemp("kept")
+
+
+def begun(
+    folder: Path, plan: Plan, change: Change | None = None, *, kept: Path | None = None
+) -> Store:
+    """Run a plan. With `kept`, each baseline is recorded once for all tests that give it: a resumed
+    experiment takes the recording that is there."""
     store = Store(folder)
     store.begin(plan, resume=(folder / "plan.json").exists())
+    if kept is not None:
+        shutil.copytree(kept, folder / "recordings", dirs_exist_ok=True)
+    threads = torch.get_num_threads()
     run_experiment(plan, store, apply=change)
+    if kept is not None and torch.get_num_threads() == threads:  # the change is the candidate's
+        shutil.copytree(folder / "recordings", kept, dirs_exist_ok=True)
     return store
 
 
@@ -51,9 +67,9 @@ def biased(pipe: Pipeline) -> None:
 
 
 def test_a_harmless_change_is_the_same_and_a_planted_bias_is_found(
-    case: Case, tmp_path: Path
+    case: Case, tmp_path: Path, kept: Path
 ) -> None:
-    same = summarise(begun(tmp_path / "same", planned(case), fused)).cells[0]
+    same = summarise(begun(tmp_path / "same", planned(case), fused, kept=kept)).cells[0]
     assert same.sameness is not None
     assert same.sameness.passed
     assert same.checks[0].steps is not None
@@ -63,7 +79,7 @@ def test_a_harmless_change_is_the_same_and_a_planted_bias_is_found(
     assert len(same.samples[0].stages_s["step"]) == 2
     assert set(same.samples[0].stages_s) == {"text", "schedule", "latent", "step", "decode"}
 
-    other = summarise(begun(tmp_path / "other", planned(case), biased)).cells[0]
+    other = summarise(begun(tmp_path / "other", planned(case), biased, kept=kept)).cells[0]
     assert other.verdict is Finding.DRIFTED
     assert other.first_divergence == "`step/0000/cond`, step 0, cond"
     assert other.control_ssim_worst == 1.0
@@ -87,7 +103,7 @@ def test_a_resumed_experiment_keeps_what_it_has_and_adds_the_rest(
     assert cell.notes == ("1 damaged line left out: eager/as-is/samples.jsonl, line 5",)
 
 
-def test_an_arm_that_raises_ends_its_cell_only(case: Case, tmp_path: Path) -> None:
+def test_an_arm_that_raises_ends_its_cell_only(case: Case, tmp_path: Path, kept: Path) -> None:
     def picky(pipe: Pipeline) -> None:
         old = pipe.decode
 
@@ -99,7 +115,7 @@ def test_an_arm_that_raises_ends_its_cell_only(case: Case, tmp_path: Path) -> No
         pipe.decode = decode
 
     plan = planned(case, matrix=("guidance_scale=4.0,3.0",))
-    first, second = summarise(begun(tmp_path, plan, picky)).cells
+    first, second = summarise(begun(tmp_path, plan, picky, kept=kept)).cells
     assert first.verdict is Finding.INVALID
     assert first.reasons == (
         "the candidate raised while generating three: RuntimeError: no kernel for this scale",
@@ -113,21 +129,25 @@ def test_an_arm_that_raises_ends_its_cell_only(case: Case, tmp_path: Path) -> No
     )
 
 
-def test_arms_of_other_shapes_are_timed_and_incomparable(case: Case, tmp_path: Path) -> None:
+def test_arms_of_other_shapes_are_timed_and_incomparable(
+    case: Case, tmp_path: Path, kept: Path
+) -> None:
     plan = planned(case, apply="", candidate={"num_frames": "9"})
-    cell = summarise(begun(tmp_path, plan)).cells[0]
+    cell = summarise(begun(tmp_path, plan, kept=kept)).cells[0]
     assert cell.verdict is Finding.INCOMPARABLE
     assert "the arms give other shapes: latents " in cell.sentence
     assert cell.speed is not None
 
 
-def test_a_switch_that_reaches_all_arms_spoils_the_cell(case: Case, tmp_path: Path) -> None:
+def test_a_switch_that_reaches_all_arms_spoils_the_cell(
+    case: Case, tmp_path: Path, kept: Path
+) -> None:
     now = torch.get_num_threads()
 
     def everywhere(pipe: Pipeline) -> None:
         torch.set_num_threads(now + 1)
 
-    cell = summarise(begun(tmp_path, planned(case), everywhere)).cells[0]
+    cell = summarise(begun(tmp_path, planned(case), everywhere, kept=kept)).cells[0]
     assert cell.verdict is Finding.INCONCLUSIVE
     assert cell.reasons[0] == (
         f"the switch reaches all arms: loading candidate changed torch.threads {now} -> {now + 1}"
@@ -149,8 +169,8 @@ def test_a_change_of_settings_goes_over_every_case(case: Case) -> None:
     assert made.seconds >= sum(made.stages_s["step"])
 
 
-def test_samples_are_strict_json(case: Case, tmp_path: Path) -> None:
-    store = begun(tmp_path, planned(case, apply="", expect=("same",)))
+def test_samples_are_strict_json(case: Case, tmp_path: Path, kept: Path) -> None:
+    store = begun(tmp_path, planned(case, apply="", expect=("same",)), kept=kept)
     lines, damaged = store.lines(parse_matrix([])[0])
     assert damaged == []
     assert all(isinstance(line, Sample) for line in lines)
@@ -222,10 +242,10 @@ def alike(case: Case, **values: object) -> Plan:
 
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_a_candidate_that_drifts_after_its_check_is_found(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmup: int
+    case: Case, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, warmup: int
 ) -> None:
     generations_changed(monkeypatch, "candidate", scaled("latent/final", 1.1, first=CHECKED + 2))
-    found = summarise(begun(tmp_path, alike(case, warmup=warmup)))
+    found = summarise(begun(tmp_path, alike(case, warmup=warmup), kept=kept))
     cell = found.cells[0]
     assert (found.verdict, found.exit_code) == (Finding.DRIFTED, 1)
     assert not cell.unchanged
@@ -239,27 +259,27 @@ def test_a_candidate_that_drifts_after_its_check_is_found(
 
 
 def test_a_drift_before_the_check_or_in_every_round_is_found(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def first(number: int, tensors: dict[str, torch.Tensor]) -> None:
         if number == 1:
             tensors["latent/final"] = tensors["latent/final"] * 1.1
 
     generations_changed(monkeypatch, "candidate", first)
-    store = begun(tmp_path / "first", alike(case))
+    store = begun(tmp_path / "first", alike(case), kept=kept)
     assert summarise(store).verdict is Finding.DRIFTED
     generations_changed(monkeypatch, "candidate", scaled("latent/final", 1.1, first=CHECKED + 1))
-    found = summarise(begun(tmp_path / "all", alike(case, warmup=0)))
+    found = summarise(begun(tmp_path / "all", alike(case, warmup=0), kept=kept))
     assert found.verdict is Finding.DRIFTED
     assert found.cells[0].arms["candidate"].results == 1
     assert "candidate: repeats of one case gave 2 different latents; " in markdown(found)
 
 
 def test_a_decoder_that_drifts_after_its_check_is_found(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generations_changed(monkeypatch, "candidate", scaled("video/frames", 1.1, first=CHECKED + 1))
-    found = summarise(begun(tmp_path, alike(case)))
+    found = summarise(begun(tmp_path, alike(case), kept=kept))
     assert found.verdict is Finding.DRIFTED
     assert found.cells[0].worst_final == 0.0
     assert (
@@ -269,13 +289,13 @@ def test_a_decoder_that_drifts_after_its_check_is_found(
 
 
 def test_a_candidate_that_varies_within_the_floor_is_equivalent_and_said_to_vary(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rounding(number: int, tensors: dict[str, torch.Tensor]) -> None:
         tensors["latent/final"] = tensors["latent/final"] * (1 + 2**-23 * (number % 3))
 
     generations_changed(monkeypatch, "candidate", rounding)
-    found = summarise(begun(tmp_path, alike(case)))
+    found = summarise(begun(tmp_path, alike(case), kept=kept))
     cell = found.cells[0]
     assert cell.sameness is Verdict.EQUIVALENT
     assert not cell.unchanged
@@ -294,21 +314,21 @@ def test_a_candidate_that_varies_within_the_floor_is_equivalent_and_said_to_vary
     ],
 )
 def test_a_trusted_arm_that_does_not_stay_the_same_decides_nothing(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, said: str
+    case: Case, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, arm: str, said: str
 ) -> None:
     generations_changed(monkeypatch, arm, scaled("latent/final", 1.1, first=6))
-    found = summarise(begun(tmp_path, alike(case, rounds=3, most_rounds=3)))
+    found = summarise(begun(tmp_path, alike(case, rounds=3, most_rounds=3), kept=kept))
     assert found.verdict is Finding.INCONCLUSIVE
     assert any(reason.startswith(said) for reason in found.cells[0].reasons)
 
 
 def test_a_resumed_experiment_judges_what_its_new_rounds_give(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = alike(case)
-    assert summarise(begun(tmp_path, plan)).cells[0].sameness is Verdict.IDENTICAL
+    assert summarise(begun(tmp_path, plan, kept=kept)).cells[0].sameness is Verdict.IDENTICAL
     generations_changed(monkeypatch, "candidate", scaled("latent/final", 1.1, first=1))
     more = plan.model_copy(update={"rounds": 2, "most_rounds": 2})
-    found = summarise(begun(tmp_path, more)).cells[0]
+    found = summarise(begun(tmp_path, more, kept=kept)).cells[0]
     assert found.verdict is Finding.DRIFTED
     assert len(found.repeats) == 1

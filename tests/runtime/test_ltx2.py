@@ -386,6 +386,9 @@ def test_a_floor_is_measured_with_two_videos_and_under_autocast(
         pass_gating=gating,
         pass_batching="all",
         steps=2,
+        height=32,
+        width=32,
+        num_frames=9,
     )
     recording = record_pipeline(load(case), case=case)
     floor = recording.manifest.noise_floor
