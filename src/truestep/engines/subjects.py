@@ -179,8 +179,9 @@ def _check_case(
     """Check a case, whose model is loaded here; `stages` are options of truestep's runtime."""
     if from_disk:
         from truestep.runtime.lent import lending
+        from truestep.runtime.stored import large_apart
 
-        with lending() as lender:
+        with large_apart(), lending() as lender:
             result = _check_case(case, reference, options, stages, from_disk=False)
         size = f"{sum(lender.stored.values()) / 1e9:.1f} GB"
         note = f"weights of {size} stayed on disk, and were read whenever they were used"

@@ -29,6 +29,7 @@ from truestep.nests import leaves
 from truestep.pairing.naming import named_modules
 from truestep.pairing.partners import Names, namesake
 from truestep.replay.isolation import Flow, Forward, flow, heard
+from truestep.runtime.lent import active
 
 Tensor = torch.Tensor
 
@@ -200,6 +201,9 @@ def first_operator(
 def differing_parameters(actual: torch.nn.Module, reference: torch.nn.Module) -> str | None:
     """Parameters and buffers of a module itself that are not the same on both sides, in words."""
     own, theirs = _weights(actual), _weights(reference)
+    lender = active()
+    if lender is not None:
+        lender.buffers.clear()  # both sides of a weight are made next
     told = []
     for name, tensor in theirs.items():
         if name not in own:
