@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -90,7 +91,12 @@ def room(module: str) -> str:
 
 def imported(path: Path, *kinds: Kind) -> set[str]:
     """Every name that a file imports, dotted: modules, and what is taken out of them."""
-    return {name for kind, name in _imports(ast.parse(path.read_text("utf-8"))) if kind in kinds}
+    return {name for kind, name in _of_text(path.read_text("utf-8")) if kind in kinds}
+
+
+@cache
+def _of_text(text: str) -> tuple[tuple[Kind, str], ...]:
+    return tuple(_imports(ast.parse(text)))
 
 
 def _imports(node: ast.AST, kind: Kind = "top") -> Iterator[tuple[Kind, str]]:

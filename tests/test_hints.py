@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ from safetensors.torch import save_file
 import truestep
 from tests.commands import Run, runner
 from truestep import cli
+from truestep.recording.format import Recording
+from truestep.replay.record import record_pipeline
+from truestep.runtime.pipeline import Pipeline
 
 SOURCE = Path(truestep.__file__).parent
 COMMAND = re.compile(
@@ -284,9 +288,9 @@ settings = {{ device = "cpu" }}
 model = "{ltx2}"
 prompt = "a red three moving left"
 steps = 2
-height = 64
-width = 96
-num_frames = 17
+height = 32
+width = 32
+num_frames = 9
 max_sequence_length = 16
 [case.l.settings]
 device = "cpu"
@@ -344,7 +348,12 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> Run:
-    """The command line in a copy of that folder."""
+    """The command line in a copy of that folder. An ablation measures no noise floor."""
+
+    def unmeasured(pipe: Pipeline, **given: Any) -> Recording:
+        return record_pipeline(pipe, **{**given, "floor": "none"})
+
+    monkeypatch.setattr("truestep.experiment.ablation.record_pipeline", unmeasured)
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return runner(monkeypatch, capfd)
@@ -397,7 +406,6 @@ def of_sketch(*arguments: str) -> Callable[[Path], tuple[str, ...]]:
 
 def without(folder: Path, name: str) -> None:
     """Replace the reference of `a` by one that lacks a tensor."""
-    from truestep.recording.format import Recording
     from truestep.recording.store import Store, place_of
 
     recording = Recording.open(next(folder.rglob("*red-three*.safetensors")))

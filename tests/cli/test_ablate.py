@@ -35,9 +35,9 @@ def folder(tiny_ltx2: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monke
 [case.tiny]
 model = "{tiny_ltx2["2.3"]}"
 prompt = '{HOSTILE}'
-height = 64
-width = 96
-num_frames = 17
+height = 32
+width = 32
+num_frames = 9
 steps = 2
 max_sequence_length = 16
 settings = {{ stg_blocks = [1], audio_stg_blocks = [1], device = "cpu" }}
