@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from truestep.text import say_json, visible
+from truestep.text import say, say_json, visible
 
 if TYPE_CHECKING:
     from truestep.verdict import Comparison, Record
@@ -175,13 +175,13 @@ class Lines:
         if now - self._told < self.EVERY_S:
             return
         self._told = now
-        line = f"{visible(what)}: {done} of {total}"
+        line = f"{what}: {done} of {total}"
         if done > self._first:
             pace = (now - self._begun) / (done - self._first)
             line += f", {pace:.1f} s each, {_minutes(pace * (total - done))} left"
         peak = resident_peak()
         line += f", at most {peak / 1e9:.1f} GB of memory" if peak else ""
-        click.echo(line, err=True)
+        say(line, err=True)
 
 
 def _minutes(seconds: float) -> str:
