@@ -6,6 +6,7 @@ negative prompt's, and both are given both predictions. What follows is computed
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -42,12 +43,21 @@ def join(device: str) -> None:
         distributed.init_process_group(
             "nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(seconds=seconds)
         )
+        atexit.register(_leave)
     if distributed.get_world_size() != 2:
         raise UsageError(
             "cfg = parallel runs one branch on each of two processes",
             measured=f"there are {distributed.get_world_size()}",
             hint="torchrun --nproc-per-node 2 -m truestep run CASE --set cfg=parallel",
         )
+
+
+def _leave() -> None:
+    """End the group before the interpreter does: its threads may abort a process that is ending."""
+    from torch import distributed
+
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def one_branch_each(
