@@ -332,3 +332,15 @@ def test_small_weights_lie_as_they_do_in_memory(
             assert torch.equal(others[name], weight)
             assert others[name].data_ptr() % 64 == weight.data_ptr() % 64, f"{part}.{name}"
             assert others[name].stride() == weight.stride()
+
+
+def test_a_model_of_small_weights_is_said_to_be_in_memory(
+    folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lent, "LEAST", 1 << 20)
+    monkeypatch.setattr(stored, "LEAST", 1 << 20)
+    case = truestep.CallCase(model=str(folders("FluxPipeline")), call=CALL)
+    path = tmp_path / "reference.safetensors"
+    truestep.record(case, path=path, floor="none")
+    result = truestep.check(case, path, from_disk=True)
+    assert result.notes == ("nothing stayed on disk: no safetensors file has a weight of 1 MiB",)

@@ -183,8 +183,11 @@ def _check_case(
 
         with large_apart(), lending() as lender:
             result = _check_case(case, reference, options, stages, from_disk=False)
-        size = f"{sum(lender.stored.values()) / 1e9:.1f} GB"
-        note = f"weights of {size} stayed on disk, and were read whenever they were used"
+        size = sum(lender.stored.values())
+        note = (
+            f"weights of {size / 1e9:.2g} GB stayed on disk, and were read whenever they were used"
+        )
+        note = note if size else "nothing stayed on disk: no safetensors file has a weight of 1 MiB"
         return result.model_copy(update={"notes": (*result.notes, note)})
     if isinstance(case, CallCase):
         from truestep.engines import diffusers
