@@ -7,6 +7,7 @@ on the recorded inputs, so what they differ by is rounding and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -156,9 +157,12 @@ def _other_precision(
     ]
     runs: list[NoiseRun] = []
     try:
-        with lending():
+        with ExitStack() as stack:
+            lender = stack.enter_context(lending())
             with in_files():  # no model is held twice
                 other = load(case.replace(dtype=dtype))
+            if not lender.lends:
+                stack.close()  # a mode costs a little at every function
             for variation in todo:
                 with variation.vary(other) as varied:
                     outputs = variation.run(varied, recording, steps=steps, in_order=in_order)

@@ -204,6 +204,11 @@ class Lender(TorchFunctionMode):
             self._lent[one.data_ptr()] = _Known(one, weight, alone)
         return stand_in
 
+    @property
+    def lends(self) -> bool:
+        """Whether there is any weight that it lends."""
+        return bool(self._lent)
+
     def lent(self, value: object) -> Lent | None:
         """The weight that a tensor stands in for, if it does.
 
