@@ -57,10 +57,10 @@ TRACE_FORWARDS = 24
 
 
 def resident_peak_mb() -> float:
-    """Largest resident memory this process has had, in MB, files included."""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        fields = dict(line.split(":", 1) for line in file if ":" in line)
-    return int(fields["VmHWM"].split()[0]) / 1000
+    """Largest resident memory this process has had, in MB of 1,024,000 bytes, files included."""
+    from truestep.progress import resident_peak
+
+    return (resident_peak() or 0) / 1_024_000
 
 
 def trace(folder: Path, what: str) -> None:

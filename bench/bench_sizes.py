@@ -121,10 +121,10 @@ def _children(task: Path) -> list[str]:
 
 
 def peak(process: str = "self") -> int:
-    """Largest resident memory of a process so far, in MB."""
-    with open(f"/proc/{process}/status", encoding="utf-8") as file:
-        fields = dict(line.split(":", 1) for line in file if ":" in line)
-    return int(fields["VmHWM"].split()[0]) // 1000
+    """Largest resident memory of a process so far, in MB of 1,024,000 bytes."""
+    from truestep.progress import resident_peak
+
+    return (resident_peak(process) or 0) // 1_024_000
 
 
 def asked(folder: Path, dtype: str, runtime: bool, what: str, **options: Any) -> dict[str, Any]:

@@ -8,10 +8,10 @@ Progress = Callable[[str, int, int], None]
 """Told (what, done, total) while something long goes on."""
 
 
-def resident_peak() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where Linux does not say."""
+def resident_peak(process: str = "self") -> int | None:
+    """Largest resident memory of a process so far, in bytes; None where Linux does not say."""
     try:
-        with open("/proc/self/status", encoding="utf-8") as file:
+        with open(f"/proc/{process}/status", encoding="utf-8") as file:
             for line in file:
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024

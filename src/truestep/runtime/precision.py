@@ -62,8 +62,9 @@ def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
                     narrow[id(tensor)] = (tensor, seen and lendable(module, tensor, dtype))
                     places.append((held, name, tensor))
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    lends = any(lent for _, lent in narrow.values())
     with ExitStack() as stack:
-        if any(lent for _, lent in narrow.values()):
+        if lends:
             lender = stack.enter_context(lending())
         try:
             for hook, name, _ in hooks:
@@ -80,7 +81,7 @@ def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
                 held[name] = tensor
             for hook, name, value in hooks:
                 setattr(hook, name, value)
-            if any(lent for _, lent in narrow.values()):
+            if lends:
                 lender.forget()
 
 
