@@ -208,7 +208,7 @@ def test_sixteen_bits_are_judged_raised_in_any_layout() -> None:
 
 
 def test_a_thinned_recording_pairs_passes_too() -> None:
-    reference = record(subject(SDXL, steps=8), thin=True)
+    reference = record(subject(SDXL, steps=8), keep=())
     assert reference.judged_steps is not None and 1 not in reference.judged_steps  # noqa: PT018
     assert check(subject(SDXL, sdxl(IN_ORDER), steps=8), reference).verdict.passed
     result = check(subject(SDXL, sdxl(SWAPPED), steps=8), reference)

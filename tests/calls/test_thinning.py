@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from tests.calls.conftest import TINY
 from tests.calls.loops import Loop, Scheduler
 from truestep.calls.check import check
+from truestep.calls.keys import key_of
 from truestep.calls.record import record
 from truestep.calls.recorder import recorded
 from truestep.calls.recording import CallRecording, holds_tensors, read
-from truestep.calls.subject import subject_of
+from truestep.calls.subject import Subject, subject_of
 from truestep.calls.thinning import thinned
 from truestep.calls.values import leaves
 from truestep.errors import UsageError
+from truestep.measure.distance import same_bits
 from truestep.verdict import Verdict
 
 STEPS = 12
@@ -110,7 +113,7 @@ def test_noise_inside_steps_survives_thinning() -> None:
         pipeline.steps = 9
         return pipeline
 
-    reference = record(subject_of(build()), floor=False, steps=[4], thin=True)
+    reference = record(subject_of(build()), floor=False, steps=[4], keep=())
     assert kept(reference, "net", "x") == [4, 4]
     assert kept(reference, "scheduler", "velocity") == [3, 4]
     assert check(subject_of(build()), reference).verdict is Verdict.IDENTICAL
@@ -124,5 +127,41 @@ def test_noise_inside_steps_survives_thinning() -> None:
 def test_a_run_without_steps_is_thinned_to_itself() -> None:
     net = torch.nn.Linear(3, 3)
     subject = subject_of(net, torch.randn(2, 3))
-    reference = record(subject, thin=True)
+    reference = record(subject, keep=())
     assert check(subject, reference).verdict is Verdict.IDENTICAL
+
+
+def test_what_is_raised_is_kept_of_what_is_kept() -> None:
+    """In 16 bits: once for every tensor that is kept, and not where only its dtype is another."""
+
+    def flux(change: Callable[[Any], None] = lambda pipeline: None) -> Subject:
+        def other(pipeline: Any) -> None:
+            pipeline.to(torch.bfloat16)
+            change(pipeline)
+
+        return TINY["flux"].subject(other, num_inference_steps=STEPS)
+
+    subject = flux()
+    whole, thin = record(subject, keep="all"), record(subject, keep=())
+    raised = {name for name in whole.recording if name.startswith("float32/")}
+    kept = {name for name in thin.recording if name.startswith("float32/")}
+    assert kept < raised
+    steps = {key_of(name).step for name in kept}
+    assert not steps.intersection(range(1, 3))
+    assert all(
+        "/prediction/" not in name or key_of(name).step in thin.judged_steps for name in kept
+    )  # type: ignore[operator]
+    plain = {name: thin.recording[name] for name in thin.recording if name not in kept}
+    widened = [tensor.float() for tensor in plain.values() if tensor.is_floating_point()]
+    for name in kept:
+        assert not any(same_bits(thin.recording[name], tensor) for tensor in widened)
+
+    def half_percent(pipeline: Any) -> None:
+        next(p for p in pipeline.transformer.parameters() if p.ndim > 1).data.mul_(1.005)
+
+    for reference in (whole, thin):
+        again = check(subject, reference)
+        assert again.verdict is Verdict.IDENTICAL
+        assert any(row.name.startswith("float32/") for row in again.rows)
+        fault = check(flux(half_percent), reference)
+        assert fault.verdict is Verdict.DRIFTED

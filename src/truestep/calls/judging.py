@@ -13,6 +13,7 @@ from truestep.calls.blocks import BLOCK
 from truestep.calls.boundaries import FUNCTIONS, RANDOM
 from truestep.calls.keys import Key, Path, dotted, key_of
 from truestep.calls.passes import Names, failing_pass, names_of
+from truestep.calls.precision import widened
 from truestep.calls.recorder import RUN
 from truestep.calls.recording import RANDOM_STATE, STATE, WRITTEN, CallRecording
 from truestep.calls.seen import END, Forced, Seen, number
@@ -46,8 +47,10 @@ class Recorded(Mapping[str, torch.Tensor]):
         stored = self._names[name]
         if isinstance(stored, float | int):
             return number(stored)
-        raised = name.partition("/")[0] in PRECISIONS and name in self._recording
-        return self._recording[name if raised else stored]
+        if name in self._recording:
+            return self._recording[name]
+        precision, tensor = name.partition("/")[0], self._recording[stored]
+        return widened(tensor, getattr(torch, precision)) if precision in PRECISIONS else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

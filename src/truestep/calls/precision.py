@@ -19,6 +19,7 @@ from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
 from truestep.floors import EPSILON
 from truestep.keys import PRECISIONS
+from truestep.measure.distance import same_bits
 from truestep.pairing.naming import runs_compiled
 from truestep.recording.table import table_entry
 from truestep.runtime.precision import HIGHER, converted
@@ -61,10 +62,17 @@ def recorded_precision(reference: CallRecording) -> str:
     return next((p for p in PRECISIONS if p in prefixes), "")
 
 
+def widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A recorded tensor as a raised run hands it on: whole numbers stay what they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def with_raised(
     subject: Subject, reference: CallRecording, plan: Plan, note: Callable[[str], None]
 ) -> CallRecording:
     """A recording with what the calls of its subject give in the higher precision, too.
+
+    What only has another dtype there is not kept again; see `widened`.
 
     Args:
         subject: What was recorded.
@@ -81,10 +89,12 @@ def with_raised(
         note(f"not judged in {precision}: the subject {result.raised}")
         return reference
     manifest = reference.recording.manifest
+    dtype = getattr(torch, precision)
     more = {
         str(seen.key): seen.actual
         for seen in result.seen
         if seen.actual is not None and isinstance(seen.recorded, str) and not seen.odd
+        if not same_bits(seen.actual, widened(reference.recording[seen.recorded], dtype))
     }
     entries = [
         table_entry(

@@ -16,7 +16,7 @@ from truestep.calls.recorder import recorded
 from truestep.calls.recording import CallRecording, holds_tensors, trees_of
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
-from truestep.calls.thinning import answerable, thinned
+from truestep.calls.thinning import Keep, answerable, thinned
 from truestep.calls.values import tensors
 from truestep.judge.refusals import refuse_empty_content
 from truestep.progress import Progress
@@ -32,7 +32,7 @@ def record(
     *,
     floor: bool = True,
     steps: Iterable[int] | None = None,
-    thin: bool = False,
+    keep: Keep = "all",
     end: bool = False,
     progress: Progress | None = None,
 ) -> CallRecording:
@@ -44,7 +44,7 @@ def record(
         steps: Where models are run for it; default `default_steps`.
         end: Also measure that of what a free run ends with (as many free runs).
         progress: Told (what, done, total) while it runs.
-        thin: Keep only what checks at these steps read; see `thinned`.
+        keep: `all` tensors of every call; or what checks at `steps` and at these read: `thinned`.
 
     Raises:
         UsageError: It gives nothing that could be judged, something else when it is run again, or
@@ -63,9 +63,10 @@ def record(
     notes += [said] if said else []
     recording = with_passes(subject, recording)
     chosen = chosen_steps(recording, steps)
+    kept = None if keep == "all" else chosen | (chosen_steps(recording, keep) if keep else set())
     if not floor:
         recording = recording.with_floor(None, notes)
-        return thinned(subject, recording, chosen) if thin else recording
+        return _thinned(subject, recording, kept)
 
     plan = Plan(made_at(chosen))
     recording = with_raised(subject, recording, plan, notes.append)
@@ -74,7 +75,13 @@ def record(
         free = measure_end(subject, recording, notes.append)
         measured = measured.model_copy(update={"runs": (*measured.runs, *free)})
     recording = recording.with_floor(measured, notes)
-    return thinned(subject, recording, chosen) if thin else recording
+    return _thinned(subject, recording, kept)
+
+
+def _thinned(
+    subject: Subject, recording: CallRecording, kept: frozenset[int] | None
+) -> CallRecording:
+    return recording if kept is None else thinned(subject, recording, kept)
 
 
 def _refuse_empty(recording: CallRecording) -> None:

@@ -47,14 +47,25 @@ def recorded(subject: Subject, progress: Progress | None = None) -> CallRecordin
     with watching(subject, recorder) as watch:
         output = subject.run()
     recorder.keep_run(output)
-    judgeable = {(c.component, c.method) for c in recorder.calls if holds_tensors(c)}
-    if not judgeable:
+    calls, _ = placed(recorder)
+    if not calls:
         raise UsageError(
             "nothing was recorded: no call of a component gave a tensor",
             where=subject.label,
             measured=f"components: {', '.join(subject.components) or 'none'}",
             hint="name the components that run: subject_of(function, components={...})",
         )
+    settings = {"label": subject.label, "elsewhere": dict(watch.elsewhere)}
+    return assembled(calls, recorder.contents, settings)
+
+
+def placed(recorder: Recorder) -> tuple[list[CallEntry], list[int]]:
+    """What is kept of the calls of a run that is over, with their stages, steps and numbers.
+
+    Returns:
+        The calls of methods that gave a tensor, and the place that each had among all.
+    """
+    judgeable = {(c.component, c.method) for c in recorder.calls if holds_tensors(c)}
     places = roles(
         [
             Happened(call.component, call.method, Kind(call.kind), inside, begins)
@@ -63,13 +74,12 @@ def recorded(subject: Subject, progress: Progress | None = None) -> CallRecordin
             )
         ]
     )
-    placed = [
-        replace(call, stage=role.stage, step=role.step, call=role.call)
-        for call, role in zip(recorder.calls, places, strict=True)
+    kept = [
+        (replace(call, stage=role.stage, step=role.step, call=role.call), at)
+        for at, (call, role) in enumerate(zip(recorder.calls, places, strict=True))
         if (call.component, call.method) in judgeable  # others only set things
     ]
-    settings = {"label": subject.label, "elsewhere": dict(watch.elsewhere)}
-    return assembled(placed, recorder.contents, settings)
+    return [call for call, _ in kept], [at for _, at in kept]
 
 
 @dataclass

@@ -8,9 +8,9 @@ Of what is encoded before the steps only what something reads is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,15 +20,19 @@ from truestep.calls.boundaries import Arrival
 from truestep.calls.choosing import chosen_steps
 from truestep.calls.classes import STEP, Kind
 from truestep.calls.forcing import Forcing
-from truestep.calls.keys import Path
+from truestep.calls.keys import Path, Side
 from truestep.calls.rebuilding import Swaps, laid_over
 from truestep.calls.recorder import held_tensors
-from truestep.calls.recording import KEPT_STEPS, CallRecording, trees_of
+from truestep.calls.recording import KEPT_STEPS, STATE, WRITTEN, CallRecording, key, trees_of
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
 from truestep.calls.values import Tree, dropped, tensors
+from truestep.keys import PRECISIONS
 from truestep.measure.distance import same_bits
 from truestep.recording.manifest import CallEntry
+
+Keep = tuple[int, ...] | Literal["all"]
+"""What a recording keeps: everything, or what checks read at default steps and at these."""
 
 _BACK = (1, 2, 3, 4, 8)
 """Steps before a chosen one that are tried as what its scheduler needs; solvers go back by 4."""
@@ -74,9 +78,7 @@ def _kept(
 
     calls = []
     for number, call in enumerate(reference.calls):
-        last = call.step == reference.steps - 1
-        given, gave = _keeps(call, chosen, windows)
-        gave = gave or (last and call.method == STEP)  # what is decoded
+        given, gave = keeps(call, chosen, windows, reference.steps)
         if call.kind == str(Kind.MODEL) and call.step is None and call.stage == "text":
             call = replace(call, output=without(call.output, number))
         if not given:
@@ -88,7 +90,7 @@ def _kept(
     manifest = reference.recording.manifest
     used = {name for call in calls for _, tree in trees_of(call) for _, name in tensors(tree)}
     used |= {name for call in calls for _, name in call.random}
-    used |= {name for name in shapes if name.partition("/")[0] in ("float32", "float64")}
+    used |= _raised(calls, shapes)
     update = {
         "calls": tuple(calls),
         "tensors": tuple(entry for entry in manifest.tensors if entry.name in used),
@@ -97,15 +99,47 @@ def _kept(
     return reference.with_manifest(manifest.model_copy(update=update))
 
 
-def _keeps(call: CallEntry, chosen: frozenset[int], windows: frozenset[int]) -> tuple[bool, bool]:
-    """Whether a call keeps what it was given, and what it gave."""
+def _raised(calls: Iterable[CallEntry], names: Collection[str]) -> set[str]:
+    """Names of what was raised to a higher precision, of tensors that are kept."""
+    beside = {
+        str(key(call, side, (*place, *path), precision))
+        for call in calls
+        for side, place, tree in _placed(call)
+        for path, _ in tensors(tree)
+        for precision in PRECISIONS
+    }
+    return beside.intersection(names)
+
+
+def _placed(call: CallEntry) -> Iterator[tuple[Side, Path, Tree]]:
+    """All trees of a call, and where each is in keys."""
+    for name, tree in call.arguments.items():
+        yield "in", (name,), tree
+    yield "out", (), call.output
+    for first, trees in ((WRITTEN, call.written), (STATE, call.state)):
+        for name, tree in trees.items():
+            yield "out", (first, name), tree
+
+
+def keeps(
+    call: CallEntry, chosen: frozenset[int], windows: frozenset[int], steps: int
+) -> tuple[bool, bool]:
+    """Whether a call keeps what it was given, and what it gave.
+
+    Args:
+        call: With its place in the run.
+        chosen: Steps at which models are run.
+        windows: Steps at which schedulers are.
+        steps: How many there are.
+    """
     if call.step is None or call.step in chosen:
         return True, True
+    decoded = call.step == steps - 1 and call.method == STEP
     inside = call.step in windows
     if call.kind == str(Kind.MODEL) or call.component == BLOCK:
-        return False, False
+        return False, decoded
     leads_in = call.method == STEP and call.step + 1 in windows
-    return inside, inside or leads_in
+    return inside, inside or leads_in or decoded
 
 
 def answerable(subject: Subject, reference: CallRecording) -> tuple[CallRecording, str]:

@@ -25,6 +25,7 @@ from truestep.cli.common import (
     end,
     finish,
     load_change,
+    numbers,
     output_options,
     progress_bar,
     set_option,
@@ -100,6 +101,11 @@ if TYPE_CHECKING:
     "not fit into memory.",
 )
 @click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only say what it would take: memory and time; nothing is computed.",
+)
+@click.option(
     "--ray",
     metavar="local|ADDRESS",
     help="Run every case as a task of a Ray cluster; this folder, models and references must be on "
@@ -112,7 +118,7 @@ if TYPE_CHECKING:
     "without it, one CPU.",
 )
 @output_options
-def command(  # 28 parameters, long: the options of the verb
+def command(  # 29 parameters, long: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -137,6 +143,7 @@ def command(  # 28 parameters, long: the options of the verb
     platform: str | None,
     known: Path | None,
     from_disk: bool,
+    dry_run: bool,
     ray: str | None,
     accelerator: str | None,
     json_path: str | None,
@@ -148,6 +155,7 @@ def command(  # 28 parameters, long: the options of the verb
     The change is --set, --model or --apply; without one the check says whether this environment
     still reproduces the reference.
     """
+    from truestep.cli.dry_run import dry_run as tell
     from truestep.errors import UsageError
     from truestep.recording.store import DEFAULT_ROOT
 
@@ -166,10 +174,12 @@ def command(  # 28 parameters, long: the options of the verb
         settings[name] |= {} if model is None else {"model": model}
         _refuse(case.replace(**settings[name]), depth, accept, thresholds)
     load_change(change)  # a change that cannot be read is refused before any forward
+    if dry_run:
+        end(tell({name: case.replace(**settings[name]) for name, case in cases.items()}, "check"))
     ledger = _ledger(known, cases, case_file=case_file, tier=tier)
     common: dict[str, Any] = {
         "depth": depth,
-        "steps": _steps(steps),
+        "steps": None if steps is None else numbers(steps, "--steps"),
         "tolerance": tolerance,
         "rename": _rename(rename, depth),
         "accept": accept,
@@ -280,15 +290,6 @@ def _ledger(
 
     every = read_cases(case_file, tier=tier) if case_file.exists() else {}
     return read_ledger(path, cases=[*every, *(name for name in cases if name not in every)])
-
-
-def _steps(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.UsageError(f"--steps needs numbers like 0,10,19, got {text!r}") from None
 
 
 Ending = tuple[str, "Comparison | Exception"]

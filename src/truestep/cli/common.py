@@ -155,6 +155,14 @@ def load_change(spec: str | None) -> Callable[[Any], Any] | None:
     return function_of(Path(file), name, "--apply")
 
 
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Numbers that an option is given as `0,10,19`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.UsageError(f"{option} needs numbers like 0,10,19, got {text!r}") from None
+
+
 class Lines:
     """Progress as lines on stderr, one at most every `EVERY_S` seconds."""
 

@@ -20,6 +20,7 @@ from truestep.cli.common import (
     case_options,
     end,
     load_change,
+    numbers,
     progress_bar,
     set_option,
     subject_options,
@@ -28,6 +29,7 @@ from truestep.cli.words import case_words, spelled
 from truestep.text import pasteable, say, visible
 
 if TYPE_CHECKING:
+    from truestep.calls.thinning import Keep
     from truestep.case import AnyCase
     from truestep.errors import TruestepError
     from truestep.recording.format import Recording
@@ -59,9 +61,21 @@ if TYPE_CHECKING:
     show_default=True,
     help="Noise floor to measure: of each stage, also of a free run, or none.",
 )
+@click.option(
+    "--keep",
+    metavar="all|I,J,...",
+    default="",
+    help="Of a plain pipeline, keep every step, or these beside those that a check reads: first, "
+    "three in a row, last.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only say what it would take: memory, time and bytes; nothing is computed.",
+)
 @set_option
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
-def command(  # 17 parameters: the options of the verb
+def command(  # 19 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -77,6 +91,8 @@ def command(  # 17 parameters: the options of the verb
     update: bool,
     level: str,
     floor: str,
+    keep: str,
+    dry_run: bool,
     changes: tuple[str, ...],
     change: str | None,
 ) -> None:
@@ -87,23 +103,21 @@ def command(  # 17 parameters: the options of the verb
     arguments. Of several cases those that have a reference keep it, and the others are recorded; a
     single one that has one is an error. The last line is the command that checks against it.
     """
-    from truestep.errors import TruestepError, UsageError
+    from truestep.cli.dry_run import dry_run as tell
+    from truestep.cli.dry_run import foresee
+    from truestep.errors import TruestepError
     from truestep.files import require_room
     from truestep.recording.format import WHAT
     from truestep.recording.store import DEFAULT_ROOT, Store, place_of
 
     root = references or DEFAULT_ROOT
     words = Words(names, case_file, tier, prompt, pipeline, subject, inputs, root, loras, prepare)
-    if reference is None:
-        cases = choose_any(words)
-    else:
-        cases = any_or_recorded(words, reference)
-        output = output or _replaced(reference, words, update=update)
-    if output is not None and len(cases) != 1:
-        raise UsageError(f"--output takes one case, {len(cases)} were chosen")
+    cases, output = _chosen(words, reference, output, update=update)
     store = Store(root)
-    apply = load_change(change)
+    options = {"level": level, "floor": floor, "keep": _kept(keep), "apply": load_change(change)}
     cases = _accepted(changed_cases(cases, changes))
+    if dry_run:
+        end(tell(cases, "record", output or store.root))
     require_room(output or store.root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(store, cases, tier)
     for place in kept.values() if len(cases) == 1 else ():
@@ -114,7 +128,8 @@ def command(  # 17 parameters: the options of the verb
             say(f"KEPT {name}: it has a reference, {store.root / kept[name].name}")
             continue
         try:
-            recording = _recorded(case, output, level=level, floor=floor, apply=apply)
+            foresee(name, case, output or store.root)
+            recording = _recorded(case, output, **options)
             path = output or store.save(recording, place_of(recording, tier=tier), update=update)
         except TruestepError as error:
             if len(cases) == 1:
@@ -127,6 +142,27 @@ def command(  # 17 parameters: the options of the verb
             said = words.says_case and of_calls(case)
             _say_check(name, path, said=said, by_name=(said or not changes) and not output)
     end(2 if broken else 0)
+
+
+def _chosen(
+    words: Words, reference: Path | None, output: Path | None, *, update: bool
+) -> tuple[dict[str, AnyCase], Path | None]:
+    """The cases, and the file that the only one is written to, if that was said."""
+    from truestep.errors import UsageError
+
+    if reference is None:
+        cases = choose_any(words)
+    else:
+        cases = any_or_recorded(words, reference)
+        output = output or _replaced(reference, words, update=update)
+    if output is not None and len(cases) != 1:
+        raise UsageError(f"--output takes one case, {len(cases)} were chosen")
+    return cases, output
+
+
+def _kept(text: str) -> Keep:
+    """Which steps `--keep` says."""
+    return "all" if text == "all" else numbers(text, "--keep") if text else ()
 
 
 def _accepted(cases: dict[str, AnyCase]) -> dict[str, AnyCase]:
@@ -198,6 +234,11 @@ def _told(name: str, recording: Recording, path: Path) -> None:
         f"RECORDED {name}: {len(manifest.tensors)} tensors, {manifest.forwards} forwards, "
         f"noise floor from {runs} benign runs"
     )
+    steps = manifest.settings.get("steps") if manifest.calls else None
+    total = 1 + max((call.step or 0 for call in manifest.calls), default=0)
+    if isinstance(steps, list) and len(steps) < total:
+        numbered = ", ".join(map(str, steps))
+        say(f"kept: what checks read, models at steps {numbered} of {total} (more: --keep all)")
     if "prepared" in manifest.settings:
         say(f"prepared: {manifest.settings['prepared']}")
     for text in manifest.settings.get("idle", ()):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from truestep.call_case import CallCase
+from truestep.calls.thinning import Keep
 from truestep.engines.arguments import (
     named_missing,
     other_defaults,
@@ -61,6 +62,7 @@ def record(
     case: CallCase,
     *,
     floor: FloorChoice = "steps",
+    keep: Keep = (),
     apply: Change | None = None,
     progress: Progress | None = None,
 ) -> Recording:
@@ -92,7 +94,7 @@ def record(
     without = removed_named(parts, pipe, case=case, change=apply)
     with named_missing(model.signature), without:
         return record_pipeline(
-            pipe, call, floor=floor, seed=case.seed, told=told, progress=progress
+            pipe, call, floor=floor, keep=keep, seed=case.seed, told=told, progress=progress
         ).recording
 
 
@@ -281,6 +283,17 @@ def _pipeline_class(case: CallCase, own: str, folder: Path) -> type:
         return cls
     where = str(folder / "model_index.json") if case.pipeline is None else "pipeline"
     raise no_class(name, "Pipeline", where=where)
+
+
+def unread(case: CallCase) -> tuple[Any, dict[str, Any]]:
+    """The prepared pipeline of a case, with its weights in their files, and what it is called with.
+
+    Raises:
+        CaseError, ModelLoadError, FileFormatError: The case cannot be run.
+    """
+    model = _looked_at(case)
+    files = {name: read_input(case.files(name)) for name in case.input}
+    return _in_files(case, model), {**model.signature.always, **case.call, **files}
 
 
 def _in_files(case: CallCase, model: Model) -> Any:

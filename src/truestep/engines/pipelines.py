@@ -20,6 +20,7 @@ from truestep.calls.record import record
 from truestep.calls.recording import CallRecording, host_copy, read, refuse_unplayable
 from truestep.calls.scouting import found_layouts
 from truestep.calls.subject import Subject, subject_of
+from truestep.calls.thinning import Keep
 from truestep.calls.trees import check_tree
 from truestep.calls.values import Path as Place
 from truestep.calls.values import encode
@@ -65,6 +66,7 @@ def record_pipeline(
     call: Mapping[str, Any],
     *,
     floor: FloorChoice,
+    keep: Keep = (),
     seed: int = 0,
     told: Told | None = None,
     progress: Progress | None = None,
@@ -75,13 +77,16 @@ def record_pipeline(
         pipe: A pipeline object, or anything that `subject_of` takes.
         call: Its arguments by name.
         floor: Which noise floor is measured.
+        keep: Of which steps.
         seed: Of the generator, where the call has none.
         told: What the recording is to say.
         progress: Told (what, done, total) while it runs.
     """
     with surviving("the pipeline"):
         subject = subject_of(pipe, seed=seed, **call)
-        recording = record(subject, floor=floor != "none", end=floor == "final", progress=progress)
+        recording = record(
+            subject, floor=floor != "none", keep=keep, end=floor == "final", progress=progress
+        )
     return _with_arguments(recording, call, seed, told or Told({}, {}))
 
 

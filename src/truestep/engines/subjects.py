@@ -12,6 +12,7 @@ from truestep.errors import UsageError
 
 if TYPE_CHECKING:
     from truestep.calls.recording import CallRecording
+    from truestep.calls.thinning import Keep
     from truestep.engines.pipelines import Judging
     from truestep.progress import Progress
     from truestep.recording.format import Recording
@@ -29,6 +30,7 @@ def record(
     path: str | Path | None = None,
     level: Level = "full",
     floor: FloorChoice = "steps",
+    keep: Keep = (),
     apply: Apply | None = None,
     progress: Progress | None = None,
 ) -> Recording:
@@ -43,6 +45,9 @@ def record(
             any two are told apart by `compare`.
         floor: `steps` measures the noise floor of every stage, or call of a pipeline, in
             isolation; `none` none; `final` also that of the final latent of a free run.
+        keep: Of a pipeline's calls: what checks read at their default steps, and at these further
+            ones; or `all` (about five times as much at 50 steps). A case of truestep's runtime
+            keeps all.
         apply: A change to the pipeline before it runs.
         progress: Told (what, done, total).
 
@@ -59,6 +64,7 @@ def record(
         from truestep.replay import record as stages
 
         _refuse_call(call)
+        _refuse_keep(keep)
         return stages.record(
             subject, path=path, level=level, floor=floor, apply=apply, progress=progress
         )
@@ -66,12 +72,16 @@ def record(
         from truestep.engines import diffusers
 
         _refuse_call(call)
-        recording = diffusers.record(subject, floor=floor, apply=apply, progress=progress)
+        recording = diffusers.record(
+            subject, floor=floor, keep=keep, apply=apply, progress=progress
+        )
     else:
         from truestep.engines.pipelines import changed, record_pipeline
 
         pipe = changed(subject, apply)
-        recording = record_pipeline(pipe, call or {}, floor=floor, progress=progress).recording
+        recording = record_pipeline(
+            pipe, call or {}, floor=floor, keep=keep, progress=progress
+        ).recording
     recording = recording.at_level(level)
     if path is None:
         return recording
@@ -269,6 +279,15 @@ def _refuse_trusted(trusted: Any) -> None:
         raise UsageError(
             "trusted is of a pipeline object at depth 'modules': a case loads its own",
             hint="leave trusted out",
+        )
+
+
+def _refuse_keep(keep: Keep) -> None:
+    if keep not in ((), "all"):
+        raise UsageError(
+            "a case of truestep's own stages keeps every step as it is",
+            likely="steps are left out of recordings of plain pipelines",
+            hint="leave --keep out",
         )
 
 

@@ -135,6 +135,9 @@ _AS_IT_IS = frozenset(
 )
 """Functions that ask for no value, or give the same weight as another object."""
 
+_COMPARES_TYPES = torch._has_compatible_shallow_copy_type
+"""What `Module.to` asks of a weight and of itself; apart, as dynamo cannot find it in a set."""
+
 _LAYOUT = frozenset({_T.stride, _T.is_contiguous, _T.storage_offset})
 """Functions that ask how a weight lies in memory."""
 
@@ -284,7 +287,7 @@ class Lender(TorchFunctionMode):
     ) -> Any:
         """Call a function with the weights that it is given stand-ins of."""
         kwargs = kwargs or {}
-        if not self._lent or func in _AS_IT_IS or _is_property(func):
+        if not self._lent or func is _COMPARES_TYPES or func in _AS_IT_IS or _is_property(func):
             return func(*args, **kwargs)
         if self._loading and (func is _T.data_ptr or func in _COPIES):
             done, copy = self._copied(func, args, kwargs)

@@ -1,0 +1,149 @@
+"""`--dry-run` of record and check: what they would take, and whether it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from truestep.text import say, visible
+
+if TYPE_CHECKING:
+    from truestep.case import AnyCase
+    from truestep.engines.needs import Estimate, Needs
+
+Verb = Literal["record", "check"]
+
+LARGE = 1_000_000_000
+"""Bytes of weights from which on a recording begins with what it takes."""
+
+
+def dry_run(cases: Mapping[str, AnyCase], verb: Verb, target: Path | None = None) -> int:
+    """Say what cases take.
+
+    Args:
+        cases: By name.
+        verb: Whose needs are held against what is there.
+        target: Where a recording would be written.
+
+    Returns:
+        Exit code: 2 where something is too little.
+    """
+    from truestep.engines.needs import estimate
+
+    problems = []
+    for name, case in cases.items():
+        told = estimate(case)
+        _say(name, told)
+        problems += _problems(told, verb, target)
+        for problem in _problems(told, verb, target):
+            say(f"PROBLEM   {problem}")
+    return 2 if problems else 0
+
+
+def foresee(name: str, case: AnyCase, target: Path) -> None:
+    """Before a large model is recorded: say what it takes, and refuse what finds no room.
+
+    Raises:
+        WriteError: The recording is larger than what is free on its disk.
+    """
+    from truestep.engines.needs import estimate, free_disk
+    from truestep.errors import UsageError, WriteError
+    from truestep.runtime.loading import folder_of
+
+    if sum(file.stat().st_size for file in folder_of(case).rglob("*.safetensors")) < LARGE:
+        return
+    try:
+        told = estimate(case)
+    except UsageError:  # it cannot be foretold; it may well be recorded
+        return
+    say(f"{visible(name)}: {_needs(told.record)}{_written(told)}", err=True)
+    for problem in _problems(told, "record", None):
+        say(f"PROBLEM   {problem}", err=True)
+    if told.recording > free_disk(target):
+        raise WriteError(
+            "there is no room for the recording",
+            where=str(target),
+            measured=f"it is of {amount(told.recording)}, {amount(free_disk(target))} are free",
+            hint="give --references a folder on a larger disk",
+        )
+
+
+def _say(name: str, told: Estimate) -> None:
+    parts = ", ".join(
+        f"{part} {amount(size)}"
+        for part, size in sorted(told.weights.items(), key=lambda item: -item[1])
+        if size >= 0.01 * sum(told.weights.values())
+    )
+    say(f"DRY RUN {visible(name)}: nothing was computed")
+    total = amount(sum(told.weights.values()))
+    say(f"weights   {total}, most of them {told.dtype}: {visible(parts)}")
+    say(
+        f"one run   {told.steps} steps, {told.forwards} forwards, {operations(told.flops)} "
+        "floating-point operations"
+    )
+    for label, needs in (
+        ("generate", told.generation),
+        ("record", told.record),
+        ("check", told.check),
+    ):
+        say(f"{label:<9} {_needs(needs)}{_written(told) if label == 'record' else ''}")
+
+
+def amount(size: float) -> str:
+    """Bytes in words: `6.7 GB`."""
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def operations(count: float) -> str:
+    """Operations in words: `1.3 peta`."""
+    for factor, unit in ((1e15, "peta"), (1e12, "tera"), (1e9, "giga"), (1e6, "mega")):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: `3.2 h`."""
+    for factor, unit in ((86_400.0, "days"), (3_600.0, "h"), (60.0, "min")):
+        if seconds >= 1.5 * factor:
+            return f"{seconds / factor:.2g} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def _needs(needs: Needs) -> str:
+    device = f" and {amount(needs.device)} of the accelerator's" if needs.device else ""
+    return f"at least {duration(needs.seconds)}, at most {amount(needs.memory)} of memory{device}"
+
+
+def _written(told: Estimate) -> str:
+    more = f", {amount(told.whole)} with --keep all" if told.whole > 1.1 * told.recording else ""
+    return f", {amount(told.recording)} on disk{more}"
+
+
+def _problems(told: Estimate, verb: Verb, target: Path | None) -> list[str]:
+    """What is too little here."""
+    from truestep.engines.needs import free_device_memory, free_disk, free_memory
+
+    needs = told.record if verb == "record" else told.check
+    found = []
+    there = free_memory()
+    if there is not None and needs.memory > there:
+        text = f"{verb} takes {amount(needs.memory)} of memory, {amount(there)} are free"
+        helps = "; check --from-disk leaves weights in their files" if verb == "check" else ""
+        found.append(text + helps)
+    device = free_device_memory("cuda") if needs.device else None
+    if device is not None and needs.device > device:
+        found.append(
+            f"{verb} takes {amount(needs.device)} of the accelerator's memory, "
+            f"{amount(device)} are free"
+        )
+    if target is not None and told.recording > free_disk(target):
+        found.append(
+            f"the recording is of {amount(told.recording)}, {amount(free_disk(target))} of disk "
+            "are free"
+        )
+    return found

@@ -1,0 +1,100 @@
+"""`--dry-run` of record and check, and what a recording of a large model begins with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Captured, Run, runner
+from truestep.cli import dry_run
+from truestep.engines import needs
+from truestep.testing import tiny
+
+WORDS = ("./flux", "--prompt", "a cat", "--set", "height=32", "--set", "width=32")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> Run:
+    tiny.save("FluxPipeline", tmp_path / "flux")
+    monkeypatch.chdir(tmp_path)
+    return runner(monkeypatch, capfd)
+
+
+def test_it_says_what_a_verb_would_take_and_computes_nothing(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("record", *WORDS, "--dry-run")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("DRY RUN flux-a-cat-")
+    assert lines[0].endswith(": nothing was computed")
+    assert [line.split()[0] for line in lines[1:]] == [
+        *("weights", "one", "generate", "record", "check")
+    ]
+    assert "most of them float32: text_encoder" in lines[1]
+    assert "28 steps, 31 forwards" in lines[2]
+    assert "on disk," in lines[4]
+    assert lines[4].endswith("with --keep all")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flux"]
+    assert run("check", *WORDS, "--dry-run")[1].splitlines()[1:3] == lines[1:3]
+
+
+def test_too_little_of_anything_is_a_problem(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "free_memory", lambda: 1000)
+    monkeypatch.setattr(needs, "free_disk", lambda path: 2000)
+    code, out, _ = run("record", *WORDS, "--dry-run")
+    assert code == 2
+    problems = [line for line in out.splitlines() if line.startswith("PROBLEM")]
+    assert problems[0].endswith("of memory, 1 kB are free")
+    assert problems[0].startswith("PROBLEM   record takes")
+    assert problems[1].startswith("PROBLEM   the recording is of")
+    assert problems[1].endswith("2 kB of disk are free")
+    checked = run("check", *WORDS, "--dry-run")[1].splitlines()[-1]
+    assert checked.endswith("check --from-disk leaves weights in their files")
+
+
+def test_a_large_model_is_not_recorded_where_there_is_no_room(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(needs, "free_disk", lambda path: 1000)
+    monkeypatch.setattr(dry_run, "LARGE", 0)
+    code, _, err = run("record", *WORDS)
+    assert code == 2
+    assert "there is no room for the recording" in err
+    assert "1 kB are free" in err
+    assert not list(tmp_path.glob("**/reference*"))
+
+
+def test_kept_steps_are_said_and_chosen(run: Run, tmp_path: Path) -> None:
+    words = (*WORDS, "--set", "num_inference_steps=9", "--floor", "none", "--update")
+    _, out, _ = run("record", *words)
+    assert "kept: what checks read, models at steps 0, 3, 4, 5, 8 of 9" in out
+    _, out, _ = run("record", *words, "--keep", "1,7")
+    assert "models at steps 0, 1, 3, 4, 5, 7, 8 of 9" in out
+    _, out, _ = run("record", *words, "--keep", "all")
+    assert "RECORDED" in out
+    assert "kept:" not in out
+    assert "no step 9 in the reference" in run("record", *words, "--keep", "9")[2]
+    assert "--keep needs numbers like 0,10,19" in run("record", *words, "--keep", "most")[2]
+    code, _, err = run("record", "--prompt", "a red three", "--keep", "1")
+    assert code == 2
+    assert "keeps every step as it is" in err
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(12, "12 bytes"), (4200, "4.2 kB"), (6.7e9, "6.7 GB"), (2.8e10, "28 GB"), (1.1e12, "1.1 TB")],
+)
+def test_amounts(size: float, text: str) -> None:
+    assert dry_run.amount(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.24, "0.24 s"), (80, "80 s"), (120, "2 min"), (11_520, "3.2 h"), (260_000, "3 days")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert dry_run.duration(seconds) == text
+
+
+def test_operations() -> None:
+    assert [dry_run.operations(n) for n in (12, 3e6, 1.3e15)] == ["12", "3 mega", "1.3 peta"]
