@@ -86,6 +86,39 @@ def test_a_floor_as_large_as_the_values_passes_nothing() -> None:
     assert outcome.note == "the floor itself is 1 of the values: it says nothing here"
 
 
+@pytest.mark.parametrize(
+    ("spread", "alone", "verdict"),
+    [
+        (0.02, True, Verdict.EQUIVALENT),
+        (2.0, True, Verdict.INCONCLUSIVE),
+        (2.0, False, Verdict.EQUIVALENT),
+    ],
+)
+def test_what_only_a_change_of_all_values_would_fail_passes_where_something_else_judges(
+    spread: float, alone: bool, verdict: Verdict
+) -> None:
+    """A few benign runs that differ by much: the floor is small, what it is followed by is not."""
+    dice = random.Random(0)
+    runs = tuple(
+        NoiseRun(
+            kind="jitter",
+            detail="d",
+            pair="float32/float32",
+            tensors=(metrics_of(0.05 * math.exp(dice.gauss(0, spread)), 0.0),),
+        )
+        for _ in range(5)
+    )
+    wide = FloorLookup(NoiseFloor(runs=runs), pair="float32/float32").find(NAME, dtype="float32")
+    assert wide is not None
+    assert wide.used.rel_l2 < 0.5
+    structure = {"gain": 1e-9, "frame_energy": 1e-9} if alone else {}
+    (outcome,) = judge([Measured(metrics(0.01), wide, structure)])
+    assert outcome.verdict is verdict
+    if verdict is Verdict.INCONCLUSIVE:
+        assert outcome.note.startswith("only a change of ")
+        assert outcome.note.endswith(" times the values would have been seen here")
+
+
 def test_beyond_the_bound_is_drifted_by_size() -> None:
     outcome = one(5e-6)
     assert outcome.verdict is Verdict.DRIFTED

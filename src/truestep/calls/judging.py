@@ -361,7 +361,8 @@ def comparison_of(rows: Sequence[Row], sides: Sides) -> Comparison:
         place, told = _caller(key), first.note
     else:
         told = _told(first)
-    place_text = f"{place}, {told}" if told and first.verdict in WRONG else f"{place} {told}"
+    apart = told and first.verdict in (*WRONG, Verdict.INCONCLUSIVE)
+    place_text = f"{place}, {told}" if apart else f"{place} {told}"
     count = len([row for row in comparison.rows if not row.verdict.passed])
     word = comparison.verdict.value
     sentence = f"{word}: {place_text.strip()} ({count} of {len(rows)} tensors failed)"

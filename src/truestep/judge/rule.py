@@ -18,6 +18,9 @@ from truestep.verdict import FloorUsed, Metrics, Rule, Statistic, Verdict
 BLIND = 0.5
 """Largest measured floor (rel_l2) that can pass anything: half of the values may be noise there."""
 
+UNSEEN = 1.0
+"""Largest change (rel_l2) that may pass unseen where nothing else judges: as much as the values."""
+
 RATE = 1e-4
 """False alarms per check that the bounds are made for."""
 
@@ -117,9 +120,13 @@ def _steady(item: Measured, outcome: Outcome) -> Outcome:
     """Nothing is equivalent to a reference that is not so to itself, or by noise as large as it."""
     if outcome.verdict is not Verdict.EQUIVALENT:
         return outcome
-    note = item.floor.unsteady
-    if not note and outcome.floor.source == "measured" and outcome.floor.rel_l2 > BLIND:
-        note = f"the floor itself is {outcome.floor.rel_l2:.1g} of the values: it says nothing here"
+    note, floor = item.floor.unsteady, outcome.floor
+    if not note and floor.source == "measured":
+        seen = floor.rel_l2 * floor.bound
+        if floor.rel_l2 > BLIND:
+            note = f"the floor itself is {floor.rel_l2:.1g} of the values: it says nothing here"
+        elif item.structure and seen > UNSEEN:  # without, a higher precision judges it as well
+            note = f"only a change of {seen:.1g} times the values would have been seen here"
     return replace(outcome, verdict=Verdict.INCONCLUSIVE, note=note) if note else outcome
 
 
