@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 import truestep
 from tests.commands import Run, runner
 from truestep import cli
+from truestep.errors import UsageError
 from truestep.recording.format import Recording
 from truestep.replay.record import record_pipeline
 from truestep.runtime.pipeline import Pipeline
@@ -211,6 +212,7 @@ ADVICE = {
     "leave --dry-run out",
     "leave --keep out",
     "give --references a folder on a larger disk",
+    "leave --resume out",
     "give the case: check(case, reference, from_disk=True)",
     "run the check again",
     "case.replace(prompt='a cat') gives it others",
@@ -542,6 +544,20 @@ def array(folder: Path) -> tuple[str, ...]:
     return ("check", "a", "--reference", "my array.npy")
 
 
+def stopped(folder: Path) -> tuple[str, ...]:
+    """A record that was stopped while its floor was measured, of a model that is another by now."""
+
+    def killed(*given: Any, **named: Any) -> None:
+        raise UsageError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("truestep.replay.floor._in_other_precision", killed)
+        patch.setattr(sys, "argv", ["truestep", "record", "a", "--update"])
+        cli.run_here()
+    another_model(folder)
+    return ("record", "a", "--update", "--resume")
+
+
 def as_changed(folder: Path) -> tuple[str, ...]:
     """The only reference is of the case as --set changes it."""
     shutil.rmtree(folder / "truestep-references")
@@ -589,6 +605,7 @@ SCENARIOS: dict[str, Scenario] = {
         given("trace", "record", "a", "--apply", "change.py:watched"), (0,)),
     "--resume  # goes on with it; truestep ab recover shows it, another --output keeps it": (
         experiment, (1, 4)),
+    "--no-resume  # records from the beginning, and replaces it": (stopped, (0,)),
     "--rounds {}": (
         given("ab", "a", "--apply", "change.py:raises", "--rounds", "3", "--expect", "faster"),
         (1, 4),

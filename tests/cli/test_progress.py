@@ -53,6 +53,24 @@ def test_in_a_pipe_a_line_says_pace_time_left_and_memory(
     assert lines[-1].startswith("record: 95 of 100, 4.0 s each, 20 s left")
 
 
+def test_a_line_says_what_was_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with progress_bar() as tell:
+        for done, size in enumerate((0, 3 * 10**6, 2**20)):
+            (tmp_path / "written").write_bytes(bytes(size))
+            now[0] += 31.0
+            tell("record", done, 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" of memory")[2] for line in lines] == [
+        "",
+        ", 3 MB written",
+        ", 4 MB written",
+    ]
+
+
 def test_quick_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar() as tell:
         for done in range(5):

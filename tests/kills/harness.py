@@ -183,7 +183,11 @@ def _judge(
         after = writer.read(folder)
         if NEXT not in after or (writer.keeps and not found <= after):
             raise ValueError(f"the next writer left {sorted(after)} of {sorted(found)}")
-        left = [p for p in folder.rglob("*") if p.name.endswith((".tmp", ".spool", ".candidate"))]
+        left = [
+            p
+            for p in folder.rglob("*")
+            if p.name.endswith((".tmp", ".spool", ".candidate", ".partial"))
+        ]
         if left:
             raise ValueError(f"left over: {', '.join(p.name for p in left)}")
     except Exception as error:  # whatever it is, it is what this looks for

@@ -25,10 +25,12 @@ from truestep.errors import FileFormatError
 from truestep.experiment import store as experiments
 from truestep.experiment.history import open_history
 from truestep.experiment.records import Sample
+from truestep.floors import NoiseFloor, NoiseRun
 from truestep.gates.thresholds import file as thresholds
 from truestep.parity.evidence import Evidence
 from truestep.parity.ledger import Component, read_ledger, update_ledger
 from truestep.recording.format import Recording
+from truestep.recording.partial import Partial
 from truestep.recording.recovery import recover, spools
 from truestep.recording.store import Store, candidate_of, place_of
 from truestep.report import html
@@ -74,6 +76,44 @@ def _read_references(folder: Path) -> set[int]:
     for place in store.places():
         found |= _one(Recording.open(store.verified(place))["x"])
     return found
+
+
+def _write_measured(folder: Path, value: int, *, resume: bool = False) -> None:
+    """A recording with a floor, kept as it grows."""
+    path = folder / "r.safetensors"
+    with Partial(path, resume=resume) as kept:
+        kept.begin({"value": str(value)})
+        own = kept.recording("run", lambda note: recording(float(value)), print)
+        runs = [
+            run
+            for number in range(3)
+            for run in kept.runs(f"run {number}", lambda note: [_run(value)], print)
+        ]
+        floor = NoiseFloor(runs=tuple(runs))
+        manifest = own.manifest.model_copy(update={"noise_floor": floor})
+        Recording.in_memory(dict(own), manifest).save(path)
+        kept.remove()
+
+
+def _run(value: int) -> NoiseRun:
+    return NoiseRun(kind=str(value), detail="", pair="float32/float32", tensors=())
+
+
+def _read_measured(folder: Path) -> set[int]:
+    found = Recording.open(folder / "r.safetensors")
+    assert found.manifest.noise_floor is not None
+    return _one(found["x"]) | {int(run.kind) for run in found.manifest.noise_floor.runs}
+
+
+def _mend_measured(folder: Path) -> None:
+    """Go on with what was stopped; it is of one value, whatever that is."""
+    journal = folder / "r.safetensors.partial" / "journal"
+    if journal.exists():
+        line = journal.read_bytes().splitlines()[0].partition(b" ")[2]
+        value = int(json.loads(line)["identity"]["value"])
+        _write_measured(folder, value, resume=True)
+        if _read_measured(folder) != {value}:
+            raise ValueError("it went on with something else")
 
 
 def _write_recorder(folder: Path, value: int) -> None:
@@ -260,6 +300,7 @@ def _read_plugin(folder: Path) -> set[int]:
 
 WRITERS = (
     Writer("recording", _write_recording, _read_recording),
+    Writer("recording with a floor", _write_measured, _read_measured, mend=_mend_measured),
     Writer("reference", _write_reference, _read_reference),
     Writer("references", _write_references, _read_references, keeps=True),
     Writer("recorder (standalone)", _write_recorder, _read_recording),
@@ -278,6 +319,8 @@ WRITERS = (
 RACERS = tuple(
     writer
     for writer in WRITERS
-    if writer.name not in ("ab samples", "ab plan and media", "pytest plugin")
+    if writer.name
+    not in ("ab samples", "ab plan and media", "pytest plugin", "recording with a floor")
 )
-"""Those that may be several at once: an experiment has one writer, which its lock sees to."""
+"""Those that may be several at once: an experiment, and a record, has one writer, which its lock
+sees to."""

@@ -37,6 +37,7 @@ from truestep.judge.rows import measured_run
 from truestep.pairing.naming import runs_compiled
 from truestep.progress import Progress
 from truestep.recording.manifest import CallEntry
+from truestep.recording.partial import NOWHERE, Partial
 from truestep.runtime.changes import (
     JITTERS,
     OtherFunctions,
@@ -85,6 +86,7 @@ def measure(
     plan: Plan,
     note: Note,
     progress: Progress | None = None,
+    kept: Partial = NOWHERE,
 ) -> NoiseFloor:
     """Measure the noise floor of a recording on the subject that made it.
 
@@ -94,20 +96,40 @@ def measure(
         plan: Which calls of models are made.
         note: Told which kind of change could not be made, and why.
         progress: Told (what, done, total) after every run.
+        kept: Runs that are finished.
 
     Raises:
         UsageError: A call gives something else when the same run is made again.
     """
     told = partial(progress or _silent, "noise floor")
     dtype = working_dtype(reference)
-    runs = _in_precision(subject, reference, plan, dtype, note, told, repeated=True)
+    runs = _in_precision(subject, reference, plan, dtype, note, told, kept, repeated=True)
     precision = recorded_precision(reference)
     if precision:
-        lifted = replace(plan, precision=getattr(torch, precision), raised=precision)
+        lifted = _lifted(plan, precision)
         with raised(subject, precision, lambda text: None):
             told = partial(progress or _silent, f"noise floor in {precision}")
-            runs += _in_precision(subject, reference, lifted, precision, note, told)
+            runs += _in_precision(subject, reference, lifted, precision, note, told, kept)
     return NoiseFloor(runs=tuple(runs))
+
+
+def _lifted(plan: Plan, precision: str) -> Plan:
+    return replace(plan, precision=getattr(torch, precision), raised=precision)
+
+
+def expected(subject: Subject, reference: CallRecording, plan: Plan, *, end: bool) -> int:
+    """How many benign runs a floor takes, with those that are given up."""
+    dtype, precision = working_dtype(reference), recorded_precision(reference)
+    count = len(changes(subject, plan, dtype, _nobody)) + 1  # by other instructions
+    if precision:
+        count += len(changes(subject, _lifted(plan, precision), precision, _nobody))
+    if end:
+        count += len(_of_free_runs(subject, dtype, _nobody))
+    return count
+
+
+def _nobody(text: str) -> None:
+    """Told, and says nothing."""
 
 
 def _in_precision(
@@ -117,6 +139,7 @@ def _in_precision(
     dtype: str,
     note: Note,
     told: Callable[[int, int], None],
+    kept: Partial,
     *,
     repeated: bool = False,
 ) -> list[NoiseRun]:
@@ -124,17 +147,35 @@ def _in_precision(
     pair = pair_of(dtype, dtype)
     repeat, *others = changes(subject, plan, dtype, note)
     runs: list[NoiseRun] = []
-    with Elsewhere(note) as elsewhere:
+    said: list[str] = []
+
+    def name(benign: Benign) -> str:
+        return f"{pair}: {benign.kind}, {benign.detail}"
+
+    def run(benign: Benign) -> list[NoiseRun]:
+        make = partial(_run, subject, reference, benign, pair)
+        return kept.runs(name(benign), make, note)
+
+    def collected(tell: Note) -> list[NoiseRun]:
+        made = collect(pair)
+        for text in said:
+            tell(text)
+        return made
+
+    with Elsewhere(said.append) as elsewhere:
         if repeated:
-            runs += _run(subject, reference, repeat, pair, note)
-            refuse_unsteady(runs)
-        collect = begun_elsewhere(subject, reference, plan, elsewhere)
+            with kept.refusing():
+                runs += run(repeat)
+                refuse_unsteady(runs)
+        there = f"{pair}: {elsewhere.detail}"
+        if not kept.has(there):
+            collect = begun_elsewhere(subject, reference, plan, elsewhere)
         for done, benign in enumerate(others):
-            told(done, len(others) + 1)
-            more = _run(subject, reference, benign, pair, note)
-            runs += _of_rounding(more, runs, note)
+            if not kept.has(name(benign)):  # of those that are made the pace is told
+                told(done, len(others) + 1)
+            runs += _of_rounding(run(benign), runs, note)
         told(len(others), len(others) + 1)
-        runs += collect(pair)
+        runs += kept.runs(there, collected, note)
         told(len(others) + 1, len(others) + 1)
     return runs
 
@@ -170,17 +211,24 @@ def _of_rounding(more: list[NoiseRun], others: Sequence[NoiseRun], note: Note) -
 
 
 @taking_turns()
-def measure_end(subject: Subject, reference: CallRecording, note: Note) -> tuple[NoiseRun, ...]:
+def measure_end(
+    subject: Subject, reference: CallRecording, note: Note, kept: Partial = NOWHERE
+) -> tuple[NoiseRun, ...]:
     """Measure what harmless changes make of the end of a free run; see `measure`."""
     dtype = working_dtype(reference)
     pair = pair_of(dtype, dtype)
     runs = []
-    for benign in changes(subject, Plan(lambda call: True), dtype, note):
-        if benign.kind == "batch":
-            continue  # it is a way to make a recorded call
-        for run in _run(subject, reference, benign, pair, note, by=run_freely):
+    for benign in _of_free_runs(subject, dtype, note):
+        make = partial(_run, subject, reference, benign, pair, by=run_freely)
+        for run in kept.runs(f"{pair}: {FREELY}{benign.kind}, {benign.detail}", make, note):
             runs.append(run.model_copy(update={"kind": f"{FREELY}{run.kind}"}))
     return tuple(runs)
+
+
+def _of_free_runs(subject: Subject, dtype: str, note: Note) -> list[Benign]:
+    """The changes but a batch, which is a way to make a recorded call."""
+    every = changes(subject, Plan(lambda call: True), dtype, note)
+    return [benign for benign in every if benign.kind != "batch"]
 
 
 def changes(subject: Subject, plan: Plan, dtype: str, note: Note) -> list[Benign]:

@@ -169,13 +169,17 @@ class Lines:
     EVERY_S = 30.0
 
     def __init__(self) -> None:
+        from truestep.progress import written_bytes
+
+        self._written = written_bytes() or 0
         self._begun = self._told = time.monotonic()
         self._what = ""
         self._first = 0
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Say how far something is, how long it takes, and the memory of this process."""
-        from truestep.progress import resident_peak
+        """Say how far something is, how long it takes, the memory of this process, and how much it
+        has written since the work began."""
+        from truestep.progress import resident_peak, written_bytes
 
         now = time.monotonic()
         if what != self._what or done < self._first:
@@ -189,7 +193,17 @@ class Lines:
             line += f", {pace:.1f} s each, {_minutes(pace * (total - done))} left"
         peak = resident_peak()
         line += f", at most {peak / 1e9:.1f} GB of memory" if peak else ""
+        written = (written_bytes() or 0) - self._written
+        line += f", {_size(written)} written" if written >= _LEAST else ""
         say(line, err=True)
+
+
+_LEAST = 10**6
+"""Bytes below which nothing is said of what was written: they are what was printed."""
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _minutes(seconds: float) -> str:

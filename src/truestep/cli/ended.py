@@ -60,16 +60,17 @@ def what_is_left(parameters: dict[str, Any], since: float) -> tuple[str, str]:
         parameters: The verb's arguments and options.
         since: Seconds since the epoch.
     """
-    from truestep.recording.store import DEFAULT_ROOT
+    from truestep.recording.store import DEFAULT_ROOT, PARTIAL
 
     texts = [value for key, value in parameters.items() if key == "json_path" and value]
     paths = [value for value in parameters.values() if isinstance(value, Path)]
-    places = dict.fromkeys([*paths, *map(Path, texts), DEFAULT_ROOT])
+    output = parameters.get("output")
+    partial = [output.with_name(output.name + PARTIAL)] if isinstance(output, Path) else []
+    places = dict.fromkeys([*paths, *map(Path, texts), *partial, DEFAULT_ROOT])
     names = [name for place in places for name in _written(place, since)]
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     kept = f"kept: {', '.join(names[:_MOST_NAMES])}{more}" if names else "nothing was written"
     again = command_line()
-    output = parameters.get("output")
     if "resume" in parameters and not parameters["resume"] and names:
         again += " --resume"
     elif isinstance(output, Path) and (

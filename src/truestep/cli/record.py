@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +75,13 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Only say what it would take: memory, time and bytes; nothing is computed.",
 )
+@click.option(
+    "--resume/--no-resume",
+    help="Go on from the last benign run that a record which was stopped has finished.",
+)
 @set_option
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
-def command(  # 19 parameters: the options of the verb
+def command(  # 20 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -93,6 +99,7 @@ def command(  # 19 parameters: the options of the verb
     floor: str,
     keep: str,
     dry_run: bool,
+    resume: bool,
     changes: tuple[str, ...],
     change: str | None,
 ) -> None:
@@ -101,14 +108,15 @@ def command(  # 19 parameters: the options of the verb
     CASES are names in the case file, case files, or one model together with --prompt; none is all.
     A model is the folder or hub id of any diffusers pipeline; --set and --input give its call other
     arguments. Of several cases those that have a reference keep it, and the others are recorded; a
-    single one that has one is an error. The last line is the command that checks against it.
+    single one that has one is an error. What is finished is kept until all is: --resume goes on
+    with a record that was stopped. The last line is the command that checks against it.
     """
     from truestep.cli.dry_run import dry_run as tell
     from truestep.cli.dry_run import foresee
     from truestep.errors import TruestepError
     from truestep.files import require_room
     from truestep.recording.format import WHAT
-    from truestep.recording.store import DEFAULT_ROOT, Store, place_of
+    from truestep.recording.store import DEFAULT_ROOT, Store
 
     root = references or DEFAULT_ROOT
     words = Words(names, case_file, tier, prompt, pipeline, subject, inputs, root, loras, prepare)
@@ -122,15 +130,14 @@ def command(  # 19 parameters: the options of the verb
     kept = {} if output or update else _existing(store, cases, tier)
     for place in kept.values() if len(cases) == 1 else ():
         store.refuse_existing(place, update=False)
-    broken = 0
+    saving, broken = _Saving(store, output, tier, update, resume), 0
     for name, case in cases.items():
         if name in kept:
             say(f"KEPT {name}: it has a reference, {store.root / kept[name].name}")
             continue
         try:
             foresee(name, case, output or store.root)
-            recording = _recorded(case, output, **options)
-            path = output or store.save(recording, place_of(recording, tier=tier), update=update)
+            recording, path = saving.recorded(case, **options)
         except TruestepError as error:
             if len(cases) == 1:
                 raise
@@ -220,11 +227,32 @@ def _existing(store: Store, cases: Mapping[str, AnyCase], tier: str) -> dict[str
     return found
 
 
-def _recorded(case: AnyCase, output: Path | None, **options: Any) -> Recording:
-    from truestep.engines.subjects import record
+@dataclass(frozen=True)
+class _Saving:
+    """Where recordings go, and whether those that were stopped are gone on with."""
 
-    with progress_bar() as progress:
-        return record(case, path=output, progress=progress, **options)
+    store: Store
+    output: Path | None
+    tier: str
+    update: bool
+    resume: bool
+
+    def recorded(self, case: AnyCase, **options: Any) -> tuple[Recording, Path]:
+        """Record a case, keep what is finished until all is, and save it."""
+        from truestep.engines.subjects import record
+        from truestep.recording.partial import beside
+        from truestep.recording.store import place_of
+
+        own = self.store.partial_of(case.id, self.tier, case_device_class(case))
+        tell = partial(say, err=True)
+        with beside(self.output or own, resume=self.resume, tell=tell) as finished:
+            with progress_bar() as progress:
+                options |= {"progress": progress, "resume": finished}
+                recording = record(case, path=self.output, **options)
+            place = place_of(recording, tier=self.tier)
+            path = self.output or self.store.save(recording, place, update=self.update)
+            finished.remove()
+        return recording, path
 
 
 def _told(name: str, recording: Recording, path: Path) -> None:

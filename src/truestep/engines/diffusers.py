@@ -48,6 +48,7 @@ from truestep.progress import Progress
 from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.media import read_input
+from truestep.recording.partial import NOWHERE, Partial
 from truestep.replay.check import Depth, ended, label_of, of_another_case, recorded_case, said_idle
 from truestep.replay.record import FloorChoice
 from truestep.replay.touched import snapshot_of, touched
@@ -65,6 +66,7 @@ def record(
     keep: Keep = (),
     apply: Change | None = None,
     progress: Progress | None = None,
+    kept: Partial = NOWHERE,
 ) -> Recording:
     """Record a case on its pipeline; see `truestep.record`.
 
@@ -94,7 +96,14 @@ def record(
     without = removed_named(parts, pipe, case=case, change=apply)
     with named_missing(model.signature), without:
         return record_pipeline(
-            pipe, call, floor=floor, keep=keep, seed=case.seed, told=told, progress=progress
+            pipe,
+            call,
+            floor=floor,
+            keep=keep,
+            seed=case.seed,
+            told=told,
+            progress=progress,
+            kept=kept,
         ).recording
 
 

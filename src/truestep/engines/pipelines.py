@@ -17,25 +17,33 @@ from truestep.calls.check import check, check_end
 from truestep.calls.keys import key_of
 from truestep.calls.rebuilding import CannotBuildError, build
 from truestep.calls.record import record
-from truestep.calls.recording import CallRecording, host_copy, read, refuse_unplayable
+from truestep.calls.recording import (
+    CallRecording,
+    content_name,
+    host_copy,
+    read,
+    refuse_unplayable,
+)
 from truestep.calls.scouting import found_layouts
 from truestep.calls.subject import Subject, subject_of
 from truestep.calls.thinning import Keep
 from truestep.calls.trees import check_tree
 from truestep.calls.values import Path as Place
-from truestep.calls.values import encode
+from truestep.calls.values import encode, qualified
 from truestep.environment import Environment
 from truestep.errors import FileFormatError, UsageError, surviving
 from truestep.pairing.partners import check_rename
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.format import Recording
+from truestep.recording.partial import NOWHERE, Partial
 from truestep.recording.table import table_entry
 from truestep.replay.check import Depth
 from truestep.replay.locating import noted
 from truestep.replay.opening import open_call
 from truestep.replay.record import FloorChoice
 from truestep.runtime.applying import call_change, not_a_pipeline
+from truestep.runtime.identity import content_of, device_of, weights_of
 from truestep.runtime.stored import beside
 from truestep.verdict import Comparison
 
@@ -70,6 +78,7 @@ def record_pipeline(
     seed: int = 0,
     told: Told | None = None,
     progress: Progress | None = None,
+    kept: Partial = NOWHERE,
 ) -> CallRecording:
     """Record a pipeline's calls, and what it was called with.
 
@@ -81,13 +90,41 @@ def record_pipeline(
         seed: Of the generator, where the call has none.
         told: What the recording is to say.
         progress: Told (what, done, total) while it runs.
+        kept: What is finished, of a record that is stopped.
     """
+    told = told or Told({}, {})
     with surviving("the pipeline"):
         subject = subject_of(pipe, seed=seed, **call)
+        if kept is not NOWHERE:
+            kept.begin(_identity(subject, call, seed, told))
         recording = record(
-            subject, floor=floor != "none", keep=keep, end=floor == "final", progress=progress
+            subject,
+            floor=floor != "none",
+            keep=keep,
+            end=floor == "final",
+            progress=progress,
+            kept=kept,
         )
-    return _with_arguments(recording, call, seed, told or Told({}, {}))
+    return _with_arguments(recording, call, seed, told)
+
+
+def _identity(subject: Subject, call: Mapping[str, Any], seed: int, told: Told) -> dict[str, str]:
+    """All that the numbers of a recording depend on."""
+
+    def content(path: Place, tensor: torch.Tensor) -> str:
+        return content_name(host_copy(tensor))
+
+    classes = {name: qualified(type(part)) for name, part in subject.components.items()}
+    return {
+        **content_of(told.case or {}, "case"),
+        **Environment.current(device_of(subject.components)),
+        **told.environment,
+        **{f"argument.{name}": repr(encode(value, content)) for name, value in call.items()},
+        **{f"component.{name}": text for name, text in classes.items()},
+        **content_of(told.settings.get("scheduler_config", {}), "scheduler"),
+        "seed": str(seed),
+        **weights_of(subject.components),
+    }
 
 
 def _with_arguments(

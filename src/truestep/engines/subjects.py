@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from truestep.progress import Progress
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Level
+    from truestep.recording.partial import Partial
     from truestep.replay.check import Depth, Expect
     from truestep.replay.record import FloorChoice
     from truestep.runtime.applying import Apply
     from truestep.verdict import Comparison
 
 
-def record(
+def record(  # 9 parameters: the public record, whose options are keywords
     subject: Case | CallCase | Any,
     *,
     call: Mapping[str, Any] | None = None,
@@ -33,13 +34,15 @@ def record(
     keep: Keep = (),
     apply: Apply | None = None,
     progress: Progress | None = None,
+    resume: bool | Partial = False,
 ) -> Recording:
     """Run what is trusted once and keep everything that it computes, and a measured noise floor.
 
     Args:
         subject: A case, or a pipeline object of diffusers.
         call: What a pipeline object is called with, by name.
-        path: Where to write the recording (atomically); None keeps it in memory.
+        path: Where to write the recording (atomically); None keeps it in memory. What is finished
+            is kept in `PATH.partial` until then.
         level: `full` keeps the tensors, `sketch` the moments and 1,024 floats of each, from which
             distances are estimated within 5 %, and `stats` the moments only. A check needs `full`;
             any two are told apart by `compare`.
@@ -50,6 +53,8 @@ def record(
             keeps all.
         apply: A change to the pipeline before it runs.
         progress: Told (what, done, total).
+        resume: Go on from the last benign run that a record of the same, which was stopped, has
+            finished in `PATH.partial`; from the beginning where there is none.
 
     Returns:
         The recording: a read-only mapping from tensor name to tensor, with a manifest.
@@ -58,30 +63,47 @@ def record(
         CaseError, ModelLoadError, UsageError: It cannot be run.
         UsageError: What was generated could judge nothing, or comes out otherwise each time.
         ProcessEndedError: The model or the change called sys.exit.
+        UsageError: What was stopped is of something else; the error says what differs.
         WriteError: It cannot be written; an existing file is left untouched.
     """
+    from truestep.recording.partial import Partial, beside
+    from truestep.runtime.identity import source_of
+
+    options = {"floor": floor, "keep": keep, "apply": apply, "progress": progress}
+    if isinstance(resume, Partial):
+        resume.know({"floor": floor, **source_of(apply)})
+        return _recorded(subject, call, path, level, {**options, "kept": resume})
+    with beside(path, resume=resume) as kept:
+        kept.know({"floor": floor, **source_of(apply)})
+        recording = _recorded(subject, call, path, level, {**options, "kept": kept})
+        kept.remove()
+    return recording
+
+
+def _recorded(
+    subject: Case | CallCase | Any,
+    call: Mapping[str, Any] | None,
+    path: str | Path | None,
+    level: Level,
+    options: dict[str, Any],
+) -> Recording:
+    """See `record`."""
     if isinstance(subject, Case):
         from truestep.replay import record as stages
 
         _refuse_call(call)
-        _refuse_keep(keep)
-        return stages.record(
-            subject, path=path, level=level, floor=floor, apply=apply, progress=progress
-        )
+        _refuse_keep(options.pop("keep"))
+        return stages.record(subject, path=path, level=level, **options)
     if isinstance(subject, CallCase):
         from truestep.engines import diffusers
 
         _refuse_call(call)
-        recording = diffusers.record(
-            subject, floor=floor, keep=keep, apply=apply, progress=progress
-        )
+        recording = diffusers.record(subject, **options)
     else:
         from truestep.engines.pipelines import changed, record_pipeline
 
-        pipe = changed(subject, apply)
-        recording = record_pipeline(
-            pipe, call or {}, floor=floor, keep=keep, progress=progress
-        ).recording
+        pipe = changed(subject, options.pop("apply"))
+        recording = record_pipeline(pipe, call or {}, **options).recording
     recording = recording.at_level(level)
     if path is None:
         return recording

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 DEFAULT_ROOT = Path("truestep-references")
 SUFFIX = ".safetensors"
+PARTIAL = ".partial"
+"""What is added to the name of a recording for the folder of what is finished of it."""
+
 CANDIDATE = ".candidate"
 """What is added to the name of a reference that is not there yet, for what would be it."""
 
@@ -81,6 +84,11 @@ class Store:
     def unused(self, case_ids: set[str]) -> list[Place]:
         """References of none of these cases."""
         return [place for place in self.places() if place.case_id not in case_ids]
+
+    def partial_of(self, case_id: str, tier: str, device_class: str) -> Path:
+        """What a record keeps its finished runs beside, until it shows which kernel runs."""
+        place = self.root / Place(case_id, tier, device_class).name
+        return place.parent.with_name(place.name)
 
     def save(self, recording: Recording, place: Place, *, update: bool = False) -> Path:
         """Store a recording as the reference; a kill leaves the old one or the new one.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from truestep.case import Case
 from truestep.environment import library_version
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from truestep.floors import NoiseFloor
     from truestep.progress import Progress
     from truestep.recording.format import Recording
-    from truestep.recording.manifest import Level
+    from truestep.recording.manifest import Implementation, Level, Manifest
+    from truestep.recording.partial import Partial
+    from truestep.replay.floor import Measuring
     from truestep.runtime.applying import Apply
     from truestep.runtime.pipeline import Pipeline
 
@@ -36,6 +39,7 @@ def record(
     floor: FloorChoice = "steps",
     apply: Apply | None = None,
     progress: Progress | None = None,
+    kept: Partial | None = None,
 ) -> Recording:
     """Generate a case and keep everything: text, schedule, latents, predictions, frames, floor.
 
@@ -48,6 +52,7 @@ def record(
             `final` also that of the final latent of a free run (about nine more); `none` neither.
         apply: A change to the pipeline before it runs.
         progress: Told (what, done, total).
+        kept: What is finished, of a record that is stopped.
 
     Returns:
         The recording: a read-only mapping from tensor name to tensor, with a manifest.
@@ -61,8 +66,9 @@ def record(
     from truestep.runtime.applying import apply_change
     from truestep.runtime.loading import load
 
+    pipe = apply_change(load(case), apply)
     recording = record_pipeline(
-        apply_change(load(case), apply), case=case, level=level, floor=floor, progress=progress
+        pipe, case=case, level=level, floor=floor, progress=progress, kept=kept
     )
     if path is None:
         return recording
@@ -79,9 +85,48 @@ def record_pipeline(
     level: Level = "full",
     floor: FloorChoice = "steps",
     progress: Progress | None = None,
+    kept: Partial | None = None,
 ) -> Recording:
     """Record a loaded pipeline; see `record`."""
     from truestep.calls.instructions import prepare
+    from truestep.recording.format import Recording
+    from truestep.recording.partial import NOWHERE, RUN
+    from truestep.recording.table import tensor_table
+    from truestep.replay.floor import Measuring
+    from truestep.replay.implementation import examine
+
+    if floor != "none" and pipe.device == "cpu":
+        prepare()
+    implementation = examine(pipe)
+    kept = kept or NOWHERE
+    if kept is not NOWHERE:
+        kept.begin(_identity(pipe, case, implementation))
+
+    def first(note: Callable[[str], None]) -> Recording:
+        return _trusted_run(pipe, case, implementation, progress)
+
+    if floor == "none":
+        return first(lambda text: None).at_level(level)
+    notes: list[str] = []
+    run = kept.recording(RUN, first, notes.append)
+    if kept.has(RUN):
+        pipe.prepare(pipe)  # as a run does
+    tensors = dict(run)
+    known = repr((case.canonical(), pipe.weights, implementation)) if pipe.weights else ""
+    how = Measuring(case, floor == "final", progress, notes.append, known, kept)
+    measured = _noise_floor(pipe, tensors, run.manifest, how)
+    update = {
+        "tensors": tensor_table(tensors),
+        "noise_floor": measured,
+        "notes": (*run.manifest.notes, *notes),
+    }
+    return Recording.in_memory(tensors, run.manifest.model_copy(update=update)).at_level(level)
+
+
+def _trusted_run(
+    pipe: Pipeline, case: Case, implementation: Implementation, progress: Progress | None
+) -> Recording:
+    """Generate once and keep everything."""
     from truestep.judge.refusals import refuse_empty_run
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Manifest
@@ -92,57 +137,73 @@ def record_pipeline(
         recorded_settings,
         run_environment,
     )
-    from truestep.replay.implementation import examine
     from truestep.runtime.pipeline import generate
 
-    if floor != "none" and pipe.device == "cpu":
-        prepare()
-    implementation = examine(pipe)
     capture = Capture(progress=progress, label="record")
     before = pipe.forwards
     with attention_observed(pipe) as kernels:
         generate(pipe, observer=capture, output="frames")
-    forwards = pipe.forwards - before
     refuse_empty_run(capture.tensors, where=case.id)
-    notes: list[str] = []
-    measured: NoiseFloor | None = None
-    if floor != "none":
-        measured = _noise_floor(
-            pipe,
-            capture.tensors,
-            case=case,
-            final=floor == "final",
-            progress=progress,
-            note=notes.append,
-            identity=repr((case.canonical(), pipe.weights, implementation)) if pipe.weights else "",
-        )
     manifest = Manifest(
         tool_version=library_version("truestep") or "",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        level=level,
+        level="full",
         case_id=case.id,
         case=case.canonical(),
         settings=recorded_settings(pipe),
         environment=dict(run_environment(pipe, attention=kernels())),
         tensors=tensor_table(capture.tensors),
         timings_s={stage: tuple(times) for stage, times in capture.seconds.items()},
-        forwards=forwards,
-        noise_floor=measured,
-        notes=(*pipe.fallbacks, *notes),
+        forwards=pipe.forwards - before,
+        notes=tuple(pipe.fallbacks),
         implementation=implementation,
     )
     return Recording.in_memory(capture.tensors, manifest)
 
 
-def _noise_floor(pipe: Pipeline, tensors: dict[str, torch.Tensor], **options: Any) -> NoiseFloor:
+def _identity(pipe: Pipeline, case: Case, implementation: Implementation) -> dict[str, str]:
+    """All that the numbers of a recording depend on."""
+    from truestep.replay.capture import recorded_settings, run_environment
+    from truestep.runtime.identity import content_of, weights_of
+    from truestep.runtime.pipeline import MODELS
+
+    models = {name: getattr(pipe, name) for name in MODELS if getattr(pipe, name) is not None}
+    return {
+        **content_of(case.model_dump(mode="json"), "case"),
+        **run_environment(pipe, attention=None),
+        **content_of(recorded_settings(pipe), "settings"),
+        "implementation": implementation.model_dump_json(),
+        **weights_of(models),
+    }
+
+
+def _noise_floor(
+    pipe: Pipeline, tensors: dict[str, torch.Tensor], manifest: Manifest, how: Measuring
+) -> NoiseFloor:
     """Measure the floor of a run; what its raised stages give is added to its tensors before."""
+    from truestep.recording.format import Recording
+    from truestep.recording.table import tensor_table
     from truestep.replay.floor import measure
     from truestep.replay.raised import raised_replay
     from truestep.replay.stages import floor_steps
     from truestep.runtime.precision import raised_precision
 
     precision = raised_precision(pipe.settings.dtype)
+
+    def lifted(note: Callable[[str], None]) -> Recording:
+        assert precision is not None
+        found = raised_replay(pipe, tensors, steps=floor_steps(tensors), precision=precision)
+        outputs = {name: _as_stored(tensor) for name, tensor in found.outputs.items()}
+        table = manifest.model_copy(update={"tensors": tensor_table(outputs)})
+        return Recording.in_memory(outputs, table)
+
     if precision:
-        lifted = raised_replay(pipe, tensors, steps=floor_steps(tensors), precision=precision)
-        tensors.update(lifted.outputs)
-    return measure(pipe, tensors, **options)
+        tensors.update(how.kept.recording("raised", lifted, how.note))
+    return measure(pipe, tensors, how)
+
+
+def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy laid out as one that is read again."""
+    from truestep.measure.plain import plain
+
+    return plain(tensor).to("cpu", copy=True).contiguous()
