@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-families coverage schema kills clean
+.PHONY: help demo test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-families bench-accelerator coverage schema kills clean
 
 help:
 	@echo "make demo   run the main job on the builtin model (under 3 minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench  speed and memory, as JSON lines"
 	@echo "make bench-verdict  the fault corpus under every gate: bench/results (hours; goes on where it stopped)"
 	@echo "make bench-families  the corpus of many diffusers families under truestep's check: bench/results (an hour; goes on where it stopped)"
+	@echo "make bench-accelerator  floors, faults, plans, overhead and memory on a GPU: bench/results (8 minutes; DEVICE=cpu shows that it runs)"
 	@echo "make bench-exact  every exact setting on every pipeline of the corpus: bench/results"
 	@echo "make coverage  every pipeline class of diffusers, built tiny, recorded and replayed: docs/families.md (10 minutes)"
 	@echo "make bench-location  which module is named for each fault: bench/results (an hour; goes on where it stopped)"
@@ -82,6 +83,9 @@ bench-location: $(STAMP)
 
 bench-families: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_families
+
+bench-accelerator: $(STAMP)
+	$(BIN)/python -m bench.accelerator $(if $(DEVICE),--device $(DEVICE))
 
 coverage: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_coverage --docs docs/families.md

@@ -15,14 +15,13 @@ import json
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.common import RESULTS, read
+from bench.common import RESULTS, quiet, read
 from bench.families_report import write
 from truestep.errors import TruestepError
 from truestep.testing import corpus
@@ -35,7 +34,7 @@ def main() -> None:
     options = _options()
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "families.jsonl"
-    _quiet()
+    quiet()
     torch.set_num_threads(1)
     done = {_key(row) for row in read(path)}
     for subject, entry, draw, dtype in plan(options):
@@ -91,15 +90,6 @@ def outcome(subject: corpus.Subject, entry: corpus.Entry, draw: int, dtype: str)
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[key]) for key in ("subject", "entry", "draw", "dtype"))
-
-
-def _quiet() -> None:
-    import diffusers
-    import transformers
-
-    warnings.simplefilter("ignore")
-    diffusers.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
 
 
 def _line(row: dict[str, Any]) -> str:

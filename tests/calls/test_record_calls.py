@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.calls.conftest import TINY, Tiny
+from truestep.calls.check import check
 from truestep.calls.keys import key_of
 from truestep.calls.record import record
 from truestep.calls.recording import CallRecording, read
 from truestep.calls.subject import subject_of
+from truestep.environment import Environment
 from truestep.errors import FileFormatError, UsageError
 from truestep.recording.header import manifest_digest
 from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY
+from truestep.runtime.identity import device_of
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +171,46 @@ def test_calls_are_values(saved: Path) -> None:
     assert again.calls == recording.calls
     with pytest.raises(dataclasses.FrozenInstanceError):
         recording.calls[0].step = 1  # type: ignore[misc]
+
+
+class Placed(torch.nn.Module):
+    """Seems to have weights on devices."""
+
+    def __init__(self, *places: str) -> None:
+        super().__init__()
+        self.places = places
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return [SimpleNamespace(device=torch.device(place)) for place in self.places]
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([("cpu", "cpu")], "cpu"),
+        ([()], "cpu"),
+        ([("cpu", "meta")], "cpu"),
+        ([("cpu",), ("meta", "cuda:1")], "cuda:1"),
+        ([("xpu:0",)], "xpu:0"),
+    ],
+)
+def test_a_subject_is_where_its_weights_are(places: list[tuple[str, ...]], expected: str) -> None:
+    parts = {str(at): Placed(*each) for at, each in enumerate(places)}
+    assert device_of({**parts, "scheduler": object()}) == (expected)
+
+
+def test_the_environment_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    current = Environment.current
+
+    def told(device: str | None = None, *, attention: str | None = None) -> Environment:
+        asked.append(str(device))
+        return current("cpu", attention=attention)
+
+    monkeypatch.setattr("truestep.calls.recording.Environment.current", told)
+    monkeypatch.setattr("truestep.calls.check.Environment.current", told)
+    monkeypatch.setattr("truestep.calls.recorder.device_of", lambda subject: "cuda:0")
+    monkeypatch.setattr("truestep.calls.check.device_of", lambda subject: "cuda:1")
+    subject = subject_of(torch.nn.Linear(3, 3), torch.randn(2, 3))
+    assert check(subject, record(subject, floor=False)).verdict.passed
+    assert asked == ["cuda:0", "cuda:1"]

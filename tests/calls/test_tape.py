@@ -196,6 +196,16 @@ def test_a_tensor_elsewhere_is_said() -> None:
     assert tape.problem == "a tensor on meta (torch.strided)"
 
 
+def test_a_tape_that_cannot_be_played_keeps_nothing_more() -> None:
+    with torch.no_grad(), Tape() as tape:
+        far = torch.ones(3, device="meta")
+        count, held = len(tape.operations), len(tape.outside)
+        made = far.add_(1) + X[0, 0]
+    assert made.device.type == "meta"
+    assert (len(tape.operations), len(tape.outside)) == (count, held)
+    assert tape.number(made) is None
+
+
 def test_a_dead_tensors_place_is_another_tensors() -> None:
     """Numbers go by where an object is, and a place is given again."""
     with torch.no_grad(), Tape() as tape:

@@ -84,6 +84,8 @@ def test_a_floor_as_large_as_the_values_passes_nothing() -> None:
         (outcome,) = judge([Measured(metrics(0.08), wide, {})])
         assert outcome.verdict is verdict
     assert outcome.note == "the floor itself is 1 of the values: it says nothing here"
+    (outcome,) = judge([Measured(metrics(0.08), wide, {}, raised=True)])
+    assert outcome.verdict is Verdict.EQUIVALENT, "what it says in a higher precision decides"
 
 
 @pytest.mark.parametrize(
@@ -111,8 +113,7 @@ def test_what_only_a_change_of_all_values_would_fail_passes_where_something_else
     wide = FloorLookup(NoiseFloor(runs=runs), pair="float32/float32").find(NAME, dtype="float32")
     assert wide is not None
     assert wide.used.rel_l2 < 0.5
-    structure = {"gain": 1e-9, "frame_energy": 1e-9} if alone else {}
-    (outcome,) = judge([Measured(metrics(0.01), wide, structure)])
+    (outcome,) = judge([Measured(metrics(0.01), wide, raised=not alone)])
     assert outcome.verdict is verdict
     if verdict is Verdict.INCONCLUSIVE:
         assert outcome.note.startswith("only a change of ")

@@ -34,6 +34,7 @@ from truestep.judge.repeats import UNSTEADY, said_unsteady
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.manifest import CallEntry
+from truestep.runtime.identity import device_of
 from truestep.verdict import Comparison, Row, Side
 
 
@@ -207,7 +208,7 @@ def _sides(subject: Subject, recording: CallRecording, how: How, said: Sequence[
 
 def _named(subject: Subject, recording: CallRecording, fields: dict[str, Any]) -> Sides:
     """The two sides, with what is said beside them."""
-    environment = Environment.current("cpu", attention=None)
+    environment = Environment.current(device_of(subject.components), attention=None)
     manifest = recording.recording.manifest
     return Sides(
         actual=Side(label=subject.label, environment=dict(environment)),

@@ -37,6 +37,7 @@ from truestep.calls.values import Tree, dict_keys, encode, in_real_numbers, tens
 from truestep.errors import FOREIGN, TruestepError, one_line
 from truestep.measure.distance import same_bits
 from truestep.measure.plain import plain
+from truestep.randomness import own_states, set_own_state
 from truestep.recording.manifest import CallEntry
 
 
@@ -267,8 +268,8 @@ class Forcing:
             state = self.reference.recording[stored].clone()
             if isinstance(generator, torch.Generator):
                 generator.set_state(state)
-            elif not name:
-                torch.set_rng_state(state)
+            elif name in own_states():
+                set_own_state(name, state)
         return output
 
     def _write_back(self, call: CallEntry, arguments: Arguments) -> None:

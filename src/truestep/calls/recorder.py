@@ -24,8 +24,9 @@ from truestep.calls.subject import Subject
 from truestep.calls.values import Path, Tree, encode, holds_state, opaque, qualified, tensors
 from truestep.errors import UsageError
 from truestep.progress import Progress
-from truestep.randomness import own_randomness
+from truestep.randomness import own_randomness, own_states
 from truestep.recording.manifest import CallEntry
+from truestep.runtime.identity import device_of
 from truestep.runtime.precision import working_dtype
 
 RUN = "run"
@@ -56,7 +57,7 @@ def recorded(subject: Subject, progress: Progress | None = None) -> CallRecordin
             hint="name the components that run: subject_of(function, components={...})",
         )
     settings = {"label": subject.label, "elsewhere": dict(watch.elsewhere)}
-    return assembled(calls, recorder.contents, settings)
+    return assembled(calls, recorder.contents, settings, device=device_of(subject.components))
 
 
 def placed(recorder: Recorder) -> tuple[list[CallEntry], list[int]]:
@@ -196,10 +197,10 @@ class Recorder:
     def _moved(
         self, before: list[tuple[str, torch.Tensor]], arguments: Arguments
     ) -> Iterator[tuple[str, str]]:
-        after = generator_states(arguments) if before else ()
-        for (name, old), (_, new) in zip(before, after, strict=True):
-            if not torch.equal(old, new):
-                yield name, self.keep((), new)
+        after = dict(generator_states(arguments)) if before else {}
+        for name, old in before:
+            if name in after and not torch.equal(old, after[name]):
+                yield name, self.keep((), after[name])
 
 
 def begun(arrival: Arrival) -> CallEntry:
@@ -223,8 +224,8 @@ def weight_dtype(owner: Any) -> str:
 
 
 def generator_states(arguments: Arguments) -> Iterator[tuple[str, torch.Tensor]]:
-    """State of torch's own generator (no name) and of those among a call's arguments."""
-    yield "", torch.get_rng_state()
+    """States of torch's own generators, see `own_states`, and of those among a call's arguments."""
+    yield from own_states().items()
     for name, value in arguments.values.items():
         if isinstance(value, torch.Generator):
             yield name, value.get_state()

@@ -193,7 +193,11 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assembled(
-    calls: Sequence[CallEntry], contents: Mapping[str, torch.Tensor], settings: dict[str, Any]
+    calls: Sequence[CallEntry],
+    contents: Mapping[str, torch.Tensor],
+    settings: dict[str, Any],
+    *,
+    device: str,
 ) -> CallRecording:
     """A recording of calls whose trees name tensors by content.
 
@@ -201,6 +205,7 @@ def assembled(
         calls: In the order in which they began.
         contents: Content to tensor.
         settings: Kept in the manifest.
+        device: Where it ran.
     """
     stored: dict[str, str] = {}
     table: list[TensorEntry] = []
@@ -247,7 +252,7 @@ def assembled(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         level="full",
         settings=settings,
-        environment=dict(Environment.current("cpu", attention=None)),
+        environment=dict(Environment.current(device, attention=None)),
         tensors=tuple(table),
         calls=tuple(named),
         forwards=sum(call.kind == "model" for call in named),

@@ -72,8 +72,10 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator and keep it."""
+        """Run an operator and keep it; nothing more is kept once the tape cannot be played."""
         kwargs = kwargs or {}
+        if self.problem:
+            return func(*args, **kwargs)
         if any(isinstance(value, torch.UntypedStorage) for value in args):
             return self._onto_storage(func, args, kwargs)
         name, mutable, draws = _traits(func)

@@ -28,7 +28,7 @@ from truestep.judge.floor import (
 from truestep.judge.modality import in_seconds, modalities, with_modalities
 from truestep.judge.rule import SIZES, Measured, Outcome, bounded, judged, rule_of
 from truestep.judge.sentence import sentence_of
-from truestep.keys import PRECISIONS, SAMPLES, Address, address, without_modality
+from truestep.keys import PRECISIONS, SAMPLES, Address, address, stage_key, without_modality
 from truestep.measure.batches import Found, is_small, measured_together
 from truestep.measure.distance import distance, distance_to_itself, is_constant, same_bits
 from truestep.measure.plain import plain
@@ -72,6 +72,7 @@ def compare_tensors(
     floor_of = floors(limits)
     parts = (name.partition("/") for name in reference if name in actual)
     lifted = {rest for prefix, _, rest in parts if prefix in PRECISIONS}
+    stages = {stage_key(name) for name in lifted}
     waiting: list[_Waiting | None] = []
     names = [*reference, *(name for name in actual if name not in reference)]
     for window in _windows(names, actual, reference):
@@ -88,9 +89,12 @@ def compare_tensors(
                 continue
             known = next(together)
             same = known.same if known else a.shape == r.shape and same_bits(a, r)
-            used = floor_of(name, a, r, structure=not (same or limits.raised or name in lifted))
+            raised = limits.raised or name in lifted
+            used = floor_of(name, a, r, structure=not (same or raised))
             inner = partial(_is_inner, name, describe)
             found = _without_rule(a, r, used, same=same, inner=inner, known=known)
+            if isinstance(found, Measured):
+                found = replace(found, raised=raised or stage_key(name) in stages)
             waiting.append(_Waiting(name, *infos, found))
             forget(name, actual, reference)
     return list(_rows(waiting, describe))

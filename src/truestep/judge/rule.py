@@ -39,11 +39,13 @@ class Measured:
         metrics: Its distances.
         structure: Structure statistics of its residual, over the reference's rms.
         floor: What judges it.
+        raised: Whether its stage is judged in a higher precision, too.
     """
 
     metrics: Metrics
     floor: Floor
     structure: Mapping[str, float] = field(default_factory=dict)
+    raised: bool = False
 
     def values(self) -> dict[str, float]:
         """Every statistic by name, over the reference's rms.
@@ -121,11 +123,11 @@ def _steady(item: Measured, outcome: Outcome) -> Outcome:
     if outcome.verdict is not Verdict.EQUIVALENT:
         return outcome
     note, floor = item.floor.unsteady, outcome.floor
-    if not note and floor.source == "measured":
+    if not note and floor.source == "measured" and not item.raised:
         seen = floor.rel_l2 * floor.bound
         if floor.rel_l2 > BLIND:
             note = f"the floor itself is {floor.rel_l2:.1g} of the values: it says nothing here"
-        elif item.structure and seen > UNSEEN:  # without, a higher precision judges it as well
+        elif seen > UNSEEN:
             note = f"only a change of {seen:.1g} times the values would have been seen here"
     return replace(outcome, verdict=Verdict.INCONCLUSIVE, note=note) if note else outcome
 

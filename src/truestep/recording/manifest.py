@@ -61,8 +61,9 @@ class CallEntry:
     `call` is its number within step and stage, `owner` the class that was called, `dtype` that of
     its weights, `parameters` the names that arguments without one have. `written` is what arguments
     held afterwards where the call changed them, `state` what a scheduler then held, `random` the
-    states of generators that the call moved: name of the argument (none: torch's own) and of the
-    tensor. `live`: the call has to be made for what cannot be kept.
+    states of generators that the call moved: name of the argument, or of the device whose own one
+    it is (`cuda:0`; none: the CPU's), and of the tensor. `live`: the call has to be made for what
+    cannot be kept.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

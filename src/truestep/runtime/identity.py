@@ -27,15 +27,10 @@ def weights_of(parts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def device_of(parts: Mapping[str, Any]) -> str:
-    """Where the weights of modules are."""
-    devices = (
-        tensor.device.type
-        for part in parts.values()
-        if isinstance(part, torch.nn.Module)
-        for tensor in part.parameters()
-        if tensor.device.type != "meta"
-    )
-    return next((device for device in devices if device != "cpu"), "cpu")
+    """Where modules compute: where the first weights are that do not wait on the CPU."""
+    modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+    places = (weight.device for module in modules for weight in module.parameters())
+    return next((str(place) for place in places if place.type not in ("cpu", "meta")), "cpu")
 
 
 def _weights(model: torch.nn.Module) -> str:

@@ -87,7 +87,7 @@ def _attended(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query.float() * factor) @ key.float().transpose(-1, -2)
     if is_causal:
-        ones = torch.ones(scores.shape[-2:], dtype=torch.bool)
+        ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         scores = scores.masked_fill(~ones.tril(), -torch.inf)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -torch.inf)

@@ -18,7 +18,7 @@ def randomise(module: nn.Module, *, seed: int, name: str) -> None:
     everything before them. Buffers and frozen parameters stay as the class computes them.
 
     Args:
-        module: A model, on the CPU.
+        module: A model. Its numbers are drawn where it is, and are others on another device.
         seed: The pipeline's seed.
         name: The component's name, so that two encoders of one class differ.
     """
@@ -30,8 +30,9 @@ def randomise(module: nn.Module, *, seed: int, name: str) -> None:
             continue
         seen.add(id(parameter))
         digest = hashlib.sha256(f"{seed}/{name}/{key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        noise = torch.randn(parameter.shape, generator=generator)
+        generator = torch.Generator(parameter.device)
+        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
         with torch.no_grad():
             parameter.copy_(_scaled(key, parameter, noise, id(parameter) in embeddings))
 

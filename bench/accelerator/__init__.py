@@ -1,0 +1,1 @@
+"""What an accelerator makes of truestep: floors, faults, plans, overhead and memory, in minutes."""
