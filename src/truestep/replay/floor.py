@@ -95,17 +95,20 @@ def measure(pipe: Pipeline, recording: Tensors, how: Measuring) -> NoiseFloor:
         if elsewhere.known(recording):  # an earlier recording gave these very tensors, and taped it
             todo[0] = replace(todo[0], only=(1,), stages=AT_A_STEP)
         there = _Elsewhere(elsewhere, recording, todo[0], said, steps=how.steps)
-        in_order = _repeated(pipe, there, how, runs, in_order=in_order)
-        how.told("repeat", 1, total)
-        for done, variation in enumerate(todo[1:], 1):
+        for done, variation in enumerate(todo):
 
-            def make(note: Note, one: Variation = variation) -> list[NoiseRun]:
+            def make(
+                note: Note, one: Variation = variation, ordered: bool = in_order
+            ) -> list[NoiseRun]:
                 with one.vary(pipe) as varied:
-                    outputs = one.run(varied, recording, steps=how.steps, in_order=in_order)
+                    outputs = one.run(varied, recording, steps=how.steps, in_order=ordered)
                     outputs |= _free_run(varied) if how.final else {}
                 return [noise_run(one, outputs, recording, weights=sample_sizes(runs))]
 
-            runs.extend(how.kept.runs(_name(variation), make, how.note))
+            if variation.kind == "repeat":
+                in_order = _repeated(pipe, there, how, runs, in_order=in_order)
+            else:
+                runs.extend(how.kept.runs(_name(variation), make, how.note))
             with how.kept.refusing():
                 refuse_unsteady(runs[-1:])
             how.told(variation.kind, done + 1, total)
@@ -195,8 +198,6 @@ def _repeated(
         if kept.has(name) and not kept.has(there.name):
             taped(in_order)
         runs += kept.runs(name, make, how.note)
-    with kept.refusing():
-        refuse_unsteady(runs[-1:])
     return in_order
 
 
