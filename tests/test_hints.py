@@ -213,7 +213,7 @@ ADVICE = {
     "leave --keep out",
     "give --references a folder on a larger disk",
     "leave --resume out",
-    "give the case: check(case, reference, from_disk=True)",
+    "give the case: {}(case, ..., from_disk=True)",
     "run the check again",
     "case.replace(prompt='a cat') gives it others",
     "record and check run any pipeline: give --prompt, or a table [case.NAME.call]",

@@ -49,7 +49,7 @@ def test_too_little_of_anything_is_a_problem(run: Run, monkeypatch: pytest.Monke
     assert problems[1].startswith("PROBLEM   the recording is of")
     assert problems[1].endswith("2 kB of disk are free")
     checked = run("check", *WORDS, "--dry-run")[1].splitlines()[-1]
-    assert checked.endswith("check --from-disk leaves weights in their files")
+    assert checked.endswith("--from-disk leaves weights in their files")
 
 
 def test_a_large_model_is_not_recorded_where_there_is_no_room(

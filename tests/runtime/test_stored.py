@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import truestep
 from truestep.errors import FileFormatError, UsageError
+from truestep.measure.distance import same_bits
+from truestep.recording.format import Recording
 from truestep.runtime import lent, stored
 from truestep.runtime.lent import active, lending
 from truestep.runtime.stored import in_files, refuse_compiled
@@ -109,6 +111,21 @@ def test_a_check_from_disk_says_what_a_check_says(
     path = tmp_path / "reference.safetensors"
     truestep.record(case, path=path)
 
+    recorded, read = Recording.open(path), truestep.record(case, from_disk=True)
+    assert set(recorded) == set(read)
+    assert all(same_bits(recorded[name], read[name]) for name in recorded)
+    floors = [
+        {(run.kind, run.detail, run.pair): run for run in recording.manifest.noise_floor.runs}
+        for recording in (recorded, read)
+        if recording.manifest.noise_floor is not None
+    ]
+    made = {key for key in floors[0] if key[0] != "instructions"}
+    others = {key for key in floors[1] if key[0] == "instructions"}
+    assert made == set(floors[1]) - others
+    assert runtime or not others, "a tape would hold all weights, and none of it is kept"
+    alike = made if not runtime else {key for key in made if key[0] != "repeat"}  # once it is kept
+    assert all(floors[0][key] == floors[1][key] for key in alike)
+
     same = truestep.check(case, path, from_disk=True)
     assert same.verdict.value == "identical", same.sentence
     assert "stayed on disk, and were read whenever they were used" in same.notes[-1]
@@ -157,6 +174,8 @@ def test_compiled_models_are_refused(folders: Any, tmp_path: Path) -> None:
         truestep.check(case, path, apply=compiled, from_disk=True)
     assert "compiled models cannot be run from disk" in str(refused.value)
     assert "leave --from-disk out" in str(refused.value)
+    with pytest.raises(UsageError, match="compiled models cannot be run from disk"):
+        truestep.record(case, apply=compiled, from_disk=True)
     refuse_compiled([torch.nn.Linear(1, 1)])
 
 
@@ -165,6 +184,8 @@ def test_an_object_is_in_memory_already(folders: Any, tmp_path: Path) -> None:
     recording = truestep.record(pipe, call=CALL, floor="none")
     with pytest.raises(UsageError, match="in memory already"):
         truestep.check(pipe, recording, from_disk=True)
+    with pytest.raises(UsageError, match="in memory already"):
+        truestep.record(pipe, call=CALL, from_disk=True)
 
 
 def test_a_file_that_is_cut_meanwhile_is_named(tmp_path: Path) -> None:

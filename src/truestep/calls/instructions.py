@@ -34,6 +34,7 @@ from truestep.errors import WriteError
 from truestep.files import write_text
 from truestep.floors import NoiseRun
 from truestep.recording.format import bytes_of
+from truestep.runtime.lent import active
 from truestep.verdict import Record
 
 OLDEST = {
@@ -171,6 +172,10 @@ class Elsewhere:
             What `again` returned.
         """
         if not self.detail or self._known:
+            return again()
+        lender = active()
+        if lender is not None and lender.stored:  # a tape would hold what is read, all of it
+            self.refuse("weights stay in their files")
             return again()
         if self._player is not None:  # begun with another run
             self._player.end()

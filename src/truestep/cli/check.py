@@ -175,7 +175,8 @@ def command(  # 29 parameters, long: the options of the verb
         _refuse(case.replace(**settings[name]), depth, accept, thresholds)
     load_change(change)  # a change that cannot be read is refused before any forward
     if dry_run:
-        end(tell({name: case.replace(**settings[name]) for name, case in cases.items()}, "check"))
+        changed = {name: case.replace(**settings[name]) for name, case in cases.items()}
+        end(tell(changed, "check", from_disk=from_disk))
     ledger = _ledger(known, cases, case_file=case_file, tier=tier)
     common: dict[str, Any] = {
         "depth": depth,

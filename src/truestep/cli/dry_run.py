@@ -18,11 +18,14 @@ LARGE = 1_000_000_000
 """Bytes of weights from which on a recording begins with what it takes."""
 
 
-def dry_run(cases: Mapping[str, AnyCase], verb: Verb, target: Path | None = None) -> int:
+def dry_run(
+    cases: Mapping[str, AnyCase], verb: Verb, target: Path | None = None, *, from_disk: bool
+) -> int:
     """Say what cases take.
 
     Args:
         cases: By name.
+        from_disk: Whether weights would stay in their files.
         verb: Whose needs are held against what is there.
         target: Where a recording would be written.
 
@@ -33,7 +36,7 @@ def dry_run(cases: Mapping[str, AnyCase], verb: Verb, target: Path | None = None
 
     problems = []
     for name, case in cases.items():
-        told = estimate(case)
+        told = estimate(case, from_disk=from_disk)
         _say(name, told)
         problems += _problems(told, verb, target)
         for problem in _problems(told, verb, target):
@@ -41,7 +44,7 @@ def dry_run(cases: Mapping[str, AnyCase], verb: Verb, target: Path | None = None
     return 2 if problems else 0
 
 
-def foresee(name: str, case: AnyCase, target: Path) -> None:
+def foresee(name: str, case: AnyCase, target: Path, *, from_disk: bool) -> None:
     """Before a large model is recorded: say what it takes, and refuse what finds no room.
 
     Raises:
@@ -54,7 +57,7 @@ def foresee(name: str, case: AnyCase, target: Path) -> None:
     if sum(file.stat().st_size for file in folder_of(case).rglob("*.safetensors")) < LARGE:
         return
     try:
-        told = estimate(case)
+        told = estimate(case, from_disk=from_disk)
     except UsageError:  # it cannot be foretold; it may well be recorded
         return
     say(f"{visible(name)}: {_needs(told.record)}{_written(told)}", err=True)
@@ -133,8 +136,7 @@ def _problems(told: Estimate, verb: Verb, target: Path | None) -> list[str]:
     there = free_memory()
     if there is not None and needs.memory > there:
         text = f"{verb} takes {amount(needs.memory)} of memory, {amount(there)} are free"
-        helps = "; check --from-disk leaves weights in their files" if verb == "check" else ""
-        found.append(text + helps)
+        found.append(f"{text}; --from-disk leaves weights in their files")
     device = free_device_memory("cuda") if needs.device else None
     if device is not None and needs.device > device:
         found.append(

@@ -76,12 +76,18 @@ if TYPE_CHECKING:
     help="Only say what it would take: memory, time and bytes; nothing is computed.",
 )
 @click.option(
+    "--from-disk",
+    is_flag=True,
+    help="Leave large weights in their files and read each when it is used: for a model that does "
+    "not fit into memory.",
+)
+@click.option(
     "--resume/--no-resume",
     help="Go on from the last benign run that a record which was stopped has finished.",
 )
 @set_option
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
-def command(  # 20 parameters: the options of the verb
+def command(  # 21 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -99,6 +105,7 @@ def command(  # 20 parameters: the options of the verb
     floor: str,
     keep: str,
     dry_run: bool,
+    from_disk: bool,
     resume: bool,
     changes: tuple[str, ...],
     change: str | None,
@@ -120,12 +127,11 @@ def command(  # 20 parameters: the options of the verb
 
     root = references or DEFAULT_ROOT
     words = Words(names, case_file, tier, prompt, pipeline, subject, inputs, root, loras, prepare)
-    cases, output = _chosen(words, reference, output, update=update)
+    cases, output = _chosen(words, changes, reference, output, update=update)
     store = Store(root)
-    options = {"level": level, "floor": floor, "keep": _kept(keep), "apply": load_change(change)}
-    cases = _accepted(changed_cases(cases, changes))
+    options = _options(level=level, floor=floor, keep=keep, from_disk=from_disk, apply=change)
     if dry_run:
-        end(tell(cases, "record", output or store.root))
+        end(tell(cases, "record", output or store.root, from_disk=from_disk))
     require_room(output or store.root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(store, cases, tier)
     for place in kept.values() if len(cases) == 1 else ():
@@ -136,7 +142,7 @@ def command(  # 20 parameters: the options of the verb
             say(f"KEPT {name}: it has a reference, {store.root / kept[name].name}")
             continue
         try:
-            foresee(name, case, output or store.root)
+            foresee(name, case, output or store.root, from_disk=from_disk)
             recording, path = saving.recorded(case, **options)
         except TruestepError as error:
             if len(cases) == 1:
@@ -152,9 +158,14 @@ def command(  # 20 parameters: the options of the verb
 
 
 def _chosen(
-    words: Words, reference: Path | None, output: Path | None, *, update: bool
+    words: Words,
+    changes: tuple[str, ...],
+    reference: Path | None,
+    output: Path | None,
+    *,
+    update: bool,
 ) -> tuple[dict[str, AnyCase], Path | None]:
-    """The cases, and the file that the only one is written to, if that was said."""
+    """The cases as they are changed, and the file that the only one is written to, if one is."""
     from truestep.errors import UsageError
 
     if reference is None:
@@ -164,12 +175,13 @@ def _chosen(
         output = output or _replaced(reference, words, update=update)
     if output is not None and len(cases) != 1:
         raise UsageError(f"--output takes one case, {len(cases)} were chosen")
-    return cases, output
+    return _accepted(changed_cases(cases, changes)), output
 
 
-def _kept(text: str) -> Keep:
-    """Which steps `--keep` says."""
-    return "all" if text == "all" else numbers(text, "--keep") if text else ()
+def _options(*, keep: str, apply: str | None, **given: Any) -> dict[str, Any]:
+    """Options of `truestep.record` by name."""
+    steps: Keep = "all" if keep == "all" else numbers(keep, "--keep") if keep else ()
+    return {**given, "keep": steps, "apply": load_change(apply)}
 
 
 def _accepted(cases: dict[str, AnyCase]) -> dict[str, AnyCase]:

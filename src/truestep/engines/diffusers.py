@@ -79,9 +79,11 @@ def record(
     case = case.with_hashes()
     files = {name: read_input(case.files(name)) for name in case.input}
     call = {**model.signature.always, **case.call, **files}
-    pipe = _loaded(case, model)
+    with in_files():
+        pipe = _loaded(case, model)
     parts = parts_of(pipe)
     pipe = changed(prepared(pipe, case), apply)
+    refuse_compiled(getattr(pipe, "components", {}).values())
     idle = idle_loras(case)
     settings = {
         "label": "reference",

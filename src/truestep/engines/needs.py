@@ -84,8 +84,12 @@ class Estimate:
     whole: int
 
 
-def estimate(case: AnyCase) -> Estimate:
+def estimate(case: AnyCase, *, from_disk: bool = False) -> Estimate:
     """Tell what a case takes; its weights are not read, but for those below 1 MiB.
+
+    Args:
+        case: What would be recorded or checked.
+        from_disk: Whether weights would stay in their files.
 
     Raises:
         CaseError, ModelLoadError: The case cannot be run.
@@ -95,7 +99,7 @@ def estimate(case: AnyCase) -> Estimate:
         told = _of_calls(case) if isinstance(case, CallCase) else _of_stages(case)
     base = resident_peak() or 0
     run = foretold(told.subject)
-    return _Sum(told, run, base, _Clock(told.device)).estimate()
+    return _Sum(told, run, base, _Clock(told.device), from_disk).estimate()
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ class _Sum:
     run: Foretold
     base: int
     clock: _Clock
+    from_disk: bool
 
     def estimate(self) -> Estimate:
         run, narrow = self.run, self._narrow
@@ -177,7 +182,9 @@ class _Sum:
         )
 
     def _needs(self, beside: int, activations: int, seconds: float) -> Needs:
-        own = sum(size for size, _ in self.run.weights.values()) + activations
+        sizes = self.run.weights.values()
+        held = max(most for _, most in sizes) if self.from_disk and sizes else self._weights
+        own = held + activations
         here = self.told.device == "cpu"
         return Needs(self.base + beside + own * here, own * (not here), seconds)
 
@@ -197,8 +204,13 @@ class _Sum:
     @cached_property
     def _child(self) -> bool:
         """Whether a process of its own plays the run by other instructions."""
-        weights = sum(size for size, _ in self.run.weights.values())
-        return 0 < weights <= MOST_BYTES and self.told.device == "cpu"
+        there = 0 < self._weights <= MOST_BYTES and not self.from_disk
+        return there and self.told.device == "cpu"
+
+    @cached_property
+    def _weights(self) -> int:
+        """Bytes of all weights."""
+        return sum(size for size, _ in self.run.weights.values())
 
     @cached_property
     def _reference(self) -> CallRecording:

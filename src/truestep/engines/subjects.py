@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
     from truestep.replay.check import Depth, Expect
     from truestep.replay.record import FloorChoice
     from truestep.runtime.applying import Apply
+    from truestep.runtime.lent import Lender
     from truestep.verdict import Comparison
 
 
-def record(  # 9 parameters: the public record, whose options are keywords
+def record(  # 10 parameters: the public record, whose options are keywords
     subject: Case | CallCase | Any,
     *,
     call: Mapping[str, Any] | None = None,
@@ -33,6 +35,7 @@ def record(  # 9 parameters: the public record, whose options are keywords
     floor: FloorChoice = "steps",
     keep: Keep = (),
     apply: Apply | None = None,
+    from_disk: bool = False,
     progress: Progress | None = None,
     resume: bool | Partial = False,
 ) -> Recording:
@@ -52,6 +55,7 @@ def record(  # 9 parameters: the public record, whose options are keywords
             ones; or `all` (about five times as much at 50 steps). A case of truestep's runtime
             keeps all.
         apply: A change to the pipeline before it runs.
+        from_disk: Of a case: leave weights above 1 MiB in their safetensors files; see `check`.
         progress: Told (what, done, total).
         resume: Go on from the last benign run that a record of the same, which was stopped, has
             finished in `PATH.partial`; from the beginning where there is none.
@@ -69,15 +73,31 @@ def record(  # 9 parameters: the public record, whose options are keywords
     from truestep.recording.partial import Partial, beside
     from truestep.runtime.identity import source_of
 
+    if not isinstance(subject, Case | CallCase):
+        _refuse_of_cases(None, from_disk, "record")
     options = {"floor": floor, "keep": keep, "apply": apply, "progress": progress}
     if isinstance(resume, Partial):
         resume.know({"floor": floor, **source_of(apply)})
-        return _recorded(subject, call, path, level, {**options, "kept": resume})
-    with beside(path, resume=resume) as kept:
+        with _apart(from_disk):
+            return _recorded(subject, call, path, level, {**options, "kept": resume})
+    with beside(path, resume=resume) as kept, _apart(from_disk):
         kept.know({"floor": floor, **source_of(apply)})
         recording = _recorded(subject, call, path, level, {**options, "kept": kept})
         kept.remove()
     return recording
+
+
+@contextmanager
+def _apart(from_disk: bool) -> Iterator[Lender | None]:
+    """While weights stay in their files, if that was asked for."""
+    if not from_disk:
+        yield None
+        return
+    from truestep.runtime.lent import lending
+    from truestep.runtime.stored import large_apart
+
+    with large_apart(), lending() as lender:
+        yield lender
 
 
 def _recorded(
@@ -185,7 +205,7 @@ def check(  # 14 parameters: the public check, whose options are keywords
     refuse_checking(depth, rename, accept)
     from truestep.engines.pipelines import Judging, opened
 
-    _refuse_of_cases(settings, from_disk)
+    _refuse_of_cases(settings, from_disk, "check")
     recording = opened(reference)
     _refuse_alone(subject, trusted, depth)
     opened_beside = (lambda: trusted) if depth == "modules" else None
@@ -210,10 +230,8 @@ def _check_case(
 ) -> Comparison:
     """Check a case, whose model is loaded here; `stages` are options of truestep's runtime."""
     if from_disk:
-        from truestep.runtime.lent import lending
-        from truestep.runtime.stored import large_apart
-
-        with large_apart(), lending() as lender:
+        with _apart(from_disk) as lender:
+            assert lender is not None
             result = _check_case(case, reference, options, stages, from_disk=False)
         size = sum(lender.stored.values())
         note = (
@@ -230,7 +248,7 @@ def _check_case(
     return check(case, reference, **stages, **options)
 
 
-def _refuse_of_cases(settings: Mapping[str, Any] | None, from_disk: bool) -> None:
+def _refuse_of_cases(settings: Mapping[str, Any] | None, from_disk: bool, verb: str) -> None:
     """Refuse what needs a model that is loaded here."""
     if settings:
         raise UsageError(
@@ -240,7 +258,7 @@ def _refuse_of_cases(settings: Mapping[str, Any] | None, from_disk: bool) -> Non
     if from_disk:
         raise UsageError(
             "a pipeline object is in memory already, and cannot be read from disk",
-            hint="give the case: check(case, reference, from_disk=True)",
+            hint=f"give the case: {verb}(case, ..., from_disk=True)",
         )
 
 

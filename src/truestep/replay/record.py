@@ -65,8 +65,12 @@ def record(
     """
     from truestep.runtime.applying import apply_change
     from truestep.runtime.loading import load
+    from truestep.runtime.stored import in_files, refuse_compiled
 
-    pipe = apply_change(load(case), apply)
+    with in_files():
+        pipe = load(case)
+    pipe = apply_change(pipe, apply)
+    refuse_compiled(vars(pipe).values())
     recording = record_pipeline(
         pipe, case=case, level=level, floor=floor, progress=progress, kept=kept
     )
