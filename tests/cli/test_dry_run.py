@@ -44,7 +44,7 @@ def test_too_little_of_anything_is_a_problem(run: Run, monkeypatch: pytest.Monke
     code, out, _ = run("record", *WORDS, "--dry-run")
     assert code == 2
     problems = [line for line in out.splitlines() if line.startswith("PROBLEM")]
-    assert problems[0].endswith("of memory, 1 kB are free")
+    assert problems[0].endswith("1 kB are free; --from-disk leaves weights in their files")
     assert problems[0].startswith("PROBLEM   record takes")
     assert problems[1].startswith("PROBLEM   the recording is of")
     assert problems[1].endswith("2 kB of disk are free")
