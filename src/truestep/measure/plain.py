@@ -21,13 +21,37 @@ def plain(tensor: torch.Tensor, name: str = "a value") -> torch.Tensor:
     kind = type(tensor)
     if kind is torch.Tensor:
         return tensor.detach()
-    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    if is_wrapped(tensor):
         raise UsageError(
             f"{name} is a {kind.__name__}, whose elements only its own class can read",
             hint="give a plain tensor: tensor.full_tensor(), or tensor.dequantize()",
         )
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.detach().as_subclass(torch.Tensor)
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements are what its own class makes of others, as quantised ones are."""
+    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def inside(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """The plain tensors that a wrapped one is made of, by name; None where its class does not say.
+
+    Source:
+        `__tensor_flatten__`, by which torch.compile takes such classes apart.
+    """
+    if not is_wrapped(tensor):
+        return {"": tensor}
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return None
+    found: dict[str, torch.Tensor] = {}
+    for name in tensor.__tensor_flatten__()[0]:
+        inner = inside(getattr(tensor, name))
+        if inner is None:
+            return None
+        found |= {f"{name}.{key}".rstrip("."): part for key, part in inner.items()}
+    return found
 
 
 class Pages:

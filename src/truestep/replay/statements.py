@@ -25,6 +25,7 @@ from truestep.calls.values import in_real_numbers
 from truestep.floors import EPSILON
 from truestep.judge.rows import dtype_name
 from truestep.measure.distance import distance, same_bits
+from truestep.measure.plain import inside, is_wrapped
 from truestep.nests import leaves
 from truestep.pairing.naming import named_modules
 from truestep.pairing.partners import Names, namesake
@@ -212,10 +213,25 @@ def differing_parameters(actual: torch.nn.Module, reference: torch.nn.Module) ->
             told.append(f"{name} has shape {list(own[name].shape)} for {list(tensor.shape)}")
         elif own[name].is_meta or tensor.is_meta:
             told.append(f"{name} is not in memory, and was not compared")
+        elif is_wrapped(tensor) or is_wrapped(own[name]):
+            told += _wrapped_apart(name, own[name], tensor)
         elif not torch.equal(own[name].to(tensor.device, tensor.dtype), tensor):
             told.append(f"{name} {_apart(own[name].data, tensor.data)}")
     told += [f"{name} is extra" for name in own if name not in theirs]
     return ", ".join(told) or None
+
+
+def _wrapped_apart(name: str, actual: torch.Tensor, reference: torch.Tensor) -> list[str]:
+    """What differs of quantised weights: the tensors that they are made of."""
+    if type(actual) is not type(reference):
+        return [f"{name} is a {type(actual).__name__} for a {type(reference).__name__}"]
+    own, theirs = inside(actual), inside(reference)
+    if own is None or theirs is None:
+        return [f"{name} is a {type(reference).__name__}, and was not compared"]
+    if own.keys() != theirs.keys() or any(own[k].shape != theirs[k].shape for k in own):
+        return [f"{name} is packed in another way"]
+    apart = [k for k, part in theirs.items() if not same_bits(own[k].to(part.device), part)]
+    return [f"{name}.{k} {_apart(own[k], theirs[k])}" for k in apart]
 
 
 def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:

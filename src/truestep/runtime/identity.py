@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import xxhash
 
+from truestep.measure.plain import inside, is_wrapped
 from truestep.recording.format import bytes_of, sha256_of
 from truestep.runtime import lent
 from truestep.runtime.loading import fingerprint
@@ -50,9 +51,14 @@ def _content(tensor: torch.Tensor) -> bytes | memoryview:
     stored = lent.content_of(tensor)
     if stored is not None:
         return repr(stored).encode()
+    parts = inside(tensor)
+    if is_wrapped(tensor):
+        named = sorted((parts or {}).items())
+        kind = [type(tensor).__qualname__.encode()]
+        return b" ".join([*kind, *(name.encode() + _content(part) for name, part in named)])
     try:
         return bytes_of(tensor.detach().to("cpu"))
-    except (RuntimeError, TypeError, NotImplementedError):  # meta, quantised in a wrapper
+    except (RuntimeError, TypeError, NotImplementedError):  # meta
         return type(tensor).__qualname__.encode()
 
 

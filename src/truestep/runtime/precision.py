@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from truestep.floors import EPSILON
-from truestep.runtime.lent import Lender, cast, lendable, lending
+from truestep.measure.plain import is_wrapped
+from truestep.runtime.lent import Lender, Lent, cast, lendable, lending
 
 HIGHER = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
 """Next higher precision to measure a working dtype's own rounding against."""
@@ -41,12 +42,15 @@ def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
     """Make narrower floating-point parameters and buffers of a module wider, for a while.
 
     Small ones are copied; large ones are widened whenever they are used (see `truestep.runtime.
-    lent`), so that no model is held twice. Layerwise casting of diffusers casts to the wider dtype.
+    lent`), so that no model is held twice. A quantised weight of a module of PyTorch's own is
+    written out then; one of another module, which has code of its own for it, stays. Layerwise
+    casting of diffusers casts to the wider dtype.
     On leaving, every one is what it was, also where hooks that offload have put others there.
     """
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     narrow: dict[int, tuple[torch.Tensor, bool]] = {}
     places: list[tuple[dict[str, Any], str, Any]] = []
+    packed: list[tuple[dict[str, Any], str, Any]] = []
     hooks: list[tuple[Any, str, Any]] = []
     for module in modules:
         if dtype is torch.float64 and type(module).__name__ in FLOAT32_AT_MOST:
@@ -57,12 +61,16 @@ def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
             for name, tensor in held.items():
                 if tensor is None or not tensor.is_floating_point():
                     continue
+                if _is_packed(tensor):
+                    if type(module).__module__.startswith("torch.nn."):
+                        packed.append((held, name, tensor))
+                    continue
                 if tensor.itemsize < dtype.itemsize:
                     seen = narrow.get(id(tensor), (tensor, True))[1]
                     narrow[id(tensor)] = (tensor, seen and lendable(module, tensor, dtype))
                     places.append((held, name, tensor))
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    lends = any(lent for _, lent in narrow.values())
+    lends = bool(packed) or any(lent for _, lent in narrow.values())
     with ExitStack() as stack:
         if lends:
             lender = stack.enter_context(lending())
@@ -73,11 +81,13 @@ def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
                 data = tensor.data
                 kept.append((tensor, data))
                 tensor.data = _lent(lender, data, dtype) if lent else data.to(dtype)
+            for held, name, tensor in packed:
+                held[name] = torch.nn.Parameter(_written_out(lender, tensor, dtype), False)
             yield
         finally:
             for tensor, data in reversed(kept):
                 tensor.data = data
-            for held, name, tensor in places:
+            for held, name, tensor in (*places, *packed):
                 held[name] = tensor
             for hook, name, value in hooks:
                 setattr(hook, name, value)
@@ -96,6 +106,21 @@ def _casting(module: torch.nn.Module) -> list[tuple[Any, str, Any]]:
 def _lent(lender: Lender, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     lent = lender.lent(data)
     return lender.lend(cast(lent or data, dtype, data.device, lender.buffers))
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """Whether a weight is quantised by a class of its own, which says what its numbers are."""
+    return is_wrapped(tensor) and type(tensor).dequantize is not torch.Tensor.dequantize
+
+
+def _written_out(lender: Lender, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What stands in for a quantised weight: its numbers, made whenever it is used."""
+
+    def write(into: torch.Tensor, start: int, stop: int) -> None:
+        into.copy_(tensor.dequantize().reshape(-1)[start:stop])
+
+    like = torch.empty(tensor.shape, dtype=dtype, device="meta")
+    return lender.lend(Lent(like, tensor.device, write))
 
 
 def raised_precision(dtype: str) -> str | None:
