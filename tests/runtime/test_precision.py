@@ -126,3 +126,25 @@ def test_quantised_weights_are_told_apart_by_what_they_are_made_of() -> None:
     plain = torch.nn.Linear(16, 16).to(torch.bfloat16)
     plain.bias.copy_(one.bias)
     assert differing_parameters(plain, one) == "weight is a Parameter for a Packed"
+
+
+class Unpacks(torch.nn.Module):
+    """A module that computes with quantised weights in a dtype that it was made with."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.compute_dtype = dtype
+        self.weight = torch.nn.Parameter(torch.arange(16).view(4, 4).to(torch.uint8), False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.compute_dtype) @ self.weight.to(self.compute_dtype)
+
+
+@torch.no_grad()
+def test_a_module_that_unpacks_its_weights_computes_in_the_wider_dtype() -> None:
+    model = torch.nn.Sequential(Unpacks(torch.bfloat16))
+    assert working_dtype(model) is torch.bfloat16
+    x = torch.randn(2, 4)
+    with converted(model, torch.float32):
+        assert torch.equal(model(x), x @ torch.arange(16.0).view(4, 4))
+    assert model(x).dtype is torch.bfloat16

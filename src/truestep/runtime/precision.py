@@ -15,9 +15,9 @@ from truestep.runtime.lent import Lender, Lent, cast, lendable, lending
 HIGHER = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
 """Next higher precision to measure a working dtype's own rounding against."""
 
-FLOAT32_AT_MOST = frozenset({"CosmosLearnablePositionalEmbed"})
-"""Classes whose code refuses float64 (`vector_norm(..., dtype=torch.float32)`): constants of a
-model, which stay in float32 and give what the modules after them take."""
+FLOAT32_AT_MOST = frozenset({"CosmosLearnablePositionalEmbed", "Linear4bit"})
+"""Classes whose code refuses float64 (`vector_norm(..., dtype=torch.float32)`) or unpacks it wrong
+(bitsandbytes 0.50): they stay in float32, and give what the modules after them take."""
 
 
 def working_dtype(model: Any) -> torch.dtype | None:
@@ -96,7 +96,11 @@ def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _casting(module: torch.nn.Module) -> list[tuple[Any, str, Any]]:
-    """What diffusers' layerwise casting of a module casts to: (hook, attribute, dtype)."""
+    """What a module casts its weights to: (object, attribute, dtype). Layerwise casting of
+    diffusers says it in a hook, a module that holds quantised weights (GGUF, 4 bits) itself."""
+    own = vars(module).get("compute_dtype")
+    if isinstance(own, torch.dtype) and own.is_floating_point:
+        return [(module, "compute_dtype", own)]
     registry = getattr(module, "_diffusers_hook", None)
     hook = getattr(registry, "hooks", {}).get("layerwise_casting")
     names = ("storage_dtype", "compute_dtype") if hook is not None else ()
