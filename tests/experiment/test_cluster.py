@@ -336,12 +336,12 @@ def test_a_compiled_cell_runs_as_a_task(cluster: None, truestep: Run) -> None:
     assert code == 4  # one round decides nothing about the speed
 
 
-@pytest.mark.slow
 def beside_progress(err: str) -> list[str]:
     """Lines of stderr without those of a slow machine's progress."""
     return [line for line in err.splitlines() if not line.startswith("cases: ")]
 
 
+@pytest.mark.slow
 def test_cases_are_checked_as_tasks(cluster: None, truestep: Run) -> None:
     assert truestep("record", "a", "b", "--floor", "none")[0] == 0  # they are identical
     code, out, err = truestep("check", "--apply", "change.py:fused", "--ray", "local")
