@@ -67,7 +67,10 @@ def test_a_large_model_is_not_recorded_where_there_is_no_room(
 def test_kept_steps_are_said_and_chosen(run: Run, tmp_path: Path) -> None:
     words = (*WORDS, "--set", "num_inference_steps=9", "--floor", "none", "--update")
     _, out, _ = run("record", *words)
-    assert "kept: what checks read, models at steps 0, 3, 4, 5, 8 of 9" in out
+    assert "kept: what checks read, models at steps 0, 3, 4, 5, 8 of 9 (more: --keep all)" in out
+    path = next(line for line in out.splitlines() if line.startswith("reference: "))
+    _, shown, _ = run("show", path.partition(": ")[2])
+    assert "  kept       what checks read, models at steps 0, 3, 4, 5, 8 of 9\n" in shown
     _, out, _ = run("record", *words, "--keep", "1,7")
     assert "models at steps 0, 1, 3, 4, 5, 7, 8 of 9" in out
     _, out, _ = run("record", *words, "--keep", "all")

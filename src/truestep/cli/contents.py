@@ -245,4 +245,14 @@ def call_lines(manifest: Manifest) -> list[tuple[str, str]]:
         steps = sorted({step for step in places if step is not None})
         at = f", steps {steps[0]} to {steps[-1]}" if steps[1:] else ""
         lines.append(("calls", f"{stage:<10}  {name:<{width}}  {len(places)}{at}"))
-    return lines
+    kept = kept_text(manifest)
+    return [*lines, ("kept", kept)] if kept else lines
+
+
+def kept_text(manifest: Manifest) -> str:
+    """What a recording of calls keeps of its steps, where that is not everything."""
+    steps = manifest.settings.get("steps") if manifest.calls else None
+    total = 1 + max((call.step or 0 for call in manifest.calls), default=0)
+    if not isinstance(steps, list) or len(steps) >= total:
+        return ""
+    return f"what checks read, models at steps {', '.join(map(str, steps))} of {total}"

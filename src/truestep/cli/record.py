@@ -268,17 +268,17 @@ class _Saving:
 
 
 def _told(name: str, recording: Recording, path: Path) -> None:
+    from truestep.cli.contents import kept_text
+
     manifest = recording.manifest
     runs = len(manifest.noise_floor.runs) if manifest.noise_floor else 0
     say(
         f"RECORDED {name}: {len(manifest.tensors)} tensors, {manifest.forwards} forwards, "
         f"noise floor from {runs} benign runs"
     )
-    steps = manifest.settings.get("steps") if manifest.calls else None
-    total = 1 + max((call.step or 0 for call in manifest.calls), default=0)
-    if isinstance(steps, list) and len(steps) < total:
-        numbered = ", ".join(map(str, steps))
-        say(f"kept: what checks read, models at steps {numbered} of {total} (more: --keep all)")
+    kept = kept_text(manifest)
+    if kept:
+        say(f"kept: {kept} (more: --keep all)")
     if "prepared" in manifest.settings:
         say(f"prepared: {manifest.settings['prepared']}")
     for text in manifest.settings.get("idle", ()):
