@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,29 @@ def test_too_little_of_anything_is_a_problem(run: Run, monkeypatch: pytest.Monke
     assert problems[1].endswith("2 kB of disk are free")
     checked = run("check", *WORDS, "--dry-run")[1].splitlines()[-1]
     assert checked.endswith("--from-disk leaves weights in their files")
+
+
+def test_what_is_written_is_what_was_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes more room than what checks read; a level without tensors next to none."""
+    sizes: list[int] = []
+
+    def free(path: Path) -> int:
+        return sizes[0]
+
+    monkeypatch.setattr(needs, "free_disk", free)
+    estimate = needs.estimate
+
+    def told(*args: Any, **kwargs: Any) -> needs.Estimate:
+        found = estimate(*args, **kwargs)
+        sizes[:] = [found.recording]
+        return found
+
+    monkeypatch.setattr(needs, "estimate", told)
+    assert "PROBLEM" not in run("record", *WORDS, "--dry-run")[1]
+    code, out, _ = run("record", *WORDS, "--dry-run", "--keep", "all")
+    assert code == 2
+    assert "PROBLEM   the recording is of" in out
+    assert run("record", *WORDS, "--dry-run", "--keep", "all", "--level", "stats")[0] == 0
 
 
 def test_a_large_model_is_not_recorded_where_there_is_no_room(

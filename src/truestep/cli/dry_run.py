@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,8 +19,31 @@ LARGE = 1_000_000_000
 """Bytes of weights from which on a recording begins with what it takes."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """What would be written.
+
+    Attributes:
+        target: Where.
+        every: Whether every step is kept.
+        tensors: Whether the tensors are, of which alone it is told how large they are.
+    """
+
+    target: Path
+    every: bool = False
+    tensors: bool = True
+
+    def lacking(self, told: Estimate) -> tuple[int, int] | None:
+        """Bytes that it takes and that are free, where those are too few."""
+        from truestep.engines.needs import free_disk
+
+        takes = told.whole if self.every else told.recording
+        there = free_disk(self.target)
+        return (takes, there) if self.tensors and takes > there else None
+
+
 def dry_run(
-    cases: Mapping[str, AnyCase], verb: Verb, target: Path | None = None, *, from_disk: bool
+    cases: Mapping[str, AnyCase], verb: Verb, written: Written | None = None, *, from_disk: bool
 ) -> int:
     """Say what cases take.
 
@@ -27,7 +51,7 @@ def dry_run(
         cases: By name.
         from_disk: Whether weights would stay in their files.
         verb: Whose needs are held against what is there.
-        target: Where a recording would be written.
+        written: The recording that would be.
 
     Returns:
         Exit code: 2 where something is too little.
@@ -38,19 +62,19 @@ def dry_run(
     for name, case in cases.items():
         told = estimate(case, from_disk=from_disk)
         _say(name, told)
-        problems += _problems(told, verb, target)
-        for problem in _problems(told, verb, target):
+        problems += _problems(told, verb, written)
+        for problem in _problems(told, verb, written):
             say(f"PROBLEM   {problem}")
     return 2 if problems else 0
 
 
-def foresee(name: str, case: AnyCase, target: Path, *, from_disk: bool) -> None:
+def foresee(name: str, case: AnyCase, written: Written, *, from_disk: bool) -> None:
     """Before a large model is recorded: say what it takes, and refuse what finds no room.
 
     Raises:
         WriteError: The recording is larger than what is free on its disk.
     """
-    from truestep.engines.needs import estimate, free_disk
+    from truestep.engines.needs import estimate
     from truestep.errors import UsageError, WriteError
     from truestep.runtime.loading import folder_of
 
@@ -63,11 +87,12 @@ def foresee(name: str, case: AnyCase, target: Path, *, from_disk: bool) -> None:
     say(f"{visible(name)}: {_needs(told.record)}{_written(told)}", err=True)
     for problem in _problems(told, "record", None):
         say(f"PROBLEM   {problem}", err=True)
-    if told.recording > free_disk(target):
+    lacking = written.lacking(told)
+    if lacking:
         raise WriteError(
             "there is no room for the recording",
-            where=str(target),
-            measured=f"it is of {amount(told.recording)}, {amount(free_disk(target))} are free",
+            where=str(written.target),
+            measured=f"it is of {amount(lacking[0])}, {amount(lacking[1])} are free",
             hint="give --references a folder on a larger disk",
         )
 
@@ -127,9 +152,9 @@ def _written(told: Estimate) -> str:
     return f", {amount(told.recording)} on disk{more}"
 
 
-def _problems(told: Estimate, verb: Verb, target: Path | None) -> list[str]:
+def _problems(told: Estimate, verb: Verb, written: Written | None) -> list[str]:
     """What is too little here."""
-    from truestep.engines.needs import free_device_memory, free_disk, free_memory
+    from truestep.engines.needs import free_device_memory, free_memory
 
     needs = told.record if verb == "record" else told.check
     found = []
@@ -143,9 +168,9 @@ def _problems(told: Estimate, verb: Verb, target: Path | None) -> list[str]:
             f"{verb} takes {amount(needs.device)} of the accelerator's memory, "
             f"{amount(device)} are free"
         )
-    if target is not None and told.recording > free_disk(target):
+    lacking = written.lacking(told) if written else None
+    if lacking:
         found.append(
-            f"the recording is of {amount(told.recording)}, {amount(free_disk(target))} of disk "
-            "are free"
+            f"the recording is of {amount(lacking[0])}, {amount(lacking[1])} of disk are free"
         )
     return found

@@ -118,8 +118,8 @@ def command(  # 21 parameters: the options of the verb
     single one that has one is an error. What is finished is kept until all is: --resume goes on
     with a record that was stopped. The last line is the command that checks against it.
     """
+    from truestep.cli.dry_run import Written, foresee
     from truestep.cli.dry_run import dry_run as tell
-    from truestep.cli.dry_run import foresee
     from truestep.errors import TruestepError
     from truestep.files import require_room
     from truestep.recording.format import WHAT
@@ -130,19 +130,18 @@ def command(  # 21 parameters: the options of the verb
     cases, output = _chosen(words, changes, reference, output, update=update)
     store = Store(root)
     options = _options(level=level, floor=floor, keep=keep, from_disk=from_disk, apply=change)
+    written = Written(output or store.root, every=keep == "all", tensors=level == "full")
     if dry_run:
-        end(tell(cases, "record", output or store.root, from_disk=from_disk))
+        end(tell(cases, "record", written, from_disk=from_disk))
     require_room(output or store.root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(store, cases, tier)
-    for place in kept.values() if len(cases) == 1 else ():
-        store.refuse_existing(place, update=False)
     saving, broken = _Saving(store, output, tier, update, resume), 0
     for name, case in cases.items():
         if name in kept:
             say(f"KEPT {name}: it has a reference, {store.root / kept[name].name}")
             continue
         try:
-            foresee(name, case, output or store.root, from_disk=from_disk)
+            foresee(name, case, written, from_disk=from_disk)
             recording, path = saving.recorded(case, **options)
         except TruestepError as error:
             if len(cases) == 1:
@@ -229,13 +228,19 @@ def _refuse(case: AnyCase) -> None:
 
 
 def _existing(store: Store, cases: Mapping[str, AnyCase], tier: str) -> dict[str, Place]:
-    """The references that cases have on the device class they run on here."""
+    """The references that cases have on the device class they run on here.
+
+    Raises:
+        UsageError: There is one of the only case.
+    """
     places = [place for place in store.places() if place.tier == tier]
     found = {}
     for name, case in cases.items():
         for place in places:
             if (place.case_id, place.device_class) == (case.id, case_device_class(case)):
                 found[name] = place
+    for place in found.values() if len(cases) == 1 else ():
+        store.refuse_existing(place, update=False)
     return found
 
 
