@@ -82,6 +82,20 @@ def test_a_finished_record_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["r"]
 
 
+def test_what_somebody_else_put_there_stays(stopped: Path, tmp_path: Path) -> None:
+    """Also where the folder is a link to one on another disk."""
+    folder = stopped.with_name("r.partial")
+    left = folder / f".{RUN}.01234567.machine.1.89abcdef.tmp"
+    left.mkdir()
+    (left / "part").touch()
+    (folder / "notes.txt").write_text("mine")
+    (tmp_path / "disk").mkdir()
+    folder = folder.rename(tmp_path / "disk" / "there")
+    stopped.with_name("r.partial").symlink_to(folder)
+    assert record(stopped, resume=True)[1] == ["jitter"]
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
 def test_one_that_fails_before_anything_is_finished_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         record(tmp_path / "deep" / "r", stop=RUN)

@@ -36,6 +36,9 @@ RUN = "run"
 
 _FORMAT = "1"
 _TENSORS = re.compile(r"[a-z]+\.[0-9a-f]{8}")
+_TEMPORARY = re.compile(r"\.(journal|[a-z]+\.[0-9a-f]{8})\..+\.tmp")
+"""What a writer that was killed leaves: see `truestep.files.beside`."""
+
 _WHAT = "what is finished"
 _LISTED = 6
 """Differences that an error names."""
@@ -160,11 +163,18 @@ class Partial:
                 raise
 
     def remove(self) -> None:
-        """Remove all of it: the file is written."""
-        if self._handle is not None:
-            (self.folder / JOURNAL).unlink(missing_ok=True)  # without it the rest is nothing
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._new = []  # what is there from now on is another process's
+        """Remove all of it: the file is written. What somebody else put there stays."""
+        if self._handle is None:
+            return
+        (self.folder / JOURNAL).unlink(missing_ok=True)  # without it the rest is nothing
+        with suppress(OSError):
+            for path in [*self.folder.iterdir()]:
+                if _TEMPORARY.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+                elif _TENSORS.fullmatch(path.name):
+                    path.unlink()
+            self.folder.rmdir()
+        self._new = []  # what is there from now on is another process's
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
