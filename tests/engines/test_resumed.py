@@ -13,6 +13,7 @@ import truestep
 from tests.replay.test_state import step_cache
 from truestep.errors import UsageError
 from truestep.testing import tiny
+from truestep.verdict import Verdict
 
 CALL = {"prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 2}
 
@@ -75,6 +76,44 @@ def test_a_pipeline_object_goes_on_where_another_was_stopped(
     assert resumed.manifest.settings == whole.manifest.settings
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert not path.with_name("r.safetensors.partial").exists()
+
+
+def test_code_that_was_changed_meanwhile_does_not_get_into_the_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that is known of a pipeline object shows it; what it does, does."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "r.safetensors"
+    progress = until("noise floor", 3)
+    with pytest.raises(Stopped):
+        truestep.record(tiny.pipeline("FluxPipeline"), call=CALL, path=path, progress=progress)
+    other = tiny.pipeline("FluxPipeline")
+    block = other.transformer.transformer_blocks[0]
+    original = block.forward
+    block.forward = lambda *args, **kwargs: tuple(1.001 * x for x in original(*args, **kwargs))
+    with pytest.raises(UsageError, match="not of what is recorded now") as caught:
+        truestep.record(other, call=CALL, path=path, resume=True)
+    assert "transformer" in str(caught.value.where)
+    assert (tmp_path / "r.safetensors.partial").exists(), "the one that was stopped goes on"
+    recording = truestep.record(tiny.pipeline("FluxPipeline"), call=CALL, path=path, resume=True)
+    assert truestep.check(other, recording, call=CALL).verdict is Verdict.DRIFTED
+
+
+def test_steps_that_are_kept_are_part_of_what_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits they are run in a higher precision, which is finished early."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, call = tmp_path / "r.safetensors", {**CALL, "num_inference_steps": 7}
+
+    def pipe() -> Any:
+        return tiny.pipeline("FluxPipeline", dtype="bfloat16")
+
+    with pytest.raises(Stopped):
+        truestep.record(pipe(), call=call, path=path, progress=until("noise floor", 1))
+    with pytest.raises(UsageError) as caught:
+        truestep.record(pipe(), call=call, path=path, keep=(1,), resume=True)
+    assert caught.value.measured == "keep: 1, there (absent)"
 
 
 @pytest.mark.parametrize(

@@ -164,9 +164,12 @@ def _in_precision(
 
     with Elsewhere(said.append) as elsewhere:
         if repeated:
+            resumed = kept.has(name(repeat))
             with kept.refusing():
                 runs += run(repeat)
                 refuse_unsteady(runs)
+            if resumed:
+                _refuse_another(_run(subject, reference, repeat, pair, note))
         there = f"{pair}: {elsewhere.detail}"
         if not kept.has(there):
             collect = begun_elsewhere(subject, reference, plan, elsewhere)
@@ -178,6 +181,27 @@ def _in_precision(
         runs += kept.runs(there, collected, note)
         told(len(others) + 1, len(others) + 1)
     return runs
+
+
+def _refuse_another(runs: list[NoiseRun]) -> None:
+    """Refuse to go on with a record of a subject that does something else.
+
+    Its weights and classes are the same, and its code may have been changed all the same: in the
+    noise floor that change would be noise.
+
+    Args:
+        runs: The same run again, made now.
+    """
+    try:
+        refuse_unsteady(runs)
+    except UsageError as error:
+        raise UsageError(
+            "the record that was stopped is not of what is recorded now",
+            where=error.where,
+            measured=error.measured,
+            likely="its weights are the same, and its code was changed",
+            hint="--no-resume  # records from the beginning, and replaces it",
+        ) from error
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -76,12 +76,15 @@ def record(  # 10 parameters: the public record, whose options are keywords
     if not isinstance(subject, Case | CallCase):
         _refuse_of_cases(None, from_disk, "record")
     options = {"floor": floor, "keep": keep, "apply": apply, "progress": progress}
+    known = {"floor": floor, **source_of(apply)}
+    if keep and keep != "all":  # in 16 bits, they are run in a higher precision, too
+        known["keep"] = ", ".join(map(str, sorted(set(keep))))
     if isinstance(resume, Partial):
-        resume.know({"floor": floor, **source_of(apply)})
+        resume.know(known)
         with _apart(from_disk):
             return _recorded(subject, call, path, level, {**options, "kept": resume})
     with beside(path, resume=resume) as kept, _apart(from_disk):
-        kept.know({"floor": floor, **source_of(apply)})
+        kept.know(known)
         recording = _recorded(subject, call, path, level, {**options, "kept": kept})
         kept.remove()
     return recording
