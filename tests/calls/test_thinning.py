@@ -165,3 +165,28 @@ def test_what_is_raised_is_kept_of_what_is_kept() -> None:
         assert any(row.name.startswith("float32/") for row in again.rows)
         fault = check(flux(half_percent), reference)
         assert fault.verdict is Verdict.DRIFTED
+
+
+def test_models_are_judged_raised_only_where_they_were_recorded_so() -> None:
+    """At steps beside those of the floor: a healthy candidate passes, a fault never does."""
+
+    def flux(factor: float = 1.0) -> Subject:
+        def change(pipeline: Any) -> None:
+            pipeline.to(torch.bfloat16)
+            next(p for p in pipeline.transformer.parameters() if p.ndim > 1).data.mul_(factor)
+
+        return TINY["flux"].subject(change, num_inference_steps=STEPS)
+
+    asked = record(flux(), keep=(1,))
+    assert any(key_of(name).step == 1 for name in asked.recording if name.startswith("float32/"))
+    for steps in (None, [1]):
+        assert check(flux(), asked, steps=steps).verdict is Verdict.IDENTICAL
+        assert check(flux(1.005), asked, steps=steps).verdict is Verdict.DRIFTED
+
+    whole = record(flux(), keep="all")
+    result = check(flux(), whole, steps=[1])
+    assert result.verdict is Verdict.IDENTICAL
+    assert "models not judged in float32 at steps 1: not recorded so" in result.notes
+    result = check(flux(1.005), whole, steps=[1])
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert "record it with --keep 1" in result.sentence

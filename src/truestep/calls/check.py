@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from truestep.calls.judging import (
     in_order,
     rows_of,
 )
+from truestep.calls.keys import key_of
 from truestep.calls.layouts import Layouts
-from truestep.calls.precision import raised, recorded_precision
+from truestep.calls.precision import raised, recorded_precision, without_unraised
 from truestep.calls.recording import CallRecording, read, trees_of
 from truestep.calls.regrouped import Regrouped
 from truestep.calls.scouting import found_layouts
@@ -35,7 +36,7 @@ from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.manifest import CallEntry
 from truestep.runtime.identity import device_of
-from truestep.verdict import Comparison, Row, Side
+from truestep.verdict import Comparison, Row, Side, Verdict
 
 
 @own_randomness()
@@ -89,10 +90,16 @@ def check(
     if precision:
         limits = replace(limits, raised=False)
         with raised(subject, precision, notes.append):
-            more = rows_of(recording, _forced(subject, recording, how, precision), limits)
+            lifted = _forced(subject, recording, how, precision)
+            unraised = without_unraised(recording, lifted, precision)
+            more = rows_of(recording, lifted, limits)
         failed = [row.note for row in more if row.name.endswith(RAISED)]
         rows = rows_of(recording, result, limits) if failed else in_order(rows, more, precision)
         notes += [f"not judged in {precision}: the candidate {text}" for text in failed]
+        if unraised:
+            numbered = ", ".join(map(str, unraised))
+            notes.append(f"models not judged in {precision} at steps {numbered}: not recorded so")
+            rows = [_unsure(recording, row, how.steps.intersection(unraised)) for row in rows]
     return said_unsteady(comparison_of(rows, _sides(subject, recording, how, notes)))
 
 
@@ -133,6 +140,18 @@ def _of_passes(row: Row) -> bool:
 
 def _failing(rows: Iterable[Row]) -> list[str]:
     return [row.name for row in rows if not row.verdict.passed]
+
+
+def _unsure(recording: CallRecording, row: Row, steps: Collection[int]) -> Row:
+    """What a model gave at a step that was asked for, where 16 bits alone hide faults."""
+    if row.verdict is not Verdict.EQUIVALENT or row.stage != "prediction" or row.step not in steps:
+        return row
+    place = key_of(row.name)
+    calls = recording.by_method.get((place.component, place.method), ())
+    if place.side != "out" or place.precision or not any(c.kind == "model" for c in calls):
+        return row
+    note = f"judged in its own precision alone: record it with --keep {row.step}"
+    return row.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "note": note})
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from dataclasses import replace
 
 import torch
 
+from truestep.calls.classes import Kind
 from truestep.calls.forcing import Forcing
-from truestep.calls.recording import CallRecording
-from truestep.calls.seen import Plan
+from truestep.calls.recording import CallRecording, key, placed_trees
+from truestep.calls.seen import Forced, Plan, Seen
 from truestep.calls.subject import Subject
+from truestep.calls.values import tensors
 from truestep.floors import EPSILON
 from truestep.keys import PRECISIONS
 from truestep.measure.distance import same_bits
@@ -60,6 +62,40 @@ def recorded_precision(reference: CallRecording) -> str:
     """Precision in which a recording has its calls beside their own, if so."""
     prefixes = {name.partition("/")[0] for name in reference.recording}
     return next((p for p in PRECISIONS if p in prefixes), "")
+
+
+def without_unraised(reference: CallRecording, result: Forced, precision: str) -> list[int]:
+    """Leave out what models gave, raised, at steps of which nothing raised was recorded.
+
+    Args:
+        reference: Raised at the steps at which models were run for it, and at no others.
+        result: Of a run in that precision; it is left out of what was seen.
+        precision: The one that the reference holds.
+
+    Returns:
+        The steps at which something was left out.
+    """
+    models = {
+        (call.stage, call.step, call.component, call.method, call.call): call
+        for call in reference.calls
+        if call.kind == str(Kind.MODEL) and call.step is not None and not call.live
+    }
+    made = {
+        call.step
+        for call in models.values()
+        for side, place, tree in placed_trees(call)
+        for path, _ in tensors(tree)
+        if side == "out" and str(key(call, side, (*place, *path), precision)) in reference.recording
+    }
+
+    def unraised(seen: Seen) -> bool:
+        place = seen.key
+        call = (place.stage, place.step, place.component, place.method, place.call)
+        return place.side == "out" and place.step not in made and call in models
+
+    steps = {seen.key.step for seen in result.seen if unraised(seen)}
+    result.seen = [seen for seen in result.seen if not unraised(seen)]
+    return sorted(step for step in steps if step is not None)
 
 
 def widened(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

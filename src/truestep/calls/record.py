@@ -81,7 +81,8 @@ def record(
         return _thinned(subject, recording, stay)
 
     plan = Plan(made_at(chosen))
-    recording = _raised(subject, recording, plan, notes.append, kept)
+    raised = Plan(made_at(chosen | (stay or set())))
+    recording = _raised(subject, recording, raised, notes.append, kept)
     kept.expect(expected(subject, recording, plan, end=end))
     measured = measure(subject, recording, plan, notes.append, progress, kept)
     if end:

@@ -168,6 +168,16 @@ def trees_of(call: CallEntry) -> Iterator[tuple[Side, Tree]]:
         yield "out", tree
 
 
+def placed_trees(call: CallEntry) -> Iterator[tuple[Side, Place, Tree]]:
+    """All trees of a call, and where each is in keys."""
+    for name, tree in call.arguments.items():
+        yield "in", (name,), tree
+    yield "out", (), call.output
+    for first, trees in ((WRITTEN, call.written), (STATE, call.state)):
+        for name, tree in trees.items():
+            yield "out", (first, name), tree
+
+
 def key(call: CallEntry, side: Side, path: Place, precision: str = "") -> Key:
     """The key of a tensor of a call."""
     return Key(

@@ -20,10 +20,10 @@ from truestep.calls.boundaries import Arrival
 from truestep.calls.choosing import chosen_steps
 from truestep.calls.classes import STEP, Kind
 from truestep.calls.forcing import Forcing
-from truestep.calls.keys import Path, Side
+from truestep.calls.keys import Path
 from truestep.calls.rebuilding import Swaps, laid_over
 from truestep.calls.recorder import held_tensors
-from truestep.calls.recording import KEPT_STEPS, STATE, WRITTEN, CallRecording, key, trees_of
+from truestep.calls.recording import KEPT_STEPS, CallRecording, key, placed_trees, trees_of
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
 from truestep.calls.values import Tree, dropped, tensors
@@ -104,21 +104,11 @@ def _raised(calls: Iterable[CallEntry], names: Collection[str]) -> set[str]:
     beside = {
         str(key(call, side, (*place, *path), precision))
         for call in calls
-        for side, place, tree in _placed(call)
+        for side, place, tree in placed_trees(call)
         for path, _ in tensors(tree)
         for precision in PRECISIONS
     }
     return beside.intersection(names)
-
-
-def _placed(call: CallEntry) -> Iterator[tuple[Side, Path, Tree]]:
-    """All trees of a call, and where each is in keys."""
-    for name, tree in call.arguments.items():
-        yield "in", (name,), tree
-    yield "out", (), call.output
-    for first, trees in ((WRITTEN, call.written), (STATE, call.state)):
-        for name, tree in trees.items():
-            yield "out", (first, name), tree
 
 
 def keeps(
