@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PyramidAttentionBroadcastConfig
 
 from tests.calls.conftest import TINY
 from tests.calls.loops import Loop, Scheduler
@@ -20,6 +21,7 @@ from truestep.calls.subject import Subject, subject_of
 from truestep.calls.thinning import thinned
 from truestep.calls.values import leaves
 from truestep.errors import UsageError
+from truestep.judge.compare import compare
 from truestep.measure.distance import same_bits
 from truestep.verdict import Verdict
 
@@ -190,3 +192,50 @@ def test_models_are_judged_raised_only_where_they_were_recorded_so() -> None:
     result = check(flux(1.005), whole, steps=[1])
     assert result.verdict is Verdict.INCONCLUSIVE
     assert "record it with --keep 1" in result.sentence
+
+
+def test_a_cache_is_said_to_be_judged_where_it_is() -> None:
+    """It may act anywhere: a whole recording shows that, a thinned one says what it leaves out."""
+
+    def flux(*, cached: bool) -> Subject:
+        def change(pipeline: Any) -> None:
+            config = PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2,
+                spatial_attention_timestep_skip_range=(700, 950),  # steps 1 to 3
+                current_timestep_callback=lambda: pipeline._current_timestep,
+            )
+            pipeline.transformer.enable_cache(config)
+
+        return TINY["flux"].subject(change if cached else None, num_inference_steps=STEPS)
+
+    whole = record(flux(cached=False), keep="all")
+    thin = thinned(flux(cached=False), whole)
+    found = check(flux(cached=True), whole)
+    assert found.verdict is Verdict.DRIFTED
+    assert "at step 1" in found.sentence
+    assert "transformer keeps something between calls: run at every step" in found.notes
+    passed = check(flux(cached=True), thin)
+    assert passed.verdict is Verdict.IDENTICAL
+    assert any("judged at steps 0, 5, 6, 7, 11: the recording" in note for note in passed.notes)
+
+
+def test_thinned_recordings_are_compared_by_what_both_keep(
+    whole: CallRecording, thin: CallRecording
+) -> None:
+    def other(pipeline: Any) -> None:
+        next(p for p in pipeline.transformer.parameters() if p.ndim > 1).data.mul_(1.01)
+
+    subject = TINY["wan"].subject(other, num_inference_steps=STEPS)
+    changed = recorded(subject)
+    sides = [(thin, whole), (whole, thin), (thin, thin)]
+    for actual, reference in sides:
+        result = compare(actual.recording, reference.recording)
+        assert result.verdict is Verdict.IDENTICAL
+        left_out = any("left out (--keep all)" in text for text in result.not_looked_at)
+        assert left_out is (actual is not reference)
+    for actual, reference in ((changed, thin), (thinned(subject, changed, [6, 11]), whole)):
+        assert compare(actual.recording, reference.recording).verdict is Verdict.DRIFTED
+    manifest = thin.recording.manifest
+    fewer = manifest.model_copy(update={"tensors": manifest.tensors[:-1]})  # it was not left out
+    lacking = compare(thin.with_manifest(fewer).recording, whole.recording)
+    assert lacking.verdict is Verdict.MISSING

@@ -212,7 +212,10 @@ def _sides(subject: Subject, recording: CallRecording, how: How, said: Sequence[
     looked += [f"models run at steps {steps}"] if steps else []
     skipped = recording.steps - len(how.steps)
     opaque_parts = sorted(set(_opaque(recording)))
-    notes = [f"{name} keeps something between calls: run at every step" for name in how.stateful]
+    left_out = recording.judged_steps is not None and skipped
+    judged = f", judged at steps {steps}: the recording keeps no others (--keep all)"
+    often = f"run at every step{judged if left_out else ''}"
+    notes = [f"{name} keeps something between calls: {often}" for name in how.stateful]
     notes += {f"{method[0]}: {layout}" for (method, _), layout in how.layouts.items()}
     fields = {
         "looked_at": tuple(looked),

@@ -29,7 +29,7 @@ from truestep.calls.subject import Subject
 from truestep.calls.values import Tree, dropped, tensors
 from truestep.keys import PRECISIONS
 from truestep.measure.distance import same_bits
-from truestep.recording.manifest import CallEntry
+from truestep.recording.manifest import LEFT_OUT, CallEntry
 
 Keep = tuple[int, ...] | Literal["all"]
 """What a recording keeps: everything, or what checks read at default steps and at these."""
@@ -91,10 +91,11 @@ def _kept(
     used = {name for call in calls for _, tree in trees_of(call) for _, name in tensors(tree)}
     used |= {name for call in calls for _, name in call.random}
     used |= _raised(calls, shapes)
+    left_out = [entry.name for entry in manifest.tensors if entry.name not in used]
     update = {
         "calls": tuple(calls),
         "tensors": tuple(entry for entry in manifest.tensors if entry.name in used),
-        "settings": {**manifest.settings, KEPT_STEPS: sorted(chosen)},
+        "settings": {**manifest.settings, KEPT_STEPS: sorted(chosen), LEFT_OUT: left_out},
     }
     return reference.with_manifest(manifest.model_copy(update=update))
 

@@ -16,7 +16,7 @@ from truestep.judge.parameters import are_parameters, compare_parameters, summed
 from truestep.judge.rows import build_comparison, compare_tensors
 from truestep.measure.sound import sample_rate_of
 from truestep.recording import readers as sources
-from truestep.recording.manifest import Manifest
+from truestep.recording.manifest import LEFT_OUT, Manifest
 from truestep.recording.readers import Source, side_of
 from truestep.text import quoted
 from truestep.verdict import Comparison, Difference, Row, Verdict
@@ -87,6 +87,9 @@ def compare(
         rows = sketch_rows(ours, theirs, limits=limits)
     else:
         rows = compare_tensors(ours.tensors, theirs.tensors, limits=limits)
+    before = len(rows)
+    rows = _kept_by_both(rows, ours_manifest, theirs_manifest)
+    left_out = before - len(rows)
     if ours_manifest is not None and theirs_manifest is not None:
         rows = _of_two_runs(rows, theirs_manifest, grows=tolerance is None)
     estimated = "sketch" in levels and "stats" not in levels
@@ -100,7 +103,10 @@ def compare(
         environment_differences=environment,
         sample_rate=sample_rate_of(theirs_manifest.settings) if theirs_manifest else None,
         looked_at=(f"{len(rows)} tensors by name",),
-        not_looked_at=(_NOT_SKETCHED,) if estimated else (),
+        not_looked_at=(
+            *([_NOT_SKETCHED] if estimated else []),
+            *([f"{left_out} tensors that a side left out (--keep all)"] if left_out else []),
+        ),
     )
     return _told(result, estimated=estimated)
 
@@ -114,6 +120,26 @@ def _told(result: Comparison, *, estimated: bool) -> Comparison:
         hint = "record it whole: truestep record CASE --level full --output FILE"
     rule = sketch_rule(result.rows) if estimated else result.rule
     return result.model_copy(update={"rule": rule, "hint": hint})
+
+
+def _kept_by_both(
+    rows: Sequence[Row], ours: Manifest | None, theirs: Manifest | None
+) -> Sequence[Row]:
+    """Rows without tensors of one side that the other one made, too, and left out."""
+    without_ours, without_theirs = _left_out(ours), _left_out(theirs)
+    if not (without_ours or without_theirs):
+        return rows
+    return [
+        row
+        for row in rows
+        if not (row.actual is None and row.name in without_ours)
+        and not (row.reference is None and row.name in without_theirs)
+    ]
+
+
+def _left_out(manifest: Manifest | None) -> frozenset[str]:
+    names = manifest.settings.get(LEFT_OUT) if manifest is not None and manifest.calls else None
+    return frozenset(map(str, names)) if isinstance(names, list | tuple) else frozenset()
 
 
 def _of_two_runs(rows: Sequence[Row], manifest: Manifest, *, grows: bool) -> list[Row]:

@@ -22,6 +22,9 @@ PACKED = 2
 CALLS = 3
 """The first version that knows calls: see `truestep.calls.recording`."""
 
+LEFT_OUT = "left_out"
+"""Setting of a thinned recording: names of the tensors that were recorded, and left out of it."""
+
 METADATA_KEY = "truestep"
 DIGEST_KEY = "truestep_digest"
 
