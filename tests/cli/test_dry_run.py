@@ -53,6 +53,16 @@ def test_too_little_of_anything_is_a_problem(run: Run, monkeypatch: pytest.Monke
     assert checked.endswith("--from-disk leaves weights in their files")
 
 
+def test_a_change_is_said_to_be_left_out(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "change.py").write_text("def raising(pipe): raise ValueError\n")
+    for verb in ("record", "check"):
+        _, out, _ = run(verb, *WORDS, "--dry-run", "--apply", "change.py:raising")
+        assert out.splitlines()[-1] == (
+            "note: all of it without --apply change.py:raising, which was not run"
+        )
+        assert "note" not in run(verb, *WORDS, "--dry-run")[1]
+
+
 def test_what_is_written_is_what_was_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step takes more room than what checks read; a level without tensors next to none."""
     sizes: list[int] = []

@@ -176,7 +176,7 @@ def command(  # 29 parameters, long: the options of the verb
     load_change(change)  # a change that cannot be read is refused before any forward
     if dry_run:
         changed = {name: case.replace(**settings[name]) for name, case in cases.items()}
-        end(tell(changed, "check", from_disk=from_disk))
+        end(tell(changed, "check", from_disk=from_disk, change=change))
     ledger = _ledger(known, cases, case_file=case_file, tier=tier)
     common: dict[str, Any] = {
         "depth": depth,

@@ -43,7 +43,12 @@ class Written:
 
 
 def dry_run(
-    cases: Mapping[str, AnyCase], verb: Verb, written: Written | None = None, *, from_disk: bool
+    cases: Mapping[str, AnyCase],
+    verb: Verb,
+    written: Written | None = None,
+    *,
+    from_disk: bool,
+    change: str | None,
 ) -> int:
     """Say what cases take.
 
@@ -52,6 +57,7 @@ def dry_run(
         from_disk: Whether weights would stay in their files.
         verb: Whose needs are held against what is there.
         written: The recording that would be.
+        change: What is applied to the pipeline; it is not run.
 
     Returns:
         Exit code: 2 where something is too little.
@@ -65,6 +71,8 @@ def dry_run(
         problems += _problems(told, verb, written)
         for problem in _problems(told, verb, written):
             say(f"PROBLEM   {problem}")
+    if change is not None:
+        say(f"note: all of it without --apply {visible(change)}, which was not run")
     return 2 if problems else 0
 
 

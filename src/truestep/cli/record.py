@@ -132,7 +132,7 @@ def command(  # 21 parameters: the options of the verb
     options = _options(level=level, floor=floor, keep=keep, from_disk=from_disk, apply=change)
     written = Written(output or store.root, every=keep == "all", tensors=level == "full")
     if dry_run:
-        end(tell(cases, "record", written, from_disk=from_disk))
+        end(tell(cases, "record", written, from_disk=from_disk, change=change))
     require_room(output or store.root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(store, cases, tier)
     saving, broken = _Saving(store, output, tier, update, resume), 0
