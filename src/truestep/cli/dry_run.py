@@ -152,7 +152,7 @@ def duration(seconds: float) -> str:
 
 def _needs(needs: Needs) -> str:
     device = f" and {amount(needs.device)} of the accelerator's" if needs.device else ""
-    return f"at least {duration(needs.seconds)}, at most {amount(needs.memory)} of memory{device}"
+    return f"at least {duration(needs.seconds)}, about {amount(needs.memory)} of memory{device}"
 
 
 def _written(told: Estimate) -> str:

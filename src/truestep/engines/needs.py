@@ -51,7 +51,7 @@ class Needs:
     """What one verb takes.
 
     Attributes:
-        memory: Bytes at most; on an accelerator `device` of them are its own.
+        memory: Bytes at its peak, about; on an accelerator `device` of them are its own.
         seconds: At this machine's speed.
     """
 
