@@ -97,6 +97,13 @@ ROOM = 64 * 2**20
 """Free bytes without which nothing is begun: a small recording with what is written beside it."""
 
 
+def nearest_folder(path: Path) -> Path:
+    """A path, or the nearest of those above it that is there."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
 def require_room(path: Path, what: str) -> None:
     """Refuse, before anything is computed for it, a file that could not be written.
 
@@ -109,9 +116,7 @@ def require_room(path: Path, what: str) -> None:
     """
     if path.is_dir():
         raise unwritten(path, what, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
-    folder = path.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = nearest_folder(path.parent)
     if not folder.is_dir():
         raise unwritten(path, what, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -152,8 +157,7 @@ def unwritten(path: Path, what: str, error: Exception) -> WriteError:
     """The error for a file that could not be written."""
     number, there = getattr(error, "errno", None), path.parent
     with suppress(OSError, ValueError):  # a name that the system does not take
-        while not there.exists() and there != there.parent:
-            there = there.parent
+        there = nearest_folder(there)
     folder = quoted(str(there))
     return WriteError(
         f"{what} could not be written",

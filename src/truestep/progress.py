@@ -10,23 +10,22 @@ Progress = Callable[[str, int, int], None]
 
 def resident_peak(process: str = "self") -> int | None:
     """Largest resident memory of a process so far, in bytes; None where Linux does not say."""
-    try:
-        with open(f"/proc/{process}/status", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return told_by_linux(f"/proc/{process}/status", "VmHWM")
 
 
 def written_bytes() -> int | None:
     """What this process has written to files and pipes so far; None where Linux does not say."""
+    return told_by_linux("/proc/self/io", "wchar")
+
+
+def told_by_linux(path: str, name: str) -> int | None:
+    """A number of bytes in a file of /proc, of a line `name: number` or `name: number kB`."""
     try:
-        with open("/proc/self/io", encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             for line in file:
-                if line.startswith("wchar:"):
-                    return int(line.split()[1])
+                if line.startswith(f"{name}:"):
+                    number, *unit = line.split()[1:]
+                    return int(number) * (1024 if unit == ["kB"] else 1)
     except OSError:
         pass
     return None

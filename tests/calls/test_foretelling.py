@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.calls.loops import Loop
-from truestep.calls.foretelling import foretold, weights_of
+from truestep.calls.foretelling import foretold, weight_sizes
 from truestep.calls.recorder import recorded
 from truestep.calls.subject import subject_of
 from truestep.errors import UsageError
@@ -125,4 +125,4 @@ def test_what_came_in_lists_is_given_back() -> None:
 
 
 def test_only_modules_have_weights() -> None:
-    assert weights_of({"net": Square(2), "scheduler": object()}) == {"net": (16, 16)}
+    assert weight_sizes({"net": Square(2), "scheduler": object()}) == {"net": (16, 16)}

@@ -92,10 +92,10 @@ def foretold(subject: Subject) -> Foretold:
     teller.keep_run(output)
     calls, places = placed(teller)
     works = {new: teller.works[old] for new, old in enumerate(places) if old in teller.works}
-    return Foretold(tuple(calls), teller.sizes, works, weights_of(subject.components))
+    return Foretold(tuple(calls), teller.sizes, works, weight_sizes(subject.components))
 
 
-def weights_of(components: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+def weight_sizes(components: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Bytes of all weights of each module among components, and of the largest of them."""
     found = {}
     for name, part in components.items():

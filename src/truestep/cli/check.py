@@ -24,6 +24,7 @@ from truestep.cli.common import (
     case_options,
     end,
     finish,
+    from_disk_option,
     load_change,
     numbers,
     output_options,
@@ -94,12 +95,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Ledger of known failures: a drift as stated there passes, and says so.",
 )
-@click.option(
-    "--from-disk",
-    is_flag=True,
-    help="Leave large weights in their files and read each when it is used: for a model that does "
-    "not fit into memory.",
-)
+@from_disk_option
 @click.option(
     "--dry-run",
     is_flag=True,

@@ -140,6 +140,14 @@ set_option = click.option(
 )
 
 
+from_disk_option = click.option(
+    "--from-disk",
+    is_flag=True,
+    help="Leave large weights in their files and read each when it is used: for a model that does "
+    "not fit into memory.",
+)
+
+
 def load_change(spec: str | None) -> Callable[[Any], Any] | None:
     """The function that `--apply file.py:function` names.
 

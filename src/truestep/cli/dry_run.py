@@ -64,16 +64,16 @@ def dry_run(
     """
     from truestep.engines.needs import estimate
 
-    problems = []
+    lacks = False
     for name, case in cases.items():
         told = estimate(case, from_disk=from_disk)
         _say(name, told)
-        problems += _problems(told, verb, written)
         for problem in _problems(told, verb, written):
+            lacks = True
             say(f"PROBLEM   {problem}")
     if change is not None:
         say(f"note: all of it without --apply {visible(change)}, which was not run")
-    return 2 if problems else 0
+    return 2 if lacks else 0
 
 
 def foresee(name: str, case: AnyCase, written: Written, *, from_disk: bool) -> None:

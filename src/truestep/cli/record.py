@@ -21,6 +21,7 @@ from truestep.cli.cases import (
 from truestep.cli.common import (
     case_options,
     end,
+    from_disk_option,
     load_change,
     numbers,
     progress_bar,
@@ -75,12 +76,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Only say what it would take: memory, time and bytes; nothing is computed.",
 )
-@click.option(
-    "--from-disk",
-    is_flag=True,
-    help="Leave large weights in their files and read each when it is used: for a model that does "
-    "not fit into memory.",
-)
+@from_disk_option
 @click.option(
     "--resume/--no-resume",
     help="Go on from the last benign run that a record which was stopped has finished.",

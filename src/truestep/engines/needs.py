@@ -31,8 +31,9 @@ from truestep.calls.thinning import keeps
 from truestep.calls.values import tensors
 from truestep.case import AnyCase, Case
 from truestep.environment import usable_device
+from truestep.files import nearest_folder
 from truestep.floors import EPSILON
-from truestep.progress import resident_peak
+from truestep.progress import resident_peak, told_by_linux
 from truestep.recording.format import Recording
 from truestep.recording.manifest import CALLS, CallEntry, Manifest
 from truestep.replay.variations import Variation, variations
@@ -368,21 +369,11 @@ def free_device_memory(device: str) -> int | None:
 
 def free_disk(path: Path) -> int:
     """Bytes that are free where a file would be written."""
-    folder = path.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(nearest_folder(path.absolute())).free
 
 
 def _meminfo() -> int | None:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return told_by_linux("/proc/meminfo", "MemAvailable")
 
 
 def _control_group() -> int | None:
