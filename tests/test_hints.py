@@ -244,6 +244,10 @@ ELSEWHERE = {
     "truestep perf record": "as the one that makes a history",
     "--set scheduler=FlowMatchEulerDiscreteScheduler": "of a model with a third scheduler",
     "truestep run CASE  # repeats it; runs measured before it are kept": "of a case that raises",
+    "ls -d {}/*.calls": "fails where there is none, which is what it tells",
+    "truestep engine recover {}": "tests/engines/test_engine_runs",
+    "truestep engine run -- python run.py": "needs a program of an engine",
+    "truestep engine run --engine {} -- python x.py": "needs a program of an engine",
     "ls -d *.spool": "fails where there is none, which is what it tells",
 }
 """Commands that no test can run here, and why; or the test that does."""
@@ -385,6 +389,16 @@ def paste(run: Run, hint: str) -> tuple[int, str, str]:
 def given(*arguments: str) -> Callable[[Path], tuple[str, ...]]:
     """A command that needs nothing made before."""
     return lambda folder: arguments
+
+
+def engine_run(*tensors: str) -> Callable[[Path], tuple[str, ...]]:
+    """A check of a run that holds some seams, by a folder that is no model."""
+
+    def provoke(folder: Path) -> tuple[str, ...]:
+        save_file({name: torch.ones(1, 4, 8, 8) for name in tensors}, "run.safetensors")
+        return ("engine", "check", "run.safetensors", "--model", ".")
+
+    return provoke
 
 
 def other_reference(folder: Path) -> tuple[str, ...]:
@@ -659,6 +673,9 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep perf record CASE": (given("perf", "check", "a", "--runs", "1"), (0, 1, 4)),
     "truestep perf record {}": (measured, (0, 1, 4)),
     "truestep record CASE --update  # with decoded frames": (no_frames, (0,)),
+    "truestep tiny WanPipeline ./tiny-wan  # makes a small one to try": (
+        engine_run("step/0000/latent"), (0,)),
+    "truestep show {}": (engine_run("latent/final"), (0,)),
     "truestep show {}  # says what it holds": (array, (0,)),
     "truestep show {}  # truestep compare judges plain tensors": (
         of_a_function, (0,)),

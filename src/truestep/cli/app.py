@@ -21,6 +21,7 @@ VERBS = {
     "perf": "Keep a history of what a case costs, and say whether it costs more now.",
     "selftest": "Damage a reference in standard ways and say which gates notice.",
     "thresholds": "Lint SGLang-Diffusion's threshold files, and write them from a measured floor.",
+    "engine": "Record another engine, and say in which stage it parts from the trusted model.",
     "parity": "Component parity tests: scaffold, run, and a ledger of what is proven.",
     "tiny": "Write a tiny pipeline of any diffusers class, with random weights, to try things on.",
     "recorder": "Write one file that records where truestep cannot be installed.",

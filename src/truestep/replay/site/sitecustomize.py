@@ -1,4 +1,5 @@
-"""Runs at Python's start-up where this folder is on PYTHONPATH: traces if TRUESTEP_TRACE is set.
+"""Runs at Python's start-up where this folder is on PYTHONPATH: traces if TRUESTEP_TRACE is set,
+records an engine if TRUESTEP_ENGINE is.
 
 Any `sitecustomize` that this one hides runs first, as if this one were not there.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
 
@@ -22,8 +24,8 @@ def _run_hidden() -> None:
         spec.loader.exec_module(module)
 
 
-def _trace() -> None:
-    if "TRUESTEP_TRACE" not in os.environ:
+def _begin(variable: str, module: str) -> None:
+    if variable not in os.environ:
         return
     # Behind everything else: the program's own environment comes first.
     root = os.path.dirname(os.path.dirname(os.path.dirname(_HERE)))
@@ -35,13 +37,13 @@ def _trace() -> None:
 
     def start() -> None:
         try:
-            import truestep.replay.program as program
+            program = import_module(module)
         except ImportError:
             sys.path.append(root)
             try:
-                import truestep.replay.program as program
+                program = import_module(module)
             except ImportError as error:
-                print(f"truestep: nothing is traced: {error}", file=sys.stderr)
+                print(f"truestep: nothing is recorded: {error}", file=sys.stderr)
                 return
         program.start_from_environment()
 
@@ -51,4 +53,5 @@ def _trace() -> None:
 try:
     _run_hidden()
 finally:
-    _trace()
+    _begin("TRUESTEP_TRACE", "truestep.replay.program")
+    _begin("TRUESTEP_ENGINE", "truestep.engines.watch.program")

@@ -1,0 +1,289 @@
+"""From what processes of an engine left to recordings: one a generation and rank."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truestep.calls.classes import STEP, Kind
+from truestep.calls.recording import CallRecording, assembled
+from truestep.calls.roles import Happened, roles
+from truestep.calls.trees import check_tree
+from truestep.calls.values import Leaf, leaves
+from truestep.engines.engine import GENERIC, engine
+from truestep.engines.watch.spool import CALL, ENDED, HEAD, SUFFIX
+from truestep.errors import FileFormatError, UsageError
+from truestep.reading import reason
+from truestep.recording.format import Plain
+from truestep.recording.header import read_header
+from truestep.recording.manifest import CallEntry
+
+ENGINE = "engine"
+"""Setting of a recording of an engine: what ran, how, and what its schedulers were set to."""
+
+PARTIAL = "partial: the process ended before the generation was over"
+LEFT_OUT = "tensors above the limit were left out: their shape alone is kept"
+_SPANS = ("generation", "run")
+_STAGE_OF_ROLE = {"noise": "latent", "text": "text", "decode": "decoding"}
+_TIMES = ("timestep", "timesteps", "t", "sigma")
+
+
+@dataclass(frozen=True)
+class Left:
+    """The folder of one generation, as it was left.
+
+    Attributes:
+        folder: Where it is.
+        head: Who wrote it, and with what.
+        ended: What was said when it was over; None of a process that was killed before.
+    """
+
+    folder: Path
+    head: Mapping[str, Any]
+    ended: Mapping[str, Any] | None
+
+    @property
+    def rank(self) -> int | None:
+        """Of the process, as it was known last."""
+        told = (self.ended or {}).get("rank")
+        return told if told is not None else self.head.get("rank")
+
+
+def left_by(output: Path) -> list[Left]:
+    """Folders that a program left for a recording, in the order in which they were begun."""
+    found = []
+    for folder in output.parent.glob(f"{output.name}.*{SUFFIX}"):
+        head = _json(folder / HEAD)
+        if head is not None:
+            found.append(Left(folder, head, _json(folder / ENDED)))
+    return sorted(found, key=lambda left: float(left.head.get("started", 0.0)))
+
+
+def _json(path: Path) -> Mapping[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise FileFormatError(
+            "what a process left cannot be read", where=str(path), measured=reason(error)
+        ) from None
+    if not isinstance(content, dict):
+        raise FileFormatError("what a process left cannot be read", where=str(path))
+    return content
+
+
+def assemble(left: Left) -> CallRecording:
+    """Make a recording of what a process left of one generation.
+
+    Raises:
+        FileFormatError: A call cannot be read.
+        UsageError: No call is there.
+    """
+    contents: dict[str, torch.Tensor] = {}
+    told = sorted(_calls(left.folder, contents), key=lambda call: int(call["begun"]))
+    if not told:
+        raise UsageError("no call was recorded", where=str(left.folder))
+    entries = [_entry(call) for call in told]
+    placed = _placed(entries, told, contents)
+    settings = {
+        "label": str(left.head.get("engine", GENERIC.name)),
+        "elsewhere": {},
+        ENGINE: {
+            "name": left.head.get("engine", GENERIC.name),
+            "program": left.head.get("program", []),
+            "rank": left.rank,
+            "injected": (left.ended or {}).get("injected", {}),
+            "schedulers": {c["component"]: c["config"] for c in told if c.get("config")},
+            "roles": {f"{c['component']}.{c['method']}": c["role"] for c in told if c.get("role")},
+            "branches": {
+                f"{c['component']}.{c['method']}": c["branches"] for c in told if c.get("branches")
+            },
+        },
+    }
+    recording = assembled(placed, contents, settings, device="cpu")
+    notes = [] if left.ended is not None else [PARTIAL]
+    notes += [LEFT_OUT] if any(_dropped(entry) for entry in entries) else []
+    manifest = recording.recording.manifest.model_copy(
+        update={"environment": dict(left.head.get("environment", {})), "notes": tuple(notes)}
+    )
+    return recording.with_manifest(manifest)
+
+
+def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            header = read_header(path)
+            call = json.loads(header.metadata[CALL])
+            tensors = Plain(header)
+            contents.update({name: tensors[name] for name in tensors})
+            ranks = {name: tensor.ndim for name, tensor in contents.items()}
+            for tree in (*call["arguments"].values(), call["output"]):
+                check_tree(tree, ranks)
+            int(call["begun"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FileFormatError(
+                "a call that a process left cannot be read",
+                where=str(path),
+                measured=reason(error),
+            ) from None
+        yield call
+
+
+def _entry(call: Mapping[str, Any]) -> CallEntry:
+    kind = Kind.RUN if call.get("role") in _SPANS else Kind(call["kind"])
+    return CallEntry(
+        component=call["component"],
+        method=call["method"],
+        kind=kind,
+        stage="output",
+        call=0,
+        owner=call["owner"],
+        parameters=tuple(call["parameters"]),
+        arguments=call["arguments"],
+        output=call["output"],
+        dtype=call.get("dtype", ""),
+        context=call.get("context"),
+        state=call.get("state", {}),
+    )
+
+
+def _dropped(entry: CallEntry) -> bool:
+    trees = (*entry.arguments.values(), entry.output)
+    return any(leaf.kind == "dropped" for tree in trees for _, leaf in leaves(tree))
+
+
+def _placed(
+    entries: Sequence[CallEntry],
+    told: Sequence[Mapping[str, Any]],
+    contents: Mapping[str, torch.Tensor],
+) -> list[CallEntry]:
+    """Calls with their stage and step; what spans others has neither."""
+    inner = [entry for entry in entries if entry.kind is not Kind.RUN]
+    if any(entry.method == STEP and entry.kind == Kind.SCHEDULER for entry in inner):
+        happened = [Happened(e.component, e.method, Kind(e.kind)) for e in inner]
+        places = [(role.stage, role.step) for role in roles(happened)]
+    else:
+        places = _by_timestep(inner, told, contents)
+    known = iter(places)
+    found: list[CallEntry] = []
+    numbers: Counter[tuple[Any, ...]] = Counter()
+    for entry, call in zip(entries, told, strict=True):
+        stage, step = ("output", None) if entry.kind is Kind.RUN else next(known)
+        stage = _STAGE_OF_ROLE.get(call.get("role") or "", stage)
+        step = None if stage in ("text", "decoding") else step
+        place = (stage, step, entry.component, entry.method)
+        found.append(replace(entry, stage=stage, step=step, call=numbers[place]))
+        numbers[place] += 1
+    return found
+
+
+def _by_timestep(
+    entries: Sequence[CallEntry],
+    told: Sequence[Mapping[str, Any]],
+    contents: Mapping[str, torch.Tensor],
+) -> list[tuple[str, int | None]]:
+    """Places in a run without schedulers: a step is as long as the timestep stays.
+
+    The denoiser is what an adapter says, else the model that is called most often and is given a
+    timestep.
+    """
+    named = {
+        (c["component"], c["method"]) for c in told if c.get("role") in ("prediction", "passes")
+    }
+    times = [_time(entry, contents) for entry in entries]
+    often = Counter(
+        (e.component, e.method)
+        for e, time in zip(entries, times, strict=True)
+        if time is not None and e.kind == Kind.MODEL
+    )
+    wanted = named or {name for name, _ in often.most_common(1)}
+    inside = [
+        index for index, entry in enumerate(entries) if (entry.component, entry.method) in wanted
+    ]
+    if not inside:
+        return [("output", None)] * len(entries)
+    places: list[tuple[str, int | None]] = []
+    step, last = -1, object()
+    for index, time in enumerate(times):
+        if index in inside and time != last:
+            step, last = step + 1, time
+        if index < inside[0]:
+            places.append(("text", None))
+        elif entries[index].kind == Kind.MODEL and time is not None and index <= inside[-1] + 1:
+            places.append(("prediction", step))
+        else:
+            places.append(("decoding", None))
+    return places
+
+
+def _time(entry: CallEntry, contents: Mapping[str, torch.Tensor]) -> float | None:
+    """The timestep that a call was given, by the names that are usual for it."""
+    names = [name for name in _TIMES if name in entry.arguments]
+    for name in names:
+        for _, leaf in leaves(entry.arguments[name]):
+            value = _number(leaf, contents)
+            if value is not None:
+                return value
+    return None
+
+
+def _number(leaf: Leaf, contents: Mapping[str, torch.Tensor]) -> float | None:
+    if leaf.kind == "number":
+        return float(leaf.value)
+    if leaf.kind == "tensor":
+        tensor = contents[leaf.value]
+        if tensor.numel() and not bool((tensor != tensor.reshape(-1)[0]).any()):
+            return float(tensor.reshape(-1)[0])
+    return None
+
+
+def targets(
+    output: Path, found: Iterable[Left], *, keep: bool = False
+) -> Iterator[tuple[Left, Path]]:
+    """Where each generation goes: OUTPUT, then OUTPUT with `.2`; with `.rank1` of a group.
+
+    Args:
+        output: The first.
+        found: The generations, in order.
+        keep: Pass over files that are there.
+    """
+    numbers: Counter[int | None] = Counter()
+    for left in found:
+        while True:
+            numbers[left.rank] += 1
+            parts = [output.stem]
+            parts += [f"rank{left.rank}"] if left.rank is not None else []
+            parts += [str(numbers[left.rank])] if numbers[left.rank] > 1 else []
+            target = output.with_name(".".join(parts) + output.suffix)
+            if not (keep and target.exists()):
+                break
+        yield left, target
+
+
+def write(left: Left, target: Path) -> CallRecording:
+    """Write the recording of one generation; its folder is gone then.
+
+    Raises:
+        WriteError: It could not be written; the folder stays.
+    """
+    recording = assemble(left)
+    recording.write(target)
+    shutil.rmtree(left.folder)
+    return recording
+
+
+def adapter_of(settings: Mapping[str, Any]) -> Any:
+    """The adapter of the engine that a recording is of; the generic one of several or none."""
+    name = str(settings.get(ENGINE, {}).get("name", ""))
+    try:
+        return engine(name)
+    except UsageError:
+        return GENERIC

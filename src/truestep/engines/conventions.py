@@ -1,0 +1,122 @@
+"""What engines write otherwise than the trusted pipeline, and how it is undone. Each has a name.
+
+A conversion is chosen once for a whole run, from a closed list, and named in the result. None of
+them has a free parameter, so none can take a fault for a convention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A change of convention.
+
+    Attributes:
+        name: In results; empty for none.
+        apply: Engine's value and what else is known (latent, sigma) to the trusted convention.
+    """
+
+    name: str
+    apply: Callable[[torch.Tensor, torch.Tensor | None, float | None], torch.Tensor]
+
+
+def _same(value: torch.Tensor, _latent: Any, _sigma: Any) -> torch.Tensor:
+    return value
+
+
+def _negated(value: torch.Tensor, _latent: Any, _sigma: Any) -> torch.Tensor:
+    return -value
+
+
+def _velocity(
+    value: torch.Tensor, latent: torch.Tensor | None, sigma: float | None
+) -> torch.Tensor:
+    """x0 = x - sigma v, of flow matching."""
+    if latent is None or not sigma:
+        raise ValueError("latent or sigma is not known")
+    return (latent.to(value.dtype) - value) / sigma
+
+
+AS_IT_IS = Conversion("", _same)
+PREDICTIONS = (
+    AS_IT_IS,
+    Conversion("denoised sample to velocity: (x - x0) / sigma", _velocity),
+    Conversion("predictions of the other sign", _negated),
+)
+"""Of what a denoiser returns."""
+
+TIME_SCALES: Mapping[float, str] = {
+    1.0: "",
+    1000.0: "timesteps of 0 to 1, x 1000",
+    0.001: "timesteps of 0 to 1000, / 1000",
+}
+"""Factor from the engine's time to the trusted model's, and its name."""
+
+
+def squeezed(shape: torch.Size) -> tuple[int, ...]:
+    """A shape without dimensions of size 1."""
+    return tuple(size for size in shape if size != 1)
+
+
+def as_shape(value: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """A tensor in the shape of another, where they differ by dimensions of 1, frames or packing.
+
+    Returns:
+        The tensor, and what was done; as it is where nothing fits.
+    """
+    if value.shape == like.shape:
+        return value, ""
+    if squeezed(value.shape) == squeezed(like.shape):
+        return value.reshape(like.shape), "dimensions of size 1"
+    if value.ndim == 5 and value.transpose(1, 2).shape == like.shape:
+        return value.transpose(1, 2), "`b f c h w` to `b c f h w`"
+    if value.ndim == 4 and like.ndim == 5 and value.transpose(0, 1)[None].shape == like.shape:
+        return value.transpose(0, 1)[None], "`f c h w` to `b c f h w`"
+    packed = _packed(value, like)
+    return packed if packed is not None else (value, "")
+
+
+def _packed(value: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, str] | None:
+    """Patches of 2 x 2 to tokens, and back."""
+    if value.ndim == 4 and like.ndim == 3 and value.shape[2] % 2 == value.shape[3] % 2 == 0:
+        b, c, h, w = value.shape
+        tokens = value.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        made = tokens.reshape(b, h * w // 4, c * 4)
+        if made.shape == like.shape:
+            return made, "2 x 2 patches to tokens"
+    if value.ndim == 3 and like.ndim == 4 and like.shape[2] % 2 == like.shape[3] % 2 == 0:
+        b, c, h, w = like.shape
+        if value.shape == (b, h * w // 4, c * 4):
+            pixels = value.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
+            return pixels.reshape(b, c, h, w), "tokens to 2 x 2 patches"
+    return None
+
+
+def text_as(value: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """Text embeddings in the length of others: zeros are padded, and zeros are cut off."""
+    value, done = (value, "") if value.ndim == like.ndim else as_rank(value, like.ndim)
+    if value.ndim < 2 or like.ndim != value.ndim or value.shape[-1] != like.shape[-1]:
+        return value, done
+    here, there = value.shape[-2], like.shape[-2]
+    if here < there:
+        padding = value.new_zeros(*value.shape[:-2], there - here, value.shape[-1])
+        return torch.cat([value, padding], dim=-2), f"text padded by zeros from {here} to {there}"
+    if here > there and not bool(value[..., there:, :].any()):
+        return value[..., :there, :], f"zeros behind the text cut off, {here} to {there}"
+    return value, done
+
+
+def as_rank(value: torch.Tensor, rank: int) -> tuple[torch.Tensor, str]:
+    """A tensor with leading dimensions of 1 added, or taken away."""
+    before = value.ndim
+    while value.ndim < rank:
+        value = value[None]
+    while value.ndim > rank and value.shape[0] == 1:
+        value = value[0]
+    return value, "" if value.ndim == before else "dimensions of size 1"

@@ -1,0 +1,113 @@
+"""What an engine is to truestep: where its code is cut, and what its numbers mean. No torch.
+
+Adding an engine is one file in `engines/adapters` that holds an `ENGINE`, and its name in
+`ADAPTERS`. Nothing else knows any engine by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Literal
+
+from truestep.errors import UsageError
+
+Role = Literal["generation", "run", "prediction", "passes", "noise", "text", "decode"]
+"""What a boundary is. A `generation` has everything from text to pictures, a `run` the steps;
+`passes` gives several predictions at once. What is inside these is watched too; all others hide
+what they call."""
+
+Prediction = Literal["", "velocity", "epsilon", "denoised"]
+"""What a denoiser returns; empty: told by comparing with the trusted model."""
+
+ADAPTERS = ("comfyui", "diffsynth", "fastvideo", "wan")
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A function of an engine that is watched.
+
+    Attributes:
+        at: `package.module:function` or `package.module:Class.method`.
+        role: What it is.
+        branches: Of `passes`, the guidance branches of its outputs, in order.
+    """
+
+    at: str
+    role: Role
+    branches: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """Module that defines it."""
+        return self.at.partition(":")[0]
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Names that lead to it inside the module."""
+        return tuple(self.at.partition(":")[2].split("."))
+
+    @property
+    def open(self) -> bool:
+        """Whether what it calls is watched, too."""
+        return self.role in ("generation", "run", "passes")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine.
+
+    Attributes:
+        name: As `--engine` takes it.
+        packages: Modules whose import tells that the engine runs.
+        boundaries: Its functions; denoisers (`torch.nn.Module`) and schedulers (classes with `step`
+            and `set_timesteps`) need none.
+        latent, timestep, text: Names of a prediction's arguments, first match counts; empty: told
+            from the data.
+        prediction: What a prediction is.
+        notes: What one has to know of its runs.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    boundaries: tuple[Boundary, ...] = ()
+    latent: tuple[str, ...] = ()
+    timestep: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    prediction: Prediction = ""
+    notes: tuple[str, ...] = ()
+
+
+GENERIC = Engine(name="generic", packages=())
+"""Any program: modules and schedulers alone."""
+
+
+def engine(name: str) -> Engine:
+    """An engine by name.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    if name == GENERIC.name:
+        return GENERIC
+    if name not in ADAPTERS:
+        near = get_close_matches(name, ADAPTERS, n=1)
+        raise UsageError(
+            f"no engine {name!r}",
+            measured=f"engines: {', '.join((*ADAPTERS, GENERIC.name))}",
+            hint=f"truestep engine run --engine {near[0] if near else GENERIC.name} -- python x.py",
+        )
+    found: Engine = import_module(f"truestep.engines.adapters.{name}").ENGINE
+    return found
+
+
+def engines() -> tuple[Engine, ...]:
+    """All engines that have an adapter."""
+    return tuple(map(engine, ADAPTERS))
+
+
+def running(modules: Collection[str], candidates: Collection[Engine]) -> list[Engine]:
+    """Engines of which a module has been imported."""
+    return [one for one in candidates if any(name in modules for name in one.packages)]

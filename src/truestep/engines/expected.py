@@ -1,0 +1,317 @@
+"""What an engine's seams are set against, by their order; all but the predictions.
+
+Schedule, noise and text are the reference's. Guidance is its arithmetic on the *engine's own*
+predictions, an update the trusted scheduler's on the engine's own latent, decoding the trusted
+decoder's of the engine's own end: none of these inherits anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from truestep.engines.conventions import TIME_SCALES, as_shape, text_as
+from truestep.engines.seams import COND, UNCOND, Run, Step
+from truestep.engines.trusted import Trusted, schedule_of, solvers, stepped, with_last
+from truestep.errors import FOREIGN, one_line
+from truestep.floors import NoiseRun
+from truestep.keys import step_name
+from truestep.measure.distance import distance
+
+SIGMAS, TIMESTEPS, GIVEN = "schedule/sigmas", "schedule/timesteps", "schedule/given"
+NOISE, FINAL, FRAMES = "latent/initial", "latent/final", "video/frames"
+
+AGREES = 1e-4
+"""Largest difference, relative to the latent, of a solver that is said to be the one that runs."""
+
+NEAR = 0.1
+"""Relative difference above which a noise is another draw, not another rounding."""
+
+
+@dataclass
+class Seams:
+    """What is set against what, by name; in the order of the run.
+
+    Attributes:
+        actual: The engine's, in the trusted convention.
+        expected: What the trusted side makes of the engine's inputs.
+        floor: Benign runs of the trusted model.
+        conversions: What was done to the engine's values, by name.
+        unjudged: Seams that nothing could be set against, and why.
+        notes: What else there is to say.
+    """
+
+    actual: dict[str, torch.Tensor] = field(default_factory=dict)
+    expected: dict[str, torch.Tensor] = field(default_factory=dict)
+    floor: list[NoiseRun] = field(default_factory=list)
+    conversions: dict[str, None] = field(default_factory=dict)
+    unjudged: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def put(self, name: str, actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+        """Set two tensors against each other, the engine's in the shape of the other."""
+        if actual is None or expected is None:
+            return
+        fit = text_as if name.startswith("text/") else as_shape
+        fitted, how = fit(actual, expected)
+        self.convert(how)
+        self.actual[name], self.expected[name] = fitted, expected
+
+    def convert(self, how: str) -> None:
+        """Note a conversion."""
+        if how:
+            self.conversions[how] = None
+
+
+def put_schedule(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> None:
+    if known is not None:
+        sigmas, timesteps, why = known.sigmas, known.timesteps, ""
+    else:
+        sigmas, timesteps, why = schedule_of(trusted.scheduler_class(), len(run.steps))
+    if why:
+        found.unjudged["schedule"] = why
+        return
+    count = len(run.steps)
+    mine, theirs = with_last(run.sigmas, count), with_last(sigmas, count)
+    if mine is not None and theirs is not None:
+        if run.sigmas is not None and len(run.sigmas) == count:
+            found.convert("a schedule without its closing zero")
+        found.put(SIGMAS, mine.float(), theirs.float())
+    elif mine is None and theirs is not None:
+        found.unjudged["sigmas"] = "the run says none"
+    if run.timesteps is not None and timesteps is not None and len(timesteps):
+        scale = time_scale(float(run.timesteps[0]), float(timesteps[0]))
+        found.convert(TIME_SCALES[scale])
+        found.put(TIMESTEPS, (run.timesteps.double() * scale).float(), timesteps.float())
+    _given_times(found, run)
+
+
+def _given_times(found: Seams, run: Run) -> None:
+    """What the model is given as time, against the engine's own schedule.
+
+    A scheduler that is given the time says it; else it is the timestep, or the sigma, of the step.
+    """
+    schedule = run.timesteps if run.timesteps is not None else run.sigmas
+    pairs = []
+    for index, step in enumerate(run.steps):
+        time = step.time
+        if time is None and schedule is not None and index < len(schedule):
+            time = float(schedule[index])
+        if time is not None:
+            pairs += [(one.timestep, time) for one in step.passes if one.timestep is not None]
+    if not pairs:
+        found.unjudged["time"] = "nothing says what time the model is given"
+        return
+    scale = time_scale(pairs[0][0], pairs[0][1])
+    ours = (torch.tensor([a for a, _ in pairs], dtype=torch.float64) * scale).float()
+    found.put(GIVEN, ours, torch.tensor([b for _, b in pairs], dtype=torch.float32))
+
+
+def time_scale(engine: float, trusted: float) -> float:
+    """The factor between two conventions of time that brings them nearest."""
+    if not engine or not trusted:
+        return 1.0
+    return min(TIME_SCALES, key=lambda scale: abs(math.log(abs(engine * scale / trusted))))
+
+
+def put_noise_and_text(found: Seams, run: Run, known: Run | None) -> None:
+    if known is None:
+        found.unjudged["noise"] = found.unjudged["text"] = "no reference was given"
+        return
+    found.put(NOISE, run.noise, known.noise)
+    if NOISE in found.actual and found.actual[NOISE].shape == found.expected[NOISE].shape:
+        a, b = (side[NOISE].reshape(-1).double() for side in (found.actual, found.expected))
+        if float((a - b).norm()) > NEAR * float(b.norm()):
+            alike = float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+            found.notes.append(
+                f"the noise is another draw (correlation {alike:.2f}, standard deviation "
+                f"{float(a.std()):.3f} for {float(b.std()):.3f}): inject the reference's"
+            )
+    for branch, text in known.text.items():
+        found.put(f"text/{branch}", run.text.get(branch), text)
+        if branch not in run.text:
+            found.unjudged[f"text/{branch}"] = "the run has no such branch"
+
+
+def named_by_text(run: Run, known: Run | None) -> Run:
+    """Name branches by the text they are given, where a reference says what that is."""
+    if known is None or {*run.text} != {COND, UNCOND} or {*known.text} != {COND, UNCOND}:
+        return run
+    sizes: dict[tuple[str, str], float] = {}
+    for mine, text in run.text.items():
+        for theirs, other in known.text.items():
+            fitted, _ = text_as(text, other)
+            if fitted.shape != other.shape:
+                return run
+            sizes[mine, theirs] = float((fitted.double() - other.double()).norm())
+    straight = sizes[COND, COND] + sizes[UNCOND, UNCOND]
+    crossed = sizes[COND, UNCOND] + sizes[UNCOND, COND]
+    if straight <= crossed:
+        return run
+    others = {COND: UNCOND, UNCOND: COND}
+    steps = tuple(
+        s.but(passes=tuple(replace(one, branch=others[one.branch]) for one in s.passes))
+        for s in run.steps
+    )
+    weights = {others[branch]: weight for branch, weight in run.weights.items()}
+    return replace(run, steps=steps, weights=weights)
+
+
+def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
+    if not any(len(step.passes) > 1 and step.guided is not None for step in run.steps):
+        return
+    weights, whose = (known.weights, "reference's") if known and known.weights else ({}, "")
+    if not weights or {*weights} != {*run.weights}:
+        weights, whose = run.weights, "run's own"
+    if not weights:
+        text = f"not an affine combination of the predictions (residual {run.affine:.1e})"
+        found.unjudged["guidance"] = text
+        return
+    if whose == "run's own":
+        found.unjudged["guidance scale"] = "no reference was given"
+    rounded = {branch: round(weight, 4) for branch, weight in weights.items()}
+    found.notes.append(f"guidance, by the {whose} weights: {_formula(rounded)}")
+    if known and run.weights and whose == "reference's":
+        own = {branch: round(weight, 4) for branch, weight in run.weights.items()}
+        if own != rounded:
+            how = _mistaken(own.get(COND), rounded.get(COND))
+            found.notes.append(f"the run combines by other weights: {_formula(own)}{how}")
+    for step in run.steps:
+        outputs = {one.branch: one.output for one in step.passes}
+        if step.guided is None or {*outputs} != {*rounded}:
+            continue
+        expected = sum(w * outputs[branch].double() for branch, w in rounded.items())
+        if isinstance(expected, torch.Tensor):
+            found.put(
+                step_name(step.number, "guided"),
+                step.guided,
+                expected.to(step.guided.dtype).reshape(step.guided.shape),
+            )
+
+
+def _formula(weights: Mapping[str, float]) -> str:
+    if {*weights} == {COND, UNCOND} and abs(sum(weights.values()) - 1.0) < 1e-3:
+        scale = weights[COND]
+        return f"uncond {'-' if scale < 0 else '+'} {abs(scale):g} (cond - uncond)"
+    return " + ".join(f"{weight:g} {branch}" for branch, weight in weights.items())
+
+
+def _mistaken(actual: float | None, expected: float | None) -> str:
+    """What the usual mistakes make of a scale."""
+    if actual is None or expected is None:
+        return ""
+    if abs(actual + expected) < AGREES * abs(expected):
+        return ": the sign of the guidance is turned"
+    if abs(actual - (1.0 - expected)) < AGREES * abs(expected):
+        return ": the branches are exchanged"
+    return ""
+
+
+def put_updates(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> None:
+    """Each update by the trusted scheduler, from the engine's latent; say which solver it is.
+
+    Where nothing says what was stepped by, it is combined of the engine's predictions by the
+    reference's weights: guidance and update are judged as one then.
+    """
+    if any(step.guided is None for step in run.steps):
+        run = _combined(found, run, known)
+    if any(step.guided is None or step.after is None for step in run.steps):
+        found.unjudged["update"] = "what is stepped by was not recorded"
+        return
+    cls = trusted.scheduler_class()
+    if cls is None or cls[0] is None:
+        found.unjudged["update"] = "the trusted folder has no scheduler"
+        return
+    made = _steps_by(cls[0], {**cls[1], **_settings(known)}, run)
+    if isinstance(made, str):
+        found.unjudged["update"] = made
+        return
+    worst = 0.0
+    for step, expected in zip(run.steps, made, strict=True):
+        name = FINAL if step is run.steps[-1] else step_name(step.number + 1, "latent")
+        found.put(name, step.after, expected)
+        worst = max(worst, _off(step, expected))
+    if worst > AGREES:
+        found.notes += _other_solver(run, cls[0].__name__)
+
+
+def _combined(found: Seams, run: Run, known: Run | None) -> Run:
+    """A run whose steps are stepped by its own predictions, combined as the reference's are."""
+    weights = known.weights if known else {}
+    steps = []
+    for step in run.steps:
+        outputs = {
+            one.branch: found.actual.get(step_name(step.number, one.branch)) for one in step.passes
+        }
+        parts = [
+            w * out.double() for b, w in weights.items() if (out := outputs.get(b)) is not None
+        ]
+        if step.guided is None and step.latent is not None and parts and {*outputs} == {*weights}:
+            guided = torch.stack(parts).sum(dim=0).to(step.latent.dtype)
+            step = step.but(guided=guided.reshape(step.latent.shape))
+        steps.append(step)
+    return replace(run, steps=tuple(steps))
+
+
+def _off(step: Step, expected: torch.Tensor | None) -> float:
+    if step.after is None or expected is None:
+        return 0.0
+    return distance(step.after, expected.reshape(step.after.shape)).rel_l2
+
+
+def _settings(known: Run | None) -> dict[str, Any]:
+    """What the reference's scheduler was set to."""
+    held = next(iter(known.schedulers.values()), {}) if known else {}
+    return {key: value for key, value in held.items() if key != "class"}
+
+
+def _steps_by(cls: Any, config: Mapping[str, Any], run: Run) -> list[torch.Tensor | None] | str:
+    try:
+        scheduler = cls.from_config(dict(config))
+        sigmas = with_last(run.sigmas, len(run.steps))
+        if getattr(scheduler.config, "use_dynamic_shifting", False):
+            scheduler.set_timesteps(len(run.steps), mu=1.0)
+        else:
+            scheduler.set_timesteps(len(run.steps))
+        return stepped(scheduler, run, sigmas)
+    except FOREIGN as error:
+        return f"{cls.__name__} does not take the run's steps: {one_line(error)}"
+
+
+def _other_solver(run: Run, trusted: str) -> list[str]:
+    """Name the solver that gives what the engine's updates are, if one of the usual ones does."""
+    import diffusers
+
+    for name, cls, settings in solvers():
+        made = _steps_by(getattr(diffusers, cls), settings, run)
+        if isinstance(made, str):
+            continue
+        worst = max(_off(step, value) for step, value in zip(run.steps, made, strict=True))
+        if worst <= AGREES:
+            return [f"the updates are those of {name}, to {worst:.1e}, not of {trusted}"]
+    return []
+
+
+def put_decoding(found: Seams, run: Run, trusted: Trusted) -> None:
+    if run.decoded_from is None or run.decoded is None:
+        return
+    vae = trusted.part("vae")
+    if vae is None:
+        found.unjudged["decoding"] = "the trusted folder has no vae"
+        return
+    try:
+        expected = vae.decode(run.decoded_from.to(trusted.dtype), return_dict=False)[0]
+    except FOREIGN as error:
+        found.unjudged["decoding"] = f"the trusted vae does not take it: {one_line(error)}"
+        return
+    fitted, _ = as_shape(run.decoded, expected)
+    if fitted.shape != expected.shape:
+        found.unjudged["decoding"] = (
+            f"sizes {tuple(run.decoded.shape)}, the trusted vae gives {tuple(expected.shape)}"
+        )
+        return
+    found.put(FRAMES, run.decoded, expected)

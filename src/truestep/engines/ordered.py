@@ -1,0 +1,160 @@
+"""The verdict on an engine's run: its seams in the order in which one makes the next.
+
+Each is set against what the trusted side makes of the engine's own recorded inputs
+(`expected`, `predictions`), so none inherits anything, and the first that fails is the cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from truestep.engines.conventions import as_shape
+from truestep.engines.expected import (
+    SIGMAS,
+    TIMESTEPS,
+    Seams,
+    named_by_text,
+    put_decoding,
+    put_guidance,
+    put_noise_and_text,
+    put_schedule,
+    put_updates,
+)
+from truestep.engines.predictions import put_predictions
+from truestep.engines.seams import Run
+from truestep.engines.trusted import Trusted
+from truestep.environment import Environment
+from truestep.errors import UsageError
+from truestep.floors import NoiseFloor
+from truestep.judge.floor import Limits, pair_of
+from truestep.judge.rows import build_comparison, compare_tensors
+from truestep.measure.distance import distance
+from truestep.progress import Progress
+from truestep.text import quoted
+from truestep.verdict import Comparison, Row, Side, Verdict
+
+
+def check_run(
+    run: Run,
+    model: Path,
+    *,
+    reference: Run | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Judge an engine's run by a trusted model folder.
+
+    Args:
+        run: Of the engine; see `run_of`.
+        model: Folder of diffusers with the same weights.
+        reference: The trusted pipeline's run of the same case: without it schedule, noise, text and
+            the scale of the guidance can be judged only as far as the folder says.
+        progress: Told (what, done, total).
+
+    Returns:
+        Rows in the order of the run; the first that fails is the cause.
+
+    Raises:
+        ModelLoadError: The trusted model cannot be loaded.
+        UsageError: The run has no steps.
+    """
+    if not run.steps:
+        raise UsageError(
+            "the run has no denoise steps",
+            where=run.label,
+            likely="the program ended before its first step, or its denoiser is no torch module",
+            hint=f"truestep show {quoted(run.label)}",
+        )
+    trusted, known = Trusted(model, _dtype(run)), reference
+    run = named_by_text(run, known)
+    found = Seams()
+    with torch.no_grad():
+        put_schedule(found, run, known, trusted)
+        put_noise_and_text(found, run, known)
+        put_predictions(found, run, known, trusted, progress)
+        put_guidance(found, run, known)
+        put_updates(found, run, known, trusted)
+        put_decoding(found, run, trusted)
+    return _judged(found, run, known, trusted)
+
+
+def _dtype(run: Run) -> torch.dtype:
+    outputs = (one.output.dtype for step in run.steps for one in step.passes)
+    return next(outputs, torch.float32)
+
+
+def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comparison:
+    working = str(trusted.dtype).removeprefix("torch.")
+    floor = NoiseFloor(runs=tuple(found.floor))
+    measured = Limits(floor=floor, pair=pair_of(working, working)) if found.floor else Limits()
+    judged: dict[str, Row] = {}
+    for predicted, limits in ((True, measured), (False, Limits())):
+        names = [name for name in found.expected if _is_prediction(name) is predicted]
+        rows = compare_tensors(
+            {name: found.actual[name] for name in names},
+            {name: found.expected[name] for name in names},
+            limits=limits,
+        )
+        judged.update({row.name: row for row in rows})
+    notes = [*found.notes]
+    notes += [f"converted: {how}" for how in found.conversions]
+    notes += [f"not judged: {seam}: {why}" for seam, why in found.unjudged.items()]
+    notes += _end(run, known)
+    here = dict(Environment.current("cpu", attention=None))
+    predictions = sum(len(step.passes) for step in run.steps)
+    return build_comparison(
+        _inherited(_in_order(list(judged.values()))),
+        actual=Side(label=run.label, environment=dict(run.environment)),
+        reference=Side(label=str(trusted.folder), environment=here),
+        looked_at=(f"{len(run.steps)} steps, {predictions} predictions",),
+        notes=tuple(notes),
+    )
+
+
+def _is_prediction(name: str) -> bool:
+    head, _, last = name.rpartition("/")
+    return head.startswith("step/") and last not in ("guided", "latent")
+
+
+_ORDER = ("schedule", "latent", "text", "prediction", "guidance", "update", "decoding")
+
+
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    """What comes before the steps first, then step by step; within one, as it is made."""
+
+    def place(row: Row) -> tuple[int, int, int]:
+        rank = _ORDER.index(row.stage) if row.stage in _ORDER else len(_ORDER)
+        if row.step is None and row.stage not in ("decoding", "update"):
+            return (0, rank, 0)
+        if row.step is None:
+            return (2, rank, 0)
+        return (1, row.step, rank)
+
+    return sorted(rows, key=place)
+
+
+def _inherited(rows: Sequence[Row]) -> list[Row]:
+    """Timesteps that only follow from other sigmas are inherited from them."""
+    failed = {row.name for row in rows if row.verdict in (Verdict.DRIFTED, Verdict.INVALID)}
+    if SIGMAS not in failed:
+        return list(rows)
+    return [
+        row.model_copy(update={"origin": "introduced" if row.name == SIGMAS else "inherited"})
+        if row.name in failed and row.name in (SIGMAS, TIMESTEPS)
+        else row
+        for row in rows
+    ]
+
+
+def _end(run: Run, known: Run | None) -> list[str]:
+    """How far the end is from the reference's: told, and never judged by itself."""
+    if known is None or run.final is None or known.final is None:
+        return []
+    fitted, _ = as_shape(run.final, known.final)
+    if fitted.shape != known.final.shape:
+        sizes = f"{tuple(run.final.shape)}, {tuple(known.final.shape)}"
+        return [f"the end has another size: {sizes}"]
+    size = distance(fitted, known.final).rel_l2
+    return [f"the end is {size:.2e} from the reference's, relative: the sum of all seams"]

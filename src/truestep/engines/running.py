@@ -1,0 +1,178 @@
+"""Run any program with its engine watched, and make recordings of what its processes left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from truestep.calls.recording import CallRecording
+from truestep.engines.assembling import ENGINE, Left, left_by, targets, write
+from truestep.engines.seams import seams
+from truestep.engines.watch.injection import NOISE, SIGMAS, TIMESTEPS
+from truestep.engines.watch.injection import write as write_injection
+from truestep.engines.watch.request import VARIABLE, Request
+from truestep.errors import TruestepError, UsageError, WriteError
+from truestep.files import require_room
+from truestep.replay.program import SITE
+
+EVERY_S = 1.0
+"""How often it is looked whether a generation is over while the program runs."""
+
+
+@dataclass
+class Ran:
+    """What came of a program.
+
+    Attributes:
+        code: Its exit code; 128 and the signal's number where one ended it.
+        recordings: Path and recording of each generation and rank, in order.
+        failures: What could not be made a recording of; its folder is left.
+    """
+
+    code: int
+    recordings: list[tuple[Path, CallRecording]] = field(default_factory=list)
+    failures: list[TruestepError] = field(default_factory=list)
+
+
+def run_engine(
+    program: Sequence[str],
+    output: Path,
+    *,
+    engine: str = "",
+    inject: CallRecording | None = None,
+    largest: int = 1 << 29,
+    told: Callable[[Path, CallRecording], None] = lambda path, recording: None,
+) -> Ran:
+    """Run a program with what its engine does recorded; nothing in it is changed.
+
+    Args:
+        program: The command.
+        output: The recording of its first generation; the second's is `.2`, a rank's `.rank1`.
+        engine: Name of the engine; empty: whichever it imports.
+        inject: A reference whose noise, text and schedule the engine is given.
+        largest: Bytes of a tensor above which only its shape is kept.
+        told: Of each recording when it is made, while the program may still run.
+
+    Raises:
+        UsageError: The program cannot be started, or folders of an earlier one were left.
+        WriteError: The output's folder cannot be written to.
+    """
+    output = output.absolute()
+    require_room(output, "the recording")
+    old = left_by(output)
+    if old:
+        raise UsageError(
+            "calls of an earlier run were left",
+            where=str(old[0].folder),
+            likely="truestep was killed with it",
+            hint=f"truestep engine recover {output}",
+        )
+    with TemporaryDirectory(prefix="truestep-") as folder:
+        given = _written(inject, Path(folder)) if inject else ""
+        request = Request(str(output), engine=engine, largest=largest, inject=given)
+        path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, VARIABLE: request.text()}
+        try:
+            process = subprocess.Popen(program, env=environment)
+        except OSError as error:
+            raise UsageError(
+                "the program cannot be started",
+                where=program[0],
+                measured=error.strerror or str(error),
+                hint="truestep engine run -- python run.py",
+            ) from None
+        collected = _Collector(output, told)
+        collected.start()
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the program has been interrupted, too, and ends by itself
+            code = process.wait()
+        finally:
+            collected.stop()
+    return Ran(code if code >= 0 else 128 - code, collected.made, collected.failures)
+
+
+def _written(reference: CallRecording, folder: Path) -> str:
+    run = seams(reference, label="reference")
+    found = {NOISE: run.noise, SIGMAS: run.sigmas, TIMESTEPS: run.timesteps}
+    found |= {f"text/{branch}": text for branch, text in run.text.items()}
+    write_injection(folder, {name: value for name, value in found.items() if value is not None})
+    return str(folder)
+
+
+class _Collector:
+    """Makes recordings of generations that are over; at the end of all that were left."""
+
+    def __init__(self, output: Path, told: Callable[[Path, CallRecording], None]) -> None:
+        self.made: list[tuple[Path, CallRecording]] = []
+        self.failures: list[TruestepError] = []
+        self._output, self._told = output, told
+        self._seen: list[Left] = []
+        self._done: set[Path] = set()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The program has ended: take everything."""
+        self._over.set()
+        self._thread.join()
+        self._collect(ended=False)
+
+    def _watch(self) -> None:
+        while not self._over.wait(EVERY_S):
+            self._collect(ended=True)
+
+    def _collect(self, *, ended: bool) -> None:
+        """Args: ended: only generations that are over."""
+        known = {left.folder for left in self._seen}
+        try:
+            found = left_by(self._output)
+        except TruestepError as error:
+            self.failures += [] if ended else [error]
+            return
+        fresh = {left.folder: left for left in found}
+        self._seen = [fresh.get(left.folder, left) for left in self._seen]
+        self._seen += [left for left in found if left.folder not in known]
+        for left, target in targets(self._output, self._seen):
+            if left.folder in self._done or (ended and left.ended is None):
+                continue
+            self._done.add(left.folder)
+            try:
+                recording = write(left, target)
+            except (TruestepError, WriteError) as error:
+                self.failures.append(error)
+                continue
+            self.made.append((target, recording))
+            self._told(target, recording)
+
+
+def recover(output: Path) -> list[tuple[Path, CallRecording]]:
+    """Make recordings of what a program left when truestep ended before it.
+
+    Raises:
+        UsageError: Nothing was left.
+        FileFormatError: It cannot be read.
+    """
+    output = output.absolute()
+    found = left_by(output)
+    if not found:
+        raise UsageError(
+            "no calls were left to recover",
+            where=str(output),
+            hint=f"ls -d {output.parent}/*.calls",
+        )
+    return [(target, write(left, target)) for left, target in targets(output, found, keep=True)]
+
+
+def injected(recording: CallRecording) -> dict[str, int]:
+    """What an engine was given from outside, and how often."""
+    return dict(recording.recording.manifest.settings.get(ENGINE, {}).get("injected", {}))

@@ -1,0 +1,280 @@
+"""The trusted side, run on what an engine recorded: its model, scheduler and decoder."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truestep.engines.conventions import as_rank, text_as
+from truestep.engines.folders import refuse_code, still
+from truestep.engines.seams import LATENTS, TEXTS, TIMES, Pass, Run
+from truestep.errors import FOREIGN, ModelLoadError, UsageError, one_line
+
+INDEX = "model_index.json"
+_DENOISERS = ("transformer", "unet", "prior")
+_SECOND = "transformer_2"
+
+
+class Trusted:
+    """A model folder of diffusers, of which each part is loaded when it is asked for.
+
+    Args:
+        folder: A pipeline's, or one model's.
+        dtype: That the engine worked in.
+
+    Raises:
+        ModelLoadError: It is no such folder, or brings code of its own.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.folder, self.dtype = folder, dtype
+        self._index: Mapping[str, Any] = {}
+        if (folder / INDEX).is_file():
+            self._index = _read(folder / INDEX)
+            refuse_code(folder / INDEX, self._index)
+        elif not (folder / "config.json").is_file():
+            raise ModelLoadError(
+                "the trusted model is no folder of diffusers",
+                where=str(folder),
+                measured=f"neither {INDEX} nor config.json is in it",
+                hint="truestep tiny WanPipeline ./tiny-wan  # makes a small one to try",
+            )
+        self._parts: dict[str, Any] = {}
+
+    def part(self, name: str) -> Any:
+        """A component, or None where the folder has none of that name."""
+        if name not in self._parts:
+            self._parts[name] = self._load(name)
+        return self._parts[name]
+
+    def denoiser(self, time: float | None) -> torch.nn.Module:
+        """The model that predicts at a time; of two experts the one whose time it is.
+
+        Raises:
+            ModelLoadError: There is none.
+        """
+        if not self._index:
+            return self.part("")  # type: ignore[no-any-return]
+        name = next((each for each in _DENOISERS if self._index.get(each)), "")
+        boundary = self._index.get("boundary_ratio")
+        if boundary and self._index.get(_SECOND) and time is not None and time < boundary * 1000:
+            name = _SECOND
+        model = self.part(name) if name else None
+        if model is None:
+            raise ModelLoadError(
+                "the trusted folder has no denoiser",
+                where=str(self.folder),
+                measured=f"looked for: {', '.join(_DENOISERS)}",
+            )
+        return model  # type: ignore[no-any-return]
+
+    def scheduler_class(self) -> tuple[Any, Mapping[str, Any]] | None:
+        """Class and settings of its scheduler."""
+        entry = self._index.get("scheduler")
+        if not isinstance(entry, list) or entry[:1] != ["diffusers"]:
+            return None
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        if not path.is_file():
+            return None
+        return getattr(importlib.import_module("diffusers"), str(entry[1]), None), _read(path)
+
+    def _load(self, name: str) -> Any:
+        import diffusers
+
+        place = self.folder / name if name else self.folder
+        file = place / "config.json"
+        if not file.is_file():
+            return None
+        kind = str(_read(file).get("_class_name", ""))
+        cls = getattr(diffusers, kind, None)
+        if cls is None or not hasattr(cls, "from_pretrained"):
+            raise ModelLoadError(
+                f"diffusers has no model class {kind!r}", where=str(file), hint="truestep doctor"
+            )
+        try:
+            with still("diffusers"):
+                model = cls.from_pretrained(str(place), torch_dtype=self.dtype)
+        except FOREIGN as error:
+            raise ModelLoadError(
+                "the trusted model cannot be loaded", where=str(place), measured=one_line(error)
+            ) from None
+        return model.eval().requires_grad_(False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            "a file of the trusted model cannot be read", where=str(path), measured=one_line(error)
+        ) from None
+    if not isinstance(content, dict):
+        raise ModelLoadError("a file of the trusted model cannot be read", where=str(path))
+    return content
+
+
+class Denoiser(torch.nn.Module):
+    """A trusted denoiser called with an engine's arguments by name; returns the prediction."""
+
+    def __init__(self, model: torch.nn.Module, plain: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._plain = dict(plain)
+
+    def forward(self, **given: torch.Tensor) -> torch.Tensor:
+        """The first tensor that the model returns."""
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        moved = {
+            name: value.to(dtype)
+            if dtype and value.is_floating_point() and name != "timestep"
+            else value
+            for name, value in given.items()
+        }
+        output = self.model(**moved, **self._plain)
+        first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return first
+
+
+def arguments(
+    one: Pass, model: torch.nn.Module, template: Pass | None, scale: float
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], tuple[str, ...]]:
+    """What the trusted model is called with for an engine's prediction.
+
+    Args:
+        one: The engine's.
+        model: The trusted model.
+        template: A prediction of the trusted pipeline, which says what else is given.
+        scale: From the engine's time to the model's.
+
+    Returns:
+        Tensors, plain values, and what was done beside renaming.
+
+    Raises:
+        UsageError: The model needs something that nobody gave.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, Any] = {"return_dict": False} if "return_dict" in parameters else {}
+    done: list[str] = []
+    for name, value in (template.arguments if template else {}).items():
+        if name in parameters and value is not None and name != "return_dict":
+            (tensors if isinstance(value, torch.Tensor) else plain)[name] = value
+    taken = set()
+    for role, usual in (("latent", LATENTS), ("timestep", TIMES), ("text", TEXTS)):
+        name = next((each for each in usual if each in parameters), "")
+        value = one.role(role) if role != "timestep" else _time(one, scale)
+        if not name or value is None:
+            continue
+        like = tensors.get(name)
+        if like is not None and role == "timestep":
+            value = (
+                value.to(like.dtype).reshape(-1)[:1].expand(like.shape) if like.ndim else value[0]
+            )
+        elif like is not None:
+            value, how = (text_as if role == "text" else _in_rank)(value, like)
+            done += [how] if how else []
+        elif isinstance(one.arguments.get(one.names.get(role, "")), tuple):
+            value = value[None]
+            done.append("lists of samples to batches")
+        tensors[name] = value.contiguous()
+        taken.add(one.names.get(role, ""))
+    for name, value in one.arguments.items():  # what both sides call the same
+        if name in parameters and name not in taken and isinstance(value, torch.Tensor):
+            tensors[name] = value
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in tensors
+        and name not in plain
+    ]
+    if missing:
+        raise UsageError(
+            f"the trusted {type(model).__name__} needs {', '.join(missing)}",
+            measured=f"the engine gave its model {', '.join(sorted(one.arguments))}",
+        )
+    return tensors, plain, tuple(done)
+
+
+def _in_rank(value: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, str]:
+    return as_rank(value, like.ndim)
+
+
+def _time(one: Pass, scale: float) -> torch.Tensor | None:
+    time = one.timestep
+    return None if time is None else torch.tensor([time * scale], dtype=torch.float32)
+
+
+def schedule_of(
+    found: tuple[Any, Mapping[str, Any]] | None, steps: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
+    """Sigmas and timesteps that a scheduler makes for so many steps; or why it cannot be told."""
+    if found is None:
+        return None, None, "the trusted folder has no scheduler"
+    cls, config = found
+    try:
+        scheduler = cls.from_config(config)
+        scheduler.set_timesteps(steps)
+    except FOREIGN as error:
+        return (
+            None,
+            None,
+            f"{cls.__name__} makes no schedule of the number of steps alone: {one_line(error)}",
+        )
+    sigmas = getattr(scheduler, "sigmas", None)
+    return sigmas, torch.as_tensor(scheduler.timesteps), ""
+
+
+def stepped(scheduler: Any, run: Run, sigmas: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Latents after each step, by the trusted scheduler, each from the engine's recorded latent.
+
+    Args:
+        scheduler: Set to as many steps.
+        run: The engine's.
+        sigmas: The engine's own, with the last one; None where the scheduler has none.
+    """
+    if run.timesteps is not None:
+        scheduler.timesteps = torch.as_tensor(run.timesteps)
+    if sigmas is not None:
+        scheduler.sigmas = sigmas.to(torch.float32)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    found: list[torch.Tensor | None] = []
+    for index, step in enumerate(run.steps):
+        if step.guided is None or step.latent is None:
+            return [*found, *[None] * (len(run.steps) - index)]
+        time = scheduler.timesteps[index]
+        made = scheduler.step(
+            step.guided, time, step.latent.to(step.guided.dtype), return_dict=False
+        )
+        found.append(made[0])
+    return found
+
+
+def with_last(sigmas: torch.Tensor | None, steps: int) -> torch.Tensor | None:
+    """Sigmas with the closing zero, which some engines leave out."""
+    if sigmas is None:
+        return None
+    if len(sigmas) == steps:
+        return torch.cat([sigmas, sigmas.new_zeros(1)])
+    return sigmas
+
+
+def solvers() -> Sequence[tuple[str, str, dict[str, Any]]]:
+    """Name, class and settings of solvers that engines step with."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return (
+        ("Euler", "FlowMatchEulerDiscreteScheduler", {}),
+        ("UniPC of order 2", "UniPCMultistepScheduler", {**flow, "solver_order": 2}),
+        ("UniPC of order 3", "UniPCMultistepScheduler", {**flow, "solver_order": 3}),
+        ("UniPC of order 1", "UniPCMultistepScheduler", {**flow, "solver_order": 1}),
+        ("DPM-Solver++ of order 2", "DPMSolverMultistepScheduler", {**flow, "solver_order": 2}),
+        ("DPM-Solver++ of order 3", "DPMSolverMultistepScheduler", {**flow, "solver_order": 3}),
+    )

@@ -1,0 +1,131 @@
+"""Calls of a generation on their way to disk: a file each, complete or not there.
+
+A generation's folder `OUTPUT.PID-NUMBER.calls` holds `head.json` (who writes), `000012.safetensors`
+for its twelfth call (tensors by their content, each once a generation; the call itself as JSON in
+the metadata) and, once it is over, `ended.json`. A process that is killed leaves all calls that
+ended. Nothing here needs more than torch and safetensors: engines have environments of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truestep.calls.values import dropped, encode, in_real_numbers
+from truestep.measure.plain import plain
+
+SUFFIX = ".calls"
+HEAD, ENDED, CALL = "head.json", "ended.json", "call"
+FORMAT = 1
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
+
+
+class CallSpool:
+    """The folder of one generation in one process.
+
+    Args:
+        output: The recording that will be made of it.
+        number: Of the generation in this process.
+        head: What is known of it from the start.
+        largest: Bytes of a tensor above which only its shape is kept.
+    """
+
+    def __init__(self, output: Path, number: int, head: dict[str, Any], *, largest: int) -> None:
+        self.folder = output.with_name(f"{output.name}.{os.getpid()}-{number}{SUFFIX}")
+        self.folder.mkdir(parents=True)
+        self.calls = 0
+        self._largest = largest
+        self._known: set[str] = set()
+        self._new: dict[str, torch.Tensor] = {}
+        self._left: dict[str, tuple[tuple[int, ...], str]] = {}
+        started = {"format": FORMAT, "started": time.time(), "pid": os.getpid(), **head}
+        self._json(HEAD, started)
+
+    def keep(self, value: Any) -> Any:
+        """A value as a tree, its tensors copied to be written with the call."""
+        tree = encode(value, self._keep)
+        if not self._left:
+            return tree
+        left, self._left = self._left, {}
+        return dropped(tree, lambda _, name: name in left, left.__getitem__)
+
+    def add(self, call: dict[str, Any]) -> None:
+        """Write one call, and the tensors that no call before it had."""
+        from safetensors.torch import save_file
+
+        path = self.folder / f"{self.calls:06d}.safetensors"
+        self.calls += 1
+        new, self._new = self._new, {}
+        temporary = path.with_suffix(".part")
+        save_file(new, temporary, metadata={CALL: json.dumps(call)})
+        os.replace(temporary, path)
+
+    def end(self, injected: Mapping[str, int]) -> None:
+        """Say that the generation is over, and how often what was given to it."""
+        ended = {"ended": time.time(), "calls": self.calls, "rank": rank()}
+        self._json(ENDED, {**ended, "injected": dict(injected)})
+
+    def _keep(self, _: tuple[str, ...], value: torch.Tensor) -> str:
+        tensor = plain(value).detach()
+        if tensor.numel() * tensor.element_size() > self._largest:
+            name = f"left out {len(self._left)}"
+            self._left[name] = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            return name
+        copy = in_real_numbers(tensor).to("cpu", copy=True).contiguous()
+        name = _content(copy)
+        if name not in self._known:
+            self._known.add(name)
+            self._new[name] = copy
+        return name
+
+    def _json(self, name: str, content: dict[str, Any]) -> None:
+        temporary = self.folder / f"{name}.part"
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(temporary, self.folder / name)
+
+
+def _content(tensor: torch.Tensor) -> str:
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    shape = "x".join(map(str, tensor.shape))
+    return f"{str(tensor.dtype)[6:]}.{shape}.{hashlib.blake2b(data, digest_size=16).hexdigest()}"
+
+
+def rank() -> int | None:
+    """Rank of this process among those of its group, as it is now; None where there is one."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank()) if distributed.get_world_size() > 1 else None
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    own = os.environ.get("RANK", "")
+    return int(own) if several and own.isdecimal() else None
+
+
+def environment() -> dict[str, str]:
+    """What the process runs with, as far as it can be told without more libraries."""
+    from importlib import metadata
+
+    cuda = torch.cuda.is_available()
+    values = {
+        "device.class": "cuda" if cuda else "cpu",
+        "device.name": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "machine.platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch.matmul_precision": torch.get_float32_matmul_precision(),
+        "torch.threads": str(torch.get_num_threads()),
+    }
+    for library in _LIBRARIES:
+        try:
+            values[f"library.{library}"] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            values[f"library.{library}"] = "(not installed)"
+    return values

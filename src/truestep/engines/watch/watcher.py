@@ -1,0 +1,437 @@
+"""Watch a process of an engine: its denoisers, schedulers and the functions that its adapter names.
+
+Calls are written as they end (`CallSpool`). What goes wrong in here ends the watching, with a line
+that says so, and never the program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import inspect
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial, wraps
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from truestep.engines.engine import GENERIC, Boundary, engine, engines, running
+from truestep.engines.watch import frames
+from truestep.engines.watch.injection import Injection
+from truestep.engines.watch.request import Request, say
+from truestep.engines.watch.spool import CallSpool, environment, rank
+from truestep.replay.site.waiting import when_loaded
+
+STEP, SET_TIMESTEPS = "step", "set_timesteps"
+_HELD = ("sigmas", "timesteps")
+_WATCHED = "_truestep_watched"
+
+
+class _Thread(threading.local):
+    """What a thread is doing: whether inside a closed boundary, and the calls that are open."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.open: list[int] = []
+
+
+class Watcher:
+    """Watches this process until it ends.
+
+    Args:
+        request: What to watch, and where it goes.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._engines = (engine(request.engine),) if request.engine else (*engines(), GENERIC)
+        self._thread = _Thread()
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._generations = 0
+        self._spool: CallSpool | None = None
+        self._begun = self._stepped = 0
+        self._stopped = False
+        self._names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+        self._classes: Counter[str] = Counter()
+        self._loops: set[CodeType] = set()
+        self._shown: set[int] = set()
+        self._unpatch: list[Callable[[], None]] = []
+        self._injection = Injection(Path(request.inject)) if request.inject else None
+
+    def start(self) -> None:
+        """Begin; torch is loaded, the engine is not."""
+        self._watch_modules()
+        self._watch_classes()
+        for one in self._engines:
+            for boundary in one.boundaries:
+                when_loaded(boundary.module, partial(self._watch_function, boundary))
+        if self._injection is not None:
+            self._unpatch.append(self._injection.watch_noise())
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """End the generation that is open, and watch no more."""
+        if os.getpid() != self._pid or self._stopped:
+            return
+        self._stopped = True
+        self._end_generation()
+        for undo in self._unpatch:
+            undo()
+
+    def _fail(self, error: Exception) -> None:
+        self._stopped = True
+        say(f"recording stopped: {type(error).__name__}: {error}")
+
+    # what is watched
+
+    def _watch_modules(self) -> None:
+        original: Any = torch.nn.Module.__call__
+
+        def watched(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._idle() or torch.compiler.is_compiling():
+                return original(module, *args, **kwargs)
+            return self._module(module, original, args, kwargs)
+
+        def undo() -> None:
+            if torch.nn.Module.__call__ is watched:
+                torch.nn.Module.__call__ = original  # type: ignore[method-assign]
+
+        torch.nn.Module.__call__ = watched  # type: ignore[method-assign]
+        self._unpatch.append(undo)
+
+    def _watch_classes(self) -> None:
+        """Schedulers are classes with `step` and `set_timesteps`: known ones, and all to come."""
+        for module in list(sys.modules.values()):
+            for value in list(getattr(module, "__dict__", {}).values()):
+                if issubclass(type(value), type):  # `isinstance` would ask the value
+                    self._watch_scheduler(value)
+        original = builtins.__build_class__
+
+        def build(*args: Any, **kwargs: Any) -> Any:
+            made = original(*args, **kwargs)
+            if isinstance(made, type):
+                self._watch_scheduler(made)
+            return made
+
+        def undo() -> None:
+            if builtins.__build_class__ is build:
+                builtins.__build_class__ = original
+
+        builtins.__build_class__ = build
+        self._unpatch.append(undo)
+
+    def _watch_scheduler(self, cls: type) -> None:
+        with suppress(Exception):  # classes of other libraries may answer anything
+            if issubclass(cls, torch.nn.Module) or not hasattr(cls, SET_TIMESTEPS):
+                return
+            if not hasattr(cls, STEP):
+                return
+            for name in (STEP, SET_TIMESTEPS):
+                own = vars(cls).get(name)
+                if inspect.isfunction(own) and not hasattr(own, _WATCHED):
+                    setattr(cls, name, self._scheduler_method(own, name))
+
+    def _scheduler_method(self, method: Any, name: str) -> Any:
+        signature = inspect.signature(method)
+
+        @wraps(method)
+        def watched(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._idle():
+                return method(scheduler, *args, **kwargs)
+            return self._scheduler(scheduler, name, method, signature, args, kwargs)
+
+        setattr(watched, _WATCHED, method)
+        return watched
+
+    def _watch_function(self, boundary: Boundary) -> None:
+        owner: Any = sys.modules[boundary.module]
+        *way, last = boundary.path
+        for part in way:
+            owner = getattr(owner, part, None)
+        function = owner.__dict__.get(last) if owner is not None else None
+        if not callable(function) or hasattr(function, _WATCHED):
+            return  # another version of the engine: its models and schedulers are watched
+        signature = inspect.signature(function)
+
+        @wraps(function)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._idle():
+                return function(*args, **kwargs)
+            return self._function(boundary, function, signature, args, kwargs)
+
+        setattr(watched, _WATCHED, function)
+        setattr(owner, last, watched)
+
+    # calls
+
+    def _idle(self) -> bool:
+        return bool(self._stopped or self._thread.inside)
+
+    def _module(self, module: Any, original: Any, args: Any, kwargs: Any) -> Any:
+        frame = sys._getframe(2)
+        found = frames.using(module, frame, self._loops)
+        if found is not None and self._composite(*found):
+            return original(module, *args, **kwargs)
+        named = _named(_signature(type(module).forward), (module, *args), kwargs)
+        fields = {
+            "component": self._name(module),
+            "method": "forward",
+            "kind": "model",
+            "owner": _qualified(type(module)),
+            "dtype": _dtype(module),
+            "context": _said(module),
+        }
+        return self._observe(fields, named, lambda: original(module, *args, **kwargs))
+
+    def _composite(self, frame: FrameType, model: torch.nn.Module) -> bool:
+        """Take a running function for a call of a model; its parts are inside of that."""
+        fields = {
+            "component": self._name(model),
+            "method": frame.f_code.co_name,
+            "kind": "model",
+            "owner": _qualified(type(model)),
+            "dtype": _dtype(model),
+            "context": _said(model),
+        }
+        named = {k: v for k, v in frames.arguments(frame).items() if v is not model}
+        begun = self._begin(fields, named)
+        if begun is None:
+            return False
+
+        def over(output: Any, error: BaseException | None) -> None:
+            self._thread.inside -= 1
+            self._thread.open.pop()
+            if error is None:
+                self._finish(begun, output)
+
+        if not frames.when_over(frame, over):
+            return False
+        self._thread.open.append(begun["begun"])
+        self._thread.inside += 1
+        return True
+
+    def _scheduler(
+        self, scheduler: Any, name: str, method: Any, signature: Any, args: Any, kwargs: Any
+    ) -> Any:
+        self._note_loop(sys._getframe(2))
+        if name == SET_TIMESTEPS and self._stepped and not self._thread.open:
+            self._end_generation()
+        fields = {
+            "component": self._name(scheduler),
+            "method": name,
+            "kind": "scheduler",
+            "owner": _qualified(type(scheduler)),
+            "dtype": "",
+            "context": None,
+        }
+        named = _named(signature, (scheduler, *args), kwargs)
+
+        def call() -> Any:
+            output = method(scheduler, *args, **kwargs)
+            if name == SET_TIMESTEPS and self._injection is not None:
+                self._injection.schedule(scheduler)
+            return output
+
+        def also() -> dict[str, Any]:
+            first = name == SET_TIMESTEPS or id(scheduler) not in self._shown
+            if not first or self._spool is None:
+                return {}
+            self._shown.add(id(scheduler))
+            held = {k: getattr(scheduler, k, None) for k in _HELD}
+            state = {k: self._spool.keep(v) for k, v in held.items() if v is not None}
+            return {"state": state, "config": _config(scheduler)}
+
+        output = self._observe(fields, named, call, also=also)
+        self._stepped += name == STEP
+        return output
+
+    def _function(
+        self, boundary: Boundary, function: Any, signature: Any, args: Any, kwargs: Any
+    ) -> Any:
+        whole = boundary.role in ("generation", "run")
+        if whole and self._stepped and not self._thread.open:
+            self._end_generation()
+        kinds = {"prediction": "model", "passes": "model", "text": "model", "decode": "model"}
+        *owner, method = boundary.path
+        fields = {
+            "component": ".".join(owner) or boundary.module.rpartition(".")[2],
+            "method": method,
+            "kind": kinds.get(boundary.role, "function"),
+            "owner": boundary.module,
+            "dtype": "",
+            "context": None,
+            "role": boundary.role,
+            "branches": list(boundary.branches),
+        }
+        named = _named(signature, args, kwargs)
+
+        def call() -> Any:
+            output = function(*args, **kwargs)
+            if self._injection is not None:
+                output = self._injection.given(boundary, output)
+            return output
+
+        try:
+            return self._observe(fields, named, call, opened=boundary.open)
+        finally:
+            if boundary.role == "generation" and not self._thread.open:
+                self._end_generation()
+
+    def _observe(
+        self,
+        fields: dict[str, Any],
+        named: Mapping[str, Any],
+        call: Callable[[], Any],
+        *,
+        also: Callable[[], dict[str, Any]] = dict,
+        opened: bool = False,
+    ) -> Any:
+        begun = self._begin(fields, named)
+        if begun is None:
+            return call()
+        thread = self._thread
+        thread.open.append(begun["begun"])
+        thread.inside += not opened
+        try:
+            output = call()
+        finally:
+            thread.inside -= not opened
+            thread.open.pop()
+        self._finish(begun, output, also)
+        return output
+
+    def _begin(self, fields: dict[str, Any], named: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What is kept of a call before it is made; None where that failed."""
+        with self._lock:
+            try:
+                spool = self._open()
+                inside = self._thread.open[-1] if self._thread.open else None
+                self._begun += 1
+                arguments = {name: spool.keep(value) for name, value in named.items()}
+                parameters = [name for name in named if not name.startswith("*")]
+                return {
+                    **fields,
+                    "begun": self._begun,
+                    "inside": inside,
+                    "thread": threading.get_ident(),
+                    "parameters": parameters,
+                    "arguments": arguments,
+                }
+            except Exception as error:  # the program goes on, unwatched
+                self._fail(error)
+                return None
+
+    def _finish(
+        self,
+        begun: dict[str, Any],
+        output: Any,
+        also: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        with self._lock:
+            if self._spool is None or self._stopped:
+                return
+            try:
+                self._spool.add({**begun, "output": self._spool.keep(output), **also()})
+            except Exception as error:  # likewise
+                self._fail(error)
+
+    def _open(self) -> CallSpool:
+        if self._spool is None or os.getpid() != self._pid:
+            self._pid = os.getpid()  # a process that was forked has its own spool
+            self._generations += 1
+            seen = [one.name for one in running(sys.modules.keys(), self._engines)]
+            head = {
+                "engine": self._request.engine or ", ".join(seen) or GENERIC.name,
+                "program": sys.argv,
+                "rank": rank(),
+                "environment": environment(),
+                "injected": self._request.inject,
+            }
+            self._spool = CallSpool(
+                Path(self._request.output),
+                self._generations,
+                head,
+                largest=self._request.largest,
+            )
+        return self._spool
+
+    def _end_generation(self) -> None:
+        with self._lock:
+            spool, self._spool = self._spool, None
+            self._begun = self._stepped = 0
+            self._shown.clear()
+            used = dict(self._injection.used) if self._injection else {}
+            if self._injection is not None:
+                self._injection.begin()
+            if spool is not None:
+                try:
+                    spool.end(used)
+                except OSError as error:
+                    self._fail(error)
+
+    def _note_loop(self, frame: FrameType | None) -> None:
+        while frame is not None:
+            self._loops.add(frame.f_code)
+            frame = frame.f_back
+
+    def _name(self, thing: Any) -> str:
+        if thing not in self._names:
+            cls = type(thing).__name__
+            self._classes[cls] += 1
+            number = self._classes[cls]
+            self._names[thing] = cls if number == 1 else f"{cls}_{number}"
+        return self._names[thing]
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _dtype(module: torch.nn.Module) -> str:
+    kinds = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return str(next(kinds, "")).removeprefix("torch.")
+
+
+def _said(module: Any) -> str | None:
+    """The guidance branch that a pipeline has told its model, if it does."""
+    if "diffusers.models.cache_utils" not in sys.modules:
+        return None
+    from truestep.replay.contexts import said
+
+    told = said(module)
+    return told[0] if told else None
+
+
+def _signature(function: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def _named(
+    signature: inspect.Signature | None, args: Any, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments by the names of their parameters, without the object that a method is of."""
+    parameters = list(signature.parameters.values()) if signature else []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = {names[i] if i < len(names) else f"*{i}": value for i, value in enumerate(args)}
+    named.pop("self", None)
+    return {**named, **kwargs}
+
+
+def _config(scheduler: Any) -> dict[str, Any]:
+    """Settings of a scheduler that are plain values."""
+    held = getattr(scheduler, "config", None)
+    values = dict(held) if isinstance(held, Mapping) else vars(scheduler)
+    plain = (bool, int, float, str, type(None))
+    return {str(k): v for k, v in values.items() if isinstance(v, plain)}
