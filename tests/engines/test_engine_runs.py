@@ -19,12 +19,14 @@ import truestep
 from tests.commands import Captured, runner
 from truestep.calls.recording import read
 from truestep.engines.assembling import PARTIAL, left_by
+from truestep.engines.comparing import compare_runs, odd_one_out
 from truestep.engines.engine import engine, engines
 from truestep.engines.named import run_of
 from truestep.engines.ordered import check_run
+from truestep.engines.run import COND, UNCOND, Run
 from truestep.engines.running import Ran, recover, run_engine
-from truestep.engines.seams import COND, UNCOND, Run
 from truestep.errors import ModelLoadError, UsageError
+from truestep.keys import address
 from truestep.testing import tiny
 from truestep.verdict import Comparison, Verdict
 
@@ -36,6 +38,9 @@ STAGES = {
     "time": "schedule",
     "tail": "text",
     "order": "update",
+    "noise": "latent",
+    "bias": "prediction",
+    "scale": "guidance",
 }
 STYLES = ("call", "batch", "function")
 
@@ -148,6 +153,36 @@ def test_what_guidance_does_otherwise_is_said(
     assert "guidance, by the reference's weights: uncond + 5 (cond - uncond)" in swapped
     turned = "\n".join(verdicts["call", "sign"].notes)
     assert "uncond - 5 (cond - uncond): the sign of the guidance is turned" in turned
+
+
+def test_of_three_runs_the_odd_one_is_named(runs: dict[str, list[Run]]) -> None:
+    """Every fault in every style among two right runs, at each place of the three."""
+    for fault, number in zip(STAGES, range(1, len(STAGES) + 1), strict=True):
+        for at, style in enumerate(STYLES):
+            trio = [runs[other][0] for other in STYLES if other != style]
+            trio.insert(at, runs[style][number])
+            text, results = odd_one_out(trio)
+            assert f"the odd one out is {trio[at].label}" in text, (fault, style, text)
+            assert len(results) == 2
+            stage = address(text.split("`")[1]).stage
+            assert stage == STAGES[fault], (fault, style, text)
+    text, _ = odd_one_out([runs[style][0] for style in STYLES])
+    assert text.startswith("no run parts from the others")
+    text, _ = odd_one_out([runs["call"][0], runs["batch"][2], runs["function"][9]])
+    assert text.startswith("no two of the 3 runs agree at `step/0000/guided`")
+    text, _ = odd_one_out([runs["call"][0], runs["batch"][1], runs["function"][7]])
+    assert "the odd one out is" in text
+    assert f"{runs['function'][7].label} parts at `latent/initial`" in text
+
+
+def test_two_right_runs_differ_by_rounding_alone(runs: dict[str, list[Run]]) -> None:
+    result = compare_runs(runs["function"][0], runs["batch"][0])
+    assert result.verdict in (Verdict.EQUIVALENT, Verdict.INCONCLUSIVE), result.sentence
+    wrong = compare_runs(runs["function"][0], runs["batch"][3])
+    assert wrong.first_divergence is not None
+    assert wrong.first_divergence.stage == "guidance"
+    origins = {row.stage: row.origin for row in wrong.rows if row.verdict is Verdict.DRIFTED}
+    assert origins["update"] == "inherited"
 
 
 def test_what_the_program_makes_is_the_same_with_and_without_the_recorder(

@@ -50,15 +50,16 @@ class Port(torch.nn.Module):
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
         self.inner = inner
+        self.added = 0.0
 
     def forward(self, x: list[torch.Tensor], t: torch.Tensor, context: list[torch.Tensor]) -> Any:
         latents, texts = torch.stack(x), torch.stack(context)
         made = self.inner(latents, t.expand(len(x)), texts, return_dict=False)[0]
-        return list(made)
+        return list(made + self.added)
 
 
 def predict(
-    model: torch.nn.Module, latent: torch.Tensor, t: torch.Tensor, text: torch.Tensor
+    model: Any, latent: torch.Tensor, t: torch.Tensor, text: torch.Tensor, added: float
 ) -> Any:
     """The model's own arithmetic, from its parts."""
     inner = model
@@ -74,7 +75,7 @@ def predict(
     hidden = inner.norm_out(hidden.float()) * (1 + scale) + shift
     out = inner.proj_out(hidden.type_as(latent))
     out = out.reshape(b, f // pf, h // ph, w // pw, pf, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return out.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    return out.flatten(6, 7).flatten(4, 5).flatten(2, 3) + added
 
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], style: str, fault: str) -> torch.Tensor:
@@ -82,14 +83,17 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], style: str, fault: str
     scheduler = Euler()
     scheduler.set_timesteps(STEPS, shift=SHIFT + (fault == "shift"))
     latent, texts = inputs["noise"], [inputs["cond"], inputs["uncond"]]
+    if fault == "noise":
+        latent = latent * 1.01
     if fault == "tail":
         texts = [text.clone() for text in texts]
         texts[0][:, -3:] = 0.05
     port = Port(model)
+    port.added = 0.01 if fault == "bias" else 0.0
     for number, t in enumerate(scheduler.timesteps):
         given = t[None] * (0.999 if fault == "time" else 1.0)
         if style == "function":
-            cond, uncond = (predict(model, latent, given, text) for text in texts)
+            cond, uncond = (predict(model, latent, given, text, port.added) for text in texts)
         elif style == "batch":
             both = [texts[1][0], texts[0][0]]
             made = port([latent[0], latent[0]], given, both)
@@ -98,7 +102,7 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], style: str, fault: str
             cond, uncond = (port([latent[0]], given, [text[0]])[0][None] for text in texts)
         if fault == "swapped":
             cond, uncond = uncond, cond
-        scale = -SCALE if fault == "sign" else SCALE
+        scale = {"sign": -SCALE, "scale": SCALE + 0.1}.get(fault, SCALE)
         velocity = uncond + scale * (cond - uncond)
         latent = scheduler.step(velocity, number, latent, late=fault == "order")
     return latent

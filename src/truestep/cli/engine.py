@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from truestep.cli.common import end, finish, output_options, progress_bar
-from truestep.text import pasteable, say
+from truestep.text import pasteable, quoted, say
 
 if TYPE_CHECKING:
     from truestep.calls.recording import CallRecording
@@ -101,7 +101,7 @@ def _run(
         program, output, engine=name, inject=given, largest=largest << 20, told=_summary
     )
     for error in ran.failures:
-        say(str(error), err=True)
+        say(str(error), err=True, lines=True)
     if not ran.recordings:
         say(
             "NOT RECORDED: no denoiser, scheduler or known function ran, or the program runs a "
@@ -163,6 +163,30 @@ def check(
     end(finish([result], json_path=json_path, report=report))
 
 
+@command.command("compare")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@output_options
+def compare(runs: tuple[Path, ...], json_path: str | None, report: Path | None) -> None:
+    """Compare RUNS seam by seam: two, or three and more, of which the odd one out is named.
+
+    Runs of engines, recordings of the trusted pipeline, and files with tensors of seams by name.
+    """
+    from truestep.engines.comparing import compare_runs, odd_one_out
+    from truestep.engines.named import run_of
+    from truestep.errors import UsageError
+
+    if len(runs) < 2:
+        raise UsageError("two runs at least are compared", measured=f"given: {len(runs)}")
+    read = [run_of(path) for path in runs]
+    if len(read) == 2:
+        end(finish([compare_runs(*read)], json_path=json_path, report=report))
+    text, results = odd_one_out(read)
+    code = finish(results, json_path=json_path, report=report)
+    if json_path is None:
+        say(text)
+    end(code)
+
+
 @command.command("recover")
 @click.argument("output", type=click.Path(path_type=Path))
 def recover(output: Path) -> None:
@@ -171,6 +195,45 @@ def recover(output: Path) -> None:
 
     for path, recording in recovered(output):
         _summary(path, recording)
+
+
+@command.command("node")
+@click.option(
+    "--write", "path", required=True, type=click.Path(path_type=Path), help="custom_nodes/NAME.py"
+)
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    metavar="REFERENCE",
+    help="Also write inputs.safetensors beside it: noise, sigmas and text of this recording.",
+)
+@click.option("--force", is_flag=True, help="Replace files that are there.")
+def node(path: Path, inputs: Path | None, force: bool) -> None:
+    """Write nodes for ComfyUI that record a sampling, and are given a reference's inputs."""
+    from importlib import resources
+
+    from truestep.engines.named import run_of
+    from truestep.engines.running import inputs_of
+    from truestep.errors import UsageError
+    from truestep.files import replacing, write_text
+
+    given = path.with_name("inputs.safetensors")
+    for place in (path, given if inputs is not None else path):
+        if place.exists() and not force:
+            raise UsageError(
+                "the node was not written: there is a file of this name",
+                where=str(place),
+                hint=f"truestep engine node --write {quoted(str(path))} --force",
+            )
+    text = resources.files("truestep.engines.nodes").joinpath("comfyui.py").read_text("utf-8")
+    write_text(path, text, "the node")
+    say(f"{path}: nodes `Truestep: record` and `Truestep: inputs`, after a restart")
+    if inputs is not None:
+        from safetensors.torch import save_file
+
+        with replacing(given, "the inputs") as temporary:
+            save_file(inputs_of(run_of(inputs)), temporary)
+        say(f"inputs: {given}")
 
 
 @command.command("list")

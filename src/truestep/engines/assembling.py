@@ -16,8 +16,8 @@ from truestep.calls.classes import STEP, Kind
 from truestep.calls.recording import CallRecording, assembled
 from truestep.calls.roles import Happened, roles
 from truestep.calls.trees import check_tree
-from truestep.calls.values import Leaf, leaves
-from truestep.engines.engine import GENERIC, engine
+from truestep.calls.values import Leaf, leaves, tensors
+from truestep.engines.engine import GENERIC, LATENTS, TIMES, engine
 from truestep.engines.watch.spool import CALL, ENDED, HEAD, SUFFIX
 from truestep.errors import FileFormatError, UsageError
 from truestep.reading import reason
@@ -32,7 +32,6 @@ PARTIAL = "partial: the process ended before the generation was over"
 LEFT_OUT = "tensors above the limit were left out: their shape alone is kept"
 _SPANS = ("generation", "run")
 _STAGE_OF_ROLE = {"noise": "latent", "text": "text", "decode": "decoding"}
-_TIMES = ("timestep", "timesteps", "t", "sigma")
 
 
 @dataclass(frozen=True)
@@ -190,14 +189,13 @@ def _by_timestep(
     told: Sequence[Mapping[str, Any]],
     contents: Mapping[str, torch.Tensor],
 ) -> list[tuple[str, int | None]]:
-    """Places in a run without schedulers: a step is as long as the timestep stays.
+    """Places in a run without schedulers: a step is as long as the timestep and the latent stay.
 
     The denoiser is what an adapter says, else the model that is called most often and is given a
     timestep.
     """
-    named = {
-        (c["component"], c["method"]) for c in told if c.get("role") in ("prediction", "passes")
-    }
+    inside_steps = ("prediction", "passes", "guided")
+    named = {(c["component"], c["method"]) for c in told if c.get("role") in inside_steps}
     times = [_time(entry, contents) for entry in entries]
     often = Counter(
         (e.component, e.method)
@@ -211,10 +209,12 @@ def _by_timestep(
     if not inside:
         return [("output", None)] * len(entries)
     places: list[tuple[str, int | None]] = []
-    step, last = -1, object()
+    step = -1
+    last: tuple[str, float | None] = ("", None)
     for index, time in enumerate(times):
-        if index in inside and time != last:
-            step, last = step + 1, time
+        here = (_latent(entries[index]) or last[0], time)
+        if index in inside and time is not None and here != last:
+            step, last = step + 1, here
         if index < inside[0]:
             places.append(("text", None))
         elif entries[index].kind == Kind.MODEL and time is not None and index <= inside[-1] + 1:
@@ -224,9 +224,15 @@ def _by_timestep(
     return places
 
 
+def _latent(entry: CallEntry) -> str:
+    """Content of the latent that a call was given, by the names that are usual for it."""
+    trees = (entry.arguments[name] for name in LATENTS if name in entry.arguments)
+    return next((name for tree in trees for _, name in tensors(tree)), "")
+
+
 def _time(entry: CallEntry, contents: Mapping[str, torch.Tensor]) -> float | None:
     """The timestep that a call was given, by the names that are usual for it."""
-    names = [name for name in _TIMES if name in entry.arguments]
+    names = [name for name in TIMES if name in entry.arguments]
     for name in names:
         for _, leaf in leaves(entry.arguments[name]):
             value = _number(leaf, contents)
@@ -272,9 +278,14 @@ def write(left: Left, target: Path) -> CallRecording:
     """Write the recording of one generation; its folder is gone then.
 
     Raises:
-        WriteError: It could not be written; the folder stays.
+        FileFormatError, WriteError: It could not be read, or written; the folder stays.
+        UsageError: No call was recorded.
     """
-    recording = assemble(left)
+    try:
+        recording = assemble(left)
+    except UsageError:  # nothing is in it
+        shutil.rmtree(left.folder)
+        raise
     recording.write(target)
     shutil.rmtree(left.folder)
     return recording

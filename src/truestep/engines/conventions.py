@@ -15,11 +15,14 @@ import torch
 
 @dataclass(frozen=True)
 class Conversion:
-    """A change of convention.
+    """What an engine's denoiser returns instead of the trusted one's prediction.
+
+    Predictions are judged as the engine gives them: what it rounded is not made larger by a
+    conversion back, which divides by a small sigma.
 
     Attributes:
         name: In results; empty for none.
-        apply: Engine's value and what else is known (latent, sigma) to the trusted convention.
+        apply: The trusted prediction, the latent and sigma of the step to the engine's convention.
     """
 
     name: str
@@ -34,21 +37,18 @@ def _negated(value: torch.Tensor, _latent: Any, _sigma: Any) -> torch.Tensor:
     return -value
 
 
-def _velocity(
+def _denoised(
     value: torch.Tensor, latent: torch.Tensor | None, sigma: float | None
 ) -> torch.Tensor:
     """x0 = x - sigma v, of flow matching."""
-    if latent is None or not sigma:
+    if latent is None or sigma is None or latent.numel() != value.numel():
         raise ValueError("latent or sigma is not known")
-    return (latent.to(value.dtype) - value) / sigma
+    return latent.to(value.dtype).reshape(value.shape) - sigma * value
 
 
 AS_IT_IS = Conversion("", _same)
-PREDICTIONS = (
-    AS_IT_IS,
-    Conversion("denoised sample to velocity: (x - x0) / sigma", _velocity),
-    Conversion("predictions of the other sign", _negated),
-)
+DENOISED = Conversion("predictions are denoised samples: x - sigma v", _denoised)
+PREDICTIONS = (AS_IT_IS, DENOISED, Conversion("predictions have the other sign", _negated))
 """Of what a denoiser returns."""
 
 TIME_SCALES: Mapping[float, str] = {
@@ -120,3 +120,36 @@ def as_rank(value: torch.Tensor, rank: int) -> tuple[torch.Tensor, str]:
     while value.ndim > rank and value.shape[0] == 1:
         value = value[0]
     return value, "" if value.ndim == before else "dimensions of size 1"
+
+
+def out_of_vae(latent: torch.Tensor, config: Mapping[str, Any]) -> tuple[torch.Tensor, str]:
+    """A latent in the space of a VAE as the denoiser has it, by the VAE's own configuration.
+
+    Args:
+        latent: `b c h w` or `b c f h w`.
+        config: Of diffusers: `latents_mean` and `latents_std`, or `scaling_factor` and
+            `shift_factor`.
+
+    Returns:
+        The latent, and what was done; as it is where the configuration says nothing.
+    """
+    shape = (1, -1, *[1] * (latent.ndim - 2))
+    if config.get("latents_mean") and config.get("latents_std"):
+        mean, std = (
+            torch.tensor(config[name], dtype=torch.float64).reshape(shape)
+            for name in ("latents_mean", "latents_std")
+        )
+        moved = (latent.double() - mean) / std
+        return moved.to(latent.dtype), "latent of the VAE: minus its mean, over its deviation"
+    scale = config.get("scaling_factor")
+    if scale:
+        moved = (latent.double() - (config.get("shift_factor") or 0.0)) * scale
+        return moved.to(latent.dtype), "latent of the VAE: minus its shift, by its scale"
+    return latent, ""
+
+
+def with_closing_zero(sigmas: torch.Tensor | None, steps: int) -> torch.Tensor | None:
+    """Sigmas with the last one, 0, which some engines leave out."""
+    if sigmas is None or len(sigmas) != steps:
+        return sigmas
+    return torch.cat([sigmas, sigmas.new_zeros(1)])

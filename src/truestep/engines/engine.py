@@ -14,13 +14,18 @@ from typing import Literal
 
 from truestep.errors import UsageError
 
-Role = Literal["generation", "run", "prediction", "passes", "noise", "text", "decode"]
+Role = Literal["generation", "run", "guided", "passes", "prediction", "noise", "text", "decode"]
 """What a boundary is. A `generation` has everything from text to pictures, a `run` the steps;
-`passes` gives several predictions at once. What is inside these is watched too; all others hide
-what they call."""
+`guided` gives what is stepped by, `passes` several predictions at once. What is inside these is
+watched too; all others hide what they call."""
 
 Prediction = Literal["", "velocity", "epsilon", "denoised"]
 """What a denoiser returns; empty: told by comparing with the trusted model."""
+
+LATENTS = ("hidden_states", "sample", "latents", "latent_model_input", "x", "x_in", "img")
+TIMES = ("timestep", "timesteps", "t", "sigma", "sigmas")
+TEXTS = ("encoder_hidden_states", "context", "prompt_embeds", "txt", "prompt_emb", "text")
+"""Usual names of a denoiser's arguments, where an adapter does not say them."""
 
 ADAPTERS = ("comfyui", "diffsynth", "fastvideo", "wan")
 
@@ -52,7 +57,7 @@ class Boundary:
     @property
     def open(self) -> bool:
         """Whether what it calls is watched, too."""
-        return self.role in ("generation", "run", "passes")
+        return self.role in ("generation", "run", "guided", "passes")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class Engine:
             and `set_timesteps`) need none.
         latent, timestep, text: Names of a prediction's arguments, first match counts; empty: told
             from the data.
-        prediction: What a prediction is.
+        prediction: What a prediction is; of `passes` and `guided`, where an engine has these.
+        ends_in_vae: Whether the latent that a `run` returns is in the space of the VAE.
         notes: What one has to know of its runs.
     """
 
@@ -77,6 +83,7 @@ class Engine:
     timestep: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     prediction: Prediction = ""
+    ends_in_vae: bool = False
     notes: tuple[str, ...] = ()
 
 

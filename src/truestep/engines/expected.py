@@ -14,9 +14,15 @@ from typing import Any
 
 import torch
 
-from truestep.engines.conventions import TIME_SCALES, as_shape, text_as
-from truestep.engines.seams import COND, UNCOND, Run, Step
-from truestep.engines.trusted import Trusted, schedule_of, solvers, stepped, with_last
+from truestep.engines.conventions import (
+    TIME_SCALES,
+    as_shape,
+    out_of_vae,
+    text_as,
+    with_closing_zero,
+)
+from truestep.engines.run import COND, UNCOND, Run, Step
+from truestep.engines.trusted import Trusted, schedule_of, solvers, stepped
 from truestep.errors import FOREIGN, one_line
 from truestep.floors import NoiseRun
 from truestep.keys import step_name
@@ -71,14 +77,14 @@ def put_schedule(found: Seams, run: Run, known: Run | None, trusted: Trusted) ->
     if known is not None:
         sigmas, timesteps, why = known.sigmas, known.timesteps, ""
     else:
-        sigmas, timesteps, why = schedule_of(trusted.scheduler_class(), len(run.steps))
+        sigmas, timesteps, why = schedule_of(trusted.scheduler_class(), run.count)
     if why:
         found.unjudged["schedule"] = why
         return
-    count = len(run.steps)
-    mine, theirs = with_last(run.sigmas, count), with_last(sigmas, count)
+    count = known.count if known is not None else run.count
+    mine, theirs = with_closing_zero(run.sigmas, run.count), with_closing_zero(sigmas, count)
     if mine is not None and theirs is not None:
-        if run.sigmas is not None and len(run.sigmas) == count:
+        if run.sigmas is not None and len(run.sigmas) == run.count:
             found.convert("a schedule without its closing zero")
         found.put(SIGMAS, mine.float(), theirs.float())
     elif mine is None and theirs is not None:
@@ -96,6 +102,8 @@ def _given_times(found: Seams, run: Run) -> None:
     A scheduler that is given the time says it; else it is the timestep, or the sigma, of the step.
     """
     schedule = run.timesteps if run.timesteps is not None else run.sigmas
+    if len(run.steps) != run.count:
+        schedule = None  # a solver that predicts more often than it steps
     pairs = []
     for index, step in enumerate(run.steps):
         time = step.time
@@ -137,60 +145,51 @@ def put_noise_and_text(found: Seams, run: Run, known: Run | None) -> None:
             found.unjudged[f"text/{branch}"] = "the run has no such branch"
 
 
-def named_by_text(run: Run, known: Run | None) -> Run:
-    """Name branches by the text they are given, where a reference says what that is."""
-    if known is None or {*run.text} != {COND, UNCOND} or {*known.text} != {COND, UNCOND}:
+def in_model_space(found: Seams, run: Run, trusted: Trusted) -> Run:
+    """A run whose end is the denoiser's latent, where the engine gives it in the VAE's space."""
+    if not run.in_vae or run.final is None:
         return run
-    sizes: dict[tuple[str, str], float] = {}
-    for mine, text in run.text.items():
-        for theirs, other in known.text.items():
-            fitted, _ = text_as(text, other)
-            if fitted.shape != other.shape:
-                return run
-            sizes[mine, theirs] = float((fitted.double() - other.double()).norm())
-    straight = sizes[COND, COND] + sizes[UNCOND, UNCOND]
-    crossed = sizes[COND, UNCOND] + sizes[UNCOND, COND]
-    if straight <= crossed:
-        return run
-    others = {COND: UNCOND, UNCOND: COND}
-    steps = tuple(
-        s.but(passes=tuple(replace(one, branch=others[one.branch]) for one in s.passes))
-        for s in run.steps
-    )
-    weights = {others[branch]: weight for branch, weight in run.weights.items()}
-    return replace(run, steps=steps, weights=weights)
+    final, how = out_of_vae(run.final, trusted.config("vae"))
+    found.convert(how)
+    if not how:
+        found.unjudged["end"] = "it is in the space of a VAE, and the trusted folder has none"
+    end = final if how else None
+    if not run.steps:
+        return replace(run, alone=end, in_vae=False)
+    return replace(run, steps=(*run.steps[:-1], run.steps[-1].but(after=end)), in_vae=False)
 
 
 def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
-    if not any(len(step.passes) > 1 and step.guided is not None for step in run.steps):
+    """Guidance as arithmetic on the run's own predictions, by the reference's weights."""
+    if not any(len(step.combined) > 1 and step.guided is not None for step in run.steps):
         return
-    weights, whose = (known.weights, "reference's") if known and known.weights else ({}, "")
-    if not weights or {*weights} != {*run.weights}:
-        weights, whose = run.weights, "run's own"
+    weights, whose = (known.weights, "the reference's") if known else ({}, "")
     if not weights:
-        text = f"not an affine combination of the predictions (residual {run.affine:.1e})"
+        weights, whose = run.weights, "the run's own"
+        found.unjudged["guidance scale"] = "no reference was given"
+    if not weights:
+        text = f"no affine combination of the predictions (residual {run.affine:.1e})"
         found.unjudged["guidance"] = text
         return
-    if whose == "run's own":
-        found.unjudged["guidance scale"] = "no reference was given"
     rounded = {branch: round(weight, 4) for branch, weight in weights.items()}
-    found.notes.append(f"guidance, by the {whose} weights: {_formula(rounded)}")
-    if known and run.weights and whose == "reference's":
-        own = {branch: round(weight, 4) for branch, weight in run.weights.items()}
-        if own != rounded:
-            how = _mistaken(own.get(COND), rounded.get(COND))
-            found.notes.append(f"the run combines by other weights: {_formula(own)}{how}")
+    found.notes.append(f"guidance, by {whose} weights: {_formula(rounded)}")
+    own = {branch: round(weight, 4) for branch, weight in run.weights.items()}
+    if own and own != rounded:
+        how = _mistaken(own.get(COND), rounded.get(COND))
+        found.notes.append(f"the run combines by other weights: {_formula(own)}{how}")
     for step in run.steps:
-        outputs = {one.branch: one.output for one in step.passes}
-        if step.guided is None or {*outputs} != {*rounded}:
+        outputs = step.combined
+        if step.guided is None or not outputs:
             continue
-        expected = sum(w * outputs[branch].double() for branch, w in rounded.items())
-        if isinstance(expected, torch.Tensor):
-            found.put(
-                step_name(step.number, "guided"),
-                step.guided,
-                expected.to(step.guided.dtype).reshape(step.guided.shape),
-            )
+        if {*outputs} != {*rounded}:
+            text = f"branches {', '.join(outputs)}, the reference has {', '.join(rounded)}"
+            found.unjudged["guidance"] = text
+            continue
+        parts = [weight * outputs[branch].double() for branch, weight in rounded.items()]
+        expected = torch.stack(parts).sum(dim=0).to(step.guided.dtype)
+        found.put(
+            step_name(step.number, "guided"), step.guided, expected.reshape(step.guided.shape)
+        )
 
 
 def _formula(weights: Mapping[str, float]) -> str:
@@ -217,9 +216,13 @@ def put_updates(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> 
     Where nothing says what was stepped by, it is combined of the engine's predictions by the
     reference's weights: guidance and update are judged as one then.
     """
-    if any(step.guided is None for step in run.steps):
+    if len(run.steps) != run.count:
+        counts = f"{len(run.steps)} predictions for {run.count} steps"
+        found.unjudged["update"] = f"{counts}: a solver of a higher order"
+        return
+    if any(step.stepped_by is None for step in run.steps):
         run = _combined(found, run, known)
-    if any(step.guided is None or step.after is None for step in run.steps):
+    if any(step.stepped_by is None or step.after is None for step in run.steps):
         found.unjudged["update"] = "what is stepped by was not recorded"
         return
     cls = trusted.scheduler_class()
@@ -247,10 +250,9 @@ def _combined(found: Seams, run: Run, known: Run | None) -> Run:
         outputs = {
             one.branch: found.actual.get(step_name(step.number, one.branch)) for one in step.passes
         }
-        parts = [
-            w * out.double() for b, w in weights.items() if (out := outputs.get(b)) is not None
-        ]
-        if step.guided is None and step.latent is not None and parts and {*outputs} == {*weights}:
+        known_parts = ((weight, outputs.get(branch)) for branch, weight in weights.items())
+        parts = [weight * out.double() for weight, out in known_parts if out is not None]
+        if step.stepped_by is None and step.latent is not None and len(parts) == len(outputs) > 0:
             guided = torch.stack(parts).sum(dim=0).to(step.latent.dtype)
             step = step.but(guided=guided.reshape(step.latent.shape))
         steps.append(step)
@@ -272,7 +274,7 @@ def _settings(known: Run | None) -> dict[str, Any]:
 def _steps_by(cls: Any, config: Mapping[str, Any], run: Run) -> list[torch.Tensor | None] | str:
     try:
         scheduler = cls.from_config(dict(config))
-        sigmas = with_last(run.sigmas, len(run.steps))
+        sigmas = with_closing_zero(run.sigmas, run.count)
         if getattr(scheduler.config, "use_dynamic_shifting", False):
             scheduler.set_timesteps(len(run.steps), mu=1.0)
         else:

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 
 from truestep.calls.recording import CallRecording
+from truestep.engines.branches import latents_between, with_branches
 from truestep.engines.engine import GENERIC
-from truestep.engines.seams import Pass, Run, Step, latents_between, seams, with_branches
+from truestep.engines.run import Pass, Run, Step
+from truestep.engines.seams import seams
 from truestep.errors import UsageError
 from truestep.recording.format import Recording
 from truestep.recording.readers import load
@@ -104,6 +106,7 @@ def _named(tensors: Mapping[str, torch.Tensor], label: str) -> Run | None:
             sigmas=own["sigmas"],
             timesteps=own["timesteps"],
             alone=None if steps else own["final"],
+            in_vae="latent_tensor" in tensors,
         )
     )
 

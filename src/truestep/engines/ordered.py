@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from truestep.engines.branches import named_by_text
 from truestep.engines.conventions import as_shape
 from truestep.engines.expected import (
+    FINAL,
     SIGMAS,
     TIMESTEPS,
     Seams,
-    named_by_text,
+    in_model_space,
     put_decoding,
     put_guidance,
     put_noise_and_text,
@@ -24,7 +26,7 @@ from truestep.engines.expected import (
     put_updates,
 )
 from truestep.engines.predictions import put_predictions
-from truestep.engines.seams import Run
+from truestep.engines.run import Run
 from truestep.engines.trusted import Trusted
 from truestep.environment import Environment
 from truestep.errors import UsageError
@@ -60,16 +62,17 @@ def check_run(
         ModelLoadError: The trusted model cannot be loaded.
         UsageError: The run has no steps.
     """
-    if not run.steps:
+    if not run.steps and (run.final is None or reference is None):
         raise UsageError(
             "the run has no denoise steps",
             where=run.label,
+            measured="only its end is known" if run.final is not None else "",
             likely="the program ended before its first step, or its denoiser is no torch module",
             hint=f"truestep show {quoted(run.label)}",
         )
     trusted, known = Trusted(model, _dtype(run)), reference
-    run = named_by_text(run, known)
     found = Seams()
+    run = in_model_space(found, named_by_text(run, known), trusted)
     with torch.no_grad():
         put_schedule(found, run, known, trusted)
         put_noise_and_text(found, run, known)
@@ -77,6 +80,8 @@ def check_run(
         put_guidance(found, run, known)
         put_updates(found, run, known, trusted)
         put_decoding(found, run, trusted)
+    if not run.steps and known is not None:
+        found.put(FINAL, run.final, known.final)
     return _judged(found, run, known, trusted)
 
 

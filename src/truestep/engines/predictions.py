@@ -10,7 +10,7 @@ import torch
 
 from truestep.engines.conventions import AS_IT_IS, PREDICTIONS, TIME_SCALES, Conversion, as_shape
 from truestep.engines.expected import Seams, time_scale
-from truestep.engines.seams import COND, Pass, Run, Step
+from truestep.engines.run import COND, Pass, Run, Step
 from truestep.engines.trusted import Denoiser, Trusted, arguments
 from truestep.errors import FOREIGN, UsageError, one_line
 from truestep.floors import NoiseRun

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from truestep.calls.recording import CallRecording
 from truestep.engines.assembling import ENGINE, Left, left_by, targets, write
+from truestep.engines.run import Run
 from truestep.engines.seams import seams
 from truestep.engines.watch.injection import NOISE, SIGMAS, TIMESTEPS
 from truestep.engines.watch.injection import write as write_injection
@@ -98,11 +101,15 @@ def run_engine(
 
 
 def _written(reference: CallRecording, folder: Path) -> str:
-    run = seams(reference, label="reference")
+    write_injection(folder, inputs_of(seams(reference, label="reference")))
+    return str(folder)
+
+
+def inputs_of(run: Run) -> dict[str, torch.Tensor]:
+    """What an engine can be given of a run: noise, schedule, text by branch."""
     found = {NOISE: run.noise, SIGMAS: run.sigmas, TIMESTEPS: run.timesteps}
     found |= {f"text/{branch}": text for branch, text in run.text.items()}
-    write_injection(folder, {name: value for name, value in found.items() if value is not None})
-    return str(folder)
+    return {name: value.contiguous() for name, value in found.items() if value is not None}
 
 
 class _Collector:

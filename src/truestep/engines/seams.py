@@ -8,7 +8,7 @@ guidance branches and of which weight, which rows of one call are several of the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,15 +17,10 @@ from truestep.calls.classes import SET_TIMESTEPS, STEP, Kind
 from truestep.calls.recording import CallRecording
 from truestep.calls.values import Tree, leaves, parts, tensors
 from truestep.engines.assembling import ENGINE, adapter_of
-from truestep.engines.engine import Engine
+from truestep.engines.branches import latents_between, with_branches
+from truestep.engines.engine import LATENTS, TEXTS, TIMES, Engine
+from truestep.engines.run import Pass, Run, Step, number_of, one_tensor
 from truestep.recording.manifest import CallEntry
-
-COND, UNCOND = "cond", "uncond"
-
-LATENTS = ("hidden_states", "sample", "latents", "latent_model_input", "x", "x_in", "img")
-TIMES = ("timestep", "timesteps", "t", "sigma", "sigmas")
-TEXTS = ("encoder_hidden_states", "context", "prompt_embeds", "txt", "prompt_emb", "text")
-"""Usual names of a denoiser's arguments, where an adapter does not say them."""
 
 SAMPLES = ("sample", "latents", "latent")
 STEPPED = ("model_output", "noise_pred")
@@ -33,116 +28,6 @@ STEPPED = ("model_output", "noise_pred")
 
 MOST_TIMES = 16
 """Elements up to which a tensor may be a time, and no latent."""
-
-AFFINE = 1e-4
-"""Largest residual, relative to what is stepped, of a combination that is taken for guidance."""
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One prediction for one guidance branch.
-
-    Attributes:
-        arguments: Tensors (the rows of this branch) and plain values by name; a list as tuple.
-        names: Which of them are `latent`, `timestep` and `text`.
-        output: What was predicted, in the engine's own convention and layout.
-        component: Of which model.
-        branch: `cond`, `uncond`, or a number where that cannot be told.
-        said: What the engine itself calls it.
-    """
-
-    arguments: Mapping[str, Any]
-    names: Mapping[str, str]
-    output: torch.Tensor
-    component: str
-    branch: str = ""
-    said: str = ""
-
-    def role(self, role: str) -> torch.Tensor | None:
-        """The tensor of an argument by its role."""
-        value = self.arguments.get(self.names.get(role, ""))
-        return _one(value)
-
-    @property
-    def timestep(self) -> float | None:
-        """What the model was given as time."""
-        return _number(self.arguments.get(self.names.get("timestep", "")))
-
-
-@dataclass(frozen=True)
-class Step:
-    """One denoise step; what was not seen is None.
-
-    Attributes:
-        latent: What enters it.
-        time: What the scheduler is given.
-        passes: Predictions, in the order in which they were made.
-        guided: What is stepped by.
-        after: The latent after it.
-    """
-
-    number: int
-    latent: torch.Tensor | None
-    time: float | None
-    passes: tuple[Pass, ...]
-    guided: torch.Tensor | None
-    after: torch.Tensor | None
-
-    def but(self, **changes: Any) -> Step:
-        """The same step with other fields."""
-        return replace(self, **changes)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A generation by its seams.
-
-    Attributes:
-        label: What it is called in results.
-        adapter: Of its engine.
-        steps: All that were seen.
-        sigmas, timesteps: Of its schedule.
-        schedulers: Class and settings by component.
-        weights: Of each branch in what is stepped by; empty where none could be told.
-        affine: Residual of that, relative.
-        decoded_from, decoded: What a decoder was given and gave.
-        alone: The end, of a run of which nothing else is known.
-        environment: Where it ran.
-        notes: What could not be told.
-    """
-
-    label: str
-    adapter: Engine
-    steps: tuple[Step, ...]
-    sigmas: torch.Tensor | None = None
-    timesteps: torch.Tensor | None = None
-    schedulers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
-    affine: float = 0.0
-    decoded_from: torch.Tensor | None = None
-    decoded: torch.Tensor | None = None
-    alone: torch.Tensor | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def noise(self) -> torch.Tensor | None:
-        """What the first step is given."""
-        return self.steps[0].latent if self.steps else None
-
-    @property
-    def final(self) -> torch.Tensor | None:
-        """The latent after the last step."""
-        return self.steps[-1].after if self.steps else self.alone
-
-    @property
-    def text(self) -> dict[str, torch.Tensor]:
-        """What each branch is given as text, at the first step that has predictions."""
-        for step in self.steps:
-            found = {one.branch: one.role("text") for one in step.passes}
-            if found:
-                return {branch: text for branch, text in found.items() if text is not None}
-        return {}
 
 
 def seams(recording: CallRecording, *, label: str) -> Run:
@@ -167,6 +52,10 @@ def seams(recording: CallRecording, *, label: str) -> Run:
         schedulers=_schedulers(recording),
         environment=recording.recording.manifest.environment,
     )
+    if steps and steps[-1].after is None and (end := reader.end()) is not None:
+        run = replace(
+            run, steps=(*steps[:-1], steps[-1].but(after=end)), in_vae=adapter.ends_in_vae
+        )
     decoded = reader.decoding()
     run = replace(run, decoded_from=decoded[0], decoded=decoded[1])
     return with_branches(run)
@@ -191,6 +80,7 @@ class _Reader:
         self._adapter = adapter
         own = recording.recording.manifest.settings.get(ENGINE, {})
         self._branches: Mapping[str, Sequence[str]] = own.get("branches", {})
+        self._roles: Mapping[str, str] = own.get("roles", {})
         self._by_step: dict[int, list[CallEntry]] = {}
         for call in recording.calls:
             if call.step is not None:
@@ -199,7 +89,12 @@ class _Reader:
     def step(self, number: int) -> Step:
         """One step: what its last update and its predictions were given and gave."""
         calls = self._by_step[number]
-        predictions = [c for c in calls if c.stage == "prediction" and c.kind == Kind.MODEL]
+        told = [c for c in calls if self._role(c) in ("guided", "passes")]
+        predictions = [
+            c for c in calls if c.stage == "prediction" and c.kind == Kind.MODEL and c not in told
+        ]
+        if told:
+            return self._denoised(number, told, predictions)
         updates = [c for c in calls if c.method == STEP and c.kind == Kind.SCHEDULER]
         latent = guided = after = None
         time = None
@@ -207,17 +102,43 @@ class _Reader:
             given = {name: self.value(tree) for name, tree in updates[-1].arguments.items()}
             latent, guided = self._stepped(given, predictions)
             after = self.first(updates[-1].output)
-            time = _number(next((given[name] for name in TIMES if name in given), None))
+            time = number_of(next((given[name] for name in TIMES if name in given), None))
         passes = [one for call in predictions for one in self.passes(call, latent)]
         if latent is not None:  # models that make conditions are no denoisers
             passes = [one for one in passes if one.output.numel() == latent.numel()]
         return Step(number, latent, time, tuple(passes), guided, after)
 
+    def _role(self, call: CallEntry) -> str:
+        return self._roles.get(f"{call.component}.{call.method}", "")
+
+    def _denoised(
+        self, number: int, told: Sequence[CallEntry], predictions: Sequence[CallEntry]
+    ) -> Step:
+        """A step of functions that give denoised samples, `x - sigma v`, of what models predict.
+
+        Which row of a model's call is which branch is told by which denoised sample it makes. Of a
+        sampler that predicts twice a step the first counts: what follows is another step's.
+        """
+        named = [one for c in told if self._role(c) == "passes" for one in self.passes(c, None)]
+        combined = next((c for c in told if self._role(c) == "guided"), None)
+        latent = next((one.role("latent") for one in named), None)
+        sigma = next((one.timestep for one in named), None)
+        guided = self.first(combined.output) if combined else None
+        parts = {one.said: one.output for one in named}
+        stepped = None
+        if guided is not None and latent is not None and sigma:
+            stepped = (latent - guided) / sigma
+        rows = [one for call in predictions for one in self.passes(call, latent)]
+        passes = [replace(one, said=_made(one, parts, latent, sigma)) for one in rows]
+        if {one.said for one in passes} != {*parts} or len(passes) != len(parts):
+            passes = named
+        return Step(number, latent, None, tuple(passes), guided, None, parts, stepped)
+
     def _stepped(
         self, given: Mapping[str, Any], predictions: Sequence[CallEntry]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What an update steps from and by: by usual names, else the latent is what models saw."""
-        large = {name: t for name, value in given.items() if (t := _one(value)) is not None}
+        large = {name: t for name, value in given.items() if (t := one_tensor(value)) is not None}
         large = {name: tensor for name, tensor in large.items() if tensor.numel() > MOST_TIMES}
         latent = next((large[name] for name in SAMPLES if name in large), None)
         guided = next((large[name] for name in STEPPED if name in large), None)
@@ -249,6 +170,13 @@ class _Reader:
             if times and None not in times:
                 found["timesteps"] = torch.tensor(times, dtype=torch.float64)
         return found.get("sigmas"), found.get("timesteps")
+
+    def end(self) -> torch.Tensor | None:
+        """What the function returns that spans the steps, of the size of a latent."""
+        for call in self._recording.calls:
+            if self._role(call) == "run" and (end := self.first(call.output)) is not None:
+                return end
+        return None
 
     def decoding(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         for call in self._recording.calls:
@@ -320,20 +248,24 @@ class _Reader:
                     found.setdefault(role, name)
         if latent is not None and "latent" not in found:
             for name, value in arguments.items():
-                tensor = _one(value)
+                tensor = one_tensor(value)
                 if tensor is not None and tensor.numel() == output.numel():
                     found.setdefault("latent", name)
         return found
 
 
-def _one(value: Any) -> torch.Tensor | None:
-    """The tensor that a value is, or the only one in it."""
-    if isinstance(value, torch.Tensor):
-        return value
-    if isinstance(value, tuple):
-        inside = [part for part in map(_one, value) if part is not None]
-        return inside[0] if len(inside) == 1 else None
-    return None
+def _made(
+    one: Pass,
+    parts: Mapping[str, torch.Tensor],
+    latent: torch.Tensor | None,
+    sigma: float | None,
+) -> str:
+    """The branch whose denoised sample a model's output makes."""
+    if latent is None or not sigma or one.output.numel() != latent.numel():
+        return ""
+    value = latent.reshape(-1).double() - sigma * one.output.reshape(-1).double()
+    sizes = {branch: float((value - x.reshape(-1)).norm()) for branch, x in parts.items()}
+    return min(sizes, key=lambda branch: sizes[branch], default="")
 
 
 def _all(value: Any) -> Iterator[torch.Tensor]:
@@ -343,14 +275,6 @@ def _all(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, tuple):
         for part in value:
             yield from _all(part)
-
-
-def _number(value: Any) -> float | None:
-    """A number, or the first element of a tensor."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    tensor = _one(value)
-    return None if tensor is None or not tensor.numel() else float(tensor.reshape(-1)[0])
 
 
 def _rows(output: torch.Tensor, latent: torch.Tensor | None) -> int:
@@ -371,69 +295,3 @@ def _part(value: Any, row: int, many: int) -> Any:
         return value
     size = value.shape[0] // many
     return value[row * size : (row + 1) * size]
-
-
-def latents_between(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """Latents of runs without a scheduler: what the first prediction of a step is given."""
-    known = [
-        step
-        if step.latent is not None or not step.passes
-        else replace(step, latent=step.passes[0].role("latent"))
-        for step in steps
-    ]
-    return tuple(
-        replace(step, after=known[index + 1].latent)
-        if step.after is None and index + 1 < len(known)
-        else step
-        for index, step in enumerate(known)
-    )
-
-
-def with_branches(run: Run) -> Run:
-    """Name the passes: by their weights in what is stepped by, else as the engine says."""
-    counts = {len(step.passes) for step in run.steps if step.passes}
-    if counts == {1}:
-        alone = [s.but(passes=tuple(replace(p, branch=COND) for p in s.passes)) for s in run.steps]
-        return replace(run, steps=tuple(alone), weights={COND: 1.0})
-    most = max(counts, default=0)
-    weights, residual = _weights(run, most)
-    labels = [str(index) for index in range(most)] if weights is None else _labels(weights)
-    steps = []
-    for step in run.steps:
-        passes = []
-        for index, one in enumerate(step.passes):
-            told = one.said if one.said in (COND, UNCOND) and weights is None else ""
-            passes.append(replace(one, branch=told or labels[index]))
-        steps.append(step.but(passes=tuple(passes)))
-    named_weights = {} if weights is None else dict(zip(labels, weights, strict=True))
-    return replace(run, steps=tuple(steps), weights=named_weights, affine=residual)
-
-
-def _labels(weights: Sequence[float]) -> list[str]:
-    """Guidance moves away from `uncond`: the branch of the largest weight is `cond`."""
-    largest = max(range(len(weights)), key=lambda i: weights[i])
-    if len(weights) == 2:
-        return [COND if index == largest else UNCOND for index in range(2)]
-    return [COND if index == largest else str(index) for index in range(len(weights))]
-
-
-def _weights(run: Run, most: int) -> tuple[list[float] | None, float]:
-    """Weights of the passes in what is stepped by, over all steps that have all of them.
-
-    Returns:
-        None, and the residual, where it is not an affine combination of them.
-    """
-    rows, wanted = [], []
-    for step in run.steps:
-        outputs = [one.output.reshape(-1).double() for one in step.passes]
-        fits = step.guided is not None and len(outputs) == most > 1
-        if fits and step.guided is not None and step.guided.numel() == outputs[0].numel():
-            rows.append(torch.stack(outputs, dim=1))
-            wanted.append(step.guided.reshape(-1).double())
-    if not rows or most < 2:
-        return None, float("nan")
-    matrix, target = torch.cat(rows), torch.cat(wanted)
-    solved = torch.linalg.lstsq(matrix.T @ matrix, (matrix.T @ target)[:, None]).solution[:, 0]
-    size = float(target.norm())
-    residual = float((matrix @ solved - target).norm()) / size if size else float("inf")
-    return ([float(w) for w in solved], residual) if residual <= AFFINE else (None, residual)

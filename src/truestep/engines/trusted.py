@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from truestep.engines.conventions import as_rank, text_as
+from truestep.engines.conventions import Conversion, as_rank, text_as
+from truestep.engines.engine import LATENTS, TEXTS, TIMES
 from truestep.engines.folders import refuse_code, still
-from truestep.engines.seams import LATENTS, TEXTS, TIMES, Pass, Run
+from truestep.engines.run import Pass, Run
 from truestep.errors import FOREIGN, ModelLoadError, UsageError, one_line
 
 INDEX = "model_index.json"
@@ -74,6 +75,11 @@ class Trusted:
             )
         return model  # type: ignore[no-any-return]
 
+    def config(self, name: str) -> Mapping[str, Any]:
+        """Configuration of a component; empty where there is none."""
+        file = self.folder / name / "config.json"
+        return _read(file) if file.is_file() else {}
+
     def scheduler_class(self) -> tuple[Any, Mapping[str, Any]] | None:
         """Class and settings of its scheduler."""
         entry = self._index.get("scheduler")
@@ -119,16 +125,29 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-class Denoiser(torch.nn.Module):
-    """A trusted denoiser called with an engine's arguments by name; returns the prediction."""
+LATENT, SIGMA = "latent of the step", "sigma of the step"
+"""What a denoiser is given beside its model's arguments, for predictions in another convention."""
 
-    def __init__(self, model: torch.nn.Module, plain: Mapping[str, Any]) -> None:
+
+class Denoiser(torch.nn.Module):
+    """A trusted denoiser called with an engine's arguments by name.
+
+    Args:
+        model: The model.
+        plain: Arguments that are no tensors.
+        conversion: What the engine gives instead of the model's own prediction.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, plain: Mapping[str, Any], conversion: Conversion
+    ) -> None:
         super().__init__()
         self.model = model
-        self._plain = dict(plain)
+        self._plain, self._conversion = dict(plain), conversion
 
     def forward(self, **given: torch.Tensor) -> torch.Tensor:
-        """The first tensor that the model returns."""
+        """The first tensor that the model returns, as the engine has it."""
+        latent, sigma = given.pop(LATENT, None), given.pop(SIGMA, None)
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
         moved = {
             name: value.to(dtype)
@@ -138,7 +157,7 @@ class Denoiser(torch.nn.Module):
         }
         output = self.model(**moved, **self._plain)
         first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return first
+        return self._conversion.apply(first, latent, None if sigma is None else float(sigma))
 
 
 def arguments(
@@ -248,23 +267,14 @@ def stepped(scheduler: Any, run: Run, sigmas: torch.Tensor | None) -> list[torch
         scheduler.set_begin_index(0)
     found: list[torch.Tensor | None] = []
     for index, step in enumerate(run.steps):
-        if step.guided is None or step.latent is None:
+        if step.stepped_by is None or step.latent is None:
             return [*found, *[None] * (len(run.steps) - index)]
         time = scheduler.timesteps[index]
         made = scheduler.step(
-            step.guided, time, step.latent.to(step.guided.dtype), return_dict=False
+            step.stepped_by, time, step.latent.to(step.stepped_by.dtype), return_dict=False
         )
         found.append(made[0])
     return found
-
-
-def with_last(sigmas: torch.Tensor | None, steps: int) -> torch.Tensor | None:
-    """Sigmas with the closing zero, which some engines leave out."""
-    if sigmas is None:
-        return None
-    if len(sigmas) == steps:
-        return torch.cat([sigmas, sigmas.new_zeros(1)])
-    return sigmas
 
 
 def solvers() -> Sequence[tuple[str, str, dict[str, Any]]]:

@@ -13,6 +13,7 @@ ENGINE = Engine(
     boundaries=(
         Boundary("execution:PromptExecutor.execute", "generation"),
         Boundary("comfy.samplers:CFGGuider.outer_sample", "run"),
+        Boundary("comfy.samplers:sampling_function", "guided"),
         Boundary("comfy.samplers:calc_cond_batch", "passes", branches=("cond", "uncond")),
         Boundary("comfy.sample:prepare_noise", "noise"),
     ),
@@ -20,5 +21,6 @@ ENGINE = Engine(
     timestep=("timestep", "t", "sigma"),
     text=("context",),
     prediction="denoised",
+    ends_in_vae=True,
     notes=("a `.latent` file holds the latent in the space of the VAE",),
 )

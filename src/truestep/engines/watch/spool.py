@@ -81,7 +81,8 @@ class CallSpool:
             name = f"left out {len(self._left)}"
             self._left[name] = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             return name
-        copy = in_real_numbers(tensor).to("cpu", copy=True).contiguous()
+        numbers = in_real_numbers(tensor)  # a copy in C order: expanded ones are in none
+        copy = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu").copy_(numbers)
         name = _content(copy)
         if name not in self._known:
             self._known.add(name)

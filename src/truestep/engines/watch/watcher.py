@@ -260,12 +260,12 @@ class Watcher:
         whole = boundary.role in ("generation", "run")
         if whole and self._stepped and not self._thread.open:
             self._end_generation()
-        kinds = {"prediction": "model", "passes": "model", "text": "model", "decode": "model"}
+        of_models = ("prediction", "passes", "guided", "text", "decode")
         *owner, method = boundary.path
         fields = {
             "component": ".".join(owner) or boundary.module.rpartition(".")[2],
             "method": method,
-            "kind": kinds.get(boundary.role, "function"),
+            "kind": "model" if boundary.role in of_models else "function",
             "owner": boundary.module,
             "dtype": "",
             "context": None,

@@ -1,0 +1,115 @@
+"""Guidance branches of a run: told by their weights, or by the text that they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from truestep.engines.conventions import text_as
+from truestep.engines.run import COND, UNCOND, Run, Step
+
+AFFINE = 1e-4
+"""Largest residual, relative to what is stepped, of a combination that is taken for guidance."""
+
+
+def latents_between(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Latents of runs without a scheduler: what the first prediction of a step is given."""
+    known = [
+        step
+        if step.latent is not None or not step.passes
+        else replace(step, latent=step.passes[0].role("latent"))
+        for step in steps
+    ]
+    return tuple(
+        replace(step, after=known[index + 1].latent)
+        if step.after is None and index + 1 < len(known)
+        else step
+        for index, step in enumerate(known)
+    )
+
+
+def with_branches(run: Run) -> Run:
+    """Name the passes: by their weights in what is stepped by, else as the engine says."""
+    counts = {len(step.passes) for step in run.steps if step.passes}
+    if counts == {1}:
+        alone = [s.but(passes=tuple(replace(p, branch=COND) for p in s.passes)) for s in run.steps]
+        return replace(run, steps=tuple(alone), weights={COND: 1.0})
+    most = max(counts, default=0)
+    weights, residual = _weights(run, most)
+    labels = [str(index) for index in range(most)] if weights is None else _labels(weights)
+    steps = []
+    for step in run.steps:
+        passes = []
+        for index, one in enumerate(step.passes):
+            named = weights is None or bool(step.parts)
+            told = one.said if one.said in (COND, UNCOND) and named else ""
+            passes.append(replace(one, branch=told or labels[index]))
+        steps.append(step.but(passes=tuple(passes)))
+    if weights is not None and run.steps and run.steps[0].parts:
+        labels = list(run.steps[0].parts)
+    named_weights = {} if weights is None else dict(zip(labels, weights, strict=True))
+    return replace(run, steps=tuple(steps), weights=named_weights, affine=residual)
+
+
+def _labels(weights: Sequence[float]) -> list[str]:
+    """Guidance moves away from `uncond`: the branch of the largest weight is `cond`."""
+    largest = max(range(len(weights)), key=lambda i: weights[i])
+    if len(weights) == 2:
+        return [COND if index == largest else UNCOND for index in range(2)]
+    return [COND if index == largest else str(index) for index in range(len(weights))]
+
+
+def _weights(run: Run, most: int) -> tuple[list[float] | None, float]:
+    """Weights of the passes in what is stepped by, over all steps that have all of them.
+
+    Returns:
+        None, and the residual, where it is not an affine combination of them.
+    """
+    rows, wanted = [], []
+    for step in run.steps:
+        found = step.combined if step.parts else dict(enumerate(p.output for p in step.passes))
+        outputs = [output.reshape(-1).double() for output in found.values()]
+        fits = step.guided is not None and len(outputs) == most > 1
+        if fits and step.guided is not None and step.guided.numel() == outputs[0].numel():
+            rows.append(torch.stack(outputs, dim=1))
+            wanted.append(step.guided.reshape(-1).double())
+    if not rows or most < 2:
+        return None, float("nan")
+    matrix, target = torch.cat(rows), torch.cat(wanted)
+    solved = torch.linalg.lstsq(matrix.T @ matrix, (matrix.T @ target)[:, None]).solution[:, 0]
+    size = float(target.norm())
+    residual = float((matrix @ solved - target).norm()) / size if size else float("inf")
+    return ([float(w) for w in solved], residual) if residual <= AFFINE else (None, residual)
+
+
+def named_by_text(run: Run, known: Run | None) -> Run:
+    """Name branches by the text they are given, where a reference says what that is.
+
+    Two branches are so named whatever their weights say: where these are exchanged, it is seen.
+    """
+    if known is None or len(run.text) != 2 or {*known.text} != {COND, UNCOND}:
+        return run
+    sizes: dict[tuple[str, str], float] = {}
+    for mine, text in run.text.items():
+        for theirs, other in known.text.items():
+            fitted, _ = text_as(text, other)
+            if fitted.shape != other.shape:
+                return run
+            sizes[mine, theirs] = float((fitted.double() - other.double()).norm())
+    first, second = run.text
+    straight = sizes[first, COND] + sizes[second, UNCOND]
+    crossed = sizes[first, UNCOND] + sizes[second, COND]
+    if straight == crossed:
+        return run
+    names = {first: COND, second: UNCOND} if straight < crossed else {first: UNCOND, second: COND}
+    steps = tuple(
+        step.but(
+            passes=tuple(replace(one, branch=names[one.branch]) for one in step.passes),
+            parts={names[branch]: part for branch, part in step.parts.items()},
+        )
+        for step in run.steps
+    )
+    weights = {names[branch]: weight for branch, weight in run.weights.items()}
+    return replace(run, steps=steps, weights=weights)
