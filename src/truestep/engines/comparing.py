@@ -29,7 +29,7 @@ from truestep.engines.expected import (
     TIMESTEPS,
     time_scale,
 )
-from truestep.engines.run import Run, Step
+from truestep.engines.run import Pass, Run
 from truestep.errors import UsageError
 from truestep.judge.floor import Limits
 from truestep.judge.rows import build_comparison, compare_tensors
@@ -151,14 +151,15 @@ def _seams(actual: Run, reference: Run, notes: dict[str, None]) -> Iterator[Seam
     if len(actual.steps) != len(reference.steps):
         counts = f"{len(actual.steps)} and {len(reference.steps)} steps: compared up to there"
         notes[counts] = None
-    conversion = _convention(actual, reference)
-    if conversion is not None and conversion.name:
-        notes[f"converted: {conversion.name}"] = None
+    way = _way(actual, reference)
+    if way.conversion.name:
+        side = "first" if way.of_actual else "second"
+        notes[f"converted, of the {side}: {way.conversion.name}"] = None
     begun = [SIGMAS, TIMESTEPS, NOISE]
     latents: list[str] = [NOISE]
     for index, (ours, theirs) in enumerate(zip(actual.steps, reference.steps, strict=False)):
         made = []
-        for name, output, expected, branch in _predictions(actual, index, theirs, conversion):
+        for name, output, expected, branch in _predictions(actual, reference, index, way):
             fitted, _ = as_shape(output, expected)
             given = (*begun, f"text/{branch}", *latents)
             yield Seam(name, fitted, expected, given, PREDICTED)
@@ -228,42 +229,61 @@ def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.float()
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How predictions of two runs are brought into one convention: by changing those of one."""
+
+    conversion: Conversion
+    of_actual: bool
+
+    def of(self, actual: bool, one: Pass, run: Run, index: int) -> torch.Tensor:
+        """A prediction of one side, changed where this is the side that is.
+
+        Raises:
+            ValueError: Latent or sigma is not known.
+        """
+        if actual is not self.of_actual:
+            return one.output
+        known = run.sigmas is not None and index < len(run.sigmas) and len(run.steps) == run.count
+        sigma = float(run.sigmas[index]) if known and run.sigmas is not None else None
+        return self.conversion.to_engine(one.output, run.steps[index].latent, sigma)
+
+
+_WAYS = tuple(
+    _Way(conversion, of_actual) for conversion in PREDICTIONS for of_actual in (True, False)
+)
+
+
 def _predictions(
-    actual: Run, index: int, theirs: Step, conversion: Conversion | None
+    actual: Run, reference: Run, index: int, way: _Way
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, str]]:
-    ours = actual.steps[index]
-    expected = {one.branch: one.output for one in theirs.passes}
-    for one in ours.passes:
+    expected = {one.branch: one for one in reference.steps[index].passes}
+    for one in actual.steps[index].passes:
         other = expected.get(one.branch)
-        if other is None or conversion is None:
+        if other is None:
             continue
-        sigma = _sigma(actual, index)
         try:
-            output = conversion.apply(one.output, ours.latent, sigma)
-        except (ValueError, RuntimeError):
+            output = way.of(True, one, actual, index)
+            wanted = way.of(False, other, reference, index)
+        except ValueError:
             continue
-        yield step_name(index, one.branch), output, other, one.branch
+        yield step_name(index, one.branch), output, wanted, one.branch
 
 
-def _sigma(run: Run, index: int) -> float | None:
-    known = run.sigmas is not None and index < len(run.sigmas)
-    return float(run.sigmas[index]) if known and run.sigmas is not None else None
-
-
-def _convention(actual: Run, reference: Run) -> Conversion | None:
-    """The convention of predictions under which the two are nearest, at the first step of both."""
-    best: tuple[float, Conversion] | None = None
-    for index, theirs in enumerate(reference.steps[: len(actual.steps)]):
-        for conversion in PREDICTIONS:
-            for _, output, other, _ in _predictions(actual, index, theirs, conversion):
+def _way(actual: Run, reference: Run) -> _Way:
+    """The convention of predictions under which two runs are nearest, at the first step of both."""
+    best: tuple[float, _Way] | None = None
+    for index in range(min(len(actual.steps), len(reference.steps))):
+        for way in _WAYS:
+            for _, output, other, _ in _predictions(actual, reference, index, way):
                 fitted, _ = as_shape(output, other)
                 if fitted.shape == other.shape:
                     size = distance(fitted, other).rel_l2
                     if best is None or size < best[0] / FAR:
-                        best = (size, conversion)
+                        best = (size, way)
         if best is not None:
-            break
-    return best[1] if best else None
+            return best[1]
+    return _WAYS[0]
 
 
 def odd_one_out(runs: Sequence[Run]) -> tuple[str, list[Comparison]]:

@@ -12,21 +12,34 @@ from typing import Any
 
 import torch
 
+Change = Callable[[torch.Tensor, torch.Tensor | None, float | None], torch.Tensor]
+"""A prediction, the latent and the sigma of its step to the prediction in another convention.
+
+Raises ValueError where latent or sigma is not known."""
+
 
 @dataclass(frozen=True)
 class Conversion:
     """What an engine's denoiser returns instead of the trusted one's prediction.
 
-    Predictions are judged as the engine gives them: what it rounded is not made larger by a
-    conversion back, which divides by a small sigma.
-
     Attributes:
         name: In results; empty for none.
-        apply: The trusted prediction, the latent and sigma of the step to the engine's convention.
+        to_engine: From the trusted convention.
+        to_trusted: And back. What the engine rounded is made larger where this divides by a small
+            sigma, so the trusted prediction is judged, and its floor measured, after both.
     """
 
     name: str
-    apply: Callable[[torch.Tensor, torch.Tensor | None, float | None], torch.Tensor]
+    to_engine: Change
+    to_trusted: Change
+
+    def there_and_back(
+        self, value: torch.Tensor, latent: torch.Tensor | None, sigma: float | None
+    ) -> torch.Tensor:
+        """A trusted prediction with what the engine's convention rounds of it."""
+        if self.to_engine is _same:
+            return value
+        return self.to_trusted(self.to_engine(value, latent, sigma), latent, sigma)
 
 
 def _same(value: torch.Tensor, _latent: Any, _sigma: Any) -> torch.Tensor:
@@ -37,18 +50,29 @@ def _negated(value: torch.Tensor, _latent: Any, _sigma: Any) -> torch.Tensor:
     return -value
 
 
+def _beside(value: torch.Tensor, latent: torch.Tensor | None, sigma: float | None) -> torch.Tensor:
+    if latent is None or not sigma or latent.numel() != value.numel():
+        raise ValueError("latent or sigma is not known")
+    return latent.to(value.dtype).reshape(value.shape)
+
+
 def _denoised(
     value: torch.Tensor, latent: torch.Tensor | None, sigma: float | None
 ) -> torch.Tensor:
     """x0 = x - sigma v, of flow matching."""
-    if latent is None or sigma is None or latent.numel() != value.numel():
-        raise ValueError("latent or sigma is not known")
-    return latent.to(value.dtype).reshape(value.shape) - sigma * value
+    return _beside(value, latent, sigma) - (sigma or 0.0) * value
 
 
-AS_IT_IS = Conversion("", _same)
-DENOISED = Conversion("predictions are denoised samples: x - sigma v", _denoised)
-PREDICTIONS = (AS_IT_IS, DENOISED, Conversion("predictions have the other sign", _negated))
+def _velocity(
+    value: torch.Tensor, latent: torch.Tensor | None, sigma: float | None
+) -> torch.Tensor:
+    return (_beside(value, latent, sigma) - value) / (sigma or 1.0)
+
+
+AS_IT_IS = Conversion("", _same, _same)
+DENOISED = Conversion("denoised samples to velocities: (x - x0) / sigma", _denoised, _velocity)
+TURNED = Conversion("predictions of the other sign", _negated, _negated)
+PREDICTIONS = (AS_IT_IS, DENOISED, TURNED)
 """Of what a denoiser returns."""
 
 TIME_SCALES: Mapping[float, str] = {

@@ -19,9 +19,6 @@ Role = Literal["generation", "run", "guided", "passes", "prediction", "noise", "
 `guided` gives what is stepped by, `passes` several predictions at once. What is inside these is
 watched too; all others hide what they call."""
 
-Prediction = Literal["", "velocity", "epsilon", "denoised"]
-"""What a denoiser returns; empty: told by comparing with the trusted model."""
-
 LATENTS = ("hidden_states", "sample", "latents", "latent_model_input", "x", "x_in", "img")
 TIMES = ("timestep", "timesteps", "t", "sigma", "sigmas")
 TEXTS = ("encoder_hidden_states", "context", "prompt_embeds", "txt", "prompt_emb", "text")
@@ -71,7 +68,6 @@ class Engine:
             and `set_timesteps`) need none.
         latent, timestep, text: Names of a prediction's arguments, first match counts; empty: told
             from the data.
-        prediction: What a prediction is; of `passes` and `guided`, where an engine has these.
         ends_in_vae: Whether the latent that a `run` returns is in the space of the VAE.
         notes: What one has to know of its runs.
     """
@@ -82,7 +78,6 @@ class Engine:
     latent: tuple[str, ...] = ()
     timestep: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
-    prediction: Prediction = ""
     ends_in_vae: bool = False
     notes: tuple[str, ...] = ()
 

@@ -142,7 +142,7 @@ def put_noise_and_text(found: Seams, run: Run, known: Run | None) -> None:
     for branch, text in known.text.items():
         found.put(f"text/{branch}", run.text.get(branch), text)
         if branch not in run.text:
-            found.unjudged[f"text/{branch}"] = "the run has no such branch"
+            found.unjudged[f"text/{branch}"] = "the run does not hold it: the reference's is taken"
 
 
 def in_model_space(found: Seams, run: Run, trusted: Trusted) -> Run:
@@ -254,7 +254,8 @@ def _combined(found: Seams, run: Run, known: Run | None) -> Run:
         parts = [weight * out.double() for weight, out in known_parts if out is not None]
         if step.stepped_by is None and step.latent is not None and len(parts) == len(outputs) > 0:
             guided = torch.stack(parts).sum(dim=0).to(step.latent.dtype)
-            step = step.but(guided=guided.reshape(step.latent.shape))
+            guided = guided.reshape(step.latent.shape)
+            step = step.but(guided=guided)
         steps.append(step)
     return replace(run, steps=tuple(steps))
 

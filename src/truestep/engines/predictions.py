@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from truestep.engines.conventions import AS_IT_IS, PREDICTIONS, TIME_SCALES, Conversion, as_shape
+from truestep.engines.conventions import (
+    AS_IT_IS,
+    DENOISED,
+    PREDICTIONS,
+    TIME_SCALES,
+    Conversion,
+    as_shape,
+)
 from truestep.engines.expected import Seams, time_scale
 from truestep.engines.run import COND, Pass, Run, Step
-from truestep.engines.trusted import Denoiser, Trusted, arguments
+from truestep.engines.trusted import LATENT, SIGMA, Denoiser, Trusted, arguments
 from truestep.errors import FOREIGN, UsageError, one_line
 from truestep.floors import NoiseRun
 from truestep.keys import step_name
@@ -22,8 +29,8 @@ from truestep.replay.functions import record_function
 SAMPLES = 4
 """Predictions on which the floor is measured: first, last, and between."""
 
-CLOSE = 0.05
-"""A convention explains predictions that agree to so much; a better one is never worse by this."""
+NEARER = 0.2
+"""Another convention is taken where predictions are so many times nearer in it."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,9 @@ class _Prediction:
 def put_predictions(
     found: Seams, run: Run, known: Run | None, trusted: Trusted, progress: Progress | None
 ) -> None:
+    """Each prediction by the trusted model on the engine's inputs, and the floor of these."""
     every = [
-        _Prediction(step_name(step.number, one.branch), one, step, _sigma(run, index))
+        _Prediction(step_name(step.number, one.branch), one, step, _sigma(run, index, one))
         for index, step in enumerate(run.steps)
         for one in step.passes
     ]
@@ -47,28 +55,24 @@ def put_predictions(
         return
     templates = _templates(known)
     try:
-        way = _convention(every, templates, trusted)
+        scale, conversion = _convention(every, templates, trusted)
     except UsageError as error:
         found.unjudged["prediction"] = f"{error.what}; {error.measured}"
         return
-    scale, conversion = way
     found.convert(TIME_SCALES[scale])
     found.convert(conversion.name)
-    samples: dict[tuple[int, tuple[str, ...]], list[tuple[str, dict[str, torch.Tensor]]]] = {}
+    samples: dict[tuple[int, tuple[str, ...]], list[_Sample]] = {}
     denoisers: dict[tuple[int, tuple[str, ...]], Denoiser] = {}
     for done, each in enumerate(every):
-        time = each.one.timestep
-        model = trusted.denoiser(None if time is None else time * scale)
-        template = templates.get(each.one.branch, templates.get(COND))
-        tensors, plain, how = arguments(each.one, model, template, scale)
+        model, tensors, plain, how = _called(each, templates, trusted, scale)
         for one in how:
             found.convert(one)
-        denoiser = Denoiser(model, plain)
-        expected = denoiser(**tensors)
-        actual = conversion.apply(each.one.output, each.step.latent, each.sigma)
-        found.put(each.name, actual, expected)
+        if conversion is DENOISED and each.step.latent is not None and each.sigma is not None:
+            tensors[LATENT], tensors[SIGMA] = each.step.latent, torch.tensor(each.sigma)
         key = (id(model), tuple(sorted(plain)))
-        denoisers[key] = denoiser
+        denoiser = denoisers.setdefault(key, Denoiser(model, plain, conversion))
+        actual = conversion.to_trusted(each.one.output, each.step.latent, each.sigma)
+        found.put(each.name, actual, denoiser(**tensors))
         samples.setdefault(key, []).append((each.name, tensors))
         if progress:
             progress("predictions by the trusted model", done + 1, len(every))
@@ -76,10 +80,25 @@ def put_predictions(
         found.floor += _floor(denoisers[key], named, progress)
 
 
-def _sigma(run: Run, index: int) -> float | None:
-    if run.sigmas is not None and index < len(run.sigmas):
+_Sample = tuple[str, dict[str, torch.Tensor]]
+"""Name of a prediction, and what the trusted model is called with for it."""
+
+
+def _called(
+    each: _Prediction, templates: Mapping[str, Pass], trusted: Trusted, scale: float
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor], dict[str, Any], tuple[str, ...]]:
+    time = each.one.timestep
+    model = trusted.denoiser(None if time is None else time * scale)
+    template = templates.get(each.one.branch, templates.get(COND))
+    return model, *arguments(each.one, model, template, scale)
+
+
+def _sigma(run: Run, index: int, one: Pass) -> float | None:
+    """Sigma of a prediction: of its step, or what the model is given as such."""
+    if run.sigmas is not None and len(run.steps) == run.count and index < len(run.sigmas):
         return float(run.sigmas[index])
-    return None
+    time = one.timestep
+    return time if time is not None and time <= 1.0 else None
 
 
 def _templates(known: Run | None) -> dict[str, Pass]:
@@ -96,48 +115,50 @@ def _convention(
 ) -> tuple[float, Conversion]:
     """Scale of time and kind of prediction under which the engine agrees best, at a middle step.
 
-    Where a reference says the time, its scale is that; and what an adapter says of predictions is
-    tried first, so nothing else is taken unless it is far better.
+    Where a reference says the time, its scale is that. Nothing else than what the trusted model
+    gives by itself is taken unless it is far nearer.
     """
     middle = every[len(every) // 2]
     template = templates.get(middle.one.branch, templates.get(COND))
+    theirs, ours = template.timestep if template else None, every[0].one.timestep
     scales = list(TIME_SCALES)
-    theirs = template.timestep if template else None
-    ours = every[0].one.timestep
     if theirs is not None and ours is not None:
         scales = [time_scale(ours, theirs)]
-    best: tuple[float, float, Conversion] | None = None
+    sizes: dict[tuple[float, int], float] = {}
     failed: BaseException | None = None
     for scale in scales:
         try:
-            model = trusted.denoiser(None if ours is None else ours * scale)
-            tensors, plain, _ = arguments(middle.one, model, template, scale)
-            expected = Denoiser(model, plain)(**tensors)
+            model, tensors, plain, _ = _called(middle, templates, trusted, scale)
+            native = Denoiser(model, plain, AS_IT_IS)(**tensors)
         except UsageError:
             raise
         except FOREIGN as error:
             failed = error
             continue
-        for conversion in PREDICTIONS:
-            try:
-                value = conversion.apply(middle.one.output, middle.step.latent, middle.sigma)
-                fitted, _ = as_shape(value, expected)
-                size = (
-                    distance(fitted, expected).rel_l2
-                    if fitted.shape == expected.shape
-                    else math.inf
-                )
-            except (ValueError, RuntimeError):
-                continue
-            simple = conversion is AS_IT_IS and scale == 1.0
-            if best is None or size < best[0] * (CLOSE if best[0] < CLOSE or not simple else 1.0):
-                best = (size, scale, conversion)
-    if best is None:
+        for number, conversion in enumerate(PREDICTIONS):
+            size = _size(conversion, middle, native)
+            if size is not None:
+                sizes[scale, number] = size
+    if not sizes:
         why = one_line(failed) if isinstance(failed, FOREIGN) else "outputs have other sizes"
         raise UsageError(
             "the trusted model cannot be called with what the engine gave its own", measured=why
         )
-    return best[1], best[2]
+    chosen = next(iter(sizes))
+    for other, size in sizes.items():
+        if size < NEARER * sizes[chosen]:
+            chosen = other
+    return chosen[0], PREDICTIONS[chosen[1]]
+
+
+def _size(conversion: Conversion, middle: _Prediction, native: torch.Tensor) -> float | None:
+    """How far the engine is from the trusted model under a convention; None where it fits not."""
+    try:
+        actual = conversion.to_trusted(middle.one.output, middle.step.latent, middle.sigma)
+    except ValueError:
+        return None
+    fitted, _ = as_shape(actual, native)
+    return distance(fitted, native).rel_l2 if fitted.shape == native.shape else None
 
 
 def _floor(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,12 +94,26 @@ def run_engine(
         collected = _Collector(output, told)
         collected.start()
         try:
-            code = process.wait()
+            with _ended_with_us(process):
+                code = process.wait()
         except KeyboardInterrupt:  # the program has been interrupted, too, and ends by itself
             code = process.wait()
         finally:
             collected.stop()
     return Ran(code if code >= 0 else 128 - code, collected.made, collected.failures)
+
+
+@contextmanager
+def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Hand on that this process is to end: a server must not live on without its recorder."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _written(reference: CallRecording, folder: Path) -> str:

@@ -146,7 +146,7 @@ class Denoiser(torch.nn.Module):
         self._plain, self._conversion = dict(plain), conversion
 
     def forward(self, **given: torch.Tensor) -> torch.Tensor:
-        """The first tensor that the model returns, as the engine has it."""
+        """The first tensor that the model returns, with what the engine's convention rounds."""
         latent, sigma = given.pop(LATENT, None), given.pop(SIGMA, None)
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
         moved = {
@@ -157,7 +157,8 @@ class Denoiser(torch.nn.Module):
         }
         output = self.model(**moved, **self._plain)
         first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return self._conversion.apply(first, latent, None if sigma is None else float(sigma))
+        number = None if sigma is None else float(sigma)
+        return self._conversion.there_and_back(first, latent, number)
 
 
 def arguments(

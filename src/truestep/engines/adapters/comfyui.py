@@ -20,7 +20,6 @@ ENGINE = Engine(
     latent=("x_in", "x"),
     timestep=("timestep", "t", "sigma"),
     text=("context",),
-    prediction="denoised",
     ends_in_vae=True,
     notes=("a `.latent` file holds the latent in the space of the VAE",),
 )

@@ -23,5 +23,4 @@ ENGINE = Engine(
     latent=("latents",),
     timestep=("timestep",),
     text=("context", "prompt_emb"),
-    prediction="velocity",
 )

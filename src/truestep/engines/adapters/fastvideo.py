@@ -19,6 +19,5 @@ ENGINE = Engine(
     latent=("hidden_states",),
     timestep=("timestep",),
     text=("encoder_hidden_states",),
-    prediction="velocity",
     notes=("its workers are killed at the end: what they recorded is read from their spool",),
 )

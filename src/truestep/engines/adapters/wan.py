@@ -28,5 +28,4 @@ ENGINE = Engine(
     latent=("x",),
     timestep=("t",),
     text=("context",),
-    prediction="velocity",
 )
