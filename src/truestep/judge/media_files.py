@@ -1,0 +1,466 @@
+"""Judge two files of finished media, and place their difference among other runs.
+
+Media are the lowest level of evidence. That two runs give other pictures shows neither a fault nor
+that there is none: one bfloat16 ulp a layer changes a video for all to see. So nothing here is
+called `equivalent`, and nothing here names a stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truestep.environment import library_version
+from truestep.errors import UsageError
+from truestep.judge.ladder import BEYOND, NEEDED, Distances, ladder
+from truestep.judge.media import frame_media, sound_media
+from truestep.judge.media_findings import Frames, facts, frames_of, sound_of
+from truestep.judge.modality import modalities
+from truestep.measure.aligning import reduced
+from truestep.measure.perceptual import perceptual_jod, require_perceptual
+from truestep.measure.sound import spectrogram_db, waveform_metrics
+from truestep.recording.clips import Clip, is_media, is_sequence, media_files, read_clip
+from truestep.records import Ladder, Media, MediaEvidence, MediaFacts, MediaFinding
+from truestep.verdict import Comparison, Row, Rows, Rule, Side, TensorInfo, Verdict
+
+LIMITS = "media cannot tell a harmless change from a fault, nor where it was made"
+RULE = Rule(
+    name="media/1",
+    text="identical where all that is decoded agrees bit for bit, never equivalent; drifted where "
+    "a change is proven (done to the reference it leaves a quarter of the mean square or less), or "
+    f"where it is the furthest of {NEEDED + 2} different runs with one seed, by a factor of "
+    f"{BEYOND:g}. PSNR and SSIM of RGB at 8 bits: docs/media.md",
+)
+
+_SHOWN = 512
+"""Pixels of the larger side of frames to look at; larger ones are reduced by a whole factor."""
+
+_REDUCED = 128
+"""Pixels of the larger side of frames that runs of a ladder are compared by."""
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """What a difference of media is placed among, and measured by.
+
+    Attributes:
+        same_seed: Runs of the trusted side with the seed of both; a folder is all media in it.
+        other_seeds: Runs of the trusted side with other seeds.
+        perceptual: Measure ColorVideoVDP, too.
+    """
+
+    same_seed: Sequence[Path] = ()
+    other_seeds: Sequence[Path] = ()
+    perceptual: bool = False
+
+    def refuse(self) -> None:
+        """Raise where tensors are compared, which have a noise floor instead.
+
+        Raises:
+            UsageError: Something is asked for.
+        """
+        if self.same_seed or self.other_seeds or self.perceptual:
+            raise UsageError(
+                "--same-seed-of, --other-seeds and --perceptual are for pictures, videos and sounds"
+            )
+
+    def of(self, name: str) -> MediaOptions:
+        """The options of one run of two folders of runs: other folders hold one of that name."""
+        same, others = (
+            [path / name if path.is_dir() and not is_sequence(path) else path for path in paths]
+            for paths in (self.same_seed, self.other_seeds)
+        )
+        return MediaOptions(same, others, self.perceptual)
+
+
+NONE = MediaOptions()
+
+
+def compare_media(actual: Path, reference: Path, *, options: MediaOptions = NONE) -> Comparison:
+    """Judge two files of media, or folders of the frames of one clip.
+
+    Args:
+        actual, reference: Pictures, animations, videos, sounds, folders of numbered pictures.
+        options: Other runs, and further metrics.
+
+    Raises:
+        FileFormatError: One cannot be decoded.
+        UsageError: Runs are of another size, the package of ColorVideoVDP is not there, or a side
+            is no media.
+    """
+    _require_media(actual, reference)
+    if options.perceptual:
+        require_perceptual()
+    for path in (actual, reference):
+        if path.is_dir() and not is_sequence(path):
+            raise UsageError(
+                "two folders of runs are several comparisons: truestep compare lists them",
+                where=str(path),
+            )
+    return judge_clips(read_clip(actual), read_clip(reference), options=options)
+
+
+def _require_media(actual: Path, reference: Path) -> None:
+    for side, other in ((actual, reference), (reference, actual)):
+        if side.exists() and not is_media(side):
+            raise UsageError(
+                "media are compared with media",
+                where=str(side),
+                measured=f"{other} is a picture, video, sound or a folder of them; this is none",
+            )
+
+
+def runs_of(paths: Sequence[Path]) -> list[Path]:
+    """Files and folders of frames that paths stand for: a folder of runs is all of them."""
+    runs: list[Path] = []
+    for path in paths:
+        if not path.is_dir() or is_sequence(path):
+            runs.append(path)
+            continue
+        inside = [each for each in sorted(path.iterdir()) if each.is_dir() and is_sequence(each)]
+        runs += [*(each for each in media_files(path) if each.parent not in inside), *inside]
+        if not any(path in run.parents for run in runs):
+            raise UsageError("the folder of runs holds no media", where=str(path))
+    return runs
+
+
+def judge_clips(a: Clip, r: Clip, *, options: MediaOptions = NONE) -> Comparison:
+    """Judge two decoded clips; see `compare_media`."""
+    same_seed, other_seeds = runs_of(options.same_seed), runs_of(options.other_seeds)
+    known, frames = list(facts(a, r)), frames_of(a, r)
+    findings = (*known, *frames.findings, *sound_of(a, r))
+    rows = _rows(a, r, frames, findings)
+    same = all(row.verdict is Verdict.IDENTICAL for row in rows) and not known
+    evidence = _evidence(a, r, frames, findings)
+    verdict = Verdict.IDENTICAL if same else Verdict.INCONCLUSIVE
+    if not same:
+        verdict = Verdict.worst(Verdict(f.effect) for f in findings) if findings else verdict
+        if (same_seed or other_seeds) and _placeable(verdict):
+            told, placed = _placed(a, r, same_seed, other_seeds)
+            evidence = evidence.model_copy(update={"ladder": told})
+            verdict = Verdict.worst((verdict, placed))
+        if options.perceptual and a.frames is not None and r.frames is not None and frames.scores:
+            count = len(frames.scores)
+            jod = perceptual_jod(a.frames[:count], r.frames[:count], fps=r.fps)
+            evidence = evidence.model_copy(update={"perceptual_jod": jod})
+    return _comparison(a, r, rows, verdict, evidence)
+
+
+def _placeable(verdict: Verdict) -> bool:
+    return verdict in (Verdict.INCONCLUSIVE, Verdict.DRIFTED)
+
+
+def _rows(a: Clip, r: Clip, frames: Frames, findings: Sequence[MediaFinding]) -> Rows:
+    """One row of each stream that a side has."""
+    both = (a.frames is not None or r.frames is not None) and (
+        a.sound is not None or r.sound is not None
+    )
+    streams: tuple[tuple[str, str, Any, Any, bool], ...] = (
+        ("video/frames", "video", a.frames, r.frames, a.digests == r.digests),
+        ("audio/waveform", "audio", a.sound, r.sound, a.sound_digest == r.sound_digest),
+    )
+    rows = []
+    for name, modality, own, other, same in streams:
+        if own is None and other is None:
+            continue
+        effects = [Verdict(f.effect) for f in findings if f.modality in (modality, None)]
+        verdict = Verdict.worst([*effects, Verdict.INCONCLUSIVE])
+        if same and own is not None and own.numel() and not effects:
+            verdict = Verdict.IDENTICAL
+        note = _video_note(a, r, frames) if modality == "video" else _audio_note(a, r)
+        rows.append(
+            Row(
+                name=name,
+                verdict=verdict,
+                modality=modality if both else None,
+                actual=_info(own),
+                reference=_info(other),
+                note="" if verdict is Verdict.IDENTICAL else note,
+            )
+        )
+    return Rows.of(rows)
+
+
+def _info(tensor: torch.Tensor | None) -> TensorInfo | None:
+    if tensor is None:
+        return None
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorInfo(dtype=dtype, shape=tuple(int(n) for n in tensor.shape))
+
+
+def _video_note(a: Clip, r: Clip, frames: Frames) -> str:
+    scores = frames.scores
+    if not scores:
+        return "no pair of frames of one size"
+    differing = [score for score in scores if score.rms]
+    if not differing:
+        more = (
+            "" if a.digests == r.digests else "; the files differ in what RGB at 8 bits holds not"
+        )
+        return f"{len(scores)} pairs of frames agree in RGB at 8 bits{more}"
+    worst = min(differing, key=lambda score: score.psnr_db)
+    one = len(scores) == 1
+    text = "the picture differs" if one else f"{len(differing)} of {len(scores)} frames differ"
+    text += f": PSNR {_psnr(frames):.1f} dB"
+    text += "" if one else f" (worst frame {worst.actual}: {worst.psnr_db:.1f})"
+    ssims = [score for score in scores if not math.isnan(score.ssim)]
+    if ssims:
+        least = min(ssims, key=lambda score: score.ssim)
+        text += f", SSIM {_ssim(frames):.3f}"
+        text += "" if one else f" (worst frame {least.actual}: {least.ssim:.3f})"
+    return text
+
+
+def _psnr(frames: Frames) -> float:
+    square = math.fsum(score.rms**2 for score in frames.scores) / max(len(frames.scores), 1)
+    return 10 * math.log10(255**2 / square) if square else math.inf
+
+
+def _ssim(frames: Frames) -> float:
+    values = [score.ssim for score in frames.scores]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _audio_note(a: Clip, r: Clip) -> str:
+    if a.sound is None or r.sound is None or a.sample_rate != r.sample_rate:
+        return "no pair of sounds of one rate"
+    if torch.equal(a.sound, r.sound):
+        return "the sounds agree in float32"
+    metrics = waveform_metrics(a.sound[None], r.sound[None], sample_rate=a.sample_rate or 1)
+    parts = [f"level {metrics.level_db:+.3g} dB"]
+    if metrics.correlation is not None and metrics.spectrum_db is not None:
+        parts = [f"correlation {metrics.correlation:.4g}", *parts]
+        parts.append(f"spectrum {metrics.spectrum_db:.3g} dB")
+    return ", ".join(parts)
+
+
+def _evidence(a: Clip, r: Clip, frames: Frames, findings: Sequence[MediaFinding]) -> MediaEvidence:
+    return MediaEvidence(
+        limits=LIMITS,
+        actual=_facts(a),
+        reference=_facts(r),
+        findings=tuple(sorted(findings, key=_urgency)),
+        scores=frames.scores,
+        psnr_db=_psnr(frames) if frames.scores else None,
+        ssim=_ssim(frames) if frames.scores else None,
+    )
+
+
+_URGENCY = ("invalid", "drifted", "incomparable", "inconclusive")
+
+
+def _urgency(finding: MediaFinding) -> tuple[int, bool]:
+    return _URGENCY.index(finding.effect), finding.kind == "colour marks"
+
+
+def _facts(clip: Clip) -> MediaFacts:
+    shape = (0, 0, 0) if clip.frames is None else tuple(int(n) for n in clip.frames.shape[:3])
+    sound = (0, 0) if clip.sound is None else tuple(int(n) for n in clip.sound.shape)
+    return MediaFacts(
+        what=clip.what,
+        form=clip.form,
+        colours=clip.colours,
+        frames=shape[0],
+        height=shape[1],
+        width=shape[2],
+        fps=clip.fps,
+        seconds=clip.seconds,
+        sample_rate=clip.sample_rate,
+        channels=sound[0],
+        samples=sound[1],
+    )
+
+
+# --- the ladder ----------------------------------------------------------------------------------
+
+
+def _placed(
+    a: Clip, r: Clip, same_seed: Sequence[Path], other_seeds: Sequence[Path]
+) -> tuple[Ladder, Verdict]:
+    """Where the difference lies among other runs; by frames, or by sound where frames agree."""
+    by_sound = a.frames is None or a.digests == r.digests
+    names, kept = [str(a.path), str(r.path)], [_small(a, by_sound), _small(r, by_sound)]
+    known = {_content(r): str(r.path)}
+    copies: list[tuple[str, str]] = []
+    for path in same_seed:
+        run = _run(path, a, r)
+        if _content(run) in known:
+            copies.append((str(path), known[_content(run)]))
+            continue
+        known[_content(run)] = str(path)
+        names.append(str(path))
+        kept.append(_small(run, by_sound))
+    seeds = [(str(path), _far(_small(_run(path, a, r), by_sound), kept[1])) for path in other_seeds]
+    between = [[0.0 if x is y else _far(x, y) for y in kept] for x in kept]
+    told, verdict = ladder(
+        Distances(names, between, seeds, copies, unit="dB" if by_sound else "levels")
+    )
+    if _content(a) in known:
+        text = f"{told.text}; it is bit for bit {known[_content(a)]}"
+        told = told.model_copy(update={"text": text})
+    return told, verdict
+
+
+def _run(path: Path, a: Clip, r: Clip) -> Clip:
+    if path.resolve() == a.path.resolve():
+        raise UsageError("the run under test is among the trusted runs", where=str(path))
+    run = read_clip(path)
+    shapes = [None if c.frames is None else c.frames.shape for c in (run, r)]
+    sounds = [None if c.sound is None else (len(c.sound), c.sample_rate) for c in (run, r)]
+    if shapes[0] != shapes[1] or sounds[0] != sounds[1]:
+        raise UsageError(
+            "a run of the ladder is of another size than the reference",
+            where=str(path),
+            measured=f"{_said(run)}; the reference has {_said(r)}",
+        )
+    return run
+
+
+def _said(clip: Clip) -> str:
+    parts = []
+    if clip.frames is not None:
+        count, height, width = clip.frames.shape[:3]
+        parts.append(f"{count} frames of {width}x{height}")
+    if clip.sound is not None:
+        parts.append(f"{len(clip.sound)} channels at {clip.sample_rate} Hz")
+    return " and ".join(parts) or "nothing"
+
+
+def _content(clip: Clip) -> tuple[object, ...]:
+    return (clip.digests, clip.sound_digest)
+
+
+def _small(clip: Clip, by_sound: bool) -> torch.Tensor:
+    if by_sound:
+        assert clip.sound is not None
+        return spectrogram_db(clip.sound.nan_to_num(0.0, 0.0, 0.0))
+    assert clip.frames is not None
+    return reduced(clip.frames, _REDUCED)
+
+
+def _far(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Rms in levels, or the mean difference of spectrograms in dB over what both have."""
+    if x.ndim == 4:
+        return math.sqrt(float((x - y).square().mean(dtype=torch.float64)))
+    length = min(x.shape[-1], y.shape[-1])
+    return float((x[..., :length] - y[..., :length]).abs().mean())
+
+
+# --- the result ----------------------------------------------------------------------------------
+
+
+def _comparison(
+    a: Clip, r: Clip, rows: Rows, verdict: Verdict, evidence: MediaEvidence
+) -> Comparison:
+    own, other = _parts(a), _parts(r)
+    return Comparison(
+        tool_version=library_version("truestep") or "",
+        verdict=verdict,
+        sentence=_sentence(a, r, rows, verdict, evidence),
+        rows=rows,
+        rule=RULE,
+        modalities=modalities(rows),
+        actual=Side(label=str(a.path), path=str(a.path), sha256=a.sha256),
+        reference=Side(label=str(r.path), path=str(r.path), sha256=r.sha256),
+        missing=tuple(other[len(own) :]),
+        unexpected=tuple(own[len(other) :]),
+        looked_at=_looked_at(a, r),
+        not_looked_at=_not_looked_at(a, r, evidence),
+        media=_to_look_at(a, r, evidence) if verdict is not Verdict.IDENTICAL else (),
+        evidence=evidence,
+        notes=_notes(a, r),
+        hint=_hint(verdict, evidence),
+    )
+
+
+def _hint(verdict: Verdict, evidence: MediaEvidence) -> str:
+    """What can decide, where media did not."""
+    if verdict is not Verdict.INCONCLUSIVE:
+        return ""
+    if evidence.ladder is not None:
+        return "save the final latents of both sides, and compare those"
+    return (
+        "give other runs of the trusted side (--same-seed-of, --other-seeds), or save the final "
+        "latents of both sides, and compare those"
+    )
+
+
+def _parts(clip: Clip) -> list[str]:
+    """Names of its frames."""
+    return list(clip.names) or [f"frame {at}" for at in range(clip.count)]
+
+
+def _sentence(a: Clip, r: Clip, rows: Rows, verdict: Verdict, evidence: MediaEvidence) -> str:
+    if verdict is Verdict.IDENTICAL:
+        parts = [f"{a.count} frame{'s' * (a.count != 1)}"] * bool(a.count)
+        parts += [f"{a.sound.shape[1]:,} samples"] if a.sound is not None else []
+        once = "" if a.sha256 == r.sha256 else " once decoded"
+        return f"identical: {' and '.join(parts)} agree bit for bit{once}"
+    findings = evidence.findings
+    told = [f.text for f in findings[:2]]
+    if len(findings) > 2:
+        told.append(f"{len(findings) - 2} more finding{'s' * (len(findings) > 3)}")
+    if evidence.ladder is not None:
+        told.append(evidence.ladder.text)
+    elif not told or (evidence.scores and all(f.before is None for f in findings)):
+        told += [row.note for row in rows if row.verdict is not Verdict.IDENTICAL][:1]
+    tail = LIMITS if verdict in (Verdict.INCONCLUSIVE, Verdict.DRIFTED) else ""
+    if verdict is Verdict.DRIFTED:
+        tail = "media do not show whether the model or what wrote the file did it"
+    return f"{verdict.value}: {'; '.join([*told, *[tail] * bool(tail)])}"
+
+
+def _looked_at(a: Clip, r: Clip) -> tuple[str, ...]:
+    parts = []
+    if a.count and r.count:
+        parts.append(f"{min(a.count, r.count)} pairs of decoded frames")
+    if a.sound is not None and r.sound is not None:
+        parts.append(f"{min(a.sound.shape[1], r.sound.shape[1]):,} pairs of samples")
+    return tuple(parts)
+
+
+def _not_looked_at(a: Clip, r: Clip, evidence: MediaEvidence) -> tuple[str, ...]:
+    parts = ["latents, stages and modules, which media do not hold"]
+    parts += dict.fromkeys((*a.unseen, *r.unseen))
+    if evidence.ladder is not None and a.frames is not None and evidence.ladder.unit == "levels":
+        parts += ["the sound of the other runs"] * (a.sound is not None)
+    return tuple(parts)
+
+
+def _notes(a: Clip, r: Clip) -> tuple[str, ...]:
+    if a.sha256 == r.sha256:
+        return ("the two files are the same, byte for byte: is one a copy?",)
+    return ()
+
+
+def _to_look_at(a: Clip, r: Clip, evidence: MediaEvidence) -> tuple[Media, ...]:
+    """The worst frame, the first and the last, and both sounds."""
+    media = []
+    if evidence.scores and a.frames is not None and r.frames is not None:
+        worst = min(evidence.scores, key=lambda score: score.psnr_db).actual
+        chosen = sorted({0, worst, len(evidence.scores) - 1})
+        factor = -(-max(a.frames.shape[1:3]) // _SHOWN)
+        own, other = (_levels(frames[chosen], factor) for frames in (a.frames, r.frames))
+        name = "video/frames" if factor == 1 else f"Decoded frames at 1/{factor} of their size"
+        shown = frame_media(own, other, name=name, limit=len(chosen))
+        frames = tuple(
+            triple.model_copy(update={"index": chosen[triple.index]}) for triple in shown.frames
+        )
+        media.append(shown.model_copy(update={"frames": frames}))
+    if a.sound is not None and r.sound is not None and a.sample_rate == r.sample_rate:
+        sides = a.sound[None], r.sound[None]
+        media.append(sound_media(*sides, name="audio/waveform", sample_rate=a.sample_rate or 1))
+    return tuple(media)
+
+
+def _levels(frames: torch.Tensor, factor: int) -> torch.Tensor:
+    """Frames `f h w c` as `1 c f h w` in [-1, 1], each side `factor` times smaller."""
+    pixels = frames.permute(0, 3, 1, 2).float()
+    if factor > 1:
+        pixels = torch.nn.functional.avg_pool2d(pixels, factor, ceil_mode=True)
+    return (pixels / 127.5 - 1).transpose(0, 1)[None]
