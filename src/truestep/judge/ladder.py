@@ -87,7 +87,9 @@ def _place(reruns: int, far: float, spread: float, nearest: float | None) -> str
         return "as far as another seed"
     if reruns and nearest is not None:
         return "between reruns and other seeds"
-    return "beyond reruns" if reruns else "nearer than other seeds"
+    if nearest is not None:
+        return "nearer than other seeds"
+    return "beyond reruns" if reruns else "not placed"
 
 
 def _text(
@@ -101,15 +103,16 @@ def _text(
         parts.append(f"{_count(seeds, 'other seed')} at least {nearest:.3g} away")
     text = ", ".join(parts)
     if distances.copies:
-        text += f"; {_count(len(distances.copies), 'rerun')} bit for bit as another counted once"
+        text += f"; {_count(len(distances.copies), 'rerun')} that agree bit for bit with another "
+        text += "run are left out"
     if reruns and not spread:
         text += "; reruns that agree bit for bit measure no harmless change"
     if nearest is not None and reruns and spread >= nearest:
         text += "; reruns are as far from each other as seeds are, so this ladder tells nothing"
     if p_value is not None and place != "within reruns":
-        text += f"; the furthest of {reruns + 2} by chance with p = {p_value:.2g}"
+        text += f"; by its rank among {reruns + 2} runs p = {p_value:.2g}"
         if reruns < NEEDED:
-            text += f", and {NEEDED} different reruns could decide"
+            text += f", {NEEDED} different reruns could decide"
     elif not reruns:
         text += f"; {NEEDED} different runs with the same seed could decide"
     return text

@@ -38,8 +38,8 @@ _BLACK = 24.0
 _RATE = 0.01
 """Share by which frame rates may differ: 23.976 is 24."""
 
-_GIF_S = 0.005
-"""Half of the step that GIF keeps delays in."""
+_GIF_S = 0.0051
+"""Half of the step that GIF keeps delays in, and what a float rounds."""
 
 
 @dataclass(frozen=True)
