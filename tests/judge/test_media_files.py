@@ -162,7 +162,7 @@ def test_transparency_is_said_to_be_left_out(tmp_path: Path) -> None:
     assert "transparency" in result.not_looked_at
 
 
-# --- sizes, lengths, rates -------------------------------------------------------------------------
+# --- sizes, lengths, rates -----------------------------------------------------------------------
 
 
 def test_other_lengths_are_incomparable_and_what_both_have_is_measured(
@@ -210,7 +210,7 @@ def test_a_picture_against_a_video_and_a_sound_against_a_picture(
     assert kinds(result) == ["no frames", "no sound"]
 
 
-# --- sound -----------------------------------------------------------------------------------------
+# --- sound ---------------------------------------------------------------------------------------
 
 HEARD: dict[str, tuple[str, str, Callable[[Array], Array]]] = {
     "gain": ("sound gain", "inconclusive", lambda x: x * 0.7),
@@ -271,7 +271,7 @@ def test_a_video_with_sound_is_judged_by_both(tmp_path: Path) -> None:
     assert kinds(mute) == ["no sound"]
 
 
-# --- what cannot be read ---------------------------------------------------------------------------
+# --- what cannot be read -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_media_and_tensors_are_no_pair(trusted: Path, tmp_path: Path) -> None:
         truestep.compare(np.zeros(3), np.zeros(3), media=MediaOptions(same_seed=[trusted]))
 
 
-# --- other runs ------------------------------------------------------------------------------------
+# --- other runs ----------------------------------------------------------------------------------
 
 
 def drifting(clip: Array, size: float, seed: int) -> Array:

@@ -83,9 +83,9 @@ def command(  # 10 parameters: one an option
     from truestep.judge.media_files import MediaOptions
     from truestep.judge.media_folders import are_runs, compare_folders
 
-    media = MediaOptions(same_seed, other_seeds, perceptual)
+    media = MediaOptions(same_seed, other_seeds, perceptual, frames)
     results: Sequence[Comparison]
-    if are_runs(actual, reference, frames=frames):
+    if are_runs(actual, reference, media):
         results = compare_folders(actual, reference, options=media)
     else:
         results = [compare(actual, reference, tolerance=tolerance, weights=weights, media=media)]

@@ -96,13 +96,13 @@ def _text(
     distances: Distances, place: str, p_value: float | None, spread: float, nearest: float | None
 ) -> str:
     unit, reruns, seeds = distances.unit, len(distances.names) - 2, len(distances.seeds)
-    parts = [f"{place}: {distances.between[0][1]:.3g} {unit} from the reference"]
+    text, rungs = f"{place}: {distances.between[0][1]:.3g} {unit} from the reference", []
     if reruns:
-        parts.append(f"{_count(reruns, 'rerun')} at most {spread:.3g} from each other")
+        rungs.append(f"{_count(reruns, 'rerun')} up to {spread:.3g} apart")
     if nearest is not None:
-        parts.append(f"{_count(seeds, 'other seed')} at least {nearest:.3g} away")
-    text = ", ".join(parts)
-    if distances.copies:
+        rungs.append(f"{_count(seeds, 'other seed')} from {nearest:.3g}")
+    text += f" ({', '.join(rungs)})" if rungs else ""
+    if distances.copies and not reruns:
         text += f"; {_count(len(distances.copies), 'rerun')} that agree bit for bit with another "
         text += "run are left out"
     if reruns and not spread:
@@ -110,7 +110,7 @@ def _text(
     if nearest is not None and reruns and spread >= nearest:
         text += "; reruns are as far from each other as seeds are, so this ladder tells nothing"
     if p_value is not None and place != "within reruns":
-        text += f"; by its rank among {reruns + 2} runs p = {p_value:.2g}"
+        text += f"; p = {p_value:.2g} by rank among {reruns + 2} runs"
         if reruns < NEEDED:
             text += f", {NEEDED} different reruns could decide"
     elif not reruns:

@@ -52,11 +52,18 @@ class MediaOptions:
         same_seed: Runs of the trusted side with the seed of both; a folder is all media in it.
         other_seeds: Runs of the trusted side with other seeds.
         perceptual: Measure ColorVideoVDP, too.
+        frames: Whether folders of pictures are the frames of one clip (True) or runs (False);
+            None: by their names, see `is_sequence`.
     """
 
     same_seed: Sequence[Path] = ()
     other_seeds: Sequence[Path] = ()
     perceptual: bool = False
+    frames: bool | None = None
+
+    def is_clip(self, folder: Path) -> bool:
+        """Whether a folder is the frames of one clip."""
+        return is_sequence(folder) if self.frames is None else self.frames
 
     def refuse(self) -> None:
         """Raise where tensors are compared, which have a noise floor instead.
@@ -72,7 +79,7 @@ class MediaOptions:
     def of(self, name: str) -> MediaOptions:
         """The options of one run of two folders of runs: other folders hold one of that name."""
         same, others = (
-            [path / name if path.is_dir() and not is_sequence(path) else path for path in paths]
+            [path / name if path.is_dir() and not self.is_clip(path) else path for path in paths]
             for paths in (self.same_seed, self.other_seeds)
         )
         return MediaOptions(same, others, self.perceptual)
@@ -96,12 +103,18 @@ def compare_media(actual: Path, reference: Path, *, options: MediaOptions = NONE
     _require_media(actual, reference)
     if options.perceptual:
         require_perceptual()
-    for path in (actual, reference):
-        if path.is_dir() and not is_sequence(path):
-            raise UsageError(
-                "two folders of runs are several comparisons: truestep compare lists them",
-                where=str(path),
-            )
+    folders = [p for p in (actual, reference) if p.is_dir() and not options.is_clip(p)]
+    if len(folders) == 2:
+        raise UsageError(
+            "two folders of runs are several comparisons: truestep compare lists them",
+            where=str(actual),
+        )
+    if folders:
+        raise UsageError(
+            "a folder of runs is compared with another folder of runs",
+            where=str(folders[0]),
+            measured="the other side is one run",
+        )
     return judge_clips(read_clip(actual), read_clip(reference), options=options)
 
 
@@ -427,6 +440,8 @@ def _looked_at(a: Clip, r: Clip) -> tuple[str, ...]:
 def _not_looked_at(a: Clip, r: Clip, evidence: MediaEvidence) -> tuple[str, ...]:
     parts = ["latents, stages and modules, which media do not hold"]
     parts += dict.fromkeys((*a.unseen, *r.unseen))
+    if evidence.scores and evidence.perceptual_jod is None and any(s.rms for s in evidence.scores):
+        parts.append("how visible it is (--perceptual)")
     if evidence.ladder is not None and a.frames is not None and evidence.ladder.unit == "levels":
         parts += ["the sound of the other runs"] * (a.sound is not None)
     return tuple(parts)

@@ -15,15 +15,11 @@ from truestep.recording.clips import is_media, is_sequence, media_files
 from truestep.verdict import Comparison, Side, Verdict
 
 
-def are_runs(actual: Path, reference: Path, *, frames: bool | None = None) -> bool:
-    """Whether both are folders of runs, each file one of its own, and not the frames of one clip.
-
-    Args:
-        frames: That they are (True) or are not (False) frames, where it is known.
-    """
-    if frames or not all(path.is_dir() and is_media(path) for path in (actual, reference)):
+def are_runs(actual: Path, reference: Path, options: MediaOptions = NONE) -> bool:
+    """Whether both are folders of runs, each file one of its own, not the frames of one clip."""
+    if not all(path.is_dir() and is_media(path) for path in (actual, reference)):
         return False
-    return frames is False or not (is_sequence(actual) and is_sequence(reference))
+    return not (options.is_clip(actual) and options.is_clip(reference))
 
 
 def compare_folders(
