@@ -21,6 +21,7 @@ from tests.media import Array
 from truestep.demo import CASE
 from truestep.judge.media_files import MediaOptions
 from truestep.measure.frames import levels
+from truestep.records import MediaFinding
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Pipeline, generate
 from truestep.verdict import Comparison, Verdict
@@ -115,6 +116,26 @@ def overclaims(pair: Pair, result: Comparison) -> list[str]:
     if result.verdict in (Verdict.IDENTICAL, Verdict.EQUIVALENT):
         wrong.append(f"is {result.verdict.value}")
     return [f"{pair.name}: {text}: {result.sentence}" for text in wrong]
+
+
+def test_the_count_sees_an_overclaim(tmp_path: Path) -> None:
+    """Of each kind one, made of a result that has none."""
+    reference = media.moving()
+    pair = Pair("noise", media.noisy(reference, 3), reference)
+    a = media.write_mp4(tmp_path / "a.mp4", pair.actual)
+    honest = truestep.compare(a, media.write_mp4(tmp_path / "r.mp4", reference))
+    assert overclaims(pair, honest) == []
+    assert honest.evidence is not None
+    shift = MediaFinding(kind="frame shift", text="", effect="drifted")
+    false = (
+        {"verdict": Verdict.DRIFTED},
+        {"verdict": Verdict.EQUIVALENT},
+        {"verdict": Verdict.IDENTICAL},
+        {"sentence": "inconclusive: the vae differs"},
+        {"evidence": honest.evidence.model_copy(update={"findings": (shift,)})},
+    )
+    for update in false:
+        assert overclaims(pair, honest.model_copy(update=update))
 
 
 @pytest.mark.slow

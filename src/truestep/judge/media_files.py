@@ -448,9 +448,16 @@ def _not_looked_at(a: Clip, r: Clip, evidence: MediaEvidence) -> tuple[str, ...]
 
 
 def _notes(a: Clip, r: Clip) -> tuple[str, ...]:
+    notes = []
     if a.sha256 == r.sha256:
-        return ("the two files are the same, byte for byte: is one a copy?",)
-    return ()
+        notes.append("the two files are the same, byte for byte: is one a copy?")
+    if a.frames is not None and r.frames is not None and _blank(a.frames) and _blank(r.frames):
+        notes.append("every frame of both sides holds one colour: there is nothing to compare")
+    return tuple(notes)
+
+
+def _blank(frames: torch.Tensor) -> bool:
+    return all(bool((f.amax((0, 1)) - f.amin((0, 1)) <= 2).all()) for f in frames)
 
 
 def _to_look_at(a: Clip, r: Clip, evidence: MediaEvidence) -> tuple[Media, ...]:

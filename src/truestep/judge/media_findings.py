@@ -129,20 +129,30 @@ def _same_rate(actual: Clip, reference: Clip) -> bool:
 def _lengths(actual: Clip, reference: Clip) -> Iterator[MediaFinding]:
     assert actual.sound is not None
     assert reference.sound is not None
-    numbers = (
-        ("other sample rate", "Hz", actual.sample_rate or 0, reference.sample_rate or 0),
-        ("other channels", "channels", actual.sound.shape[0], reference.sound.shape[0]),
-        ("other length of sound", "samples", actual.sound.shape[1], reference.sound.shape[1]),
-    )
-    for kind, unit, own, other in numbers:
+    rates = actual.sample_rate or 0, reference.sample_rate or 0
+    if rates[0] != rates[1]:
+        text = f"its sound has {rates[0]:,} Hz, the reference's {rates[1]:,}"
+        if torch.equal(actual.sound, reference.sound):
+            text += ", and the samples are the same: one rate is stated wrong"
+        yield MediaFinding(
+            kind="other sample rate",
+            modality="audio",
+            text=text,
+            effect="incomparable",
+            value=rates[0] - rates[1],
+            unit="Hz",
+        )
+    lengths = zip(actual.sound.shape, reference.sound.shape, strict=True)
+    kinds = (("other channels", "channel"), ("other length of sound", "sample"))
+    for (kind, unit), (own, other) in zip(kinds, lengths, strict=True):
         if own != other:
             yield MediaFinding(
                 kind=kind,
                 modality="audio",
-                text=f"its sound has {own:,} {unit}, the reference's {other:,}",
+                text=f"its sound has {_count(own, unit)}, the reference's {other:,}",
                 effect="incomparable",
                 value=own - other,
-                unit=unit,
+                unit=f"{unit}s",
             )
 
 
@@ -163,11 +173,10 @@ def frames_of(actual: Clip, reference: Clip) -> Frames:
     if same_size and len(a) == len(r) and not any(score.rms for score in scores):
         return Frames((), scores)
     content = uniform(a), uniform(r)
-    empty = emptied(*content)
-    findings = [_empty(a, empty)] if empty else []
-    if min(map(max, content)) <= 0:
-        return Frames(tuple(findings), scores)
-    keep = [at for at in range(len(a)) if at not in set(empty)]
+    empty, bare = emptied(*content), emptied(*reversed(content))
+    findings = [_empty(a, empty, "actual")] if empty else []
+    findings += [_empty(r, bare, "reference")] if bare else []
+    keep = [at for at in range(len(a)) if at not in {*empty, *bare}]
     findings += _explained(a, r, keep, same_size=same_size)
     if not same_size and not findings:
         findings += _scaled(a, r)
@@ -191,17 +200,18 @@ def _scores(actual: Clip, reference: Clip) -> Iterator[FrameScore]:
         )
 
 
-def _empty(frames: torch.Tensor, empty: Sequence[int]) -> MediaFinding:
+def _empty(frames: torch.Tensor, empty: Sequence[int], side: str) -> MediaFinding:
+    """Frames of a side that hold one colour, where those of the other have a picture."""
     means = [float(frames[at].float().mean()) for at in empty]
     word = "black" if max(means) <= _BLACK else "uniform"
-    which = f"{len(empty)} of {_count(len(frames), 'frame')}"
-    text = f"{which} ({numbers(empty)}) hold one colour, where the reference has a picture"
-    if len(empty) == len(frames):
-        text = f"all its frames are {word}, where the reference has pictures"
+    which = f"{len(empty)} of {_count(len(frames), 'frame')} of the {side} side ({numbers(empty)})"
+    which = f"all frames of the {side} side" if len(empty) == len(frames) > 1 else which
+    which = f"the picture of the {side} side" if len(frames) == 1 else which
+    verb = "is" if len(empty) == 1 else "are"
     return MediaFinding(
         kind=f"{word} frames",
         modality="video",
-        text=text.replace("hold one colour", f"{'is' if len(empty) == 1 else 'are'} {word}"),
+        text=f"{which} {verb} {word}, where the other side has a picture",
         effect="invalid",
         value=len(empty),
         unit="frames",
@@ -436,7 +446,8 @@ def sound_of(actual: Clip, reference: Clip) -> Iterator[MediaFinding]:
             yield MediaFinding(
                 kind="not finite",
                 modality="audio",
-                text=f"{_count(count, 'sample')} of the {side} side are not finite",
+                text=f"{_count(count, 'sample')} of the {side} side "
+                f"{'is' if count == 1 else 'are'} not finite",
                 effect="invalid",
                 value=count,
                 unit="samples",

@@ -107,8 +107,10 @@ def is_media_file(path: Path) -> bool:
 
 def media_files(folder: Path) -> Iterator[Path]:
     """Media of a folder and the folders in it, in the order of their names; links to folders are
-    not followed."""
+    not followed, and names that begin with a dot are not looked at."""
     for path in sorted(folder.iterdir(), key=_in_order):
+        if path.name.startswith("."):
+            continue
         if path.is_dir():
             if not path.is_symlink():
                 yield from media_files(path)

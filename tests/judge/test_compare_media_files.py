@@ -80,6 +80,17 @@ def test_a_harmless_twin_has_no_finding(name: str, crf: int, trusted: Path, tmp_
     assert "media cannot tell a harmless change from a fault" in result.sentence
 
 
+def test_a_black_reference_is_invalid_and_two_black_sides_are_said(tmp_path: Path) -> None:
+    picture = media.write_png(tmp_path / "a.png", media.moving()[0])
+    black = media.write_png(tmp_path / "b.png", media.moving()[0] * 0)
+    result = truestep.compare(picture, black)
+    assert result.verdict is Verdict.INVALID
+    assert result.sentence.startswith("invalid: the picture of the reference side is black")
+    both = truestep.compare(black, media.write_png(tmp_path / "c.png", media.moving()[0] * 0))
+    assert any("there is nothing to compare" in note for note in both.notes)
+    assert not truestep.compare(picture, picture).notes[1:]
+
+
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_another_seed_has_no_finding(seed: int, trusted: Path, tmp_path: Path) -> None:
     result = truestep.compare(media.write_mp4(tmp_path / "b.mp4", media.moving(seed)), trusted)
@@ -243,6 +254,8 @@ def test_a_sample_that_is_not_finite_and_another_rate(tmp_path: Path) -> None:
     rate = truestep.compare(media.write_wav(tmp_path / "c.wav", sound, rate=22050), reference)
     assert rate.verdict is Verdict.INCOMPARABLE
     assert "its sound has 22,050 Hz, the reference's 16,000" in rate.sentence
+    pcm = media.write_wav(tmp_path / "d.wav", sound, rate=22050, floating=True)
+    assert "the samples are the same" in truestep.compare(pcm, reference).sentence
 
 
 @pytest.mark.parametrize("sigma", [1e-4, 1e-2, 0.1])
