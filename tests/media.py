@@ -31,6 +31,22 @@ def moving(seed: int = 0, *, frames: int = 12, height: int = 48, width: int = 64
     return np.stack(clip).round().astype(np.uint8)
 
 
+def panned(first: float, *, step: float = 1.0, frames: int = 12, seed: int = 0) -> Array:
+    """A soft texture that moves to the left by `step` pixels a frame, from some place on."""
+    from scipy.ndimage import gaussian_filter
+
+    noise = np.random.default_rng(seed).normal(0, 60, (48, 256, 3))
+    texture = gaussian_filter(noise, (2, 2, 0)) * 3 + 120
+    clip = []
+    for at in range(frames):
+        whole, part = divmod(first + at * step, 1)
+        left = int(whole)
+        clip.append(
+            (1 - part) * texture[:, left : left + 64] + part * texture[:, left + 1 : left + 65]
+        )
+    return levels(np.stack(clip))
+
+
 def levels(values: Array) -> Array:
     """Any numbers as levels."""
     return values.round().clip(0, 255).astype(np.uint8)

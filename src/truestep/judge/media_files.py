@@ -410,10 +410,11 @@ def _parts(clip: Clip) -> list[str]:
 
 def _sentence(a: Clip, r: Clip, rows: Rows, verdict: Verdict, evidence: MediaEvidence) -> str:
     if verdict is Verdict.IDENTICAL:
-        parts = [f"{a.count} frame{'s' * (a.count != 1)}"] * bool(a.count)
+        parts = ["the picture"] if a.count == 1 else [f"{a.count} frames"] * bool(a.count)
         parts += [f"{a.sound.shape[1]:,} samples"] if a.sound is not None else []
+        verb = "agrees" if parts == ["the picture"] else "agree"
         once = "" if a.sha256 == r.sha256 else " once decoded"
-        return f"identical: {' and '.join(parts)} agree bit for bit{once}"
+        return f"identical: {' and '.join(parts)} {verb} bit for bit{once}"
     findings = evidence.findings
     told = [f.text for f in findings[:2]]
     if len(findings) > 2:

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 import torch
 
 from truestep.measure.aligning import (
+    BETWEEN,
     Order,
+    between,
     emptied,
     explains,
     order_of,
     reduced,
     squares,
+    steps,
     straight,
     uniform,
 )
@@ -277,8 +280,8 @@ def _order(
     lost = [at for at in range(len(small)) if at not in set(keep)]
     matrix[lost] = 0.0  # a black frame has no partner: it speaks for none
     variance = float(other.flatten(2).var(2, correction=0).mean())
-    order = order_of(matrix, variance)
-    if order is None:
+    order = order_of(matrix, variance, steps(small))
+    if order is None or between(small, other, order.partners) > BETWEEN:
         return None
     before, after, variance = _whole(actual, reference, order, changes)
     return order if explains(before, after, variance) else None
