@@ -14,6 +14,7 @@ from tests import media
 from tests.media import Array
 from truestep.errors import FileFormatError, UsageError
 from truestep.judge.media_files import MediaOptions
+from truestep.recording.clips import read_clip
 from truestep.verdict import Comparison, Verdict
 
 
@@ -146,7 +147,38 @@ def test_equal_frames_in_two_files_are_identical_once_decoded(tmp_path: Path) ->
     result = truestep.compare(a, b)
     assert result.verdict is Verdict.IDENTICAL
     assert result.sentence == "identical: 12 frames agree bit for bit once decoded"
-    assert result.notes == ()
+    assert [note.partition(":")[0] for note in result.notes[1:]] == [
+        "names on the actual side only",
+        "names on the reference side only",
+    ]
+    assert "frame_0.png" in result.notes[1]
+    assert "frame_12.png" in result.notes[2]
+
+
+def test_a_video_and_its_frames_are_identical_in_rgb(trusted: Path, tmp_path: Path) -> None:
+    clip = read_clip(trusted)
+    assert clip.frames is not None
+    frames = media.write_frames(tmp_path / "a", clip.frames.numpy())
+    result = truestep.compare(frames, trusted)
+    assert result.verdict is Verdict.IDENTICAL
+    assert result.sentence.endswith("agree bit for bit once decoded to RGB at 8 bits")
+    changed = clip.frames.numpy().copy()
+    changed[3, 5, 5, 1] ^= 1
+    other = truestep.compare(media.write_frames(tmp_path / "b", changed), trusted)
+    assert other.verdict is Verdict.INCONCLUSIVE
+    assert "1 of 12 frames differ" in other.sentence
+
+
+def test_layouts_that_hold_more_than_rgb_are_not_identical_in_it(tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = media.moving()[0]
+    media.write_png(tmp_path / "a.png", picture)
+    rgba = np.concatenate([picture, np.full((48, 64, 1), 90, np.uint8)], 2)
+    Image.fromarray(rgba).save(tmp_path / "b.png")
+    result = truestep.compare(tmp_path / "a.png", tmp_path / "b.png")
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert "and differ in what that does not hold" in result.sentence
 
 
 def test_pictures_that_agree_in_8_bits_alone_are_not_identical(tmp_path: Path) -> None:

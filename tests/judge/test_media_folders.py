@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import truestep
 from tests import media
-from truestep.errors import UsageError
+from truestep.errors import FileFormatError, UsageError
 from truestep.judge.media_files import MediaOptions
 from truestep.judge.media_folders import are_runs, compare_folders, matched, runs_by_name
 from truestep.verdict import Comparison, Verdict
@@ -136,6 +136,9 @@ def test_other_runs_of_folders_are_found_by_name(sides: tuple[Path, Path], tmp_p
     assert dog is not None
     assert dog.ladder is not None
     assert dog.ladder.place == "beyond reruns"
+    (rerun / "dog.mp4").write_bytes(b"")
+    with pytest.raises(FileFormatError, match="the video cannot be read"):
+        compare_folders(ours, trusted, options=MediaOptions([rerun]))
     (rerun / "dog.mp4").unlink()
     with pytest.raises(UsageError, match="lacks one of that name") as caught:
         compare_folders(ours, trusted, options=MediaOptions([rerun]))

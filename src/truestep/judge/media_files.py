@@ -17,15 +17,15 @@ import torch
 
 from truestep.environment import library_version
 from truestep.errors import UsageError
-from truestep.judge.ladder import BEYOND, NEEDED, Distances, ladder
+from truestep.judge.ladder import BEYOND, NEEDED
 from truestep.judge.media import frame_media, sound_media
 from truestep.judge.media_findings import Frames, facts, frames_of, sound_of
+from truestep.judge.media_runs import placed, runs_of
 from truestep.judge.modality import modalities
-from truestep.measure.aligning import reduced
 from truestep.measure.perceptual import perceptual_jod, require_perceptual
-from truestep.measure.sound import spectrogram_db, waveform_metrics
-from truestep.recording.clips import Clip, is_media, is_sequence, media_files, read_clip
-from truestep.records import Ladder, Media, MediaEvidence, MediaFacts, MediaFinding
+from truestep.measure.sound import waveform_metrics
+from truestep.recording.clips import Clip, is_media, is_sequence, read_clip
+from truestep.records import Media, MediaEvidence, MediaFacts, MediaFinding
 from truestep.verdict import Comparison, Row, Rows, Rule, Side, TensorInfo, Verdict
 
 LIMITS = "media cannot tell a harmless change from a fault, nor where it was made"
@@ -39,9 +39,6 @@ RULE = Rule(
 
 _SHOWN = 512
 """Pixels of the larger side of frames to look at; larger ones are reduced by a whole factor."""
-
-_REDUCED = 128
-"""Pixels of the larger side of frames that runs of a ladder are compared by."""
 
 
 @dataclass(frozen=True)
@@ -128,20 +125,6 @@ def _require_media(actual: Path, reference: Path) -> None:
             )
 
 
-def runs_of(paths: Sequence[Path]) -> list[Path]:
-    """Files and folders of frames that paths stand for: a folder of runs is all of them."""
-    runs: list[Path] = []
-    for path in paths:
-        if not path.is_dir() or is_sequence(path):
-            runs.append(path)
-            continue
-        inside = [each for each in sorted(path.iterdir()) if each.is_dir() and is_sequence(each)]
-        runs += [*(each for each in media_files(path) if each.parent not in inside), *inside]
-        if not any(path in run.parents for run in runs):
-            raise UsageError("the folder of runs holds no media", where=str(path))
-    return runs
-
-
 def judge_clips(a: Clip, r: Clip, *, options: MediaOptions = NONE) -> Comparison:
     """Judge two decoded clips; see `compare_media`."""
     same_seed, other_seeds = runs_of(options.same_seed), runs_of(options.other_seeds)
@@ -154,9 +137,9 @@ def judge_clips(a: Clip, r: Clip, *, options: MediaOptions = NONE) -> Comparison
     if not same:
         verdict = Verdict.worst(Verdict(f.effect) for f in findings) if findings else verdict
         if (same_seed or other_seeds) and _placeable(verdict):
-            told, placed = _placed(a, r, same_seed, other_seeds)
+            told, alone = placed(a, r, same_seed, other_seeds)
             evidence = evidence.model_copy(update={"ladder": told})
-            verdict = Verdict.worst((verdict, placed))
+            verdict = Verdict.worst((verdict, alone))
         if options.perceptual and a.frames is not None and r.frames is not None and frames.scores:
             count = len(frames.scores)
             jod = perceptual_jod(a.frames[:count], r.frames[:count], fps=r.fps)
@@ -174,7 +157,7 @@ def _rows(a: Clip, r: Clip, frames: Frames, findings: Sequence[MediaFinding]) ->
         a.sound is not None or r.sound is not None
     )
     streams: tuple[tuple[str, str, Any, Any, bool], ...] = (
-        ("video/frames", "video", a.frames, r.frames, a.digests == r.digests),
+        ("video/frames", "video", a.frames, r.frames, a.same_frames(r)),
         ("audio/waveform", "audio", a.sound, r.sound, a.sound_digest == r.sound_digest),
     )
     rows = []
@@ -212,9 +195,7 @@ def _video_note(a: Clip, r: Clip, frames: Frames) -> str:
         return "no pair of frames of one size"
     differing = [score for score in scores if score.rms]
     if not differing:
-        more = (
-            "" if a.digests == r.digests else "; the files differ in what RGB at 8 bits holds not"
-        )
+        more = "" if a.same_frames(r) else ", and differ in what that does not hold"
         return f"{len(scores)} pairs of frames agree in RGB at 8 bits{more}"
     worst = min(differing, key=lambda score: score.psnr_db)
     one = len(scores) == 1
@@ -289,81 +270,6 @@ def _facts(clip: Clip) -> MediaFacts:
     )
 
 
-# --- the ladder ----------------------------------------------------------------------------------
-
-
-def _placed(
-    a: Clip, r: Clip, same_seed: Sequence[Path], other_seeds: Sequence[Path]
-) -> tuple[Ladder, Verdict]:
-    """Where the difference lies among other runs; by frames, or by sound where frames agree."""
-    by_sound = a.frames is None or a.digests == r.digests
-    names, kept = [str(a.path), str(r.path)], [_small(a, by_sound), _small(r, by_sound)]
-    known = {_content(r): str(r.path)}
-    copies: list[tuple[str, str]] = []
-    for path in same_seed:
-        run = _run(path, a, r)
-        if _content(run) in known:
-            copies.append((str(path), known[_content(run)]))
-            continue
-        known[_content(run)] = str(path)
-        names.append(str(path))
-        kept.append(_small(run, by_sound))
-    seeds = [(str(path), _far(_small(_run(path, a, r), by_sound), kept[1])) for path in other_seeds]
-    between = [[0.0 if x is y else _far(x, y) for y in kept] for x in kept]
-    told, verdict = ladder(
-        Distances(names, between, seeds, copies, unit="dB" if by_sound else "levels")
-    )
-    if _content(a) in known:
-        text = f"{told.text}; it is bit for bit {known[_content(a)]}"
-        told = told.model_copy(update={"text": text})
-    return told, verdict
-
-
-def _run(path: Path, a: Clip, r: Clip) -> Clip:
-    if path.resolve() == a.path.resolve():
-        raise UsageError("the run under test is among the trusted runs", where=str(path))
-    run = read_clip(path)
-    shapes = [None if c.frames is None else c.frames.shape for c in (run, r)]
-    sounds = [None if c.sound is None else (len(c.sound), c.sample_rate) for c in (run, r)]
-    if shapes[0] != shapes[1] or sounds[0] != sounds[1]:
-        raise UsageError(
-            "a run of the ladder is of another size than the reference",
-            where=str(path),
-            measured=f"{_said(run)}; the reference has {_said(r)}",
-        )
-    return run
-
-
-def _said(clip: Clip) -> str:
-    parts = []
-    if clip.frames is not None:
-        count, height, width = clip.frames.shape[:3]
-        parts.append(f"{count} frames of {width}x{height}")
-    if clip.sound is not None:
-        parts.append(f"{len(clip.sound)} channels at {clip.sample_rate} Hz")
-    return " and ".join(parts) or "nothing"
-
-
-def _content(clip: Clip) -> tuple[object, ...]:
-    return (clip.digests, clip.sound_digest)
-
-
-def _small(clip: Clip, by_sound: bool) -> torch.Tensor:
-    if by_sound:
-        assert clip.sound is not None
-        return spectrogram_db(clip.sound.nan_to_num(0.0, 0.0, 0.0))
-    assert clip.frames is not None
-    return reduced(clip.frames, _REDUCED)
-
-
-def _far(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Rms in levels, or the mean difference of spectrograms in dB over what both have."""
-    if x.ndim == 4:
-        return math.sqrt(float((x - y).square().mean(dtype=torch.float64)))
-    length = min(x.shape[-1], y.shape[-1])
-    return float((x[..., :length] - y[..., :length]).abs().mean())
-
-
 # --- the result ----------------------------------------------------------------------------------
 
 
@@ -414,6 +320,7 @@ def _sentence(a: Clip, r: Clip, rows: Rows, verdict: Verdict, evidence: MediaEvi
         parts += [f"{a.sound.shape[1]:,} samples"] if a.sound is not None else []
         verb = "agrees" if parts == ["the picture"] else "agree"
         once = "" if a.sha256 == r.sha256 else " once decoded"
+        once += "" if a.layouts == r.layouts else " to RGB at 8 bits"
         return f"identical: {' and '.join(parts)} {verb} bit for bit{once}"
     findings = evidence.findings
     told = [f.text for f in findings[:2]]
@@ -452,6 +359,16 @@ def _notes(a: Clip, r: Clip) -> tuple[str, ...]:
     notes = []
     if a.sha256 == r.sha256:
         notes.append("the two files are the same, byte for byte: is one a copy?")
+    if a.names and r.names:
+        notes.append(
+            "the pictures of each folder are the frames of one clip, in the order of their numbers "
+            "(--runs compares those of one name)"
+        )
+        alone = (sorted({*x.names} - {*y.names}) for x, y in ((a, r), (r, a)))
+        for side, names in zip(("actual", "reference"), alone, strict=True):
+            if names:
+                shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+                notes.append(f"names on the {side} side only: {shown}")
     if a.frames is not None and r.frames is not None and _blank(a.frames) and _blank(r.frames):
         notes.append("every frame of both sides holds one colour: there is nothing to compare")
     return tuple(notes)

@@ -31,6 +31,7 @@ def compare_folders(
     has is `missing`.
 
     Raises:
+        FileFormatError: A run of a ladder cannot be decoded.
         UsageError: The package of ColorVideoVDP is not there, or a run of a ladder is of another
             size.
     """
@@ -46,6 +47,8 @@ def compare_folders(
         try:
             result = compare_media(own, other, options=_present(options, name, own.name))
         except FileFormatError as error:
+            if error.where not in (str(own), str(other)):  # a run of the ladder: nothing was judged
+                raise
             result = _unread(name, own, other, error)
         results.append(result.model_copy(update={"case_id": name}))
     return _duplicates(results)

@@ -76,6 +76,20 @@ class Clip:
         return 0 if self.frames is None else len(self.frames)
 
     @property
+    def layouts(self) -> set[str]:
+        """Layouts of pixels that the digests are of."""
+        return {digest.partition(":")[0] for digest in self.digests}
+
+    def same_frames(self, other: Clip) -> bool:
+        """Whether all frames agree bit for bit: as the files hold them, or, where these hold them
+        in two layouts, in RGB at 8 bits, if that is all that both hold."""
+        if self.frames is None or other.frames is None:
+            return False
+        if self.layouts == other.layouts or self.unseen or other.unseen:
+            return self.digests == other.digests
+        return torch.equal(self.frames, other.frames)
+
+    @property
     def seconds(self) -> float | None:
         """Duration: of the frames by their rate, or of a sound."""
         if self.count and self.fps:
@@ -225,7 +239,10 @@ def _folder(path: Path) -> Clip:
     sizes = {part.frames.shape[1:] for part in parts if part.frames is not None}
     if len(sizes) > 1 or any(part.count != 1 for part in parts):
         shown = ", ".join(f"{s[1]}x{s[0]}" for s in sorted(sizes)[:4])
-        raise ValueError(f"its pictures are no frames of one size: {shown}")
+        raise ValueError(
+            f"its pictures are no frames of one size: {shown}; "
+            "as runs they are compared with --runs"
+        )
     return Clip(
         path,
         "frames",
@@ -343,7 +360,7 @@ def _streams(path: Path) -> Clip:
     )
 
 
-_EXACT = ("rgb24", "gray", "pal8")
+_EXACT = ("rgb24", "bgr24", "gbrp", "rgb0", "bgr0", "gray", "pal8")
 """Layouts that RGB at 8 bits holds whole."""
 
 _RANGES = {1: "limited range", 2: "full range"}
