@@ -78,6 +78,7 @@ def write_mp4(
     fps: float = 8,
     sound: Array | None = None,
     pixels: str = "yuv420p",
+    matrix: str = "",
 ) -> Path:
     """H.264, and AAC where there is a sound `c n`."""
     import av
@@ -87,6 +88,8 @@ def write_mp4(
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt, stream.options = pixels, {"crf": str(crf)}
+        if matrix:
+            stream.options = {"crf": str(crf), "x264-params": f"colormatrix={matrix}"}
         track = container.add_stream("aac", rate=RATE, layout=layout) if sound is not None else None
         for at, picture in enumerate(clip):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")

@@ -60,8 +60,23 @@ def test_the_same_file_passes(run: Run) -> None:
     code, out, _ = run("copy.mp4", "trusted.mp4")
     assert code == 0
     assert out.splitlines()[0] == "PASSED identical copy.mp4"
-    assert "  frames       agree bit for bit" in out
+    assert "  frames       bit for bit the same" in out
     assert "is one a copy?" in out
+
+
+def test_sounds_are_told_in_a_line(run: Run) -> None:
+    media.write_wav(Path("a.wav"), media.tones())
+    media.write_wav(Path("b.wav"), -media.tones())
+    code, out, _ = run("b.wav", "a.wav", "--report", "report.html")
+    assert code == 1
+    assert "  sound        correlation -1, level " in out
+    assert "  finding      its polarity is turned: it is the reference times -1" in out
+    assert "data:audio/wav" in Path("report.html").read_text()
+    media.write_wav(Path("c.wav"), media.tones()[:, :-99])
+    code, out, _ = run("c.wav", "a.wav")
+    assert code == 3
+    assert "  sound        correlation 1, level +0 dB, spectrum 0 dB" in out
+    assert "its sound has 15,901 samples, the reference's 16,000" in out.splitlines()[-2]
 
 
 def test_other_runs_are_listed_by_their_distance(run: Run) -> None:

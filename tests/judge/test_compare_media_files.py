@@ -235,6 +235,19 @@ def test_other_size_and_rate_are_incomparable(trusted: Path, tmp_path: Path) -> 
     assert kinds(truestep.compare(ntsc, film)) == []
 
 
+def test_marks_of_colours_are_told_where_both_sides_have_them(
+    trusted: Path, tmp_path: Path
+) -> None:
+    new = media.write_mp4(tmp_path / "a.mp4", media.moving(), matrix="bt709")
+    assert "colour marks" not in kinds(truestep.compare(new, trusted))
+    old = media.write_mp4(tmp_path / "b.mp4", media.moving(), matrix="smpte170m")
+    result = truestep.compare(new, old)
+    assert "colour marks" in kinds(result)
+    assert result.evidence is not None
+    texts = [finding.text for finding in result.evidence.findings]
+    assert "its colours are marked BT.709, the reference's BT.601" in texts
+
+
 def test_a_gif_is_compared_with_the_video_it_was_made_of(trusted: Path, tmp_path: Path) -> None:
     gif = media.write_gif(tmp_path / "b.gif", media.moving())
     assert kinds(truestep.compare(gif, trusted)) == []

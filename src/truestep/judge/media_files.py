@@ -225,7 +225,11 @@ def _audio_note(a: Clip, r: Clip) -> str:
         return "no pair of sounds of one rate"
     if torch.equal(a.sound, r.sound):
         return "the sounds agree in float32"
-    metrics = waveform_metrics(a.sound[None], r.sound[None], sample_rate=a.sample_rate or 1)
+    if not min(a.sound.shape[1], r.sound.shape[1]):
+        return "a side holds no samples"
+    length = min(a.sound.shape[1], r.sound.shape[1])
+    sides = (sound[None, :, :length] for sound in (a.sound, r.sound))
+    metrics = waveform_metrics(*sides, sample_rate=a.sample_rate or 1)
     parts = [f"level {metrics.level_db:+.3g} dB"]
     if metrics.correlation is not None and metrics.spectrum_db is not None:
         parts = [f"correlation {metrics.correlation:.4g}", *parts]
@@ -258,7 +262,7 @@ def _facts(clip: Clip) -> MediaFacts:
     return MediaFacts(
         what=clip.what,
         form=clip.form,
-        colours=clip.colours,
+        colours=", ".join(filter(None, (clip.colour_range, clip.colour_matrix))),
         frames=shape[0],
         height=shape[1],
         width=shape[2],

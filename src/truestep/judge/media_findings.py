@@ -69,10 +69,15 @@ def facts(actual: Clip, reference: Clip) -> Iterator[MediaFinding]:
         yield from _sizes(actual, reference)
     if actual.sound is not None and reference.sound is not None:
         yield from _lengths(actual, reference)
-    if actual.colours != reference.colours:
-        text = f"its colours are marked {actual.colours or 'not at all'}"
-        text += f", the reference's {reference.colours or 'not at all'}"
-        yield MediaFinding(kind="colour marks", modality="video", text=text, effect="inconclusive")
+    for own, other in (
+        (actual.colour_range, reference.colour_range),
+        (actual.colour_matrix, reference.colour_matrix),
+    ):
+        if own and other and own != other:
+            text = f"its colours are marked {own}, the reference's {other}"
+            yield MediaFinding(
+                kind="colour marks", modality="video", text=text, effect="inconclusive"
+            )
 
 
 def _streams(actual: Clip, reference: Clip) -> Iterator[MediaFinding]:

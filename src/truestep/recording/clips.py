@@ -49,7 +49,8 @@ class Clip:
         sample_rate: Hz.
         sound_digest: Of the samples as the file holds them.
         form: Codec and layout of pixels or samples, in words.
-        colours: What the file says of range and matrix; empty where it says nothing.
+        colour_range: What the file says of it; empty where it says nothing.
+        colour_matrix: Likewise.
         sha256: Of the file, or of all files of the folder in their order.
         unseen: What it holds that is not compared.
         broken: Where decoding ended before the file says that it does, and why.
@@ -65,7 +66,8 @@ class Clip:
     sample_rate: int | None = None
     sound_digest: str = ""
     form: str = ""
-    colours: str = ""
+    colour_range: str = ""
+    colour_matrix: str = ""
     sha256: str = ""
     unseen: tuple[str, ...] = ()
     broken: str = ""
@@ -354,7 +356,8 @@ def _streams(path: Path) -> Clip:
         sample_rate=decoded.rate or None,
         sound_digest=decoded.sound_digest(),
         form=f"{form} {decoded.form}".strip(),
-        colours=decoded.colours,
+        colour_range=decoded.colour_range,
+        colour_matrix=decoded.colour_matrix,
         unseen=(*more, *decoded.unseen),
         broken=broken,
     )
@@ -376,7 +379,7 @@ class _Decoded:
         self.digests: list[str] = []
         self.samples: list[np.ndarray[Any, Any]] = []
         self.unseen: dict[str, None] = {}
-        self.form = self.colours = ""
+        self.form = self.colour_range = self.colour_matrix = ""
         self.rate = self.damaged = 0
         self._sound = xxhash.xxh3_128()
         self._resampler: Any = None
@@ -419,8 +422,8 @@ class _Decoded:
         pixels = frame.to_ndarray(format="rgb24")
         form = frame.format.name
         self.form = self.form or form
-        words = (_RANGES.get(int(frame.color_range)), _MATRICES.get(int(frame.colorspace)))
-        self.colours = self.colours or ", ".join(word for word in words if word)
+        self.colour_range = self.colour_range or _RANGES.get(int(frame.color_range), "")
+        self.colour_matrix = self.colour_matrix or _MATRICES.get(int(frame.colorspace), "")
         if frame.format.components and max(c.bits for c in frame.format.components) > 8:
             self.unseen["what is below 8 bits"] = None
         native = pixels

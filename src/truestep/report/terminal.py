@@ -62,7 +62,8 @@ def lines(comparison: Comparison) -> Iterable[str]:
     else:
         yield from _table(comparison)
     yield from _modalities(comparison)
-    yield from _sounds(comparison)
+    if comparison.evidence is None:
+        yield from _sounds(comparison)
     if comparison.first_divergence and comparison.first_divergence.operator:
         yield from _wrapped("at", comparison.first_divergence.operator)
     yield from _growth(comparison)
@@ -160,9 +161,8 @@ def _media(comparison: Comparison, evidence: MediaEvidence) -> Iterable[str]:
     for finding in evidence.findings:
         yield from _wrapped("finding", finding.text)
     for row in comparison.rows:
-        text = row.note or "agree bit for bit"
-        if row.name == "video/frames" or row.verdict is Verdict.IDENTICAL:
-            yield from _wrapped("sound" if row.name.startswith("audio") else "frames", text)
+        word = "frames" if row.name == "video/frames" else "sound"
+        yield from _wrapped(word, row.note or "bit for bit the same")
     if evidence.perceptual_jod is not None:
         jod = f"{evidence.perceptual_jod:.2f} JOD by ColorVideoVDP (10: no visible difference)"
         yield from _wrapped("perceptual", jod)
