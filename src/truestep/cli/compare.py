@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.cli.common import Command, end, finish, output_options
+from truestep.cli.common import Command, end, finish, output_options, progress_bar
 
 if TYPE_CHECKING:
     from truestep.verdict import Comparison
@@ -83,10 +83,13 @@ def command(  # 10 parameters: one an option
     from truestep.judge.media_files import MediaOptions
     from truestep.judge.media_folders import are_runs, compare_folders
 
-    media = MediaOptions(same_seed, other_seeds, perceptual, frames)
     results: Sequence[Comparison]
-    if are_runs(actual, reference, media):
-        results = compare_folders(actual, reference, options=media)
-    else:
-        results = [compare(actual, reference, tolerance=tolerance, weights=weights, media=media)]
+    with progress_bar() as progress:
+        media = MediaOptions(same_seed, other_seeds, perceptual, frames, progress)
+        if are_runs(actual, reference, media):
+            results = compare_folders(actual, reference, options=media)
+        else:
+            results = [
+                compare(actual, reference, tolerance=tolerance, weights=weights, media=media)
+            ]
     end(finish(results, json_path=json_path, report=report))

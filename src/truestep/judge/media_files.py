@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from truestep.environment import library_version
 from truestep.errors import UsageError
 from truestep.judge.ladder import BEYOND, NEEDED
 from truestep.judge.media import frame_media, sound_media
-from truestep.judge.media_findings import Frames, facts, frames_of, sound_of
+from truestep.judge.media_findings import Frames, facts, frames_of
 from truestep.judge.media_runs import placed, runs_of
+from truestep.judge.media_sounds import sound_of
 from truestep.judge.modality import modalities
 from truestep.measure.perceptual import perceptual_jod, require_perceptual
 from truestep.measure.sound import waveform_metrics
+from truestep.progress import Progress, silent
 from truestep.recording.clips import Clip, is_media, is_sequence, read_clip
 from truestep.records import Media, MediaEvidence, MediaFacts, MediaFinding
 from truestep.verdict import Comparison, Row, Rows, Rule, Side, TensorInfo, Verdict
@@ -51,12 +53,14 @@ class MediaOptions:
         perceptual: Measure ColorVideoVDP, too.
         frames: Whether folders of pictures are the frames of one clip (True) or runs (False);
             None: by their names, see `is_sequence`.
+        progress: Told of frames and runs that are measured.
     """
 
     same_seed: Sequence[Path] = ()
     other_seeds: Sequence[Path] = ()
     perceptual: bool = False
     frames: bool | None = None
+    progress: Progress = silent
 
     def is_clip(self, folder: Path) -> bool:
         """Whether a folder is the frames of one clip."""
@@ -68,9 +72,10 @@ class MediaOptions:
         Raises:
             UsageError: Something is asked for.
         """
-        if self.same_seed or self.other_seeds or self.perceptual:
+        if self.same_seed or self.other_seeds or self.perceptual or self.frames is not None:
             raise UsageError(
-                "--same-seed-of, --other-seeds and --perceptual are for pictures, videos and sounds"
+                "--same-seed-of, --other-seeds, --perceptual, --frames and --runs are for "
+                "pictures, videos and sounds"
             )
 
     def of(self, name: str) -> MediaOptions:
@@ -79,7 +84,7 @@ class MediaOptions:
             [path / name if path.is_dir() and not self.is_clip(path) else path for path in paths]
             for paths in (self.same_seed, self.other_seeds)
         )
-        return MediaOptions(same, others, self.perceptual)
+        return replace(self, same_seed=same, other_seeds=others)
 
 
 NONE = MediaOptions()
@@ -128,7 +133,7 @@ def _require_media(actual: Path, reference: Path) -> None:
 def judge_clips(a: Clip, r: Clip, *, options: MediaOptions = NONE) -> Comparison:
     """Judge two decoded clips; see `compare_media`."""
     same_seed, other_seeds = runs_of(options.same_seed), runs_of(options.other_seeds)
-    known, frames = list(facts(a, r)), frames_of(a, r)
+    known, frames = list(facts(a, r)), frames_of(a, r, options.progress)
     findings = (*known, *frames.findings, *sound_of(a, r))
     rows = _rows(a, r, frames, findings)
     same = all(row.verdict is Verdict.IDENTICAL for row in rows) and not known
@@ -137,14 +142,18 @@ def judge_clips(a: Clip, r: Clip, *, options: MediaOptions = NONE) -> Comparison
     if not same:
         verdict = Verdict.worst(Verdict(f.effect) for f in findings) if findings else verdict
         if (same_seed or other_seeds) and _placeable(verdict):
-            told, alone = placed(a, r, same_seed, other_seeds)
+            told, alone = placed(a, r, same_seed, other_seeds, options.progress)
             evidence = evidence.model_copy(update={"ladder": told})
             verdict = Verdict.worst((verdict, alone))
         if options.perceptual and a.frames is not None and r.frames is not None and frames.scores:
             count = len(frames.scores)
             jod = perceptual_jod(a.frames[:count], r.frames[:count], fps=r.fps)
             evidence = evidence.model_copy(update={"perceptual_jod": jod})
-    return _comparison(a, r, rows, verdict, evidence)
+    result = _comparison(a, r, rows, verdict, evidence)
+    if (same_seed or other_seeds) and evidence.ladder is None:
+        unseen = "other runs, which change nothing here"
+        return result.model_copy(update={"not_looked_at": (*result.not_looked_at, unseen)})
+    return result
 
 
 def _placeable(verdict: Verdict) -> bool:

@@ -27,8 +27,8 @@ from truestep.measure.aligning import (
     uniform,
 )
 from truestep.measure.frames import psnr_of_levels, ssim_frame
-from truestep.measure.listening import SILENT, hearing
 from truestep.measure.recolouring import Recolouring, recolouring
+from truestep.progress import Progress, silent
 from truestep.recording.clips import Clip
 from truestep.records import FrameScore, MediaFinding
 
@@ -104,7 +104,7 @@ def _sizes(actual: Clip, reference: Clip) -> Iterator[MediaFinding]:
         text = f"its frames are {own[1]}x{own[0]}, the reference's {other[1]}x{other[0]}"
         yield MediaFinding(kind="other size", modality="video", text=text, effect="incomparable")
     if actual.count != reference.count:
-        text = f"it has {_count(actual.count, 'frame')}, the reference {reference.count}"
+        text = f"it has {counted(actual.count, 'frame')}, the reference {reference.count}"
         yield MediaFinding(
             kind="other number of frames",
             modality="video",
@@ -157,27 +157,28 @@ def _lengths(actual: Clip, reference: Clip) -> Iterator[MediaFinding]:
             yield MediaFinding(
                 kind=kind,
                 modality="audio",
-                text=f"its sound has {_count(own, unit)}, the reference's {other:,}",
+                text=f"its sound has {counted(own, unit)}, the reference's {other:,}",
                 effect="incomparable",
                 value=own - other,
                 unit=f"{unit}s",
             )
 
 
-def _count(number: int, word: str) -> str:
+def counted(number: int, word: str) -> str:
+    """`1 frame`, `2 frames`."""
     return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 # --- frames --------------------------------------------------------------------------------------
 
 
-def frames_of(actual: Clip, reference: Clip) -> Frames:
+def frames_of(actual: Clip, reference: Clip, progress: Progress = silent) -> Frames:
     """Score every pair of frames, and look for what explains their difference."""
     a, r = actual.frames, reference.frames
     if a is None or r is None:
         return Frames()
     same_size = a.shape[1:] == r.shape[1:]
-    scores = tuple(_scores(actual, reference)) if same_size else ()
+    scores = tuple(_scores(a, r, progress)) if same_size else ()
     if same_size and len(a) == len(r) and not any(score.rms for score in scores):
         return Frames((), scores)
     content = uniform(a), uniform(r)
@@ -191,10 +192,12 @@ def frames_of(actual: Clip, reference: Clip) -> Frames:
     return Frames(tuple(findings), scores)
 
 
-def _scores(actual: Clip, reference: Clip) -> Iterator[FrameScore]:
-    assert actual.frames is not None
-    assert reference.frames is not None
-    for at, (a, r) in enumerate(zip(actual.frames, reference.frames, strict=False)):
+def _scores(
+    actual: torch.Tensor, reference: torch.Tensor, progress: Progress
+) -> Iterator[FrameScore]:
+    total = min(len(actual), len(reference))
+    for at, (a, r) in enumerate(zip(actual, reference, strict=False)):
+        progress("frames", at + 1, total)
         if torch.equal(a, r):
             yield FrameScore(actual=at, reference=at, psnr_db=math.inf, ssim=1.0, rms=0.0)
             continue
@@ -212,7 +215,7 @@ def _empty(frames: torch.Tensor, empty: Sequence[int], side: str) -> MediaFindin
     """Frames of a side that hold one colour, where those of the other have a picture."""
     means = [float(frames[at].float().mean()) for at in empty]
     word = "black" if max(means) <= _BLACK else "uniform"
-    which = f"{len(empty)} of {_count(len(frames), 'frame')} of the {side} side ({numbers(empty)})"
+    which = f"{len(empty)} of {counted(len(frames), 'frame')} of the {side} side ({numbers(empty)})"
     which = f"all frames of the {side} side" if len(empty) == len(frames) > 1 else which
     which = f"the picture of the {side} side" if len(frames) == 1 else which
     verb = "is" if len(empty) == 1 else "are"
@@ -259,7 +262,7 @@ def _explained(
             change = _recoloured(actual, reference, partners, changes, keep)
             if change is not None and change.kind not in {known.kind for known in changes}:
                 changes.append(change)
-                findings.append(_told_change(change, fitted_only=False))
+                findings.append(_told_change(change))
         if len(findings) == told:
             break
     return findings
@@ -324,7 +327,7 @@ def _told_order(
     changes: Sequence[Recolouring],
 ) -> MediaFinding:
     before, after, _ = _whole(actual, reference, order, changes)
-    frames = _count(abs(order.value), "frame")
+    frames = counted(abs(order.value), "frame")
     text = {
         "frame shift": f"its frames are the reference's {frames} "
         f"{'later' if order.value > 0 else 'earlier'}: frame 0 is the reference's {order.value}"
@@ -344,7 +347,7 @@ def _told_order(
     return MediaFinding(
         kind=order.kind,
         modality="video",
-        text=text + _proof(before, after),
+        text=text + proof(before, after),
         effect="drifted",
         value=order.value,
         unit="frames",
@@ -359,7 +362,7 @@ def _pairs(order: Order) -> str:
     return ", ".join(pairs[:4]) + (", ..." if len(pairs) > 4 else "")
 
 
-def _proof(before: float, after: float) -> str:
+def proof(before: float, after: float) -> str:
     """How much of the mean square a finding explains."""
     share = 1 - after / before if before else 1.0
     return (
@@ -401,12 +404,12 @@ def _stacked(frames: torch.Tensor, chosen: Sequence[int]) -> torch.Tensor:
     return frames[list(chosen)].permute(0, 3, 1, 2).float()
 
 
-def _told_change(change: Recolouring, *, fitted_only: bool) -> MediaFinding:
-    proof = "" if math.isinf(change.before) else _proof(change.before, change.after)
+def _told_change(change: Recolouring) -> MediaFinding:
+    explained = "" if math.isinf(change.before) else proof(change.before, change.after)
     return MediaFinding(
         kind=change.kind,
         modality="video",
-        text=change.text + proof,
+        text=change.text + explained,
         effect="drifted" if change.exact else "inconclusive",
         value=change.value,
         before=None if math.isinf(change.before) else math.sqrt(change.before),
@@ -437,57 +440,3 @@ def _scaled(actual: torch.Tensor, reference: torch.Tensor) -> list[MediaFinding]
             unit="levels",
         )
     ]
-
-
-# --- sound ---------------------------------------------------------------------------------------
-
-
-def sound_of(actual: Clip, reference: Clip) -> Iterator[MediaFinding]:
-    """What two sounds show beside a distance."""
-    a, r = actual.sound, reference.sound
-    if a is None or r is None:
-        return
-    finite = [bool(torch.isfinite(side).all()) for side in (a, r)]
-    for side, tensor, whole in zip(("actual", "reference"), (a, r), finite, strict=True):
-        if not whole:
-            count = int((~torch.isfinite(tensor)).sum())
-            yield MediaFinding(
-                kind="not finite",
-                modality="audio",
-                text=f"{_count(count, 'sample')} of the {side} side "
-                f"{'is' if count == 1 else 'are'} not finite",
-                effect="invalid",
-                value=count,
-                unit="samples",
-            )
-    if not all(finite):
-        return
-    silent = [float(side.abs().max()) < SILENT for side in (a, r)]
-    if silent[0] is not silent[1]:
-        side = "actual" if silent[0] else "reference"
-        text = f"the {side} side is silent and the other is not"
-        yield MediaFinding(kind="silence", modality="audio", text=text, effect="invalid")
-    elif not silent[0] and len(a) == len(r) and actual.sample_rate == reference.sample_rate:
-        yield from _heard(a, r, actual.sample_rate or 1)
-
-
-def _heard(a: torch.Tensor, r: torch.Tensor, sample_rate: int) -> Iterator[MediaFinding]:
-    change = hearing(a, r, sample_rate=sample_rate)
-    if change is None:
-        return
-    sizes = {
-        "sound gain": (abs(change.gain), "x"),
-        "sound offset": (float(change.offset), "samples"),
-    }
-    for kind, text in change.words(sample_rate).items():
-        value, unit = sizes.get(kind, (None, ""))
-        yield MediaFinding(
-            kind=kind,
-            modality="audio",
-            text=text + _proof(change.before**2, change.after**2),
-            effect="drifted" if kind in ("polarity", "channels swapped") else "inconclusive",
-            value=value,
-            unit=unit,
-            before=change.before,
-            after=change.after,
-        )

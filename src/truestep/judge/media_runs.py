@@ -12,6 +12,7 @@ from truestep.errors import UsageError
 from truestep.judge.ladder import Distances, ladder
 from truestep.measure.aligning import reduced
 from truestep.measure.sound import spectrogram_db
+from truestep.progress import Progress, silent
 from truestep.recording.clips import Clip, is_sequence, media_files, read_clip
 from truestep.records import Ladder
 from truestep.verdict import Verdict
@@ -35,14 +36,20 @@ def runs_of(paths: Sequence[Path]) -> list[Path]:
 
 
 def placed(
-    a: Clip, r: Clip, same_seed: Sequence[Path], other_seeds: Sequence[Path]
+    a: Clip,
+    r: Clip,
+    same_seed: Sequence[Path],
+    other_seeds: Sequence[Path],
+    progress: Progress = silent,
 ) -> tuple[Ladder, Verdict]:
     """Where the difference lies among other runs; by frames, or by sound where frames agree."""
     by_sound = a.frames is None or a.same_frames(r)
     names, kept = [str(a.path), str(r.path)], [_small(a, by_sound), _small(r, by_sound)]
     known = {_content(r): str(r.path)}
     copies: list[tuple[str, str]] = []
-    for path in same_seed:
+    total = len(same_seed) + len(other_seeds)
+    for at, path in enumerate(same_seed):
+        progress("other runs", at, total)
         run = _run(path, a, r)
         if _content(run) in known:
             copies.append((str(path), known[_content(run)]))
@@ -50,7 +57,11 @@ def placed(
         known[_content(run)] = str(path)
         names.append(str(path))
         kept.append(_small(run, by_sound))
-    seeds = [(str(path), _far(_small(_run(path, a, r), by_sound), kept[1])) for path in other_seeds]
+    seeds = []
+    for at, path in enumerate(other_seeds, len(same_seed)):
+        progress("other runs", at, total)
+        seeds.append((str(path), _far(_small(_run(path, a, r), by_sound), kept[1])))
+    progress("other runs", total, total)
     between = [[0.0 if x is y else _far(x, y) for y in kept] for x in kept]
     told, verdict = ladder(
         Distances(names, between, seeds, copies, unit="dB" if by_sound else "levels")
