@@ -51,6 +51,16 @@ def test_places(far: float, reruns: int, seeds: int, place: str, verdict: Verdic
     assert len(told.runs) == reruns + 2 + seeds
 
 
+def test_the_furthest_of_enough_runs_is_undecided_where_it_is_hardly_further() -> None:
+    told, made = ladder(distances(runs(20, far=1.2)))
+    assert told.p_value == pytest.approx(ALPHA)
+    assert told.ratio is not None
+    assert 1 < told.ratio < 2
+    assert made is Verdict.INCONCLUSIVE
+    assert "x as far from the others as the next (2 would decide)" in told.text
+    assert "would decide" not in ladder(distances(runs(20, far=5)))[0].text
+
+
 def test_reruns_that_agree_bit_for_bit_decide_nothing() -> None:
     points = np.zeros((30, 4))
     points[0] = 1

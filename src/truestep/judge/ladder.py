@@ -70,7 +70,7 @@ def ladder(distances: Distances) -> tuple[Ladder, Verdict]:
     )
     told = Ladder(
         place=place,
-        text=_text(distances, place, p_value, spread, nearest),
+        text=_text(distances, place, p_value, spread, nearest) + _near(p_value, ratio, reruns),
         p_value=p_value,
         needed=NEEDED,
         ratio=ratio,
@@ -116,6 +116,13 @@ def _text(
     elif not reruns:
         text += f"; {NEEDED} different runs with the same seed could decide"
     return text
+
+
+def _near(p_value: float | None, ratio: float | None, reruns: int) -> str:
+    """Why the furthest of enough runs is undecided all the same."""
+    if reruns < NEEDED or p_value is None or p_value > ALPHA or ratio is None or ratio >= BEYOND:
+        return ""
+    return f", but only {ratio:.2g} x as far from the others as the next ({BEYOND:g} would decide)"
 
 
 def _count(number: int, word: str) -> str:

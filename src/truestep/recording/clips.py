@@ -199,7 +199,8 @@ def _kind(path: Path) -> str:
         if content.endswith(f" {kind}"):
             return kind
     suffix = path.suffix.lower()
-    return "picture" if suffix in PICTURES else "sound" if suffix in SOUNDS else "video"
+    kinds = {"picture": PICTURES, "sound": SOUNDS, "video": VIDEOS}
+    return next((kind for kind, known in kinds.items() if suffix in known), "file")
 
 
 def _sha256(paths: Sequence[Path]) -> str:
