@@ -113,6 +113,16 @@ def test_two_changes_at_once_are_both_found(trusted: Path, tmp_path: Path) -> No
     assert sorted(kinds(result)) == ["colour range", "frame shift"]
 
 
+def test_a_black_leader_that_is_shifted_is_a_shift(tmp_path: Path) -> None:
+    leader = np.concatenate([media.moving()[:3] * 0, media.moving()])
+    reference = media.write_mp4(tmp_path / "a.mp4", leader[:-1])
+    for name, clip in (("late", np.concatenate([leader[:1], leader[:-2]])), ("early", leader[1:])):
+        result = truestep.compare(media.write_mp4(tmp_path / f"{name}.mp4", clip), reference)
+        assert kinds(result) == ["frame shift"]
+    other = media.write_mp4(tmp_path / "c.mp4", media.blacked(leader[:-1]))
+    assert kinds(truestep.compare(other, reference)) == ["black frames"]
+
+
 def test_a_finding_tells_its_place_and_its_proof(trusted: Path, tmp_path: Path) -> None:
     path = media.write_mp4(tmp_path / "b.mp4", media.swapped(media.moving()))
     result = truestep.compare(path, trusted)
@@ -301,6 +311,15 @@ def test_a_sample_that_is_not_finite_and_another_rate(tmp_path: Path) -> None:
     assert "its sound has 22,050 Hz, the reference's 16,000" in rate.sentence
     pcm = media.write_wav(tmp_path / "d.wav", sound, rate=22050, floating=True)
     assert "the samples are the same" in truestep.compare(pcm, reference).sentence
+
+
+def test_next_to_silent_is_no_silence(tmp_path: Path) -> None:
+    quiet = media.tones() * 2.0**-14
+    reference = media.write_wav(tmp_path / "a.wav", quiet, floating=True)
+    silent = media.write_wav(tmp_path / "b.wav", quiet * 0, floating=True)
+    assert kinds(truestep.compare(silent, reference)) == []
+    louder = media.write_wav(tmp_path / "c.wav", quiet * 1000, floating=True)
+    assert kinds(truestep.compare(silent, louder)) == ["silence"]
 
 
 @pytest.mark.parametrize("sigma", [1e-4, 1e-2, 0.1])

@@ -181,8 +181,7 @@ def frames_of(actual: Clip, reference: Clip, progress: Progress = silent) -> Fra
     scores = tuple(_scores(a, r, progress)) if same_size else ()
     if same_size and len(a) == len(r) and not any(score.rms for score in scores):
         return Frames((), scores)
-    content = uniform(a), uniform(r)
-    empty, bare = emptied(*content), emptied(*reversed(content))
+    empty, bare = _emptied(a, r)
     findings = [_empty(a, empty, "actual")] if empty else []
     findings += [_empty(r, bare, "reference")] if bare else []
     keep = [at for at in range(len(a)) if at not in {*empty, *bare}]
@@ -190,6 +189,27 @@ def frames_of(actual: Clip, reference: Clip, progress: Progress = silent) -> Fra
     if not same_size and not findings:
         findings += _scaled(a, r)
     return Frames(tuple(findings), scores)
+
+
+def _emptied(a: torch.Tensor, r: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Frames of either side that hold one colour where their partner has a picture.
+
+    A clip that begins or ends in black and is shifted is no such case: its frames are set beside
+    those that they are.
+    """
+    own, other = uniform(a), uniform(r)
+    partners = straight(len(a), len(r))
+    pairs = [(at, to) for at, to in enumerate(partners) if to >= 0]
+    for again in (False, True):
+        sides = [own[at] for at, _ in pairs], [other[to] for _, to in pairs]
+        empty, bare = emptied(*sides), emptied(*reversed(sides))
+        if again or not (empty or bare) or min(len(a), len(r)) < 2:
+            break
+        order = _order(a, r, reduced(a), (), range(len(a)))
+        if order is None:
+            break
+        pairs = [(at, to) for at, to in enumerate(order.partners) if to >= 0]
+    return [pairs[at][0] for at in empty], [pairs[at][1] for at in bare]
 
 
 def _scores(

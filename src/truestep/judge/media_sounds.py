@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from truestep.judge.media_findings import counted, proof
-from truestep.measure.listening import SILENT, hearing
+from truestep.measure.listening import HEARD, SILENT, hearing
 from truestep.recording.clips import Clip
 from truestep.records import MediaFinding
 
@@ -32,12 +32,13 @@ def sound_of(actual: Clip, reference: Clip) -> Iterator[MediaFinding]:
             )
     if not all(finite):
         return
-    silent = [float(side.abs().max()) < SILENT for side in (a, r)]
-    if silent[0] is not silent[1]:
+    peaks = [float(side.abs().max()) if side.numel() else 0.0 for side in (a, r)]
+    silent = [peak < SILENT for peak in peaks]
+    if silent[0] is not silent[1] and max(peaks) >= HEARD:
         side = "actual" if silent[0] else "reference"
         text = f"the {side} side is silent and the other is not"
         yield MediaFinding(kind="silence", modality="audio", text=text, effect="invalid")
-    elif not silent[0] and len(a) == len(r) and actual.sample_rate == reference.sample_rate:
+    elif not any(silent) and len(a) == len(r) and actual.sample_rate == reference.sample_rate:
         yield from _heard(a, r, actual.sample_rate or 1)
 
 

@@ -18,6 +18,9 @@ _LONGEST_S = 2.0
 SILENT = 2.0**-15
 """Peak below which a sound of 16 bits is silent: half of the smallest step."""
 
+HEARD = 16 * SILENT
+"""Peak from which on a sound is none beside one that is silent."""
+
 
 @dataclass(frozen=True)
 class Hearing:
