@@ -7,7 +7,7 @@ half have a change of the media planted. Each is written by an encoder and read 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,3 +195,41 @@ def test_no_harmless_run_is_drifted_on_a_ladder(tmp_path: Path) -> None:
     print(Counter(r.verdict.value for r in harmless), Counter(r.verdict.value for r in seeds))
     assert {r.verdict for r in harmless} == {Verdict.INCONCLUSIVE}
     assert {r.verdict for r in seeds} == {Verdict.DRIFTED}
+
+
+SOUNDS: dict[str, tuple[tuple[str, ...], Callable[[Array], Array]]] = {
+    "gain": (("sound gain",), lambda x: x * 0.6),
+    "polarity": (("polarity",), lambda x: -x),
+    "crossed": (("channels swapped",), lambda x: x[::-1]),
+    "later": (("sound offset",), lambda x: np.roll(x, 333, 1)),
+    "all": (
+        ("sound gain", "polarity", "channels swapped", "sound offset"),
+        lambda x: -0.5 * np.roll(x[::-1], -200, 1),
+    ),
+    "silent": (("silence",), lambda x: x * 0),
+}
+
+
+@pytest.mark.slow
+def test_no_pair_of_sounds_is_claimed_to_show_more_than_it_does(tmp_path: Path) -> None:
+    """30 harmless pairs and other seeds, 30 with a planted change."""
+    pairs: list[tuple[str, Array, Array, tuple[str, ...]]] = []
+    for seed in range(5):
+        sound = media.tones(seed)
+        for sigma in (1e-4, 1e-3, 1e-2, 5e-2):
+            noise = np.random.default_rng(seed).normal(0, sigma, sound.shape)
+            pairs.append((f"noise {sigma}", sound + noise, sound, ()))
+        pairs += [(f"seed {at}", media.tones(50 + at), sound, ()) for at in range(2)]
+        for name, (kinds, change) in SOUNDS.items():
+            pairs.append((name, change(sound), sound, kinds))
+    wrong = []
+    for at, (name, actual, reference, planted) in enumerate(pairs):
+        a = media.write_wav(tmp_path / f"{at}-a.wav", actual)
+        result = truestep.compare(a, media.write_wav(tmp_path / f"{at}-r.wav", reference))
+        assert result.evidence is not None
+        told = {finding.kind for finding in result.evidence.findings}
+        if told != {*planted} or (not planted and result.verdict is not Verdict.INCONCLUSIVE):
+            wrong.append(f"{name}: {result.sentence}")
+    print(f"{len(wrong)} of {len(pairs)} pairs of sounds told wrong")
+    assert len(pairs) == 60
+    assert wrong == []
