@@ -382,14 +382,11 @@ def _pairs(order: Order) -> str:
     return ", ".join(pairs[:4]) + (", ..." if len(pairs) > 4 else "")
 
 
-def proof(before: float, after: float) -> str:
+def proof(before: float, after: float, *, verb: str = "explains") -> str:
     """How much of the mean square a finding explains."""
     share = 1 - after / before if before else 1.0
-    return (
-        " (explains all of the difference)"
-        if not after
-        else (f" (explains {100 * min(share, 0.9999):.4g} % of the difference)")
-    )
+    how = f"{100 * min(share, 0.9999):.4g} %" if after else "all"
+    return f" ({verb} {how} of the difference)"
 
 
 def _recoloured(

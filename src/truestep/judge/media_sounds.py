@@ -50,12 +50,15 @@ def _heard(a: torch.Tensor, r: torch.Tensor, sample_rate: int) -> Iterator[Media
         "sound gain": (abs(change.gain), "x"),
         "sound offset": (float(change.offset), "samples"),
     }
-    for kind, text in change.words(sample_rate).items():
+    words = change.words(sample_rate)
+    verb = "all together explain" if len(words) > 1 else "explains"
+    explained = proof(change.before**2, change.after**2, verb=verb)
+    for kind, text in words.items():
         value, unit = sizes.get(kind, (None, ""))
         yield MediaFinding(
             kind=kind,
             modality="audio",
-            text=text + proof(change.before**2, change.after**2),
+            text=text + explained,
             effect="drifted" if kind in ("polarity", "channels swapped") else "inconclusive",
             value=value,
             unit=unit,

@@ -49,7 +49,8 @@ class Hearing:
             told["polarity"] = "its polarity is turned: it is the reference times -1"
         level = 20 * math.log10(abs(self.gain))
         if abs(level) >= _LEAST_DB:
-            told["sound gain"] = f"its sound is {level:+.3g} dB as loud (x {abs(self.gain):.3g})"
+            word = "louder" if level > 0 else "quieter"
+            told["sound gain"] = f"its sound is {abs(level):.3g} dB {word} (x {abs(self.gain):.3g})"
         if self.offset:
             when = "later" if self.offset > 0 else "earlier"
             count = abs(self.offset)

@@ -442,7 +442,7 @@ class _Decoded:
         if self._resampler is None:
             self._resampler = av.AudioResampler(format="fltp")
             self.rate = frame.sample_rate
-            self.form = f"{self.form} {frame.sample_rate} Hz {frame.layout.name}".strip()
+            self.form = f"{self.form} {frame.layout.name}".strip()
             self._sound.update(f"{frame.format.name} {frame.layout.name} {self.rate}".encode())
         self._sound.update(np.ascontiguousarray(frame.to_ndarray()).tobytes())
         self._resampled(frame)

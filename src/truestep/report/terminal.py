@@ -184,7 +184,7 @@ def said(facts: MediaFacts) -> str:
         parts.append(f"{count}{facts.width}x{facts.height}")
         parts += [f"{facts.fps:.5g} a second"] if facts.fps else []
     if facts.samples:
-        parts.append(f"{facts.samples:,} samples at {facts.sample_rate} Hz, {facts.channels} ch")
+        parts.append(f"{facts.samples:,} samples at {facts.sample_rate} Hz")
     parts += [facts.form] * bool(facts.form)
     return ", ".join([*parts, *[facts.colours] * bool(facts.colours)])
 
