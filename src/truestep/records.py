@@ -196,7 +196,7 @@ class MediaFinding(Record):
     """
 
     kind: str
-    modality: Literal["video", "audio"] | None = None
+    modality: Literal["audio", "video"] | None = None
     text: str
     effect: Literal["invalid", "drifted", "incomparable", "inconclusive"]
     value: Float | None = None
