@@ -216,6 +216,9 @@ ADVICE = {
     "give the case: {}(case, ..., from_disk=True)",
     "run the check again",
     "case.replace(prompt='a cat') gives it others",
+    "save the final latents of both sides, and compare those",
+    "give other runs of the trusted side (--same-seed-of, --other-seeds), or save the final "
+    "latents of both sides, and compare those",
     "record and check run any pipeline: give --prompt, or a table [case.NAME.call]",
     "e.g. --input image=cat.png",
 }

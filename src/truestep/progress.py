@@ -8,6 +8,10 @@ Progress = Callable[[str, int, int], None]
 """Told (what, done, total) while something long goes on."""
 
 
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody is told."""
+
+
 def resident_peak(process: str = "self") -> int | None:
     """Largest resident memory of a process so far, in bytes; None where Linux does not say."""
     return told_by_linux(f"/proc/{process}/status", "VmHWM")

@@ -1,5 +1,5 @@
 """What results are made of: the base of every record, and what stands beside the rows of a
-comparison: other gates, a known failure, the cost, pictures and sounds.
+comparison: other gates, a known failure, the cost, pictures and sounds, what finished media show.
 
 Pure: no I/O, no torch.
 """
@@ -178,6 +178,123 @@ class Sound(Record):
     seconds_shown: Float = 0.0
     spectrograms: FrameTriple | None = None
     difference_db: Float = 0.0
+
+
+class MediaFinding(Record):
+    """Something that decoded media show.
+
+    Attributes:
+        kind: `frame shift`, `other size`, ... in words; `docs/media.md` lists them.
+        modality: What it is of; None for a whole file.
+        text: The finding as a sentence, with its numbers.
+        effect: The verdict that it makes alone.
+        value, unit: Its size, where it has one.
+        frames: Numbers of the frames of the actual side that it is about; empty for all.
+        before, after: Root mean square of the difference, once without and once with the same done
+            to the reference: in levels of 8 bits for pictures, over the rms of the reference for
+            sound. None for what needs no such proof.
+    """
+
+    kind: str
+    modality: Literal["audio", "video"] | None = None
+    text: str
+    effect: Literal["invalid", "drifted", "incomparable", "inconclusive"]
+    value: Float | None = None
+    unit: str = ""
+    frames: tuple[int, ...] = ()
+    before: Float | None = None
+    after: Float | None = None
+
+
+class FrameScore(Light):
+    """How far one frame is from its partner; numbers of both sides' frames, from 0.
+
+    `psnr_db` is infinite where the two are equal at 8 bits; `ssim` is NaN where a side is below 11
+    pixels. `rms` is in levels of 8 bits.
+    """
+
+    actual: int
+    reference: int
+    psnr_db: Float
+    ssim: Float
+    rms: Float
+
+
+class MediaRun(Record):
+    """A run of the trusted side, or the one under test, on the ladder.
+
+    Attributes:
+        distance: From the reference: rms in levels of 8 bits of frames reduced to 128 pixels, and
+            the mean difference of spectrograms in dB where there is only sound.
+        score: Mean distance from all runs of one seed, which the rank is of.
+        copy_of: The file that it is a copy of, byte for byte; empty for none.
+    """
+
+    label: str
+    role: Literal["actual", "reference", "same seed", "other seed"]
+    distance: Float
+    score: Float | None = None
+    copy_of: str = ""
+
+
+class Ladder(Record):
+    """Where a difference lies between reruns and other seeds; see `truestep.judge.ladder`.
+
+    Attributes:
+        place: In words.
+        p_value: Of the run under test among all runs of one seed, by its rank; None without any.
+        needed: Runs with the same seed from which on a rank can decide.
+        ratio: Its score over the largest of the trusted runs.
+        runs: All of them, nearest first.
+    """
+
+    place: str
+    text: str
+    p_value: Float | None = None
+    needed: int
+    ratio: Float | None = None
+    unit: str
+    runs: tuple[MediaRun, ...]
+
+
+class MediaFacts(Record):
+    """What one file of media is."""
+
+    what: str
+    form: str = ""
+    colours: str = ""
+    width: int = 0
+    height: int = 0
+    frames: int = 0
+    fps: Float | None = None
+    seconds: Float | None = None
+    sample_rate: int | None = None
+    channels: int = 0
+    samples: int = 0
+
+
+class MediaEvidence(Record):
+    """What finished media show of two runs. It is the lowest level of evidence.
+
+    Attributes:
+        level: Latents, stages and modules show more.
+        limits: What media cannot show, in words.
+        scores: Of every pair of frames, in order.
+        psnr_db: Of all of them together.
+        perceptual_jod: ColorVideoVDP's just-objectionable differences, 10 is none; None where it
+            was not asked for.
+    """
+
+    level: Literal["media"] = "media"
+    limits: str
+    actual: MediaFacts
+    reference: MediaFacts
+    findings: tuple[MediaFinding, ...] = ()
+    scores: tuple[FrameScore, ...] = ()
+    psnr_db: Float | None = None
+    ssim: Float | None = None
+    perceptual_jod: Float | None = None
+    ladder: Ladder | None = None
 
 
 class Media(Record):

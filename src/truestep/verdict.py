@@ -20,6 +20,7 @@ from truestep.records import GateResult as GateResult
 from truestep.records import KnownFailure as KnownFailure
 from truestep.records import Light as Light
 from truestep.records import Media as Media
+from truestep.records import MediaEvidence as MediaEvidence
 from truestep.records import Record as Record
 from truestep.records import Sound as Sound
 from truestep.records import SoundMetrics as SoundMetrics
@@ -300,6 +301,7 @@ class Comparison(Record):
         modalities: Audio and video apart, where the tensors have both.
         looked_at, not_looked_at: Coverage in words.
         known: What the ledger of known failures says of it, if it has an entry.
+        evidence: What was seen where the two sides are finished media.
         expect: What the change was for; `drifted` has exit code 0 where that is `different`.
     """
 
@@ -326,6 +328,7 @@ class Comparison(Record):
     expect: Literal["same", "different"] | None = None
     cost: Cost | None = None
     media: tuple[Media, ...] = ()
+    evidence: MediaEvidence | None = None
     notes: tuple[str, ...] = ()
     hint: str = ""
     repeat: str = Field(default="", description="the command that repeats this comparison")

@@ -35,7 +35,7 @@ from truestep.judge.floor import pair_of, repeat_limit
 from truestep.judge.refusals import refuse_unsteady
 from truestep.judge.rows import measured_run
 from truestep.pairing.naming import runs_compiled
-from truestep.progress import Progress
+from truestep.progress import Progress, silent
 from truestep.recording.manifest import CallEntry
 from truestep.recording.partial import NOWHERE, Partial
 from truestep.runtime.changes import (
@@ -101,14 +101,14 @@ def measure(
     Raises:
         UsageError: A call gives something else when the same run is made again.
     """
-    told = partial(progress or _silent, "noise floor")
+    told = partial(progress or silent, "noise floor")
     dtype = working_dtype(reference)
     runs = _in_precision(subject, reference, plan, dtype, note, told, kept, repeated=True)
     precision = recorded_precision(reference)
     if precision:
         lifted = _lifted(plan, precision)
         with raised(subject, precision, lambda text: None):
-            told = partial(progress or _silent, f"noise floor in {precision}")
+            told = partial(progress or silent, f"noise floor in {precision}")
             runs += _in_precision(subject, reference, lifted, precision, note, told, kept)
     return NoiseFloor(runs=tuple(runs))
 
@@ -202,10 +202,6 @@ def _refuse_another(runs: list[NoiseRun]) -> None:
             likely="its weights are the same, and its code was changed",
             hint="--no-resume  # records from the beginning, and replaces it",
         ) from error
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
 
 
 def _of_rounding(more: list[NoiseRun], others: Sequence[NoiseRun], note: Note) -> list[NoiseRun]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 from truestep.content import case_differences
@@ -12,10 +13,12 @@ from truestep.judge.divergence import GREW, traced_back, with_growth
 from truestep.judge.estimates import moment_rows, sketch_rows, sketch_rule
 from truestep.judge.floor import Limits, pair_of
 from truestep.judge.latent import LATENT, SIGNATURE, check_latent
+from truestep.judge.media_files import NONE, MediaOptions, compare_media
 from truestep.judge.parameters import are_parameters, compare_parameters, summed
 from truestep.judge.rows import build_comparison, compare_tensors
 from truestep.measure.sound import sample_rate_of
 from truestep.recording import readers as sources
+from truestep.recording.clips import is_media
 from truestep.recording.manifest import LEFT_OUT, Manifest
 from truestep.recording.readers import Source, side_of
 from truestep.text import quoted
@@ -36,12 +39,13 @@ def compare(
     *,
     tolerance: float | None = None,
     weights: bool | None = None,
+    media: MediaOptions = NONE,
 ) -> Comparison:
     """Judge two sides' tensors; every tensor of both is accounted for.
 
     Args:
         actual: A path (.safetensors, .npy, .npz, .pt), a `Recording`, a tensor or array, or a
-            mapping of them.
+            mapping of them; or a path of media, see `truestep.judge.media_files`.
         reference: Likewise. A recording's own measured noise floor judges; otherwise the analytic
             default for the dtypes does, and the result says so. Where either side is at level
             `sketch`, distances are estimates, and judged with their error. Against a latent bundle
@@ -50,6 +54,7 @@ def compare(
         weights: Whether the tensors are parameters, which agree bit for bit or by exact rounding,
             or what a model computed, which agrees within a noise floor. By default their names
             say so; recordings are never parameters.
+        media: Other runs to place a difference of media among.
 
     Returns:
         The comparison. Between recordings of different cases it is `incomparable`.
@@ -58,6 +63,9 @@ def compare(
         FileFormatError: A file cannot be read.
         UsageError: A side is not something to compare.
     """
+    if is_media(actual) or is_media(reference):
+        return _of_media(actual, reference, media, judged=(tolerance, weights) != (None, None))
+    media.refuse()
     ours = sources.load(actual, label="actual")
     theirs = sources.load(reference, label="reference")
     if SIGNATURE in theirs.tensors and LATENT in theirs.tensors:
@@ -80,13 +88,7 @@ def compare(
         differences += _rate_differences(ours_manifest, theirs_manifest)
     limits = Limits(floor, pair, tolerance)
     levels = {manifest.level for manifest in (ours_manifest, theirs_manifest) if manifest}
-    rows: Sequence[Row]
-    if "stats" in levels:
-        rows = moment_rows(ours, theirs, limits=limits)
-    elif "sketch" in levels:
-        rows = sketch_rows(ours, theirs, limits=limits)
-    else:
-        rows = compare_tensors(ours.tensors, theirs.tensors, limits=limits)
+    rows = _by_level(levels, ours, theirs, limits)
     before = len(rows)
     rows = _kept_by_both(rows, ours_manifest, theirs_manifest)
     left_out = before - len(rows)
@@ -109,6 +111,28 @@ def compare(
         ),
     )
     return _told(result, estimated=estimated)
+
+
+def _by_level(levels: Set[str], ours: Source, theirs: Source, limits: Limits) -> Sequence[Row]:
+    """Rows by what both recordings keep."""
+    if "stats" in levels:
+        return moment_rows(ours, theirs, limits=limits)
+    if "sketch" in levels:
+        return sketch_rows(ours, theirs, limits=limits)
+    return compare_tensors(ours.tensors, theirs.tensors, limits=limits)
+
+
+def _of_media(
+    actual: object, reference: object, media: MediaOptions, *, judged: bool
+) -> Comparison:
+    if not isinstance(actual, str | Path) or not isinstance(reference, str | Path):
+        raise UsageError("media are compared with media: give two paths")
+    if judged:
+        raise UsageError(
+            "media are judged without a tolerance, and not as weights",
+            hint="drop both",
+        )
+    return compare_media(Path(actual), Path(reference), options=media)
 
 
 def _told(result: Comparison, *, estimated: bool) -> Comparison:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from truestep.files import write_text
 from truestep.keys import key_of
+from truestep.records import FrameScore
+from truestep.report.terminal import said
 from truestep.verdict import Comparison, Media, Results, Row, Verdict
 
 LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
@@ -150,6 +152,40 @@ def curve(rows: Sequence[Row]) -> Curve | None:
     )
 
 
+def scored(scores: Sequence[FrameScore]) -> Curve | None:
+    """Lay out the PSNR of frames; equal frames are at the top. None for a single frame."""
+    if len(scores) < 2:
+        return None
+    frame = Curve("", (), 0.0, (), (), ())
+    finite = [score.psnr_db for score in scores if math.isfinite(score.psnr_db)]
+    low = 10.0 * math.floor(min(finite, default=0.0) / 10)
+    top = max(10.0 * math.ceil((max(finite, default=50.0) + 1) / 10), low + 10)
+
+    def y_of(value: float) -> float:
+        share = (min(value, top) - low) / (top - low)
+        return round(frame.bottom - (frame.bottom - frame.top) * share, 1)
+
+    room = frame.right - frame.left - 2 * _INSET
+    radius, points, path = 3.0 if len(scores) < 80 else 1.5, [], ""
+    outline = _OUTLINES[0].replace("{r}", f"{radius:g}").replace("{d}", f"{2 * radius:g}")
+    for at, score in enumerate(scores):
+        x = round(frame.left + _INSET + room * at / (len(scores) - 1), 1)
+        y = y_of(score.psnr_db)
+        title = f"frame {score.actual}: PSNR {number(score.psnr_db)} dB, SSIM {number(score.ssim)}"
+        points.append(Point(x, y, f"M{x - radius:.1f} {y}{outline}", title, False))
+        path += f"{'L' if path else 'M'}{x} {y}"
+    marks = range(0, len(scores), max(1, math.ceil(len(scores) / 10)))
+    ticks = [low + 10 * at for at in range(round((top - low) / 10) + 1)]
+    return Curve(
+        axis="frame",
+        series=(Series("PSNR", tuple(points), path, ""),),
+        floor_y=frame.bottom,
+        bounds=(),
+        ticks=tuple((y_of(tick), f"{tick:g}") for tick in ticks),
+        steps=tuple((points[at].x, str(scores[at].actual)) for at in marks),
+    )
+
+
 def _forwards(rows: Sequence[Row]) -> list[Row]:
     """Outputs of a few forwards: the first that fails, and others spread over the steps."""
     outputs = [r for r in rows if key_of(r.name).outward] or list(rows)
@@ -275,6 +311,9 @@ def render(comparisons: Sequence[Comparison]) -> str:
         title=_title(ordered),
         items=[(c, curve(c.rows), LABELS[c.exit_code], outcome(c)) for c in ordered],
         label=label,
+        effect=lambda finding: label(Verdict(finding.effect)),
+        said=said,
+        scored=scored,
         facts=facts,
         sides=sides,
         data=embedded_json(Results.of(slim).model_dump_json()),

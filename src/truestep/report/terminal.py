@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from truestep.keys import key_of
+from truestep.records import MediaEvidence, MediaFacts
 from truestep.text import say, visible
 from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Rows, Verdict
 
@@ -56,9 +57,13 @@ def lines(comparison: Comparison) -> Iterable[str]:
         yield f"  case         {difference.key}: {difference.actual} (was {difference.reference})"
     for difference in comparison.environment_differences:
         yield f"  environment  {difference.key}: {difference.actual} (was {difference.reference})"
-    yield from _table(comparison)
+    if comparison.evidence is not None:
+        yield from _media(comparison, comparison.evidence)
+    else:
+        yield from _table(comparison)
     yield from _modalities(comparison)
-    yield from _sounds(comparison)
+    if comparison.evidence is None:
+        yield from _sounds(comparison)
     if comparison.first_divergence and comparison.first_divergence.operator:
         yield from _wrapped("at", comparison.first_divergence.operator)
     yield from _growth(comparison)
@@ -147,6 +152,41 @@ def _table(comparison: Comparison) -> Iterable[str]:
         tail = f"worst {worst.get(stage, 0.0):.2g} x floor"
         tail = "all bit-equal" if exact[stage] == count else tail
         yield f"  {stage:<{width}} {count} of {totals[stage]} pass, {tail}"
+
+
+def _media(comparison: Comparison, evidence: MediaEvidence) -> Iterable[str]:
+    """What finished media show: the findings, what was measured of each stream, other runs."""
+    own, was = said(evidence.actual), said(evidence.reference)
+    yield from _wrapped("media", own if own == was else f"{own} (was {was})")
+    for finding in evidence.findings:
+        yield from _wrapped("finding", finding.text)
+    for row in comparison.rows:
+        word = "frames" if row.name == "video/frames" else "sound"
+        yield from _wrapped(word, row.note or "bit for bit the same")
+    if evidence.perceptual_jod is not None:
+        jod = f"{evidence.perceptual_jod:.2f} JOD by ColorVideoVDP (10: no visible difference)"
+        yield from _wrapped("perceptual", jod)
+    if evidence.ladder is not None:
+        yield from _wrapped("other runs", evidence.ladder.text)
+        for run in evidence.ladder.runs[:MAX_ROWS]:
+            copy = f", bit for bit {run.copy_of}" if run.copy_of else ""
+            what = f"{run.role:<10} {run.label}{copy}"
+            yield f"  {run.distance:>12.3g} {evidence.ladder.unit}  {what}"
+        if len(evidence.ladder.runs) > MAX_ROWS:
+            yield f"  ... {len(evidence.ladder.runs) - MAX_ROWS} more runs"
+
+
+def said(facts: MediaFacts) -> str:
+    """What a file of media is, in words."""
+    parts = []
+    if facts.frames:
+        count = f"{facts.frames} frames of " if facts.frames > 1 else ""
+        parts.append(f"{count}{facts.width}x{facts.height}")
+        parts += [f"{facts.fps:.5g} a second"] if facts.fps else []
+    if facts.samples:
+        parts.append(f"{facts.samples:,} samples at {facts.sample_rate} Hz")
+    parts += [facts.form] * bool(facts.form)
+    return ", ".join([*parts, *[facts.colours] * bool(facts.colours)])
 
 
 def _growth(comparison: Comparison) -> Iterable[str]:
