@@ -93,22 +93,24 @@ def put_schedule(found: Seams, run: Run, known: Run | None, trusted: Trusted) ->
         scale = time_scale(float(run.timesteps[0]), float(timesteps[0]))
         found.convert(TIME_SCALES[scale])
         found.put(TIMESTEPS, (run.timesteps.double() * scale).float(), timesteps.float())
-    _given_times(found, run)
+    _given_times(found, run, known)
 
 
-def _given_times(found: Seams, run: Run) -> None:
-    """What the model is given as time, against the engine's own schedule.
+def _given_times(found: Seams, run: Run, known: Run | None) -> None:
+    """What the model is given as time, against the engine's own schedule, else the reference's.
 
     A scheduler that is given the time says it; else it is the timestep, or the sigma, of the step.
     """
-    schedule = run.timesteps if run.timesteps is not None else run.sigmas
-    if len(run.steps) != run.count:
-        schedule = None  # a solver that predicts more often than it steps
+    own = run.timesteps if run.timesteps is not None else run.sigmas
+    if own is None and known is not None:
+        own = known.timesteps if known.timesteps is not None else known.sigmas
+    if own is not None and len(run.steps) not in (len(own), len(own) - 1):
+        own = None  # a solver that predicts more often than it steps
     pairs = []
     for index, step in enumerate(run.steps):
         time = step.time
-        if time is None and schedule is not None and index < len(schedule):
-            time = float(schedule[index])
+        if time is None and own is not None:
+            time = float(own[index])
         if time is not None:
             pairs += [(one.timestep, time) for one in step.passes if one.timestep is not None]
     if not pairs:
