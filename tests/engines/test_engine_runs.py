@@ -41,6 +41,7 @@ STAGES = {
     "noise": "latent",
     "bias": "prediction",
     "scale": "guidance",
+    "clamped": "latent",
 }
 STYLES = ("call", "batch", "function")
 

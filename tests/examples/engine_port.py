@@ -105,6 +105,8 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], style: str, fault: str
         scale = {"sign": -SCALE, "scale": SCALE + 0.1}.get(fault, SCALE)
         velocity = uncond + scale * (cond - uncond)
         latent = scheduler.step(velocity, number, latent, late=fault == "order")
+        if fault == "clamped":
+            latent = latent.clamp(-2.0, 2.0)
     return latent
 
 

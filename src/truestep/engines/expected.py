@@ -29,6 +29,9 @@ from truestep.keys import step_name
 from truestep.measure.distance import distance
 
 SIGMAS, TIMESTEPS, GIVEN = "schedule/sigmas", "schedule/timesteps", "schedule/given"
+ENTERING = "entering"
+"""Begin of the name of a latent that enters a step, or is given to the model there."""
+
 NOISE, FINAL, FRAMES = "latent/initial", "latent/final", "video/frames"
 
 AGREES = 1e-4
@@ -145,6 +148,35 @@ def put_noise_and_text(found: Seams, run: Run, known: Run | None) -> None:
         found.put(f"text/{branch}", run.text.get(branch), text)
         if branch not in run.text:
             found.unjudged[f"text/{branch}"] = "the run does not hold it: the reference's is taken"
+
+
+def put_entering(found: Seams, run: Run) -> None:
+    """What enters each step against what the one before made, and what the model is given of it.
+
+    A latent that is clamped, cast or taken from another step on the way is seen here. Schedulers
+    that scale what the model is given by 1 / sqrt(sigma^2 + 1) are known.
+    """
+    before: torch.Tensor | None = None
+    for index, step in enumerate(run.steps):
+        if step.latent is not None:
+            if before is not None and before.numel() == step.latent.numel():
+                found.put(f"{ENTERING}/{index:04d}", step.latent, before.to(step.latent.dtype))
+            for number, one in enumerate(step.passes):
+                _put_given(found, run, index, number, one.role("latent"))
+        before = step.after
+
+
+def _put_given(found: Seams, run: Run, index: int, number: int, given: torch.Tensor | None) -> None:
+    latent = run.steps[index].latent
+    if given is None or latent is None or given.numel() != latent.numel():
+        return  # with an image beside it
+    expected = latent.reshape(given.shape).to(given.dtype)
+    if not torch.equal(given, expected) and run.sigmas is not None and index < len(run.sigmas):
+        scaled = expected / (float(run.sigmas[index]) ** 2 + 1.0) ** 0.5
+        if distance(given, scaled).rel_l2 < AGREES:
+            found.convert("latents scaled by 1 / sqrt(sigma^2 + 1) for the model")
+            expected = scaled
+    found.put(f"{ENTERING}/{index:04d}/{number}", given, expected)
 
 
 def in_model_space(found: Seams, run: Run, trusted: Trusted) -> Run:
