@@ -56,6 +56,7 @@ ROOMS = (
     "replay",
     "engines",
     "gates",
+    "dropin",
     "experiment",
     "parity",
     "report",
