@@ -57,6 +57,7 @@ ROOMS = (
     "engines",
     "gates",
     "dropin",
+    "serving",
     "experiment",
     "parity",
     "report",

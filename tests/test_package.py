@@ -52,6 +52,8 @@ PURE = (
     "judge.rows",
     "judge.sentence",
     "gates.kinds",
+    "serving.judging",
+    "serving.plan",
     "gates.selftest",
     "gates.thresholds.rule",
     "gates.thresholds.linting",
@@ -236,6 +238,7 @@ LIGHT = [
     "import truestep.report.ablation",
     "from truestep.cli.app import app; app(['ablate', '--help'], standalone_mode=False)",
     "from truestep.cli.app import app; app(['tiny', '--help'], standalone_mode=False)",
+    "from truestep.cli.app import app; app(['serve-check', '-h'], standalone_mode=False)",
     "import truestep.testing.tiny",
     "from truestep.cli.app import app; app(['show', 'profile'], standalone_mode=False)",
 ]

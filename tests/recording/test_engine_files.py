@@ -1,4 +1,4 @@
-"""Files of other engines: ComfyUI's latents, FastVideo's traces, SGLang's trajectories and dumps."""
+"""Files of other engines: ComfyUI's latents, FastVideo's traces, SGLang's trajectories, dumps."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def original(monkeypatch: pytest.MonkeyPatch) -> Original:
         name = inside.removesuffix(".py").replace("/", ".")
         packages = [name.rsplit(".", count)[0] for count in range(name.count("."), 0, -1)]
         logger = {"init_logger": logging.getLogger}
-        known = {f"{packages[0]}.logger": logger, **dict.fromkeys(packages, {}), **stubs}
+        known = {f"{packages[0]}.logger": logger, **{key: {} for key in packages}, **stubs}
         for module, content in known.items():
             made = ModuleType(module)
             vars(made).update(content)
