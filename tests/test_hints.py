@@ -218,6 +218,12 @@ ADVICE = {
     "case.replace(prompt='a cat') gives it others",
     "record and check run any pipeline: give --prompt, or a table [case.NAME.call]",
     "e.g. --input image=cat.png",
+    "give another value of {}, or --without {}",
+    "give it longer: --timeout SECONDS",
+    "give the key as a variable of the environment: --key-env NAME",
+    "leave the options out, or give the reference's address",
+    "one is written by truestep serve-check --output",
+    "such as http://127.0.0.1:30000",
 }
 """What no command can do for the reader."""
 

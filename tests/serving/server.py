@@ -2,8 +2,9 @@
 
 python server.py     prints its port; an address is http://127.0.0.1:PORT/NAME=VALUE,NAME=VALUE
 
-`model` is the seed of the weights, `dtype` theirs, `ignore` a parameter, `jitter` what is added to
-the noise of each request, `threads` and `slices` change the order of sums, `broken` how it answers.
+`class` is the pipeline, `model` the seed of its weights, `dtype` theirs, `ignore` a parameter,
+`jitter` what is added to the noise of each request, `threads` and `slices` change the order of
+sums, `broken` how it answers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,6 +24,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 
 from truestep.testing import tiny
@@ -45,12 +49,15 @@ NAMES = {
 }
 
 
-@lru_cache(maxsize=32)
-def pipeline(model: int, dtype: str, slices: bool) -> Any:
-    pipe = tiny.pipeline("StableDiffusionPipeline", seed=model, dtype=dtype)
+USUAL = "StableDiffusionPipeline"
+
+
+@lru_cache(maxsize=64)
+def pipeline(name: str, model: int, dtype: str, slices: bool) -> Any:
+    pipe = tiny.pipeline(name, seed=model, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     if slices:
-        pipe.enable_attention_slicing(1)
+        pipe.unet.set_attn_processor(AttnProcessor())  # no fused kernel
     return pipe
 
 
@@ -61,26 +68,46 @@ def made(setup: dict[str, str], body: dict[str, Any], frames: int = 1) -> list[A
         if name in NAMES:
             asked[NAMES[name]] = DEFAULTS[NAMES[name]]
     width, height = map(int, str(asked["size"]).split("x"))
-    dtype = setup.get("dtype", "float32")
-    pipe = pipeline(int(setup.get("model", "0")), dtype, "slices" in setup)
+    name, dtype = setup.get("class", USUAL), setup.get("dtype", "float32")
+    pipe = pipeline(name, int(setup.get("model", "0")), dtype, "slices" in setup)
     torch.set_num_threads(int(setup.get("threads", "1")))
     seed = int(asked["seed"]) if setup.get("ignore") != "random" else int.from_bytes(os.urandom(3))
-    random = torch.Generator().manual_seed(seed)
-    shape = (frames, 4, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-    latents = torch.randn(shape, generator=random)
-    fresh = torch.Generator().manual_seed(int.from_bytes(os.urandom(4)))
-    latents += float(setup.get("jitter", "0")) * torch.randn(shape, generator=fresh)
-    images = pipe(
-        [str(asked["prompt"])] * frames,
-        negative_prompt=[str(asked["negative_prompt"] or "")] * frames,
-        num_inference_steps=int(asked["num_inference_steps"]),
-        guidance_scale=float(asked["guidance_scale"]),
-        latents=latents.to(pipe.unet.dtype),
-        height=height,
-        width=width,
-        output_type="np",
-    ).images
-    return [(image * 255).round().astype(np.uint8) for image in images]
+    more: dict[str, Any] = {"num_frames": frames} if "WanPipeline" in name else {}
+    with jittered(pipe, float(setup.get("jitter", "0"))):
+        result = pipe(
+            [str(asked["prompt"])] * (1 if more else frames),
+            negative_prompt=[str(asked["negative_prompt"] or "")] * (1 if more else frames),
+            num_inference_steps=int(asked["num_inference_steps"]),
+            guidance_scale=float(asked["guidance_scale"]),
+            generator=torch.Generator().manual_seed(seed),
+            height=height,
+            width=width,
+            output_type="np",
+            **more,
+        )
+    images = result.frames[0] if more else result.images
+    return [(np.asarray(image) * 255).round().astype(np.uint8) for image in images]
+
+
+@contextmanager
+def jittered(pipe: Any, size: float) -> Iterator[None]:
+    """Other noise at every request, as much as kernels that sum in another order might grow to."""
+    own = pipe.prepare_latents
+
+    def prepare(*given: Any, **named: Any) -> Any:
+        made = own(*given, **named)
+        latents = made[0] if isinstance(made, tuple) else made
+        random = torch.Generator().manual_seed(int.from_bytes(os.urandom(4)))
+        latents += (size * torch.randn(latents.shape, generator=random)).to(latents.dtype)
+        return made
+
+    if size:
+        pipe.prepare_latents = prepare
+    try:
+        yield
+    finally:
+        if size:
+            del pipe.prepare_latents
 
 
 def png(image: Any) -> bytes:

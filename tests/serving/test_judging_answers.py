@@ -147,6 +147,24 @@ def test_a_share_of_values_off_by_one_level(off: float, verdict: Verdict) -> Non
         assert "the same noise, and other weights, precision" in result.sentence
 
 
+@pytest.mark.parametrize(
+    ("which", "verdict"),
+    [
+        (("prompt",), Verdict.INCONCLUSIVE),
+        (("base/0", "base/1", "base/2"), Verdict.DRIFTED),
+        (("seed/1", "seed/2", "steps", "guidance", "negative"), Verdict.DRIFTED),
+    ],
+)
+def test_noise_of_the_base_alone_accuses_no_other_picture_alone(
+    which: tuple[str, ...], verdict: Verdict
+) -> None:
+    noisy = answers(noise=1.0).pictures
+    off = {n: (p.float() * 0.9).to(torch.uint8) if n in which else p for n, p in noisy.items()}
+    assert judge(PLAN, Answers("it", off), REFERENCE).verdict is verdict
+    exact = {n: REFERENCE.pictures[n] if n not in which else off[n] for n in noisy}
+    assert judge(PLAN, Answers("it", exact), REFERENCE).verdict is Verdict.DRIFTED
+
+
 def test_a_server_that_is_all_noise_decides_nothing() -> None:
     result = judge(PLAN, answers(noise=16.0), REFERENCE)
     assert result.verdict is Verdict.INCONCLUSIVE

@@ -69,7 +69,7 @@ def read(path: Path) -> tuple[Plan, Answers]:
             "the file holds no answers of an endpoint",
             where=str(path),
             measured=str(error),
-            hint="truestep serve-check URL --output FILE writes one",
+            hint="one is written by truestep serve-check --output",
         ) from None
     pictures: Mapping[str, torch.Tensor] = Plain(header)
     wrong = [n for n in plan.asks() if n not in pictures or not _is_picture(pictures[n])]

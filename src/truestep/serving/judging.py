@@ -13,10 +13,11 @@ from itertools import combinations
 
 import torch
 
+from truestep.judge.media import frame_media
 from truestep.judge.pictures import UNSEEN
 from truestep.judge.rows import build_comparison, compare_tensors
 from truestep.serving.plan import BASE, GUIDANCE, NEGATIVE, PARAMETERS, SEED, SIZE, Ask, Plan
-from truestep.verdict import Comparison, FloorUsed, Row, Rule, Side, Verdict
+from truestep.verdict import Comparison, FloorUsed, Media, Row, Rule, Side, Verdict
 
 ROUNDING = 0.1
 """Levels: one value of a hundred off by one, which rounding to 8 bits makes of an error of 4e-5 of
@@ -100,7 +101,8 @@ def scale_of(answers: Answers) -> Scale:
     """Measure an endpoint by its repeats and its other seeds."""
     floor = max(distance(a, b) for a, b in combinations(answers.of(BASE), 2))
     far = [distance(picture, answers.base) for picture in answers.of(SEED)]
-    others = (distance(p, answers.base) for n, p in answers.pictures.items() if BASE not in n)
+    changed = (name for name in answers.pictures if not name.startswith(f"{BASE}/"))
+    others = (distance(answers.pictures[name], answers.base) for name in changed)
     widest = max(filter(math.isfinite, others), default=math.inf)
     return Scale(floor, min(far, default=None), widest)
 
@@ -151,6 +153,7 @@ def judge(plan: Plan, ours: Answers, reference: Answers | None = None) -> Compar
         looked_at=(f"{len(ours.pictures)} answers of 8 bits",),
         not_looked_at=(UNSEEN, *(f"whether {name} is ignored" for name in plan.without)),
         notes=tuple(_notes(sides)),
+        media=_shown(rows, sides),
     )
     sentence = _sentence(verdict, rows, sides)
     return result.model_copy(update={"sentence": sentence, "rule": RULE})
@@ -212,17 +215,25 @@ def _levels(value: float) -> str:
 
 
 def _pictures(sides: _Sides, reference: Answers) -> Iterator[Row]:
-    """A row for each picture beside the reference's; of the repeats the first."""
+    """A row for each picture beside the reference's; of the repeats the first.
+
+    Repeats were of the base alone, and what is noise there may be more for another request: where
+    there is noise, another picture is `drifted` only with the base, or with most of all.
+    """
     names = [key for key in sides.asks if key == f"{BASE}/0" or not key.startswith(f"{BASE}/")]
     pair = [
         {f"picture/{name}": answers.pictures[name].float() for name in names}
         for answers in (sides.ours, reference)
     ]
-    for name, row in zip(names, compare_tensors(*pair), strict=True):
-        yield _picture(sides, row, distance(*(side[f"picture/{name}"] for side in pair)))
+    offs = [distance(*(side[f"picture/{name}"] for side in pair)) for name in names]
+    over = [off > 2 * sides.near for off in offs]
+    exact = all(scale.floor == 0 for scale in (sides.own, sides.other) if scale)
+    sure = exact or over[names.index(f"{BASE}/0")] or 2 * sum(over) > len(over)
+    for row, off in zip(compare_tensors(*pair), offs, strict=True):
+        yield _picture(sides, row, off, sure=sure)
 
 
-def _picture(sides: _Sides, row: Row, off: float) -> Row:
+def _picture(sides: _Sides, row: Row, off: float, *, sure: bool) -> Row:
     if row.verdict in (Verdict.IDENTICAL, Verdict.INCOMPARABLE):
         return row
     near, far = sides.near, sides.other.far if sides.other else None
@@ -231,7 +242,8 @@ def _picture(sides: _Sides, row: Row, off: float) -> Row:
     least = near / rms if rms else math.inf
     verdict, note = Verdict.EQUIVALENT, f"{off:.2g} levels"
     if off > near:
-        verdict = Verdict.DRIFTED if off > 2 * near and not hidden else Verdict.INCONCLUSIVE
+        drifted = off > 2 * near and sure and not hidden
+        verdict = Verdict.DRIFTED if drifted else Verdict.INCONCLUSIVE
         way = f", {off / far:.0%} of the way to another seed" if far else ""
         note = f"{off:.3g} levels off{way}"
     floor = FloorUsed(
@@ -270,6 +282,23 @@ def _ladder(sides: _Sides) -> Iterator[str]:
             for side in (sides.ours, sides.reference)
         )
         yield f"{name} {own:.3g} and {other:.3g}"
+
+
+def _shown(rows: list[Row], sides: _Sides) -> tuple[Media, ...]:
+    """The base and the picture that is furthest off, to look at beside the reference's."""
+    if sides.reference is None:
+        return ()
+    both = [row for row in rows if row.metrics is not None]
+    names = [row.name for row in sorted(both, key=lambda row: -(row.ratio or 0.0))[:1]]
+    names += [row.name for row in both if row.name == f"picture/{BASE}/0"]
+    pairs = {
+        name: [
+            answers.pictures[name.removeprefix("picture/")].permute(3, 0, 1, 2)[None] / 127.5 - 1
+            for answers in (sides.ours, sides.reference)
+        ]
+        for name in dict.fromkeys(names)
+    }
+    return tuple(frame_media(*pair, name=name) for name, pair in pairs.items())
 
 
 def _sentence(verdict: Verdict, rows: list[Row], sides: _Sides) -> str:
