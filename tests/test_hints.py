@@ -224,6 +224,8 @@ ADVICE = {
     "leave the options out, or give the reference's address",
     "one is written by truestep serve-check --output",
     "such as http://127.0.0.1:30000",
+    "give --reference too",
+    "write its answers with --reference beside --output",
 }
 """What no command can do for the reader."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +172,46 @@ def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
     with pytest.raises(UsageError, match="would stand in every result") as caught:
         address("http://me:pa55word@a")
     assert "pa55word" not in str(caught.value)
+
+
+PLACES = {
+    "SGLang pictures": (
+        "TRUESTEP_SGLANG",
+        "sglang/multimodal_gen/runtime/entrypoints/openai/protocol.py",
+        "ImageGenerationsRequest",
+    ),
+    "SGLang videos": (
+        "TRUESTEP_SGLANG",
+        "sglang/multimodal_gen/runtime/entrypoints/openai/video_api.py",
+        "create_video",
+    ),
+    "vLLM-Omni pictures": (
+        "TRUESTEP_VLLM_OMNI",
+        "vllm_omni/entrypoints/openai/protocol/images.py",
+        "ImageGenerationRequest",
+    ),
+    "vLLM-Omni videos": (
+        "TRUESTEP_VLLM_OMNI",
+        "vllm_omni/entrypoints/openai/video/generation/helpers.py",
+        "_parse_video_form",
+    ),
+}
+"""Where a server says which fields it reads: a model's, or a function's of a form."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_field_is_one_that_the_original_reads(place: str) -> None:
+    variable, inside, name = PLACES[place]
+    path = Path(os.environ.get(variable, ""), inside)
+    if not os.environ.get(variable) or not path.exists():
+        pytest.skip(f"{variable} names no folder that holds {inside}")
+    nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+    (found,) = (node for node in nodes if getattr(node, "name", "") == name)
+    if isinstance(found, ast.ClassDef):
+        fields = {ast.unparse(n.target) for n in found.body if isinstance(n, ast.AnnAssign)}
+    else:
+        assert isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef)
+        fields = {argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)}
+    kind = "video" if "videos" in place else "image"
+    body = Endpoint("http://a", kind, "m").body(Ask("a fox", negative="blue", frames=5))
+    assert set(body) <= fields

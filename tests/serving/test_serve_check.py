@@ -107,6 +107,27 @@ def test_answers_are_kept_and_are_the_next_reference(
     assert "what is asked is what the reference was asked" in err
 
 
+def test_what_a_healthy_set_up_differs_by_is_no_fault(
+    server: Address, reference: Path, tmp_path: Path, check: Run
+) -> None:
+    """A server in bfloat16 beside a reference in float32, where another such server is trusted."""
+    other = tmp_path / "bfloat16.safetensors"
+    url, given = server(dtype="bfloat16"), ("--reference", str(reference))
+    assert check(url, *given, "--output", str(other))[0] == 1
+    code, out, _ = check(url, *given, "--benign", str(other))
+    assert code == 0
+    assert "healthy set-ups are up to" in out
+    assert check(server(model=1), *given, "--benign", str(other))[0] == 1
+    assert check(server(ignore="steps"), *given, "--benign", str(other))[0] == 1
+    code, _, err = check(url, "--benign", str(other))
+    assert code == 2
+    assert "--benign is set beside a reference" in err
+    assert check(server(), *SMALL, "--prompt", "another", "--output", str(other))[0] == 0
+    code, _, err = check(url, *given, "--benign", str(other))
+    assert code == 2
+    assert "was asked something else" in err
+
+
 def test_a_video_api_is_checked(
     server: Address, check: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

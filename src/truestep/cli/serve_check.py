@@ -51,6 +51,13 @@ def _asked_options(function: Command) -> Command:
     help="Answers that --output wrote, or the address of a trusted server, which is asked too.",
 )
 @click.option(
+    "--benign",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Answers of another healthy set-up (hardware, kernels): as far off as they are is no "
+    "fault. May be given several times.",
+)
+@click.option(
     "--output", type=click.Path(path_type=Path), help="Write the answers, for --reference."
 )
 @_asked_options
@@ -75,9 +82,10 @@ def _asked_options(function: Command) -> Command:
 @click.option("--most", type=int, default=40, show_default=True, help="Most requests of all.")
 @click.option("--dry-run", is_flag=True, help="Say what would be asked, and ask nothing.")
 @output_options
-def command(  # 14 parameters: the options of the verb
+def command(  # 15 parameters: the options of the verb
     url: str,
     reference: str | None,
+    benign: tuple[Path, ...],
     output: Path | None,
     model: str,
     fields: tuple[str, ...],
@@ -101,6 +109,7 @@ def command(  # 14 parameters: the options of the verb
     from truestep.serving.judging import judge
 
     plan, stored = _plan(reference, asked)
+    healthy = _healthy(benign, plan, reference)
     server = Endpoint(
         address(url),
         plan.kind,
@@ -122,7 +131,7 @@ def command(  # 14 parameters: the options of the verb
         from truestep.serving.answers import write
 
         write(output, plan, ours)
-    result = judge(plan, ours, theirs)
+    result = judge(plan, ours, theirs, benign=healthy)
     end(finish([result], json_path=json_path, report=report))
 
 
@@ -151,6 +160,24 @@ def _plan(reference: str | None, asked: dict[str, Any]) -> tuple[Plan, Answers |
     plan = Plan(kind, base, **rest)
     check(plan)
     return plan, None
+
+
+def _healthy(files: tuple[Path, ...], plan: Plan, reference: str | None) -> list[Answers]:
+    """Answers of set-ups that are known to be healthy, to the same requests."""
+    from truestep.errors import UsageError
+    from truestep.serving.answers import read
+
+    if files and reference is None:
+        raise UsageError("--benign is set beside a reference", hint="give --reference too")
+    read_all = [read(path) for path in files]
+    for path, (other, _) in zip(files, read_all, strict=True):
+        if other != plan:
+            raise UsageError(
+                "a healthy set-up was asked something else than the reference",
+                where=str(path),
+                hint="write its answers with --reference beside --output",
+            )
+    return [answers for _, answers in read_all]
 
 
 def _size(text: str) -> tuple[int, int]:

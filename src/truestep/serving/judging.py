@@ -7,8 +7,8 @@ to 255. Pure: no I/O.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -35,7 +35,7 @@ SAME_NOISE = 0.5
 
 RULE = Rule(
     name="endpoint/1",
-    text="pictures of 8 bits, worst frame, rms in levels: at most 2 x the furthest of the repeats "
+    text="pictures of 8 bits, worst frame, rms in levels: at most 2 x the furthest of the healthy "
     f"(at least {ROUNDING:g}) is equivalent, above 4 x drifted, between inconclusive; a parameter "
     "whose change leaves the picture within it was ignored",
 )
@@ -116,32 +116,49 @@ class _Sides:
     own: Scale
     reference: Answers | None = None
     other: Scale | None = None
-    asks: Mapping[str, Ask] = field(default_factory=dict)
+    benign: float = 0.0
+
+    @property
+    def asks(self) -> dict[str, Ask]:
+        return self.plan.asks()
 
     @property
     def near(self) -> float:
-        return max(scale.near for scale in (self.own, self.other) if scale)
+        return max(WIDER * self.benign, *(s.near for s in (self.own, self.other) if s))
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing of what is known to be healthy differs by a bit."""
+        return self.benign == 0 and all(s.floor == 0 for s in (self.own, self.other) if s)
 
 
-def judge(plan: Plan, ours: Answers, reference: Answers | None = None) -> Comparison:
+def judge(
+    plan: Plan,
+    ours: Answers,
+    reference: Answers | None = None,
+    *,
+    benign: Sequence[Answers] = (),
+) -> Comparison:
     """Judge an endpoint's answers, by themselves or beside those of a trusted one.
 
     Args:
         plan: What both were asked.
         ours: The endpoint's.
         reference: The trusted one's. Without, only what needs no other side is said.
+        benign: Of other set-ups that are known to be healthy: as far off the reference as they are
+            is no fault.
 
     Returns:
         A row a parameter, and with a reference a row a picture.
     """
-    sides = _Sides(
-        plan,
-        ours,
-        scale_of(ours),
-        reference,
-        scale_of(reference) if reference else None,
-        plan.asks(),
-    )
+    other = scale_of(reference) if reference else None
+    off = [
+        distance(picture, reference.pictures[name])
+        for side in benign
+        for name, picture in side.pictures.items()
+        if reference is not None
+    ]
+    sides = _Sides(plan, ours, scale_of(ours), reference, other, max(off, default=0.0))
     rows = [*_parameters(sides)]
     if reference is not None:
         rows += _pictures(sides, reference)
@@ -227,8 +244,7 @@ def _pictures(sides: _Sides, reference: Answers) -> Iterator[Row]:
     ]
     offs = [distance(*(side[f"picture/{name}"] for side in pair)) for name in names]
     over = [off > 2 * sides.near for off in offs]
-    exact = all(scale.floor == 0 for scale in (sides.own, sides.other) if scale)
-    sure = exact or over[names.index(f"{BASE}/0")] or 2 * sum(over) > len(over)
+    sure = sides.exact or over[names.index(f"{BASE}/0")] or 2 * sum(over) > len(over)
     for row, off in zip(compare_tensors(*pair), offs, strict=True):
         yield _picture(sides, row, off, sure=sure)
 
@@ -265,6 +281,8 @@ def _notes(sides: _Sides) -> Iterator[str]:
             far = "" if scale.far is None else f", another seed is {_levels(scale.far)} away"
             same = "the same bit for bit" if scale.floor == 0 else f"{scale.floor:.2g} levels apart"
             yield f"{label} {sides.plan.repeats} repeats are {same}{far}"
+    if sides.benign:
+        yield f"healthy set-ups are up to {sides.benign:.3g} levels off the reference"
     ladder = [*_ladder(sides)]
     if ladder:
         yield f"effects beside the reference's, in levels: {', '.join(ladder)}"
