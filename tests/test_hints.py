@@ -225,6 +225,7 @@ ADVICE = {
     "one is written by truestep serve-check --output",
     "such as http://127.0.0.1:30000",
     "give --reference too",
+    "say it by the option of its name",
     "write its answers with --reference beside --output",
 }
 """What no command can do for the reader."""

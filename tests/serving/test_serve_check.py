@@ -139,6 +139,14 @@ def test_a_video_api_is_checked(
     assert check(server(ignore="negative"), *video, "--reference", server())[0] == 1
 
 
+def test_answers_are_shown_as_what_they_are(
+    reference: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = runner(monkeypatch, capsys, "show")(str(reference))
+    assert code == 0
+    assert "answers of a server (truestep serve-check)" in out
+
+
 def test_a_dry_run_lists_every_request_and_asks_nothing(check: Run) -> None:
     code, out, err = check("http://127.0.0.1:9", *SMALL, "--dry-run")
     assert (code, err) == (0, "")
@@ -239,6 +247,8 @@ def test_fields_of_other_names_and_further_ones_are_sent(server: Address, check:
         ["http://a", "--guidance", "1"],
         ["http://a", "--repeats", "1"],
         ["http://a", "--set", "x"],
+        ["http://a", "--set", "seed=5"],
+        ["http://a", "--set", "negative_prompt=blue"],
         ["http://a", "--reference", "none.safetensors"],
         ["http://a", "--kind", "sound"],
     ],

@@ -100,6 +100,8 @@ def _safetensors(path: Path, _: str) -> Contents:
     rows = tuple((name, slot.dtype, slot.shape) for name, slot in header.tensors.items())
     if "latent_tensor" in header.tensors:
         return Contents("a ComfyUI latent", rows, lines=_comfy(header))
+    if "truestep.serve" in header.metadata:
+        return Contents("answers of a server (truestep serve-check)", rows)
     return Contents("a safetensors file that truestep did not write", rows)
 
 

@@ -119,6 +119,7 @@ def command(  # 15 parameters: the options of the verb
         _pairs(fields, "--field"),
         _values(more),
     )
+    _untouched(server, plan)
     trusted = None
     if reference is not None and stored is None:
         trusted = replace(server, url=address(reference), key=_key(reference_key_env))
@@ -215,6 +216,19 @@ def _values(texts: tuple[str, ...]) -> Mapping[str, Any]:
         except ValueError:
             found[name] = text
     return found
+
+
+def _untouched(server: Endpoint, plan: Plan) -> None:
+    """Refuse further fields that would be one value in every request where they are to change."""
+    from truestep.errors import UsageError
+
+    body = replace(server, more={}).body(replace(plan.base, negative="x"))
+    taken = sorted(body.keys() & server.more.keys())
+    if taken:
+        raise UsageError(
+            f"--set {taken[0]} would hold still what is to change",
+            hint="say it by the option of its name",
+        )
 
 
 def _key(variable: str | None) -> str:

@@ -116,6 +116,16 @@ def address(text: str) -> str:
     return text.rstrip("/").removesuffix("/v1")
 
 
+_KEY_PART = 6
+"""Characters of a key in a row that are taken for it: a server may answer with part of it."""
+
+
+def _without(key: str, text: str) -> str:
+    """A text, unless the key or a part of it stands there."""
+    pieces = {key[i : i + _KEY_PART] for i in range(max(len(key) - _KEY_PART, 0) + 1)} - {""}
+    return "it repeats the key, and is not shown" if any(p in text for p in pieces) else text
+
+
 class Asker:
     """Asks one server, one request after the other."""
 
@@ -241,7 +251,7 @@ class Asker:
         self, what: str, measured: str = "", *, likely: str = "", hint: str = ""
     ) -> NoReturn:
         key = self._endpoint.key
-        parts = [part.replace(key, "***") if key else part for part in (what, measured, likely)]
+        parts = [_without(key, part) for part in (what, measured, likely)]
         raise EndpointError(
             parts[0], where=self._endpoint.place, measured=parts[1], likely=parts[2], hint=hint
         ) from None
