@@ -30,6 +30,8 @@ VAE = "vae"
 _STATISTICS = ("abs_mean", "mean", "std", "min", "max")
 """Of FastVideo's trace, numbers that are as large as the values themselves; `sum` is not."""
 
+_MOST_DIMENSIONS = 64
+
 _TAGS = "___"
 _PASS = re.compile(r"Pass\d+")
 
@@ -187,7 +189,7 @@ def activation_trace(path: Path) -> Found:
         values = _statistics(line)
         if values is not None:
             tensors[name] = values
-        if isinstance(line.get("shape"), list):
+        if "shape" in line:
             tensors[f"{name}.shape"] = torch.tensor(line["shape"], dtype=torch.int64)
     if not tensors:
         raise FileFormatError(
@@ -213,16 +215,20 @@ def _records(data: bytes) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         record = parse_json(line)
-        step = record.get("step") if isinstance(record, dict) else ""
-        known = isinstance(record, dict) and all(
-            isinstance(record.get(key), str) for key in ("module", "tensor")
-        )
-        if not known or not (step is None or (type(step) is int and 0 <= step < 10**9)):
+        if not (isinstance(record, dict) and _says_where(record)):
             raise ValueError(f"line {number} says no module, tensor and step")
+        if "shape" in record and _elements(record) is None:
+            raise ValueError(f"line {number} has a shape that is none")
         records.append(record)
     if not records:
         raise ValueError("it has no whole line")
     return records
+
+
+def _says_where(record: Mapping[str, Any]) -> bool:
+    step = record.get("step", "")
+    texts = all(isinstance(record.get(key), str) for key in ("module", "tensor"))
+    return texts and (step is None or (type(step) is int and 0 <= step < 10**9))
 
 
 def _statistics(line: Mapping[str, Any]) -> torch.Tensor | None:
@@ -230,8 +236,11 @@ def _statistics(line: Mapping[str, Any]) -> torch.Tensor | None:
     if not found:
         return None
     dtype = getattr(torch, str(line.get("dtype", "torch.bfloat16")).removeprefix("torch."), None)
-    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    return torch.tensor(found, dtype=torch.float64).to(dtype if floating else torch.float32)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        dtype = torch.float32
+    elif dtype.itemsize == 1:  # what is computed of float8 is not in it
+        dtype = torch.bfloat16
+    return torch.tensor(found, dtype=torch.float64).to(dtype)
 
 
 def _numbers(line: Mapping[str, Any]) -> Iterator[float]:
@@ -246,6 +255,8 @@ def _numbers(line: Mapping[str, Any]) -> Iterator[float]:
 
 
 def _elements(line: Mapping[str, Any]) -> int | None:
+    """Number of elements that a line's shape says; None where it has none."""
     shape = line.get("shape")
-    whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**40 for n in shape)
-    return math.prod(shape) if whole and isinstance(shape, list) else None
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
+        return None
+    return math.prod(shape) if all(type(n) is int and 0 <= n < 2**40 for n in shape) else None
