@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import logging
@@ -475,3 +476,16 @@ def test_outcomes_of_the_original_are_the_same(
     for content in files[1].values():
         assert content.pop("truestep")["verdict"]
     assert json.dumps(files[0]) == json.dumps(files[1])
+
+
+def test_every_name_that_their_tests_import_is_here(original_fastvideo: ModuleType) -> None:
+    folder = Path(original_fastvideo.__file__ or "").parent
+    imported = {
+        alias.name
+        for path in folder.glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module == ours.ORIGINAL
+        for alias in node.names
+    }
+    assert "run_text_to_latent_similarity_test" in imported
+    assert imported <= vars(ours).keys()

@@ -310,3 +310,31 @@ def test_limits_of_the_original(
             assert dataclasses.astuple(pair[0]) == dataclasses.astuple(pair[1])
         sound = [m.get_audio_consistency_thresholds(case) for m in (original_sglang, ours)]
         assert dataclasses.astuple(sound[0]) == dataclasses.astuple(sound[1])
+
+
+OWN_TESTS = (
+    "test_pixel_metrics_identical_image",
+    "test_pixel_metrics_detect_different_image",
+    "test_compare_with_gt_passes_for_identical_image",
+    "test_compare_with_gt_uses_worst_frame_for_video",
+    "test_save_consistency_failure_artifact",
+    "test_audio_consistency_rejects_wrong_audio",
+    "test_audio_consistency_wav_round_trip_passes",
+)
+
+
+@pytest.mark.parametrize("name", OWN_TESTS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_their_own_tests_pass_with_one_changed_import(
+    name: str, original_sglang: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = Path(original_sglang.__file__ or "").parent / "unit" / "test_consistency_metrics.py"
+    text, line = path.read_text("utf-8"), f"from {ours.ORIGINAL} import ("
+    assert text.count(line) == 1
+    namespace: dict[str, Any] = {"__name__": "own_tests"}
+    exec(compile(text.replace(line, f"from {ours.__name__} import ("), path, "exec"), namespace)
+    assert namespace["compare_with_gt"] is ours.compare_with_gt
+    fixtures = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
+    monkeypatch.setattr(original_sglang, "compare_audio_with_gt", ours.compare_audio_with_gt)
+    wanted = inspect.signature(namespace[name]).parameters
+    namespace[name](**{key: fixtures[key] for key in wanted})
