@@ -219,7 +219,7 @@ def test_the_same_latent_passes_and_our_verdict_stands_beside(
     assert list(metrics) == ["slice_cosine_distance", "full_cosine_distance", "max_abs_diff"]
     assert all(value == pytest.approx(0, abs=1e-6) for value in metrics.values())
     assert metrics.comparison.verdict is Verdict.IDENTICAL  # type: ignore[attr-defined]
-    assert "truestep: identical" in caplog.text
+    assert "truestep: identical: 1 tensor agrees bit for bit\n" in caplog.text
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     written = results(tmp_path)
     assert written.pop("truestep")["verdict"] == "identical"
@@ -311,6 +311,7 @@ def test_what_the_two_limits_let_pass_is_warned_of(
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert warning.startswith(f"truestep: {verdict}")
     assert warning.endswith("the check beside it passes")
+    assert ("none was measured" in warning) is (verdict == "drifted")
 
 
 def test_sound_is_gated_by_its_own_signature(fastvideo: Any, tmp_path: Path) -> None:

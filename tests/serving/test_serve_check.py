@@ -186,6 +186,20 @@ def test_a_key_is_printed_and_kept_nowhere(
     assert "NO_SUCH_KEY of --key-env is not set" in err
 
 
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [("http://a.example", True), ("https://a.example", False), ("http://127.0.0.1:9", False)],
+)
+def test_a_key_that_anybody_can_read_is_told(
+    url: str, told: bool, check: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    code, out, err = check(url, "--key-env", "MY_KEY", "--dry-run")
+    assert code == 0
+    assert ("unencrypted" in err) is told
+    assert "s3cret" not in out + err
+
+
 def test_a_key_is_not_sent_to_the_trusted_server(
     server: Address, check: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -256,6 +256,9 @@ def _announce(
             f"{total} requests are more than --most allows",
             measured=f"{total} to {places}; at most {most}",
         )
+    for side in servers:
+        if side.key and not side.private:
+            say(f"the key is sent to {side.url} unencrypted: its address is no https", err=True)
     say(f"{total} requests to {places}, each at most {server.timeout_s:g} s", err=err)
     for name, ask in asks.items():
         negative = f", negative {ask.negative!r}" if ask.negative else ""

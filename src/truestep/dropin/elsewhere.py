@@ -33,6 +33,9 @@ def tell(logger: Logger, comparison: Comparison, *, passed: bool) -> None:
         passed: Whether the other check passes.
     """
     sentence = visible(comparison.sentence)
+    floors = (row.floor for row in comparison.rows if row.ratio)
+    if any(floor and floor.source == "analytic" for floor in floors):
+        sentence += " (by the floor of its dtype: none was measured)"
     if passed and comparison.verdict.exit_code == 1:
         logger.warning("truestep: %s; the check beside it passes", sentence)
     else:

@@ -73,6 +73,12 @@ class Endpoint:
         """Where it is asked."""
         return f"{self.url}/v1/{'images/generations' if self.kind == IMAGE else 'videos'}"
 
+    @property
+    def private(self) -> bool:
+        """Whether nobody between can read what is sent."""
+        parts = urlsplit(self.url)
+        return parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
+
     def body(self, ask: Ask) -> dict[str, Any]:
         """A request as its fields."""
         names = {**FIELDS, **self.fields}
