@@ -109,6 +109,39 @@ def test_without_a_reference_only_what_may_be_so_is_left_open(name: str) -> None
     assert "which model it is was not looked at" in judge(PLAN, answers()).sentence
 
 
+def little(name: str, levels: float, noise: float = 0.0, label: str = "it") -> Answers:
+    """Answers of a server in which a parameter has a small effect."""
+    made = dict(answers(IGNORED[name], noise, label=label).pictures)
+    random = torch.Generator().manual_seed(5)
+    flip = torch.rand(made[name].shape, generator=random) < levels**2
+    made[name] = made[name] + flip.to(torch.uint8)
+    return Answers(label, made)
+
+
+@pytest.mark.parametrize("name", ["guidance", "negative", "steps"])
+def test_a_small_effect_is_one_where_repeats_agree(name: str) -> None:
+    """0.05 levels: less than what rounding may make between two servers, more than a repeat."""
+    result = judge(PLAN, little(name, 0.05))
+    assert result.verdict is Verdict.EQUIVALENT, result.sentence
+
+
+@pytest.mark.parametrize("name", ["guidance", "negative", "steps"])
+@pytest.mark.parametrize(("levels", "noise"), [(0.05, 0.0), (0.5, 1.0), (2.0, 2.0)])
+def test_a_small_effect_that_noise_hides_is_not_called_ignored(
+    name: str, levels: float, noise: float
+) -> None:
+    trusted = little(name, min(levels, 1.0), label="trusted")
+    result = judge(PLAN, answers(IGNORED[name], noise), trusted)
+    assert verdict_of(result, f"parameter/{name}") is Verdict.INCONCLUSIVE
+    assert "as much as noise" in result.sentence
+
+
+def test_steps_that_noise_may_hide_are_left_open_without_a_reference() -> None:
+    assert judge(PLAN, answers(IGNORED["steps"])).verdict is Verdict.DRIFTED
+    assert judge(PLAN, answers(IGNORED["steps"], noise=1.0)).verdict is Verdict.INCONCLUSIVE
+    assert judge(PLAN, answers(IGNORED["prompt"], noise=1.0)).verdict is Verdict.DRIFTED
+
+
 def test_what_the_reference_ignores_too_is_no_fault() -> None:
     deaf = answers(IGNORED["guidance"])
     result = judge(PLAN, deaf, answers(IGNORED["guidance"], label="trusted"))

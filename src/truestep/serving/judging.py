@@ -16,7 +16,17 @@ import torch
 from truestep.judge.media import frame_media
 from truestep.judge.pictures import UNSEEN
 from truestep.judge.rows import build_comparison, compare_tensors
-from truestep.serving.plan import BASE, GUIDANCE, NEGATIVE, PARAMETERS, SEED, SIZE, Ask, Plan
+from truestep.serving.plan import (
+    BASE,
+    GUIDANCE,
+    NEGATIVE,
+    PARAMETERS,
+    SEED,
+    SIZE,
+    STEPS,
+    Ask,
+    Plan,
+)
 from truestep.verdict import Comparison, FloorUsed, Media, Row, Rule, Side, Verdict
 
 ROUNDING = 0.1
@@ -37,7 +47,7 @@ RULE = Rule(
     name="endpoint/1",
     text="pictures of 8 bits, worst frame, rms in levels: at most 2 x the furthest of the healthy "
     f"(at least {ROUNDING:g}) is equivalent, above 4 x drifted, between inconclusive; a parameter "
-    "whose change leaves the picture within it was ignored",
+    "whose change gives a repeat was ignored",
 )
 
 
@@ -87,9 +97,14 @@ class Scale:
     widest: float
 
     @property
+    def repeats(self) -> float:
+        """Up to here a distance is one of the repeats; of repeats that agree, no distance is."""
+        return WIDER * self.floor
+
+    @property
     def near(self) -> float:
         """Up to here a distance is one of the repeats, or of rounding."""
-        return max(WIDER * self.floor, ROUNDING)
+        return max(self.repeats, ROUNDING)
 
     @property
     def noisy(self) -> bool:
@@ -199,19 +214,33 @@ def _effect(sides: _Sides, name: str) -> tuple[Verdict, str]:
             f"its repeats are {own.floor:.3g} levels apart, all else {own.widest:.3g}: too much",
         )
     effect = min(distance(picture, ours.base) for picture in ours.of(name))
-    if effect > own.near:
+    if effect > own.repeats:
         return Verdict.EQUIVALENT, f"has an effect: {_levels(effect)}"
     same = "the same picture bit for bit" if effect == 0 else f"{effect:.2g} levels, as a repeat"
-    if sides.reference is not None and sides.other is not None:
-        base = sides.reference.base
-        theirs = min(distance(picture, base) for picture in sides.reference.of(name))
-        if theirs <= sides.other.near:
-            return Verdict.EQUIVALENT, "has no effect here, and none in the reference"
-        note = f"ignored: another one gives {same}, in the reference {_levels(theirs)}"
-        return Verdict.DRIFTED, note
+    if sides.reference is None or sides.other is None:
+        return _alone(name, same, exact=effect == 0)
+    base = sides.reference.base
+    theirs = min(distance(picture, base) for picture in sides.reference.of(name))
+    if theirs <= sides.other.repeats:
+        return Verdict.EQUIVALENT, "has no effect here, and none in the reference"
+    if theirs <= max(2 * own.repeats, ROUNDING):
+        note = f"no effect is seen: in the reference it has {theirs:.2g} levels, as much as noise"
+        return Verdict.INCONCLUSIVE, note
+    note = f"ignored: another one gives {same}, in the reference {_levels(theirs)}"
+    return Verdict.DRIFTED, note
+
+
+def _alone(name: str, same: str, *, exact: bool) -> tuple[Verdict, str]:
+    """What it says without a reference that a parameter has no effect.
+
+    Seeds and prompts change any picture; a model may have no guidance, and where there is noise
+    it may hide what half the steps do.
+    """
     if name in (GUIDANCE, NEGATIVE):
         note = f"no effect: another one gives {same}; a distilled model may have none of it"
         return Verdict.INCONCLUSIVE, note
+    if name == STEPS and not exact:
+        return Verdict.INCONCLUSIVE, f"no effect is seen: half of them give {same}"
     return Verdict.DRIFTED, f"ignored: another one gives {same}"
 
 
