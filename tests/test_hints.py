@@ -221,6 +221,15 @@ ADVICE = {
     "latents of both sides, and compare those",
     "record and check run any pipeline: give --prompt, or a table [case.NAME.call]",
     "e.g. --input image=cat.png",
+    "give another value of {}, or --without {}",
+    "give it longer: --timeout SECONDS",
+    "give the key as a variable of the environment: --key-env NAME",
+    "leave the options out, or give the reference's address",
+    "one is written by truestep serve-check --output",
+    "such as http://127.0.0.1:30000",
+    "give --reference too",
+    "say it by the option of its name",
+    "write its answers with --reference beside --output",
 }
 """What no command can do for the reader."""
 

@@ -9,6 +9,7 @@
     ├── FileFormatError           exit 2   a file that is unreadable, damaged or hostile
     ├── WriteError                exit 2   a file that could not be written (nothing was replaced)
     ├── ModelLoadError            exit 2   a model that could not be loaded
+    ├── EndpointError             exit 2   a server that does not answer as its interface says
     ├── ProcessEndedError         exit 1   code that is not ours ended the process: `invalid`
     ├── ReferenceNotFoundError    exit 3   no reference for a case
     ├── ComponentMissingError     exit 3   a part that a parity test needs is not there
@@ -133,6 +134,10 @@ class WriteError(TruestepError):
 
 class ModelLoadError(TruestepError):
     """A model that could not be loaded."""
+
+
+class EndpointError(TruestepError):
+    """A server that cannot be reached, or does not answer as its interface says."""
 
 
 class ProcessEndedError(TruestepError):

@@ -9,6 +9,7 @@ from pathlib import Path
 ARCHIVE, NUMPY, PICKLE = "a zip archive", "a numpy array (.npy)", "a pickle"
 SAFETENSORS, JSON, TEXT = "a safetensors file", "a JSON file", "a text file"
 OLD_PT, ONNX, HDF5 = "a .pt file of before torch 1.6", "an ONNX model", "an HDF5 file (Keras)"
+ACTIVATIONS = "an activation trace of FastVideo (JSON lines)"
 SQLITE, GGUF = "a SQLite database", "a GGUF model (llama.cpp)"
 MODEL, REFERENCES = "a diffusers model folder", "a folder of references"
 EXPERIMENT = "the folder of an experiment (truestep ab)"
@@ -23,6 +24,7 @@ _STARTS = (
     (0, b"GGML", "a GGML model (llama.cpp)"),
     (0, b"\x89HDF\r\n\x1a\n", HDF5),
     (0, b"SQLite format 3\0", SQLITE),
+    (0, b'{"module": "', ACTIVATIONS),
     (0, b"\x89PNG\r\n\x1a\n", "a PNG picture"),
     (0, b"\xff\xd8\xff", "a JPEG picture"),
     (0, b"GIF8", "a GIF picture"),

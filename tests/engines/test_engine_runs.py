@@ -21,12 +21,12 @@ from truestep.calls.recording import read
 from truestep.engines.assembling import PARTIAL, left_by
 from truestep.engines.comparing import compare_runs, odd_one_out
 from truestep.engines.engine import engine, engines
+from truestep.engines.expected import place_of
 from truestep.engines.named import run_of
 from truestep.engines.ordered import check_run
 from truestep.engines.run import COND, UNCOND, Run
 from truestep.engines.running import Ran, recover, run_engine
 from truestep.errors import ModelLoadError, UsageError
-from truestep.keys import address
 from truestep.testing import tiny
 from truestep.verdict import Comparison, Verdict
 
@@ -165,7 +165,7 @@ def test_of_three_runs_the_odd_one_is_named(runs: dict[str, list[Run]]) -> None:
             text, results = odd_one_out(trio)
             assert f"the odd one out is {trio[at].label}" in text, (fault, style, text)
             assert len(results) == 2
-            stage = address(text.split("`")[1]).stage
+            stage = place_of(text.split("`")[1]).stage
             assert stage == STAGES[fault], (fault, style, text)
     text, _ = odd_one_out([runs[style][0] for style in STYLES])
     assert text.startswith("no run parts from the others")

@@ -689,6 +689,66 @@ def _seed_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(data), "utf-8")
 
 
+def _seed_latent(folder: Path) -> None:
+    latent = {"latent_tensor": torch.arange(64.0).reshape(1, 4, 4, 4)}
+    mark = {"latent_format_version_0": torch.tensor([])}
+    save_file(latent | mark, folder / "new.latent", metadata={"prompt": "{}"})
+    save_file(latent, folder / "old.latent")
+
+
+def _seed_activations(folder: Path) -> None:
+    known = {"abs_mean": 0.5, "sum": 2.0, "max": 1.0, "shape": [1, 4], "dtype": "torch.bfloat16"}
+    records = [
+        {"module": f"blocks.{i}", "tensor": f"out[{i}]", "step": step, **known}
+        for step in (None, 0, 1)
+        for i in range(2)
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _seed_trajectory(folder: Path) -> None:
+    latents, times = torch.arange(96.0).reshape(1, 3, 2, 4, 4), torch.arange(3.0)
+    after = {"trajectory_latents": latents, "trajectory_timesteps": times}
+    torch.save(after, folder / "after.pt")
+    torch.save({"latents": latents, "timesteps": times, "sigmas": times}, folder / "before.pt")
+    dump = {"value": [latents, {"a": times}], "meta": {"name": "q", "rank": 0, "step": 1}}
+    torch.save(dump, folder / "dump.pt")
+
+
+def _seed_dumps(folder: Path) -> None:
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        for index in range(2):
+            content = {"value": torch.arange(4.0) + index, "meta": {"name": "q", "step": 0}}
+            torch.save(content, folder / name / f"step=0___dump_index={index}___name=q.pt")
+        torch.save({"x": torch.arange(3.0)}, folder / name / "Pass00000.pt")
+
+
+def _seed_answers(folder: Path) -> None:
+    from truestep.serving.answers import write
+    from truestep.serving.judging import Answers
+    from truestep.serving.plan import Ask, Plan
+
+    plan = Plan("image", Ask("a fox", steps=2, width=16, height=16), repeats=2, seeds=1)
+    pictures = {
+        name: torch.full((1, ask.height, ask.width, 3), 7, dtype=torch.uint8)
+        for name, ask in plan.asks().items()
+    }
+    write(folder / "a.safetensors", plan, Answers("x", pictures))
+
+
+def _use_answers(path: Path, good: Path) -> None:
+    from truestep.serving.answers import read
+    from truestep.serving.judging import judge
+
+    plan, answers = read(path)
+    same, trusted = read(good)
+    judge(plan, answers).to_json()
+    if plan == same:
+        judge(plan, answers, trusted, benign=[answers]).to_json()
+    _shown(path)
+
+
 def _seed_any(folder: Path) -> None:
     (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 50)
     (folder / "a.model").write_bytes(b"\x08\x07\x12\x07pytorch" + b"\0" * 20)
@@ -711,6 +771,11 @@ KINDS: dict[str, Kind] = {
     "gguf": Kind(_seed_gguf, {"": mutate.raw}, _use_weights),
     "pt": Kind(_seed_pt, {"": _zipped}, _use_weights),
     "bundle": Kind(_seed_bundle, {"": _zipped}, _use_bundle),
+    "latent": Kind(_seed_latent, {"": mutate.safetensors}, _use_tensors),
+    "activations": Kind(_seed_activations, {"": _lines}, _use_tensors),
+    "trajectory": Kind(_seed_trajectory, {"": _zipped}, _use_tensors),
+    "dumps": Kind(_seed_dumps, {"": _zipped}, _use_tensors),
+    "answers": Kind(_seed_answers, {"": mutate.safetensors}, _use_answers),
     "onnx": Kind(_seed_onnx, {"": mutate.raw}, _use_state),
     "hdf5": Kind(_seed_hdf5, {"": mutate.raw}, _use_state),
     "lock": Kind(_seed_lock, {"": _json}, _use_lock),

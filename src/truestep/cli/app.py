@@ -25,6 +25,7 @@ VERBS = {
     "parity": "Component parity tests: scaffold, run, and a ledger of what is proven.",
     "tiny": "Write a tiny pipeline of any diffusers class, with random weights, to try things on.",
     "recorder": "Write one file that records where truestep cannot be installed.",
+    "serve-check": "Ask a server of pictures or videos whether it does what it is asked for.",
     "show": "Show what a file or folder is and holds, or what profiles say.",
     "doctor": "Show machine, libraries, attention kernel and what is missing.",
 }
@@ -37,7 +38,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"truestep.cli.{cmd_name}")
+        module = importlib.import_module(f"truestep.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

@@ -15,7 +15,9 @@ from truestep.text import quoted
 if TYPE_CHECKING:
     import torch
 
+    from truestep.recording.header import Header
     from truestep.recording.manifest import Manifest
+    from truestep.recording.readers import Source
 
 Row = tuple[str, str, tuple[int, ...] | str]
 """Name, dtype and shape; of a folder, a part, what it is, and its size."""
@@ -67,6 +69,7 @@ def contents_of(path: Path) -> Contents:
         magic.ARCHIVE: _archive,
         magic.GGUF: _gguf,
         magic.OLD_PT: _tensors,
+        magic.ACTIVATIONS: _tensors,
         magic.JSON: _json,
     }
     if kind in readers:
@@ -95,16 +98,31 @@ def _safetensors(path: Path, _: str) -> Contents:
         rows = tuple((e.name, e.dtype, e.shape) for e in manifest.tensors)
         return Contents("a recording", rows, manifest=manifest)
     rows = tuple((name, slot.dtype, slot.shape) for name, slot in header.tensors.items())
+    if "latent_tensor" in header.tensors:
+        return Contents("a ComfyUI latent", rows, lines=_comfy(header))
+    if "truestep.serve" in header.metadata:
+        return Contents("answers of a server (truestep serve-check)", rows)
     return Contents("a safetensors file that truestep did not write", rows)
+
+
+def _comfy(header: Header) -> tuple[str, ...]:
+    """What is said of a ComfyUI latent; its metadata is the workflow that made it."""
+    lines = ["in the space of its VAE, not in that of the sampler"]
+    if "latent_format_version_0" not in header.tensors:
+        lines.append("of an old ComfyUI: read multiplied by 1 / 0.18215, as ComfyUI does")
+    held = [name for name in ("prompt", "workflow") if name in header.metadata]
+    return (*lines, *([f"holds its {' and '.join(held)}"] if held else []))
 
 
 def _tensors(path: Path, kind: str) -> Contents:
     from truestep.recording.readers import read_source
 
-    source = read_source(path, _SUFFIX[kind])
+    return _of_source(read_source(path, _SUFFIX.get(kind, "")), kind)
+
+
+def _of_source(source: Source, kind: str) -> Contents:
     lines = tuple(f"{key}: {str(value)[:80]}" for key, value in source.bundle.items())
-    bundle = "a FastVideo latent bundle (.pt)" if source.bundle else kind
-    return Contents(bundle, _rows(source.tensors), lines=lines)
+    return Contents(source.kind or kind, _rows(source.tensors), lines=(*lines, *source.notes))
 
 
 _NPZ, _PT = "numpy arrays (.npz)", "a .pt file"
@@ -198,6 +216,10 @@ def _folder(path: Path, kind: str) -> Contents:
         lines = (f"not there: {', '.join(absent)}",) if absent else ()
         named = f"{kind}: {index.get('_class_name')}"
         return Contents(named, rows, "parts", lines)
+    if any("___" in p.name or p.name.startswith("Pass") for p in path.glob("*.pt")):
+        from truestep.recording.readers import load
+
+        return _of_source(load(path, label=str(path)), kind)
     files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     rows = tuple((p.name, magic.what_is(p), _size(p)) for p in files)
     return Contents(kind, rows, "entries")

@@ -16,6 +16,7 @@ EXTRAS = {
     "ftfy": ("diffusers", "cleaning prompts exactly as the models ask"),
     "av": ("media", "writing videos"),
     "pillow": ("media", "frames in reports"),
+    "httpx2": ("serve", "asking servers"),
 }
 
 

@@ -22,11 +22,13 @@ from truestep.engines.conventions import (
     with_closing_zero,
 )
 from truestep.engines.expected import (
+    ENTERING,
     FINAL,
     FRAMES,
     NOISE,
     SIGMAS,
     TIMESTEPS,
+    place_of,
     time_scale,
 )
 from truestep.engines.run import Pass, Run
@@ -95,6 +97,7 @@ def compare_runs(actual: Run, reference: Run) -> Comparison:
         {seam.name: seam.actual for seam in seams},
         {seam.name: seam.reference for seam in seams},
         limits=Limits(),
+        describe=place_of,
     )
     judged = _introduced(seams, rows)
     undecided = [row for row in judged if row.origin == "inherited"]
@@ -166,6 +169,11 @@ def _seams(actual: Run, reference: Run, notes: dict[str, None]) -> Iterator[Seam
     begun = [SIGMAS, TIMESTEPS, NOISE]
     latents: list[str] = [NOISE]
     for index, (ours, theirs) in enumerate(zip(actual.steps, reference.steps, strict=False)):
+        if index and ours.latent is not None and theirs.latent is not None:
+            entering = f"{ENTERING}/{index:04d}"
+            fitted, _ = as_shape(ours.latent, theirs.latent)
+            yield Seam(entering, fitted, theirs.latent, tuple(latents), ARITHMETIC)
+            latents = [entering]
         made = []
         for name, output, expected, branch in _predictions(actual, reference, index, way):
             fitted, _ = as_shape(output, expected)

@@ -25,7 +25,7 @@ from truestep.engines.run import COND, UNCOND, Run, Step
 from truestep.engines.trusted import Trusted, schedule_of, solvers, stepped
 from truestep.errors import FOREIGN, one_line
 from truestep.floors import NoiseRun
-from truestep.keys import step_name
+from truestep.keys import Address, address, step_name
 from truestep.measure.distance import distance
 
 SIGMAS, TIMESTEPS, GIVEN = "schedule/sigmas", "schedule/timesteps", "schedule/given"
@@ -148,6 +148,14 @@ def put_noise_and_text(found: Seams, run: Run, known: Run | None) -> None:
         found.put(f"text/{branch}", run.text.get(branch), text)
         if branch not in run.text:
             found.unjudged[f"text/{branch}"] = "the run does not hold it: the reference's is taken"
+
+
+def place_of(name: str) -> Address:
+    """Where a seam belongs; a latent that enters a step is of the stage `latent`."""
+    head, _, rest = name.partition("/")
+    if head == ENTERING:
+        return Address(stage="latent", step=int(rest.partition("/")[0]))
+    return address(name)
 
 
 def put_entering(found: Seams, run: Run) -> None:

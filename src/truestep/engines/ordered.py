@@ -14,12 +14,12 @@ import torch
 from truestep.engines.branches import named_by_text
 from truestep.engines.conventions import as_shape
 from truestep.engines.expected import (
-    ENTERING,
     FINAL,
     SIGMAS,
     TIMESTEPS,
     Seams,
     in_model_space,
+    place_of,
     put_decoding,
     put_entering,
     put_guidance,
@@ -35,7 +35,6 @@ from truestep.errors import UsageError
 from truestep.floors import NoiseFloor
 from truestep.judge.floor import Limits, pair_of
 from truestep.judge.rows import build_comparison, compare_tensors
-from truestep.keys import Address, address
 from truestep.measure.distance import distance
 from truestep.progress import Progress
 from truestep.text import quoted
@@ -105,7 +104,7 @@ def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comp
             {name: found.actual[name] for name in names},
             {name: found.expected[name] for name in names},
             limits=limits,
-            describe=_place,
+            describe=place_of,
         )
         judged.update({row.name: row for row in rows})
     notes = [*found.notes]
@@ -121,14 +120,6 @@ def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comp
         looked_at=(f"{len(run.steps)} steps, {predictions} predictions",),
         notes=tuple(notes),
     )
-
-
-def _place(name: str) -> Address:
-    """Where a row belongs; a latent that enters a step is of the stage `latent`."""
-    head, _, rest = name.partition("/")
-    if head == ENTERING:
-        return Address(stage="latent", step=int(rest.partition("/")[0]))
-    return address(name)
 
 
 def _is_prediction(name: str) -> bool:

@@ -222,7 +222,7 @@ class KeyFrame:
 
     Attributes:
         index: Of the frame.
-        ssim: skimage's default convention (`_ssim_uniform`), not that of `measure.frames`.
+        ssim: skimage's default convention (`ssim_uniform`), not that of `measure.frames`.
         psnr: dB. mad: levels.
     """
 
@@ -246,7 +246,7 @@ def key_frames(actual: torch.Tensor, reference: torch.Tensor) -> list[KeyFrame]:
     for index in (0, total // 2, total - 1):
         a, r = both_levels(actual[:, :, [index]], reference[:, :, [index]], side=7)
         difference = float((a - r).abs().double().mean())
-        found.append(KeyFrame(index, _ssim_uniform(a, r), psnr_of_levels(a, r), difference))
+        found.append(KeyFrame(index, ssim_uniform(a, r), psnr_of_levels(a, r), difference))
     return found
 
 
@@ -271,7 +271,7 @@ def sglang_gate(
     return Gate(name, passes, Domain.FRAMES)
 
 
-def _ssim_uniform(actual: torch.Tensor, reference: torch.Tensor) -> float:
+def ssim_uniform(actual: torch.Tensor, reference: torch.Tensor) -> float:
     """SSIM as skimage's `structural_similarity` has it by default: 7x7 uniform, sample covariance.
 
     Args:

@@ -69,7 +69,7 @@ def compare(
     ours = sources.load(actual, label="actual")
     theirs = sources.load(reference, label="reference")
     if SIGNATURE in theirs.tensors and LATENT in theirs.tensors:
-        return check_latent(actual, reference, tolerance=tolerance)
+        return _noted(check_latent(actual, reference, tolerance=tolerance), ours, theirs)
     ours_manifest, theirs_manifest = ours.manifest, theirs.manifest
     if _weights(ours, theirs, weights, tolerance):
         return _of_parameters(ours, theirs, guessed=weights is None)
@@ -110,7 +110,21 @@ def compare(
             *([f"{left_out} tensors that a side left out (--keep all)"] if left_out else []),
         ),
     )
-    return _told(result, estimated=estimated)
+    return _noted(_told(result, estimated=estimated), ours, theirs)
+
+
+_SPACES = (
+    "one side's latent is in the space of its VAE and the other's may not be: undo the VAE's mean "
+    "and std (latents_mean, latents_std or scaling_factor of its config) before they are compared"
+)
+
+
+def _noted(result: Comparison, ours: Source, theirs: Source) -> Comparison:
+    """A result with what is to be said of files that other engines wrote."""
+    notes = [*result.notes, *dict.fromkeys((*ours.notes, *theirs.notes))]
+    if ours.space != theirs.space and not result.verdict.passed:
+        notes.append(_SPACES)
+    return result.model_copy(update={"notes": tuple(notes)}) if notes else result
 
 
 def _by_level(levels: Set[str], ours: Source, theirs: Source, limits: Limits) -> Sequence[Row]:

@@ -1,4 +1,4 @@
-"""Read what people compare: recordings, safetensors, .npy, .npz, .pt, .gguf, FastVideo bundles."""
+"""Read what people compare: recordings, safetensors, .npy, .npz, .pt, .gguf, files of engines."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ import numpy as np
 import torch
 
 from truestep.errors import FileFormatError, UsageError
-from truestep.magic import SAFETENSORS, what_is
+from truestep.magic import ACTIVATIONS, SAFETENSORS, what_is
 from truestep.measure.plain import plain
 from truestep.reading import reason
+from truestep.recording.engine_files import (
+    Found,
+    activation_trace,
+    comfy_latent,
+    dump_files,
+    of_sglang,
+    read_dumps,
+)
 from truestep.recording.format import Plain, Recording
 from truestep.recording.gguf_files import read_gguf
 from truestep.recording.manifest import Manifest
@@ -38,7 +46,10 @@ class Source:
         tensors: Name to tensor, in file order.
         path: The file, if there is one.
         manifest: Of a truestep recording.
-        bundle: The other fields of a FastVideo latent bundle.
+        bundle: The other fields of a FastVideo latent bundle or an SGLang dump.
+        kind: What it is, where another engine wrote it.
+        notes: What is to be said of such a file.
+        space: `vae`, where its latent was brought into the VAE's space.
     """
 
     label: str
@@ -46,6 +57,9 @@ class Source:
     path: Path | None = None
     manifest: Manifest | None = None
     bundle: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""
+    notes: tuple[str, ...] = ()
+    space: str = ""
 
 
 def side_of(source: Source) -> Side:
@@ -137,6 +151,8 @@ def _refuse(path: Path, what: str, *, measured: str = "", hint: str = "") -> NoR
 
 def _load_file(path: Path) -> Source:
     try:
+        if path.is_dir() and dump_files(path):
+            return _of_engine(path, read_dumps(path))
         if is_checkpoint(path):
             return Source(str(path), read_checkpoint(path), path)
         size = path.stat().st_size
@@ -160,8 +176,11 @@ def read_source(path: Path, suffix: str) -> Source:
         ".gguf": _gguf,
         **dict.fromkeys((".pt", ".pth", ".bin"), _pt),
     }
-    if suffix not in readers and what_is(path) == SAFETENSORS:
+    kind = what_is(path)
+    if suffix not in readers and kind == SAFETENSORS:
         suffix = ".safetensors"
+    if kind == ACTIVATIONS:
+        return _of_engine(path, activation_trace(path))
     if suffix not in readers:
         known = f"known: {', '.join(readers)}"
         _refuse(
@@ -184,7 +203,27 @@ def _safetensors(path: Path) -> Source:
     header, manifest = read_recording(path)
     if manifest is not None:
         return load(Recording.opened(header, manifest), label=str(path))
-    return Source(str(path), Plain(header), path)
+    plain_tensors = Plain(header)
+    found = comfy_latent(plain_tensors)
+    return _of_engine(path, found) if found else Source(str(path), plain_tensors, path)
+
+
+def _of_engine(path: Path, found: Found) -> Source:
+    try:
+        tensors = {name: _plain(tensor, name) for name, tensor in found.tensors.items()}
+    except UsageError as error:
+        _refuse(path, error.what, hint=error.hint)
+    if not tensors:
+        _refuse(path, f"{found.kind} holds no tensor")
+    return Source(
+        str(path),
+        tensors,
+        path,
+        bundle=found.fields,
+        kind=found.kind,
+        notes=found.notes,
+        space=found.space,
+    )
 
 
 def _npy(path: Path) -> Source:
@@ -205,6 +244,9 @@ def _pt(path: Path) -> Source:
     if isinstance(content, Mapping) and content.keys() >= FASTVIDEO_KEYS:
         return _fastvideo(path, content)
     try:
+        found = of_sglang(content)
+        if found is not None:
+            return _of_engine(path, found)
         flat = [(name, _plain(tensor, name)) for name, tensor in tensors_in(content)]
     except ValueError as error:
         _refuse(path, str(error))
@@ -242,4 +284,4 @@ def _fastvideo(path: Path, content: Mapping[str, Any]) -> Source:
             measured=f"it says {str(stated)[:80]}; the latent has {shape}",
         )
     rest = {key: value for key, value in content.items() if key not in ("latent", "expected_slice")}
-    return Source(str(path), tensors, path, bundle=rest)
+    return Source(str(path), tensors, path, bundle=rest, kind="a FastVideo latent bundle (.pt)")

@@ -1,0 +1,1 @@
+"""Models behind an address: what is asked of them, what they answer, and what that shows."""
