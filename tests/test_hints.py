@@ -685,6 +685,8 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep perf record CASE": (given("perf", "check", "a", "--runs", "1"), (0, 1, 4)),
     "truestep perf record {}": (measured, (0, 1, 4)),
     "truestep record CASE --update  # with decoded frames": (no_frames, (0,)),
+    "truestep engine node --write {} --force": (
+        twice("engine", "node", "--write", "my node.py"), (0,)),
     "truestep tiny WanPipeline ./tiny-wan  # makes a small one to try": (
         engine_run("step/0000/latent"), (0,)),
     "truestep show {}": (engine_run("latent/final"), (0,)),

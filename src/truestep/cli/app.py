@@ -25,6 +25,7 @@ VERBS = {
     "parity": "Component parity tests: scaffold, run, and a ledger of what is proven.",
     "tiny": "Write a tiny pipeline of any diffusers class, with random weights, to try things on.",
     "recorder": "Write one file that records where truestep cannot be installed.",
+    "bundle": "Make a file under 1 MB of a recording, for an issue thread.",
     "serve-check": "Ask a server of pictures or videos whether it does what it is asked for.",
     "show": "Show what a file or folder is and holds, or what profiles say.",
     "doctor": "Show machine, libraries, attention kernel and what is missing.",

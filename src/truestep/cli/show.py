@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.text import say, say_json, visible
+from truestep.text import pasteable, say, say_json, visible
 
 if TYPE_CHECKING:
     from truestep.controls import Cell
@@ -192,6 +192,17 @@ def _shape(shape: tuple[int, ...] | str) -> str:
     return shape if isinstance(shape, str) else "x".join(map(str, shape)) or "scalar"
 
 
+def _engine_lines(engine: object) -> list[tuple[str, str]]:
+    """Which engine a recording is of, and how it was started."""
+    if not isinstance(engine, dict):
+        return []
+    program = engine.get("program")
+    words = [str(word) for word in program] if isinstance(program, list) else []
+    rank = f", rank {engine['rank']}" if engine.get("rank") is not None else ""
+    lines = [("engine", f"{engine.get('name')}{rank}")]
+    return [*lines, ("command", pasteable(words)[:200])] if words else lines
+
+
 def _print_manifest(manifest: object) -> None:
     from truestep.cli.contents import call_lines
     from truestep.measure.reduced import SKETCH_SIZE, STATS
@@ -208,6 +219,7 @@ def _print_manifest(manifest: object) -> None:
         ("recorded", f"{manifest.created} by truestep {manifest.tool_version}"),
         ("level", manifest.level + kept[manifest.level]),
     ]
+    lines += _engine_lines(manifest.settings.get("engine"))
     case = manifest.case or {}
     if case:
         lines.append(("model", str(case.get("model"))))

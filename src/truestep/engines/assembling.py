@@ -181,7 +181,7 @@ def _placed(
         place = (stage, step, entry.component, entry.method)
         found.append(replace(entry, stage=stage, step=step, call=numbers[place]))
         numbers[place] += 1
-    return found
+    return sorted(found, key=lambda entry: entry.kind == Kind.RUN)  # what spans a run ends last
 
 
 def _by_timestep(

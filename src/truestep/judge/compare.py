@@ -176,7 +176,7 @@ def _kept_by_both(
 
 
 def _left_out(manifest: Manifest | None) -> frozenset[str]:
-    names = manifest.settings.get(LEFT_OUT) if manifest is not None and manifest.calls else None
+    names = manifest.settings.get(LEFT_OUT) if manifest is not None else None
     return frozenset(map(str, names)) if isinstance(names, list | tuple) else frozenset()
 
 

@@ -1,0 +1,142 @@
+"""Real engines with the same tiny Wan weights: right ones, and six faults planted in each.
+
+    python -m bench.bench_engines [--engine NAME] [FAULT ...]
+
+TRUESTEP_COMFYUI and TRUESTEP_WAN name the folders of these repositories. `make engines` makes the
+environment that they run in (`.engines`; TRUESTEP_ENGINES names another Python). An engine that is
+not there is left out, and said to be. One JSON line a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import truestep
+from bench.engines.tiny_wan import SCALE, STEPS, make
+from truestep.calls.recording import read
+from truestep.engines.named import run_of
+from truestep.engines.ordered import check_run
+from truestep.engines.running import run_engine
+
+HERE = Path(__file__).parent / "engines"
+ENGINES = {"diffsynth": "", "comfyui": "TRUESTEP_COMFYUI", "wan": "TRUESTEP_WAN"}
+"""Name to the variable that says where it is; empty: a wheel in the environment."""
+
+FAULTS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "shift": ("schedule",),
+    "sign": ("guidance",),
+    "swapped": ("guidance",),
+    "time": ("schedule",),
+    "tail": ("text",),
+    "order": ("latent", "update"),
+}
+"""Fault to the stages at which it may be named: what is stepped from is either's."""
+
+
+def main() -> None:
+    options = _options()
+    python = os.environ.get("TRUESTEP_ENGINES", str(Path(".engines/bin/python").absolute()))
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        make(place / "wan")
+        references = {name: _reference(place, name) for name in ("trusted", "trusted-unipc")}
+        for engine in options.engine or ENGINES:
+            why = _absent(engine, python)
+            if why:
+                print(json.dumps({"engine": engine, "not executed": why}), flush=True)
+                continue
+            for fault in options.fault or FAULTS:
+                row = _run(engine, fault, python, place, references)
+                print(json.dumps(row), flush=True)
+
+
+def _options() -> Any:
+    parser = argparse.ArgumentParser(description="Judge real engines.")
+    parser.add_argument("--engine", action="append", choices=list(ENGINES))
+    parser.add_argument("fault", nargs="*")
+    return parser.parse_args()
+
+
+def _absent(engine: str, python: str) -> str:
+    if not Path(python).exists():
+        return f"no {python}: make engines"
+    variable = ENGINES[engine]
+    if variable and not Path(os.environ.get(variable, "")).joinpath(".").is_dir():
+        return f"{variable} names no folder"
+    return f"{variable} is not set" if variable and variable not in os.environ else ""
+
+
+def _reference(place: Path, name: str) -> Path:
+    """The trusted pipeline's recording; Euler's with the sigmas that engines give it."""
+    from diffusers import WanPipeline
+    from safetensors.torch import load_file
+
+    pipe = WanPipeline.from_pretrained(str(place / "wan" / name))
+    own = pipe.scheduler.set_timesteps
+    if name == "trusted":
+        even = torch.linspace(1.0, 0.0, STEPS + 1)[:-1].tolist()
+        pipe.scheduler.set_timesteps = lambda steps, device=None: own(sigmas=even, device=device)
+    given = load_file(place / "wan" / "inputs.safetensors")
+    call = {
+        "prompt_embeds": given["cond"],
+        "negative_prompt_embeds": given["uncond"],
+        "latents": given["noise"],
+        "num_inference_steps": STEPS,
+        "guidance_scale": SCALE,
+        "height": 64,
+        "width": 64,
+        "num_frames": 9,
+        "output_type": "latent",
+    }
+    path = place / f"{name}.safetensors"
+    truestep.record(pipe, call=call, floor="none", keep="all", path=path)
+    return path
+
+
+def _run(
+    engine: str, fault: str, python: str, place: Path, references: dict[str, Path]
+) -> dict[str, Any]:
+    trusted = "trusted-unipc" if engine == "wan" else "trusted"
+    program = [python, str(HERE / f"run_{engine}.py"), str(place / "wan"), fault]
+    output = place / f"{engine}-{fault}.safetensors"
+    # The official `unipc` has sigmas of its own: it is given the trusted ones.
+    given = read(references[trusted]) if engine == "wan" and fault != "shift" else None
+    ran = run_engine([*program, str(place / "watched")], output, inject=given)
+    row: dict[str, Any] = {"engine": engine, "fault": fault, "exit": ran.code}
+    if not ran.recordings:
+        return {**row, "not recorded": [str(error) for error in ran.failures]}
+    if given is None:
+        subprocess.run([*program, str(place / "alone")], check=False, capture_output=True)
+        row["bit_equal"] = (place / "alone").read_bytes() == (place / "watched").read_bytes()
+    run, known = run_of(ran.recordings[0][0]), run_of(references[trusted])
+    result = check_run(run, place / "wan" / trusted, reference=known)
+    first = result.first_divergence
+    stage = first.stage if first else ""
+    wanted = FAULTS[fault]
+    right = stage in wanted if wanted else result.verdict.passed
+    sizes = [r.metrics.rel_l2 for r in result.rows if r.stage == "prediction" and r.metrics]
+    return {
+        **row,
+        "verdict": result.verdict.value,
+        "stage": stage,
+        "at": first.name if first else "",
+        "right": right,
+        "predictions": len(sizes),
+        "largest": max(sizes, default=None),
+        "notes": [note for note in result.notes if not note.startswith("not judged")],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
