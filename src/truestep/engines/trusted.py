@@ -185,7 +185,7 @@ def arguments(
     for name, value in (template.arguments if template else {}).items():
         if name in parameters and value is not None and name != "return_dict":
             (tensors if isinstance(value, torch.Tensor) else plain)[name] = value
-    taken = set()
+    taken, usual_names = set(), set()
     for role, usual in (("latent", LATENTS), ("timestep", TIMES), ("text", TEXTS)):
         name = next((each for each in usual if each in parameters), "")
         value = one.role(role) if role != "timestep" else _time(one, scale)
@@ -193,9 +193,9 @@ def arguments(
             continue
         like = tensors.get(name)
         if like is not None and role == "timestep":
-            value = (
-                value.to(like.dtype).reshape(-1)[:1].expand(like.shape) if like.ndim else value[0]
-            )
+            same = value.to(like.dtype)  # unless that would round the engine's own time
+            value = (same if bool((same == value).all()) else value).reshape(-1)[0]
+            value = value.expand(like.shape)
         elif like is not None:
             value, how = (text_as if role == "text" else _in_rank)(value, like)
             done += [how] if how else []
@@ -204,9 +204,15 @@ def arguments(
             done.append("lists of samples to batches")
         tensors[name] = value.contiguous()
         taken.add(one.names.get(role, ""))
-    for name, value in one.arguments.items():  # what both sides call the same
-        if name in parameters and name not in taken and isinstance(value, torch.Tensor):
-            tensors[name] = value
+        usual_names.add(name)
+    given = {
+        name: value
+        for name, value in one.arguments.items()  # what both sides call the same
+        if name in parameters and name not in taken and isinstance(value, torch.Tensor)
+    }
+    more = [name for name in tensors if name not in given and name not in usual_names]
+    done += [f"{name} of the reference, which the engine does not call so" for name in more]
+    tensors.update(given)
     missing = [
         name
         for name, parameter in parameters.items()
