@@ -50,14 +50,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make(place / "wan")
-        references = {name: _reference(place, name) for name in ("trusted", "trusted-unipc")}
+        references = {name: reference(place, name) for name in ("trusted", "trusted-unipc")}
         for engine in options.engine or ENGINES:
-            why = _absent(engine, python)
+            why = absent(engine, python)
             if why:
                 print(json.dumps({"engine": engine, "not executed": why}), flush=True)
                 continue
             for fault in options.fault or FAULTS:
-                row = _run(engine, fault, python, place, references)
+                row = judged(engine, fault, python, place, references)
                 print(json.dumps(row), flush=True)
 
 
@@ -68,16 +68,19 @@ def _options() -> Any:
     return parser.parse_args()
 
 
-def _absent(engine: str, python: str) -> str:
+def absent(engine: str, python: str) -> str:
+    """Why an engine cannot run here; empty where it can."""
     if not Path(python).exists():
         return f"no {python}: make engines"
     variable = ENGINES[engine]
-    if variable and not Path(os.environ.get(variable, "")).joinpath(".").is_dir():
-        return f"{variable} names no folder"
-    return f"{variable} is not set" if variable and variable not in os.environ else ""
+    if not variable:
+        return ""
+    if variable not in os.environ:
+        return f"{variable} is not set"
+    return "" if Path(os.environ[variable]).is_dir() else f"{variable} names no folder"
 
 
-def _reference(place: Path, name: str) -> Path:
+def reference(place: Path, name: str) -> Path:
     """The trusted pipeline's recording; Euler's with the sigmas that engines give it."""
     from diffusers import WanPipeline
     from safetensors.torch import load_file
@@ -104,9 +107,10 @@ def _reference(place: Path, name: str) -> Path:
     return path
 
 
-def _run(
+def judged(
     engine: str, fault: str, python: str, place: Path, references: dict[str, Path]
 ) -> dict[str, Any]:
+    """Run an engine with a fault, and say whether it is named where it is."""
     trusted = "trusted-unipc" if engine == "wan" else "trusted"
     program = [python, str(HERE / f"run_{engine}.py"), str(place / "wan"), fault]
     output = place / f"{engine}-{fault}.safetensors"

@@ -1,0 +1,43 @@
+"""Real engines, where they are: right ones, and six faults planted in each."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.bench_engines import ENGINES, FAULTS, absent, judged, reference
+from bench.engines.tiny_wan import make
+
+PYTHON = os.environ.get("TRUESTEP_ENGINES", str(Path(".engines/bin/python").absolute()))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("real")
+    make(folder / "wan")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_right_engine_is_equivalent_and_each_fault_is_named(engine: str, place: Path) -> None:
+    why = absent(engine, PYTHON)
+    if why:
+        pytest.skip(why)
+    references = {name: reference(place, name) for name in ("trusted", "trusted-unipc")}
+    for fault in FAULTS:
+        row = judged(engine, fault, PYTHON, place, references)
+        assert row.get("right"), row
+        assert row["predictions"] == 8
+        assert row.get("bit_equal", True), row
+
+
+def test_an_engine_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "make engines" in absent("diffsynth", "no-such-python")
+    monkeypatch.setenv("TRUESTEP_WAN", "no-such-folder")
+    assert absent("wan", sys.executable) == "TRUESTEP_WAN names no folder"
+    monkeypatch.delenv("TRUESTEP_WAN")
+    assert absent("wan", sys.executable) == "TRUESTEP_WAN is not set"
