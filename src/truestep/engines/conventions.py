@@ -172,6 +172,26 @@ def out_of_vae(latent: torch.Tensor, config: Mapping[str, Any]) -> tuple[torch.T
     return latent, ""
 
 
+def into_vae(latent: torch.Tensor, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What pipelines may give a decoder of a latent, by the name of the way: the other of
+    `out_of_vae`. A pipeline may pass over a shift that the configuration has."""
+    found = {"": latent}
+    shape = (1, -1, *[1] * (latent.ndim - 2))
+    if config.get("latents_mean") and config.get("latents_std"):
+        mean, std = (
+            torch.tensor(config[name], dtype=torch.float64).reshape(shape)
+            for name in ("latents_mean", "latents_std")
+        )
+        moved = latent.double() * std + mean
+        found["times its deviation, plus its mean"] = moved.to(latent.dtype)
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    if scale:
+        found["over its scale"] = (latent.double() / scale).to(latent.dtype)
+    if scale and shift:
+        found["over its scale, plus its shift"] = (latent.double() / scale + shift).to(latent.dtype)
+    return found
+
+
 def with_closing_zero(sigmas: torch.Tensor | None, steps: int) -> torch.Tensor | None:
     """Sigmas with the last one, 0, which some engines leave out."""
     if sigmas is None or len(sigmas) != steps:

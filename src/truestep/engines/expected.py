@@ -32,6 +32,9 @@ SIGMAS, TIMESTEPS, GIVEN = "schedule/sigmas", "schedule/timesteps", "schedule/gi
 ENTERING = "entering"
 """Begin of the name of a latent that enters a step, or is given to the model there."""
 
+DECODED = "entering/decoder"
+"""The latent that a decoder is given."""
+
 NOISE, FINAL, FRAMES = "latent/initial", "latent/final", "video/frames"
 
 AGREES = 1e-4
@@ -153,6 +156,8 @@ def put_noise_and_text(found: Seams, run: Run, known: Run | None) -> None:
 def place_of(name: str) -> Address:
     """Where a seam belongs; a latent that enters a step is of the stage `latent`."""
     head, _, rest = name.partition("/")
+    if name == DECODED:
+        return Address(stage="decoding")
     if head == ENTERING:
         return Address(stage="latent", step=int(rest.partition("/")[0]))
     return address(name)
@@ -339,24 +344,3 @@ def _other_solver(run: Run, trusted: str) -> list[str]:
         if worst <= AGREES:
             return [f"the updates are those of {name}, to {worst:.1e}, not of {trusted}"]
     return []
-
-
-def put_decoding(found: Seams, run: Run, trusted: Trusted) -> None:
-    if run.decoded_from is None or run.decoded is None:
-        return
-    vae = trusted.part("vae")
-    if vae is None:
-        found.unjudged["decoding"] = "the trusted folder has no vae"
-        return
-    try:
-        expected = vae.decode(run.decoded_from.to(trusted.dtype), return_dict=False)[0]
-    except FOREIGN as error:
-        found.unjudged["decoding"] = f"the trusted vae does not take it: {one_line(error)}"
-        return
-    fitted, _ = as_shape(run.decoded, expected)
-    if fitted.shape != expected.shape:
-        found.unjudged["decoding"] = (
-            f"sizes {tuple(run.decoded.shape)}, the trusted vae gives {tuple(expected.shape)}"
-        )
-        return
-    found.put(FRAMES, run.decoded, expected)

@@ -15,19 +15,19 @@ from truestep.engines.branches import named_by_text
 from truestep.engines.conventions import as_shape
 from truestep.engines.expected import (
     FINAL,
+    FRAMES,
     SIGMAS,
     TIMESTEPS,
     Seams,
     in_model_space,
     place_of,
-    put_decoding,
     put_entering,
     put_guidance,
     put_noise_and_text,
     put_schedule,
     put_updates,
 )
-from truestep.engines.predictions import put_predictions
+from truestep.engines.predictions import put_decoding, put_predictions
 from truestep.engines.run import Run
 from truestep.engines.trusted import Trusted
 from truestep.environment import Environment
@@ -82,7 +82,7 @@ def check_run(
         put_predictions(found, run, known, trusted, progress)
         put_guidance(found, run, known)
         put_updates(found, run, known, trusted)
-        put_decoding(found, run, trusted)
+        put_decoding(found, run, known, trusted, progress)
     if not run.steps and known is not None:
         found.put(FINAL, run.final, known.final)
     return _judged(found, run, known, trusted)
@@ -99,7 +99,7 @@ def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comp
     measured = Limits(floor=floor, pair=pair_of(working, working)) if found.floor else Limits()
     judged: dict[str, Row] = {}
     for predicted, limits in ((True, measured), (False, Limits())):
-        names = [name for name in found.expected if _is_prediction(name) is predicted]
+        names = [name for name in found.expected if _is_of_a_model(name) is predicted]
         rows = compare_tensors(
             {name: found.actual[name] for name in names},
             {name: found.expected[name] for name in names},
@@ -122,8 +122,11 @@ def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comp
     )
 
 
-def _is_prediction(name: str) -> bool:
+def _is_of_a_model(name: str) -> bool:
+    """Whether the trusted model made it, with a floor of its own."""
     head, _, last = name.rpartition("/")
+    if name == FRAMES:
+        return True
     return head.startswith("step/") and last not in ("guided", "latent")
 
 

@@ -15,8 +15,9 @@ from truestep.engines.conventions import (
     TIME_SCALES,
     Conversion,
     as_shape,
+    into_vae,
 )
-from truestep.engines.expected import Seams, time_scale
+from truestep.engines.expected import DECODED, FRAMES, Seams, time_scale
 from truestep.engines.run import COND, Pass, Run, Step
 from truestep.engines.trusted import LATENT, SIGMA, Denoiser, Trusted, arguments
 from truestep.errors import FOREIGN, UsageError, one_line
@@ -162,14 +163,14 @@ def _size(conversion: Conversion, middle: _Prediction, native: torch.Tensor) -> 
 
 
 def _floor(
-    denoiser: Denoiser,
+    model: torch.nn.Module,
     named: Sequence[tuple[str, dict[str, torch.Tensor]]],
     progress: Progress | None,
 ) -> list[NoiseRun]:
     """Benign runs of the trusted model on some of the engine's inputs, under the rows' names."""
     count = min(SAMPLES, len(named))
     chosen = [named[round(i * (len(named) - 1) / max(count - 1, 1))] for i in range(count)]
-    recording = record_function(denoiser, [tensors for _, tensors in chosen], progress=progress)
+    recording = record_function(model, [tensors for _, tensors in chosen], progress=progress)
     floor = recording.manifest.noise_floor
     names = {f"sample/{i:04d}/output/out": name for i, (name, _) in enumerate(chosen)}
     runs = []
@@ -179,3 +180,74 @@ def _floor(
         ]
         runs.append(one.model_copy(update={"tensors": tuple(rows)}))
     return runs
+
+
+class _Decoder(torch.nn.Module):
+    """A trusted decoder as a function of the latent."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """Frames or a picture."""
+        frames: torch.Tensor = self.vae.decode(latent, return_dict=False)[0]
+        return frames
+
+
+def put_decoding(
+    found: Seams, run: Run, known: Run | None, trusted: Trusted, progress: Progress | None
+) -> None:
+    """What was decoded by the trusted decoder, from what the engine's was given."""
+    if run.decoded_from is None or run.decoded is None:
+        return
+    vae = trusted.part("vae")
+    if vae is None:
+        found.unjudged["decoding"] = "the trusted folder has no vae"
+        return
+    _put_decoded_from(found, run, known, trusted)
+    decoder, latent = _Decoder(vae), run.decoded_from.to(trusted.dtype)
+    try:
+        expected = decoder(latent)
+    except FOREIGN as error:
+        found.unjudged["decoding"] = f"the trusted vae does not take it: {one_line(error)}"
+        return
+    fitted, _ = as_shape(run.decoded, expected)
+    if fitted.shape != expected.shape:
+        sizes = f"{tuple(run.decoded.shape)}, the trusted vae gives {tuple(expected.shape)}"
+        found.unjudged["decoding"] = f"sizes {sizes}"
+        return
+    found.put(FRAMES, run.decoded, expected)
+    found.floor += _floor(decoder, [(FRAMES, {"latent": latent})], progress)
+
+
+def _put_decoded_from(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> None:
+    """What the decoder is given against the end of the run, as the reference's decoder is given its.
+
+    Without a reference, in whichever way is nearest.
+    """
+    config = trusted.config("vae")
+    ways = _into_vae(run, config)
+    if run.decoded_from is None or not ways:
+        found.unjudged["decoder's latent"] = "it has another size than the end of the run"
+        return
+    given = run.decoded_from
+    if (
+        known is not None
+        and known.decoded_from is not None
+        and (theirs := _into_vae(known, config))
+    ):
+        given = known.decoded_from
+        sizes = {how: distance(given, one).rel_l2 for how, one in theirs.items()}
+    else:
+        sizes = {how: distance(given, one).rel_l2 for how, one in ways.items()}
+    how = min(sizes, key=lambda name: sizes[name])
+    found.convert(f"latent for the VAE: {how}" if how else "")
+    found.put(DECODED, run.decoded_from, ways[how])
+
+
+def _into_vae(run: Run, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    if run.final is None or run.decoded_from is None:
+        return {}
+    end, _ = as_shape(run.final, run.decoded_from)
+    return into_vae(end, config) if end.shape == run.decoded_from.shape else {}

@@ -8,6 +8,7 @@ module is a part.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
@@ -55,10 +56,35 @@ def _callers(frame: FrameType | None) -> Iterator[FrameType]:
 
 def arguments(frame: FrameType) -> dict[str, Any]:
     """What a function was given, as its names hold it now."""
-    code = frame.f_code
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    values = frame.f_locals
-    return {name: values[name] for name in names if name in values}
+    code, values = frame.f_code, frame.f_locals
+    count = code.co_argcount + code.co_kwonlyargcount
+    given = {name: values[name] for name in code.co_varnames[:count] if name in values}
+    rest = list(code.co_varnames[count : count + 2])
+    if code.co_flags & inspect.CO_VARARGS and rest:
+        more = values.get(rest.pop(0))
+        given |= {f"*{i}": value for i, value in enumerate(more if type(more) is tuple else ())}
+    if code.co_flags & inspect.CO_VARKEYWORDS and rest:
+        named = values.get(rest[0])
+        given |= named if type(named) is dict else {}
+    return given
+
+
+def method_of(frame: FrameType, model: torch.nn.Module) -> str:
+    """What a use of a model is called: its method, where a decorator stands around it."""
+    for name in _names(frame):
+        if hasattr(type(model), name):
+            return name
+    return frame.f_code.co_name
+
+
+def _names(outer: FrameType) -> Iterator[str]:
+    """Names of functions that a running one has called, from itself inwards."""
+    inside = []
+    for caller in _callers(sys._getframe(2)):
+        inside.append(caller.f_code.co_name)
+        if caller is outer:
+            break
+    yield from reversed(inside)
 
 
 def _models(frame: FrameType) -> Iterator[torch.nn.Module]:

@@ -196,7 +196,7 @@ class Watcher:
         """Take a running function for a call of a model; its parts are inside of that."""
         fields = {
             "component": self._name(model),
-            "method": frame.f_code.co_name,
+            "method": frames.method_of(frame, model),
             "kind": "model",
             "owner": _qualified(type(model)),
             "dtype": _dtype(model),
