@@ -222,25 +222,19 @@ def put_decoding(
 
 
 def _put_decoded_from(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> None:
-    """What the decoder is given against the end of the run, as the reference's decoder is given its.
+    """What the decoder is given, against the end of the run.
 
-    Without a reference, in whichever way is nearest.
+    That is brought into the space of the VAE as the reference's is, else in the nearest way.
     """
     config = trusted.config("vae")
     ways = _into_vae(run, config)
     if run.decoded_from is None or not ways:
         found.unjudged["decoder's latent"] = "it has another size than the end of the run"
         return
-    given = run.decoded_from
-    if (
-        known is not None
-        and known.decoded_from is not None
-        and (theirs := _into_vae(known, config))
-    ):
-        given = known.decoded_from
-        sizes = {how: distance(given, one).rel_l2 for how, one in theirs.items()}
-    else:
-        sizes = {how: distance(given, one).rel_l2 for how, one in ways.items()}
+    given, ends = run.decoded_from, ways
+    if known is not None and known.decoded_from is not None and _into_vae(known, config):
+        given, ends = known.decoded_from, _into_vae(known, config)
+    sizes = {how: distance(given, end).rel_l2 for how, end in ends.items()}
     how = min(sizes, key=lambda name: sizes[name])
     found.convert(f"latent for the VAE: {how}" if how else "")
     found.put(DECODED, run.decoded_from, ways[how])
