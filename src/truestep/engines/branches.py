@@ -35,7 +35,11 @@ def with_branches(run: Run) -> Run:
     counts = {len(step.passes) for step in run.steps if step.passes}
     if counts == {1}:
         alone = [s.but(passes=tuple(replace(p, branch=COND) for p in s.passes)) for s in run.steps]
-        return replace(run, steps=tuple(alone), weights={COND: 1.0})
+        factor, residual = _weights(run, 1)
+        if factor is None and all(step.guided is None for step in run.steps):
+            factor, residual = [1.0], 0.0
+        own = {} if factor is None else {COND: factor[0]}
+        return replace(run, steps=tuple(alone), weights=own, affine=residual)
     most = max(counts, default=0)
     weights, residual = _weights(run, most)
     labels = [str(index) for index in range(most)] if weights is None else _labels(weights)
@@ -71,13 +75,15 @@ def _weights(run: Run, most: int) -> tuple[list[float] | None, float]:
     for step in run.steps:
         found = step.combined if step.parts else dict(enumerate(p.output for p in step.passes))
         outputs = [output.reshape(-1).double() for output in found.values()]
-        fits = step.guided is not None and len(outputs) == most > 1
+        fits = step.guided is not None and len(outputs) == most > 0
         if fits and step.guided is not None and step.guided.numel() == outputs[0].numel():
             rows.append(torch.stack(outputs, dim=1))
             wanted.append(step.guided.reshape(-1).double())
-    if not rows or most < 2:
+    if not rows or not most:
         return None, float("nan")
     matrix, target = torch.cat(rows), torch.cat(wanted)
+    if not (matrix.isfinite().all() and target.isfinite().all()):
+        return None, float("nan")
     solved = torch.linalg.lstsq(matrix.T @ matrix, (matrix.T @ target)[:, None]).solution[:, 0]
     size = float(target.norm())
     residual = float((matrix @ solved - target).norm()) / size if size else float("inf")

@@ -8,7 +8,7 @@ decoder's of the engine's own end: none of these inherits anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from truestep.engines.trusted import Trusted, schedule_of, solvers, stepped
 from truestep.errors import FOREIGN, one_line
 from truestep.floors import NoiseRun
 from truestep.keys import step_name
-from truestep.measure.distance import distance
+from truestep.measure.distance import distance, same_bits
 
 SIGMAS, TIMESTEPS, GIVEN = "schedule/sigmas", "schedule/timesteps", "schedule/given"
 NOISE, FINAL, FRAMES = "latent/initial", "latent/final", "video/frames"
@@ -62,15 +62,23 @@ class Seams:
         """Set two tensors against each other, the engine's in the shape of the other."""
         if actual is None or expected is None:
             return
-        fit = text_as if name.startswith("text/") else as_shape
-        fitted, how = fit(actual, expected)
+        value, how = _fit(name, actual, expected)
         self.convert(how)
-        self.actual[name], self.expected[name] = fitted, expected
+        self.actual[name], self.expected[name] = value, expected
 
     def convert(self, how: str) -> None:
         """Note a conversion."""
         if how:
             self.conversions[how] = None
+
+
+def _fit(name: str, value: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, str]:
+    return (text_as if name.startswith("text/") else as_shape)(value, like)
+
+
+def fitted(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of a seam in the shape of another's, as `Seams.put` sets them."""
+    return _fit(name, value, like)[0]
 
 
 def put_schedule(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> None:
@@ -161,7 +169,7 @@ def in_model_space(found: Seams, run: Run, trusted: Trusted) -> Run:
 
 def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
     """Guidance as arithmetic on the run's own predictions, by the reference's weights."""
-    if not any(len(step.combined) > 1 and step.guided is not None for step in run.steps):
+    if not any(step.combined and step.guided is not None for step in run.steps):
         return
     weights, whose = (known.weights, "the reference's") if known else ({}, "")
     if not weights:
@@ -181,6 +189,8 @@ def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
         outputs = step.combined
         if step.guided is None or not outputs:
             continue
+        if {*outputs} < {*rounded}:
+            continue  # `absent` has the trusted model predict what is not there
         if {*outputs} != {*rounded}:
             text = f"branches {', '.join(outputs)}, the reference has {', '.join(rounded)}"
             found.unjudged["guidance"] = text
@@ -229,17 +239,26 @@ def put_updates(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> 
     if cls is None or cls[0] is None:
         found.unjudged["update"] = "the trusted folder has no scheduler"
         return
-    made = _steps_by(cls[0], {**cls[1], **_settings(known)}, run)
+    config = {**cls[1], **_settings(known)}
+    made = _steps_by(cls[0], config, run)
     if isinstance(made, str):
         found.unjudged["update"] = made
         return
-    worst = 0.0
+    worst = max(_off(step, expected) for step, expected in zip(run.steps, made, strict=True))
+    if worst > AGREES and _draws(made, _steps_by(cls[0], config, run)):
+        found.unjudged["update"] = f"{cls[0].__name__} draws new noise in its steps"
+        return
     for step, expected in zip(run.steps, made, strict=True):
         name = FINAL if step is run.steps[-1] else step_name(step.number + 1, "latent")
         found.put(name, step.after, expected)
-        worst = max(worst, _off(step, expected))
     if worst > AGREES:
         found.notes += _other_solver(run, cls[0].__name__)
+
+
+def _draws(made: Sequence[torch.Tensor | None], again: Any) -> bool:
+    """Whether a scheduler's second run with all the same gives something else."""
+    pairs = [] if isinstance(again, str) else zip(made, again, strict=True)
+    return any(a is not None and b is not None and not same_bits(a, b) for a, b in pairs)
 
 
 def _combined(found: Seams, run: Run, known: Run | None) -> Run:

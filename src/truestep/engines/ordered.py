@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from truestep.engines.absent import put_absent
+from truestep.engines.between import INPUT, entering, put_between
 from truestep.engines.branches import named_by_text
 from truestep.engines.conventions import as_shape
 from truestep.engines.expected import (
@@ -76,9 +78,11 @@ def check_run(
     with torch.no_grad():
         put_schedule(found, run, known, trusted)
         put_noise_and_text(found, run, known)
-        put_predictions(found, run, known, trusted, progress)
+        put_between(found, run, known)
+        conversion = put_predictions(found, run, known, trusted, progress)
         put_guidance(found, run, known)
-        put_updates(found, run, known, trusted)
+        put_absent(found, run, known, trusted, conversion)
+        put_updates(found, entering(found, run, known), known, trusted)
         put_decoding(found, run, trusted)
     if not run.steps and known is not None:
         found.put(FINAL, run.final, known.final)
@@ -120,7 +124,7 @@ def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comp
 
 def _is_prediction(name: str) -> bool:
     head, _, last = name.rpartition("/")
-    return head.startswith("step/") and last not in ("guided", "latent")
+    return head.startswith("step/") and last not in ("guided", "latent", INPUT)
 
 
 _ORDER = ("schedule", "latent", "text", "prediction", "guidance", "update", "decoding")

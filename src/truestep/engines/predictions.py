@@ -43,8 +43,12 @@ class _Prediction:
 
 def put_predictions(
     found: Seams, run: Run, known: Run | None, trusted: Trusted, progress: Progress | None
-) -> None:
-    """Each prediction by the trusted model on the engine's inputs, and the floor of these."""
+) -> Conversion | None:
+    """Each prediction by the trusted model on the engine's inputs, and the floor of these.
+
+    Returns:
+        The convention of the engine's predictions, where one could be told.
+    """
     every = [
         _Prediction(step_name(step.number, one.branch), one, step, _sigma(run, index, one))
         for index, step in enumerate(run.steps)
@@ -52,13 +56,13 @@ def put_predictions(
     ]
     if not every:
         found.unjudged["prediction"] = "no prediction was recorded"
-        return
+        return None
     templates = _templates(known)
     try:
         scale, conversion = _convention(every, templates, trusted)
     except UsageError as error:
         found.unjudged["prediction"] = f"{error.what}; {error.measured}"
-        return
+        return None
     found.convert(TIME_SCALES[scale])
     found.convert(conversion.name)
     samples: dict[tuple[int, tuple[str, ...]], list[_Sample]] = {}
@@ -78,6 +82,7 @@ def put_predictions(
             progress("predictions by the trusted model", done + 1, len(every))
     for key, named in samples.items():
         found.floor += _floor(denoisers[key], named, progress)
+    return conversion
 
 
 _Sample = tuple[str, dict[str, torch.Tensor]]
@@ -166,7 +171,13 @@ def _floor(
     named: Sequence[tuple[str, dict[str, torch.Tensor]]],
     progress: Progress | None,
 ) -> list[NoiseRun]:
-    """Benign runs of the trusted model on some of the engine's inputs, under the rows' names."""
+    """Benign runs of the trusted model on some of the engine's inputs, under the rows' names.
+
+    None where an engine's inputs are not finite: no floor holds for these.
+    """
+    named = [each for each in named if all(bool(t.isfinite().all()) for t in each[1].values())]
+    if not named:
+        return []
     count = min(SAMPLES, len(named))
     chosen = [named[round(i * (len(named) - 1) / max(count - 1, 1))] for i in range(count)]
     recording = record_function(denoiser, [tensors for _, tensors in chosen], progress=progress)

@@ -116,6 +116,10 @@ class Run:
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def but(self, **changes: Any) -> Run:
+        """The same run with other fields."""
+        return replace(self, **changes)
+
     @property
     def count(self) -> int:
         """Steps of its schedule; a solver may predict more often."""

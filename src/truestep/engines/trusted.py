@@ -205,8 +205,12 @@ def arguments(
         tensors[name] = value.contiguous()
         taken.add(one.names.get(role, ""))
     for name, value in one.arguments.items():  # what both sides call the same
-        if name in parameters and name not in taken and isinstance(value, torch.Tensor):
+        if name not in parameters or name in taken:
+            continue
+        if isinstance(value, torch.Tensor):
             tensors[name] = value
+        elif name not in plain and _is_plain(value):
+            plain[name] = value
     missing = [
         name
         for name, parameter in parameters.items()
@@ -221,6 +225,13 @@ def arguments(
             measured=f"the engine gave its model {', '.join(sorted(one.arguments))}",
         )
     return tensors, plain, tuple(done)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a word, or several of them."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
 
 
 def _in_rank(value: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, str]:

@@ -1,0 +1,153 @@
+"""Faults between the seams of an engine's run, and right runs that look odd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from truestep.engines.branches import with_branches
+from truestep.engines.engine import GENERIC
+from truestep.engines.named import run_of
+from truestep.engines.ordered import check_run
+from truestep.engines.run import COND, UNCOND, Pass, Run, Step
+from truestep.verdict import Comparison, Verdict
+
+NAMES = {"latent": "hidden_states", "timestep": "timestep", "text": "encoder_hidden_states"}
+
+
+class Simulated:
+    """A right engine's run in memory, and the same with a fault in it."""
+
+    def __init__(self, model: Path, reference: Run) -> None:
+        from diffusers import WanTransformer3DModel
+
+        self.folder, self.reference = model, reference
+        self.denoiser = WanTransformer3DModel.from_pretrained(f"{model}/transformer").eval()
+        self.inputs = load_file(model.parent / "inputs.safetensors")
+
+    @torch.no_grad()
+    def passes(self, number: int, latent: torch.Tensor, time: torch.Tensor, fault: str) -> list:
+        texts = {COND: self.inputs["cond"], UNCOND: self.inputs["uncond"]}
+        late = number == 1
+        if fault == "text in other order later" and late:
+            texts[COND] = texts[COND].flip(1)
+        if fault == "no guidance" or (fault == "guidance left out of a step" and late):
+            del texts[UNCOND]
+        given = {"input scaled": latent * 1.05, "input channels": latent.flip(1)}
+        latent = given.get(fault, latent)
+        every = []
+        for branch, text in texts.items():
+            made = self.denoiser(latent, time[None], text, return_dict=False)[0]
+            values = (latent, time[None], text)
+            held = dict(zip(NAMES.values(), values, strict=True))
+            every.append(Pass(held, NAMES, made, "WanTransformer3DModel", branch))
+        return every
+
+    def run(self, fault: str = "", *, scale: float = 5.0) -> Run:
+        sigmas, times = self.reference.sigmas, self.reference.timesteps
+        assert sigmas is not None
+        assert times is not None
+        latent, steps = self.inputs["noise"], []
+        if fault == "not finite":
+            latent = latent * float("nan")
+        outputs: dict[str, torch.Tensor] = {}
+        for number, time in enumerate(times.float()):
+            cached = fault == "prediction reused" and number == 1
+            passes = [] if cached else self.passes(number, latent, time, fault)
+            outputs = outputs if cached else {one.branch: one.output for one in passes}
+            cond, uncond = outputs[COND], outputs.get(UNCOND)
+            guided = cond if uncond is None else uncond + scale * (cond - uncond)
+            after = latent + (sigmas[number + 1] - sigmas[number]) * guided
+            steps.append(Step(number, latent, float(time), tuple(passes), guided, after))
+            latent = after
+            if fault == "latent rounded":
+                latent = after.bfloat16().float()
+            if fault == "latent clamped":
+                latent = after.clamp(-1, 1)
+        run = Run("engine", GENERIC, tuple(steps), sigmas=sigmas, timesteps=times)
+        return with_branches(run)
+
+    def check(self, run: Run, *, known: bool = True) -> Comparison:
+        return check_run(run, self.folder, reference=self.reference if known else None)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, reference: Path) -> Simulated:
+    return Simulated(model, run_of(reference))
+
+
+FAULTS = {
+    "text in other order later": ("text", "text/0001/cond"),
+    "input scaled": ("latent", "step/0000/input"),
+    "input channels": ("latent", "step/0000/input"),
+    "latent rounded": ("update", "step/0001/latent"),
+    "latent clamped": ("update", "step/0001/latent"),
+    "no guidance": ("guidance", "step/0000/guided"),
+    "guidance left out of a step": ("guidance", "step/0001/guided"),
+    "prediction reused": ("guidance", "step/0001/guided"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_changed_between_the_seams_is_a_fault(engine: Simulated, fault: str) -> None:
+    stage, name = FAULTS[fault]
+    result = engine.check(engine.run(fault))
+    assert result.verdict is Verdict.DRIFTED, result.sentence
+    assert result.first_divergence is not None
+    assert (result.first_divergence.stage, result.first_divergence.name) == (stage, name)
+    assert {row.stage for row in result.rows if not row.verdict.passed} == {stage}
+
+
+def test_a_right_run_is_equivalent_at_every_seam(engine: Simulated) -> None:
+    result = engine.check(engine.run())
+    assert result.verdict.passed, result.sentence
+    assert {row.name for row in result.rows} >= {"step/0000/input", "step/0002/guided"}
+    assert not [note for note in result.notes if "not judged" in note]
+
+
+UNJUDGED = {
+    "input scaled": "not judged: model input: it is not the latent of step 0",
+    "latent clamped": "not judged: between steps: the latent is changed between steps",
+    "prediction reused": "not judged: predictions that are not there: step 1",
+    "guidance left out of a step": "not judged: predictions that are not there: step 1",
+}
+
+
+@pytest.mark.parametrize("fault", UNJUDGED)
+def test_what_only_a_reference_could_tell_is_said_without_one(
+    engine: Simulated, fault: str
+) -> None:
+    result = engine.check(engine.run(fault), known=False)
+    assert any(note.startswith(UNJUDGED[fault]) for note in result.notes), result.notes
+
+
+def test_a_run_that_is_not_finite_is_invalid(engine: Simulated) -> None:
+    for known in (True, False):
+        result = engine.check(engine.run("not finite"), known=known)
+        assert result.verdict is Verdict.INVALID
+        assert not any("changed between" in note for note in result.notes)
+
+
+def test_one_rank_of_a_group_that_shares_the_branches_is_not_accused(engine: Simulated) -> None:
+    whole = engine.run()
+    steps = tuple(step.but(passes=step.passes[:1]) for step in whole.steps)
+    result = engine.check(with_branches(whole.but(steps=steps, weights={})))
+    assert result.verdict.passed, result.sentence
+    assert any("uncond is not there: by the trusted model's" in note for note in result.notes)
+
+
+def test_steps_that_draw_noise_are_not_judged(engine: Simulated, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = tmp_path / "wan"
+    shutil.copytree(engine.folder, folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    settings = {**json.loads(config.read_text()), "stochastic_sampling": True}
+    config.write_text(json.dumps(settings))
+    result = check_run(engine.run(), folder)
+    assert result.verdict.passed, result.sentence
+    assert any("draws new noise in its steps" in note for note in result.notes)
