@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from truestep.engines.branches import with_branches
+from truestep.engines.conventions import AS_IT_IS
 from truestep.engines.engine import GENERIC
 from truestep.engines.named import run_of
 from truestep.engines.ordered import check_run
 from truestep.engines.run import COND, UNCOND, Pass, Run, Step
+from truestep.engines.trusted import Denoiser, arguments, schedule_of
 from truestep.verdict import Comparison, Verdict
 
 NAMES = {"latent": "hidden_states", "timestep": "timestep", "text": "encoder_hidden_states"}
@@ -151,3 +153,74 @@ def test_steps_that_draw_noise_are_not_judged(engine: Simulated, tmp_path: Path)
     result = check_run(engine.run(), folder)
     assert result.verdict.passed, result.sentence
     assert any("draws new noise in its steps" in note for note in result.notes)
+
+
+def test_calls_that_only_repeat_another_are_none_of_the_guidance(engine: Simulated) -> None:
+    """A warm-up before the first step, and one of every step."""
+    whole = engine.run()
+    for numbers in ((0,), (0, 1, 2)):
+        steps = tuple(
+            step.but(passes=(again(step.passes[0]), *step.passes))
+            if step.number in numbers
+            else step
+            for step in whole.steps
+        )
+        run = with_branches(whole.but(steps=steps, weights={}))
+        assert run.weights == pytest.approx({COND: 5.0, UNCOND: -4.0}, abs=1e-4)
+        assert engine.check(run).verdict is Verdict.EQUIVALENT
+
+
+def again(one: Pass) -> Pass:
+    return Pass(one.arguments, one.names, one.output.clone(), one.component)
+
+
+def test_a_scale_of_many_digits_is_no_fault(engine: Simulated) -> None:
+    run = engine.run(scale=4.333333)
+    assert engine.check(run, known=False).verdict is Verdict.EQUIVALENT
+    known = engine.reference
+    other = known.but(weights={COND: 4.333333, UNCOND: -3.333333})
+    assert check_run(run, engine.folder, reference=other).verdict is Verdict.EQUIVALENT
+    result = check_run(engine.run(scale=4.34), engine.folder, reference=other)
+    assert result.first_divergence is not None
+    assert result.first_divergence.stage == "guidance"
+
+
+def test_a_run_of_which_no_prediction_is_judged_is_undecided(engine: Simulated) -> None:
+    whole = engine.run()
+    steps = tuple(step.but(passes=()) for step in whole.steps)
+    result = engine.check(whole.but(steps=steps))
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert "no prediction was recorded" in result.sentence
+
+
+def test_schedulers_of_a_higher_order_make_as_many_timesteps_as_the_run_has() -> None:
+    from diffusers import HeunDiscreteScheduler
+
+    _, times, why = schedule_of((HeunDiscreteScheduler, {}), 5)
+    assert not why
+    assert times is not None
+    assert len(times) == 5
+
+
+def test_tokens_with_times_of_their_own_keep_them() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> None: ...
+
+    time = torch.tensor([[0.0, 0.9, 0.9]])
+    held = {"hidden_states": torch.zeros(1, 3, 4), "timestep": time}
+    one = Pass(held, NAMES, torch.zeros(1, 3, 4), "")
+    assert one.timestep == pytest.approx(0.9)
+    given, _, _ = arguments(one, Model(), None, 1000.0)
+    assert torch.equal(given["timestep"], (time.double() * 1000).float())
+
+
+def test_tables_of_tensors_reach_the_trusted_model() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, sample: torch.Tensor, added: dict[str, torch.Tensor]) -> torch.Tensor:
+            return sample + added["ids"]
+
+    held = {"sample": torch.zeros(1, 4), "added/ids": torch.ones(1, 4)}
+    one = Pass(held, {"latent": "sample"}, torch.zeros(1, 4), "")
+    model = Model()
+    given, plain, _ = arguments(one, model, None, 1.0)
+    assert torch.equal(Denoiser(model, plain, AS_IT_IS)(**given), torch.ones(1, 4))

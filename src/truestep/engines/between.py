@@ -103,7 +103,8 @@ def _put_conditions(found: Seams, number: int, one: Pass, other: Pass) -> None:
         theirs = other.arguments.get(name)
         tensors = isinstance(value, torch.Tensor) and isinstance(theirs, torch.Tensor)
         if name not in roles and tensors:
-            _put(found, f"text/{name}/{one.branch}", number, value, theirs)
+            label = name.replace("/", ".")
+            _put(found, f"text/{label}/{one.branch}", number, value, theirs)
 
 
 def _put(
@@ -120,7 +121,7 @@ def _put(
     same = _same(fitted(name, value, other), found.actual[name])
     if not same or not _same(other, found.expected[name]):
         _, *part, branch = name.split("/")
-        found.put("/".join(["text", f"{number:04d}", *part, branch]), value, other)
+        found.put(f"text/{'.'.join([f'{number:04d}', *part])}/{branch}", value, other)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from truestep.engines.conventions import text_as
-from truestep.engines.run import COND, UNCOND, Run, Step
+from truestep.engines.run import COND, UNCOND, Pass, Run, Step
+from truestep.measure.distance import same_bits
 
 AFFINE = 1e-4
 """Largest residual, relative to what is stepped, of a combination that is taken for guidance."""
@@ -32,6 +34,7 @@ def latents_between(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 def with_branches(run: Run) -> Run:
     """Name the passes: by their weights in what is stepped by, else as the engine says."""
+    run = _once(run)
     counts = {len(step.passes) for step in run.steps if step.passes}
     if counts == {1}:
         alone = [s.but(passes=tuple(replace(p, branch=COND) for p in s.passes)) for s in run.steps]
@@ -55,6 +58,29 @@ def with_branches(run: Run) -> Run:
         labels = list(run.steps[0].parts)
     named_weights = {} if weights is None else dict(zip(labels, weights, strict=True))
     return replace(run, steps=tuple(steps), weights=named_weights, affine=residual)
+
+
+def _once(run: Run) -> Run:
+    """Leave out calls that only repeat another of their step, as a warm-up does.
+
+    Two of a step stay: both branches may be given the same.
+    """
+    counts = Counter(len(step.passes) for step in run.steps if step.passes)
+    usual = min(counts.most_common(1)[0][0], 2) if counts else 0
+    steps = []
+    for step in run.steps:
+        passes = list(step.passes)
+        for one in step.passes:
+            again = sum(other.output is not one.output and _repeats(other, one) for other in passes)
+            if again and len(passes) > usual:
+                passes = [other for other in passes if other is not one]
+        steps.append(step.but(passes=tuple(passes)))
+    return replace(run, steps=tuple(steps))
+
+
+def _repeats(one: Pass, other: Pass) -> bool:
+    same = one.component == other.component and one.said == other.said
+    return same and one.output.shape == other.output.shape and same_bits(one.output, other.output)
 
 
 def _labels(weights: Sequence[float]) -> list[str]:

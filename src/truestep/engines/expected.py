@@ -34,6 +34,9 @@ NOISE, FINAL, FRAMES = "latent/initial", "latent/final", "video/frames"
 AGREES = 1e-4
 """Largest difference, relative to the latent, of a solver that is said to be the one that runs."""
 
+FITTED = 1e-6
+"""How exactly weights are fitted, of float32 predictions."""
+
 NEAR = 0.1
 """Relative difference above which a noise is another draw, not another rounding."""
 
@@ -48,6 +51,7 @@ class Seams:
         floor: Benign runs of the trusted model.
         conversions: What was done to the engine's values, by name.
         unjudged: Seams that nothing could be set against, and why.
+        undecided: Of these, what leaves the whole run undecided.
         notes: What else there is to say.
     """
 
@@ -56,6 +60,7 @@ class Seams:
     floor: list[NoiseRun] = field(default_factory=list)
     conversions: dict[str, None] = field(default_factory=dict)
     unjudged: dict[str, str] = field(default_factory=dict)
+    undecided: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def put(self, name: str, actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
@@ -86,11 +91,16 @@ def put_schedule(found: Seams, run: Run, known: Run | None, trusted: Trusted) ->
         sigmas, timesteps, why = known.sigmas, known.timesteps, ""
     else:
         sigmas, timesteps, why = schedule_of(trusted.scheduler_class(), run.count)
+    _given_times(found, run)
     if why:
         found.unjudged["schedule"] = why
         return
     count = known.count if known is not None else run.count
     mine, theirs = with_closing_zero(run.sigmas, run.count), with_closing_zero(sigmas, count)
+    if known is None and trusted.gives_sigmas() and not _agree(mine, theirs):
+        why = "not the scheduler's own, and the pipeline may give it others: a reference tells"
+        found.unjudged["schedule"] = found.undecided[SIGMAS] = why
+        return
     if mine is not None and theirs is not None:
         if run.sigmas is not None and len(run.sigmas) == run.count:
             found.convert("a schedule without its closing zero")
@@ -101,7 +111,12 @@ def put_schedule(found: Seams, run: Run, known: Run | None, trusted: Trusted) ->
         scale = time_scale(float(run.timesteps[0]), float(timesteps[0]))
         found.convert(TIME_SCALES[scale])
         found.put(TIMESTEPS, (run.timesteps.double() * scale).float(), timesteps.float())
-    _given_times(found, run)
+
+
+def _agree(mine: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
+    if mine is None or theirs is None:
+        return True
+    return mine.shape == theirs.shape and distance(mine.float(), theirs.float()).rel_l2 <= AGREES
 
 
 def _given_times(found: Seams, run: Run) -> None:
@@ -179,10 +194,10 @@ def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
         text = f"no affine combination of the predictions (residual {run.affine:.1e})"
         found.unjudged["guidance"] = text
         return
-    rounded = {branch: round(weight, 4) for branch, weight in weights.items()}
+    rounded = {branch: _round(weight) for branch, weight in weights.items()}
     found.notes.append(f"guidance, by {whose} weights: {_formula(rounded)}")
-    own = {branch: round(weight, 4) for branch, weight in run.weights.items()}
-    if own and own != rounded:
+    own = {branch: _round(weight) for branch, weight in run.weights.items()}
+    if own and not _near(own, rounded):
         how = _mistaken(own.get(COND), rounded.get(COND))
         found.notes.append(f"the run combines by other weights: {_formula(own)}{how}")
     for step in run.steps:
@@ -194,12 +209,24 @@ def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
         if {*outputs} != {*rounded}:
             text = f"branches {', '.join(outputs)}, the reference has {', '.join(rounded)}"
             found.unjudged["guidance"] = text
+            found.undecided[step_name(step.number, "guided")] = text
             continue
         parts = [weight * outputs[branch].double() for branch, weight in rounded.items()]
         expected = torch.stack(parts).sum(dim=0).to(step.guided.dtype)
         found.put(
             step_name(step.number, "guided"), step.guided, expected.reshape(step.guided.shape)
         )
+
+
+def _round(weight: float) -> float:
+    """The number that was meant: a fit says it but for its rounding."""
+    meant = round(weight, 4)
+    return meant if abs(meant - weight) <= FITTED * max(1.0, abs(weight)) else weight
+
+
+def _near(own: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    apart = (abs(own.get(branch, 0.0) - weight) for branch, weight in other.items())
+    return {*own} == {*other} and max(apart, default=0.0) < AGREES
 
 
 def _formula(weights: Mapping[str, float]) -> str:
@@ -286,9 +313,9 @@ def _off(step: Step, expected: torch.Tensor | None) -> float:
 
 
 def _settings(known: Run | None) -> dict[str, Any]:
-    """What the reference's scheduler was set to."""
+    """What the reference's scheduler was set to; what is not finite is null in a recording."""
     held = next(iter(known.schedulers.values()), {}) if known else {}
-    return {key: value for key, value in held.items() if key != "class"}
+    return {key: value for key, value in held.items() if key != "class" and value is not None}
 
 
 def _steps_by(cls: Any, config: Mapping[str, Any], run: Run) -> list[torch.Tensor | None] | str:

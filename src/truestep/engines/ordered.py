@@ -35,6 +35,7 @@ from truestep.errors import UsageError
 from truestep.floors import NoiseFloor
 from truestep.judge.floor import Limits, pair_of
 from truestep.judge.rows import build_comparison, compare_tensors
+from truestep.keys import address
 from truestep.measure.distance import distance
 from truestep.progress import Progress
 from truestep.text import quoted
@@ -107,6 +108,10 @@ def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comp
             limits=limits,
         )
         judged.update({row.name: row for row in rows})
+    for name, why in found.undecided.items():
+        stage, step = address(name).stage, address(name).step
+        fields = {"stage": stage, "step": step, "note": why}
+        judged.setdefault(name, Row(name=name, verdict=Verdict.INCONCLUSIVE, **fields))
     notes = [*found.notes]
     notes += [f"converted: {how}" for how in found.conversions]
     notes += [f"not judged: {seam}: {why}" for seam, why in found.unjudged.items()]

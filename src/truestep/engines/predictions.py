@@ -26,6 +26,9 @@ from truestep.measure.distance import distance
 from truestep.progress import Progress
 from truestep.replay.functions import record_function
 
+PREDICTION = step_name(0, "prediction")
+"""Of a run whose predictions could not be judged, the row that says so."""
+
 SAMPLES = 4
 """Predictions on which the floor is measured: first, last, and between."""
 
@@ -56,24 +59,26 @@ def put_predictions(
     ]
     if not every:
         found.unjudged["prediction"] = "no prediction was recorded"
+        found.undecided[PREDICTION] = "no prediction was recorded"
         return None
     templates = _templates(known)
     try:
         scale, conversion = _convention(every, templates, trusted)
     except UsageError as error:
         found.unjudged["prediction"] = f"{error.what}; {error.measured}"
+        found.undecided[PREDICTION] = error.what
         return None
     found.convert(TIME_SCALES[scale])
     found.convert(conversion.name)
-    samples: dict[tuple[int, tuple[str, ...]], list[_Sample]] = {}
-    denoisers: dict[tuple[int, tuple[str, ...]], Denoiser] = {}
+    samples: dict[tuple[int, str], list[_Sample]] = {}
+    denoisers: dict[tuple[int, str], Denoiser] = {}
     for done, each in enumerate(every):
         model, tensors, plain, how = _called(each, templates, trusted, scale)
         for one in how:
             found.convert(one)
         if conversion is DENOISED and each.step.latent is not None and each.sigma is not None:
             tensors[LATENT], tensors[SIGMA] = each.step.latent, torch.tensor(each.sigma)
-        key = (id(model), tuple(sorted(plain)))
+        key = (id(model), repr(sorted(plain.items())))
         denoiser = denoisers.setdefault(key, Denoiser(model, plain, conversion))
         actual = conversion.to_trusted(each.one.output, each.step.latent, each.sigma)
         found.put(each.name, actual, denoiser(**tensors))
