@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from truestep.engines.branches import with_branches
 from truestep.engines.conventions import AS_IT_IS
 from truestep.engines.engine import GENERIC
+from truestep.engines.expected import Seams, _put_given, _settings
 from truestep.engines.named import run_of
 from truestep.engines.ordered import check_run
 from truestep.engines.run import COND, UNCOND, Pass, Run, Step
 from truestep.engines.trusted import Denoiser, arguments, schedule_of
+from truestep.judge.rows import compare_tensors
 from truestep.verdict import Comparison, Verdict
 
 NAMES = {"latent": "hidden_states", "timestep": "timestep", "text": "encoder_hidden_states"}
@@ -224,3 +226,50 @@ def test_tables_of_tensors_reach_the_trusted_model() -> None:
     model = Model()
     given, plain, _ = arguments(one, model, None, 1.0)
     assert torch.equal(Denoiser(model, plain, AS_IT_IS)(**given), torch.ones(1, 4))
+
+
+def test_the_engine_s_latent_takes_the_place_of_a_reference_s_list() -> None:
+    class Lists(torch.nn.Module):
+        def forward(self, x: list[torch.Tensor], t: torch.Tensor) -> tuple[list[torch.Tensor]]:
+            return ([2 * sample for sample in x],)
+
+    names = {"latent": "x", "timestep": "t"}
+    time = torch.tensor([0.5])
+    theirs = Pass({"x": (torch.zeros(3, 4),), "t": time}, names, torch.zeros(3, 4), "")
+    ours = Pass({"x": (torch.ones(3, 4),), "t": time}, names, torch.zeros(3, 4), "")
+    given, plain, _ = arguments(ours, Lists(), theirs, 1.0)
+    made = Denoiser(Lists(), plain, AS_IT_IS)(**given)
+    assert torch.equal(made.reshape(3, 4), torch.full((3, 4), 2.0))
+
+
+def turned(run: Run) -> Run:
+    """A run whose model is given 1 - t."""
+    steps = []
+    for step in run.steps:
+        other = 1.0 - torch.tensor([step.time or 0.0]) / 1000.0
+        passes = [
+            Pass({**one.arguments, "timestep": other}, NAMES, one.output, "", one.branch)
+            for one in step.passes
+        ]
+        steps.append(step.but(passes=tuple(passes)))
+    return run.but(steps=tuple(steps))
+
+
+def test_times_the_other_way_are_right_where_the_reference_has_them(engine: Simulated) -> None:
+    right, other = engine.run(), turned(engine.run())
+    for run, known, failing in (
+        (other, turned(engine.reference), False),
+        (other, None, False),
+        (other, engine.reference, True),
+        (right, turned(engine.reference), False),
+    ):
+        found = Seams()
+        _put_given(found, run, known)
+        rows = compare_tensors(found.actual, found.expected)
+        assert any(not row.verdict.passed for row in rows) is failing
+        assert bool(found.unjudged) is (known is None)
+
+
+def test_what_a_recording_could_not_hold_leaves_the_folder_s_setting(engine: Simulated) -> None:
+    held = {"scheduler": {"class": "X", "lambda_min_clipped": None, "shift": 3.0}}
+    assert _settings(engine.reference.but(schedulers=held)) == {"shift": 3.0}

@@ -91,7 +91,7 @@ def put_schedule(found: Seams, run: Run, known: Run | None, trusted: Trusted) ->
         sigmas, timesteps, why = known.sigmas, known.timesteps, ""
     else:
         sigmas, timesteps, why = schedule_of(trusted.scheduler_class(), run.count)
-    _given_times(found, run)
+    _put_given(found, run, known)
     if why:
         found.unjudged["schedule"] = why
         return
@@ -119,8 +119,38 @@ def _agree(mine: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
     return mine.shape == theirs.shape and distance(mine.float(), theirs.float()).rel_l2 <= AGREES
 
 
-def _given_times(found: Seams, run: Run) -> None:
+def _put_given(found: Seams, run: Run, known: Run | None) -> None:
     """What the model is given as time, against the engine's own schedule.
+
+    A model may be given the time the other way: where the reference's is, it is right, and where
+    there is none, it is not judged.
+    """
+    pairs = _given_times(run)
+    if not pairs:
+        found.unjudged["time"] = "nothing says what time the model is given"
+        return
+    turned = _is_turned(pairs)
+    if turned and known is None:
+        found.unjudged["time"] = "the model is given 1 - t, and no reference was given"
+        return
+    if turned and known is not None and _is_turned(_given_times(known)):
+        found.convert("times the other way, 1 - t")
+        pairs = [(1.0 - given, time) for given, time in pairs]
+    scale = time_scale(pairs[0][0], pairs[0][1])
+    ours = (torch.tensor([a for a, _ in pairs], dtype=torch.float64) * scale).float()
+    found.put(GIVEN, ours, torch.tensor([b for _, b in pairs], dtype=torch.float32))
+
+
+def _is_turned(pairs: Sequence[tuple[float, float]]) -> bool:
+    """Whether a model is given 1 - t, of times in 0 to 1 or 0 to 1000."""
+    unit = 1000.0 if max((time for _, time in pairs), default=0.0) > 1.0 else 1.0
+    apart = [abs(given - (1.0 - time / unit)) for given, time in pairs]
+    straight = [abs(given - time / unit) for given, time in pairs]
+    return bool(apart) and max(apart) <= AGREES < max(straight)
+
+
+def _given_times(run: Run) -> list[tuple[float, float]]:
+    """By prediction: what its model is given as time, and what time it is.
 
     A scheduler that is given the time says it; else it is the timestep, or the sigma, of the step.
     """
@@ -134,12 +164,7 @@ def _given_times(found: Seams, run: Run) -> None:
             time = float(schedule[index])
         if time is not None:
             pairs += [(one.timestep, time) for one in step.passes if one.timestep is not None]
-    if not pairs:
-        found.unjudged["time"] = "nothing says what time the model is given"
-        return
-    scale = time_scale(pairs[0][0], pairs[0][1])
-    ours = (torch.tensor([a for a, _ in pairs], dtype=torch.float64) * scale).float()
-    found.put(GIVEN, ours, torch.tensor([b for _, b in pairs], dtype=torch.float32))
+    return pairs
 
 
 def time_scale(engine: float, trusted: float) -> float:

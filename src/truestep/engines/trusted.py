@@ -212,6 +212,7 @@ def arguments(
             value = value[None]
             done.append("lists of samples to batches")
         tensors[name] = value.contiguous()
+        plain.pop(name, None)  # the reference's, where its model takes lists
         taken.add(one.names.get(role, ""))
     for name, value in one.arguments.items():  # what both sides call the same
         if _of(name) not in parameters or name in taken:
