@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ from truestep.engines.expected import Seams, _put_given, _settings
 from truestep.engines.named import run_of
 from truestep.engines.ordered import check_run
 from truestep.engines.run import COND, UNCOND, Pass, Run, Step
+from truestep.engines.running import recover
 from truestep.engines.trusted import Denoiser, arguments, schedule_of
+from truestep.engines.watch.spool import CallSpool
+from truestep.errors import FileFormatError
 from truestep.judge.rows import compare_tensors
 from truestep.verdict import Comparison, Verdict
 
@@ -273,3 +277,45 @@ def test_times_the_other_way_are_right_where_the_reference_has_them(engine: Simu
 def test_what_a_recording_could_not_hold_leaves_the_folder_s_setting(engine: Simulated) -> None:
     held = {"scheduler": {"class": "X", "lambda_min_clipped": None, "shift": 3.0}}
     assert _settings(engine.reference.but(schedulers=held)) == {"shift": 3.0}
+
+
+CALL: dict[str, Any] = {
+    "component": "M",
+    "method": "forward",
+    "kind": "model",
+    "owner": "x.M",
+    "begun": 1,
+    "parameters": ["x"],
+    "arguments": {},
+}
+HOSTILE = (
+    {"kind": "zzz"},
+    {"component": 5},
+    {"parameters": 5},
+    {"arguments": [1]},
+    {"state": 5},
+    {"state": {"sigmas": {"tensor": "not there"}}},
+    {"begun": "1e400"},
+    {"dtype": 5},
+    {"role": [1]},
+    {"branches": 7},
+)
+HEADS = ({"started": "x"}, {"rank": [1]}, {"rank": "../../x"}, {"environment": {"a": 1}})
+
+
+def left_behind(folder: Path, call: dict[str, Any], head: dict[str, Any]) -> Path:
+    folder.mkdir()
+    output = folder / "run.safetensors"
+    spool = CallSpool(output, 1, {"engine": "generic", **head}, largest=1 << 20)
+    spool.add({**CALL, "output": spool.keep(torch.zeros(3)), **call})
+    return output
+
+
+def test_what_another_process_left_is_read_with_care(tmp_path: Path) -> None:
+    assert len(recover(left_behind(tmp_path / "right", {}, {}))) == 1
+    cases = [(call, {}) for call in HOSTILE] + [({}, head) for head in HEADS]
+    for number, (call, head) in enumerate(cases):
+        output = left_behind(tmp_path / str(number), call, head)
+        with pytest.raises(FileFormatError, match="a process left"):
+            recover(output)
+        assert not output.exists()

@@ -68,9 +68,11 @@ def left_by(output: Path) -> list[Left]:
 def _json(path: Path) -> Mapping[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            _require_head(content)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise FileFormatError(
             "what a process left cannot be read", where=str(path), measured=reason(error)
         ) from None
@@ -124,7 +126,9 @@ def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str
             tensors = Plain(header)
             contents.update({name: tensors[name] for name in tensors})
             ranks = {name: tensor.ndim for name, tensor in contents.items()}
-            for tree in (*call["arguments"].values(), call["output"]):
+            _require_call(call)
+            state = call.get("state", {}).values()
+            for tree in (*call["arguments"].values(), call["output"], *state):
                 check_tree(tree, ranks)
             int(call["begun"])
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -134,6 +138,30 @@ def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str
                 measured=reason(error),
             ) from None
         yield call
+
+
+def _require_call(call: Mapping[str, Any]) -> None:
+    """Raise ValueError or KeyError where what another process wrote is no call."""
+    words = [call[name] for name in ("component", "method", "kind", "owner")]
+    words += [call.get("dtype", ""), call.get("context") or "", call.get("role") or ""]
+    tables = [call["arguments"], call.get("state", {}), call.get("config") or {}]
+    lists = [call["parameters"], call.get("branches", [])]
+    words += [word for words in lists if isinstance(words, list) for word in words]
+    for values, kind in ((words, str), (tables, dict), (lists, list)):
+        if not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"no {kind.__name__} where one is kept")
+    Kind(call["kind"])
+
+
+def _require_head(content: Mapping[str, Any]) -> None:
+    """Likewise of what is said of a generation."""
+    rank, environment = content.get("rank"), content.get("environment", {})
+    told = isinstance(environment, dict) and isinstance(content.get("injected", {}), dict | str)
+    if not told or not all(isinstance(value, str) for value in environment.values()):
+        raise ValueError("no table of words where one is kept")
+    if rank is not None and type(rank) is not int:
+        raise ValueError(f"rank {rank!r}")
+    float(content.get("started", 0.0))
 
 
 def _entry(call: Mapping[str, Any]) -> CallEntry:
