@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from truestep.engines.assembling import SEVERAL
 from truestep.engines.branches import with_branches
 from truestep.engines.conventions import AS_IT_IS
 from truestep.engines.engine import GENERIC
@@ -319,3 +320,15 @@ def test_what_another_process_left_is_read_with_care(tmp_path: Path) -> None:
         with pytest.raises(FileFormatError, match="a process left"):
             recover(output)
         assert not output.exists()
+
+
+def test_threads_that_generate_at_once_are_not_taken_for_one_run(tmp_path: Path) -> None:
+    output = tmp_path / "run.safetensors"
+    spool = CallSpool(output, 1, {"engine": "generic"}, largest=1 << 20)
+    for number, thread in enumerate((1, 2, 1, 2)):
+        made = spool.keep(torch.full((3,), float(thread)))
+        step = {"method": "step", "kind": "scheduler", "thread": thread, "begun": number + 1}
+        spool.add({**CALL, **step, "output": made})
+    ((_, recording),) = recover(output)
+    assert len(recording.calls) == 2
+    assert SEVERAL in recording.recording.manifest.notes

@@ -30,6 +30,7 @@ ENGINE = "engine"
 
 PARTIAL = "partial: the process ended before the generation was over"
 LEFT_OUT = "tensors above the limit were left out: their shape alone is kept"
+SEVERAL = "several threads generated at once: only what the first of them did is here"
 _SPANS = ("generation", "run")
 _STAGE_OF_ROLE = {"noise": "latent", "text": "text", "decode": "decoding"}
 
@@ -92,6 +93,7 @@ def assemble(left: Left) -> CallRecording:
     told = sorted(_calls(left.folder, contents), key=lambda call: int(call["begun"]))
     if not told:
         raise UsageError("no call was recorded", where=str(left.folder))
+    told, several = _of_one_thread(told)
     entries = [_entry(call) for call in told]
     placed = _placed(entries, told, contents)
     settings = {
@@ -111,6 +113,7 @@ def assemble(left: Left) -> CallRecording:
     }
     recording = assembled(placed, contents, settings, device="cpu")
     notes = [] if left.ended is not None else [PARTIAL]
+    notes += [SEVERAL] if several else []
     notes += [LEFT_OUT] if any(_dropped(entry) for entry in entries) else []
     manifest = recording.recording.manifest.model_copy(
         update={"environment": dict(left.head.get("environment", {})), "notes": tuple(notes)}
@@ -138,6 +141,13 @@ def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str
                 measured=reason(error),
             ) from None
         yield call
+
+
+def _of_one_thread(told: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    """Without the calls of threads that step beside the first that does."""
+    steps = [c.get("thread") for c in told if c["method"] == STEP and c["kind"] == Kind.SCHEDULER]
+    others = {*steps} - {*steps[:1]}
+    return [call for call in told if call.get("thread") not in others], bool(others)
 
 
 def _require_call(call: Mapping[str, Any]) -> None:
