@@ -8,6 +8,7 @@ name                      stage           what
 `schedule/...`            schedule        `sigmas`, `timesteps`, `experts`
 `latent/initial`          latent          noise from the seed
 `step/0007/latent`        update          latent entering step 7, made by step 6
+`step/0007/input`         latent          what an engine's model is given of that latent
 `step/0007/cond`          prediction      likewise `uncond`
 `step/0007/guided`        guidance        what the scheduler is given
 `latent/final`            update          latent after the last step
@@ -62,7 +63,7 @@ PRECISIONS = ("float32", "float64")
 _MEAN = "samples"
 _AUDIO = AUDIO.removesuffix("/")
 _PREFIXES = frozenset({*KEPT, *PRECISIONS, _MEAN, _AUDIO})
-_OF_STEP = {"latent": "update", "guided": "guidance"}
+_OF_STEP = {"latent": "update", "guided": "guidance", "input": "latent"}
 _OF_HEAD = {"schedule": "schedule", "video": "decoding", "waveform": "decoding"}
 _OF_LATENT = {"initial": "latent", "final": "update"}
 _TEXTS = ("text", "connector")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+import truestep
 from truestep.testing import tiny
 from truestep.testing.tiny.calls import picture
 
@@ -19,3 +23,42 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save("WanImageToVideoPipeline", folder / "wan")
     picture(0).save(folder / "cat.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Wan with the port's shift, and inputs of a case beside it."""
+    folder = tmp_path_factory.mktemp("engines") / "wan"
+    tiny.save("WanPipeline", folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "shift": 3.0}))
+    dice = torch.Generator().manual_seed(0)
+    cond, uncond = (torch.randn(1, 10, 32, generator=dice) for _ in range(2))
+    cond[:, -3:] = uncond[:, -5:] = 0.0  # as the pipeline pads
+    noise = torch.randn(1, 16, 3, 8, 8, generator=dice)
+    inputs = {"noise": noise, "cond": cond, "uncond": uncond}
+    save_file(inputs, folder.parent / "inputs.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(model: Path) -> Path:
+    """The trusted pipeline's recording of the same inputs."""
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(str(model))
+    inputs = load_file(model.parent / "inputs.safetensors")
+    path = model.parent / "reference.safetensors"
+    call = {
+        "prompt_embeds": inputs["cond"],
+        "negative_prompt_embeds": inputs["uncond"],
+        "latents": inputs["noise"],
+        "num_inference_steps": 3,
+        "guidance_scale": 5.0,
+        "height": 64,
+        "width": 64,
+        "num_frames": 9,
+        "output_type": "latent",
+    }
+    truestep.record(pipe, call=call, floor="none", path=path)
+    return path

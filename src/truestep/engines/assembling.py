@@ -30,6 +30,7 @@ ENGINE = "engine"
 
 PARTIAL = "partial: the process ended before the generation was over"
 LEFT_OUT = "tensors above the limit were left out: their shape alone is kept"
+SEVERAL = "several threads generated at once: only what the first of them did is here"
 _SPANS = ("generation", "run")
 _STAGE_OF_ROLE = {"noise": "latent", "text": "text", "decode": "decoding"}
 
@@ -68,9 +69,11 @@ def left_by(output: Path) -> list[Left]:
 def _json(path: Path) -> Mapping[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            _require_head(content)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise FileFormatError(
             "what a process left cannot be read", where=str(path), measured=reason(error)
         ) from None
@@ -90,6 +93,7 @@ def assemble(left: Left) -> CallRecording:
     told = sorted(_calls(left.folder, contents), key=lambda call: int(call["begun"]))
     if not told:
         raise UsageError("no call was recorded", where=str(left.folder))
+    told, several = _of_one_thread(told)
     entries = [_entry(call) for call in told]
     placed = _placed(entries, told, contents)
     settings = {
@@ -109,6 +113,7 @@ def assemble(left: Left) -> CallRecording:
     }
     recording = assembled(placed, contents, settings, device="cpu")
     notes = [] if left.ended is not None else [PARTIAL]
+    notes += [SEVERAL] if several else []
     notes += [LEFT_OUT] if any(_dropped(entry) for entry in entries) else []
     manifest = recording.recording.manifest.model_copy(
         update={"environment": dict(left.head.get("environment", {})), "notes": tuple(notes)}
@@ -124,7 +129,9 @@ def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str
             tensors = Plain(header)
             contents.update({name: tensors[name] for name in tensors})
             ranks = {name: tensor.ndim for name, tensor in contents.items()}
-            for tree in (*call["arguments"].values(), call["output"]):
+            _require_call(call)
+            state = call.get("state", {}).values()
+            for tree in (*call["arguments"].values(), call["output"], *state):
                 check_tree(tree, ranks)
             int(call["begun"])
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -134,6 +141,37 @@ def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str
                 measured=reason(error),
             ) from None
         yield call
+
+
+def _of_one_thread(told: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    """Without the calls of threads that step beside the first that does."""
+    steps = [c.get("thread") for c in told if c["method"] == STEP and c["kind"] == Kind.SCHEDULER]
+    others = {*steps} - {*steps[:1]}
+    return [call for call in told if call.get("thread") not in others], bool(others)
+
+
+def _require_call(call: Mapping[str, Any]) -> None:
+    """Raise ValueError or KeyError where what another process wrote is no call."""
+    words = [call[name] for name in ("component", "method", "kind", "owner")]
+    words += [call.get("dtype", ""), call.get("context") or "", call.get("role") or ""]
+    tables = [call["arguments"], call.get("state", {}), call.get("config") or {}]
+    lists = [call["parameters"], call.get("branches", [])]
+    words += [word for words in lists if isinstance(words, list) for word in words]
+    for values, kind in ((words, str), (tables, dict), (lists, list)):
+        if not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"no {kind.__name__} where one is kept")
+    Kind(call["kind"])
+
+
+def _require_head(content: Mapping[str, Any]) -> None:
+    """Likewise of what is said of a generation."""
+    rank, environment = content.get("rank"), content.get("environment", {})
+    told = isinstance(environment, dict) and isinstance(content.get("injected", {}), dict | str)
+    if not told or not all(isinstance(value, str) for value in environment.values()):
+        raise ValueError("no table of words where one is kept")
+    if rank is not None and type(rank) is not int:
+        raise ValueError(f"rank {rank!r}")
+    float(content.get("started", 0.0))
 
 
 def _entry(call: Mapping[str, Any]) -> CallEntry:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from truestep.engines.conventions import text_as
-from truestep.engines.run import COND, UNCOND, Run, Step
+from truestep.engines.run import COND, UNCOND, Pass, Run, Step
+from truestep.measure.distance import same_bits
 
 AFFINE = 1e-4
 """Largest residual, relative to what is stepped, of a combination that is taken for guidance."""
@@ -32,10 +34,15 @@ def latents_between(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 def with_branches(run: Run) -> Run:
     """Name the passes: by their weights in what is stepped by, else as the engine says."""
+    run = _once(run)
     counts = {len(step.passes) for step in run.steps if step.passes}
     if counts == {1}:
         alone = [s.but(passes=tuple(replace(p, branch=COND) for p in s.passes)) for s in run.steps]
-        return replace(run, steps=tuple(alone), weights={COND: 1.0})
+        factor, residual = _weights(run, 1)
+        if factor is None and all(step.guided is None for step in run.steps):
+            factor, residual = [1.0], 0.0
+        own = {} if factor is None else {COND: factor[0]}
+        return replace(run, steps=tuple(alone), weights=own, affine=residual)
     most = max(counts, default=0)
     weights, residual = _weights(run, most)
     labels = [str(index) for index in range(most)] if weights is None else _labels(weights)
@@ -51,6 +58,29 @@ def with_branches(run: Run) -> Run:
         labels = list(run.steps[0].parts)
     named_weights = {} if weights is None else dict(zip(labels, weights, strict=True))
     return replace(run, steps=tuple(steps), weights=named_weights, affine=residual)
+
+
+def _once(run: Run) -> Run:
+    """Leave out calls that only repeat another of their step, as a warm-up does.
+
+    Two of a step stay: both branches may be given the same.
+    """
+    counts = Counter(len(step.passes) for step in run.steps if step.passes)
+    usual = min(counts.most_common(1)[0][0], 2) if counts else 0
+    steps = []
+    for step in run.steps:
+        passes = list(step.passes)
+        for one in step.passes:
+            again = sum(other.output is not one.output and _repeats(other, one) for other in passes)
+            if again and len(passes) > usual:
+                passes = [other for other in passes if other is not one]
+        steps.append(step.but(passes=tuple(passes)))
+    return replace(run, steps=tuple(steps))
+
+
+def _repeats(one: Pass, other: Pass) -> bool:
+    same = one.component == other.component and one.said == other.said
+    return same and one.output.shape == other.output.shape and same_bits(one.output, other.output)
 
 
 def _labels(weights: Sequence[float]) -> list[str]:
@@ -71,13 +101,15 @@ def _weights(run: Run, most: int) -> tuple[list[float] | None, float]:
     for step in run.steps:
         found = step.combined if step.parts else dict(enumerate(p.output for p in step.passes))
         outputs = [output.reshape(-1).double() for output in found.values()]
-        fits = step.guided is not None and len(outputs) == most > 1
+        fits = step.guided is not None and len(outputs) == most > 0
         if fits and step.guided is not None and step.guided.numel() == outputs[0].numel():
             rows.append(torch.stack(outputs, dim=1))
             wanted.append(step.guided.reshape(-1).double())
-    if not rows or most < 2:
+    if not rows or not most:
         return None, float("nan")
     matrix, target = torch.cat(rows), torch.cat(wanted)
+    if not (matrix.isfinite().all() and target.isfinite().all()):
+        return None, float("nan")
     solved = torch.linalg.lstsq(matrix.T @ matrix, (matrix.T @ target)[:, None]).solution[:, 0]
     size = float(target.norm())
     residual = float((matrix @ solved - target).norm()) / size if size else float("inf")

@@ -21,7 +21,15 @@ watched too; all others hide what they call."""
 
 LATENTS = ("hidden_states", "sample", "latents", "latent_model_input", "x", "x_in", "img")
 TIMES = ("timestep", "timesteps", "t", "sigma", "sigmas")
-TEXTS = ("encoder_hidden_states", "context", "prompt_embeds", "txt", "prompt_emb", "text")
+TEXTS = (
+    "encoder_hidden_states",
+    "context",
+    "prompt_embeds",
+    "txt",
+    "prompt_emb",
+    "text",
+    "cap_feats",
+)
 """Usual names of a denoiser's arguments, where an adapter does not say them."""
 
 ADAPTERS = ("comfyui", "diffsynth", "fastvideo", "wan")

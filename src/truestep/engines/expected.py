@@ -8,7 +8,7 @@ decoder's of the engine's own end: none of these inherits anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,11 +26,11 @@ from truestep.engines.trusted import Trusted, schedule_of, solvers, stepped
 from truestep.errors import FOREIGN, one_line
 from truestep.floors import NoiseRun
 from truestep.keys import Address, address, step_name
-from truestep.measure.distance import distance
+from truestep.measure.distance import distance, same_bits
 
 SIGMAS, TIMESTEPS, GIVEN = "schedule/sigmas", "schedule/timesteps", "schedule/given"
 ENTERING = "entering"
-"""Begin of the name of a latent that enters a step, or is given to the model there."""
+"""Begin of the name of a latent that enters a step, in a comparison of runs."""
 
 DECODED = "entering/decoder"
 """The latent that a decoder is given."""
@@ -39,6 +39,9 @@ NOISE, FINAL, FRAMES = "latent/initial", "latent/final", "video/frames"
 
 AGREES = 1e-4
 """Largest difference, relative to the latent, of a solver that is said to be the one that runs."""
+
+FITTED = 1e-6
+"""How exactly weights are fitted, of float32 predictions."""
 
 NEAR = 0.1
 """Relative difference above which a noise is another draw, not another rounding."""
@@ -54,6 +57,7 @@ class Seams:
         floor: Benign runs of the trusted model.
         conversions: What was done to the engine's values, by name.
         unjudged: Seams that nothing could be set against, and why.
+        undecided: Of these, what leaves the whole run undecided.
         notes: What else there is to say.
     """
 
@@ -62,16 +66,16 @@ class Seams:
     floor: list[NoiseRun] = field(default_factory=list)
     conversions: dict[str, None] = field(default_factory=dict)
     unjudged: dict[str, str] = field(default_factory=dict)
+    undecided: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def put(self, name: str, actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
         """Set two tensors against each other, the engine's in the shape of the other."""
         if actual is None or expected is None:
             return
-        fit = text_as if name.startswith("text/") else as_shape
-        fitted, how = fit(actual, expected)
+        value, how = _fit(name, actual, expected)
         self.convert(how)
-        self.actual[name], self.expected[name] = fitted, expected
+        self.actual[name], self.expected[name] = value, expected
 
     def convert(self, how: str) -> None:
         """Note a conversion."""
@@ -79,16 +83,30 @@ class Seams:
             self.conversions[how] = None
 
 
+def _fit(name: str, value: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, str]:
+    return (text_as if name.startswith("text/") else as_shape)(value, like)
+
+
+def fitted(name: str, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of a seam in the shape of another's, as `Seams.put` sets them."""
+    return _fit(name, value, like)[0]
+
+
 def put_schedule(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> None:
     if known is not None:
         sigmas, timesteps, why = known.sigmas, known.timesteps, ""
     else:
         sigmas, timesteps, why = schedule_of(trusted.scheduler_class(), run.count)
+    _put_given(found, run, known)
     if why:
         found.unjudged["schedule"] = why
         return
     count = known.count if known is not None else run.count
     mine, theirs = with_closing_zero(run.sigmas, run.count), with_closing_zero(sigmas, count)
+    if known is None and trusted.gives_sigmas() and not _agree(mine, theirs):
+        why = "not the scheduler's own, and the pipeline may give it others: a reference tells"
+        found.unjudged["schedule"] = found.undecided[SIGMAS] = why
+        return
     if mine is not None and theirs is not None:
         if run.sigmas is not None and len(run.sigmas) == run.count:
             found.convert("a schedule without its closing zero")
@@ -99,13 +117,49 @@ def put_schedule(found: Seams, run: Run, known: Run | None, trusted: Trusted) ->
         scale = time_scale(float(run.timesteps[0]), float(timesteps[0]))
         found.convert(TIME_SCALES[scale])
         found.put(TIMESTEPS, (run.timesteps.double() * scale).float(), timesteps.float())
-    _given_times(found, run, known)
 
 
-def _given_times(found: Seams, run: Run, known: Run | None) -> None:
-    """What the model is given as time, against the engine's own schedule, else the reference's.
+def _agree(mine: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
+    if mine is None or theirs is None:
+        return True
+    return mine.shape == theirs.shape and distance(mine.float(), theirs.float()).rel_l2 <= AGREES
 
-    A scheduler that is given the time says it; else it is the timestep, or the sigma, of the step.
+
+def _put_given(found: Seams, run: Run, known: Run | None) -> None:
+    """What the model is given as time, against the engine's own schedule.
+
+    A model may be given the time the other way: where the reference's is, it is right, and where
+    there is none, it is not judged.
+    """
+    pairs = _given_times(run, known)
+    if not pairs:
+        found.unjudged["time"] = "nothing says what time the model is given"
+        return
+    turned = _is_turned(pairs)
+    if turned and known is None:
+        found.unjudged["time"] = "the model is given 1 - t, and no reference was given"
+        return
+    if turned and known is not None and _is_turned(_given_times(known)):
+        found.convert("times the other way, 1 - t")
+        pairs = [(1.0 - given, time) for given, time in pairs]
+    scale = time_scale(pairs[0][0], pairs[0][1])
+    ours = (torch.tensor([a for a, _ in pairs], dtype=torch.float64) * scale).float()
+    found.put(GIVEN, ours, torch.tensor([b for _, b in pairs], dtype=torch.float32))
+
+
+def _is_turned(pairs: Sequence[tuple[float, float]]) -> bool:
+    """Whether a model is given 1 - t, of times in 0 to 1 or 0 to 1000."""
+    unit = 1000.0 if max((time for _, time in pairs), default=0.0) > 1.0 else 1.0
+    apart = [abs(given - (1.0 - time / unit)) for given, time in pairs]
+    straight = [abs(given - time / unit) for given, time in pairs]
+    return bool(apart) and max(apart) <= AGREES < max(straight)
+
+
+def _given_times(run: Run, known: Run | None = None) -> list[tuple[float, float]]:
+    """By prediction: what its model is given as time, and what time it is.
+
+    A scheduler that is given the time says it; else it is the timestep, or the sigma, of the step,
+    by the run's own schedule or, where it says none, the reference's.
     """
     own = run.timesteps if run.timesteps is not None else run.sigmas
     if own is None and known is not None:
@@ -119,12 +173,7 @@ def _given_times(found: Seams, run: Run, known: Run | None) -> None:
             time = float(own[index])
         if time is not None:
             pairs += [(one.timestep, time) for one in step.passes if one.timestep is not None]
-    if not pairs:
-        found.unjudged["time"] = "nothing says what time the model is given"
-        return
-    scale = time_scale(pairs[0][0], pairs[0][1])
-    ours = (torch.tensor([a for a, _ in pairs], dtype=torch.float64) * scale).float()
-    found.put(GIVEN, ours, torch.tensor([b for _, b in pairs], dtype=torch.float32))
+    return pairs
 
 
 def time_scale(engine: float, trusted: float) -> float:
@@ -163,35 +212,6 @@ def place_of(name: str) -> Address:
     return address(name)
 
 
-def put_entering(found: Seams, run: Run) -> None:
-    """What enters each step against what the one before made, and what the model is given of it.
-
-    A latent that is clamped, cast or taken from another step on the way is seen here. Schedulers
-    that scale what the model is given by 1 / sqrt(sigma^2 + 1) are known.
-    """
-    before: torch.Tensor | None = None
-    for index, step in enumerate(run.steps):
-        if step.latent is not None:
-            if before is not None and before.numel() == step.latent.numel():
-                found.put(f"{ENTERING}/{index:04d}", step.latent, before.to(step.latent.dtype))
-            for number, one in enumerate(step.passes):
-                _put_given(found, run, index, number, one.role("latent"))
-        before = step.after
-
-
-def _put_given(found: Seams, run: Run, index: int, number: int, given: torch.Tensor | None) -> None:
-    latent = run.steps[index].latent
-    if given is None or latent is None or given.numel() != latent.numel():
-        return  # with an image beside it
-    expected = latent.reshape(given.shape).to(given.dtype)
-    if not torch.equal(given, expected) and run.sigmas is not None and index < len(run.sigmas):
-        scaled = expected / (float(run.sigmas[index]) ** 2 + 1.0) ** 0.5
-        if distance(given, scaled).rel_l2 < AGREES:
-            found.convert("latents scaled by 1 / sqrt(sigma^2 + 1) for the model")
-            expected = scaled
-    found.put(f"{ENTERING}/{index:04d}/{number}", given, expected)
-
-
 def in_model_space(found: Seams, run: Run, trusted: Trusted) -> Run:
     """A run whose end is the denoiser's latent, where the engine gives it in the VAE's space."""
     if not run.in_vae or run.final is None:
@@ -208,7 +228,7 @@ def in_model_space(found: Seams, run: Run, trusted: Trusted) -> Run:
 
 def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
     """Guidance as arithmetic on the run's own predictions, by the reference's weights."""
-    if not any(len(step.combined) > 1 and step.guided is not None for step in run.steps):
+    if not any(step.combined and step.guided is not None for step in run.steps):
         return
     weights, whose = (known.weights, "the reference's") if known else ({}, "")
     if not weights:
@@ -218,25 +238,39 @@ def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
         text = f"no affine combination of the predictions (residual {run.affine:.1e})"
         found.unjudged["guidance"] = text
         return
-    rounded = {branch: round(weight, 4) for branch, weight in weights.items()}
+    rounded = {branch: _round(weight) for branch, weight in weights.items()}
     found.notes.append(f"guidance, by {whose} weights: {_formula(rounded)}")
-    own = {branch: round(weight, 4) for branch, weight in run.weights.items()}
-    if own and own != rounded:
+    own = {branch: _round(weight) for branch, weight in run.weights.items()}
+    if own and not _near(own, rounded):
         how = _mistaken(own.get(COND), rounded.get(COND))
         found.notes.append(f"the run combines by other weights: {_formula(own)}{how}")
     for step in run.steps:
         outputs = step.combined
         if step.guided is None or not outputs:
             continue
+        if {*outputs} < {*rounded}:
+            continue  # `absent` has the trusted model predict what is not there
         if {*outputs} != {*rounded}:
             text = f"branches {', '.join(outputs)}, the reference has {', '.join(rounded)}"
             found.unjudged["guidance"] = text
+            found.undecided[step_name(step.number, "guided")] = text
             continue
         parts = [weight * outputs[branch].double() for branch, weight in rounded.items()]
         expected = torch.stack(parts).sum(dim=0).to(step.guided.dtype)
         found.put(
             step_name(step.number, "guided"), step.guided, expected.reshape(step.guided.shape)
         )
+
+
+def _round(weight: float) -> float:
+    """The number that was meant: a fit says it but for its rounding."""
+    meant = round(weight, 4)
+    return meant if abs(meant - weight) <= FITTED * max(1.0, abs(weight)) else weight
+
+
+def _near(own: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    apart = (abs(own.get(branch, 0.0) - weight) for branch, weight in other.items())
+    return {*own} == {*other} and max(apart, default=0.0) < AGREES
 
 
 def _formula(weights: Mapping[str, float]) -> str:
@@ -276,17 +310,26 @@ def put_updates(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> 
     if cls is None or cls[0] is None:
         found.unjudged["update"] = "the trusted folder has no scheduler"
         return
-    made = _steps_by(cls[0], {**cls[1], **_settings(known)}, run)
+    config = {**cls[1], **_settings(known)}
+    made = _steps_by(cls[0], config, run)
     if isinstance(made, str):
         found.unjudged["update"] = made
         return
-    worst = 0.0
+    worst = max(_off(step, expected) for step, expected in zip(run.steps, made, strict=True))
+    if worst > AGREES and _draws(made, _steps_by(cls[0], config, run)):
+        found.unjudged["update"] = f"{cls[0].__name__} draws new noise in its steps"
+        return
     for step, expected in zip(run.steps, made, strict=True):
         name = FINAL if step is run.steps[-1] else step_name(step.number + 1, "latent")
         found.put(name, step.after, expected)
-        worst = max(worst, _off(step, expected))
     if worst > AGREES:
         found.notes += _other_solver(run, cls[0].__name__)
+
+
+def _draws(made: Sequence[torch.Tensor | None], again: Any) -> bool:
+    """Whether a scheduler's second run with all the same gives something else."""
+    pairs = [] if isinstance(again, str) else zip(made, again, strict=True)
+    return any(a is not None and b is not None and not same_bits(a, b) for a, b in pairs)
 
 
 def _combined(found: Seams, run: Run, known: Run | None) -> Run:
@@ -314,9 +357,9 @@ def _off(step: Step, expected: torch.Tensor | None) -> float:
 
 
 def _settings(known: Run | None) -> dict[str, Any]:
-    """What the reference's scheduler was set to."""
+    """What the reference's scheduler was set to; what is not finite is null in a recording."""
     held = next(iter(known.schedulers.values()), {}) if known else {}
-    return {key: value for key, value in held.items() if key != "class"}
+    return {key: value for key, value in held.items() if key != "class" and value is not None}
 
 
 def _steps_by(cls: Any, config: Mapping[str, Any], run: Run) -> list[torch.Tensor | None] | str:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from truestep.engines.absent import put_absent
+from truestep.engines.between import INPUT, entering, put_between
 from truestep.engines.branches import named_by_text
 from truestep.engines.conventions import as_shape
 from truestep.engines.expected import (
@@ -21,7 +23,6 @@ from truestep.engines.expected import (
     Seams,
     in_model_space,
     place_of,
-    put_entering,
     put_guidance,
     put_noise_and_text,
     put_schedule,
@@ -35,6 +36,7 @@ from truestep.errors import UsageError
 from truestep.floors import NoiseFloor
 from truestep.judge.floor import Limits, pair_of
 from truestep.judge.rows import build_comparison, compare_tensors
+from truestep.keys import address
 from truestep.measure.distance import distance
 from truestep.progress import Progress
 from truestep.text import quoted
@@ -78,10 +80,11 @@ def check_run(
     with torch.no_grad():
         put_schedule(found, run, known, trusted)
         put_noise_and_text(found, run, known)
-        put_entering(found, run)
-        put_predictions(found, run, known, trusted, progress)
+        put_between(found, run, known)
+        conversion = put_predictions(found, run, known, trusted, progress)
         put_guidance(found, run, known)
-        put_updates(found, run, known, trusted)
+        put_absent(found, run, known, trusted, conversion)
+        put_updates(found, entering(found, run, known), known, trusted)
         put_decoding(found, run, known, trusted, progress)
     if not run.steps and known is not None:
         found.put(FINAL, run.final, known.final)
@@ -107,6 +110,10 @@ def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comp
             describe=place_of,
         )
         judged.update({row.name: row for row in rows})
+    for name, why in found.undecided.items():
+        stage, step = address(name).stage, address(name).step
+        fields = {"stage": stage, "step": step, "note": why}
+        judged.setdefault(name, Row(name=name, verdict=Verdict.INCONCLUSIVE, **fields))
     notes = [*found.notes]
     notes += [f"converted: {how}" for how in found.conversions]
     notes += [f"not judged: {seam}: {why}" for seam, why in found.unjudged.items()]
@@ -127,7 +134,7 @@ def _is_of_a_model(name: str) -> bool:
     head, _, last = name.rpartition("/")
     if name == FRAMES:
         return True
-    return head.startswith("step/") and last not in ("guided", "latent")
+    return head.startswith("step/") and last not in ("guided", "latent", INPUT)
 
 
 _ORDER = ("schedule", "latent", "text", "prediction", "guidance", "update", "decoding")

@@ -27,6 +27,9 @@ from truestep.measure.distance import distance
 from truestep.progress import Progress
 from truestep.replay.functions import record_function
 
+PREDICTION = step_name(0, "prediction")
+"""Of a run whose predictions could not be judged, the row that says so."""
+
 SAMPLES = 4
 """Predictions on which the floor is measured: first, last, and between."""
 
@@ -44,8 +47,12 @@ class _Prediction:
 
 def put_predictions(
     found: Seams, run: Run, known: Run | None, trusted: Trusted, progress: Progress | None
-) -> None:
-    """Each prediction by the trusted model on the engine's inputs, and the floor of these."""
+) -> Conversion | None:
+    """Each prediction by the trusted model on the engine's inputs, and the floor of these.
+
+    Returns:
+        The convention of the engine's predictions, where one could be told.
+    """
     every = [
         _Prediction(step_name(step.number, one.branch), one, step, _sigma(run, index, one))
         for index, step in enumerate(run.steps)
@@ -53,24 +60,26 @@ def put_predictions(
     ]
     if not every:
         found.unjudged["prediction"] = "no prediction was recorded"
-        return
+        found.undecided[PREDICTION] = "no prediction was recorded"
+        return None
     templates = _templates(known)
     try:
         scale, conversion = _convention(every, templates, trusted)
     except UsageError as error:
         found.unjudged["prediction"] = f"{error.what}; {error.measured}"
-        return
+        found.undecided[PREDICTION] = error.what
+        return None
     found.convert(TIME_SCALES[scale])
     found.convert(conversion.name)
-    samples: dict[tuple[int, tuple[str, ...]], list[_Sample]] = {}
-    denoisers: dict[tuple[int, tuple[str, ...]], Denoiser] = {}
+    samples: dict[tuple[int, str], list[_Sample]] = {}
+    denoisers: dict[tuple[int, str], Denoiser] = {}
     for done, each in enumerate(every):
         model, tensors, plain, how = _called(each, templates, trusted, scale)
         for one in how:
             found.convert(one)
         if conversion is DENOISED and each.step.latent is not None and each.sigma is not None:
             tensors[LATENT], tensors[SIGMA] = each.step.latent, torch.tensor(each.sigma)
-        key = (id(model), tuple(sorted(plain)))
+        key = (id(model), repr(sorted(plain.items())))
         denoiser = denoisers.setdefault(key, Denoiser(model, plain, conversion))
         actual = conversion.to_trusted(each.one.output, each.step.latent, each.sigma)
         found.put(each.name, actual, denoiser(**tensors))
@@ -79,6 +88,7 @@ def put_predictions(
             progress("predictions by the trusted model", done + 1, len(every))
     for key, named in samples.items():
         found.floor += _floor(denoisers[key], named, progress)
+    return conversion
 
 
 _Sample = tuple[str, dict[str, torch.Tensor]]
@@ -167,7 +177,13 @@ def _floor(
     named: Sequence[tuple[str, dict[str, torch.Tensor]]],
     progress: Progress | None,
 ) -> list[NoiseRun]:
-    """Benign runs of the trusted model on some of the engine's inputs, under the rows' names."""
+    """Benign runs of the trusted model on some of the engine's inputs, under the rows' names.
+
+    None where an engine's inputs are not finite: no floor holds for these.
+    """
+    named = [each for each in named if all(bool(t.isfinite().all()) for t in each[1].values())]
+    if not named:
+        return []
     count = min(SAMPLES, len(named))
     chosen = [named[round(i * (len(named) - 1) / max(count - 1, 1))] for i in range(count)]
     recording = record_function(model, [tensors for _, tensors in chosen], progress=progress)

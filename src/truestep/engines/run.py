@@ -40,8 +40,10 @@ class Pass:
 
     @property
     def timestep(self) -> float | None:
-        """What the model was given as time."""
-        return number_of(self.arguments.get(self.names.get("timestep", "")))
+        """What the model was given as time: of tokens with their own, what is noised most."""
+        value = self.arguments.get(self.names.get("timestep", ""))
+        tensor = one_tensor(value)
+        return number_of(value if tensor is None or not tensor.numel() else tensor.max())
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class Run:
     in_vae: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def but(self, **changes: Any) -> Run:
+        """The same run with other fields."""
+        return replace(self, **changes)
 
     @property
     def count(self) -> int:

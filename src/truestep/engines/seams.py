@@ -202,7 +202,8 @@ class _Reader:
         if tag == "tensor":
             return self.first(tree)
         if tag in ("list", "tuple"):
-            return tuple(self.value(part) for _, part in parts(tree))
+            inside = tuple(self.value(part) for _, part in parts(tree))
+            return list(inside) if tag == "list" and not any(tensors(tree)) else inside
         numbers = [leaf.value for _, leaf in leaves(tree) if leaf.kind == "number"]
         return numbers[0] if tag == "float" else None
 
@@ -215,7 +216,7 @@ class _Reader:
         ]
         if not outputs:
             return
-        arguments = {name: self.value(tree) for name, tree in call.arguments.items()}
+        arguments = self._arguments(call)
         names = self.names(arguments, latent, outputs[0])
         told = self._branches.get(f"{call.component}.{call.method}", ())
         if told:  # several predictions are given as a list
@@ -231,6 +232,16 @@ class _Reader:
         for row in range(many):
             own = {name: _part(value, row, many) for name, value in arguments.items()}
             yield Pass(own, names, outputs[row], call.component, said=call.context or "")
+
+    def _arguments(self, call: CallEntry) -> dict[str, Any]:
+        """Arguments of a call; what is in a table as `argument/key`."""
+        found: dict[str, Any] = {}
+        for name, tree in call.arguments.items():
+            if isinstance(tree, dict) and next(iter(tree)) == "dict":
+                found |= {f"{name}/{key}": self.value(part) for key, part in parts(tree)}
+            else:
+                found[name] = self.value(tree)
+        return found
 
     def names(
         self, arguments: Mapping[str, Any], latent: torch.Tensor | None, output: torch.Tensor
@@ -287,8 +298,8 @@ def _rows(output: torch.Tensor, latent: torch.Tensor | None) -> int:
 
 def _part(value: Any, row: int, many: int) -> Any:
     """The rows of one branch: of tensors with as many rows as there are branches, or a multiple."""
-    if isinstance(value, tuple) and len(value) == many > 1:
-        return (value[row],)
+    if isinstance(value, tuple | list) and len(value) == many > 1:
+        return type(value)([value[row]])
     if many == 1 or not isinstance(value, torch.Tensor) or not value.ndim:
         return value
     if value.shape[0] % many or value.shape[0] < many:

@@ -80,6 +80,15 @@ class Trusted:
         file = self.folder / name / "config.json"
         return _read(file) if file.is_file() else {}
 
+    def gives_sigmas(self) -> bool:
+        """Whether its pipeline may make sigmas for its scheduler, which then makes none itself."""
+        import diffusers
+
+        pipeline = getattr(diffusers, str(self._index.get("_class_name", "")), None)
+        if not isinstance(pipeline, type) or not callable(pipeline):
+            return False
+        return "sigmas" in inspect.signature(pipeline.__call__).parameters
+
     def scheduler_class(self) -> tuple[Any, Mapping[str, Any]] | None:
         """Class and settings of its scheduler."""
         entry = self._index.get("scheduler")
@@ -155,8 +164,10 @@ class Denoiser(torch.nn.Module):
             else value
             for name, value in given.items()
         }
-        output = self.model(**moved, **self._plain)
-        first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        output = self.model(**_nested({**moved, **self._plain}))
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, list):  # a sample each
+            first = torch.stack(first)
         number = None if sigma is None else float(sigma)
         return self._conversion.there_and_back(first, latent, number)
 
@@ -183,7 +194,7 @@ def arguments(
     plain: dict[str, Any] = {"return_dict": False} if "return_dict" in parameters else {}
     done: list[str] = []
     for name, value in (template.arguments if template else {}).items():
-        if name in parameters and value is not None and name != "return_dict":
+        if _of(name) in parameters and value is not None and name != "return_dict":
             (tensors if isinstance(value, torch.Tensor) else plain)[name] = value
     taken, usual_names = set(), set()
     for role, usual in (("latent", LATENTS), ("timestep", TIMES), ("text", TEXTS)):
@@ -194,8 +205,7 @@ def arguments(
         like = tensors.get(name)
         if like is not None and role == "timestep":
             same = value.to(like.dtype)  # unless that would round the engine's own time
-            value = (same if bool((same == value).all()) else value).reshape(-1)[0]
-            value = value.expand(like.shape)
+            value = _time_as(same if bool((same == value).all()) else value, like)
         elif like is not None:
             value, how = (text_as if role == "text" else _in_rank)(value, like)
             done += [how] if how else []
@@ -203,23 +213,24 @@ def arguments(
             value = value[None]
             done.append("lists of samples to batches")
         tensors[name] = value.contiguous()
+        plain.pop(name, None)  # the reference's, where its model takes lists
         taken.add(one.names.get(role, ""))
         usual_names.add(name)
-    given = {
-        name: value
-        for name, value in one.arguments.items()  # what both sides call the same
-        if name in parameters and name not in taken and isinstance(value, torch.Tensor)
-    }
-    more = [name for name in tensors if name not in given and name not in usual_names]
+    for name, value in one.arguments.items():  # what both sides call the same
+        if _of(name) not in parameters or name in taken:
+            continue
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif name not in plain and _is_plain(value):
+            plain[name] = value
+    more = [n for n in tensors if n not in one.arguments and n not in usual_names]
     done += [f"{name} of the reference, which the engine does not call so" for name in more]
-    tensors.update(given)
     missing = [
         name
         for name, parameter in parameters.items()
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and name not in tensors
-        and name not in plain
+        and name not in map(_of, (*tensors, *plain))
     ]
     if missing:
         raise UsageError(
@@ -229,13 +240,46 @@ def arguments(
     return tensors, plain, tuple(done)
 
 
+def _of(name: str) -> str:
+    """The argument that a value is of: `added_cond_kwargs` of `added_cond_kwargs/time_ids`."""
+    return name.partition("/")[0]
+
+
+def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments, those named `argument/key` as tables."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        head, _, key = name.partition("/")
+        if key:
+            found.setdefault(head, {})[key] = value
+        else:
+            found[name] = value
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a word, or several of them."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
+
+
 def _in_rank(value: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, str]:
     return as_rank(value, like.ndim)
 
 
 def _time(one: Pass, scale: float) -> torch.Tensor | None:
-    time = one.timestep
+    """Time of all samples, or of each token where these have their own."""
+    time, given = one.timestep, one.role("timestep")
+    if given is not None and given.numel() and bool((given != given.reshape(-1)[0]).any()):
+        return (given.double() * scale).float()
     return None if time is None else torch.tensor([time * scale], dtype=torch.float32)
+
+
+def _time_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if value.numel() == like.numel():
+        return value.reshape(like.shape)
+    return value.expand(like.shape) if value.numel() == 1 else value
 
 
 def schedule_of(
@@ -247,7 +291,10 @@ def schedule_of(
     cls, config = found
     try:
         scheduler = cls.from_config(config)
-        scheduler.set_timesteps(steps)
+        for count in range(steps, 0, -1):  # of a higher order it makes several timesteps a step
+            scheduler.set_timesteps(count)
+            if len(scheduler.timesteps) <= steps:
+                break
     except FOREIGN as error:
         return (
             None,
