@@ -69,6 +69,8 @@ class Simulated:
             outputs = outputs if cached else {one.branch: one.output for one in passes}
             cond, uncond = outputs[COND], outputs.get(UNCOND)
             guided = cond if uncond is None else uncond + scale * (cond - uncond)
+            if fault == "guidance rescaled":
+                guided = guided * float(cond.std() / guided.std())
             after = latent + (sigmas[number + 1] - sigmas[number]) * guided
             steps.append(Step(number, latent, float(time), tuple(passes), guided, after))
             latent = after
@@ -332,3 +334,15 @@ def test_threads_that_generate_at_once_are_not_taken_for_one_run(tmp_path: Path)
     ((_, recording),) = recover(output)
     assert len(recording.calls) == 2
     assert SEVERAL in recording.recording.manifest.notes
+
+
+def test_guidance_that_nothing_judges_leaves_a_run_undecided(model: Path, reference: Path) -> None:
+    """Without a reference a combination that is not affine is no evidence of anything."""
+    known = run_of(reference)
+    run = Simulated(model, known).run("guidance rescaled")
+    result = check_run(run, model)
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert "no affine combination" in result.sentence
+    result = check_run(run, model, reference=known)
+    assert result.first_divergence is not None
+    assert result.first_divergence.stage == "guidance"

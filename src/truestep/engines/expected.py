@@ -237,6 +237,7 @@ def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
     if not weights:
         text = f"no affine combination of the predictions (residual {run.affine:.1e})"
         found.unjudged["guidance"] = text
+        found.undecided[step_name(run.steps[0].number, "guided")] = text
         return
     rounded = {branch: _round(weight) for branch, weight in weights.items()}
     found.notes.append(f"guidance, by {whose} weights: {_formula(rounded)}")
