@@ -32,7 +32,7 @@ TEXTS = (
 )
 """Usual names of a denoiser's arguments, where an adapter does not say them."""
 
-ADAPTERS = ("comfyui", "diffsynth", "fastvideo", "wan")
+ADAPTERS = ("comfyui", "diffsynth", "fastvideo", "sglang", "vllm_omni", "wan")
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,19 @@ import os
 
 from truestep.engines.watch.request import VARIABLE, parse, say
 
+_started: list[int] = []
+"""Processes that are watched: this one, and that it was forked from."""
+
 
 def start_from_environment() -> None:
-    """Watch as TRUESTEP_ENGINE says; torch has been loaded."""
+    """Watch as TRUESTEP_ENGINE says, once a process; torch has been loaded.
+
+    Also the entry point of engines that load plugins in their workers.
+    """
     text = os.environ.get(VARIABLE)
-    if text is None:
+    if text is None or os.getpid() in _started:
         return
+    _started.append(os.getpid())
     try:
         request = parse(text)
     except ValueError as error:
