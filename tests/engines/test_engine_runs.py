@@ -218,6 +218,23 @@ def test_what_truestep_left_when_it_was_killed_is_recovered(model: Path, tmp_pat
     assert output.read_bytes() == kept  # what was whole is not replaced
 
 
+def test_an_output_is_of_one_run_at_a_time(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run.safetensors"
+    held = tmp_path / ".run.safetensors.recording"
+    sleeping = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        held.write_text(str(sleeping.pid))
+        with pytest.raises(UsageError, match="another program is being recorded"):
+            run_engine([sys.executable, "-c", "pass"], output)
+        assert held.exists()
+    finally:
+        sleeping.kill()
+        sleeping.wait()
+    ran_again = run_engine([sys.executable, "-c", "pass"], output)  # its holder is gone
+    assert ran_again.code == 0
+    assert not held.exists()
+
+
 def test_a_program_without_an_engine_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:

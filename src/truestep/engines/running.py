@@ -22,7 +22,7 @@ from truestep.engines.watch.injection import NOISE, SIGMAS, TIMESTEPS
 from truestep.engines.watch.injection import write as write_injection
 from truestep.engines.watch.request import VARIABLE, Request
 from truestep.errors import TruestepError, UsageError, WriteError
-from truestep.files import require_room
+from truestep.files import alive, require_room
 from truestep.replay.program import SITE
 
 EVERY_S = 1.0
@@ -64,7 +64,8 @@ def run_engine(
         told: Of each recording when it is made, while the program may still run.
 
     Raises:
-        UsageError: The program cannot be started, or folders of an earlier one were left.
+        UsageError: The program cannot be started, folders of an earlier one were left, or another
+            is being recorded to the same output.
         WriteError: The output's folder cannot be written to.
     """
     output = output.absolute()
@@ -77,7 +78,7 @@ def run_engine(
             likely="truestep was killed with it",
             hint=f"truestep engine recover {output}",
         )
-    with TemporaryDirectory(prefix="truestep-") as folder:
+    with _alone(output), TemporaryDirectory(prefix="truestep-") as folder:
         given = _written(inject, Path(folder)) if inject else ""
         request = Request(str(output), engine=engine, largest=largest, inject=given)
         path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
@@ -101,6 +102,44 @@ def run_engine(
         finally:
             collected.stop()
     return Ran(code if code >= 0 else 128 - code, collected.made, collected.failures)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Hold an output for one run: two would take each other's calls for their own."""
+    held = output.with_name(f".{output.name}.recording")
+    own = output.with_name(f".{output.name}.{os.getpid()}.recording")
+    own.write_text(str(os.getpid()), encoding="utf-8")
+    try:
+        while True:
+            try:
+                os.link(own, held)  # there at once, with what it says
+                break
+            except FileExistsError:
+                owner = _owner(held)
+                if owner is not None and alive(owner):
+                    raise UsageError(
+                        "another program is being recorded to this output",
+                        where=str(output),
+                        measured=f"process {owner}",
+                        hint="wait for it, or give another --output",
+                    ) from None
+                held.unlink(missing_ok=True)  # of a process that was killed
+        try:
+            yield
+        finally:
+            held.unlink(missing_ok=True)
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _owner(held: Path) -> int | None:
+    """The process that holds an output, if that can be read."""
+    try:
+        text = held.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
 @contextmanager
