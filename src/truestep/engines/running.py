@@ -125,6 +125,8 @@ def _alone(output: Path) -> Iterator[None]:
                         hint="wait for it, or give another --output",
                     ) from None
                 held.unlink(missing_ok=True)  # of a process that was killed
+            except OSError:  # a file system without links: nobody is kept out
+                break
         try:
             yield
         finally:
