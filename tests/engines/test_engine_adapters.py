@@ -88,3 +88,15 @@ def test_a_request_is_read_as_it_was_written() -> None:
     for text in ("", "[]", '{"output": 1, "more": 2}', "{"):
         with pytest.raises(ValueError):  # noqa: PT011 (json's own, or ours)
             parse(text)
+
+
+def test_what_runs_in_an_engine_needs_torch_and_safetensors_alone() -> None:
+    code = (
+        "import sys, truestep.engines.watch.program, truestep.engines.watch.watcher\n"
+        "import truestep.replay.contexts, safetensors.torch\n"
+        "from truestep.engines.engine import engines\n"
+        "engines()\n"
+        "print(*(name for name in sys.modules if '.' not in name))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"pydantic", "xxhash", "click", "rich", "scipy", "jinja2"} & {*done.stdout.split()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -231,7 +230,7 @@ def run(  # 10 parameters: the context, and the options of the verb
     The program is not changed. Its exit code is passed on.
     """
     from truestep.errors import UsageError
-    from truestep.replay.program import SITE, VARIABLE, Request, parse, parse_steps
+    from truestep.replay.program import VARIABLE, Request, parse, parse_steps, with_site
 
     request = Request(
         select=select,
@@ -248,12 +247,9 @@ def run(  # 10 parameters: the context, and the options of the verb
             "a name has a semicolon, which cannot be passed on",
             where=f"{VARIABLE}={request.text()}",
         )
-    path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
     began = time.time()
     try:
-        ended = subprocess.run(
-            program, env={**os.environ, "PYTHONPATH": path, VARIABLE: request.text()}, check=False
-        )
+        ended = subprocess.run(program, env=with_site(VARIABLE, request.text()), check=False)
     except OSError as error:
         raise UsageError(
             "the program cannot be started",

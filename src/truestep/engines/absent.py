@@ -48,12 +48,7 @@ def put_absent(
         except (UsageError, *FOREIGN) as error:
             found.unjudged[f"guidance of step {step.number}"] = one_line(error)
             continue
-        _put(found, step, known, made, conversion or AS_IT_IS, _sigma(run, step))
-
-
-def _sigma(run: Run, step: Step) -> float | None:
-    known = run.sigmas is not None and len(run.steps) == run.count
-    return float(run.sigmas[step.number]) if known and run.sigmas is not None else None
+        _put(found, step, known, made, conversion or AS_IT_IS, run.sigma(step.number))
 
 
 def _predicted(step: Step, other: Step, branch: str, trusted: Trusted) -> torch.Tensor:

@@ -18,7 +18,6 @@ from truestep.engines.conventions import (
     TIME_SCALES,
     Conversion,
     as_shape,
-    text_as,
     with_closing_zero,
 )
 from truestep.engines.expected import (
@@ -28,6 +27,7 @@ from truestep.engines.expected import (
     NOISE,
     SIGMAS,
     TIMESTEPS,
+    fitted,
     place_of,
     time_scale,
 )
@@ -171,32 +171,31 @@ def _seams(actual: Run, reference: Run, notes: dict[str, None]) -> Iterator[Seam
     for index, (ours, theirs) in enumerate(zip(actual.steps, reference.steps, strict=False)):
         if index and ours.latent is not None and theirs.latent is not None:
             entering = f"{ENTERING}/{index:04d}"
-            fitted, _ = as_shape(ours.latent, theirs.latent)
-            yield Seam(entering, fitted, theirs.latent, tuple(latents), ARITHMETIC)
+            begun_with = fitted(entering, ours.latent, theirs.latent)
+            yield Seam(entering, begun_with, theirs.latent, tuple(latents), ARITHMETIC)
             latents = [entering]
         made = []
         for name, output, expected, branch in _predictions(actual, reference, index, way):
-            fitted, _ = as_shape(output, expected)
             given = (*begun, f"text/{branch}", *latents)
-            yield Seam(name, fitted, expected, given, PREDICTED)
+            yield Seam(name, fitted(name, output, expected), expected, given, PREDICTED)
             made.append(name)
         weights = sum(abs(weight) for weight in reference.weights.values())
         mine, other = ours.stepped_by, theirs.stepped_by
         if mine is not None and other is not None:
             guided = step_name(index, "guided")
-            fitted, _ = as_shape(mine, other)
-            yield Seam(guided, fitted, other, tuple(made), ARITHMETIC * max(weights, 1.0))
+            growth = ARITHMETIC * max(weights, 1.0)
+            yield Seam(guided, fitted(guided, mine, other), other, tuple(made), growth)
             made = [guided]
         if ours.after is not None and theirs.after is not None:
             last = index + 1 == min(len(actual.steps), len(reference.steps))
             name = FINAL if last else step_name(index + 1, "latent")
-            fitted, how = as_shape(ours.after, theirs.after)
+            after, how = as_shape(ours.after, theirs.after)
             if how:
                 notes[f"converted: {how}"] = None
             growth = ARITHMETIC * (
                 1.0 if made == [step_name(index, "guided")] else max(weights, 1.0)
             )
-            yield Seam(name, fitted, theirs.after, (*begun[:2], *latents, *made), growth)
+            yield Seam(name, after, theirs.after, (*begun[:2], *latents, *made), growth)
             latents = [name]
     if not actual.steps or not reference.steps:
         yield from _pair(FINAL, actual.final, reference.final, ())
@@ -211,9 +210,7 @@ def _pair(
     growth: float = 1.0,
 ) -> Iterator[Seam]:
     if actual is not None and reference is not None:
-        fit = text_as if name.startswith("text/") else as_shape
-        fitted, _ = fit(actual, reference)
-        yield Seam(name, fitted, reference, given, growth)
+        yield Seam(name, fitted(name, actual, reference), reference, given, growth)
 
 
 def _beginning(actual: Run, reference: Run, notes: dict[str, None]) -> Iterator[Seam]:
@@ -261,9 +258,8 @@ class _Way:
         """
         if actual is not self.of_actual:
             return one.output
-        known = run.sigmas is not None and index < len(run.sigmas) and len(run.steps) == run.count
-        sigma = float(run.sigmas[index]) if known and run.sigmas is not None else None
-        return self.conversion.to_engine(one.output, run.steps[index].latent, sigma)
+        latent = run.steps[index].latent
+        return self.conversion.to_engine(one.output, latent, run.sigma(index))
 
 
 _WAYS = tuple(
@@ -293,9 +289,9 @@ def _way(actual: Run, reference: Run) -> _Way:
     for index in range(min(len(actual.steps), len(reference.steps))):
         for way in _WAYS:
             for _, output, other, _ in _predictions(actual, reference, index, way):
-                fitted, _ = as_shape(output, other)
-                if fitted.shape == other.shape:
-                    size = distance(fitted, other).rel_l2
+                output, _ = as_shape(output, other)
+                if output.shape == other.shape:
+                    size = distance(output, other).rel_l2
                     if best is None or size < best[0] / FAR:
                         best = (size, way)
         if best is not None:

@@ -24,6 +24,7 @@ from truestep.engines.run import Pass, Run, Step
 from truestep.engines.seams import seams
 from truestep.errors import UsageError
 from truestep.recording.format import Recording
+from truestep.recording.manifest_reading import read_recording
 from truestep.recording.readers import load
 
 _OF_STEP = re.compile(r"step/(\d+)/(.+)")
@@ -65,17 +66,13 @@ def run_of(path: Path, *, label: str = "") -> Run:
 
 
 def _calls(path: Path) -> CallRecording | None:
+    """The recording of calls that a file is, if it is one."""
     if path.suffix.lower() != ".safetensors":
         return None
-    try:
-        recording = Recording.open(path)
-    except UsageError:
-        raise
-    except Exception:
+    header, manifest = read_recording(path)
+    if manifest is None or not manifest.calls:
         return None
-    if not recording.manifest.calls:
-        return None
-    return CallRecording(recording)
+    return CallRecording(Recording.opened(header, manifest))
 
 
 def _named(tensors: Mapping[str, torch.Tensor], label: str) -> Run | None:

@@ -106,9 +106,9 @@ def _called(
 
 def _sigma(run: Run, index: int, one: Pass) -> float | None:
     """Sigma of a prediction: of its step, or what the model is given as such."""
-    if run.sigmas is not None and len(run.steps) == run.count and index < len(run.sigmas):
-        return float(run.sigmas[index])
-    time = one.timestep
+    sigma, time = run.sigma(index), one.timestep
+    if sigma is not None:
+        return sigma
     return time if time is not None and time <= 1.0 else None
 
 

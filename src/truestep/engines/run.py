@@ -100,7 +100,6 @@ class Run:
         alone: The end, of a run of which nothing else is known.
         in_vae: Whether the end is in the space of the VAE.
         environment: Where it ran.
-        notes: What could not be told.
     """
 
     label: str
@@ -116,7 +115,6 @@ class Run:
     alone: torch.Tensor | None = None
     in_vae: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
     def but(self, **changes: Any) -> Run:
         """The same run with other fields."""
@@ -130,6 +128,13 @@ class Run:
         if self.sigmas is not None and len(self.sigmas):
             return len(self.sigmas) - (float(self.sigmas[-1]) == 0.0)
         return len(self.steps)
+
+    def sigma(self, index: int) -> float | None:
+        """Sigma of a step; None where none is known, or the solver predicts more often."""
+        known = self.sigmas is not None and len(self.steps) == self.count
+        if not known or self.sigmas is None or index >= len(self.sigmas):
+            return None
+        return float(self.sigmas[index])
 
     @property
     def noise(self) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ from truestep.engines.watch.injection import write as write_injection
 from truestep.engines.watch.request import VARIABLE, Request
 from truestep.errors import TruestepError, UsageError, WriteError
 from truestep.files import alive, require_room
-from truestep.replay.program import SITE
+from truestep.replay.program import with_site
 
 EVERY_S = 1.0
 """How often it is looked whether a generation is over while the program runs."""
@@ -81,10 +81,8 @@ def run_engine(
     with _alone(output), TemporaryDirectory(prefix="truestep-") as folder:
         given = _written(inject, Path(folder)) if inject else ""
         request = Request(str(output), engine=engine, largest=largest, inject=given)
-        path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": path, VARIABLE: request.text()}
         try:
-            process = subprocess.Popen(program, env=environment)
+            process = subprocess.Popen(program, env=with_site(VARIABLE, request.text()))
         except OSError as error:
             raise UsageError(
                 "the program cannot be started",

@@ -41,7 +41,7 @@ def seams(recording: CallRecording, *, label: str) -> Run:
     reader = _Reader(recording, adapter)
     numbers = sorted({c.step for c in recording.calls if c.step is not None})
     steps = tuple(reader.step(number) for number in numbers)
-    sigmas, timesteps = reader.schedule()
+    sigmas, timesteps = reader.schedule(steps)
     steps = latents_between(steps)
     run = Run(
         label=label,
@@ -153,8 +153,9 @@ class _Reader:
                 return tensor, others[0] if len(others) == 1 else None
         return latent, guided
 
-    def schedule(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Sigmas and timesteps: as the scheduler holds them, or as a function is given them."""
+    def schedule(self, steps: Sequence[Step]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Sigmas and timesteps: as the scheduler holds them, or as a function is given them; else
+        the timesteps that it was given in the steps."""
         found: dict[str, torch.Tensor] = {}
         for call in self._recording.calls:
             for name in ("sigmas", "timesteps"):
@@ -165,10 +166,9 @@ class _Reader:
                     first = call.method == SET_TIMESTEPS or name not in found
                     if first and tensor is not None and tensor.numel() > 1:
                         found[name] = tensor
-        if "timesteps" not in found:
-            times = [self.step(number).time for number in sorted(self._by_step)]
-            if times and None not in times:
-                found["timesteps"] = torch.tensor(times, dtype=torch.float64)
+        times = [step.time for step in steps]
+        if "timesteps" not in found and times and None not in times:
+            found["timesteps"] = torch.tensor(times, dtype=torch.float64)
         return found.get("sigmas"), found.get("timesteps")
 
     def end(self) -> torch.Tensor | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,9 @@ class Trusted:
         path = self.folder / "scheduler" / "scheduler_config.json"
         if not path.is_file():
             return None
-        return getattr(importlib.import_module("diffusers"), str(entry[1]), None), _read(path)
+        import diffusers
+
+        return getattr(diffusers, str(entry[1]), None), _read(path)
 
     def _load(self, name: str) -> Any:
         import diffusers
@@ -225,19 +226,20 @@ def arguments(
             plain[name] = value
     more = [n for n in tensors if n not in one.arguments and n not in usual_names]
     done += [f"{name} of the reference, which the engine does not call so" for name in more]
-    missing = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and name not in map(_of, (*tensors, *plain))
-    ]
+    held = {*map(_of, (*tensors, *plain))}
+    missing = [name for name in _needed(parameters.values()) if name not in held]
     if missing:
         raise UsageError(
             f"the trusted {type(model).__name__} needs {', '.join(missing)}",
             measured=f"the engine gave its model {', '.join(sorted(one.arguments))}",
         )
     return tensors, plain, tuple(done)
+
+
+def _needed(parameters: Iterable[inspect.Parameter]) -> list[str]:
+    """Names of parameters that have no default."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
 
 
 def _of(name: str) -> str:
@@ -296,11 +298,8 @@ def schedule_of(
             if len(scheduler.timesteps) <= steps:
                 break
     except FOREIGN as error:
-        return (
-            None,
-            None,
-            f"{cls.__name__} makes no schedule of the number of steps alone: {one_line(error)}",
-        )
+        why = f"{cls.__name__} makes no schedule of the number of steps alone"
+        return None, None, f"{why}: {one_line(error)}"
     sigmas = getattr(scheduler, "sigmas", None)
     return sigmas, torch.as_tensor(scheduler.timesteps), ""
 

@@ -79,6 +79,16 @@ class Request:
         return ";".join(parts)
 
 
+def with_site(variable: str, text: str) -> dict[str, str]:
+    """The environment of a program in whose Python processes our start-up folder runs.
+
+    Args:
+        variable, text: What tells it what to do.
+    """
+    path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, variable: text}
+
+
 def parse(text: str) -> Request:
     """Read TRUESTEP_TRACE.
 

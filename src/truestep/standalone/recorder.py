@@ -471,6 +471,12 @@ def _environment(device: torch.device) -> dict[str, str]:
         "torch.matmul_precision": torch.get_float32_matmul_precision(),
         "torch.threads": str(torch.get_num_threads()),
     }
+    return {**values, **library_versions()}
+
+
+def library_versions() -> dict[str, str]:
+    """`library.torch` and so on to what is installed."""
+    values = {}
     for library in _LIBRARIES:
         try:
             values[f"library.{library}"] = metadata.version(library)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 
-from truestep.engines.watch.request import VARIABLE, parse, say
+from truestep.engines.watch.request import VARIABLE, parse
+from truestep.replay.program import say
 
 _started: list[int] = []
 """Processes that are watched: this one, and that it was forked from."""

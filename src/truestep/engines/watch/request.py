@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 
 VARIABLE = "TRUESTEP_ENGINE"
@@ -43,10 +42,3 @@ def parse(text: str) -> Request:
         return Request(**content)
     except TypeError as error:
         raise ValueError(str(error)) from None
-
-
-def say(text: str) -> None:
-    """One line on stderr: stdout is the program's."""
-    from truestep.text import visible
-
-    print(f"truestep: {visible(text)}", file=sys.stderr, flush=True)

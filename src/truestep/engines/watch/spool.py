@@ -22,12 +22,11 @@ import torch
 
 from truestep.calls.values import dropped, encode, in_real_numbers
 from truestep.measure.plain import plain
+from truestep.standalone.recorder import library_versions
 
 SUFFIX = ".calls"
 HEAD, ENDED, CALL = "head.json", "ended.json", "call"
 FORMAT = 1
-
-_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
 
 
 class CallSpool:
@@ -113,8 +112,6 @@ def rank() -> int | None:
 
 def environment() -> dict[str, str]:
     """What the process runs with, as far as it can be told without more libraries."""
-    from importlib import metadata
-
     cuda = torch.cuda.is_available()
     values = {
         "device.class": "cuda" if cuda else "cpu",
@@ -124,9 +121,4 @@ def environment() -> dict[str, str]:
         "torch.matmul_precision": torch.get_float32_matmul_precision(),
         "torch.threads": str(torch.get_num_threads()),
     }
-    for library in _LIBRARIES:
-        try:
-            values[f"library.{library}"] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            values[f"library.{library}"] = "(not installed)"
-    return values
+    return {**values, **library_versions()}

@@ -23,11 +23,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from truestep.calls.values import qualified
 from truestep.engines.engine import GENERIC, Boundary, engine, engines, running
 from truestep.engines.watch import frames
 from truestep.engines.watch.injection import Injection
-from truestep.engines.watch.request import Request, say
+from truestep.engines.watch.request import Request
 from truestep.engines.watch.spool import CallSpool, environment, rank
+from truestep.replay.program import say
 from truestep.replay.site.waiting import when_loaded
 
 STEP, SET_TIMESTEPS = "step", "set_timesteps"
@@ -182,26 +184,22 @@ class Watcher:
         if found is not None and self._composite(*found):
             return original(module, *args, **kwargs)
         named = _named(_signature(type(module).forward), (module, *args), kwargs)
-        fields = {
-            "component": self._name(module),
-            "method": "forward",
-            "kind": "model",
-            "owner": _qualified(type(module)),
-            "dtype": _dtype(module),
-            "context": _said(module),
-        }
+        fields = self._of_model(module, "forward")
         return self._observe(fields, named, lambda: original(module, *args, **kwargs))
 
-    def _composite(self, frame: FrameType, model: torch.nn.Module) -> bool:
-        """Take a running function for a call of a model; its parts are inside of that."""
-        fields = {
+    def _of_model(self, model: torch.nn.Module, method: str) -> dict[str, Any]:
+        return {
             "component": self._name(model),
-            "method": frames.method_of(frame, model),
+            "method": method,
             "kind": "model",
-            "owner": _qualified(type(model)),
+            "owner": qualified(type(model)),
             "dtype": _dtype(model),
             "context": _said(model),
         }
+
+    def _composite(self, frame: FrameType, model: torch.nn.Module) -> bool:
+        """Take a running function for a call of a model; its parts are inside of that."""
+        fields = self._of_model(model, frames.method_of(frame, model))
         named = {k: v for k, v in frames.arguments(frame).items() if v is not model}
         begun = self._begin(fields, named)
         if begun is None:
@@ -229,7 +227,7 @@ class Watcher:
             "component": self._name(scheduler),
             "method": name,
             "kind": "scheduler",
-            "owner": _qualified(type(scheduler)),
+            "owner": qualified(type(scheduler)),
             "dtype": "",
             "context": None,
         }
@@ -314,14 +312,12 @@ class Watcher:
         with self._lock:
             try:
                 spool = self._open()
-                inside = self._thread.open[-1] if self._thread.open else None
                 self._begun += 1
                 arguments = {name: spool.keep(value) for name, value in named.items()}
                 parameters = [name for name in named if not name.startswith("*")]
                 return {
                     **fields,
                     "begun": self._begun,
-                    "inside": inside,
                     "thread": threading.get_ident(),
                     "parameters": parameters,
                     "arguments": arguments,
@@ -354,7 +350,6 @@ class Watcher:
                 "program": sys.argv,
                 "rank": rank(),
                 "environment": environment(),
-                "injected": self._request.inject,
             }
             self._spool = CallSpool(
                 Path(self._request.output),
@@ -390,10 +385,6 @@ class Watcher:
             number = self._classes[cls]
             self._names[thing] = cls if number == 1 else f"{cls}_{number}"
         return self._names[thing]
-
-
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _dtype(module: torch.nn.Module) -> str:
