@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from truestep.engines.assembling import SEVERAL
+from truestep.engines.assembling import SEVERAL, left_by
 from truestep.engines.branches import with_branches
 from truestep.engines.conventions import AS_IT_IS
 from truestep.engines.engine import GENERIC
@@ -20,7 +20,7 @@ from truestep.engines.run import COND, UNCOND, Pass, Run, Step
 from truestep.engines.running import recover
 from truestep.engines.trusted import Denoiser, arguments, schedule_of
 from truestep.engines.watch.spool import CallSpool
-from truestep.errors import FileFormatError
+from truestep.errors import FileFormatError, UsageError
 from truestep.judge.rows import compare_tensors
 from truestep.verdict import Comparison, Verdict
 
@@ -322,6 +322,26 @@ def test_what_another_process_left_is_read_with_care(tmp_path: Path) -> None:
         with pytest.raises(FileFormatError, match="a process left"):
             recover(output)
         assert not output.exists()
+
+
+def test_one_generation_that_cannot_be_recovered_does_not_keep_the_others(tmp_path: Path) -> None:
+    output = left_behind(tmp_path / "run", {}, {})
+    CallSpool(output, 2, {"engine": "generic"}, largest=1 << 20)  # killed before its first call
+    told: list[Path] = []
+    assert [path for path, _ in recover(output, lambda path, _: told.append(path))] == [output]
+    assert told == [output]
+    assert not left_by(output)
+    CallSpool(output, 3, {"engine": "generic"}, largest=1 << 20)
+    with pytest.raises(UsageError, match="no call was recorded"):
+        recover(output)
+
+    output = left_behind(tmp_path / "damaged", {"dtype": 5}, {})
+    spool = CallSpool(output, 2, {"engine": "generic"}, largest=1 << 20)
+    spool.add({**CALL, "output": spool.keep(torch.zeros(3))})
+    with pytest.raises(FileFormatError, match="a call that a process left cannot be read"):
+        recover(output)
+    assert output.with_name("run.2.safetensors").exists()
+    assert len(left_by(output)) == 1  # the damaged one, to be looked at
 
 
 def test_threads_that_generate_at_once_are_not_taken_for_one_run(tmp_path: Path) -> None:

@@ -193,8 +193,7 @@ def recover(output: Path) -> None:
     """Make recordings of what was left of OUTPUT when truestep was killed with the program."""
     from truestep.engines.running import recover as recovered
 
-    for path, recording in recovered(output):
-        _summary(path, recording)
+    recovered(output, told=_summary)
 
 
 @command.command("node")

@@ -217,22 +217,47 @@ class _Collector:
             self._told(target, recording)
 
 
-def recover(output: Path) -> list[tuple[Path, CallRecording]]:
+def recover(
+    output: Path, told: Callable[[Path, CallRecording], None] = lambda path, recording: None
+) -> list[tuple[Path, CallRecording]]:
     """Make recordings of what a program left when truestep ended before it.
 
+    A generation in which no call had ended is passed over; one that cannot be read keeps its folder
+    and does not keep the others.
+
+    Args:
+        output: The first recording.
+        told: Of each recording when it is made.
+
     Raises:
-        UsageError: Nothing was left.
-        FileFormatError: It cannot be read.
+        UsageError: Nothing was left, or no call.
+        FileFormatError: One cannot be read; all others are made.
     """
     output = output.absolute()
-    found = left_by(output)
-    if not found:
+    left_behind = left_by(output)
+    if not left_behind:
         raise UsageError(
             "no calls were left to recover",
             where=str(output),
             hint=f"ls -d {output.parent}/*.calls",
         )
-    return [(target, write(left, target)) for left, target in targets(output, found, keep=True)]
+    recovered: list[tuple[Path, CallRecording]] = []
+    failures: list[TruestepError] = []
+    empty: list[TruestepError] = []
+    for left, target in targets(output, left_behind, keep=True):
+        try:
+            recording = write(left, target)
+        except UsageError as error:
+            empty.append(error)
+            continue
+        except TruestepError as error:
+            failures.append(error)
+            continue
+        recovered.append((target, recording))
+        told(target, recording)
+    if failures or not recovered:
+        raise (failures + empty)[0]
+    return recovered
 
 
 def injected(recording: CallRecording) -> dict[str, int]:
