@@ -1,14 +1,16 @@
-# make demo | test | lint | bench. Each sets up .venv first; everything installed is pinned.
+# make demo | test | lint | bench. Each sets up an environment first; everything installed is pinned.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help engines bench-engines demo test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-families bench-accelerator coverage schema kills clean
+.PHONY: help engines bench-engines demo package docs docs-outputs test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-families bench-accelerator coverage schema kills clean
 
 help:
-	@echo "make demo   run the main job on the builtin model (under 3 minutes)"
+	@echo "make demo   run the main job on the builtin model, in a light environment (a minute)"
+	@echo "make package  wheel and sdist, built and tried in an empty environment"
+	@echo "make docs   the documentation as a site: build/site    make docs-outputs  what its commands print, written anew"
 	@echo "make test   all tests    make test-fast   without the slow ones"
 	@echo "make test-machines  the tests under other instruction sets and thread counts, and references across (hours)"
 	@echo "make lint   ruff and mypy    make format   fix what ruff can"
@@ -41,8 +43,24 @@ engines:
 bench-engines: $(STAMP)
 	$(BIN)/python -m bench.bench_engines
 
-demo: $(STAMP)
-	$(BIN)/truestep demo
+# A light environment: what `pip install 'truestep[diffusers]'` brings, and nothing for tests.
+.demo/.installed: pyproject.toml constraints.txt
+	test -x .demo/bin/python || $(PYTHON) -m venv .demo
+	.demo/bin/python -m pip install --quiet -c constraints.txt torch
+	.demo/bin/python -m pip install --quiet -c constraints.txt -e ".[diffusers]"
+	touch $@
+
+demo: .demo/.installed
+	.demo/bin/truestep demo
+
+package:
+	sh tests/package.sh $(PYTHON)
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --quiet
+
+docs-outputs: $(STAMP)
+	$(BIN)/python -m tests.documents
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -101,4 +119,4 @@ schema: $(STAMP)
 	$(BIN)/python docs/schema/write.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output

@@ -40,6 +40,7 @@ def runner(patch: pytest.MonkeyPatch, captured: Captured, *verb: str) -> Run:
 
     def run(*arguments: str) -> tuple[int, str, str]:
         patch.setattr(sys, "argv", ["truestep", *verb, *arguments])
+        patch.delenv("COLUMNS", raising=False)  # as in a pipe: a command is one line
         code = run_here()
         out, err = captured.readouterr()
         return code, out, err

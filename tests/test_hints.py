@@ -83,7 +83,7 @@ ADVICE = {
     "a case file holds [case.NAME] tables only",
     "a name is matched whole: 'blocks.0*' takes a block and what is in it",
     "add a table [case.{}.{}] with the values that differ",
-    "all of them are listed by truestep thresholds lint FILE",
+    "all of them are listed by truestep gate thresholds lint FILE",
     "any two safetensors files are judged by truestep compare",
     "begin one: truestep ab CASE --set KEY=VALUE --output DIR",
     "begin: truestep parity new FAMILY COMPONENT --kind KIND; truestep parity run",
@@ -93,7 +93,7 @@ ADVICE = {
     "call=lambda **recorded: port(...) passes what the trace does not hold",
     "call=lambda *recorded, **named: model(...) puts the arguments together",
     "change the pipeline in place and return nothing, or return a Pipeline",
-    "compare all of them: truestep ablate CASE --all",
+    "compare all of them: truestep ab ablate CASE --all",
     "convert it in the loader's function: every output has to be compared",
     "delete stub({}, ...) from the parity test",
     "depth='modules' opens the models",
@@ -383,6 +383,7 @@ def run(
 def printed(out: str, err: str) -> str:
     """The hint that a command has printed."""
     found = re.findall(r"^(?:  hint {9}|hint: )(.*)$", out + err, re.MULTILINE)
+    found += re.findall(r"^next: (.*)$", out + err, re.MULTILINE)
     assert found, (out, err)
     return str(found[0])
 
@@ -522,7 +523,7 @@ def renamed_parameters(folder: Path) -> tuple[str, ...]:
 
 
 def no_floor(folder: Path) -> tuple[str, ...]:
-    return ("thresholds", "write", "a", "--output", "limits.json")
+    return ("gate", "thresholds", "write", "a", "--output", "limits.json")
 
 
 def another_model(folder: Path) -> tuple[str, ...]:
@@ -532,7 +533,7 @@ def another_model(folder: Path) -> tuple[str, ...]:
     weights = next((folder / "wan" / "transformer").glob("*.safetensors"))
     changed = {name: tensor * 1.5 for name, tensor in load_file(weights).items()}
     save_file(changed, weights, metadata={"format": "pt"})
-    return ("calibrate", "a", "--runs", "1")
+    return ("record", "a", "--runs", "1")
 
 
 def damaged_model(folder: Path) -> tuple[str, ...]:
@@ -545,12 +546,12 @@ def limits_there(folder: Path) -> tuple[str, ...]:
     """A threshold file that has the case already, and a reference with a floor."""
     twice("record", "a", "--update")(folder)
     (folder / "limits.json").write_text('{"cases": {"a": {"ssim_threshold": 0.9}}}')
-    return ("thresholds", "write", "a", "--output", "limits.json")
+    return ("gate", "thresholds", "write", "a", "--output", "limits.json")
 
 
 def no_frames(folder: Path) -> tuple[str, ...]:
     without(folder, "video/frames")
-    return ("selftest", "a", "--gate", "ssim:0.9")
+    return ("gate", "selftest", "a", "--gate", "ssim:0.9")
 
 
 def of_a_function(folder: Path) -> tuple[str, ...]:
@@ -626,7 +627,8 @@ def of_files(folder: Path) -> str:
 SCENARIOS: dict[str, Scenario] = {
     "--force  # replaces it; or edit it": (
         twice("parity", "new", "acme", "mixer", "--kind", "generic"), (0,)),
-    "--from official@f4b06fb --to diffusers-0.42.1": (given("ablate", "l", "--from", "x"), (0, 1)),
+    "--from official@f4b06fb --to diffusers-0.42.1": (
+        given("ab", "ablate", "l", "--from", "x"), (0, 1)),
     "--no-check-untraced  # records all the same": (
         given("trace", "record", "a", "--apply", "change.py:watched"), (0,)),
     "--resume  # goes on with it; truestep ab recover shows it, another --output keeps it": (
@@ -675,7 +677,8 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep record CASE --update": (no_floor, (0,)),
     "truestep record CASE --update  # records it again": (cut, (0,)),
     "truestep record CASE --update  # replaces it": (given("record", "a"), (0,)),
-    "truestep recorder --write {} --force": (twice("recorder", "--write", "my recorder.py"), (0,)),
+    "truestep trace recorder --write {} --force": (
+        twice("trace", "recorder", "--write", "my recorder.py"), (0,)),
     "--set terminal_sigma=0.1": (
         given(*LTX2, "sampler=res2s", "--set", "terminal_sigma=0.001"), (0,)),
     "--set sigma_schedule=distilled_stage_2 --set steps=3": (  # then the paths are looked at

@@ -120,8 +120,10 @@ def try_change(change: Change, pipe: Pipeline, reference: Recording) -> Outcome:
 
 
 def write_clips(folder: Path, pipe: Pipeline) -> Path:
-    """Generate a clip of each prompt and write them side by side as one video."""
-    from truestep.report.video import write_video
+    """Generate a clip of each prompt and write them side by side: as a video where PyAV is there,
+    as an animated GIF where it is not."""
+    from truestep.errors import MissingExtraError
+    from truestep.report.video import write_animation, write_video
 
     clips = []
     before = pipe.settings.prompt
@@ -129,6 +131,11 @@ def write_clips(folder: Path, pipe: Pipeline) -> Path:
         pipe.settings.prompt = prompt
         clips.append(generate(pipe, output="frames"))
     pipe.settings.prompt = before
-    path = folder / "clips.mp4"
-    write_video(path, torch.cat(clips, dim=-1), fps=6)
+    frames = torch.cat(clips, dim=-1)
+    try:
+        path = folder / "clips.mp4"
+        write_video(path, frames, fps=6)
+    except MissingExtraError:
+        path = folder / "clips.gif"
+        write_animation(path, frames, fps=6)
     return path

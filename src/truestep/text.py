@@ -11,7 +11,9 @@ import difflib
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterable
 
@@ -46,6 +48,50 @@ def quoted(word: str) -> str:
 def pasteable(words: Iterable[str]) -> str:
     """Words as one line that can be pasted into a shell."""
     return " ".join(map(quoted, words))
+
+
+def columns() -> int:
+    """How wide lines may be: of COLUMNS or the terminal, 80 where neither says it."""
+    return min(max(shutil.get_terminal_size((80, 24)).columns, 40), 120)
+
+
+def wrapped(label: str, text: str, *, most: int | None = None) -> list[str]:
+    """Text as lines no wider than `columns`, the first after a label.
+
+    Args:
+        label: Begins the first line; empty: the text begins it, and what follows is indented.
+        text: What is said; nothing in it acts afterwards.
+        most: Lines; what is beyond is cut off, with dots at the end.
+    """
+    lead = f"  {label:<12} " if label else ""
+    lines = textwrap.wrap(
+        visible(text),
+        width=columns(),
+        initial_indent=lead,
+        subsequent_indent=" " * (len(lead) or 2),
+        break_on_hyphens=False,
+    )
+    if most is None or len(lines) <= most:
+        return lines
+    last = lines[most - 1][: columns() - 4].rstrip()
+    return [*lines[: most - 1], f"{last} ..."]
+
+
+def command_lines(line: str) -> list[str]:
+    """A line with a command as lines no wider than the terminal, with a backslash at each end that
+    is not the last: still to be pasted. One line where nobody says how wide it may be."""
+    if len(line) <= columns() or not (os.environ.get("COLUMNS") or sys.stdout.isatty()):
+        return [line]
+    command, two_spaces, comment = line.partition("  #")  # a comment is not gone on with
+    lines: list[str] = []
+    for word in re.findall(r"(?:'[^']*'|\"[^\"]*\"|[^\s'\"])+", command):
+        if lines and len(lines[-1]) + 1 + len(word) <= columns() - 2:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}" if lines else word)
+    pasted = [*(f"{text} \\" for text in lines[:-1]), lines[-1]]
+    said = textwrap.wrap(visible(comment), width=columns() - 2) if two_spaces else []
+    return [*pasted, *(f"# {text}" for text in said)]
 
 
 def _escaped(character: str) -> str:

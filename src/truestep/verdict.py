@@ -401,7 +401,7 @@ class Comparison(Record):
         inherited = sum(origin == "inherited" for origin in rest.each("origin"))
         alone = sum(rest.one_sided())
         counts = {
-            "more failed": len(causes) - shown,
+            "more failed" if self.exit_code == 1 else "more": len(causes) - shown,
             "inherited": inherited,
             "on one side only": alone,
             "undecided": len(rest) - inherited - alone,

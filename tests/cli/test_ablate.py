@@ -1,4 +1,4 @@
-"""`truestep ablate`: options, outputs, exit codes, and its page."""
+"""`truestep ab ablate`: options, outputs, exit codes, and its page."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ prompt = "p"
 
 @pytest.fixture
 def ablate(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Run:
-    """Run `truestep ablate`."""
-    return runner(monkeypatch, capsys, "ablate")
+    """Run `truestep ab ablate`."""
+    return runner(monkeypatch, capsys, "ab", "ablate")
 
 
 def schema(name: str) -> Any:
@@ -69,7 +69,7 @@ def test_tables_json_markdown_and_page(ablate: Run, folder: Path) -> None:
     assert code == 0
     lines = out.splitlines()
     assert lines[-3:-1] == ["table: r.md", "report: r.html"]
-    assert lines[-1].startswith("repeat: truestep ablate tiny --from official@f4b06fb")
+    assert lines[-1].startswith("repeat: truestep ab ablate tiny --from official@f4b06fb")
     data = json.loads((folder / "r.json").read_text())
     jsonschema.validate(data, schema("ablation-1"))
     found = Ablation.model_validate(data)

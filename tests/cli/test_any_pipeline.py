@@ -89,7 +89,8 @@ def test_the_same_words_record_and_check(run: Run, folder: Path) -> None:
     )
     code, out, _ = run("check", *WORDS)
     assert code == 0
-    assert out.startswith("PASSED identical flux-a-cat-")
+    assert out.startswith("PASSED identical: ")
+    assert "  case         flux-a-cat-" in out
     code, out, _ = run(
         "check", *WORDS, "--apply", "change.py:bias", "--json", "r.json", "--report", "r.html"
     )
@@ -112,9 +113,10 @@ def test_depth_modules_names_the_module_and_the_line(run: Run, folder: Path) -> 
         "check", *WORDS, *options, "change.py:block", "--json", "m.json", "--report", "m.html"
     )
     assert code == 1, err
-    last = next(line for line in out.splitlines() if line.startswith("drifted: "))
+    first = " ".join(out.split())
+    assert first.startswith("FAILED drifted: ")
     module = "transformer.transformer_blocks.0.attn.to_q"
-    assert f"(first divergence: `{module}`, step 0, cond" in last
+    assert f"(first divergence: `{module}`, step 0, cond" in first
     assert "query = attn.to_q(hidden_states) (for aten.addmm); bias is missing" in " ".join(
         out.split()
     )
@@ -139,7 +141,7 @@ def test_depth_final_judges_the_end_of_a_free_run(run: Run) -> None:
     code, out, _ = run("check", *WORDS, *options)
     assert code == 0
     assert out.startswith("PASSED identical")
-    assert "what two free runs end with, one after the other" in out
+    assert "what two free runs end with, one after the other" in " ".join(out.split())
     code, out, _ = run("check", *WORDS, *options, "--apply", "change.py:bias")
     assert code == 1
     assert "drifted: end of a free run: scheduler.0, " in out
@@ -150,7 +152,7 @@ def test_words_without_a_reference_are_missing_with_the_command_that_seeds_it(ru
     code, out, _ = run("check", *WORDS, "--set", "guidance_scale=2")
     assert code == 3
     assert (
-        "hint         truestep record ./flux --prompt 'a cat' --set height=32 --set width=32 "
+        "next: truestep record ./flux --prompt 'a cat' --set height=32 --set width=32 "
         "--set num_inference_steps=2 --set max_sequence_length=16 --set guidance_scale=2\n"
     ) in out
 
@@ -285,10 +287,11 @@ def test_a_change_that_touches_nothing_is_said_first(run: Run) -> None:
     words = (*WORDS, "--references", "idle", "--apply", "change.py:nothing")
     code, out, _ = run("check", *words)
     assert code == 0
-    assert out.splitlines()[0].endswith("[apply nothing: touched nothing]")
-    assert (
-        "the change touched nothing: no weight, buffer, class, hook, configuration or setting"
-        in out
+    assert "[apply nothing: touched nothing]\n" in out
+    first, _, _ = " ".join(out.split()).partition(" case ")
+    assert first.endswith(
+        "the change touched nothing: no weight, buffer, class, hook, configuration or setting "
+        "differs"
     )
     code, out, _ = run("check", *words, "--expect", "different")
     assert code == 1
@@ -310,10 +313,11 @@ def test_a_modular_pipeline_is_recorded_and_checked_by_the_same_words(
     assert out.splitlines()[-1].startswith("check: truestep check ./modular --prompt 'a cat' ")
     code, out, _ = run("check", *words)
     assert code == 0
-    assert out.startswith("PASSED identical modular-a-cat-")
+    assert out.startswith("PASSED identical: ")
+    assert "  case         modular-a-cat-" in out
     code, out, _ = run("check", *words, "--apply", "change.py:bias")
     assert code == 1
-    assert "\ndrifted: transformer.forward at step 0: output" in out
+    assert out.startswith("FAILED drifted: transformer.forward at step 0: output")
     path = next((folder / "truestep-references").rglob("modular-*.safetensors"))
     code, out, _ = run("show", str(path))
     assert code == 0

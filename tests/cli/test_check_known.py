@@ -74,8 +74,7 @@ def test_as_stated_it_passes_and_says_so(run: Run) -> None:
     size = drift(run)
     code, out, _ = run(*CHANGE, *ledger(size=size))
     assert code == 0
-    assert out.startswith("KNOWN drifted ")
-    assert "three: known failure at guidance since 2024-10-01: " in out.splitlines()[-2]
+    assert out.startswith("KNOWN three: known failure at guidance since 2024-10-01: ")
     code, out, _ = run(*CHANGE, *ledger(size=size), "--json")
     found = json.loads(out)
     assert (code, found["exit_code"], found["verdict"]) == (0, 0, "drifted")
@@ -85,13 +84,13 @@ def test_as_stated_it_passes_and_says_so(run: Run) -> None:
 def test_worse_better_and_elsewhere_fail(run: Run) -> None:
     size = drift(run)
     code, out, _ = run(*CHANGE, *ledger(size=size / 3))
-    assert (code, "worse than known at guidance" in out) == (1, True)
+    assert (code, "worse than known at guidance" in " ".join(out.split())) == (1, True)
     code, out, _ = run(*CHANGE, *ledger(size=size * 3))
     assert (code, "tighten me" in out) == (1, True)
     code, out, _ = run(*CHANGE, *ledger(size=size, stage="decoding"))
-    assert (code, "known is decoding only" in out) == (1, True)
+    assert (code, "known is decoding only" in " ".join(out.split())) == (1, True)
     code, out, _ = run("check", "three", *ledger(size=size))
-    assert (code, "delete the entry [known.three]" in out) == (1, True)
+    assert (code, "delete the entry [known.three]" in " ".join(out.split())) == (1, True)
 
 
 def test_an_entry_may_name_an_unchosen_case_but_no_stranger(run: Run) -> None:

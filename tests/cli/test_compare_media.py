@@ -31,27 +31,22 @@ def test_a_difference_of_pictures_alone_is_inconclusive(run: Run) -> None:
     lines = out.splitlines()
     assert code == 4
     assert err == ""
-    assert lines[0] == "FAILED inconclusive again.mp4"
-    assert lines[1] == "  media        12 frames of 64x48, 8 a second, h264 yuv420p"
-    assert lines[2].startswith("  frames       12 of 12 frames differ: PSNR ")
-    assert (
-        "  not looked at latents, stages and modules, which media do not hold, how visible" in out
-    )
-    assert "equivalent:" not in out
-    assert lines[-2].startswith("inconclusive: 12 of 12 frames differ: PSNR ")
-    assert lines[-2].endswith(
+    assert lines[0].startswith("UNDECIDED 12 of 12 frames differ: PSNR ")
+    said, _, rest = out.partition("\n  of ")
+    assert said.replace("\n ", "").endswith(
         "; media cannot tell a harmless change from a fault, nor where it was made"
     )
-    assert lines[-1] == "repeat: truestep compare again.mp4 trusted.mp4"
-    hint = next(line for line in lines if line.startswith("  hint "))
+    assert "\n  media        12 frames of 64x48, 8 a second, h264 yuv420p" in rest
+    assert "\n  not looked at latents, stages and modules, which media do not hold" in rest
+    assert "equivalent:" not in out
+    hint = next(line for line in lines if line.startswith("hint: "))
     assert "--same-seed-of, --other-seeds" in hint
 
 
-def test_a_shifted_clip_is_said_in_the_last_line(run: Run) -> None:
+def test_a_shifted_clip_is_said_in_the_first_line(run: Run) -> None:
     code, out, _ = run("shifted.mp4", "trusted.mp4")
     assert code == 1
-    assert out.splitlines()[0] == "FAILED drifted shifted.mp4"
-    assert out.splitlines()[-2].startswith("drifted: its frames are the reference's 1 frame later")
+    assert out.startswith("FAILED drifted: its frames are the reference's 1 frame later")
     assert "  finding      its frames are the reference's 1 frame later" in out
 
 
@@ -59,7 +54,7 @@ def test_the_same_file_passes(run: Run) -> None:
     shutil.copy("trusted.mp4", "copy.mp4")
     code, out, _ = run("copy.mp4", "trusted.mp4")
     assert code == 0
-    assert out.splitlines()[0] == "PASSED identical copy.mp4"
+    assert out.startswith("PASSED identical: 12 frames agree bit for bit")
     assert "  frames       bit for bit the same" in out
     assert "is one a copy?" in out
 
@@ -76,7 +71,7 @@ def test_sounds_are_told_in_a_line(run: Run) -> None:
     code, out, _ = run("c.wav", "a.wav")
     assert code == 3
     assert "  sound        correlation 1, level +0 dB, spectrum 0 dB" in out
-    assert "its sound has 15,901 samples, the reference's 16,000" in out.splitlines()[-2]
+    assert "its sound has 15,901 samples, the reference's 16,000" in out.splitlines()[0]
 
 
 def test_other_runs_are_listed_by_their_distance(run: Run) -> None:
@@ -87,12 +82,12 @@ def test_other_runs_are_listed_by_their_distance(run: Run) -> None:
         media.write_mp4(Path(f"reruns/{at}.mp4"), clip)
         media.write_mp4(Path(f"seeds/{at}.mp4"), media.moving(9 + at))
     words = ("again.mp4", "trusted.mp4", "--same-seed-of", "reruns", "--other-seeds", "seeds")
-    code, out, _ = run(*words)
+    code, out, _ = run(*words, "-v")
     assert code == 4
     assert " levels  same seed  reruns/0.mp4" in out
     assert " levels  other seed seeds/1.mp4" in out
-    assert "(2 reruns up to " in out
-    assert ", 2 other seeds from " in out
+    assert "(2 reruns up to " in " ".join(out.split())
+    assert ", 2 other seeds from " in " ".join(out.split())
 
 
 def test_json_is_that_of_its_schema_and_a_report_is_written(run: Run) -> None:
@@ -121,13 +116,14 @@ def test_two_folders_list_all_and_return_the_worst(run: Run) -> None:
     Path("a/only.mp4").write_bytes(Path("trusted.mp4").read_bytes())
     code, out, _ = run("a", "b")
     assert code == 3
-    assert "FAILED missing only.mp4 [a/only.mp4]" in out
+    assert "\nMISSING only.mp4 [a/only.mp4]: " in out
+    assert out.startswith("3 cases: 1 inconclusive, 1 missing, 1 identical\n")
+    _, out, _ = run("a", "b", "-v")
     assert "  note         only.mp4 is on the actual side only (a)" in out
-    assert "3 cases: 1 inconclusive, 1 missing, 1 identical" in out
     Path("b/only.mp4").write_bytes(b"\0")
     code, out, _ = run("a", "b", "--report", "report.html")
     assert code == 1
-    assert "FAILED invalid only.mp4" in out
+    assert "\nFAILED only.mp4 [a/only.mp4]: invalid: " in out
     assert "the video cannot be read" in Path("report.html").read_text()
 
 
@@ -139,8 +135,9 @@ def test_frames_and_runs_are_told_apart_by_an_option(run: Run) -> None:
     assert "its frames are the reference's 1 frame later" in out
     code, out, _ = run("b", "a", "--runs")
     assert code == 4
-    assert out.splitlines()[-2].startswith("12 cases: ")
-    assert "11 inconclusive" in out.splitlines()[-2]
+    assert out.startswith("12 cases: ")
+    assert "11 inconclusive" in out.splitlines()[0]
+    assert len(out.splitlines()) <= 12
     for name, at in (("cat", 0), ("dog", 1)):
         for folder in ("c", "d"):
             Path(folder).mkdir(exist_ok=True)

@@ -50,10 +50,10 @@ def test_one_id_and_a_command_that_finds_what_was_recorded(
     assert run("check", "--reference", str(stored))[0] == 0
     code, out, _ = run("check", *words)  # --set is the change under test, and stays that
     assert code == 3
-    assert "there is a reference recorded with it" in out
-    (hint,) = re.findall(r"^  hint {9}truestep (.*)$", out, re.MULTILINE)
+    assert "there is a reference recorded with it" in " ".join(out.split())
+    (hint,) = re.findall(r"^next: truestep (.*)$", out, re.MULTILINE)
     assert run(*shlex.split(hint))[0] == 0
-    assert run("calibrate", printed, "--runs", "1")[0] == 0
+    assert run("record", printed, "--runs", "1")[0] == 0
 
 
 def test_the_hint_of_a_missing_reference_has_tier_file_and_folder(run: Run, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_the_hint_of_a_missing_reference_has_tier_file_and_folder(run: Run, tmp_
     words = ["b", "--file", "my cases.toml", "--tier", "gold", "--references", "my refs"]
     code, out, _ = run("check", *words)
     assert code == 3
-    (hint,) = re.findall(r"^  hint {9}truestep (.*)$", out, re.MULTILINE)
+    (hint,) = re.findall(r"^next: truestep (.*)$", out, re.MULTILINE)
     assert shlex.split(hint)[:2] == ["record", "b"]
     assert run(*shlex.split(hint), "--floor", "none")[0] == 0
     assert run("check", *words)[0] == 0

@@ -1,4 +1,4 @@
-"""The file of `truestep recorder`: run without truestep, read, judged and damaged with it."""
+"""The file of `truestep trace recorder`: run without truestep, read, judged and damaged with it."""
 
 from __future__ import annotations
 
@@ -532,7 +532,7 @@ def test_the_verb_writes_the_file_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def verb(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["truestep", "recorder", *arguments])
+        monkeypatch.setattr(sys, "argv", ["truestep", "trace", "recorder", *arguments])
         with pytest.raises(SystemExit) as stop:
             main()
         out, err = capsys.readouterr()
@@ -546,7 +546,7 @@ def test_the_verb_writes_the_file_once(
     path.write_text("mine")
     code, _, err = verb("--write", str(path))
     assert (code, path.read_text()) == (2, "mine")
-    assert f"hint: truestep recorder --write {path} --force" in err
+    assert f"hint: truestep trace recorder --write {path} --force" in err
     assert verb("--write", str(path), "--force")[0] == 0
     assert path.read_text() == standalone_source()
     code, out, _ = verb("--write", "-")

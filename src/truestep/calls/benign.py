@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -111,6 +111,40 @@ def measure(
             told = partial(progress or silent, f"noise floor in {precision}")
             runs += _in_precision(subject, reference, lifted, precision, note, told, kept)
     return NoiseFloor(runs=tuple(runs))
+
+
+@taking_turns()
+def more(
+    subject: Subject,
+    reference: CallRecording,
+    plan: Plan,
+    *,
+    runs: int,
+    progress: Progress | None = None,
+) -> list[NoiseRun]:
+    """Further benign runs of a subject that gives what its recording holds: jitter by new seeds.
+
+    Args:
+        subject, reference, plan: As of `measure`.
+        runs: How many, in each precision that the recording is judged in.
+        progress: Told (what, done, total) after every run.
+    """
+    before = reference.floor or NoiseFloor()
+    precision = recorded_precision(reference)
+    dtypes = [(working_dtype(reference), plan)]
+    dtypes += [(precision, _lifted(plan, precision))] if precision else []
+    added: list[NoiseRun] = []
+    for dtype, own in dtypes:
+        pair = pair_of(dtype, dtype)
+        others = [run for run in before.runs if run.pair == pair]
+        first = sum(run.kind == "jitter" for run in others)
+        lifted = raised(subject, dtype, _nobody) if own is not plan else nullcontext()
+        with lifted:
+            for benign in jitters(subject, own, range(first, first + runs)):
+                made = _run(subject, reference, benign, pair, _nobody)
+                added += _of_rounding(made, others, _nobody)
+                (progress or silent)("benign runs", len(added), runs * len(dtypes))
+    return added
 
 
 def _lifted(plan: Plan, precision: str) -> Plan:
@@ -279,10 +313,10 @@ def changes(subject: Subject, plan: Plan, dtype: str, note: Note) -> list[Benign
     return listed + jitters(subject, plan)
 
 
-def jitters(subject: Subject, plan: Plan) -> list[Benign]:
+def jitters(subject: Subject, plan: Plan, seeds: Iterable[int] = range(JITTERS)) -> list[Benign]:
     """One rounding on what calls are given, and on what is handed on, by several seeds."""
     listed = []
-    for seed in range(JITTERS):
+    for seed in seeds:
         change = rounding(torch.Generator("cpu").manual_seed(seed))
         moved = replace(plan, given=change, handed=change)
         text = f"one rounding on inputs and outputs, seed {seed}"

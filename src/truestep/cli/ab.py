@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from truestep.cli.ablate import ablate
 from truestep.cli.cases import choose_cases, parse_changes
 from truestep.cli.common import (
+    GroupWithDefault,
     case_options,
     end,
     give,
@@ -60,7 +62,30 @@ def _share(value: object) -> float:
     return number
 
 
-@click.command("ab")
+class _Ab(GroupWithDefault):
+    """`truestep ab CASES` runs an experiment."""
+
+    default = "run"
+
+
+@click.group(
+    "ab", cls=_Ab, subcommand_metavar="[CASES]... | VERB [ARGS]...", invoke_without_command=True
+)
+@click.pass_context
+def command(context: click.Context) -> None:
+    """Say whether a switch makes a model faster, and whether it stays the same model.
+
+    truestep ab CASES --set KEY=VALUE runs baseline, candidate and a control side by side. Its
+    options: truestep ab run --help.
+    """
+    if context.invoked_subcommand is None:
+        context.invoke(run)
+
+
+command.add_command(ablate)
+
+
+@command.command("run")
 @case_options
 @set_option
 @click.option("--vs", "against", multiple=True, metavar="KEY=VALUE", help="Likewise, the baseline.")
@@ -145,7 +170,7 @@ def _share(value: object) -> float:
     "without it, one CPU.",
 )
 @output_options
-def command(  # 22 parameters, long: the options of the verb
+def run(  # 22 parameters, long: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -208,11 +233,11 @@ def command(  # 22 parameters, long: the options of the verb
     with connection, store.locked():
         store.begin(plan, resume=resume)
         if ray is None:
-            run = partial(run_experiment, plan, store, apply=apply)
+            work = partial(run_experiment, plan, store, apply=apply)
         else:
             there = partial(load_change, change)
-            run = partial(run_on_cluster, plan, store, change=there, accelerator=accelerator)
-        experiment = _run(run, store, json_path=json_path, report=report)
+            work = partial(run_on_cluster, plan, store, change=there, accelerator=accelerator)
+        experiment = _run(work, store, json_path=json_path, report=report)
     end(_show(experiment, store, json_path=json_path, report=report))
 
 

@@ -1,4 +1,4 @@
-"""`truestep ablate`: which of the differences between two profiles matters."""
+"""`truestep ab ablate`: which of the differences between two profiles matters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Write the tables as Markdown.")
 @output_options
-def command(  # 11 parameters: the options of the verb
+def ablate(  # 11 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,

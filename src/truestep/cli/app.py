@@ -7,45 +7,69 @@ import os
 
 import click
 
+from truestep.text import say
+
 VERBS = {
-    "demo": "Tell the whole story on the builtin digits model, in about two minutes.",
-    "run": "Generate a case and save its latent and video.",
+    "demo": "See all of it on the builtin digits model, in a minute.",
+    "tiny": "Write a tiny pipeline of any diffusers class, with random weights, to try things on.",
     "record": "Record a case as its reference, with its measured noise floor.",
     "check": "Say whether a changed model is still the same as its reference.",
-    "trace": "Record what every module of a model gives, step by step.",
-    "calibrate": "Add benign runs to a reference's noise floor, and measure the false alarms.",
-    "compare": "Compare two files of tensors: recordings, safetensors, npy, npz, pt.",
+    "compare": "Compare two files: recordings, tensors, pictures, videos, sounds.",
     "weights": "Compare two checkpoints: renamed, fused, split, rounded, quantised.",
+    "trace": "Record what every module of a model gives, and say where two traces part.",
     "ab": "Time a switch against a control, and say whether the model stays the same.",
-    "ablate": "Say which difference between two audio-video references matters, and how much.",
-    "perf": "Keep a history of what a case costs, and say whether it costs more now.",
-    "selftest": "Damage a reference in standard ways and say which gates notice.",
-    "thresholds": "Lint SGLang-Diffusion's threshold files, and write them from a measured floor.",
     "engine": "Record another engine, and say in which stage it parts from the trusted model.",
     "parity": "Component parity tests: scaffold, run, and a ledger of what is proven.",
-    "tiny": "Write a tiny pipeline of any diffusers class, with random weights, to try things on.",
-    "recorder": "Write one file that records where truestep cannot be installed.",
-    "bundle": "Make a file under 1 MB of a recording, for an issue thread.",
-    "serve-check": "Ask a server of pictures or videos whether it does what it is asked for.",
+    "gate": "Is a gate any good: damage a reference, lint and write threshold files.",
+    "perf": "Keep a history of what a case costs, and say whether it costs more now.",
     "show": "Show what a file or folder is and holds, or what profiles say.",
     "doctor": "Show machine, libraries, attention kernel and what is missing.",
 }
+"""Verbs in the order in which one needs them."""
+
+FURTHER = {
+    "run": "Generate a case and save its latent and video.",
+    "bundle": "Make a file under 1 MB of a recording, for an issue thread.",
+    "serve-check": "Ask a server of pictures or videos whether it does what it is asked for.",
+}
+"""Verbs that few need: their names alone are listed."""
+
+RENAMED = {
+    "calibrate": ("record", "--runs", "30"),
+    "ablate": ("ab", "ablate"),
+    "selftest": ("gate", "selftest"),
+    "thresholds": ("gate", "thresholds"),
+    "recorder": ("trace", "recorder"),
+}
+"""What verbs of earlier versions are called now; they still work."""
 
 
 class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        return [*VERBS, *FURTHER]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
+        if cmd_name not in VERBS and cmd_name not in FURTHER:
             return None
         module = importlib.import_module(f"truestep.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] in RENAMED:
+            now = RENAMED[args[0]]
+            if not ctx.resilient_parsing:
+                say(f"note: truestep {args[0]} is now truestep {' '.join(now)}", err=True)
+            args = [*now, *args[1:]]
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
+        with formatter.section("Further"):
+            formatter.write_text(", ".join(FURTHER))
 
 
 @click.group(

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -18,6 +19,24 @@ if TYPE_CHECKING:
     from truestep.verdict import Comparison, Record
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class GroupWithDefault(click.Group):
+    """A group that does something where no verb of its own follows; its options may come first."""
+
+    default = ""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = [self.default, *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
 
 
 def end(code: int) -> NoReturn:
@@ -108,9 +127,33 @@ def _writable(
     return value
 
 
+_VERBOSE = "truestep.verbose"
+
+
+def verbose() -> bool:
+    """Whether this command is to print all that it knows."""
+    context = click.get_current_context(silent=True)
+    return bool(context is not None and context.meta.get(_VERBOSE))
+
+
+def _be_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
+    context.meta[_VERBOSE] = value
+
+
+verbose_option = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_be_verbose,
+    help="Print everything: all tensors, what was looked at, the rule, the cost.",
+)
+
+
 def output_options(function: Command) -> Command:
-    """`--json [PATH]` and `--report PATH`."""
+    """`-v`, `--json [PATH]` and `--report PATH`."""
     for option in (
+        verbose_option,
         click.option(
             "--report",
             type=click.Path(path_type=Path),
@@ -283,5 +326,6 @@ def finish(
 
         html.write_many(report, results.comparisons)
     name = str(report) if report else None
-    give(results, json_path=json_path, show=lambda: terminal.print_results(results, report=name))
+    show = partial(terminal.print_results, results, report=name, verbose=verbose())
+    give(results, json_path=json_path, show=show)
     return results.exit_code

@@ -111,11 +111,18 @@ def _run(
     if given is not None:
         used = injected(ran.recordings[0][1])
         say(f"injected: {', '.join(f'{k} {v} x' for k, v in used.items()) or 'nothing'}")
-    check = ["truestep", "engine", "check", str(ran.recordings[0][0]), "--model", "MODEL_FOLDER"]
+    first = _shown(ran.recordings[0][0])
+    check = ["truestep", "engine", "check", first, "--model", "MODEL_FOLDER"]
     if reference is not None:
         check += ["--reference", str(reference)]
     say(f"check: {pasteable(check)}")
     context.exit(ran.code)
+
+
+def _shown(path: Path) -> str:
+    """A path as it is typed here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _summary(path: Path, recording: CallRecording) -> None:
@@ -126,7 +133,7 @@ def _summary(path: Path, recording: CallRecording) -> None:
     for note in recording.recording.manifest.notes:
         say(f"note: {note}")
     say(
-        f"RECORDED {path}: {recording.recording.manifest.settings['label']}, "
+        f"RECORDED {_shown(path)}: {recording.recording.manifest.settings['label']}, "
         f"{len(recording.calls)} calls, {len(run.steps)} steps, {predictions} predictions"
     )
 

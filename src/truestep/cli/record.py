@@ -81,9 +81,16 @@ if TYPE_CHECKING:
     "--resume/--no-resume",
     help="Go on from the last benign run that a record which was stopped has finished.",
 )
+@click.option(
+    "--runs",
+    type=click.IntRange(1, 2000),
+    metavar="N",
+    help="Add N benign runs to the noise floor, of references that are there too, and measure the "
+    "false alarms: a tighter floor sees smaller faults.",
+)
 @set_option
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
-def command(  # 21 parameters: the options of the verb
+def command(  # 22 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -103,6 +110,7 @@ def command(  # 21 parameters: the options of the verb
     dry_run: bool,
     from_disk: bool,
     resume: bool,
+    runs: int | None,
     changes: tuple[str, ...],
     change: str | None,
 ) -> None:
@@ -126,15 +134,15 @@ def command(  # 21 parameters: the options of the verb
     cases, output = _chosen(words, changes, reference, output, update=update)
     store = Store(root)
     options = _options(level=level, floor=floor, keep=keep, from_disk=from_disk, apply=change)
-    written = Written(output or store.root, every=keep == "all", tensors=level == "full")
+    written = Written(output or root, every=keep == "all", tensors=level == "full")
     if dry_run:
         end(tell(cases, "record", written, from_disk=from_disk, change=change))
     require_room(output or store.root / "reference", WHAT)  # before any compute is spent
-    kept = {} if output or update else _existing(store, cases, tier)
+    kept = {} if output or update else _existing(store, cases, tier, refuse=runs is None)
     saving, broken = _Saving(store, output, tier, update, resume), 0
     for name, case in cases.items():
         if name in kept:
-            say(f"KEPT {name}: it has a reference, {store.root / kept[name].name}")
+            saving.keep(name, case, kept[name], runs)
             continue
         try:
             foresee(name, case, written, from_disk=from_disk)
@@ -146,9 +154,9 @@ def command(  # 21 parameters: the options of the verb
             _say_broken(name, error)
             continue
         _told(name, recording, path)
+        saving.add(runs, name, case)
         if level == "full":
-            said = words.says_case and of_calls(case)
-            _say_check(name, path, said=said, by_name=(said or not changes) and not output)
+            _say_check(words, name, case, path, changed=bool(changes), stored=not output)
     end(2 if broken else 0)
 
 
@@ -191,8 +199,12 @@ def _say_broken(name: str, error: TruestepError) -> None:
     say(f"BROKEN {visible(name)}: {text}", err=True, lines=True)
 
 
-def _say_check(name: str, path: Path, *, said: bool, by_name: bool) -> None:
-    """The command that checks against a reference."""
+def _say_check(
+    words: Words, name: str, case: AnyCase, path: Path, *, changed: bool, stored: bool
+) -> None:
+    """The command that checks against a reference: by its name where that finds it."""
+    said = words.says_case and of_calls(case)
+    by_name = (said or not changed) and stored
     chosen = case_words(name, verb="check", with_changes=said) if by_name else ""
     say(f"check: truestep check {chosen or pasteable(['--reference', str(path)])}")
 
@@ -223,8 +235,13 @@ def _refuse(case: AnyCase) -> None:
     refuse(case)
 
 
-def _existing(store: Store, cases: Mapping[str, AnyCase], tier: str) -> dict[str, Place]:
+def _existing(
+    store: Store, cases: Mapping[str, AnyCase], tier: str, *, refuse: bool
+) -> dict[str, Place]:
     """The references that cases have on the device class they run on here.
+
+    Args:
+        refuse: Whether the only case may have none.
 
     Raises:
         UsageError: There is one of the only case.
@@ -235,7 +252,7 @@ def _existing(store: Store, cases: Mapping[str, AnyCase], tier: str) -> dict[str
         for place in places:
             if (place.case_id, place.device_class) == (case.id, case_device_class(case)):
                 found[name] = place
-    for place in found.values() if len(cases) == 1 else ():
+    for place in found.values() if refuse and len(cases) == 1 else ():
         store.refuse_existing(place, update=False)
     return found
 
@@ -249,6 +266,18 @@ class _Saving:
     tier: str
     update: bool
     resume: bool
+
+    def keep(self, name: str, case: AnyCase, place: Place, runs: int | None) -> None:
+        """Leave the reference that is there; see `add`."""
+        say(f"KEPT {name}: it has a reference, {self.store.root / place.name}")
+        self.add(runs, name, case)
+
+    def add(self, runs: int | None, name: str, case: AnyCase) -> None:
+        """Add benign runs to a reference that is there now, if that was asked for."""
+        from truestep.cli.benign_runs import add_runs
+
+        if runs is not None:
+            add_runs({name: case}, runs, self.store, reference=self.output, tier=self.tier)
 
     def recorded(self, case: AnyCase, **options: Any) -> tuple[Recording, Path]:
         """Record a case, keep what is finished until all is, and save it."""

@@ -1,4 +1,4 @@
-"""`truestep recorder`: one file that makes recordings where truestep cannot be installed."""
+"""`truestep trace recorder`: one file that makes recordings where truestep cannot be installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from truestep.text import quoted, say
     help="Where to write the file; - is stdout.",
 )
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
-def command(path: Path, force: bool) -> None:
+def recorder(path: Path, force: bool) -> None:
     """Write a recorder that needs torch and the standard library only, for the environment of an
     official implementation. Recordings that it makes are judged here."""
     text = standalone_source()
@@ -32,7 +32,7 @@ def command(path: Path, force: bool) -> None:
         raise UsageError(
             "the recorder was not written: there is a file of this name",
             where=str(path),
-            hint=f"truestep recorder --write {quoted(str(path))} --force",
+            hint=f"truestep trace recorder --write {quoted(str(path))} --force",
         )
     write_text(path, text, "the recorder")
     say(f"{path}: copy it to the other environment; python {path.name} --help")
@@ -47,7 +47,7 @@ def standalone_source() -> str:
     version = library_version("truestep") or "0"
     text = resources.files("truestep.standalone").joinpath("recorder.py").read_text("utf-8")
     head = (
-        f"# Written by truestep {version} (truestep recorder --write recorder.py) for another\n"
-        "# environment. How to use it is below, and in `python recorder.py --help`.\n"
+        f"# Written by truestep {version} (truestep trace recorder --write recorder.py)\n"
+        "# for another environment. How to use it is below, and in `python recorder.py --help`.\n"
     )
     return head + text.replace('VERSION = "source"', f'VERSION = "{version}"', 1)

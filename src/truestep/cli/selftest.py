@@ -1,4 +1,4 @@
-"""`truestep selftest`: does a gate notice damage at all?"""
+"""`truestep gate selftest`: does a gate notice damage at all?"""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     metavar="[PATH]",
     help="Write the result as JSON; without a path, or with -, to stdout alone.",
 )
-def command(
+def selftest(
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,

@@ -46,7 +46,7 @@ def _show_profiles(names: list[str], *, as_json: bool) -> None:
         raise UsageError(
             "show profile takes two names at most",
             measured=f"got {len(names)}: {', '.join(names)}",
-            hint="compare all of them: truestep ablate CASE --all",
+            hint="compare all of them: truestep ab ablate CASE --all",
         )
     if as_json:
         import json

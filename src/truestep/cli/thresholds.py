@@ -1,4 +1,4 @@
-"""`truestep thresholds`: gates that cannot fail, and limits that come from a measured floor."""
+"""`truestep gate thresholds`: gates that cannot fail, and limits from a measured floor."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Tensors = dict[str, "torch.Tensor"]
 
 
 @click.group("thresholds")
-def command() -> None:
+def thresholds() -> None:
     """Lint threshold files of SGLang-Diffusion, and write new ones from a measured floor.
 
     `truestep check CASE --thresholds FILE` runs such a file beside truestep's own verdict.
     """
 
 
-@command.command("lint")
+@thresholds.command("lint")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--case", "name", help="Lint this case only, on its own reference and another seed.")
 @click.option("--platform", help="Lay that platform's file over it first.")
@@ -104,7 +104,7 @@ def lint_command(  # 9 parameters: the options of the verb
     end(1 if found.findings else 0)
 
 
-@command.command("write")
+@thresholds.command("write")
 @click.argument("name", metavar="CASE")
 @click.argument("reference", required=False, type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Threshold file.")
@@ -176,7 +176,7 @@ def write_command(  # 9 parameters: the options of the verb
         say(f"  {metric:<17}  {found.floor[metric]:>12.6g}  {limit:>10.6g}")
     say("  clip               not written: no CLIP weights here")
     say(f"thresholds: {output}")
-    say(f"next: truestep thresholds lint {output} --case {key} --reference {path}")
+    say(f"next: truestep gate thresholds lint {output} --case {key} --reference {path}")
 
 
 def _case(name: str | None, *, case_file: Path, tier: str) -> Case | None:

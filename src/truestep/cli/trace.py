@@ -11,6 +11,7 @@ import click
 
 from truestep.cli.cases import changed_cases, choose_cases, parse_changes
 from truestep.cli.common import (
+    GroupWithDefault,
     case_options,
     end,
     finish,
@@ -19,6 +20,7 @@ from truestep.cli.common import (
     progress_bar,
     set_option,
 )
+from truestep.cli.recorder import recorder
 from truestep.cli.words import case_words
 from truestep.text import quoted, say
 
@@ -50,20 +52,10 @@ _OUTPUT = click.option(
 )
 
 
-class _Trace(click.Group):
-    """A group that compares where no verb follows: `truestep trace ACTUAL REFERENCE`."""
+class _Trace(GroupWithDefault):
+    """`truestep trace ACTUAL REFERENCE` compares."""
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in self.commands:
-            args = ["compare", *args]
-        return super().resolve_command(ctx, args)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
-            args = ["compare", *args]  # options may come before the files
-        return super().parse_args(ctx, args)
+    default = "compare"
 
 
 @click.group("trace", cls=_Trace, subcommand_metavar="ACTUAL REFERENCE | VERB [ARGS]...")
@@ -74,6 +66,9 @@ def command() -> None:
     introduced an error, what only inherited it, and how it grew. Its options: truestep trace
     compare --help.
     """
+
+
+command.add_command(recorder)
 
 
 @command.command("compare")

@@ -30,6 +30,7 @@ from truestep.engines.pipelines import (
     record_pipeline,
     recorded_arguments,
 )
+from truestep.engines.pipelines import more_runs as pipeline_runs
 from truestep.engines.preparing import (
     idle_loras,
     parts_of,
@@ -43,6 +44,7 @@ from truestep.errors import (
     ProcessEndedError,
     surviving,
 )
+from truestep.floors import NoiseRun
 from truestep.judge.floor import pair_of
 from truestep.progress import Progress
 from truestep.recording.format import Recording
@@ -186,6 +188,36 @@ def check(  # 9 parameters: those of `truestep.check` that a case of calls has
     notes += other_defaults(model.signature, manifest.settings.get("call"), call)
     result = result.model_copy(update={"notes": (*notes, *result.notes)})
     return said_idle(result) if idle else result
+
+
+@taking_turns()
+def more_runs(
+    case: CallCase,
+    reference: Recording,
+    *,
+    runs: int,
+    progress: Progress | None = None,
+) -> tuple[Comparison, list[NoiseRun]]:
+    """Check that a case's pipeline still gives what its recording holds, and run it benignly.
+
+    Returns:
+        The check; and the runs, none where it did not pass.
+
+    Raises:
+        CaseError, ModelLoadError, FileFormatError, UsageError: Case, model or reference cannot be
+            used.
+    """
+    recording = opened(reference)
+    case = case.with_hashes()
+    model = _looked_at(case)
+    call = _called(case, case, recorded_arguments(recording))
+    with surviving("the model's code"):
+        pipe = _in_files(case, model)
+        judging = Judging(label="unchanged", environment=_environment(case, model))
+        same = check_pipeline(pipe, recording, call, judging)
+        if not same.verdict.passed:
+            return same, []
+        return same, pipeline_runs(pipe, recording, call, runs=runs, progress=progress)
 
 
 def _called(case: CallCase, candidate: CallCase, recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from truestep.calls.benign import more
 from truestep.calls.blocks import BLOCK
 from truestep.calls.check import check, check_end
+from truestep.calls.choosing import chosen_steps, made_at
 from truestep.calls.keys import key_of
 from truestep.calls.rebuilding import CannotBuildError, build
 from truestep.calls.record import record
@@ -25,6 +27,7 @@ from truestep.calls.recording import (
     refuse_unplayable,
 )
 from truestep.calls.scouting import found_layouts
+from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject, subject_of
 from truestep.calls.thinning import Keep
 from truestep.calls.trees import check_tree
@@ -32,6 +35,7 @@ from truestep.calls.values import Path as Place
 from truestep.calls.values import encode, qualified
 from truestep.environment import Environment
 from truestep.errors import FileFormatError, UsageError, surviving
+from truestep.floors import NoiseRun
 from truestep.pairing.partners import check_rename
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
@@ -248,6 +252,21 @@ def check_pipeline(
             ),
         }
     )
+
+
+def more_runs(
+    pipe: Any,
+    reference: CallRecording,
+    call: Mapping[str, Any],
+    *,
+    runs: int,
+    progress: Progress | None = None,
+) -> list[NoiseRun]:
+    """Further benign runs of the trusted pipeline that a recording is of; see `calls.benign`."""
+    subject = _subject(pipe, reference, call)
+    with own_randomness():
+        plan = Plan(made_at(chosen_steps(reference, None)))
+        return more(subject, reference, plan, runs=runs, progress=progress)
 
 
 def _opened(

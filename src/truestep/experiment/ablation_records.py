@@ -158,7 +158,7 @@ class Attribution(Record):
 
 
 class Ablation(Record):
-    """Result of `truestep ablate CASE --from A --to B`.
+    """Result of `truestep ab ablate CASE --from A --to B`.
 
     Attributes:
         reference, candidate: The profiles A and B.
@@ -216,7 +216,7 @@ class MatrixCell(Record):
 
 
 class Matrix(Record):
-    """Result of `truestep ablate CASE --all`: every profile against every other.
+    """Result of `truestep ab ablate CASE --all`: every profile against every other.
 
     Attributes:
         profiles: Those that can run the case.

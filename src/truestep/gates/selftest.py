@@ -90,7 +90,7 @@ class Selftest(Record):
 
 
 class Selftests(Record):
-    """What `truestep selftest --json` writes."""
+    """What `truestep gate selftest --json` writes."""
 
     schema_version: int = SCHEMA_VERSION
     tool_version: str = ""

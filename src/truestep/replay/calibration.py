@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,8 +16,9 @@ import torch
 
 from truestep.errors import surviving
 from truestep.floors import NoiseFloor, NoiseRun
+from truestep.judge.alarms import false_alarms
 from truestep.judge.floor import FloorLookup, pair_of, sample_sizes
-from truestep.judge.rule import RATE, judge_run
+from truestep.judge.rule import RATE
 from truestep.judge.tail import Tail
 from truestep.keys import address
 from truestep.progress import Progress
@@ -25,7 +26,6 @@ from truestep.replay.floor import noise_run
 from truestep.replay.variations import Variation, functions, jitter, variations
 from truestep.runtime.pipeline import Pipeline
 from truestep.turns import taking_turns
-from truestep.verdict import Verdict
 
 STAGES = ("text", "prediction", "decoding")
 """Stages with a model in them: the others are elementwise, and few runs say all of them."""
@@ -33,7 +33,6 @@ STAGES = ("text", "prediction", "decoding")
 MIXED = frozenset({"batch", "threads", "attention", "functions"})
 """Kinds of harmless change that a run combines with jitter."""
 
-FOLDS = 5
 CLOSE = 1.1
 """Enough runs make bounds within this factor of those that endless runs would make."""
 
@@ -114,13 +113,13 @@ def calibrate(
             progress("benign runs", done + 1, runs)
     both = NoiseFloor(runs=(*floor.runs, *new))
     dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in recording.items()}
-    flagged = sum(_flagged(floor, new, fold, dtypes) for fold in range(FOLDS))
+    flagged, below = false_alarms(floor, new, dtypes)
     pair = new[0].pair
     return Calibration(
         floor=both,
         added=runs,
         flagged=flagged,
-        flagged_below=_upper(flagged, runs),
+        flagged_below=below,
         stages=tuple(_stages(floor, both, pair=pair, dtypes=dtypes)),
     )
 
@@ -143,24 +142,6 @@ def _mixed(pipe: Pipeline, dice: random.Random, *, number: int, seed: int) -> Va
 
     detail = " + ".join(part.detail for part in parts)
     return replace(moved, kind="mixed", detail=detail, vary=vary, stages=STAGES)
-
-
-def _flagged(
-    floor: NoiseFloor, new: Sequence[NoiseRun], fold: int, dtypes: Mapping[str, str]
-) -> int:
-    """Runs of one fold that do not pass by the floor of all others."""
-    others = NoiseFloor(
-        runs=(*floor.runs, *(run for at, run in enumerate(new) if at % FOLDS != fold))
-    )
-    own = [run for at, run in enumerate(new) if at % FOLDS == fold]
-    flags = (Verdict.DRIFTED, Verdict.INCONCLUSIVE, Verdict.INVALID)
-    return sum(any(o.verdict in flags for o in judge_run(run, others, dtypes)) for run in own)
-
-
-def _upper(flagged: int, runs: int) -> float:
-    from scipy.special import betaincinv
-
-    return 1.0 if flagged >= runs else float(betaincinv(flagged + 1, runs - flagged, 0.95))
 
 
 def _stages(

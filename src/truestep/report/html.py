@@ -15,7 +15,7 @@ from pathlib import Path
 from truestep.files import write_text
 from truestep.keys import key_of
 from truestep.records import FrameScore
-from truestep.report.terminal import said
+from truestep.report.words import said
 from truestep.verdict import Comparison, Media, Results, Row, Verdict
 
 LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Iterable
 
 from truestep.keys import key_of
-from truestep.records import MediaEvidence, MediaFacts
-from truestep.text import say, visible
+from truestep.records import MediaEvidence
+from truestep.report.answer import answer, answers, case_of, headline, next_line, summary
+from truestep.report.words import said, stage_label
+from truestep.text import say, wrapped
 from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Rows, Verdict
 
 MAX_GROWTH = 16
@@ -18,41 +19,47 @@ MAX_ROWS_OF_STAGE = 5
 _COLOURS = {0: "green", 1: "red", 3: "yellow", 4: "yellow"}
 
 
-def print_results(results: Results, *, report: str | None = None) -> None:
-    """Print every comparison; the last line is the sentence, then `report:` and `repeat:`."""
-    for comparison in results.comparisons:
-        first, *others = lines(comparison)
-        say(first, colour=_COLOURS[comparison.exit_code], first_word=True)
-        for line in others:
-            say(line)
-        say()
-    if len(results.comparisons) == 1:
-        comparison = results.comparisons[0]
-        sentence = comparison.sentence
+def print_results(results: Results, *, report: str | None = None, verbose: bool = False) -> None:
+    """Print the answer; all that is known of every comparison under it where it is to be verbose.
+
+    Args:
+        report: Path of the report, if one was written.
+        verbose: Everything; the last line then is the command that repeats it.
+    """
+    if len(results.comparisons) == 1 and not verbose:
+        told = answer(results.comparisons[0], report=report)
+    elif not verbose:
+        told = answers(results, report=report)
     else:
-        counts: dict[Verdict, int] = {}
-        for comparison in results.comparisons:
-            counts[comparison.verdict] = counts.get(comparison.verdict, 0) + 1
-        parts = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items())
-        sentence = f"{len(results.comparisons)} cases: {parts}"
-        known = sum(c.known is not None and c.known.accepted for c in results.comparisons)
-        sentence += f" (known failures, as stated: {known})" if known else ""
-    say(sentence, colour=_COLOURS[results.exit_code])
+        told = list(_everything(results, report))
+    first, *others = told
+    say(first, colour=_COLOURS[results.exit_code], first_word=True)
+    for line in others:
+        say(line)
+
+
+def _everything(results: Results, report: str | None) -> Iterable[str]:
+    if len(results.comparisons) > 1:
+        yield summary(results)
+        yield ""
+    for comparison in results.comparisons:
+        yield from lines(comparison)
+        line = next_line(comparison)
+        if line:
+            yield line
+        if len(results.comparisons) > 1:
+            yield ""
     if report:
-        say(f"report: {report}")
+        yield f"report: {report}"
     repeat = next((c.repeat for c in results.comparisons if c.repeat), "")
     if repeat:
-        say(f"repeat: {repeat}")
+        yield f"repeat: {repeat}"
 
 
 def lines(comparison: Comparison) -> Iterable[str]:
     """A comparison as text: outcome, what was seen, failing rows, gates, rule."""
-    word = "PASSED" if comparison.exit_code == 0 else "FAILED"
-    if comparison.known and comparison.known.accepted:
-        word = "KNOWN"
-    name = comparison.case_id or comparison.actual.label
-    what = f" [{comparison.actual.label}]" if comparison.case_id else ""
-    yield f"{word} {comparison.verdict.value} {name}{what}"
+    yield from wrapped("", headline(comparison))
+    yield from wrapped("case" if comparison.case_id else "of", case_of(comparison))
     for difference in comparison.case_differences:
         yield f"  case         {difference.key}: {difference.actual} (was {difference.reference})"
     for difference in comparison.environment_differences:
@@ -65,20 +72,20 @@ def lines(comparison: Comparison) -> Iterable[str]:
     if comparison.evidence is None:
         yield from _sounds(comparison)
     if comparison.first_divergence and comparison.first_divergence.operator:
-        yield from _wrapped("at", comparison.first_divergence.operator)
+        yield from wrapped("at", comparison.first_divergence.operator)
     yield from _growth(comparison)
     for gate in comparison.gates:
         yield f"  other gate   {gate.name}: {gate.outcome} ({_numbers(gate)})"
         for reason in gate.not_judged:
-            yield from _wrapped("not judged", reason)
+            yield from wrapped("not judged", reason)
         if gate.not_judged and gate.note:
-            yield from _wrapped("note", gate.note)
+            yield from wrapped("note", gate.note)
     if comparison.known is not None:
-        yield from _wrapped("ledger", comparison.known.text)
+        yield from wrapped("ledger", comparison.known.text)
     if comparison.looked_at:
-        yield from _wrapped("looked at", ", ".join(comparison.looked_at))
+        yield from wrapped("looked at", ", ".join(comparison.looked_at))
     if comparison.not_looked_at:
-        yield from _wrapped("not looked at", ", ".join(comparison.not_looked_at))
+        yield from wrapped("not looked at", ", ".join(comparison.not_looked_at))
     cost = comparison.cost
     if cost is not None and cost.forwards_generation:
         yield (
@@ -88,11 +95,9 @@ def lines(comparison: Comparison) -> Iterable[str]:
     detectable = comparison.detectable
     if comparison.verdict.passed and detectable is not None:
         yield f"  detectable   a relative change of {detectable:.1e} in any stage looked at"
-    yield from _wrapped("rule", comparison.rule.text)
+    yield from wrapped("rule", comparison.rule.text)
     for note in comparison.notes:
-        yield from _wrapped("note", note)
-    if comparison.hint and not comparison.verdict.passed:
-        yield f"  hint         {comparison.hint}"
+        yield from wrapped("note", note)
 
 
 def _numbers(gate: GateResult) -> str:
@@ -105,27 +110,15 @@ def _numbers(gate: GateResult) -> str:
     return ("; " if any(key in gate.thresholds for key in gate.metrics) else ", ").join(parts)
 
 
-def _wrapped(label: str, text: str) -> Iterable[str]:
-    lead = f"  {label:<13}"[:15]
-    return textwrap.wrap(
-        visible(text),
-        width=100,
-        initial_indent=lead if len(label) < 13 else lead + " ",
-        subsequent_indent=" " * 15,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
-
-
 def _table(comparison: Comparison) -> Iterable[str]:
     """Failing rows first (at most 20, 5 a stage), then one line a stage for what passed."""
     causes = comparison.causes
     places, seen = list[int](), Counter[str]()
     for at, (stage, modality) in enumerate(causes.each("stage", "modality")):
         if len(places) < MAX_ROWS and (
-            not stage or seen[_label(stage, modality)] < MAX_ROWS_OF_STAGE
+            not stage or seen[stage_label(stage, modality)] < MAX_ROWS_OF_STAGE
         ):
-            seen[_label(stage, modality)] += 1
+            seen[stage_label(stage, modality)] += 1
             places.append(at)
     picked = list(causes.take(places))
     shown = [_cells(row) for row in picked]
@@ -138,11 +131,11 @@ def _table(comparison: Comparison) -> Iterable[str]:
         if more := comparison.uncounted(len(picked)):
             yield f"  ... {more}"
     rows = Rows.of(comparison.rows)
-    totals = Counter(_label(*place) for place in rows.each("stage", "modality"))
+    totals = Counter(stage_label(*place) for place in rows.each("stage", "modality"))
     passed, exact, worst = Counter[str](), Counter[str](), dict[str, float]()
     for verdict, ratio, *place in rows.each("verdict", "ratio", "stage", "modality"):
         if verdict.passed:
-            stage = _label(*place)
+            stage = stage_label(*place)
             passed[stage] += 1
             exact[stage] += verdict is Verdict.IDENTICAL
             if ratio is not None:
@@ -157,36 +150,23 @@ def _table(comparison: Comparison) -> Iterable[str]:
 def _media(comparison: Comparison, evidence: MediaEvidence) -> Iterable[str]:
     """What finished media show: the findings, what was measured of each stream, other runs."""
     own, was = said(evidence.actual), said(evidence.reference)
-    yield from _wrapped("media", own if own == was else f"{own} (was {was})")
+    yield from wrapped("media", own if own == was else f"{own} (was {was})")
     for finding in evidence.findings:
-        yield from _wrapped("finding", finding.text)
+        yield from wrapped("finding", finding.text)
     for row in comparison.rows:
         word = "frames" if row.name == "video/frames" else "sound"
-        yield from _wrapped(word, row.note or "bit for bit the same")
+        yield from wrapped(word, row.note or "bit for bit the same")
     if evidence.perceptual_jod is not None:
         jod = f"{evidence.perceptual_jod:.2f} JOD by ColorVideoVDP (10: no visible difference)"
-        yield from _wrapped("perceptual", jod)
+        yield from wrapped("perceptual", jod)
     if evidence.ladder is not None:
-        yield from _wrapped("other runs", evidence.ladder.text)
+        yield from wrapped("other runs", evidence.ladder.text)
         for run in evidence.ladder.runs[:MAX_ROWS]:
             copy = f", bit for bit {run.copy_of}" if run.copy_of else ""
             what = f"{run.role:<10} {run.label}{copy}"
             yield f"  {run.distance:>12.3g} {evidence.ladder.unit}  {what}"
         if len(evidence.ladder.runs) > MAX_ROWS:
             yield f"  ... {len(evidence.ladder.runs) - MAX_ROWS} more runs"
-
-
-def said(facts: MediaFacts) -> str:
-    """What a file of media is, in words."""
-    parts = []
-    if facts.frames:
-        count = f"{facts.frames} frames of " if facts.frames > 1 else ""
-        parts.append(f"{count}{facts.width}x{facts.height}")
-        parts += [f"{facts.fps:.5g} a second"] if facts.fps else []
-    if facts.samples:
-        parts.append(f"{facts.samples:,} samples at {facts.sample_rate} Hz")
-    parts += [facts.form] * bool(facts.form)
-    return ", ".join([*parts, *[facts.colours] * bool(facts.colours)])
 
 
 def _growth(comparison: Comparison) -> Iterable[str]:
@@ -221,11 +201,6 @@ def _growth(comparison: Comparison) -> Iterable[str]:
         yield f"  growth       ... {len(names) - max(begin - 1, 0) - MAX_GROWTH} more modules"
 
 
-def _label(stage: str, modality: str | None) -> str:
-    stage = stage or "tensors"
-    return f"{stage} ({modality})" if modality else stage
-
-
 def _modalities(comparison: Comparison) -> Iterable[str]:
     """One line a modality: its verdict and its worst tensor."""
     for item in comparison.modalities:
@@ -251,7 +226,7 @@ def _sounds(comparison: Comparison) -> Iterable[str]:
         text[-1] += f" (was {found.seconds_reference:.4g} s)" if found.seconds_difference else ""
         text += [found.note] * bool(found.note)
         of = f" (of {media.origin})" if media.origin else ""
-        yield from _wrapped("sound", ", ".join(text) + of)
+        yield from wrapped("sound", ", ".join(text) + of)
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str, str]:

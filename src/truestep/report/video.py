@@ -59,12 +59,7 @@ def write_clip(
         import av
     except ImportError:
         raise MissingExtraError("av", "media", "writing a video") from None
-    import torch
-
-    pixels = ((frames[0].float().nan_to_num(-1.0) + 1) * 127.5).round().clamp(0, 255)
-    pixels = pixels.to(torch.uint8).permute(1, 2, 3, 0)
-    scale = max(1, _SMALL // max(pixels.shape[1:3]))
-    pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    pixels = _pixels(frames)
     height, width = (int(n) // 2 * 2 for n in pixels.shape[1:3])
     with replacing(path, "the video") as temporary, av.open(str(temporary), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
@@ -81,6 +76,43 @@ def write_clip(
             for part in _sound_frames(waveform[0], sample_rate):
                 container.mux(sound.encode(part))
             container.mux(sound.encode())
+
+
+def write_animation(path: Path, frames: torch.Tensor, *, fps: float) -> None:
+    """Write frames as an animated GIF, which needs Pillow alone, atomically.
+
+    Args:
+        path: A .gif file.
+        frames, fps: As of `write_video`.
+
+    Raises:
+        MissingExtraError: Pillow is not installed.
+        WriteError: The file could not be written.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtraError("pillow", "media", "writing an animation") from None
+    first, *others = (Image.fromarray(image) for image in _pixels(frames).numpy())
+    with replacing(path, "the animation") as temporary:
+        first.save(
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=others,
+            duration=round(1000 / fps),
+            loop=0,
+        )
+
+
+def _pixels(frames: torch.Tensor) -> torch.Tensor:
+    """`f h w c` in 8 bits of the first sample, small frames enlarged."""
+    import torch
+
+    pixels = ((frames[0].float().nan_to_num(-1.0) + 1) * 127.5).round().clamp(0, 255)
+    pixels = pixels.to(torch.uint8).permute(1, 2, 3, 0)
+    scale = max(1, _SMALL // max(pixels.shape[1:3]))
+    return pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2).contiguous()
 
 
 def _check_sound(waveform: torch.Tensor | None, sample_rate: int | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 JITTERS = 3
-"""Jitter runs in a recording's own floor; `truestep calibrate` adds more."""
+"""Jitter runs in a recording's own floor; `truestep record --runs` adds more."""
 
 _INTEGER = {
     torch.float64: torch.int64,

@@ -1,4 +1,4 @@
-"""`truestep thresholds` and `check --thresholds`, end to end on a tiny model."""
+"""`truestep gate thresholds` and `check --thresholds`, end to end on a tiny model."""
 
 from __future__ import annotations
 
@@ -56,26 +56,34 @@ def vacuous(path: str = "h100.json", case: str = "three") -> None:
 
 
 def test_write_then_lint_then_check(run: Run) -> None:
-    code, out, err = run("thresholds", "write", "three", "--output", "new.json")
+    code, out, err = run("gate", "thresholds", "write", "three", "--output", "new.json")
     assert (code, err) == (0, "")
     assert "WRITTEN three: limits from " in out
     assert "clip               not written: no CLIP weights here" in out
-    code, out, _ = run("thresholds", "lint", "new.json", "--case", "three")
+    code, out, _ = run("gate", "thresholds", "lint", "new.json", "--case", "three")
     assert code == 0, out
     assert "another seed, 10 % gain, 10 % noise" in out
     code, out, _ = run("check", "--thresholds", "new.json")
     assert code == 0
-    assert "other gate   sglang new.json [three]: undecided (ssim 1, limit 0.9" in out
-    assert "not judged   clip (no CLIP weights here)" in out  # the reader's constant applies
+    assert "other gate   sglang new.json [three]: undecided" in out
+    code, out, _ = run("check", "--thresholds", "new.json", "-v")
+    assert code == 0
+    out = " ".join(out.split())
+    assert "other gate sglang new.json [three]: undecided (ssim 1, limit 0.9" in out
+    assert "not judged clip (no CLIP weights here)" in out  # the reader's constant applies
     assert "PASSED identical" in out
 
 
 def test_written_cases_are_kept_and_not_replaced_unasked(run: Run) -> None:
     vacuous(case="other")
-    assert run("thresholds", "write", "three", "--output", "h100.json", "--as", "mine")[0] == 0
+    assert (
+        run("gate", "thresholds", "write", "three", "--output", "h100.json", "--as", "mine")[0] == 0
+    )
     data = json.loads(Path("h100.json").read_text())
     assert data["cases"]["other"] == VACUOUS
-    code, _, err = run("thresholds", "write", "three", "--output", "h100.json", "--as", "mine")
+    code, _, err = run(
+        "gate", "thresholds", "write", "three", "--output", "h100.json", "--as", "mine"
+    )
     assert code == 2
     assert "the file has limits of case 'mine'" in err
     assert json.loads(Path("h100.json").read_text()) == data
@@ -83,7 +91,9 @@ def test_written_cases_are_kept_and_not_replaced_unasked(run: Run) -> None:
 
 def test_no_floor_no_limits(run: Run) -> None:
     run("record", "three", "--floor", "none", "--output", "bare.safetensors")
-    code, _, err = run("thresholds", "write", "three", "bare.safetensors", "--output", "new.json")
+    code, _, err = run(
+        "gate", "thresholds", "write", "three", "bare.safetensors", "--output", "new.json"
+    )
     assert code == 2
     assert "hint: truestep record three --update" in err
     assert not Path("new.json").exists()
@@ -107,22 +117,22 @@ def test_the_gate_stands_beside_the_verdict(run: Run) -> None:
 
 def test_lint_tries_the_digits_model_where_there_is_no_reference(run: Run) -> None:
     vacuous(case="ltx_2_3_two_stage_ti2v_2gpus")
-    code, out, _ = run("thresholds", "lint", "h100.json")
+    code, out, _ = run("gate", "thresholds", "lint", "h100.json")
     assert code == 1
     assert "vacuous        ltx_2_3_two_stage_ti2v_2gpus: another seed passes: ssim 0.9" in out
     assert "tried on       builtin:digits, a stand-in" in out
-    code, out, _ = run("thresholds", "lint", "h100.json", "--json")
+    code, out, _ = run("gate", "thresholds", "lint", "h100.json", "--json")
     found = json.loads(out)
     assert (code, found["schema_version"]) == (1, 1)
     assert {f["kind"] for f in found["findings"]} == {"vacuous", "no provenance"}
-    assert found["repeat"] == "truestep thresholds lint h100.json --json"
+    assert found["repeat"] == "truestep gate thresholds lint h100.json --json"
 
 
 def test_findings_of_one_kind_are_one_line(run: Run) -> None:
     loose = {"ssim_threshold": 0.29, "psnr_threshold": 11.7, "mean_abs_diff_threshold": 47.0}
     cases = {f"case_{i}": loose for i in range(30)}
     Path("h100.json").write_text(json.dumps({"_comment": "x", "cases": cases}))
-    code, out, _ = run("thresholds", "lint", "h100.json")
+    code, out, _ = run("gate", "thresholds", "lint", "h100.json")
     assert code == 1
     text = " ".join(out.split())
     assert (
@@ -134,17 +144,17 @@ def test_findings_of_one_kind_are_one_line(run: Run) -> None:
     assert len([line for line in out.splitlines() if line.startswith("  vacuous")]) <= 6
     assert "30 vacuous, 30 no provenance" in text
     Path("b200.json").write_text('{"cases": {}}')
-    code, out, _ = run("thresholds", "lint", "b200.json")
+    code, out, _ = run("gate", "thresholds", "lint", "b200.json")
     assert (code, "tried" in out) == (0, False)
 
 
 def test_unusable_files_and_options_are_refused(run: Run) -> None:
     Path("x.json").write_text("{}")
-    code, _, err = run("thresholds", "lint", "x.json")
+    code, _, err = run("gate", "thresholds", "lint", "x.json")
     assert code == 2
     assert "FileFormatError: the threshold file cannot be used" in err
     vacuous(case="thre")
-    code, _, err = run("thresholds", "lint", "h100.json", "--case", "three")
+    code, _, err = run("gate", "thresholds", "lint", "h100.json", "--case", "three")
     assert code == 2
     assert "did you mean 'thre'?" in err
     code, _, err = run("check", "--platform", "b200")
@@ -156,6 +166,6 @@ def test_unusable_files_and_options_are_refused(run: Run) -> None:
 
     np.save("x.npy", np.zeros(3))
     vacuous()
-    code, _, err = run("thresholds", "lint", "h100.json", "--reference", "x.npy")
+    code, _, err = run("gate", "thresholds", "lint", "h100.json", "--reference", "x.npy")
     assert code == 2
     assert "there are no decoded frames to damage" in err

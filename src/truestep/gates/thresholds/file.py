@@ -193,7 +193,7 @@ class Thresholds:
                 "a threshold is not a number that can judge",
                 where=f"{self.label}: {key}",
                 measured=f"{value!r}; needed: a finite number",
-                hint="all of them are listed by truestep thresholds lint FILE",
+                hint="all of them are listed by truestep gate thresholds lint FILE",
             )
         return float(value)  # type: ignore[arg-type]  # is_number says so
 
