@@ -238,7 +238,8 @@ class Divergence(Record):
     """The first place whose output differs beyond the floor while its input does not.
 
     `kind` is what the residual looks like; `operator` the call and the line of code inside the
-    module where the two sides part, and which of its weights differ.
+    module where the two sides part, and which of its weights differ. `file` and `line` say that
+    line again where it is below the folder that the check ran in, relative to that.
     """
 
     name: str
@@ -249,6 +250,8 @@ class Divergence(Record):
     modality: str | None = None
     kind: str | None = None
     operator: str | None = None
+    file: str | None = None
+    line: int | None = None
 
     def __str__(self) -> str:
         parts = [f"`{self.fqn or self.name}`"]

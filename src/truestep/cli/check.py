@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from truestep.errors import ReferenceNotFoundError
     from truestep.gates.thresholds.file import Thresholds
     from truestep.judge.known import Entry
-    from truestep.verdict import Comparison
+    from truestep.verdict import Comparison, Verdict
 
 
 @click.command("check")
@@ -212,7 +212,8 @@ def _results(
     with closing(endings):
         for name, outcome in endings:
             if not isinstance(outcome, Exception):
-                hint = spell_out(outcome.hint, name, with_changes=of_calls(cases[name]))
+                hint = outcome.hint or _hint(outcome.verdict, cases[name])
+                hint = spell_out(hint, name, with_changes=of_calls(cases[name]))
                 found[name] = judged(outcome.model_copy(update={"hint": hint}), ledger, name)
                 continue
             if isinstance(outcome, TruestepError):
@@ -223,6 +224,15 @@ def _results(
             text = f"BROKEN {visible(name)}: {type(outcome).__name__}: {outcome}"
             say(text, err=True, lines=True)
     return [found[name] for name in cases if name in found]
+
+
+def _hint(verdict: Verdict, case: AnyCase) -> str:
+    """What would decide, where nothing is decided: more benign runs of the trusted side."""
+    from truestep.verdict import Verdict
+
+    if verdict is not Verdict.INCONCLUSIVE or of_calls(case):
+        return ""
+    return "truestep calibrate CASE"
 
 
 def _refuse(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from truestep.cli.brief import brief_option, in_brief, one_on_stdout
 from truestep.text import say, say_json, visible
 
 if TYPE_CHECKING:
@@ -36,12 +37,14 @@ def give(
     """
     if json_path == "-":
         say_json(result.model_dump_json(indent=2))
+        in_brief(result, json_path)
         return
     if json_path is not None:
         from truestep.files import write_text
 
         write_text(json_path, result.model_dump_json(indent=2), what)
-    show()
+    if not in_brief(result, json_path):
+        show()
 
 
 def case_options(function: Command) -> Command:
@@ -105,12 +108,15 @@ def _writable(
         from truestep.files import require_room
 
         require_room(Path(value), f"the file of {option.opts[0]}")
+    if option.name == "json_path":
+        one_on_stdout(context, option, str(value))
     return value
 
 
 def output_options(function: Command) -> Command:
-    """`--json [PATH]` and `--report PATH`."""
+    """`--json [PATH]`, `--brief [PATH]` and `--report PATH`."""
     for option in (
+        brief_option,
         click.option(
             "--report",
             type=click.Path(path_type=Path),
