@@ -209,6 +209,7 @@ ADVICE = {
     "leave trusted out",
     "leave --accept out",
     "leave --from-disk out",
+    "leave --post out",
     "leave --dry-run out",
     "leave --keep out",
     "give --references a folder on a larger disk",

@@ -27,6 +27,7 @@ VERBS = {
     "recorder": "Write one file that records where truestep cannot be installed.",
     "bundle": "Make a file under 1 MB of a recording, for an issue thread.",
     "serve-check": "Ask a server of pictures or videos whether it does what it is asked for.",
+    "comment": "Render results for a pull request: comment, summary, annotations, SARIF, JUnit.",
     "show": "Show what a file or folder is and holds, or what profiles say.",
     "doctor": "Show machine, libraries, attention kernel and what is missing.",
 }

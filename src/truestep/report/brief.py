@@ -28,17 +28,16 @@ MOST_TOKENS = 2_000
 _CUTS = ((20, 6, 400), (12, 4, 300), (8, 3, 200), (6, 2, 140), (4, 1, 100), (2, 1, 70), (1, 0, 50))
 """Items, evidence of each and letters of a text: the first that fits is taken."""
 
-_PIECE = re.compile(r"[A-Za-z]{1,4}|[0-9]{1,2}|[ \t]+(?=[A-Za-z])|[^A-Za-z0-9]")
+_PIECE = re.compile(r"[a-z]{1,2}|[0-9A-Z]|[^A-Za-z0-9 ]| (?![A-Za-z])")
 
 
 def tokens(text: str) -> int:
     """An upper estimate of the tokens of a text, for tokenizers of byte pairs.
 
-    Four letters, two digits, or one other character make a token, three those beyond ASCII; a space
-    goes with the word after it.
+    Two small letters or one other character make a token, three those beyond ASCII; a
+    space goes with the word after it. Text of random letters is what comes near it.
     """
-    pieces = (piece for piece in _PIECE.findall(text) if piece.strip() or len(piece) > 1)
-    return sum(1 if piece.isascii() else 3 for piece in pieces)
+    return sum(1 if piece.isascii() else 3 for piece in _PIECE.findall(text))
 
 
 class Brief(Record):
