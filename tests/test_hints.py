@@ -681,6 +681,7 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep record CASE --update": (no_floor, (0,)),
     "truestep record CASE --update  # records it again": (cut, (0,)),
     "truestep record CASE --update  # replaces it": (given("record", "a"), (0,)),
+    "truestep skill --write {} --force": (twice("skill", "--write", "my skill"), (0,)),
     "truestep recorder --write {} --force": (twice("recorder", "--write", "my recorder.py"), (0,)),
     "--set terminal_sigma=0.1": (
         given(*LTX2, "sampler=res2s", "--set", "terminal_sigma=0.001"), (0,)),
