@@ -246,6 +246,8 @@ ELSEWHERE = {
     "--set device=cpu  # or a torch build for the device": "of a machine with such a device",
     "truestep doctor": "of an attention backend of another machine",
     "git checkout {}": "needs a repository",
+    "git diff {} -- {}": "tests/judge/test_rule_changes",
+    "git log --oneline --max-count 5": "fails where there is no repository, which is what it tells",
     "git checkout {}  # or delete it and run the parity tests again": "needs a repository",
     "unset {}  # tests the installed package": "a variable of the reader's shell",
     "TRUESTEP_TRACEBACK=1 {}": "tests/cli/test_ended",

@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 from tests.experiment.test_table import Made
 from tests.report import results_to_show as results
 from tests.report.golden_files import GOLDEN, LINK, texts
+from truestep.records import RuleChange
 from truestep.report.markdown import MOST_COMMENT, Frame, code, comment, marker, summary
 from truestep.text import visible
 from truestep.verdict import Results
@@ -119,3 +120,15 @@ def test_an_experiment_is_rendered_too(tmp_path: Path) -> None:
     text = comment(found, Frame())
     assert f"truestep: ✕ {found.verdict.value}" in text
     assert json.dumps(found.cells[0].verdict.value)[1:-1] in text
+
+
+def test_what_decides_and_was_changed_stands_above_what_passes_by_it() -> None:
+    change = RuleChange(
+        kind="threshold", file="limits.json", key="ssim", actual="0.5", reference="0.95"
+    )
+    passed = results.passed().model_copy(update={"rule_changes": (change,)})
+    text = comment(Results.of([passed, passed]), Frame())
+    told = "<code>threshold ssim&#58; 0.5 (was 0.95), in limits.json</code>"
+    assert text.count(told) == 1
+    assert text.index(told) < text.index("| | case |")
+    assert "What decides" not in comment(Results.of([results.passed()]), Frame())

@@ -32,6 +32,7 @@ from truestep.cli.common import (
     set_option,
     subject_options,
 )
+from truestep.cli.rules import Rules
 from truestep.cli.words import spell_out, spelled
 from truestep.text import quoted, say, visible
 
@@ -95,6 +96,14 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Ledger of known failures: a drift as stated there passes, and says so.",
 )
+@click.option(
+    "--locked",
+    is_flag=False,
+    flag_value="",
+    metavar="[REV]",
+    help="Refuse where known failures, thresholds, references or cases were changed since REV; "
+    "default: where this branch began, as git knows it.",
+)
 @from_disk_option
 @click.option(
     "--dry-run",
@@ -114,7 +123,7 @@ if TYPE_CHECKING:
     "without it, one CPU.",
 )
 @output_options
-def command(  # 29 parameters, long: the options of the verb
+def command(  # 30 parameters, long: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -138,6 +147,7 @@ def command(  # 29 parameters, long: the options of the verb
     thresholds: Path | None,
     platform: str | None,
     known: Path | None,
+    locked: str | None,
     from_disk: bool,
     dry_run: bool,
     ray: str | None,
@@ -174,6 +184,7 @@ def command(  # 29 parameters, long: the options of the verb
         changed = {name: case.replace(**settings[name]) for name, case in cases.items()}
         end(tell(changed, "check", from_disk=from_disk, change=change))
     ledger = _ledger(known, cases, case_file=case_file, tier=tier)
+    rules = Rules.of(case_file, known, thresholds, references or DEFAULT_ROOT, locked=locked)
     common: dict[str, Any] = {
         "depth": depth,
         "steps": None if steps is None else numbers(steps, "--steps"),
@@ -196,7 +207,7 @@ def command(  # 29 parameters, long: the options of the verb
     if ray is not None:
         folder = references or DEFAULT_ROOT
         endings = _on_cluster(check, cases, options, ray, accelerator, reference or folder)
-    results = _results(endings, cases, ledger)
+    results = [rules.told(result) for result in _results(endings, cases, ledger)]
     code = finish(results, json_path=json_path, report=report) if results else 2
     end(code if len(results) == len(cases) else 2)
 

@@ -17,8 +17,9 @@ from truestep.experiment.perf_records import PerfResults
 from truestep.experiment.records import Experiment
 from truestep.report.items import Evidence, Item, command_in, items_of
 from truestep.report.results_file import AnyResult
+from truestep.report.terminal import change_text
 from truestep.text import quoted
-from truestep.verdict import Float, Record, Results
+from truestep.verdict import Comparison, Float, Record, Results
 
 SCHEMA_VERSION = 1
 
@@ -185,6 +186,15 @@ def _sentence(result: AnyResult, items: Sequence[Item]) -> str:
 
 
 def _notes(result: AnyResult) -> tuple[Evidence, ...]:
+    """What holds for the whole; first what decides and was changed."""
+    if isinstance(result, Results | Comparison):
+        every = result.comparisons if isinstance(result, Results) else (result,)
+        told = {
+            change: Evidence(id=f"c{number}.l{at}", text=f"changed: {change_text(change)}")
+            for number, comparison in reversed(list(enumerate(every)))
+            for at, change in enumerate(comparison.rule_changes)
+        }
+        return tuple(told.values())
     notes: Iterable[str] = (
         result.notes if isinstance(result, Experiment | Ablation | Matrix) else ()
     )

@@ -24,6 +24,7 @@ PARTS: dict[type[Record], dict[str, str]] = {
         "d": "case_differences",
         "e": "environment_differences",
         "f": "evidence.findings",
+        "l": "rule_changes",
         "x": "media",
     },
     Experiment: {"c": "cells", "n": "notes"},

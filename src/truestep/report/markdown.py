@@ -17,6 +17,7 @@ from truestep.report.brief import brief_of, shortened
 from truestep.report.html import LABELS, SIGNS, outcome
 from truestep.report.items import Item, items_of
 from truestep.report.results_file import AnyResult
+from truestep.report.terminal import change_text
 from truestep.text import visible
 from truestep.verdict import Comparison, Results, Rows
 
@@ -84,6 +85,7 @@ def _lines(result: AnyResult, frame: Frame, most: int, *, opened: bool) -> Itera
     brief = brief_of(result)
     head = [f"### truestep: {_sign(brief.exit_code)} {brief.verdict}", "", code(brief.sentence), ""]
     head += _claim(frame)
+    head += _changed(result)
     head += ["| | case | verdict | where |", "|---|---|---|---|"] if items else []
     tail = ["", *_tail(result, frame)]
     room = most - sum(len(line) + 1 for line in (*head, *tail)) - 200
@@ -139,6 +141,16 @@ def _claim(frame: Frame) -> list[str]:
         "here.",
         "",
     ]
+
+
+def _changed(result: AnyResult) -> list[str]:
+    """What decides and was changed: before all that passes by it."""
+    every = result.comparisons if isinstance(result, Results) else (result,)
+    found = [c for each in every if isinstance(each, Comparison) for c in each.rule_changes]
+    told = [f"- {code(change_text(change), 400)}" for change in dict.fromkeys(found)]
+    more = [f"- {len(told) - _MOST_PROOFS} more"] if len(told) > _MOST_PROOFS else []
+    first = "**What decides was changed, too:**"
+    return [first, "", *told[:_MOST_PROOFS], *more, ""] if told else []
 
 
 def _table_row(item: Item, word: str) -> str:

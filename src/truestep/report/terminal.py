@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from truestep.keys import key_of
-from truestep.records import MediaEvidence, MediaFacts
+from truestep.records import MediaEvidence, MediaFacts, RuleChange
 from truestep.text import say, visible
 from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Rows, Verdict
 
@@ -75,6 +75,10 @@ def lines(comparison: Comparison) -> Iterable[str]:
             yield from _wrapped("note", gate.note)
     if comparison.known is not None:
         yield from _wrapped("ledger", comparison.known.text)
+    for change in comparison.rule_changes[:MAX_ROWS]:
+        yield from _wrapped("changed", change_text(change))
+    if len(comparison.rule_changes) > MAX_ROWS:
+        yield f"  changed      ... {len(comparison.rule_changes) - MAX_ROWS} more that decide here"
     if comparison.looked_at:
         yield from _wrapped("looked at", ", ".join(comparison.looked_at))
     if comparison.not_looked_at:
@@ -93,6 +97,12 @@ def lines(comparison: Comparison) -> Iterable[str]:
         yield from _wrapped("note", note)
     if comparison.hint and not comparison.verdict.passed:
         yield f"  hint         {comparison.hint}"
+
+
+def change_text(change: RuleChange) -> str:
+    """Something that decides a verdict and was changed, in words."""
+    before = f"{change.actual} (was {change.reference})"
+    return f"{change.kind} {change.key}: {before}, in {change.file}"
 
 
 def _numbers(gate: GateResult) -> str:
