@@ -1,6 +1,6 @@
 """Pages of Markdown whose blocks are run: files that they name, commands and what those print.
 
-python -m tests.documents [PAGES]     runs the commands of pages, and writes what they print into them
+python -m tests.documents [PAGES]     runs the commands of pages, writes what they print into them
 
 A block of `toml` or `python` whose first line is `# NAME: ...` or `# NAME` is a file. A `console`
 block after `<!-- run -->` is run, all of a page in one folder.

@@ -41,7 +41,7 @@ VOCABULARY = frozenset(
 )
 """Modules of the package's own folder that every room may use."""
 
-PLUGIN = frozenset({"pytest_fixture", "pytest_marked", "pytest_plugin"})
+PLUGIN = frozenset({"pytest_fixture", "pytest_marked", "pytest_plugin", "pytest_rules"})
 
 ROOMS = (
     "vocabulary",

@@ -209,6 +209,7 @@ ADVICE = {
     "leave trusted out",
     "leave --accept out",
     "leave --from-disk out",
+    "leave --post out",
     "leave --dry-run out",
     "leave --keep out",
     "give --references a folder on a larger disk",
@@ -245,6 +246,8 @@ ELSEWHERE = {
     "--set device=cpu  # or a torch build for the device": "of a machine with such a device",
     "truestep doctor": "of an attention backend of another machine",
     "git checkout {}": "needs a repository",
+    "git diff {} -- {}": "tests/judge/test_rule_changes",
+    "git log --oneline --max-count 5": "fails where there is no repository, which is what it tells",
     "git checkout {}  # or delete it and run the parity tests again": "needs a repository",
     "unset {}  # tests the installed package": "a variable of the reader's shell",
     "TRUESTEP_TRACEBACK=1 {}": "tests/cli/test_ended",
@@ -328,6 +331,10 @@ def watched(pipe):
     layer = pipe.transformer.proj_out
     own = layer.forward
     layer.forward = lambda x: own(x) + bool(layer._forward_hooks)
+
+def unsure(pipe):
+    own = pipe.transformer.proj_out.forward
+    pipe.transformer.proj_out.forward = lambda x: own(x) * (1 + 7.6e-6)
 
 def raises(pipe):
     def update(*given, **named):
@@ -667,6 +674,7 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep check --reference {}": (
         lambda folder: ("check", *as_changed(folder)[1:]), (0,)),
     "truestep check --reference {}  # judges by it as it is": (copied, (0,)),
+    "truestep record CASE --runs 30": (given("check", "a", "--apply", "change.py:unsure"), (0,)),
     "truestep check CASE": (another_model, (1,)),
     "truestep compare --activations {}": (activations, (0,)),
     "truestep weights {}": (renamed_parameters, (0,)),
@@ -679,6 +687,7 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep record CASE --update  # replaces it": (given("record", "a"), (0,)),
     "truestep trace recorder --write {} --force": (
         twice("trace", "recorder", "--write", "my recorder.py"), (0,)),
+    "truestep skill --write {} --force": (twice("skill", "--write", "my skill"), (0,)),
     "--set terminal_sigma=0.1": (
         given(*LTX2, "sampler=res2s", "--set", "terminal_sigma=0.001"), (0,)),
     "--set sigma_schedule=distilled_stage_2 --set steps=3": (  # then the paths are looked at

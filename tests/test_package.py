@@ -239,6 +239,8 @@ LIGHT = [
     "from truestep.cli.app import app; app(['thresholds', 'lint', '-h'], standalone_mode=False)",
     "import truestep.experiment.store, truestep.experiment.table, truestep.report.ab",
     "import truestep.report.ablation",
+    "import truestep.report.markdown, truestep.report.ci, truestep.report.pull_request",
+    "import truestep.report.brief, truestep.report.details",
     "from truestep.cli.app import app; app(['ablate', '--help'], standalone_mode=False)",
     "from truestep.cli.app import app; app(['tiny', '--help'], standalone_mode=False)",
     "from truestep.cli.app import app; app(['serve-check', '-h'], standalone_mode=False)",

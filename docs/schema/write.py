@@ -12,6 +12,7 @@ from truestep.experiment.perf_importing import PerfImport
 from truestep.experiment.perf_records import PerfResults
 from truestep.experiment.records import Experiment
 from truestep.gates.thresholds.linting import Lint
+from truestep.report.brief import Brief
 from truestep.report.trend import Trend
 from truestep.verdict import Comparison, Results
 
@@ -25,9 +26,10 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "thresholds-lint-1": Lint,
     "ablation-1": Ablation,
     "ablation-matrix-1": Matrix,
+    "brief-1": Brief,
 }
 """File to model: of one comparison, of `check`, `ab`, `perf record` and `check`, `perf show`,
-`perf import`, `thresholds lint`, `ablate`, `ablate --all`."""
+`perf import`, `thresholds lint`, `ablate`, `ablate --all`; of what `--brief` gives of any."""
 
 
 def main() -> None:

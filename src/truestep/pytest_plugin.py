@@ -21,6 +21,7 @@ from truestep.pytest_fixture import (
     reference_root,
 )
 from truestep.pytest_marked import MARK, NEVER_REACHED, Marked
+from truestep.pytest_rules import RunRules, rules_of
 
 STATE = pytest.StashKey["_Session"]()
 WATCHED: pytest.StashKey[Watched | None] = pytest.StashKey()
@@ -52,6 +53,8 @@ class _Session:
     began: bool = False
     ended: bool = False
     failed: bool = False
+    files: set[str] = field(default_factory=set)
+    rules: RunRules = field(default_factory=RunRules)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -75,6 +78,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE.toml",
         help='ledger of known failures, [known."test_file.py::test_name"]: a drift as stated '
         "there passes, and says so",
+    )
+    group.addoption(
+        "--truestep-locked",
+        nargs="?",
+        const="",
+        metavar="REV",
+        help="fail where markers or limits of tests, known failures or references were changed "
+        "since REV (default: where this branch began, as git knows it)",
     )
     group.addoption(
         "--truestep-require-executed",
@@ -279,6 +290,7 @@ class _Collector:
         state = self._state
         data: Mapping[str, Any] = getattr(report, "truestep", None) or {}
         marked, numeric = data.get("marked", False), data.get("numeric", 0)
+        state.files.add(report.nodeid.partition("::")[0])
         state.marked.report(report, marked=marked, numeric=numeric)
         if not data:  # xdist's own of a worker that crashed, or a subtest's
             return
@@ -324,6 +336,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     state.ended = True
     state.stray = _stray(config, state)
     state.failed = bool(state.stray or config.stash[LATE] or _not_executed(config, state))
+    state.rules = rules_of(config, state.files)
+    state.failed |= bool(state.rules.refused)
     if config.getoption("truestep_parity"):
         from datetime import date
 
@@ -344,7 +358,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     from truestep.verdict import Comparison, Results
 
-    comparisons = [Comparison.model_validate_json(text) for text in state.comparisons]
+    every = (Comparison.model_validate_json(text) for text in state.comparisons)
+    comparisons = [state.rules.told(comparison) for comparison in every]
     if report and comparisons:
         from truestep.report import html
 
@@ -359,7 +374,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     state = config.stash[STATE]
     required = config.getoption("truestep_require_executed")
     unused = _unused(config, state)
-    listed = (state.comparisons, state.written, unused, state.ledgers, state.unwritten)
+    rules = state.rules.lines()
+    listed = (state.comparisons, state.written, unused, state.ledgers, state.unwritten, rules)
     if not (required or state.failed or any(listed)):
         return
     terminalreporter.section("truestep")
@@ -373,6 +389,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.line(f"KNOWN FAILURE {text}", yellow=True)
     for name in state.stray:
         terminalreporter.line(f"KNOWN FAILURE OF NO CHECK {name}: delete the entry", red=True)
+    for text in rules:
+        terminalreporter.line(text, red=bool(state.rules.refused), yellow=not state.rules.refused)
     for name in config.stash[LATE]:
         terminalreporter.line(f"ENDED AFTER ITS TEST {name}", red=True)
     for text in _not_executed(config, state):

@@ -108,6 +108,24 @@ class KnownFailure(Record):
         return self.outcome == "known"
 
 
+RuleKind = Literal["known failure", "threshold", "reference", "case", "test"]
+
+
+class RuleChange(Record):
+    """Something that decides a verdict, and is not what it was in the promoted state.
+
+    Attributes:
+        file: Where it stands. key: what of it.
+        actual, reference: Now and then, as text.
+    """
+
+    kind: RuleKind
+    file: str
+    key: str
+    actual: str
+    reference: str
+
+
 class Cost(Record):
     """What the check cost, beside one full generation of the same case."""
 

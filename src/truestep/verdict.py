@@ -22,6 +22,7 @@ from truestep.records import Light as Light
 from truestep.records import Media as Media
 from truestep.records import MediaEvidence as MediaEvidence
 from truestep.records import Record as Record
+from truestep.records import RuleChange as RuleChange
 from truestep.records import Sound as Sound
 from truestep.records import SoundMetrics as SoundMetrics
 from truestep.text import visible
@@ -238,7 +239,8 @@ class Divergence(Record):
     """The first place whose output differs beyond the floor while its input does not.
 
     `kind` is what the residual looks like; `operator` the call and the line of code inside the
-    module where the two sides part, and which of its weights differ.
+    module where the two sides part, and which of its weights differ. `file` and `line` say that
+    line again where it is below the folder that the check ran in, relative to that.
     """
 
     name: str
@@ -249,6 +251,8 @@ class Divergence(Record):
     modality: str | None = None
     kind: str | None = None
     operator: str | None = None
+    file: str | None = None
+    line: int | None = None
 
     def __str__(self) -> str:
         parts = [f"`{self.fqn or self.name}`"]
@@ -301,6 +305,7 @@ class Comparison(Record):
         modalities: Audio and video apart, where the tensors have both.
         looked_at, not_looked_at: Coverage in words.
         known: What the ledger of known failures says of it, if it has an entry.
+        rule_changes: What decides here and was changed since the promoted state.
         evidence: What was seen where the two sides are finished media.
         expect: What the change was for; `drifted` has exit code 0 where that is `different`.
     """
@@ -326,6 +331,8 @@ class Comparison(Record):
     gates: tuple[GateResult, ...] = ()
     known: KnownFailure | None = None
     expect: Literal["same", "different"] | None = None
+    rule_changes: tuple[RuleChange, ...] = ()
+    rules_since: str = Field(default="", description="commit compared with; empty: none was")
     cost: Cost | None = None
     media: tuple[Media, ...] = ()
     evidence: MediaEvidence | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,15 +71,25 @@ def line_of(text: str) -> str:
 def test_the_line_is_named(change: str, said: str, code: str) -> None:
     found = first_operator(watched(Whole(change)), watched(Whole()))
     assert found is not None
-    assert said in found
-    assert f"test_statements.py:{line_of(code)}: {code}" in found
+    assert said in found.text
+    assert f"test_statements.py:{line_of(code)}: {code}" in found.text
+    own = None if change == "lacks" else ("tests/replay/test_statements.py", int(line_of(code)))
+    assert found.place == own  # what is lacking stands in the trusted code alone
+
+
+def test_a_line_elsewhere_is_no_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = first_operator(watched(Whole("added")), watched(Whole()))
+    assert found is not None
+    assert "test_statements.py:" in found.text
+    assert found.place is None
 
 
 def test_an_operator_that_was_exchanged() -> None:
     found = first_operator(watched(Whole("other")), watched(Whole()))
     assert found is not None
-    assert "aten.sum" in found
-    assert "for aten.mean" in found
+    assert "aten.sum" in found.text
+    assert "for aten.mean" in found.text
 
 
 def test_another_value_is_found_at_the_operator_that_made_it() -> None:
@@ -87,7 +98,8 @@ def test_another_value_is_found_at_the_operator_that_made_it() -> None:
         model.part.up.bias.add_(0.5)
     found = first_operator(watched(model), watched(Whole()))
     assert found is not None
-    assert found.startswith("aten.addmm at ")
+    assert found.text.startswith("aten.addmm at ")
+    assert found.place is None or found.place[0] == "tests/replay/test_statements.py"
     assert differing_parameters(model.part.up, Part().up) == "bias differs by 2.7"
     assert differing_parameters(Part().up, Part().up) is None
 

@@ -24,6 +24,7 @@ from truestep.verdict import (
     Results,
     Row,
     Rule,
+    RuleChange,
     Side,
     Verdict,
 )
@@ -279,3 +280,11 @@ def test_a_known_failure_passes_and_says_so(drifted: Comparison) -> None:
     page = render([drifted.model_copy(update={"known": known}), drifted])
     assert "2 checks: 1 did not pass, 1 passed (1 drifted, 1 known failure)" in page
     assert page.count("</span> known failure</span>") == 2  # the index and its own section
+
+
+def test_what_decides_and_was_changed_is_on_the_page(drifted: Comparison) -> None:
+    change = RuleChange(kind="case", file="<b>.toml", key="case.a", actual="1", reference="20")
+    page = render([drifted.model_copy(update={"rule_changes": (change,), "rules_since": "f" * 40})])
+    assert "Changed since ffffffffffff, and decides here" in page
+    assert "<td>case: case.a</td><td>1</td><td>20</td><td>&lt;b&gt;.toml</td>" in page
+    assert "and decides here" not in render([drifted])

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from truestep.errors import TruestepError
     from truestep.guard import Ended
 
 
@@ -52,6 +53,7 @@ def run_here() -> int:
             say(f"Try '{context.command_path} --help' for help.", err=True)
             say(err=True)
         say(f"Error: {error.format_message()}", err=True)
+        _in_brief(error.format_message(), error.exit_code)
         return error.exit_code
     except ProcessEndedError as error:
         from truestep.cli.ended import invalid
@@ -61,6 +63,7 @@ def run_here() -> int:
         from truestep.cli.words import spelled
 
         say(f"{type(error).__name__}: {spelled(error)}", err=True, lines=True)
+        _in_brief(error.what, error.exit_code, error)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,6 +76,17 @@ def run_here() -> int:
         return interrupted(getattr(stop, "number", signal.SIGINT), since=began)
     except BaseException as error:
         return _unexpected(error)
+
+
+def _in_brief(what: str, exit_code: int, error: TruestepError | None = None) -> None:
+    """Give the error in brief, too, where that was asked for."""
+    from truestep.cli.words import BRIEF, asked_for
+
+    path = asked_for()[1].get(BRIEF)
+    if path is not None and os.environ.get("RANK", "0") == "0":
+        from truestep.cli.brief import write_error
+
+        write_error(path, what, exit_code, error)
 
 
 def _unexpected(error: BaseException) -> int:

@@ -31,6 +31,9 @@ FURTHER = {
     "run": "Generate a case and save its latent and video.",
     "bundle": "Make a file under 1 MB of a recording, for an issue thread.",
     "serve-check": "Ask a server of pictures or videos whether it does what it is asked for.",
+    "comment": "Render results for a pull request: comment, summary, annotations, SARIF, JUnit.",
+    "skill": "Write a SKILL.md that tells a coding agent how to use truestep.",
+    "mcp": "Serve check, compare, record and what comes next to agents, by MCP on stdin.",
 }
 """Verbs that few need: their names alone are listed."""
 

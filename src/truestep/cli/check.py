@@ -32,6 +32,7 @@ from truestep.cli.common import (
     set_option,
     subject_options,
 )
+from truestep.cli.rules import Rules
 from truestep.cli.words import spell_out, spelled
 from truestep.text import quoted, say, visible
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from truestep.errors import ReferenceNotFoundError
     from truestep.gates.thresholds.file import Thresholds
     from truestep.judge.known import Entry
-    from truestep.verdict import Comparison
+    from truestep.verdict import Comparison, Verdict
 
 
 @click.command("check")
@@ -95,6 +96,14 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Ledger of known failures: a drift as stated there passes, and says so.",
 )
+@click.option(
+    "--locked",
+    is_flag=False,
+    flag_value="",
+    metavar="[REV]",
+    help="Refuse where known failures, thresholds, references or cases were changed since REV; "
+    "default: where this branch began, as git knows it.",
+)
 @from_disk_option
 @click.option(
     "--dry-run",
@@ -114,7 +123,7 @@ if TYPE_CHECKING:
     "without it, one CPU.",
 )
 @output_options
-def command(  # 29 parameters, long: the options of the verb
+def command(  # 30 parameters, long: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -138,6 +147,7 @@ def command(  # 29 parameters, long: the options of the verb
     thresholds: Path | None,
     platform: str | None,
     known: Path | None,
+    locked: str | None,
     from_disk: bool,
     dry_run: bool,
     ray: str | None,
@@ -174,6 +184,7 @@ def command(  # 29 parameters, long: the options of the verb
         changed = {name: case.replace(**settings[name]) for name, case in cases.items()}
         end(tell(changed, "check", from_disk=from_disk, change=change))
     ledger = _ledger(known, cases, case_file=case_file, tier=tier)
+    rules = Rules.of(case_file, known, thresholds, references or DEFAULT_ROOT, locked=locked)
     common: dict[str, Any] = {
         "depth": depth,
         "steps": None if steps is None else numbers(steps, "--steps"),
@@ -196,7 +207,7 @@ def command(  # 29 parameters, long: the options of the verb
     if ray is not None:
         folder = references or DEFAULT_ROOT
         endings = _on_cluster(check, cases, options, ray, accelerator, reference or folder)
-    results = _results(endings, cases, ledger)
+    results = [rules.told(result) for result in _results(endings, cases, ledger)]
     code = finish(results, json_path=json_path, report=report) if results else 2
     end(code if len(results) == len(cases) else 2)
 
@@ -212,7 +223,8 @@ def _results(
     with closing(endings):
         for name, outcome in endings:
             if not isinstance(outcome, Exception):
-                hint = spell_out(outcome.hint, name, with_changes=of_calls(cases[name]))
+                hint = outcome.hint or _hint(outcome.verdict)
+                hint = spell_out(hint, name, with_changes=of_calls(cases[name]))
                 found[name] = judged(outcome.model_copy(update={"hint": hint}), ledger, name)
                 continue
             if isinstance(outcome, TruestepError):
@@ -223,6 +235,13 @@ def _results(
             text = f"BROKEN {visible(name)}: {type(outcome).__name__}: {outcome}"
             say(text, err=True, lines=True)
     return [found[name] for name in cases if name in found]
+
+
+def _hint(verdict: Verdict) -> str:
+    """What would decide, where nothing is decided: more benign runs of the trusted side."""
+    from truestep.verdict import Verdict
+
+    return "truestep record CASE --runs 30" if verdict is Verdict.INCONCLUSIVE else ""
 
 
 def _refuse(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from truestep.cli.brief import brief_option, in_brief, one_on_stdout
 from truestep.text import say, say_json, visible
 
 if TYPE_CHECKING:
@@ -55,12 +56,14 @@ def give(
     """
     if json_path == "-":
         say_json(result.model_dump_json(indent=2))
+        in_brief(result, json_path)
         return
     if json_path is not None:
         from truestep.files import write_text
 
         write_text(json_path, result.model_dump_json(indent=2), what)
-    show()
+    if not in_brief(result, json_path):
+        show()
 
 
 def case_options(function: Command) -> Command:
@@ -124,6 +127,8 @@ def _writable(
         from truestep.files import require_room
 
         require_room(Path(value), f"the file of {option.opts[0]}")
+    if option.name == "json_path":
+        one_on_stdout(context, option, str(value))
     return value
 
 
@@ -151,9 +156,10 @@ verbose_option = click.option(
 
 
 def output_options(function: Command) -> Command:
-    """`-v`, `--json [PATH]` and `--report PATH`."""
+    """`-v`, `--json [PATH]`, `--brief [PATH]` and `--report PATH`."""
     for option in (
         verbose_option,
+        brief_option,
         click.option(
             "--report",
             type=click.Path(path_type=Path),

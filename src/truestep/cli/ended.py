@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from truestep.cli.words import asked_for
+from truestep.cli.words import BRIEF, asked_for
 from truestep.environment import command_line
 from truestep.errors import ProcessEndedError
 from truestep.guard import Ended
@@ -40,8 +40,8 @@ def invalid(error: ProcessEndedError, *, since: float) -> int:
     error.hint = error.hint or again
     error.what = f"invalid: {error.what}"
     say(f"{type(error).__name__}: {error}", err=True, lines=True)
-    if parameters.get("json_path") and os.environ.get("RANK", "0") == "0":
-        _write_json(parameters["json_path"], error)
+    if os.environ.get("RANK", "0") == "0":
+        _write(error, parameters.get("json_path"), parameters.get(BRIEF))
     return error.exit_code
 
 
@@ -94,7 +94,11 @@ def _written(place: Path, since: float) -> Iterator[str]:
         return
 
 
-def _write_json(path: str, error: ProcessEndedError) -> None:
+def _write(error: ProcessEndedError, json_path: str | None, brief_path: str | None) -> None:
+    """Write the outcome as JSON, and in brief, where they were asked for."""
+    if json_path is None and brief_path is None:
+        return
+    from truestep.cli.brief import write_brief
     from truestep.cli.common import give
     from truestep.environment import library_version
     from truestep.verdict import Comparison, Results, Rule, Side, Verdict
@@ -110,4 +114,7 @@ def _write_json(path: str, error: ProcessEndedError) -> None:
         hint=error.hint,
         repeat=command_line(),
     )
-    give(Results.of([result]), json_path=path, show=lambda: None)
+    if json_path is not None:
+        give(Results.of([result]), json_path=json_path, show=lambda: None)
+    if brief_path is not None:
+        write_brief(Results.of([result]), brief_path, json_path)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from truestep.cli.brief import stdout_is_taken
 from truestep.cli.common import end, finish, output_options, progress_bar
 from truestep.text import pasteable, quoted, say
 
@@ -189,7 +190,7 @@ def compare(runs: tuple[Path, ...], json_path: str | None, report: Path | None) 
         end(finish([compare_runs(*read)], json_path=json_path, report=report))
     text, results = odd_one_out(read)
     code = finish(results, json_path=json_path, report=report)
-    if json_path is None:
+    if json_path is None and not stdout_is_taken(json_path):
         say(text)
     end(code)
 

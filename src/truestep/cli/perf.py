@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from truestep.cli.brief import brief_option, one_on_stdout
 from truestep.cli.cases import choose_cases
 from truestep.cli.common import case_options, end, give, progress_bar
 from truestep.cli.words import spell_out, spelled
@@ -29,14 +30,22 @@ _history = click.option(
     show_default=True,
     help="SQLite file of all runs.",
 )
-_json = click.option(
+_full = click.option(
     "--json",
     "json_path",
     is_flag=False,
     flag_value="-",
+    callback=one_on_stdout,
     metavar="[PATH]",
     help="Write the result as JSON; without a path, or with -, to stdout alone.",
 )
+
+
+def _json(function: Command) -> Command:
+    """`--json [PATH]` and `--brief [PATH]`."""
+    return brief_option(_full(function))
+
+
 _runs = click.option(
     "--runs",
     type=click.IntRange(min=1),
@@ -127,7 +136,7 @@ def check(
 @click.option("--tier", default="default", show_default=True, help="Tier of the case.")
 @_history
 @click.option("--report", type=click.Path(path_type=Path), help="Write the trend as HTML.")
-@_json
+@_full
 def show(
     name: str | None,
     case_file: Path,
@@ -172,7 +181,7 @@ def show(
 @command.command("import")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @_history
-@_json
+@_full
 def import_(files: tuple[Path, ...], history: Path, json_path: str | None) -> None:
     """Add other tools' numbers to the history, as cohorts of their own.
 

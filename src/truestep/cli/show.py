@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,22 @@ if TYPE_CHECKING:
 
 SHOWN = 20
 
+_ID = re.compile(r"[a-z]\d+(\.[a-z]\d+)*")
+"""Of a part of a result."""
+
 
 @click.command("show")
-@click.argument("what", nargs=-1, required=True, metavar="FILE | FOLDER | profile [A [B]]")
+@click.argument(
+    "what", nargs=-1, required=True, metavar="FILE | FOLDER | RESULT ID | profile [A [B]]"
+)
 @click.option("--all", "everything", is_flag=True, help=f"Every tensor, not the first {SHOWN}.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON; of a file, its manifest.")
-def command(what: tuple[str, ...], everything: bool, as_json: bool) -> None:
+@click.option("--brief", is_flag=True, help="Of a file of results: what --brief of its verb gives.")
+def command(what: tuple[str, ...], everything: bool, as_json: bool, brief: bool) -> None:
     """Show what a file or folder is and holds; of a recording, its header alone is read.
+
+    Of a file of results (--json), `truestep show RESULT ID` prints what an id of its brief stands
+    for: a case c0, a row c0.r12, a note c0.n3.
 
     `truestep show profile` lists the references that an LTX-2 run can follow; with a name, every
     control of it with its source; with two, those in which they differ.
@@ -32,10 +42,40 @@ def command(what: tuple[str, ...], everything: bool, as_json: bool) -> None:
     first, *names = what
     if first == "profile":
         _show_profiles(names, as_json=as_json)
+    elif brief:
+        _show_brief(first, names)
+    elif len(names) == 1 and _ID.fullmatch(names[0]):
+        _show_detail(first, names[0], as_json=as_json)
     elif names:
         raise UsageError("show takes one file", measured=f"got {len(what)}: {', '.join(what)}")
     else:
         show_file(Path(first), everything=everything, as_json=as_json)
+
+
+def _show_brief(file: str, names: list[str]) -> None:
+    """Print a file of results in brief."""
+    from truestep.errors import UsageError
+    from truestep.report.brief import brief_of
+    from truestep.report.results_file import read_result
+
+    if names:
+        raise UsageError("show --brief takes one file of results", measured=f"got also {names[0]}")
+    say_json(brief_of(read_result(file), path=file).to_json())
+
+
+def _show_detail(file: str, name: str, *, as_json: bool) -> None:
+    """Print what an id of a result stands for."""
+    import json
+
+    from truestep.report.details import detail, lines
+    from truestep.report.results_file import read_result
+
+    found = detail(read_result(file), name)
+    if as_json:
+        say_json(json.dumps(found, indent=2))
+        return
+    for line in lines(found):
+        say(line)
 
 
 def _show_profiles(names: list[str], *, as_json: bool) -> None:

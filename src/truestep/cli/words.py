@@ -11,6 +11,9 @@ import click
 from truestep.errors import TruestepError
 from truestep.text import pasteable
 
+BRIEF = "brief_path"
+"""Where a click context keeps what --brief is given: no verb has to pass it on."""
+
 _OF_A_CASE = re.compile(r"\btruestep ((?:(?:trace|perf) )?[a-z]+) CASE\b")
 _SAYING = ("prompt", "pipeline", "subject", "inputs", "loras", "prepare")
 """Options that say a case on the command line."""
@@ -32,7 +35,8 @@ def asked_for() -> tuple[str, dict[str, Any]]:
         while True:
             context = command.make_context(None, list(args), parent=context, resilient_parsing=True)
             if not isinstance(command, click.Group):
-                return " ".join(verb), dict(context.params)
+                brief = {BRIEF: context.meta[BRIEF]} if BRIEF in context.meta else {}
+                return " ".join(verb), {**context.params, **brief}
             state = vars(context)  # the attribute's public name is deprecated since click 8.2
             rest = state.get("_protected_args", state.get("protected_args", []))
             words = [*rest, *context.args]

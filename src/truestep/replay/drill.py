@@ -222,11 +222,13 @@ def _with_operator(
         for change in (None, rounding(torch.Generator("cpu").manual_seed(0)))
     )
     same_class = type(own) is type(theirs)
-    told = [first_operator(made, reference, benign, same_class=same_class)]
+    parting = first_operator(made, reference, benign, same_class=same_class)
+    told = [parting.text if parting else None]
     if same_class:
         told.append(differing_parameters(own, theirs))
     text = "; ".join(part for part in told if part)
-    return found.model_copy(update={"operator": text or None})
+    file, line = (parting and parting.place) or (None, None)
+    return found.model_copy(update={"operator": text or None, "file": file, "line": line})
 
 
 def _expected(

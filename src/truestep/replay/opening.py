@@ -361,6 +361,8 @@ def _raising(
         return noted(comparison, "no module named: run once more, it does not raise")
     if not running.names:
         return noted(comparison, "no module named: it raised outside every component")
-    line = raising_line(result.frames)
-    update = {"fqn": running.names[-1], "operator": line, "kind": None}
+    raised = raising_line(result.frames)
+    file, line = (raised and raised.place) or (None, None)
+    where = {"operator": raised and raised.text, "file": file, "line": line}
+    update = {"fqn": running.names[-1], "kind": None, **where}
     return with_divergence(comparison, first.model_copy(update=update), ())

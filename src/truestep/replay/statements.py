@@ -8,6 +8,7 @@ part, in another call, another argument or another result, is where the error is
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,10 @@ _UNSEEN = {
 """Operators without a result of their own: views, and memory that was not filled yet."""
 
 
+Place = tuple[str, int]
+"""A file relative to the current folder, and a line of it."""
+
+
 @dataclass(frozen=True)
 class Operator:
     """One call of an operator.
@@ -73,6 +78,7 @@ class Operator:
         outputs: Host copies, in real numbers.
         line: `file:line` of the nearest Python outside torch.
         code: That line.
+        place: File and number of that line, where it is the user's; see `_below`.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Operator:
     outputs: tuple[Tensor, ...]
     line: str
     code: str
+    place: Place | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -103,10 +110,11 @@ class _Watch(TorchDispatchMode):
             outputs = (t for _, t in leaves(output, "out") if not t.is_meta)  # what is offloaded
             returned = (in_real_numbers(t.detach()) for t in outputs)
             made = tuple(t.to("cpu", copy=True) for t in returned)
-            line, code = _calling()
+            line, code, place = _calling()
             if any(part in line for part in _MOVING):
                 return output
-            self.found.append(Operator(str(func), _plain(func, args, kwargs), made, line, code))
+            told = _plain(func, args, kwargs)
+            self.found.append(Operator(str(func), told, made, line, code, place))
         return output
 
 
@@ -162,14 +170,30 @@ def operators(
     return watch.found
 
 
+@dataclass(frozen=True)
+class Parting:
+    """Where two runs of one module part.
+
+    Attributes:
+        text: The operator and its line, in words.
+        place: That line, where it is the user's.
+    """
+
+    text: str
+    place: Place | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def first_operator(
     actual: Sequence[Operator],
     reference: Sequence[Operator],
     benign: Sequence[Operator] = (),
     *,
     same_class: bool = True,
-) -> str | None:
-    """Where two runs of one module, of which the outputs differ, part; in words.
+) -> Parting | None:
+    """Where two runs of one module, of which the outputs differ, part.
 
     Args:
         actual, reference: Operators of both sides on the same inputs.
@@ -189,14 +213,14 @@ def first_operator(
             for at in range(a1 - a0):
                 found = _differs(actual[a0 + at], reference[r0 + at], benign, r0 + at)
                 if found:
-                    return found
+                    return Parting(found, actual[a0 + at].place)
         elif tag == "insert":  # only the reference has it
-            return f"lacks {reference[r0]}"
+            return Parting(f"lacks {reference[r0]}")
         elif tag == "delete":
-            return f"adds {actual[a0]}"
+            return Parting(f"adds {actual[a0]}", actual[a0].place)
         else:
-            return f"{actual[a0]} (for {_short(reference[r0])})"
-    return "all its operators agree: a hook, or code around them, returns another tensor"
+            return Parting(f"{actual[a0]} (for {_short(reference[r0])})", actual[a0].place)
+    return Parting("all its operators agree: a hook, or code around them, returns another tensor")
 
 
 def differing_parameters(actual: torch.nn.Module, reference: torch.nn.Module) -> str | None:
@@ -297,17 +321,19 @@ def _simple(value: Any) -> bool:
     return isinstance(value, bool | int | float | str | torch.dtype)
 
 
-def _calling() -> tuple[str, str]:
-    """File, line and text of the nearest frame outside torch and this module."""
+def _calling() -> tuple[str, str, Place | None]:
+    """File and line in words, the line's text, and its place, of the nearest frame outside torch
+    and this module."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if not _passed_by(frame.f_code.co_filename):
-            return _line(frame.f_code.co_filename, frame.f_lineno)
+            file, number = frame.f_code.co_filename, frame.f_lineno
+            return (*_line(file, number), _below(file, number))
         frame = frame.f_back
-    return "?", ""
+    return "?", "", None
 
 
-def raising_line(frames: Sequence[FrameSummary]) -> str | None:
+def raising_line(frames: Sequence[FrameSummary]) -> Parting | None:
     """The line nearest to where an error was raised, outside torch and this module, in words.
 
     Args:
@@ -315,7 +341,8 @@ def raising_line(frames: Sequence[FrameSummary]) -> str | None:
     """
     for frame in reversed(frames):
         if not _passed_by(frame.filename) and frame.lineno is not None:
-            return ": ".join(_line(frame.filename, frame.lineno))
+            text = ": ".join(_line(frame.filename, frame.lineno))
+            return Parting(text, _below(frame.filename, frame.lineno))
     return None
 
 
@@ -327,6 +354,15 @@ def _line(file: str, number: int) -> tuple[str, str]:
     import linecache
 
     return f"{_shown(file)}:{number}", linecache.getline(file, number).strip()
+
+
+def _below(file: str, number: int) -> Place | None:
+    """The line as a place in the current folder; None where it is of a library, or elsewhere."""
+    purelib, here = (os.path.join(p, "") for p in (sysconfig.get_paths()["purelib"], os.getcwd()))
+    file = os.path.abspath(file)
+    if file.startswith(purelib) or not file.startswith(here):
+        return None
+    return file[len(here) :].replace(os.sep, "/"), number
 
 
 def _shown(file: str) -> str:

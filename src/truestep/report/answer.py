@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from truestep.records import MediaEvidence
-from truestep.report.words import said, stage_label
+from truestep.report.words import change_text, next_command, said, stage_label
 from truestep.text import columns, command_lines, visible, wrapped
 from truestep.verdict import Comparison, Results, Row, Rows, Verdict
 
@@ -26,9 +26,7 @@ _WEAK = 0.1
 
 _FINDINGS = 4
 _NOTES = 3
-_OPENED = ("text", "connector", "prediction", "decoding")
-"""Stages whose models `--depth modules` opens."""
-
+_CHANGES = 2
 _WORDS = {
     Verdict.MISSING: "MISSING",
     Verdict.INCOMPARABLE: "INCOMPARABLE",
@@ -128,19 +126,11 @@ def summary(results: Results) -> str:
 
 
 def next_line(comparison: Comparison) -> str:
-    """What to do next: the hint of a comparison that did not pass, or the check that looks deeper;
-    empty where there is none."""
-    if comparison.exit_code == 0:
-        return ""
-    if comparison.hint:
-        command = comparison.hint.startswith(("truestep ", "pip "))
-        return f"{'next' if command else 'hint'}: {comparison.hint}"
-    first = comparison.first_divergence
-    drifted = comparison.verdict in (Verdict.DRIFTED, Verdict.INVALID)
-    checked = comparison.repeat.startswith("truestep check ")
-    if first is None or not drifted or not checked or "--depth" in comparison.repeat.split():
-        return ""
-    return f"next: {comparison.repeat} --depth modules" if first.stage in _OPENED else ""
+    """What to do next, labelled: a command, or advice; empty where there is none."""
+    command = next_command(comparison)
+    if command:
+        return f"next: {comparison.hint or command}"  # with what is said beside it
+    return f"hint: {comparison.hint}" if comparison.hint and comparison.exit_code else ""
 
 
 def _labelled(label: str, value: str | None) -> str | None:
@@ -173,6 +163,11 @@ def _head(comparison: Comparison) -> Iterator[Block]:
         yield _block(1, label, case_of(comparison))
     if comparison.known is not None:
         yield _block(1, "ledger", comparison.known.text, most=2)
+    for change in comparison.rule_changes[:_CHANGES]:
+        yield _block(1, "changed", change_text(change), most=2)
+    if len(comparison.rule_changes) > _CHANGES:
+        more = len(comparison.rule_changes) - _CHANGES
+        yield Block(1, (f"  changed      ... {more} more that decide here (-v)",))
     for label, differences in (
         ("case differs", comparison.case_differences),
         ("environment", comparison.environment_differences),

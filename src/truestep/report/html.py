@@ -19,7 +19,7 @@ from truestep.report.words import said
 from truestep.verdict import Comparison, Media, Results, Row, Verdict
 
 LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
-_SIGNS = {"pass": "✓", "fail": "✕", "blocked": "⊘", "unsure": "?"}
+SIGNS = {"pass": "✓", "fail": "✕", "blocked": "⊘", "unsure": "?"}
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def page(template: str, **fields: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, code=code, sign=_SIGNS.__getitem__)
+    environment.filters.update(number=number, code=code, sign=SIGNS.__getitem__)
     script = (folder / "report.js").read_text("utf-8")
     return environment.get_template(template).render(
         script=script,

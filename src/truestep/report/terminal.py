@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from truestep.keys import key_of
 from truestep.records import MediaEvidence
 from truestep.report.answer import answer, answers, case_of, headline, next_line, summary
-from truestep.report.words import said, stage_label
+from truestep.report.words import change_text, said, stage_label
 from truestep.text import say, wrapped
 from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Rows, Verdict
 
@@ -82,6 +82,10 @@ def lines(comparison: Comparison) -> Iterable[str]:
             yield from wrapped("note", gate.note)
     if comparison.known is not None:
         yield from wrapped("ledger", comparison.known.text)
+    for change in comparison.rule_changes[:MAX_ROWS]:
+        yield from wrapped("changed", change_text(change))
+    if len(comparison.rule_changes) > MAX_ROWS:
+        yield f"  changed      ... {len(comparison.rule_changes) - MAX_ROWS} more that decide here"
     if comparison.looked_at:
         yield from wrapped("looked at", ", ".join(comparison.looked_at))
     if comparison.not_looked_at:
