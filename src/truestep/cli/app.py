@@ -11,6 +11,7 @@ VERBS = {
     "demo": "Tell the whole story on the builtin digits model, in about two minutes.",
     "run": "Generate a case and save its latent and video.",
     "record": "Record a case as its reference, with its measured noise floor.",
+    "references": "Share references of a team: store, promote a draft with a reason, go back.",
     "check": "Say whether a changed model is still the same as its reference.",
     "trace": "Record what every module of a model gives, step by step.",
     "calibrate": "Add benign runs to a reference's noise floor, and measure the false alarms.",

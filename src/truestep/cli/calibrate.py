@@ -82,7 +82,7 @@ def command(
             updated.save(path)
         else:
             store = Store(references or DEFAULT_ROOT)
-            store.save(updated, place_of(updated, tier=tier), update=True)
+            path = store.save(updated, place_of(updated, tier=tier), update=True)
         say(f"CALIBRATED {name}: {found.added} benign runs added")
         _told(found)
         say(f"reference: {path}")

@@ -119,7 +119,7 @@ def command(  # 21 parameters: the options of the verb
     from truestep.errors import TruestepError
     from truestep.files import require_room
     from truestep.recording.format import WHAT
-    from truestep.recording.store import DEFAULT_ROOT, Store
+    from truestep.recording.store import DEFAULT_ROOT, Store, is_draft
 
     root = references or DEFAULT_ROOT
     words = Words(names, case_file, tier, prompt, pipeline, subject, inputs, root, loras, prepare)
@@ -148,7 +148,8 @@ def command(  # 21 parameters: the options of the verb
         _told(name, recording, path)
         if level == "full":
             said = words.says_case and of_calls(case)
-            _say_check(name, path, said=said, by_name=(said or not changes) and not output)
+            named = (said or not changes) and not output and not is_draft(store.root, path)
+            _say_check(name, path, said=said, by_name=named)
     end(2 if broken else 0)
 
 
@@ -229,7 +230,7 @@ def _existing(store: Store, cases: Mapping[str, AnyCase], tier: str) -> dict[str
     Raises:
         UsageError: There is one of the only case.
     """
-    places = [place for place in store.places() if place.tier == tier]
+    places = [place for place in store.known() if place.tier == tier]
     found = {}
     for name, case in cases.items():
         for place in places:
