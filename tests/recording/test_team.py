@@ -540,3 +540,17 @@ def test_a_lock_of_a_later_version_says_upgrade(root: Path) -> None:
     (root / LOCK_FILE).write_text('{"lock_version": 3, "references": {}, "more": 1}')
     with pytest.raises(FileFormatError, match="written by a newer truestep"):
         read_lock(root)
+
+
+def test_what_was_begun_and_never_written_is_no_reference(root: Path, remote: Remote) -> None:
+    """A record that was killed before its first file stood in its place."""
+    put_entry_in(root, Entry(pending="0" * 64))
+    with pytest.raises(ReferenceNotFoundError):
+        find(Store(root))
+    assert [each.state for each in push(root, [NAME], remote)] == []
+    assert save(Store(root), recording(1.0)).exists()
+
+
+def put_entry_in(root: Path, entry: Entry) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    put_entry(root, NAME, entry)

@@ -58,12 +58,12 @@ def entry_of(root: Path, name: str) -> Entry:
 
 def draft_of(entry: Entry) -> str | None:
     """The content that may be promoted."""
-    return entry.draft if entry.history else entry.sha256 or entry.pending
+    return entry.draft if entry.history else entry.sha256
 
 
 def judged_by(entry: Entry) -> str | None:
     """The content that a check judges by."""
-    return entry.promoted or entry.sha256 or entry.pending
+    return entry.promoted or entry.sha256
 
 
 def restored(
@@ -111,9 +111,12 @@ def restored(
 
 def content_of(path: Path) -> str | None:
     """SHA-256 of a file; None where there is none, or a pointer of Git LFS in its place."""
-    if not path.exists() or pointed_at(path) is not None:
+    if pointed_at(path) is not None:
         return None
-    return sha256_at(path)
+    try:
+        return sha256_at(path)
+    except FileNotFoundError:
+        return None
 
 
 def changed(root: Path, name: str) -> FileFormatError:
@@ -188,8 +191,7 @@ def needed(root: Path, name: str) -> set[str]:
     if entry.pending is None:
         return entry.named
     here = content_of(root / name)
-    other = entry.sha256 if here == entry.pending else entry.pending
-    return entry.named - ({other} if here else set())
+    return entry.named - {entry.sha256 if here == entry.pending else entry.pending}
 
 
 def adopt(root: Path, name: str, path: Path) -> tuple[str, Path]:

@@ -116,7 +116,8 @@ class Store:
     def known(self) -> list[Place]:
         """Every reference that is in the folder or can be fetched into it, sorted."""
         places = {place.name: place for place in self.places()}
-        others = read_lock(self.root).references.keys() - places.keys()
+        lock = read_lock(self.root).references
+        others = {name for name, entry in lock.items() if entry.sha256 and name not in places}
         if others and self.address is not None:
             places |= {name: place for name in others if (place := place_named(name))}
         return [places[name] for name in sorted(places)]

@@ -139,11 +139,12 @@ def pull(
     moved = []
     for name in names:
         entry, path = entry_of(root, name), root / name
-        sha256 = judged_by(entry)
-        before = content_of(path)
+        sha256, before = judged_by(entry), content_of(path)
+        if sha256 is None:  # a record was stopped before its file was there
+            continue
         restored(root, name, place, aside=True, progress=progress)
         state: Literal["here", "fetched"] = "here" if before == sha256 else "fetched"
-        moved.append(Moved(name, sha256 or "", state, path.stat().st_size))
+        moved.append(Moved(name, sha256, state, path.stat().st_size))
         if drafts and entry.draft:
             moved.append(_pulled_draft(root, name, entry.draft, place, progress))
     return moved
