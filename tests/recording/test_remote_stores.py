@@ -384,7 +384,7 @@ def test_where_a_store_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (root.parent / "truestep.toml").write_text('[references]\nstore = "../kept"\n')
     found = configured(root)
     assert found is not None
-    assert found.folder == root.parent / "../kept"
+    assert found.folder == (root.parent / "../kept").resolve()
     Path("truestep.toml").write_text('[references]\nstore = "s3://here/x"\n')
     found = configured(root)
     assert found is not None

@@ -316,6 +316,12 @@ def test_verify_reads_everything(root: Path, remote: Remote, tmp_path: Path) -> 
     }
     push(root, [NAME], remote)  # what is here is sent again
     assert [fault.sha256 for fault in verify(root, [NAME], remote)[1]] == [first]
+    (moved,) = (m for m in push(root, [NAME], remote, again=True) if m.sha256 == first)
+    assert moved.state == "missing"  # nobody here has it, and what was called so is gone
+    save(Store(root), recording(1.0), update=True)
+    states = {m.sha256: m.state for m in push(root, [NAME], remote, again=True)}
+    assert states == {first: "sent", second: "there"}
+    assert verify(root, [NAME], remote) == (2, [])
 
 
 # --- prune ------------------------------------------------------------------------------------
@@ -532,6 +538,15 @@ def test_a_hash_in_a_lock_is_a_hash(sha256: str, root: Path) -> None:
     entry = {"sha256": "1", "pending": None, "draft": sha256}
     (root / LOCK_FILE).write_text(json.dumps({"lock_version": 2, "references": {"a": entry}}))
     with pytest.raises(TruestepError, match="the lock file is damaged"):
+        read_lock(root)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a\0b"])
+def test_a_name_in_a_lock_stays_inside(name: str, root: Path) -> None:
+    root.mkdir()
+    lock = {"lock_version": 1, "references": {name: {"sha256": "1", "pending": None}}}
+    (root / LOCK_FILE).write_text(json.dumps(lock))
+    with pytest.raises(FileFormatError, match="the lock file is damaged"):
         read_lock(root)
 
 

@@ -215,13 +215,16 @@ def status(asked: _Asked, json_path: str | None) -> None:
 
 @command.command("push")
 @_asking
-def push(asked: _Asked) -> None:
+@click.option(
+    "--again", is_flag=True, help="Read what the store has; send again what is damaged there."
+)
+def push(asked: _Asked, again: bool) -> None:
     """Send to the store what the lock names and the store lacks: promoted, drafts, earlier ones."""
     from truestep.recording.team import push
 
     remote, keys = asked.remote(), asked.chosen()
     with byte_bar() as progress:
-        moved = push(asked.references, keys, remote, progress)
+        moved = push(asked.references, keys, remote, again=again, progress=progress)
     _tell_moved(moved, "sent", f"PUSHED to {remote.address.shown}")
 
 
@@ -276,7 +279,8 @@ def verify(asked: _Asked) -> None:
         + ("" if faults else ": what the lock names is there, bit for bit")
     )
     if faults:
-        say(f"hint: {asked.spelled('truestep references push')}  # sends what is missing again")
+        again = asked.spelled("truestep references push --again")
+        say(f"hint: {again}  # where the contents are: sends what is missing or damaged")
     end(2 if faults else 0)
 
 

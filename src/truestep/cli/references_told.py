@@ -52,7 +52,7 @@ class Listing(Record):
         promoted = sum(1 for each in self.references if each.promoted)
         drafts = sum(1 for each in self.references if each.draft)
         store = self.store or "none is named"
-        say(f"{len(self.references)} references: {promoted} promoted, {drafts} drafts; "
+        say(f"{counted(len(self.references))}: {promoted} promoted, {drafts} drafts; "
             f"store: {store}")  # fmt: skip
 
     def tell_status(self) -> None:
@@ -74,8 +74,13 @@ class Listing(Record):
             if each.todo:
                 say(f"  next: {each.todo}")
         waiting = sum(1 for each in self.references if each.todo)
-        say(f"{len(self.references)} references, {waiting} with something to do; "
+        say(f"{counted(len(self.references))}, {waiting} with something to do; "
             f"store: {self.store or 'none is named'}")  # fmt: skip
+
+
+def counted(count: int) -> str:
+    """So many references."""
+    return f"{count} reference{'' if count == 1 else 's'}"
 
 
 def _tell_event(event: Event) -> None:

@@ -13,7 +13,7 @@ here, or an earlier one, is fetched (see `recording/placing.py`).
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import Field
@@ -120,7 +120,12 @@ def _lock_of(content: Any, path: Path) -> Lock:
             measured=f"version {version}; this truestep reads up to {LOCK_VERSION}",
             hint="pip install --upgrade truestep",
         )
-    return Lock.model_validate(content)
+    lock = Lock.model_validate(content)
+    for name in lock.references:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\0" in name:
+            raise ValueError(f"{name[:80]!r} is outside of the folder")
+    return lock
 
 
 def put_entry(root: Path, name: str, entry: Entry) -> None:

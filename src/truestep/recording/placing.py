@@ -141,7 +141,7 @@ def pinned(root: Path, name: str, sha256: str, fetch: Callable[[], Path]) -> Ite
         fetch: Gives a file of it from elsewhere, or raises.
     """
     with beside(draft_path(root, sha256), WHAT) as temporary:
-        for source in (root / name, draft_path(root, sha256), cache_root() / name_of(sha256)):
+        for source in may_hold(root, name, sha256):
             with suppress(FileNotFoundError):
                 link(source, temporary)
                 if content_of(temporary) == sha256:
@@ -150,6 +150,11 @@ def pinned(root: Path, name: str, sha256: str, fetch: Callable[[], Path]) -> Ite
         else:
             link(fetch(), temporary)
         yield temporary
+
+
+def may_hold(root: Path, name: str, sha256: str) -> tuple[Path, ...]:
+    """Files here that may have a content; none needs to be there."""
+    return root / name, draft_path(root, sha256), cache_root() / name_of(sha256)
 
 
 def _fetched(sha256: str, place: Address | None, path: Path, progress: Progress) -> Path:

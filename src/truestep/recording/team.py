@@ -9,14 +9,14 @@ here replaced. What the lock says is true; a file here is brought to what it say
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from truestep.errors import FileFormatError, UsageError
-from truestep.files import alone
+from truestep.files import alone, beside
 from truestep.progress import Progress, silent
 from truestep.recording.lock import Entry, Event, put_entry
 from truestep.recording.placing import (
@@ -28,13 +28,15 @@ from truestep.recording.placing import (
     entry_of,
     forget,
     judged_by,
+    may_hold,
     needed,
     pinned,
     restored,
 )
-from truestep.recording.remote.cache import fetched, lay
-from truestep.recording.remote.objects import Remote, name_of, put
+from truestep.recording.remote.cache import fetched, lay, link
+from truestep.recording.remote.objects import OtherContentError, Remote, name_of, pointed_at, put
 from truestep.recording.remote.opening import open_store
+from truestep.recording.tending import is_whole
 
 if TYPE_CHECKING:
     from truestep.recording.manifest import Manifest
@@ -73,19 +75,33 @@ class Moved:
 
 
 def push(
-    root: Path, names: Iterable[str], remote: Remote, progress: Progress = silent
+    root: Path,
+    names: Iterable[str],
+    remote: Remote,
+    *,
+    again: bool = False,
+    progress: Progress = silent,
 ) -> list[Moved]:
     """Send what the lock names and the store lacks: promoted ones, drafts, and earlier ones.
+
+    Args:
+        root: The folder of references.
+        names: Of references.
+        remote: The store.
+        again: Read what the store has, and take away what is not what it is called.
+        progress: Told bytes.
 
     Raises:
         FileFormatError: A file is not what the lock says.
         EndpointError: The store does not answer; what was sent before stays there.
     """
-    return [
-        _pushed(root, name, sha256, remote, progress)
-        for name in names
-        for sha256 in sorted(needed(root, name))
-    ]
+    moved = []
+    for name in names:
+        for sha256 in sorted(needed(root, name)):
+            if again and not is_whole(remote, sha256, progress):
+                remote.remove(name_of(sha256), 0)
+            moved.append(_pushed(root, name, sha256, remote, progress))
+    return moved
 
 
 def _pushed(root: Path, name: str, sha256: str, remote: Remote, progress: Progress) -> Moved:
@@ -95,20 +111,17 @@ def _pushed(root: Path, name: str, sha256: str, remote: Remote, progress: Progre
         remote.renew(name_of(sha256))
         return Moved(name, sha256, "there", size)
 
-    def lacking() -> Path:
-        raise _NotHereError(sha256)
-
-    try:
-        with pinned(root, name, sha256, lacking) as file:
-            sent = put(remote, file, sha256, progress)
-            return Moved(name, sha256, "sent" if sent else "there", file.stat().st_size)
-    except _NotHereError:
-        _require_unchanged(root, name)
-        return Moved(name, sha256, "missing" if size is None else "there", size or 0)
-
-
-class _NotHereError(Exception):
-    """No file here has a content."""
+    with beside(draft_path(root, sha256), WHAT) as temporary:
+        for source in may_hold(root, name, sha256):
+            with suppress(FileNotFoundError, OtherContentError):
+                link(source, temporary)
+                if pointed_at(temporary) is None:
+                    sent = put(remote, temporary, sha256, progress)  # hashed while it is sent
+                    state: Literal["sent", "there"] = "sent" if sent else "there"
+                    return Moved(name, sha256, state, temporary.stat().st_size)
+            temporary.unlink(missing_ok=True)
+    _require_unchanged(root, name)
+    return Moved(name, sha256, "missing" if size is None else "there", size or 0)
 
 
 def _require_unchanged(root: Path, name: str) -> None:

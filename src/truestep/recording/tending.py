@@ -25,6 +25,20 @@ class Fault:
     what: str
 
 
+def is_whole(remote: Remote, sha256: str, progress: Progress = silent) -> bool:
+    """Whether the store has a content, and it is what it is called."""
+    try:
+        _read(remote, sha256, progress)
+    except FileFormatError:
+        return False
+    return True
+
+
+def _read(remote: Remote, sha256: str, progress: Progress) -> None:
+    with beside(cache_root() / "incoming" / sha256, WHAT) as temporary:
+        get(remote, sha256, temporary, progress)
+
+
 def verify(
     root: Path, names: Sequence[str], remote: Remote, progress: Progress = silent
 ) -> tuple[int, list[Fault]]:
@@ -44,8 +58,7 @@ def verify(
             faults.append(Fault(name, here, "the file here is not what the lock file says"))
         for sha256 in sorted(needed(root, name)):
             try:
-                with beside(cache_root() / "incoming" / sha256, WHAT) as temporary:
-                    get(remote, sha256, temporary, progress)
+                _read(remote, sha256, progress)
                 read += 1
             except FileFormatError as error:
                 faults.append(Fault(name, sha256, error.what))

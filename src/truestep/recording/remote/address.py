@@ -84,7 +84,7 @@ def address(text: str, *, base: Path | None = None) -> Address:
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
     if found is None:
         folder = Path(text).expanduser()
-        return Address(text, "file", (base or Path()) / folder)
+        return Address(text, "file", ((base or Path()) / folder).resolve())
     scheme = found[1].lower()
     if scheme not in SCHEMES:
         raise UsageError(

@@ -69,6 +69,10 @@ class Remote:
     renew: Callable[[str], None]
 
 
+class OtherContentError(FileFormatError):
+    """A file is not what it is called, and was not sent."""
+
+
 def name_of(sha256: str) -> str:
     """Name of an object in a store."""
     return f"objects/{sha256[:2]}/{sha256}"
@@ -94,7 +98,7 @@ def put(remote: Remote, path: Path, sha256: str, progress: Progress = silent) ->
         is replaced: it is not what it is called.
 
     Raises:
-        FileFormatError: The file's content is another one; nothing was sent under the name.
+        OtherContentError: The file's content is another one; nothing was sent under the name.
         EndpointError: The store does not answer, or has not taken it.
         WriteError: A folder could not be written.
     """
@@ -121,7 +125,7 @@ def put(remote: Remote, path: Path, sha256: str, progress: Progress = silent) ->
 def _require(known: Future[str], path: Path, sha256: str) -> None:
     """Raise where a file is not what it is called."""
     if known.result() != sha256:
-        raise FileFormatError(
+        raise OtherContentError(
             "the file is not what the lock file says, and was not sent",
             where=str(path),
             measured=f"SHA-256 {known.result()[:12]}, the lock file says {sha256[:12]}",
