@@ -317,7 +317,8 @@ def test_verify_reads_everything(root: Path, remote: Remote, tmp_path: Path) -> 
     push(root, [NAME], remote)  # what is here is sent again
     assert [fault.sha256 for fault in verify(root, [NAME], remote)[1]] == [first]
     (moved,) = (m for m in push(root, [NAME], remote, again=True) if m.sha256 == first)
-    assert moved.state == "missing"  # nobody here has it, and what was called so is gone
+    assert moved.state == "missing"  # nobody here has it; what is called so is not removed
+    assert path.exists()
     save(Store(root), recording(1.0), update=True)
     states = {m.sha256: m.state for m in push(root, [NAME], remote, again=True)}
     assert states == {first: "sent", second: "there"}

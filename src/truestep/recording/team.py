@@ -34,7 +34,14 @@ from truestep.recording.placing import (
     restored,
 )
 from truestep.recording.remote.cache import fetched, lay, link
-from truestep.recording.remote.objects import OtherContentError, Remote, name_of, pointed_at, put
+from truestep.recording.remote.objects import (
+    OtherContentError,
+    Remote,
+    name_of,
+    pointed_at,
+    put,
+    sha256_at,
+)
 from truestep.recording.remote.opening import open_store
 from truestep.recording.tending import is_whole
 
@@ -88,7 +95,7 @@ def push(
         root: The folder of references.
         names: Of references.
         remote: The store.
-        again: Read what the store has, and take away what is not what it is called.
+        again: Read what the store has, and replace what is not what it is called by what is here.
         progress: Told bytes.
 
     Raises:
@@ -98,24 +105,27 @@ def push(
     moved = []
     for name in names:
         for sha256 in sorted(needed(root, name)):
-            if again and not is_whole(remote, sha256, progress):
-                remote.remove(name_of(sha256), 0)
-            moved.append(_pushed(root, name, sha256, remote, progress))
+            damaged = again and not is_whole(remote, sha256, progress)
+            moved.append(_pushed(root, name, sha256, remote, damaged, progress))
     return moved
 
 
-def _pushed(root: Path, name: str, sha256: str, remote: Remote, progress: Progress) -> Moved:
+def _pushed(
+    root: Path, name: str, sha256: str, remote: Remote, damaged: bool, progress: Progress
+) -> Moved:
     known = {event.sha256: event.size for event in entry_of(root, name).history}
-    size = remote.size(name_of(sha256))
+    size = None if damaged else remote.size(name_of(sha256))
     if size is not None and size == known.get(sha256):
         remote.renew(name_of(sha256))
         return Moved(name, sha256, "there", size)
-
     with beside(draft_path(root, sha256), WHAT) as temporary:
         for source in may_hold(root, name, sha256):
             with suppress(FileNotFoundError, OtherContentError):
                 link(source, temporary)
-                if pointed_at(temporary) is None:
+                if damaged and sha256_at(temporary) == sha256:
+                    remote.remove(name_of(sha256), 0)  # only where a good one is here
+                    damaged = False
+                if not damaged and pointed_at(temporary) is None:
                     sent = put(remote, temporary, sha256, progress)  # hashed while it is sent
                     state: Literal["sent", "there"] = "sent" if sent else "there"
                     return Moved(name, sha256, state, temporary.stat().st_size)
