@@ -20,7 +20,7 @@ from truestep.errors import UsageError
 from truestep.files import replacing
 from truestep.recording.format import Recording
 from truestep.recording.lock import LOCK_FILE, read_lock
-from truestep.recording.placing import content_of, draft_path, entry_of
+from truestep.recording.placing import adopt, content_of, draft_path, entry_of
 from truestep.recording.remote.address import address
 from truestep.recording.remote.objects import Remote, name_of, put, sha256_at
 from truestep.recording.remote.opening import open_store
@@ -80,12 +80,12 @@ def _again(change: Callable[[], bool]) -> None:
 
 
 def _promoted(folder: Path, value: int) -> str:
-    """Record a value and promote it, whoever else does so; its hash."""
-    root, remote, own = _root(folder), _remote(folder), recording(float(value))
-    sha256 = _loose(folder, value)[0]
+    """Take a recording of a value and promote it, whoever else does so; its hash."""
+    root, remote = _root(folder), _remote(folder)
+    sha256, loose = _loose(folder, value)
 
     def change() -> bool:
-        Store(root).save(own, place_of(own), update=True)
+        adopt(root, NAME, loose)
         if read_lock(root).references[NAME].promoted == sha256:
             return True
         return promote(root, NAME, remote, judge=_judge, note=_note(value)).sha256 == sha256
@@ -95,9 +95,10 @@ def _promoted(folder: Path, value: int) -> str:
 
 
 def _loose(folder: Path, value: int) -> tuple[str, Path]:
-    """A recording in a file that no lock knows, and its hash, which its value alone decides."""
+    """A recording in a file that no lock knows, and its hash; its bytes differ if made again."""
     path = folder / "loose" / f"{value}.safetensors"
-    recording(float(value)).save(path)
+    if not path.exists():
+        recording(float(value)).save(path)
     return sha256_at(path), path
 
 

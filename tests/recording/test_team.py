@@ -301,7 +301,9 @@ def test_a_dead_store_changes_nothing(
 
 
 def test_verify_reads_everything(root: Path, remote: Remote, tmp_path: Path) -> None:
-    first, second = promoted(root, remote, 1.0), promoted(root, remote, 2.0)
+    first = promoted(root, remote, 1.0)
+    shutil.copyfile(root / NAME, tmp_path / "first.safetensors")
+    second = promoted(root, remote, 2.0)
     assert verify(root, [NAME], remote) == (2, [])
     path = tmp_path / "store" / name_of(first)
     content = bytearray(path.read_bytes())
@@ -319,7 +321,7 @@ def test_verify_reads_everything(root: Path, remote: Remote, tmp_path: Path) -> 
     (moved,) = (m for m in push(root, [NAME], remote, again=True) if m.sha256 == first)
     assert moved.state == "missing"  # nobody here has it; what is called so is not removed
     assert path.exists()
-    save(Store(root), recording(1.0), update=True)
+    adopt(root, NAME, tmp_path / "first.safetensors")
     states = {m.sha256: m.state for m in push(root, [NAME], remote, again=True)}
     assert states == {first: "sent", second: "there"}
     assert verify(root, [NAME], remote) == (2, [])
