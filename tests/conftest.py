@@ -33,6 +33,13 @@ def _same_threads() -> Iterator[None]:
         torch.set_num_threads(int(os.environ.get("TRUESTEP_TEST_THREADS", "1")))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_store_and_a_cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing of this machine's is fetched, and nothing is kept there."""
+    os.environ.pop("TRUESTEP_STORE", None)
+    os.environ["TRUESTEP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny random Wan pipelines by kind."""

@@ -80,7 +80,13 @@ ADVICE = {
     "Loaded(call, weights=[...]) names the weight files of a side",
     "Loosened(rel_l2=..., reason=..., owner=..., expires='2027-01-31')",
     "`truestep parity keys {}` lists the weights of both sides, paired",
-    "a case file holds [case.NAME] tables only",
+    "a case file holds [case.NAME] tables, and [references] with store = 'URL'",
+    "give --reason 'TEXT'",
+    "give --store, TRUESTEP_STORE, or [references] store in truestep.toml",
+    "name the server and who asks in the variables of its library, such as AWS_ENDPOINT_URL, "
+    "AWS_PROFILE, HF_TOKEN",
+    "write it as hf://datasets/OWNER/NAME",
+    'write it as store = "s3://bucket/prefix"',
     "a name is matched whole: 'blocks.0*' takes a block and what is in it",
     "add a table [case.{}.{}] with the values that differ",
     "all of them are listed by truestep gate thresholds lint FILE",
@@ -238,6 +244,13 @@ ELSEWHERE = {
     "pip install 'truestep[{}]'": "installs a package",
     "pip install --upgrade truestep": "installs a package",
     "pip install torchvision": "installs a package",
+    "pip install {}": "installs a package",
+    "git -C {} lfs pull --include {}": "needs Git LFS",
+    "git fetch --unshallow": "needs a repository that was cloned in part",
+    "git fsck": "needs a repository that is damaged",
+    "truestep references pull  # begins it again": "tests/recording/test_remote_stores",
+    "truestep references push  # sends what is missing": "of a store that loses what it is sent",
+    "truestep references status": "of a file that is changed while it is sent",
     "hf download {}  # then give its folder as model": "needs the network",
     "ray start --head  # starts a cluster; --ray local needs none": "starts a cluster",
     "ray status  # lists the resources of a cluster": "needs a cluster",
@@ -598,6 +611,37 @@ def as_changed(folder: Path) -> tuple[str, ...]:
     return twice("record", "a", "--set", "steps=1", "--floor", "none")(folder)[:-2]
 
 
+def in_a_store(*arguments: str, root: str = "truestep-references") -> Callable[[Path], Any]:
+    """A command about references of which that of `a` is promoted, and one thing is wrong."""
+
+    def make(folder: Path) -> tuple[str, ...]:
+        from truestep.recording.lock import read_lock
+        from truestep.recording.remote.cache import cache_root
+
+        path = folder / "truestep.toml"
+        path.write_text(path.read_text() + "\n[references]\nstore = 'kept'\n")
+        if root != "truestep-references":
+            (folder / "truestep-references").rename(folder / root)
+        said = ("references", "promote", "a", "--reason", "first", "--references", root)
+        twice(*said)(folder)
+        key = next(k for k, e in read_lock(folder / root).references.items() if e.history)
+        shutil.rmtree(cache_root(), ignore_errors=True)
+        if arguments[0] == "check" and root != "truestep-references":
+            save_file({"x": torch.zeros(2)}, folder / "other")
+            (folder / "other").replace(folder / root / key)
+        elif arguments[0] == "check":
+            (folder / root / key).unlink()
+            for stored in (folder / "kept" / "objects").glob("*/*"):
+                stored.unlink()
+                stored.write_text("tampered")
+        elif arguments[1] == "pull":
+            shutil.rmtree(folder / "kept")
+            (folder / root / key).unlink()
+        return arguments
+
+    return make
+
+
 Scenario = tuple[Callable[[Path], tuple[str, ...]], tuple[int, ...]]
 
 LTX2 = ("run", "l", "--latent-only", "--set")
@@ -713,6 +757,15 @@ SCENARIOS: dict[str, Scenario] = {
         twice("tiny", "StableDiffusionPipeline", "my model"), (0,)),
     "--dtype bfloat16": (
         given("tiny", "StableDiffusionPipeline", "my model", "--dtype", "int8"), (0,)),
+    "truestep references list": (given("references", "promote", "c", "--reason", "x"), (0,)),
+    "truestep references list  # each first line names one": (
+        given("references", "promote", "--reason", "x"), (0,)),
+    "truestep references list --history": (
+        in_a_store("references", "rollback", "a", "--reason", "x"), (0,)),
+    "truestep references pull{}  # keeps it among the drafts, fetches the promoted": (
+        in_a_store("check", "a", "--references", "my refs", root="my refs"), (0,)),
+    "truestep references push  # where it was made": (in_a_store("references", "pull", "a"), (3,)),
+    "truestep references verify  # reads all of them": (in_a_store("check", "a"), (2,)),
     "truestep trace record {} --output {}": (
         given("trace", "record", "--file", "my cases.toml", "--output", "my trace"), (0,)),
     "truestep trace recover {}": (spools(2), (0,)),

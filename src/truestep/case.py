@@ -315,12 +315,12 @@ def read_cases(path: Path, *, tier: str = DEFAULT_TIER) -> dict[str, AnyCase]:
         raises=CaseError,
         hint="write one with a table [case.NAME] that has model and prompt",
     )
-    unknown = sorted(set(tables) - {"case"})
+    unknown = sorted(set(tables) - {"case", "references"})
     if unknown or not isinstance(tables.get("case"), dict) or not tables["case"]:
         raise CaseError(
             f"unknown table {unknown[0]!r} in the case file" if unknown else "no case in the file",
             where=str(path),
-            hint="a case file holds [case.NAME] tables only",
+            hint="a case file holds [case.NAME] tables, and [references] with store = 'URL'",
         )
     return {
         name: _case_of(name, table, path=path, tier=tier) for name, table in tables["case"].items()

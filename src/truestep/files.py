@@ -104,12 +104,13 @@ def nearest_folder(path: Path) -> Path:
     return path
 
 
-def require_room(path: Path, what: str) -> None:
+def require_room(path: Path, what: str, size: int = 0) -> None:
     """Refuse, before anything is computed for it, a file that could not be written.
 
     Args:
         path: The file that will be written; its folder need not be there yet.
         what: What will be written, for the error.
+        size: Bytes that it will have, where that is known.
 
     Raises:
         WriteError: Its folder is not writable, something else is in its place, or the disk is full.
@@ -121,7 +122,7 @@ def require_room(path: Path, what: str) -> None:
         raise unwritten(path, what, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(folder, os.W_OK | os.X_OK):
         raise unwritten(path, what, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
-    if shutil.disk_usage(folder).free < ROOM:
+    if shutil.disk_usage(folder).free < max(ROOM, size):
         raise unwritten(path, what, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 

@@ -252,12 +252,12 @@ class TruestepFixture:
         store, update = self.store, self._config.getoption("truestep_update")
         path = store.root / place.name
         self._checks.compared.used.append(place.name)
-        if update == "all" or (update == "new" and not path.exists()):
+        if update == "all" or (update == "new" and not store.holds(place)):
             refuse_empty_content(tensors, where=place.case_id)
             store.save(_recording(tensors, place, settings), place, update=True)
             self._checks.compared.written.append(place.name)
             return None
-        if path.exists():
+        if store.holds(place):
             return store.verified(place)
         candidate = candidate_of(path)
         _recording(tensors, place, settings).save(candidate)

@@ -19,6 +19,7 @@ import truestep
 from tests.experiment.test_baseline import COHORT, make_run
 from tests.experiment.test_experiment_store import CELL, PLAN, sample
 from tests.kills.harness import Writer
+from tests.kills.stores import STORES
 from tests.recording.test_store import CASE, find, recording
 from truestep import files
 from truestep.errors import FileFormatError
@@ -314,6 +315,7 @@ WRITERS = (
     Writer("results", _write_results, _read_results),
     Writer("report", _write_report, _read_report),
     Writer("pytest plugin", _write_plugin, _read_plugin, lines=False),
+    *STORES,
 )
 
 RACERS = tuple(

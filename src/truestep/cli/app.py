@@ -21,7 +21,7 @@ VERBS = {
     "engine": "Record another engine, and say in which stage it parts from the trusted model.",
     "parity": "Component parity tests: scaffold, run, and a ledger of what is proven.",
     "gate": "Is a gate any good: damage a reference, lint and write threshold files.",
-    "perf": "Keep a history of what a case costs, and say whether it costs more now.",
+    "references": "Share references of a team: store, promote a draft with a reason, go back.",
     "show": "Show what a file or folder is and holds, or what profiles say.",
     "doctor": "Show machine, libraries, attention kernel and what is missing.",
 }
@@ -29,6 +29,7 @@ VERBS = {
 
 FURTHER = {
     "run": "Generate a case and save its latent and video.",
+    "perf": "Keep a history of what a case costs, and say whether it costs more now.",
     "bundle": "Make a file under 1 MB of a recording, for an issue thread.",
     "serve-check": "Ask a server of pictures or videos whether it does what it is asked for.",
     "comment": "Render results for a pull request: comment, summary, annotations, SARIF, JUnit.",

@@ -55,7 +55,7 @@ def add_runs(
         if reference is not None:
             updated.save(path)
         else:
-            store.save(updated, place_of(updated, tier=tier), update=True)
+            path = store.save(updated, place_of(updated, tier=tier), update=True)
         say(f"CALIBRATED {name}: {runs} benign runs added")
         for line in lines:
             say(line)

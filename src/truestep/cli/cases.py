@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from truestep.cli.moving import byte_bar
 from truestep.cli.words import case_words
 from truestep.text import quoted
 
@@ -290,8 +291,8 @@ def _recorded(name: str, cases: dict[str, AnyCase], references: Path | None) -> 
     if references is None or name in cases or name in {case.id for case in cases.values()}:
         return None
     store = Store(references)
-    place = next((place for place in store.places() if place.case_id == name), None)
-    return None if place is None else case_of(store.root / place.name)
+    place = next((place for place in store.known() if place.case_id == name), None)
+    return None if place is None else case_of(store.present(place))
 
 
 def case_of(path: Path) -> AnyCase:
@@ -337,12 +338,13 @@ def find_reference(name: str, case: AnyCase, *, references: Path | None, tier: s
     from truestep.recording.store import DEFAULT_ROOT, Store
 
     words = case_words(name, verb="record", with_changes=of_calls(case))
-    return Store(references or DEFAULT_ROOT).find(
-        case,
-        tier=tier,
-        device_class=case_device_class(case),
-        seed_command=f"truestep record {words}",
-    )
+    with byte_bar() as progress:
+        return Store(references or DEFAULT_ROOT, progress=progress).find(
+            case,
+            tier=tier,
+            device_class=case_device_class(case),
+            seed_command=f"truestep record {words}",
+        )
 
 
 def _picked(name: str, cases: dict[str, AnyCase], case_file: Path) -> AnyCase:

@@ -127,7 +127,7 @@ def command(  # 22 parameters: the options of the verb
     from truestep.errors import TruestepError
     from truestep.files import require_room
     from truestep.recording.format import WHAT
-    from truestep.recording.store import DEFAULT_ROOT, Store
+    from truestep.recording.store import DEFAULT_ROOT, Store, is_draft
 
     root = references or DEFAULT_ROOT
     words = Words(names, case_file, tier, prompt, pipeline, subject, inputs, root, loras, prepare)
@@ -156,7 +156,8 @@ def command(  # 22 parameters: the options of the verb
         _told(name, recording, path)
         saving.add(runs, name, case)
         if level == "full":
-            _say_check(words, name, case, path, changed=bool(changes), stored=not output)
+            stored = not output and not is_draft(store.root, path)
+            _say_check(words, name, case, path, changed=bool(changes), stored=stored)
     end(2 if broken else 0)
 
 
@@ -246,7 +247,7 @@ def _existing(
     Raises:
         UsageError: There is one of the only case.
     """
-    places = [place for place in store.places() if place.tier == tier]
+    places = [place for place in store.known() if place.tier == tier]
     found = {}
     for name, case in cases.items():
         for place in places:

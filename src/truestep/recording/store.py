@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 
 from truestep.case import DEFAULT_TIER
 from truestep.errors import FileFormatError, ReferenceNotFoundError, UsageError
+from truestep.progress import Progress, silent
+from truestep.recording.lock import DEFAULT_ROOT as DEFAULT_ROOT
 from truestep.recording.lock import Entry, put_entry, read_lock
 from truestep.text import quoted
 
 if TYPE_CHECKING:
     from truestep.case import AnyCase
     from truestep.recording.format import Recording
+    from truestep.recording.remote.address import Address
 
-DEFAULT_ROOT = Path("truestep-references")
 SUFFIX = ".safetensors"
 PARTIAL = ".partial"
 """What is added to the name of a recording for the folder of what is finished of it."""
@@ -54,6 +56,13 @@ def candidate_of(path: Path) -> Path:
     return path.with_name(path.name + CANDIDATE)
 
 
+def _is_pointer(path: Path) -> bool:
+    """Whether Git LFS has left a pointer in the place of a file."""
+    from truestep.recording.remote.objects import pointed_at
+
+    return pointed_at(path) is not None
+
+
 def place_of(recording: Recording, *, tier: str = DEFAULT_TIER) -> Place:
     """Where a recording belongs, by what its manifest says really ran."""
     manifest = recording.manifest
@@ -65,11 +74,62 @@ def place_of(recording: Recording, *, tier: str = DEFAULT_TIER) -> Place:
     )
 
 
-class Store:
-    """A folder of references with a lock file."""
+def is_draft(root: Path, path: Path) -> bool:
+    """Whether `Store.save` has put a recording beside a promoted one."""
+    from truestep.recording.placing import DRAFTS
 
-    def __init__(self, root: Path = DEFAULT_ROOT) -> None:
+    return path.parent == root / DRAFTS
+
+
+def place_named(name: str) -> Place | None:
+    """The place of a relative path; None of any other path."""
+    parts = name.removesuffix(SUFFIX).split("/")
+    if not name.endswith(SUFFIX) or len(parts) != 4:
+        return None
+    tier, device_class, attention, case_id = parts
+    place = Place(case_id, tier, device_class, attention)
+    try:
+        return place if place.name == name else None
+    except UsageError:
+        return None
+
+
+class Store:
+    """A folder of references with a lock file, and the team's store behind it, if there is one.
+
+    Args:
+        root: The folder.
+        progress: Told bytes of what is fetched.
+    """
+
+    def __init__(self, root: Path = DEFAULT_ROOT, *, progress: Progress = silent) -> None:
         self.root = root
+        self._progress = progress
+
+    @property
+    def address(self) -> Address | None:
+        """The team's store, as the environment or a case file says."""
+        from truestep.recording.remote.address import configured
+
+        return configured(self.root)
+
+    def known(self) -> list[Place]:
+        """Every reference that is in the folder or can be fetched into it, sorted."""
+        places = {place.name: place for place in self.places()}
+        lock = read_lock(self.root).references
+        others = {name for name, entry in lock.items() if entry.sha256 and name not in places}
+        if others and self.address is not None:
+            places |= {name: place for name in others if (place := place_named(name))}
+        return [places[name] for name in sorted(places)]
+
+    def holds(self, place: Place) -> bool:
+        """Whether a reference is in the folder or can be fetched into it."""
+        return (self.root / place.name).exists() or place in self.known()
+
+    def present(self, place: Place) -> Path:
+        """A reference as it is in the folder; fetched where it is not there."""
+        path = self.root / place.name
+        return path if path.exists() else self.verified(place)
 
     def places(self) -> list[Place]:
         """Every reference in the folder, sorted."""
@@ -93,7 +153,8 @@ class Store:
     def save(self, recording: Recording, place: Place, *, update: bool = False) -> Path:
         """Store a recording as the reference; a kill leaves the old one or the new one.
 
-        Of several writers at once one is last, and what it wrote is there.
+        Of several writers at once one is last, and what it wrote is there. Where a reference is
+        promoted, what is stored is a draft beside it.
 
         Raises:
             UsageError: A reference exists and `update` is false.
@@ -108,6 +169,11 @@ class Store:
             sha256 = stage(temporary, recording)
             with alone(self.root, WHAT):
                 self.refuse_existing(place, update=update)  # another writer may have been first
+                entry = read_lock(self.root).references.get(place.name)
+                if entry is not None and entry.history:
+                    from truestep.recording.placing import keep_draft
+
+                    return keep_draft(self.root, place.name, temporary, sha256)
                 before = sha256_of(path) if path.exists() else None
                 put_entry(self.root, place.name, Entry(sha256=before, pending=sha256))
                 settle(temporary, path)
@@ -118,7 +184,7 @@ class Store:
     def refuse_existing(self, place: Place, *, update: bool) -> None:
         """Raise where a reference exists that may not be replaced."""
         path = self.root / place.name
-        if path.exists() and not update:
+        if not update and self.holds(place):
             raise UsageError(
                 "a reference of this case exists",
                 where=str(path),
@@ -137,7 +203,7 @@ class Store:
             ReferenceNotFoundError: There is none, or none of the kernel used here.
             FileFormatError: Its content does not match the lock.
         """
-        mine = [place for place in self.places() if place.case_id == case.id]
+        mine = [place for place in self.known() if place.case_id == case.id]
         fitting = [p for p in mine if (p.tier, p.device_class) == (tier, device_class)]
         if len(fitting) > 1:
             from truestep.environment import attention_kernel
@@ -149,15 +215,20 @@ class Store:
         return self.verified(fitting[0])
 
     def verified(self, place: Place) -> Path:
-        """Path of a reference whose content matches the lock.
+        """Path of a reference whose content matches the lock; fetched where it is not here.
 
         Raises:
             FileFormatError: It does not.
+            EndpointError: The team's store does not answer.
         """
         from truestep.recording.format import sha256_of
 
         path = self.root / place.name
         entry = read_lock(self.root).references.get(place.name)
+        if entry is not None and (entry.history or not path.exists() or _is_pointer(path)):
+            from truestep.recording.placing import restored
+
+            return restored(self.root, place.name, self.address, progress=self._progress)
         while entry is not None:
             if sha256_of(path) in (entry.sha256, entry.pending):
                 return path
@@ -181,7 +252,7 @@ class Store:
                 f"tier {p.tier}, {p.device_class}, {p.attention}" for p in mine[:5]
             )
         else:
-            ids = sorted({place.case_id for place in self.places()})
+            ids = sorted({place.case_id for place in self.known()})
             near = difflib.get_close_matches(case.id, ids, n=1) or ids[:1]
             there = (
                 f"the folder holds {len(ids)} other cases, the nearest {near[0]}"
