@@ -21,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(?P<mark><!-- run -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.S)
 _FILE = re.compile(r"# ([\w./-]+\.(?:py|toml))(?::.*)?\n")
 
+HELD = ("COLUMNS", "GITHUB_ACTIONS", "CI")
+"""Variables that change what is printed."""
+
 Ran = Callable[[list[str], Path], str]
 """Words after `truestep` and the folder, to what is printed on stdout."""
 
@@ -59,7 +62,8 @@ def rewritten(page: str, folder: Path, ran: Ran) -> str:
         for command, _ in commands(block["text"]):
             program, *words = shlex.split(command)
             assert program == "truestep", command
-            lines += [f"$ {command}", *ran(words, folder).rstrip("\n").splitlines()]
+            printed = ran(words, folder).replace(f"{folder}{os.sep}", "")
+            lines += [f"$ {command}", *printed.rstrip("\n").splitlines()]
         return f"{block['mark']}```console\n" + "\n".join(lines) + "\n```"
 
     return BLOCK.sub(again, page)
@@ -78,7 +82,7 @@ def main() -> None:
         done = subprocess.run(
             [sys.executable, "-m", "truestep", *words],
             cwd=folder,
-            env={key: value for key, value in with_python().items() if key != "COLUMNS"},
+            env={key: value for key, value in with_python().items() if key not in HELD},
             stdout=subprocess.PIPE,
             text=True,
             check=False,

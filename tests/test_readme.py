@@ -35,7 +35,9 @@ def comparable(text: str) -> str:
 def test_a_page_prints_what_it_says(
     page: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
+    for name in documents.HELD:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", documents.with_python()["PATH"])
     said = page.read_text("utf-8")
 
     def ran(words: list[str], folder: Path) -> str:

@@ -132,14 +132,13 @@ def command(  # 22 parameters: the options of the verb
     root = references or DEFAULT_ROOT
     words = Words(names, case_file, tier, prompt, pipeline, subject, inputs, root, loras, prepare)
     cases, output = _chosen(words, changes, reference, output, update=update)
-    store = Store(root)
     options = _options(level=level, floor=floor, keep=keep, from_disk=from_disk, apply=change)
     written = Written(output or root, every=keep == "all", tensors=level == "full")
     if dry_run:
         end(tell(cases, "record", written, from_disk=from_disk, change=change))
-    require_room(output or store.root / "reference", WHAT)  # before any compute is spent
-    kept = {} if output or update else _existing(store, cases, tier, refuse=runs is None)
-    saving, broken = _Saving(store, output, tier, update, resume), 0
+    require_room(output or root / "reference", WHAT)  # before any compute is spent
+    kept = {} if output or update else _existing(Store(root), cases, tier, refuse=runs is None)
+    saving, broken = _Saving(Store(root), output, tier, update, resume), 0
     for name, case in cases.items():
         if name in kept:
             saving.keep(name, case, kept[name], runs)
@@ -156,7 +155,7 @@ def command(  # 22 parameters: the options of the verb
         _told(name, recording, path)
         saving.add(runs, name, case)
         if level == "full":
-            stored = not output and not is_draft(store.root, path)
+            stored = not output and not is_draft(root, path)
             _say_check(words, name, case, path, changed=bool(changes), stored=stored)
     end(2 if broken else 0)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from truestep.records import MediaEvidence
-from truestep.report.words import change_text, next_command, said, stage_label
+from truestep.report.words import change_text, command_in, next_command, said, stage_label
 from truestep.text import columns, command_lines, visible, wrapped
 from truestep.verdict import Comparison, Results, Row, Rows, Verdict
 
@@ -127,10 +127,11 @@ def summary(results: Results) -> str:
 
 def next_line(comparison: Comparison) -> str:
     """What to do next, labelled: a command, or advice; empty where there is none."""
-    command = next_command(comparison)
+    command, hint = next_command(comparison), comparison.hint
     if command:
-        return f"next: {comparison.hint or command}"  # with what is said beside it
-    return f"hint: {comparison.hint}" if comparison.hint and comparison.exit_code else ""
+        said = command_in(hint) == command
+        return f"next: {hint if said else command}"  # with what is said beside it
+    return f"hint: {hint}" if hint and comparison.exit_code else ""
 
 
 def _labelled(label: str, value: str | None) -> str | None:
