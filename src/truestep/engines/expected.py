@@ -8,7 +8,7 @@ decoder's of the engine's own end: none of these inherits anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from truestep.engines.conventions import (
     text_as,
     with_closing_zero,
 )
-from truestep.engines.run import COND, UNCOND, Run, Step
+from truestep.engines.run import COND, UNCOND, Pass, Run, Step
 from truestep.engines.trusted import Trusted, schedule_of, solvers, stepped
 from truestep.errors import FOREIGN, one_line
 from truestep.floors import NoiseRun
@@ -47,6 +47,25 @@ NEAR = 0.1
 """Relative difference above which a noise is another draw, not another rounding."""
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """A prediction that was judged, and how the trusted model makes it.
+
+    Attributes:
+        one: The engine's.
+        actual: Its output as the trusted model would return it; None where that would round more.
+        expected: What the trusted model returns.
+        model: That model.
+        forward: Runs it on the engine's inputs.
+    """
+
+    one: Pass
+    actual: torch.Tensor | None
+    expected: torch.Tensor
+    model: torch.nn.Module
+    forward: Callable[[], torch.Tensor]
+
+
 @dataclass
 class Seams:
     """What is set against what, by name; in the order of the run.
@@ -59,6 +78,7 @@ class Seams:
         unjudged: Seams that nothing could be set against, and why.
         undecided: Of these, what leaves the whole run undecided.
         notes: What else there is to say.
+        predictions: Those that were judged, by name.
     """
 
     actual: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -68,6 +88,7 @@ class Seams:
     unjudged: dict[str, str] = field(default_factory=dict)
     undecided: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    predictions: dict[str, Predicted] = field(default_factory=dict)
 
     def put(self, name: str, actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
         """Set two tensors against each other, the engine's in the shape of the other."""

@@ -28,6 +28,7 @@ from truestep.engines.expected import (
     put_schedule,
     put_updates,
 )
+from truestep.engines.inner import Depth, at_depth
 from truestep.engines.predictions import put_decoding, put_predictions
 from truestep.engines.run import Run
 from truestep.engines.trusted import Trusted
@@ -48,6 +49,7 @@ def check_run(
     model: Path,
     *,
     reference: Run | None = None,
+    depth: Depth = "steps",
     progress: Progress | None = None,
 ) -> Comparison:
     """Judge an engine's run by a trusted model folder.
@@ -57,6 +59,7 @@ def check_run(
         model: Folder of diffusers with the same weights.
         reference: The trusted pipeline's run of the same case: without it schedule, noise, text and
             the scale of the guidance can be judged only as far as the folder says.
+        depth: At `modules`, also name the module in which a red prediction goes wrong.
         progress: Told (what, done, total).
 
     Returns:
@@ -88,7 +91,8 @@ def check_run(
         put_decoding(found, run, known, trusted, progress)
     if not run.steps and known is not None:
         found.put(FINAL, run.final, known.final)
-    return _judged(found, run, known, trusted)
+    result = _judged(found, run, known, trusted)
+    return at_depth(result, run, found.predictions, depth, known)
 
 
 def _dtype(run: Run) -> torch.dtype:

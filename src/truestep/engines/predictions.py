@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from truestep.engines.conventions import (
     as_shape,
     into_vae,
 )
-from truestep.engines.expected import DECODED, FRAMES, Seams, time_scale
+from truestep.engines.expected import DECODED, FRAMES, Predicted, Seams, time_scale
 from truestep.engines.run import COND, Pass, Run, Step
 from truestep.engines.trusted import LATENT, SIGMA, Denoiser, Trusted, arguments
 from truestep.errors import FOREIGN, UsageError, one_line
@@ -82,7 +83,11 @@ def put_predictions(
         key = (id(model), repr(sorted(plain.items())))
         denoiser = denoisers.setdefault(key, Denoiser(model, plain, conversion))
         actual = conversion.to_trusted(each.one.output, each.step.latent, each.sigma)
-        found.put(each.name, actual, denoiser(**tensors))
+        forward = partial(denoiser, **tensors)
+        expected = forward()
+        found.put(each.name, actual, expected)
+        own = actual if conversion is not DENOISED else None
+        found.predictions[each.name] = Predicted(each.one, own, expected, model, forward)
         samples.setdefault(key, []).append((each.name, tensors))
         if progress:
             progress("predictions by the trusted model", done + 1, len(every))

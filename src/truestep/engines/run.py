@@ -9,8 +9,25 @@ from typing import Any
 import torch
 
 from truestep.engines.engine import Engine
+from truestep.engines.inside import Inside
 
 COND, UNCOND = "cond", "uncond"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The call that a prediction is of.
+
+    Attributes:
+        model: Component and method: `WanModel.forward`.
+        number: Of the call among that model's, from 0.
+        row, rows: Of a batch of branches, which of how many.
+    """
+
+    model: str
+    number: int
+    row: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,7 @@ class Pass:
         component: Of which model.
         branch: `cond`, `uncond`, or a number where that cannot be told.
         said: What the engine itself calls it.
+        place: Of which call it is.
     """
 
     arguments: Mapping[str, Any]
@@ -32,6 +50,7 @@ class Pass:
     component: str
     branch: str = ""
     said: str = ""
+    place: Place | None = None
 
     def role(self, role: str) -> torch.Tensor | None:
         """The tensor of an argument by its role."""
@@ -100,6 +119,8 @@ class Run:
         alone: The end, of a run of which nothing else is known.
         in_vae: Whether the end is in the space of the VAE.
         environment: Where it ran.
+        insides: Calls of models whose modules were recorded, by model and number.
+        command: The program, as it was started.
     """
 
     label: str
@@ -115,6 +136,8 @@ class Run:
     alone: torch.Tensor | None = None
     in_vae: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    insides: Mapping[tuple[str, int], Inside] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
 
     def but(self, **changes: Any) -> Run:
         """The same run with other fields."""
