@@ -21,7 +21,13 @@ SHOWN = 20
 @click.argument("what", nargs=-1, required=True, metavar="FILE | FOLDER | profile [A [B]]")
 @click.option("--all", "everything", is_flag=True, help=f"Every tensor, not the first {SHOWN}.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON; of a file, its manifest.")
-def command(what: tuple[str, ...], everything: bool, as_json: bool) -> None:
+@click.option(
+    "--frames",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write the key frames of a bundle there, as PNG.",
+)
+def command(what: tuple[str, ...], everything: bool, as_json: bool, frames: Path | None) -> None:
     """Show what a file or folder is and holds; of a recording, its header alone is read.
 
     `truestep show profile` lists the references that an LTX-2 run can follow; with a name, every
@@ -36,6 +42,30 @@ def command(what: tuple[str, ...], everything: bool, as_json: bool) -> None:
         raise UsageError("show takes one file", measured=f"got {len(what)}: {', '.join(what)}")
     else:
         show_file(Path(first), everything=everything, as_json=as_json)
+        if frames is not None:
+            _write_frames(Path(first), frames)
+
+
+def _write_frames(file: Path, folder: Path) -> None:
+    """Write the pictures that a bundle holds."""
+    from truestep.cli.contents import contents_of
+    from truestep.errors import UsageError
+    from truestep.files import replacing
+    from truestep.recording.keyframes import read_key_frames
+
+    manifest = contents_of(file).manifest
+    held = read_key_frames(manifest.settings, where=str(file)) if manifest is not None else None
+    if held is None:
+        raise UsageError(
+            "the file holds no key frames",
+            where=str(file),
+            hint="truestep bundle RECORDING --frames VIDEO",
+        )
+    for number, data in held.pictures.items():
+        path = folder / f"{file.stem}.frame{number:04d}.png"
+        with replacing(path, "a frame") as temporary:
+            temporary.write_bytes(data)
+        say(f"frame {number}: {path}", err=True)
 
 
 def _show_profiles(names: list[str], *, as_json: bool) -> None:
@@ -206,6 +236,7 @@ def _engine_lines(engine: object) -> list[tuple[str, str]]:
 def _print_manifest(manifest: object) -> None:
     from truestep.cli.contents import call_lines
     from truestep.measure.reduced import SKETCH_SIZE, STATS
+    from truestep.recording.keyframes import read_key_frames
     from truestep.recording.manifest import Manifest
 
     assert isinstance(manifest, Manifest)
@@ -228,6 +259,8 @@ def _print_manifest(manifest: object) -> None:
         keys = ("seed", "steps", "guidance_scale", "height", "width", "num_frames", "dtype")
         lines.append(("settings", ", ".join(f"{k} {case[k]}" for k in keys if k in case)))
     lines += call_lines(manifest)
+    pictures = read_key_frames(manifest.settings, where="the manifest")
+    lines += [("key frames", pictures.text())] if pictures is not None else []
     environment = manifest.environment
     for label, key in (
         ("device", "device.name"),

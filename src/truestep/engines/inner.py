@@ -19,8 +19,9 @@ from truestep.engines.inside import Inside
 from truestep.engines.run import Pass, Run
 from truestep.engines.watch.request import FIRST_CALLS
 from truestep.keys import module_name
+from truestep.measure.distance import distance
 from truestep.pairing.naming import ROOT, named_modules
-from truestep.pairing.partners import Part, Partners, partners_of
+from truestep.pairing.partners import ROUNDED, Part, Partners, partners_by_weights, partners_of
 from truestep.pairing.rename import numbered
 from truestep.replay.drill import Drilled, Subject, drill
 from truestep.replay.isolation import Flow
@@ -31,6 +32,10 @@ from truestep.verdict import Comparison, Row, Verdict
 
 FAILED = (Verdict.DRIFTED, Verdict.INVALID)
 Depth = Literal["steps", "modules"]
+LYING = 0.2
+"""Share of the modules with weights that have to hold more by another pairing than by their names,
+for names that are all there not to be believed. Wrong weights of some modules are a fault."""
+
 _CONTAINERS = ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
 
 
@@ -161,10 +166,16 @@ def paired(
         UsageError: No weights were kept.
     """
     partners = partners_of(engine, trusted, rename=rename)
+    sides = tuple(dict(named_modules(side).modules) for side in (engine, trusted))
+    if {*sides[1]} <= {*sides[0]} and _weighed(sides[0]):  # all names are there
+        weighed = partners_by_weights(engine, trusted)
+        gain = _agreeing(weighed, *sides) - _agreeing(partners, *sides)
+        if gain >= LYING * len(_weighed(sides[0])):
+            partners = weighed
     if partners is None:
         return None
-    theirs = [*named_modules(trusted).modules]
-    own = _layered(partners.own, [*named_modules(engine).modules])
+    theirs = [*sides[1]]
+    own = _layered(partners.own, [*sides[0]])
     cut = _layered(partners.cut, theirs)
     known = {*theirs, *(part.fqn for parts in cut.values() for part in parts)}
     own = {
@@ -174,6 +185,29 @@ def paired(
     unmatched = tuple(name for name in partners.unmatched if name not in met)
     count = partners.paired + len(partners.unmatched) - len(unmatched)
     return Partners(own, cut, unmatched, count)
+
+
+def _weighed(modules: Mapping[str, torch.nn.Module]) -> list[str]:
+    """Modules that have weights of their own."""
+    return [name for name, module in modules.items() if module._parameters]
+
+
+def _agreeing(
+    partners: Partners | None,
+    ours: Mapping[str, torch.nn.Module],
+    theirs: Mapping[str, torch.nn.Module],
+) -> int:
+    """How many modules hold the weights of their partner."""
+    count = 0
+    for name in _weighed(ours):
+        answers = partners.candidate(name) if partners is not None else (Part(name),)
+        other = theirs.get(answers[0].fqn) if len(answers) == 1 else None
+        if other is None:
+            continue
+        own, held = (dict(side.named_parameters(recurse=False)) for side in (ours[name], other))
+        same = own.keys() == held.keys() and all(own[k].shape == t.shape for k, t in held.items())
+        count += same and all(distance(own[k], t).rel_l2 < ROUNDED for k, t in held.items())
+    return count
 
 
 def _layered(

@@ -13,8 +13,8 @@ import torch
 
 from truestep.engines.absent import put_absent
 from truestep.engines.between import INPUT, entering, put_between
-from truestep.engines.branches import named_by_text
-from truestep.engines.conventions import as_shape
+from truestep.engines.branches import in_convention, named_by_text
+from truestep.engines.conventions import AS_IT_IS, as_shape
 from truestep.engines.expected import (
     FINAL,
     FRAMES,
@@ -85,6 +85,7 @@ def check_run(
         put_noise_and_text(found, run, known)
         put_between(found, run, known)
         conversion = put_predictions(found, run, known, trusted, progress)
+        run = in_convention(run, conversion or AS_IT_IS)
         put_guidance(found, run, known)
         put_absent(found, run, known, trusted, conversion)
         put_updates(found, entering(found, run, known), known, trusted)

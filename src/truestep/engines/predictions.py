@@ -92,7 +92,9 @@ def put_predictions(
         if progress:
             progress("predictions by the trusted model", done + 1, len(every))
     for key, named in samples.items():
-        found.floor += _floor(denoisers[key], named, progress)
+        # What an engine rounds is made larger by a small sigma: no step's floor is another's.
+        many = len(named) if conversion is DENOISED else SAMPLES
+        found.floor += _floor(denoisers[key], named, progress, many)
     return conversion
 
 
@@ -181,6 +183,7 @@ def _floor(
     model: torch.nn.Module,
     named: Sequence[tuple[str, dict[str, torch.Tensor]]],
     progress: Progress | None,
+    many: int = SAMPLES,
 ) -> list[NoiseRun]:
     """Benign runs of the trusted model on some of the engine's inputs, under the rows' names.
 
@@ -189,7 +192,7 @@ def _floor(
     named = [each for each in named if all(bool(t.isfinite().all()) for t in each[1].values())]
     if not named:
         return []
-    count = min(SAMPLES, len(named))
+    count = min(many, len(named))
     chosen = [named[round(i * (len(named) - 1) / max(count - 1, 1))] for i in range(count)]
     recording = record_function(model, [tensors for _, tensors in chosen], progress=progress)
     floor = recording.manifest.noise_floor

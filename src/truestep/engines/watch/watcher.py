@@ -143,6 +143,7 @@ class Watcher:
                 own = vars(cls).get(name)
                 if inspect.isfunction(own) and not hasattr(own, _WATCHED):
                     setattr(cls, name, self._scheduler_method(own, name))
+                    self._unpatch.append(partial(setattr, cls, name, own))
 
     def _scheduler_method(self, method: Any, name: str) -> Any:
         signature = inspect.signature(method)
