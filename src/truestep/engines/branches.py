@@ -46,6 +46,9 @@ def with_branches(run: Run) -> Run:
         return replace(run, steps=tuple(alone), weights=own, affine=residual)
     most = max(counts, default=0)
     weights, residual = _weights(run, most)
+    several: dict[str, list[float]] = {}
+    if weights is None and (several := _by_model(run, most)):
+        weights, residual = next(iter(several.values())), 0.0
     labels = [str(index) for index in range(most)] if weights is None else _labels(weights)
     steps = []
     for step in run.steps:
@@ -58,7 +61,22 @@ def with_branches(run: Run) -> Run:
     if weights is not None and run.steps and run.steps[0].parts:
         labels = list(run.steps[0].parts)
     named_weights = {} if weights is None else dict(zip(labels, weights, strict=True))
-    return replace(run, steps=tuple(steps), weights=named_weights, affine=residual)
+    scales = {model: dict(zip(labels, own, strict=True)) for model, own in several.items()}
+    made = replace(run, steps=tuple(steps), weights=named_weights, affine=residual)
+    return made.but(scales=scales)
+
+
+def _by_model(run: Run, most: int) -> dict[str, list[float]]:
+    """Weights of the passes by the expert that made them; empty where these do not say it."""
+    found: dict[str, list[float]] = {}
+    models = [{one.component for one in step.passes} for step in run.steps]
+    for model in dict.fromkeys(name for names in models for name in sorted(names)):
+        own = [s for s, names in zip(run.steps, models, strict=True) if names == {model}]
+        weights, _ = _weights(run.but(steps=tuple(own)), most)
+        if weights is None:
+            return {}
+        found[model] = weights
+    return found if len(found) > 1 else {}
 
 
 def _once(run: Run) -> Run:
@@ -198,4 +216,8 @@ def named_by_text(run: Run, known: Run | None) -> Run:
         for step in run.steps
     )
     weights = {names[branch]: weight for branch, weight in run.weights.items()}
-    return replace(run, steps=steps, weights=weights)
+    scales = {
+        model: {names[branch]: weight for branch, weight in own.items()}
+        for model, own in run.scales.items()
+    }
+    return replace(run, steps=steps, weights=weights, scales=scales)

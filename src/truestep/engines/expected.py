@@ -8,7 +8,7 @@ decoder's of the engine's own end: none of these inherits anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from truestep.engines.conventions import (
     with_closing_zero,
 )
 from truestep.engines.run import COND, UNCOND, Pass, Run, Step
-from truestep.engines.trusted import Trusted, schedule_of, solvers, stepped
+from truestep.engines.trusted import Denoiser, Trusted, schedule_of, solvers, stepped
 from truestep.errors import FOREIGN, one_line
 from truestep.floors import NoiseRun
 from truestep.keys import Address, address, step_name
@@ -55,15 +55,27 @@ class Predicted:
         one: The engine's.
         actual: Its output as the trusted model would return it; None where that would round more.
         expected: What the trusted model returns.
-        model: That model.
-        forward: Runs it on the engine's inputs.
+        denoiser: That model, called by name.
+        given: What it is called with.
+        time: Of the trusted model's schedule.
     """
 
     one: Pass
     actual: torch.Tensor | None
     expected: torch.Tensor
-    model: torch.nn.Module
-    forward: Callable[[], torch.Tensor]
+    denoiser: Denoiser
+    given: Mapping[str, torch.Tensor]
+    time: float | None = None
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The trusted model."""
+        return self.denoiser.model
+
+    def forward(self) -> torch.Tensor:
+        """Run it on the engine's inputs."""
+        made: torch.Tensor = self.denoiser(**self.given)
+        return made
 
 
 @dataclass
@@ -260,13 +272,23 @@ def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
         found.unjudged["guidance"] = text
         found.undecided[step_name(run.steps[0].number, "guided")] = text
         return
-    rounded = {branch: _round(weight) for branch, weight in weights.items()}
-    found.notes.append(f"guidance, by {whose} weights: {_formula(rounded)}")
-    own = {branch: _round(weight) for branch, weight in run.weights.items()}
-    if own and not _near(own, rounded):
+    named = known if whose.startswith("the reference") and known is not None else run
+    aligned = len(named.steps) == len(run.steps)
+    every = [
+        _rounded(named.weights_at(index) if aligned else weights) for index in range(len(run.steps))
+    ]
+    for rounded in {repr(each): each for each in every}.values():
+        found.notes.append(f"guidance, by {whose} weights: {_formula(rounded)}")
+    apart = [
+        (own, rounded)
+        for index, rounded in enumerate(every)
+        if (own := _rounded(run.weights_at(index))) and not _near(own, rounded)
+    ]
+    if apart:
+        own, rounded = apart[0]
         how = _mistaken(own.get(COND), rounded.get(COND))
         found.notes.append(f"the run combines by other weights: {_formula(own)}{how}")
-    for step in run.steps:
+    for step, rounded in zip(run.steps, every, strict=True):
         outputs = step.combined
         if step.guided is None or not outputs:
             continue
@@ -282,6 +304,10 @@ def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
         found.put(
             step_name(step.number, "guided"), step.guided, expected.reshape(step.guided.shape)
         )
+
+
+def _rounded(weights: Mapping[str, float]) -> dict[str, float]:
+    return {branch: _round(weight) for branch, weight in weights.items()}
 
 
 def _round(weight: float) -> float:
@@ -356,9 +382,9 @@ def _draws(made: Sequence[torch.Tensor | None], again: Any) -> bool:
 
 def _combined(found: Seams, run: Run, known: Run | None) -> Run:
     """A run whose steps are stepped by its own predictions, combined as the reference's are."""
-    weights = known.weights if known else {}
     steps = []
-    for step in run.steps:
+    for index, step in enumerate(run.steps):
+        weights = known.weights_at(index) if known else {}
         outputs = {
             one.branch: found.actual.get(step_name(step.number, one.branch)) for one in step.passes
         }

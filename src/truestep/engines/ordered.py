@@ -28,6 +28,7 @@ from truestep.engines.expected import (
     put_schedule,
     put_updates,
 )
+from truestep.engines.experts import with_experts
 from truestep.engines.inner import Depth, at_depth
 from truestep.engines.predictions import put_decoding, put_predictions
 from truestep.engines.run import Run
@@ -93,7 +94,10 @@ def check_run(
     if not run.steps and known is not None:
         found.put(FINAL, run.final, known.final)
     result = _judged(found, run, known, trusted)
-    return at_depth(result, run, found.predictions, depth, known)
+    with torch.no_grad():
+        result, others = with_experts(result, run, found, trusted)
+    opened = {name: one for name, one in found.predictions.items() if name not in others}
+    return at_depth(result, run, opened, depth, known)
 
 
 def _dtype(run: Run) -> torch.dtype:

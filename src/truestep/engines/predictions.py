@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -83,11 +82,12 @@ def put_predictions(
         key = (id(model), repr(sorted(plain.items())))
         denoiser = denoisers.setdefault(key, Denoiser(model, plain, conversion))
         actual = conversion.to_trusted(each.one.output, each.step.latent, each.sigma)
-        forward = partial(denoiser, **tensors)
-        expected = forward()
+        expected = denoiser(**tensors)
         found.put(each.name, actual, expected)
         own = actual if conversion is not DENOISED else None
-        found.predictions[each.name] = Predicted(each.one, own, expected, model, forward)
+        time = None if each.one.timestep is None else each.one.timestep * scale
+        predicted = Predicted(each.one, own, expected, denoiser, tensors, time)
+        found.predictions[each.name] = predicted
         samples.setdefault(key, []).append((each.name, tensors))
         if progress:
             progress("predictions by the trusted model", done + 1, len(every))

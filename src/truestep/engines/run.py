@@ -115,6 +115,7 @@ class Run:
         schedulers: Class and settings by component.
         weights: Of each branch in what is stepped by; empty where none could be told.
         affine: Residual of that, relative.
+        scales: Likewise by model, where two experts are guided otherwise.
         decoded_from, decoded: What a decoder was given and gave.
         alone: The end, of a run of which nothing else is known.
         in_vae: Whether the end is in the space of the VAE.
@@ -131,6 +132,7 @@ class Run:
     schedulers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     affine: float = 0.0
+    scales: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     decoded_from: torch.Tensor | None = None
     decoded: torch.Tensor | None = None
     alone: torch.Tensor | None = None
@@ -158,6 +160,13 @@ class Run:
         if not known or self.sigmas is None or index >= len(self.sigmas):
             return None
         return float(self.sigmas[index])
+
+    def weights_at(self, index: int) -> Mapping[str, float]:
+        """Of each branch in what a step is stepped by."""
+        if not self.scales or index >= len(self.steps):
+            return self.weights
+        models = (one.component for one in self.steps[index].passes)
+        return self.scales.get(next(models, ""), self.weights)
 
     @property
     def noise(self) -> torch.Tensor | None:
