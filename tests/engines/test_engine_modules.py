@@ -24,6 +24,7 @@ from truestep.engines.watch.request import Looked
 from truestep.engines.watch.spool import CallSpool
 from truestep.errors import FileFormatError
 from truestep.recording.format import Recording
+from truestep.replay.statements import Operator, differing_in_step, maker
 from truestep.verdict import Comparison, Verdict
 
 PORT = Path(__file__).parent.parent / "examples" / "module_port.py"
@@ -41,11 +42,14 @@ MODULES = {
 }
 OF_THE_ENGINE = {
     "bias": "`layers.1.cross.out`, WithoutBias at module_port.py:",
+    "gelu": "self.down(self.act(self.up(x))) (default for approximate = 'tanh'); the engine's `lay",
     "modulation": "`layers.1`, Exchanged at module_port.py:",
+    "residual": "made = self.mlp(self.norm_mlp(x) * (1 + mlp_scale) + mlp_shift); the engine's `l",
+    "head": "self.proj((self.norm(x) * (1 + scale) + shift).to(x.dtype)); the engine's `(root)`",
     "rope": "`layers.0.self_attn`, SelfAttention at model.py:",
     "weight": "weight differs by 0.02; the engine's `layers.0.self_attn.qkv`",
 }
-"""What is said of the engine's own code and weights."""
+"""What is said of the engine's own code and weights: the operator, or what made a wrong tensor."""
 
 
 def ran(
@@ -63,7 +67,8 @@ def ran(
 def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """The right generation, then one a fault, with the modules of the first two calls."""
     folder = tmp_path_factory.mktemp("modules")
-    made = ran(model, folder / "call", "call", "none", *MODULES, inside=Looked())
+    inside = Looked(operators=True)
+    made = ran(model, folder / "call", "call", "none", *MODULES, inside=inside)
     assert (made.code, made.failures) == (0, [])
     found = [run_of(path) for path, _ in made.recordings]
     return dict(zip(("none", *MODULES), found, strict=True))
@@ -253,6 +258,22 @@ def test_hooks_are_gone_behind_a_call_and_what_fails_in_them_ends_the_look_alone
     inside.close()
 
 
+def test_an_operator_is_named_only_while_both_sides_do_the_same() -> None:
+    def op(name: str, value: float, *arguments: str) -> Operator:
+        return Operator(name, arguments, (torch.full((2, 2), value),), "a.py:1", f"{name}()")
+
+    right = [op("mul", 1.0), op("add", 2.0), op("exp", 3.0)]
+    assert differing_in_step(right, right, right) is None
+    wrong = [op("mul", 1.0), op("add", 2.5), op("exp", 3.0)]
+    assert (differing_in_step(wrong, right, right) or "").startswith("add at a.py:1")
+    told = differing_in_step([op("mul", 1.0, "dim = 1")], [op("mul", 1.0, "dim = 2")])
+    assert "dim = 1 for dim = 2" in (told or "")
+    other = [op("sub", 1.0), *wrong]  # other code: nothing behind it says anything
+    assert differing_in_step(other, right, right) is None
+    assert (maker(torch.full((4,), 2.5), wrong) or "").startswith("made by add")
+    assert maker(torch.full((4,), 9.0), wrong) is None
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -261,6 +282,7 @@ def test_hooks_are_gone_behind_a_call_and_what_fails_in_them_ends_the_look_alone
         lambda told: told["calls"].update(x={"modules": [], "left": 0}),
         lambda told: told.pop("classes"),
         lambda told: told["calls"]["0"].update(left="many"),
+        lambda told: told["calls"]["0"].update(operators=[["a", "b"]]),
     ],
 )
 def test_a_damaged_table_of_modules_is_refused(

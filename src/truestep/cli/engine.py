@@ -34,11 +34,12 @@ _LARGEST = click.option(
 )
 _DEPTH = click.option(
     "--depth",
-    type=click.Choice(["steps", "modules"]),
+    type=click.Choice(["steps", "modules", "operators"]),
     default="steps",
     show_default=True,
     help="At modules, also record what every module of the denoiser is given and gives, and its "
-    "weights: `engine check --depth modules` then names the module that is wrong.",
+    "weights: `engine check --depth modules` then names the module that is wrong; at operators "
+    "each operator, too, for the line of code.",
 )
 _CALLS = click.option(
     "--calls",
@@ -138,7 +139,7 @@ def _looked(depth: str, calls: str, select: str, most: int) -> Looked | None:
     numbers = [part.strip() for part in calls.split(",")]
     if not all(part.isdecimal() for part in numbers):
         raise UsageError(f"calls are numbers by commas, not {calls!r}", hint="--calls 0,6")
-    return Looked(tuple(map(int, numbers)), select, most << 20)
+    return Looked(tuple(map(int, numbers)), select, most << 20, depth == "operators")
 
 
 def _run(

@@ -27,6 +27,7 @@ from truestep.replay.drill import Drilled, Subject, drill
 from truestep.replay.isolation import Flow
 from truestep.replay.locating import Into, noted, opened
 from truestep.replay.recorded import Recorded
+from truestep.replay.statements import Operator
 from truestep.text import pasteable
 from truestep.verdict import Comparison, Row, Verdict
 
@@ -111,7 +112,12 @@ def _opened(comparison: Comparison, row: Row, predicted: Predicted, inside: Insi
     )
 
     def drilled(partners: Partners | None) -> Drilled:
-        candidate = Recorded(_flow(inside, partners, predicted, place), engine, _written(inside))
+        candidate = Recorded(
+            _flow(inside, partners, predicted, place),
+            engine,
+            _written(inside),
+            lambda name: _operators(inside, predicted.one, name),
+        )
         trusted = Subject(predicted.model, predicted.forward)
         return drill(candidate, trusted, place=place, partners=partners)
 
@@ -260,6 +266,19 @@ def _flow(
     if predicted.actual is not None:
         actual, _ = as_shape(predicted.actual, predicted.expected)
         found.tensors[module_name(ROOT, step=step, branch=branch, slot="out.0")] = actual
+    return found
+
+
+def _operators(inside: Inside, one: Pass, name: str) -> list[Operator]:
+    """Operators that ran inside of an engine's module; none where one of them has no results."""
+    found = []
+    for each in inside.operators:
+        if name != ROOT and each.fqn != name and not each.fqn.startswith(f"{name}."):
+            continue
+        if each.outputs is None:
+            return []
+        outputs = tuple(_of_branch(tensor, one) for tensor in each.outputs)
+        found.append(Operator(each.name, each.arguments, outputs, each.line, each.code))
     return found
 
 

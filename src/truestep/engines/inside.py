@@ -46,6 +46,24 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Called:
+    """An operator.
+
+    Attributes:
+        fqn: The innermost module that ran.
+        name, arguments, line, code: As `replay.lines` tells them.
+        outputs: Its results; None where there was no room for one.
+    """
+
+    fqn: str
+    name: str
+    arguments: tuple[str, ...]
+    outputs: tuple[torch.Tensor, ...] | None
+    line: str
+    code: str
+
+
+@dataclass(frozen=True)
 class Inside:
     """One call of a model, looked into.
 
@@ -55,6 +73,7 @@ class Inside:
         weights: Parameters and buffers that were kept.
         events: In the order in which they happened.
         left: Tensors that there was no room for.
+        operators: In the order in which they were called; none where they were not recorded.
     """
 
     classes: Mapping[str, str]
@@ -62,6 +81,7 @@ class Inside:
     weights: Mapping[str, torch.Tensor]
     events: tuple[Event, ...]
     left: int
+    operators: tuple[Called, ...] = ()
 
 
 def check_inside(table: Any, ranks: Mapping[str, int]) -> None:
@@ -81,6 +101,10 @@ def check_inside(table: Any, ranks: Mapping[str, int]) -> None:
     for fqn, number, side, tree in table["modules"]:
         if not isinstance(fqn, str) or type(number) is not int or side not in ("in", "out"):
             raise ValueError("no call of a module where one is kept")
+        check_tree(tree, ranks)
+    for fqn, name, arguments, tree, line, code in table.get("operators", ()):
+        if not all(isinstance(word, str) for word in (fqn, name, line, code, *arguments)):
+            raise ValueError("no words where an operator is described")
         check_tree(tree, ranks)
 
 
@@ -138,7 +162,23 @@ class _Writer:
                 name = module_name(where, step=number, branch="main", slot=slot, call=call)
                 slots[slot] = self._name(name, content, "module", fqn=where)
             events.append([fqn, call, side, slots])
-        entry["calls"][str(number)] = {"modules": events, "left": int(told["left"])}
+        call = entry["calls"][str(number)] = {"modules": events, "left": int(told["left"])}
+        called = []
+        for at, (fqn, op, arguments, tree, line, code) in enumerate(told.get("operators", ())):
+            where = safe_fqn(f"{model}.{fqn}%{at}")
+            names = [
+                self._name(
+                    module_name(where, step=number, branch="main", slot=slot),
+                    content,
+                    "module",
+                    fqn=where,
+                )
+                for slot, content in _slots("out", tree)
+            ]
+            whole = len(names) == len(tree["list"]) if isinstance(tree, dict) else False
+            called.append([fqn, op, arguments, names if whole else None, line, code])
+        if called:
+            call["operators"] = called
 
     def _name(self, name: str, content: str, kind: str, fqn: str | None = None) -> str:
         if content not in self._names:
@@ -197,4 +237,15 @@ def _read(recording: CallRecording, entry: Mapping[str, Any], call: Mapping[str,
         for name in ("classes", "sources")
     ]
     weights = {str(k): held[name] for k, name in entry["weights"].items() if name in held}
-    return Inside(words[0], words[1], weights, events, int(call["left"]))
+    operators = tuple(
+        Called(
+            str(fqn),
+            str(name),
+            tuple(map(str, arguments)),
+            None if names is None else tuple(held[each] for each in names),
+            str(line),
+            str(code),
+        )
+        for fqn, name, arguments, names, line, code in call.get("operators", ())
+    )
+    return Inside(words[0], words[1], weights, events, int(call["left"]), operators)

@@ -25,7 +25,13 @@ from truestep.pairing.partners import Part, Partners, namesake
 from truestep.replay.forms import holds_the_same
 from truestep.replay.isolation import Flow, Forward, benign_flows, flow, rounding, set_against
 from truestep.replay.recorded import Recorded
-from truestep.replay.statements import differing_parameters, first_operator, operators
+from truestep.replay.statements import (
+    differing_in_step,
+    differing_parameters,
+    first_operator,
+    maker,
+    operators,
+)
 from truestep.runtime.precision import working_dtype
 from truestep.verdict import GIVEN, Divergence, Row
 
@@ -208,7 +214,10 @@ def _with_operator(
     fqn, kind = found.fqn or ROOT, found.kind or ""
     theirs = named_modules(trusted.model).modules.get(fqn)
     if isinstance(candidate, Recorded):
-        return found.model_copy(update={"operator": candidate.told(fqn, theirs, partners)})
+        told = [candidate.told(fqn, theirs, partners)]
+        told.insert(0, _recorded_operator(found, candidate, trusted, partners))
+        text = "; ".join(part for part in told if part)
+        return found.model_copy(update={"operator": text or None})
     ours = named_modules(candidate.model).modules
     names = [fqn] if fqn in ours and (partners is None or fqn == ROOT) else []
     if partners is not None and fqn != ROOT:
@@ -234,6 +243,34 @@ def _with_operator(
         told.append(differing_parameters(own, theirs))
     text = "; ".join(part for part in told if part)
     return found.model_copy(update={"operator": text or None})
+
+
+def _recorded_operator(
+    found: Divergence, candidate: Recorded, trusted: Subject, partners: Partners | None
+) -> str | None:
+    """The first operator to differ of a candidate whose operators were recorded."""
+    fqn = found.fqn or ROOT
+    own = candidate.own(fqn, partners)
+    made = candidate.operators(own) if own is not None else []
+    if not made or fqn not in named_modules(trusted.model).modules:
+        return None
+    place = found.step or 0, found.branch or "main"
+    parts = partners.trusted if partners is not None else namesake
+    reference, benign = (
+        operators(
+            trusted.model,
+            trusted.forward,
+            fqn,
+            given=candidate.flow,
+            parts=parts,
+            change=change,
+            place=place,
+        )
+        for change in (None, rounding(torch.Generator("cpu").manual_seed(0)))
+    )
+    told = differing_in_step(made, reference, benign)
+    wrong = candidate.flow.tensors.get(found.name)
+    return told or (None if wrong is None else maker(wrong, made))
 
 
 def _expected(

@@ -31,7 +31,7 @@ from truestep.measure.plain import plain
 from truestep.nests import argument_leaves, leaves
 from truestep.pairing.naming import ROOT, named_modules
 from truestep.pairing.partners import Names, Part, namesake
-from truestep.runtime.changes import math_kernel, one_rounding
+from truestep.runtime.changes import OtherFunctions, math_kernel, one_rounding
 from truestep.runtime.precision import HIGHER, converted
 
 Tensor = torch.Tensor
@@ -350,6 +350,11 @@ def benign_flows(
             yield measured("precision", f"against {higher}", run(precision=dtype))
     with math_kernel():
         yield measured("attention", "math kernel", run())
+    if given is not None:  # another implementation's: it may well compute them so
+        for seed in (0, 1):
+            with OtherFunctions(seed):
+                detail = f"exp, sin, ... as another library computes them, seed {seed}"
+                yield measured("functions", detail, run())
     for seed in (0, 1):
         generator = torch.Generator("cpu").manual_seed(seed)
         yield measured(

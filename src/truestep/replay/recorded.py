@@ -5,7 +5,7 @@ The drill then turns round: the trusted model's modules are run on what the cand
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +15,7 @@ from truestep.measure.distance import distance
 from truestep.pairing.naming import ROOT, named_modules
 from truestep.pairing.partners import Part, Partners
 from truestep.replay.isolation import Flow
+from truestep.replay.statements import Operator
 
 SAME = 1e-6
 """Weights nearer than this are the same: float32's rounding is 6e-8."""
@@ -28,11 +29,23 @@ class Recorded:
         flow: What its modules were given and gave.
         weights: A module tree with its names and, as far as they were kept, its weights.
         written: Of its modules' names, where their code is written: `port.Layer at model.py:156`.
+        operators: By its own names; see `statements.operators`. Empty where none were recorded.
     """
 
     flow: Flow
     weights: torch.nn.Module
     written: Mapping[str, str] = field(default_factory=dict)
+    operators: Callable[[str], list[Operator]] = lambda name: []
+
+    def own(self, fqn: str, partners: Partners | None) -> str | None:
+        """The candidate's module that answers to a trusted one, where it is a whole one."""
+        names = [
+            name
+            for name in named_modules(self.weights).modules
+            if (name == ROOT) == (fqn == ROOT)
+            and any(part.fqn == fqn and part.rows is None for part in _answers(name, partners))
+        ]
+        return names[0] if len(names) == 1 else None
 
     def within(self, select: Collection[str], reference: Flow) -> Flow:
         """What is known of some modules, as far as the trusted ones give it, too."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -22,6 +23,7 @@ from truestep.calls.values import qualified
 from truestep.engines.watch.request import Looked
 from truestep.engines.watch.spool import CallSpool
 from truestep.measure.plain import plain
+from truestep.replay.lines import Watch
 
 ROOT = "(root)"
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -63,6 +65,8 @@ class Inside:
         self._weighed: set[int] = set()
         self._opened: _Opened | None = None
         self._handles: list[Any] = []
+        self._watch: Watch | None = None
+        self._busy = False
 
     def begin(self) -> None:
         """A generation begins."""
@@ -75,8 +79,9 @@ class Inside:
         Returns:
             A table that is complete then: `classes` by fqn, `sources` by class; `weights` by name,
             in the first call of a model; `modules`: fqn, number of its call, `in` or `out`, tree of
-            what it was given or gave, as it happened; `left`: tensors without room. None where the
-            call is not looked into.
+            what it was given or gave, as it happened; `operators`, where these are asked for: the
+            innermost module, name, arguments, tree of results, line and code; `left`: tensors
+            without room. None where the call is not looked into.
         """
         number = self._counts[id(model)]
         self._counts[id(model)] += 1
@@ -97,10 +102,17 @@ class Inside:
                     module.register_forward_pre_hook(before, with_kwargs=True),
                     module.register_forward_hook(after),
                 ]
+        if self._looked.operators and all(map(_is_open, modules.values())):
+            table["operators"] = []
+            self._watch = Watch(partial(self._operator, opened))
+            self._watch.__enter__()  # type: ignore[no-untyped-call]
         return table
 
     def close(self) -> None:
         """Take the hooks off."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._opened = None
         while self._handles:
             self._handles.pop().remove()
@@ -132,16 +144,39 @@ class Inside:
         return here and not torch.compiler.is_compiling()
 
     def _keep(self, opened: _Opened, place: tuple[str, int, str], value: Any, limit: int) -> None:
-        """Note a value as a tree, of its tensors those that there is room for."""
+        """Note what a module is given or gives."""
+        tree = self._kept(opened, value, limit)
+        opened.table["modules"].append([*place, tree])
+
+    def _operator(
+        self,
+        opened: _Opened,
+        name: str,
+        arguments: tuple[str, ...],
+        outputs: list[torch.Tensor],
+        line: str,
+        code: str,
+    ) -> None:
+        """Note an operator that is no work of these hooks themselves."""
+        if self._busy or not self._hears(opened):
+            return
+        fqn = opened.running[-1][0] if opened.running else ROOT
+        tree = self._kept(opened, outputs, self._looked.largest * 3 // 4)
+        opened.table["operators"].append([fqn, name, list(arguments), tree, line, code])
+
+    def _kept(self, opened: _Opened, value: Any, limit: int) -> Any:
+        self._busy = True
         try:
             with self._lock:
                 tree, left = opened.spool.keep_within(value, limit)
-        except Exception as error:  # likewise
+        except Exception as error:  # the program goes on, unwatched
             self._opened = None
             self._fail(error)
-            return
-        opened.table["modules"].append([*place, tree])
+            return None
+        finally:
+            self._busy = False
         opened.table["left"] += left
+        return tree
 
     def _weights(self, modules: Mapping[str, torch.nn.Module], spool: CallSpool) -> dict[str, Any]:
         """Parameters and buffers, layer by layer of every list, as far as there is room."""
@@ -160,9 +195,7 @@ class Inside:
 def _walk(module: torch.nn.Module, fqn: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
     """Modules by name, without wrappers; none inside of what runs as one compiled graph."""
     yield fqn or ROOT, module
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        return
-    if type(module).__name__ == "OptimizedModule" or isinstance(module, torch.jit.ScriptModule):
+    if not _is_open(module):
         return
     for name, child in module._modules.items():
         if child is not None:
@@ -170,12 +203,17 @@ def _walk(module: torch.nn.Module, fqn: str = "") -> Iterator[tuple[str, torch.n
             yield from _walk(child, inner)
 
 
+def _is_open(module: torch.nn.Module) -> bool:
+    """Whether a module's own code runs when it is called, and no graph."""
+    whole = type(module).__name__ == "OptimizedModule" or isinstance(module, torch.jit.ScriptModule)
+    return not whole and getattr(module, "_compiled_call_impl", None) is None
+
+
 def _hears(module: torch.nn.Module) -> bool:
     """Whether hooks of a module run: it can be called, and its call is no graph."""
     unset: Any = torch.nn.Module.forward
     forward = getattr(type(module), "forward", unset) is not unset or "forward" in vars(module)
-    whole = type(module).__name__ == "OptimizedModule"
-    return forward and not whole and getattr(module, "_compiled_call_impl", None) is None
+    return forward and _is_open(module)
 
 
 def _source(kind: type) -> str:

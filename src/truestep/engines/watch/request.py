@@ -20,11 +20,13 @@ class Looked:
         calls: Their numbers, of each denoiser and generation.
         select: Globs on names of modules, several by commas, `!glob` to leave out.
         largest: Bytes of all that is kept of a generation's modules and weights.
+        operators: Whether each operator is kept, too, with its line of code.
     """
 
     calls: tuple[int, ...] = FIRST_CALLS
     select: str = "*"
     largest: int = 1 << 30
+    operators: bool = False
 
 
 @dataclass(frozen=True)
