@@ -132,7 +132,8 @@ def test_branches_of_one_call_are_told_apart(model: Path, reference: Path, tmp_p
 def test_a_function_that_goes_through_the_parts_is_looked_into(
     model: Path, reference: Path, tmp_path: Path
 ) -> None:
-    made = ran(model, tmp_path / "f", "function", "none", "bias", inside=Looked((1,)), port=OTHER)
+    inside = Looked((1,), operators=True)
+    made = ran(model, tmp_path / "f", "function", "none", "bias", inside=inside, port=OTHER)
     known = run_of(reference)
     right, wrong = (run_of(path) for path, _ in made.recordings)
     assert {*right.insides} == {("WanTransformer3DModel.predict", 1)}
@@ -142,6 +143,7 @@ def test_a_function_that_goes_through_the_parts_is_looked_into(
     assert result.first_divergence is not None
     assert result.first_divergence.fqn == "(root)"  # it is added behind all modules
     assert (result.first_divergence.kind or "").startswith("constant offset 0.01")
+    assert ".flatten(2, 3) + added" in (result.first_divergence.operator or "")
     assert result.first_divergence.branch == "uncond"
 
 

@@ -332,11 +332,17 @@ class Watcher:
                 begun |= {} if table is None else {"inside": table}
             except Exception as error:  # the program goes on, unwatched
                 self._fail(error)
+                with suppress(Exception):
+                    self._inside.close()
 
     def _leave(self, begun: Mapping[str, Any]) -> None:
         """End the look into a call, if there was one."""
-        if self._inside is not None and "inside" in begun:
+        if self._inside is None or "inside" not in begun:
+            return
+        try:
             self._inside.close()
+        except Exception as error:  # likewise
+            self._fail(error)
 
     def _begin(self, fields: dict[str, Any], named: Mapping[str, Any]) -> dict[str, Any] | None:
         """What is kept of a call before it is made; None where that failed."""
