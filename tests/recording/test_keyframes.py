@@ -20,13 +20,12 @@ from truestep.measure.pictures import pixels, png, reduced
 from truestep.recording.bundling import LIMIT, bundled, write_bundle
 from truestep.recording.format import Recording
 from truestep.recording.keyframes import (
-    KEY_FRAMES,
     Frames,
     key_frames,
     key_numbers,
     read_key_frames,
 )
-from truestep.recording.manifest import Manifest
+from truestep.recording.manifest import KEY_FRAMES, Manifest
 from truestep.recording.table import tensor_table
 from truestep.report.html import render
 

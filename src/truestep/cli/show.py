@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,10 +234,21 @@ def _engine_lines(engine: object) -> list[tuple[str, str]]:
     return [*lines, ("command", pasteable(words)[:200])] if words else lines
 
 
+def _frame_lines(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which key frames a bundle holds."""
+    from truestep.recording.manifest import KEY_FRAMES
+
+    if KEY_FRAMES not in settings:
+        return []
+    from truestep.recording.keyframes import read_key_frames
+
+    pictures = read_key_frames(settings, where="the manifest")
+    return [] if pictures is None else [("key frames", pictures.text())]
+
+
 def _print_manifest(manifest: object) -> None:
     from truestep.cli.contents import call_lines
     from truestep.measure.reduced import SKETCH_SIZE, STATS
-    from truestep.recording.keyframes import read_key_frames
     from truestep.recording.manifest import Manifest
 
     assert isinstance(manifest, Manifest)
@@ -259,8 +271,7 @@ def _print_manifest(manifest: object) -> None:
         keys = ("seed", "steps", "guidance_scale", "height", "width", "num_frames", "dtype")
         lines.append(("settings", ", ".join(f"{k} {case[k]}" for k in keys if k in case)))
     lines += call_lines(manifest)
-    pictures = read_key_frames(manifest.settings, where="the manifest")
-    lines += [("key frames", pictures.text())] if pictures is not None else []
+    lines += _frame_lines(manifest.settings)
     environment = manifest.environment
     for label, key in (
         ("device", "device.name"),

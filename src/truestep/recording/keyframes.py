@@ -12,9 +12,7 @@ import torch
 
 from truestep.errors import FileFormatError
 from truestep.measure.pictures import pixels, png, reduced
-
-KEY_FRAMES = "key_frames"
-"""Setting of a bundle that holds them."""
+from truestep.recording.manifest import KEY_FRAMES
 
 SMALLEST = 16
 """Longest side below which a picture shows nothing: none is kept then."""
