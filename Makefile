@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help engines bench-engines demo package docs docs-outputs test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-families bench-accelerator coverage schema kills clean
+.PHONY: help engines bench-engines bench-ports bench-sharding demo package docs docs-outputs test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-families bench-accelerator coverage schema kills clean
 
 help:
 	@echo "make demo   run the main job on the builtin model, in a light environment (a minute)"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-accelerator  floors, faults, plans, overhead and memory on a GPU: bench/results (8 minutes; DEVICE=cpu shows that it runs)"
 	@echo "make bench-exact  every exact setting on every pipeline of the corpus: bench/results"
 	@echo "make engines  an environment for real engines (.engines); make bench-engines  judges them, right and with planted faults"
+	@echo "make bench-ports  correct ports of tiny models, judged as engines, and each with a fault: bench/results (10 minutes; goes on where it stopped)"
 	@echo "make coverage  every pipeline class of diffusers, built tiny, recorded and replayed: docs/families.md (10 minutes)"
 	@echo "make bench-location  which module is named for each fault: bench/results (an hour; goes on where it stopped)"
 
@@ -39,6 +40,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 engines:
 	sh bench/engines/setup.sh .engines $(PYTHON)
+
+bench-ports: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_ports
 
 bench-engines: $(STAMP)
 	$(BIN)/python -m bench.bench_engines

@@ -2,9 +2,9 @@
 
     python -m bench.bench_engines [--engine NAME] [FAULT ...]
 
-TRUESTEP_COMFYUI and TRUESTEP_WAN name the folders of these repositories. `make engines` makes the
-environment that they run in (`.engines`; TRUESTEP_ENGINES names another Python). An engine that is
-not there is left out, and said to be. One JSON line a run.
+TRUESTEP_COMFYUI, TRUESTEP_WAN and TRUESTEP_WAN22 name the folders of these repositories.
+`make engines` makes the environment that they run in (`.engines`; TRUESTEP_ENGINES names another
+Python). An engine that is not there is left out, and said to be. One JSON line a run.
 """
 
 from __future__ import annotations
@@ -21,14 +21,20 @@ from typing import Any
 import torch
 
 import truestep
-from bench.engines.tiny_wan import SCALE, STEPS, make
+from bench.engines.tiny_wan import SCALE, STEPS, make, make_two
 from truestep.calls.recording import read
 from truestep.engines.named import run_of
 from truestep.engines.ordered import check_run
 from truestep.engines.running import run_engine
+from truestep.engines.watch.request import Looked
 
 HERE = Path(__file__).parent / "engines"
-ENGINES = {"diffsynth": "", "comfyui": "TRUESTEP_COMFYUI", "wan": "TRUESTEP_WAN"}
+ENGINES = {
+    "diffsynth": "",
+    "comfyui": "TRUESTEP_COMFYUI",
+    "wan": "TRUESTEP_WAN",
+    "wan22": "TRUESTEP_WAN22",
+}
 """Name to the variable that says where it is; empty: a wheel in the environment."""
 
 FAULTS: dict[str, tuple[str, ...]] = {
@@ -43,6 +49,21 @@ FAULTS: dict[str, tuple[str, ...]] = {
 """Fault to the stages at which it may be named: what is stepped from is either's."""
 
 
+OF_TWO_EXPERTS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "late": ("prediction",),
+    "early": ("prediction",),
+    "experts": ("prediction",),
+    "scales": ("guidance",),
+    "eps": ("prediction",),
+    "bias": ("prediction",),
+}
+"""Likewise of Wan 2.2; the last two are in a module each."""
+
+TRUSTED = {"wan": "trusted-unipc", "wan22": "trusted-two"}
+"""Folder by engine; of all others `trusted`."""
+
+
 def main() -> None:
     options = _options()
     python = os.environ.get("TRUESTEP_ENGINES", str(Path(".engines/bin/python").absolute()))
@@ -50,13 +71,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make(place / "wan")
-        references = {name: reference(place, name) for name in ("trusted", "trusted-unipc")}
+        make_two(place / "wan")
+        names = dict.fromkeys(("trusted", *TRUSTED.values()))
+        references = {name: reference(place, name) for name in names}
         for engine in options.engine or ENGINES:
             why = absent(engine, python)
             if why:
                 print(json.dumps({"engine": engine, "not executed": why}), flush=True)
                 continue
-            for fault in options.fault or FAULTS:
+            for fault in options.fault or (OF_TWO_EXPERTS if engine == "wan22" else FAULTS):
                 row = judged(engine, fault, python, place, references)
                 print(json.dumps(row), flush=True)
 
@@ -102,6 +125,8 @@ def reference(place: Path, name: str) -> Path:
         "num_frames": 9,
         "output_type": "latent",
     }
+    if name == "trusted-two":
+        call |= {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
     path = place / f"{name}.safetensors"
     truestep.record(pipe, call=call, floor="none", keep="all", path=path)
     return path
@@ -111,12 +136,13 @@ def judged(
     engine: str, fault: str, python: str, place: Path, references: dict[str, Path]
 ) -> dict[str, Any]:
     """Run an engine with a fault, and say whether it is named where it is."""
-    trusted = "trusted-unipc" if engine == "wan" else "trusted"
+    trusted = TRUSTED.get(engine, "trusted")
     program = [python, str(HERE / f"run_{engine}.py"), str(place / "wan"), fault]
     output = place / f"{engine}-{fault}.safetensors"
     # The official `unipc` has sigmas of its own: it is given the trusted ones.
-    given = read(references[trusted]) if engine == "wan" and fault != "shift" else None
-    ran = run_engine([*program, str(place / "watched")], output, inject=given)
+    given = read(references[trusted]) if engine in TRUSTED and fault != "shift" else None
+    inside = Looked() if engine == "wan22" else None
+    ran = run_engine([*program, str(place / "watched")], output, inject=given, inside=inside)
     row: dict[str, Any] = {"engine": engine, "fault": fault, "exit": ran.code}
     if not ran.recordings:
         return {**row, "not recorded": [str(error) for error in ran.failures]}
@@ -124,10 +150,11 @@ def judged(
         subprocess.run([*program, str(place / "alone")], check=False, capture_output=True)
         row["bit_equal"] = (place / "alone").read_bytes() == (place / "watched").read_bytes()
     run, known = run_of(ran.recordings[0][0]), run_of(references[trusted])
-    result = check_run(run, place / "wan" / trusted, reference=known)
+    folder = place / "wan" / trusted
+    result = check_run(run, folder, reference=known, depth="modules" if inside else "steps")
     first = result.first_divergence
     stage = first.stage if first else ""
-    wanted = FAULTS[fault]
+    wanted = (OF_TWO_EXPERTS if engine == "wan22" else FAULTS)[fault]
     right = stage in wanted if wanted else result.verdict.passed
     sizes = [r.metrics.rel_l2 for r in result.rows if r.stage == "prediction" and r.metrics]
     return {
@@ -135,6 +162,7 @@ def judged(
         "verdict": result.verdict.value,
         "stage": stage,
         "at": first.name if first else "",
+        "module": (first.fqn or "") if first else "",
         "right": right,
         "predictions": len(sizes),
         "largest": max(sizes, default=None),

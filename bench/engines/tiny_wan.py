@@ -1,6 +1,6 @@
 """Tiny random Wan weights as a folder of diffusers and under the official names, and inputs.
 
-python tiny_wan.py FOLDER     makes `trusted`, `official.safetensors`, `inputs.safetensors` in it
+python tiny_wan.py FOLDER     makes `trusted`, `trusted-two`, `official.safetensors` ... in it
 """
 
 from __future__ import annotations
@@ -104,5 +104,27 @@ def make(folder: Path) -> None:
     save_file({"noise": noise, **texts}, folder / "inputs.safetensors")
 
 
+def make_two(folder: Path) -> None:
+    """Add `trusted-two`, with a second expert for low noise, to what `make` wrote."""
+    import torch
+    from diffusers import WanTransformer3DModel
+    from safetensors.torch import save_file
+
+    trusted = folder / "trusted-two"
+    shutil.copytree(folder / "trusted-unipc", trusted)
+    model = WanTransformer3DModel.from_pretrained(trusted / "transformer")
+    dice = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=dice)
+    model.save_pretrained(trusted / "transformer_2")
+    index = json.loads((trusted / "model_index.json").read_text())
+    index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.875}
+    (trusted / "model_index.json").write_text(json.dumps(index))
+    weights = {official(name): t.contiguous() for name, t in model.state_dict().items()}
+    save_file(weights, folder / "official-low.safetensors")
+
+
 if __name__ == "__main__":
     make(Path(sys.argv[1]))
+    make_two(Path(sys.argv[1]))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from truestep.text import pasteable, say
+
+if TYPE_CHECKING:
+    from truestep.recording.format import Recording
+    from truestep.recording.keyframes import Frames
 
 
 @click.command("bundle")
@@ -14,29 +19,59 @@ from truestep.text import pasteable, say
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Default: RECORDING with .bundle before it."
 )
-def command(recording: Path, output: Path | None) -> None:
+@click.option(
+    "--frames",
+    "made",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A video, picture or folder of frames that the run made. Default: what it decoded.",
+)
+def command(recording: Path, output: Path | None, made: Path | None) -> None:
     """Make a file under 1 MB of a RECORDING: of as many steps as fit, 1,024 floats and the moments
-    of each tensor, from which distances are told within 5 %; with environment and command.
+    of each tensor, from which distances are told within 5 %; with environment and command, and the
+    first, middle and last frame of what it made, lossless, as large as there is room for.
 
     `truestep show` and `truestep compare` read it, beside another bundle or a whole recording.
     """
     from truestep.errors import UsageError
     from truestep.files import require_room
-    from truestep.recording.bundling import bundled
+    from truestep.recording.bundling import write_bundle
     from truestep.recording.format import Recording
+    from truestep.recording.keyframes import read_key_frames
 
     path = output or recording.with_name(f"{recording.stem}.bundle.safetensors")
     if path.exists() and path.samefile(recording):
         raise UsageError("the bundle would replace the recording", where=str(path))
     require_room(path, "the bundle")
-    bundle = bundled(Recording.open(recording))
-    bundle.save(path)
+    whole = Recording.open(recording)
+    bundle = write_bundle(whole, path, frames=_frames(whole, made))
     for note in bundle.manifest.notes:
         say(f"note: {note}")
     settings = bundle.manifest.settings
     told = [str(word) for word in settings.get("engine", {}).get("program", [])]
     if told:
         say(f"command: {pasteable(told)}")
+    pictures = read_key_frames(settings, where=str(path))
+    if pictures is not None:
+        say(f"key frames: {pictures.text()}")
+    elif made is None:
+        say("no key frames: no decoded output is in the recording (--frames FILE gives them)")
     size = path.stat().st_size / 1e6
     say(f"BUNDLED {path}: {len(bundle.manifest.tensors)} tensors, {size:.2f} MB")
     say("it also holds prompts, paths and the environment, as `truestep show` prints them")
+
+
+def _frames(recording: Recording, made: Path | None) -> Frames | None:
+    """Key frames at their full size: of a file, or of what the run decoded."""
+    from truestep.calls.pictures import decoded
+    from truestep.errors import UsageError
+    from truestep.recording.clips import read_clip
+    from truestep.recording.keyframes import Frames, key_numbers
+
+    if made is None:
+        return decoded(recording)
+    clip = read_clip(made)
+    if clip.frames is None or not clip.count:
+        raise UsageError("no frames are in the file", where=str(made))
+    numbers = key_numbers(clip.count)
+    return Frames(made.name, clip.frames[list(numbers)], numbers, clip.count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -13,6 +13,7 @@ from truestep.text import pasteable, quoted, say
 
 if TYPE_CHECKING:
     from truestep.calls.recording import CallRecording
+    from truestep.engines.watch.request import Looked
 
 _ENGINE = click.option(
     "--engine", "name", default="", metavar="NAME", help="Default: whichever the program imports."
@@ -32,6 +33,37 @@ _LARGEST = click.option(
     metavar="MB",
     help="Of tensors above, keep only the shape.",
 )
+_DEPTH = click.option(
+    "--depth",
+    type=click.Choice(["steps", "modules", "operators"]),
+    default="steps",
+    show_default=True,
+    help="At modules, also record what every module of the denoiser is given and gives, and its "
+    "weights: `engine check --depth modules` then names the module that is wrong; at operators "
+    "each operator, too, for the line of code.",
+)
+_CALLS = click.option(
+    "--calls",
+    default="0,1",
+    show_default=True,
+    metavar="0,6,...",
+    help="At --depth modules: of which calls of each denoiser.",
+)
+_SELECT = click.option(
+    "--select",
+    default="*",
+    show_default=True,
+    metavar="GLOBS",
+    help="At --depth modules: of which modules, several by commas, !GLOB to leave out.",
+)
+_MOST = click.option(
+    "--most",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    metavar="MB",
+    help="At --depth modules: of all that is kept for it.",
+)
 _PROGRAM = click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
 
 
@@ -48,16 +80,26 @@ def command() -> None:
 @_ENGINE
 @_OUTPUT
 @_LARGEST
+@_DEPTH
+@_CALLS
+@_SELECT
+@_MOST
 @_PROGRAM
 @click.pass_context
 def run(
-    context: click.Context, name: str, output: Path, largest: int, program: tuple[str, ...]
+    context: click.Context,
+    /,
+    name: str,
+    output: Path,
+    largest: int,
+    program: tuple[str, ...],
+    **of: Any,
 ) -> None:
     """Record what a program's engine does: truestep engine run -- python generate.py ARGUMENTS
 
     The program is not changed, and its exit code is passed on.
     """
-    _run(context, name, output, largest, program, reference=None)
+    _run(context, name, output, largest, program, reference=None, inside=_looked(**of))
 
 
 @command.command("inject", context_settings={"ignore_unknown_options": True})
@@ -65,21 +107,40 @@ def run(
 @_ENGINE
 @_OUTPUT
 @_LARGEST
+@_DEPTH
+@_CALLS
+@_SELECT
+@_MOST
 @_PROGRAM
 @click.pass_context
 def inject(
     context: click.Context,
+    /,
     reference: Path,
     name: str,
     output: Path,
     largest: int,
     program: tuple[str, ...],
+    **of: Any,
 ) -> None:
     """Record a program that is given noise, text and schedule of REFERENCE, a recording.
 
     What it makes otherwise then is its own.
     """
-    _run(context, name, output, largest, program, reference=reference)
+    _run(context, name, output, largest, program, reference=reference, inside=_looked(**of))
+
+
+def _looked(depth: str, calls: str, select: str, most: int) -> Looked | None:
+    """Which calls are recorded with their modules."""
+    from truestep.engines.watch.request import Looked
+    from truestep.errors import UsageError
+
+    if depth == "steps":
+        return None
+    numbers = [part.strip() for part in calls.split(",")]
+    if not all(part.isdecimal() for part in numbers):
+        raise UsageError(f"calls are numbers by commas, not {calls!r}", hint="--calls 0,6")
+    return Looked(tuple(map(int, numbers)), select, most << 20, depth == "operators")
 
 
 def _run(
@@ -90,6 +151,7 @@ def _run(
     program: tuple[str, ...],
     *,
     reference: Path | None,
+    inside: Looked | None,
 ) -> None:
     from truestep.calls.recording import read
     from truestep.engines.engine import engine
@@ -99,7 +161,13 @@ def _run(
         engine(name)
     given = read(reference) if reference is not None else None
     ran = run_engine(
-        program, output, engine=name, inject=given, largest=largest << 20, told=_summary
+        program,
+        output,
+        engine=name,
+        inject=given,
+        largest=largest << 20,
+        inside=inside,
+        told=_summary,
     )
     for error in ran.failures:
         say(str(error), err=True, lines=True)
@@ -116,6 +184,7 @@ def _run(
     check = ["truestep", "engine", "check", first, "--model", "MODEL_FOLDER"]
     if reference is not None:
         check += ["--reference", str(reference)]
+    check += ["--depth", "modules"] if inside is not None else []
     say(f"check: {pasteable(check)}")
     context.exit(ran.code)
 
@@ -152,9 +221,22 @@ def _summary(path: Path, recording: CallRecording) -> None:
     type=click.Path(path_type=Path),
     help="The trusted pipeline's recording of the same case, for noise, text and guidance scale.",
 )
+@click.option(
+    "--depth",
+    type=click.Choice(["steps", "modules"]),
+    default="steps",
+    show_default=True,
+    help="At modules, also name the module in which a red prediction goes wrong, of a run that was "
+    "recorded at that depth.",
+)
 @output_options
 def check(
-    run: Path, model: Path, reference: Path | None, json_path: str | None, report: Path | None
+    run: Path,
+    model: Path,
+    reference: Path | None,
+    depth: Literal["steps", "modules"],
+    json_path: str | None,
+    report: Path | None,
 ) -> None:
     """Judge the RUN of an engine: the first seam that fails is the cause.
 
@@ -167,7 +249,7 @@ def check(
     engine_run = run_of(run)
     known = run_of(reference) if reference is not None else None
     with progress_bar() as progress:
-        result = check_run(engine_run, model, reference=known, progress=progress)
+        result = check_run(engine_run, model, reference=known, depth=depth, progress=progress)
     end(finish([result], json_path=json_path, report=report))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,15 @@ _ID = re.compile(r"[a-z]\d+(\.[a-z]\d+)*")
 @click.option("--all", "everything", is_flag=True, help=f"Every tensor, not the first {SHOWN}.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON; of a file, its manifest.")
 @click.option("--brief", is_flag=True, help="Of a file of results: what --brief of its verb gives.")
-def command(what: tuple[str, ...], everything: bool, as_json: bool, brief: bool) -> None:
+@click.option(
+    "--frames",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write the key frames of a bundle there, as PNG.",
+)
+def command(
+    what: tuple[str, ...], everything: bool, as_json: bool, brief: bool, frames: Path | None
+) -> None:
     """Show what a file or folder is and holds; of a recording, its header alone is read.
 
     Of a file of results (--json), `truestep show RESULT ID` prints what an id of its brief stands
@@ -50,6 +59,30 @@ def command(what: tuple[str, ...], everything: bool, as_json: bool, brief: bool)
         raise UsageError("show takes one file", measured=f"got {len(what)}: {', '.join(what)}")
     else:
         show_file(Path(first), everything=everything, as_json=as_json)
+        if frames is not None:
+            _write_frames(Path(first), frames)
+
+
+def _write_frames(file: Path, folder: Path) -> None:
+    """Write the pictures that a bundle holds."""
+    from truestep.cli.contents import contents_of
+    from truestep.errors import UsageError
+    from truestep.files import replacing
+    from truestep.recording.keyframes import read_key_frames
+
+    manifest = contents_of(file).manifest
+    held = read_key_frames(manifest.settings, where=str(file)) if manifest is not None else None
+    if held is None:
+        raise UsageError(
+            "the file holds no key frames",
+            where=str(file),
+            hint="truestep bundle RECORDING --frames VIDEO",
+        )
+    for number, data in held.pictures.items():
+        path = folder / f"{file.stem}.frame{number:04d}.png"
+        with replacing(path, "a frame") as temporary:
+            temporary.write_bytes(data)
+        say(f"frame {number}: {path}", err=True)
 
 
 def _show_brief(file: str, names: list[str]) -> None:
@@ -243,6 +276,18 @@ def _engine_lines(engine: object) -> list[tuple[str, str]]:
     return [*lines, ("command", pasteable(words)[:200])] if words else lines
 
 
+def _frame_lines(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which key frames a bundle holds."""
+    from truestep.recording.manifest import KEY_FRAMES
+
+    if KEY_FRAMES not in settings:
+        return []
+    from truestep.recording.keyframes import read_key_frames
+
+    pictures = read_key_frames(settings, where="the manifest")
+    return [] if pictures is None else [("key frames", pictures.text())]
+
+
 def _print_manifest(manifest: object) -> None:
     from truestep.cli.contents import call_lines
     from truestep.measure.reduced import SKETCH_SIZE, STATS
@@ -268,6 +313,7 @@ def _print_manifest(manifest: object) -> None:
         keys = ("seed", "steps", "guidance_scale", "height", "width", "num_frames", "dtype")
         lines.append(("settings", ", ".join(f"{k} {case[k]}" for k in keys if k in case)))
     lines += call_lines(manifest)
+    lines += _frame_lines(manifest.settings)
     environment = manifest.environment
     for label, key in (
         ("device", "device.name"),

@@ -96,7 +96,8 @@ def _put(
     except ValueError:
         return
     outputs |= step.combined
-    parts = [weight * outputs[b].reshape(-1).double() for b, weight in known.weights.items()]
+    known_weights = known.weights_at(step.number)
+    parts = [weight * outputs[b].reshape(-1).double() for b, weight in known_weights.items()]
     expected = torch.stack(parts).sum(dim=0).reshape(guided.shape).to(guided.dtype)
     size = distance(guided, expected).rel_l2
     weights = sum(abs(weight) for weight in known.weights.values())

@@ -18,11 +18,12 @@ from truestep.calls.roles import Happened, roles
 from truestep.calls.trees import check_tree
 from truestep.calls.values import Leaf, leaves, tensors
 from truestep.engines.engine import GENERIC, LATENTS, TIMES, engine
-from truestep.engines.watch.spool import CALL, ENDED, HEAD, SUFFIX
+from truestep.engines.inside import check_inside, with_inside
+from truestep.engines.watch.spool import CALL, ENDED, HEAD, SUFFIX, TENSORS
 from truestep.errors import FileFormatError, UsageError
 from truestep.reading import reason
 from truestep.recording.format import Plain
-from truestep.recording.header import read_header
+from truestep.recording.header import Header, read_header
 from truestep.recording.manifest import CallEntry
 
 ENGINE = "engine"
@@ -102,6 +103,7 @@ def assemble(left: Left) -> CallRecording:
         ENGINE: {
             "name": left.head.get("engine", GENERIC.name),
             "program": left.head.get("program", []),
+            "command": left.head.get("command", []),
             "rank": left.rank,
             "injected": (left.ended or {}).get("injected", {}),
             "schedulers": {c["component"]: c["config"] for c in told if c.get("config")},
@@ -111,7 +113,7 @@ def assemble(left: Left) -> CallRecording:
             },
         },
     }
-    recording = assembled(placed, contents, settings, device="cpu")
+    recording = with_inside(assembled(placed, contents, settings, device="cpu"), told, contents)
     notes = [] if left.ended is not None else [PARTIAL]
     notes += [SEVERAL] if several else []
     notes += [LEFT_OUT] if any(_dropped(entry) for entry in entries) else []
@@ -122,18 +124,20 @@ def assemble(left: Left) -> CallRecording:
 
 
 def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob(f"*{TENSORS}")):
+        contents.update(_tensors(path)[1])
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            header = read_header(path)
+            header, tensors = _tensors(path)
             call = json.loads(header.metadata[CALL])
-            tensors = Plain(header)
-            contents.update({name: tensors[name] for name in tensors})
+            contents.update(tensors)
             ranks = {name: tensor.ndim for name, tensor in contents.items()}
             _require_call(call)
             state = call.get("state", {}).values()
             for tree in (*call["arguments"].values(), call["output"], *state):
                 check_tree(tree, ranks)
             int(call["begun"])
+            check_inside(call.get("inside"), ranks)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FileFormatError(
                 "a call that a process left cannot be read",
@@ -141,6 +145,12 @@ def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str
                 measured=reason(error),
             ) from None
         yield call
+
+
+def _tensors(path: Path) -> tuple[Header, dict[str, torch.Tensor]]:
+    header = read_header(path)
+    tensors = Plain(header)
+    return header, {name: tensors[name] for name in tensors}
 
 
 def _of_one_thread(told: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:

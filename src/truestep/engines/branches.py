@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
-from truestep.engines.conventions import text_as
+from truestep.engines.conventions import AS_IT_IS, Conversion, text_as
 from truestep.engines.run import COND, UNCOND, Pass, Run, Step
 from truestep.measure.distance import same_bits
 
@@ -45,6 +46,9 @@ def with_branches(run: Run) -> Run:
         return replace(run, steps=tuple(alone), weights=own, affine=residual)
     most = max(counts, default=0)
     weights, residual = _weights(run, most)
+    several: dict[str, list[float]] = {}
+    if weights is None and (several := _by_model(run, most)):
+        weights, residual = next(iter(several.values())), 0.0
     labels = [str(index) for index in range(most)] if weights is None else _labels(weights)
     steps = []
     for step in run.steps:
@@ -57,7 +61,22 @@ def with_branches(run: Run) -> Run:
     if weights is not None and run.steps and run.steps[0].parts:
         labels = list(run.steps[0].parts)
     named_weights = {} if weights is None else dict(zip(labels, weights, strict=True))
-    return replace(run, steps=tuple(steps), weights=named_weights, affine=residual)
+    scales = {model: dict(zip(labels, own, strict=True)) for model, own in several.items()}
+    made = replace(run, steps=tuple(steps), weights=named_weights, affine=residual)
+    return made.but(scales=scales)
+
+
+def _by_model(run: Run, most: int) -> dict[str, list[float]]:
+    """Weights of the passes by the expert that made them; empty where these do not say it."""
+    found: dict[str, list[float]] = {}
+    models = [{one.component for one in step.passes} for step in run.steps]
+    for model in dict.fromkeys(name for names in models for name in sorted(names)):
+        own = [s for s, names in zip(run.steps, models, strict=True) if names == {model}]
+        weights, _ = _weights(run.but(steps=tuple(own)), most)
+        if weights is None:
+            return {}
+        found[model] = weights
+    return found if len(found) > 1 else {}
 
 
 def _once(run: Run) -> Run:
@@ -116,6 +135,59 @@ def _weights(run: Run, most: int) -> tuple[list[float] | None, float]:
     return ([float(w) for w in solved], residual) if residual <= AFFINE else (None, residual)
 
 
+def in_convention(run: Run, conversion: Conversion) -> Run:
+    """A run whose engine predicts in another convention, with what is combined and stepped by.
+
+    Guidance is affine: its weights add up to 1. Where those of the engine's own predictions do, it
+    combines these, and what is stepped by is converted; where those of the converted ones do, it
+    had converted them before.
+    """
+    if conversion is AS_IT_IS or any(step.parts or step.stepped is not None for step in run.steps):
+        return run
+    if _is_affine(run.weights):
+        return run.but(
+            steps=tuple(_stepped(run, index, conversion) for index in range(len(run.steps)))
+        )
+    steps = [_converted(run, index, conversion) for index in range(len(run.steps))]
+    if any(step is None for step in steps):
+        return run
+    made = run.but(steps=tuple(step for step in steps if step is not None))
+    branches = next((list(step.parts) for step in made.steps if step.parts), [])
+    weights, residual = _weights(made, len(branches))
+    if weights is None or not _is_affine(named := dict(zip(branches, weights, strict=True))):
+        return run
+    return made.but(weights=named, affine=residual)
+
+
+def _is_affine(weights: Mapping[str, float]) -> bool:
+    return bool(weights) and abs(sum(weights.values()) - 1.0) < AFFINE * max(
+        1.0, *(abs(weight) for weight in weights.values())
+    )
+
+
+def _stepped(run: Run, index: int, conversion: Conversion) -> Step:
+    """A step that is stepped by what its guidance makes, in the trusted convention."""
+    step = run.steps[index]
+    if step.guided is None:
+        return step
+    with suppress(ValueError):
+        made = conversion.to_trusted(step.guided, step.latent, run.sigma(index))
+        return step.but(stepped=made)
+    return step
+
+
+def _converted(run: Run, index: int, conversion: Conversion) -> Step | None:
+    """A step whose guidance combines what its predictions are in the trusted convention."""
+    step, sigma = run.steps[index], run.sigma(index)
+    try:
+        parts = {
+            one.branch: conversion.to_trusted(one.output, step.latent, sigma) for one in step.passes
+        }
+    except ValueError:
+        return None
+    return step.but(parts=parts)
+
+
 def named_by_text(run: Run, known: Run | None) -> Run:
     """Name branches by the text they are given, where a reference says what that is.
 
@@ -127,9 +199,9 @@ def named_by_text(run: Run, known: Run | None) -> Run:
     for mine, text in run.text.items():
         for theirs, other in known.text.items():
             fitted, _ = text_as(text, other)
-            if fitted.shape != other.shape:
-                return run
-            sizes[mine, theirs] = float((fitted.double() - other.double()).norm())
+            same = fitted.shape == other.shape  # else it is of another length
+            apart = float((fitted.double() - other.double()).norm()) if same else float("inf")
+            sizes[mine, theirs] = apart
     first, second = run.text
     straight = sizes[first, COND] + sizes[second, UNCOND]
     crossed = sizes[first, UNCOND] + sizes[second, COND]
@@ -144,4 +216,8 @@ def named_by_text(run: Run, known: Run | None) -> Run:
         for step in run.steps
     )
     weights = {names[branch]: weight for branch, weight in run.weights.items()}
-    return replace(run, steps=steps, weights=weights)
+    scales = {
+        model: {names[branch]: weight for branch, weight in own.items()}
+        for model, own in run.scales.items()
+    }
+    return replace(run, steps=steps, weights=weights, scales=scales)

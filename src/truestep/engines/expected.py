@@ -21,8 +21,8 @@ from truestep.engines.conventions import (
     text_as,
     with_closing_zero,
 )
-from truestep.engines.run import COND, UNCOND, Run, Step
-from truestep.engines.trusted import Trusted, schedule_of, solvers, stepped
+from truestep.engines.run import COND, UNCOND, Pass, Run, Step
+from truestep.engines.trusted import Denoiser, Trusted, schedule_of, solvers, stepped
 from truestep.errors import FOREIGN, one_line
 from truestep.floors import NoiseRun
 from truestep.keys import Address, address, step_name
@@ -47,6 +47,37 @@ NEAR = 0.1
 """Relative difference above which a noise is another draw, not another rounding."""
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """A prediction that was judged, and how the trusted model makes it.
+
+    Attributes:
+        one: The engine's.
+        actual: Its output as the trusted model would return it; None where that would round more.
+        expected: What the trusted model returns.
+        denoiser: That model, called by name.
+        given: What it is called with.
+        time: Of the trusted model's schedule.
+    """
+
+    one: Pass
+    actual: torch.Tensor | None
+    expected: torch.Tensor
+    denoiser: Denoiser
+    given: Mapping[str, torch.Tensor]
+    time: float | None = None
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The trusted model."""
+        return self.denoiser.model
+
+    def forward(self) -> torch.Tensor:
+        """Run it on the engine's inputs."""
+        made: torch.Tensor = self.denoiser(**self.given)
+        return made
+
+
 @dataclass
 class Seams:
     """What is set against what, by name; in the order of the run.
@@ -59,6 +90,7 @@ class Seams:
         unjudged: Seams that nothing could be set against, and why.
         undecided: Of these, what leaves the whole run undecided.
         notes: What else there is to say.
+        predictions: Those that were judged, by name.
     """
 
     actual: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -68,6 +100,7 @@ class Seams:
     unjudged: dict[str, str] = field(default_factory=dict)
     undecided: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    predictions: dict[str, Predicted] = field(default_factory=dict)
 
     def put(self, name: str, actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
         """Set two tensors against each other, the engine's in the shape of the other."""
@@ -239,13 +272,23 @@ def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
         found.unjudged["guidance"] = text
         found.undecided[step_name(run.steps[0].number, "guided")] = text
         return
-    rounded = {branch: _round(weight) for branch, weight in weights.items()}
-    found.notes.append(f"guidance, by {whose} weights: {_formula(rounded)}")
-    own = {branch: _round(weight) for branch, weight in run.weights.items()}
-    if own and not _near(own, rounded):
+    named = known if whose.startswith("the reference") and known is not None else run
+    aligned = len(named.steps) == len(run.steps)
+    every = [
+        _rounded(named.weights_at(index) if aligned else weights) for index in range(len(run.steps))
+    ]
+    for rounded in {repr(each): each for each in every}.values():
+        found.notes.append(f"guidance, by {whose} weights: {_formula(rounded)}")
+    apart = [
+        (own, rounded)
+        for index, rounded in enumerate(every)
+        if (own := _rounded(run.weights_at(index))) and not _near(own, rounded)
+    ]
+    if apart:
+        own, rounded = apart[0]
         how = _mistaken(own.get(COND), rounded.get(COND))
         found.notes.append(f"the run combines by other weights: {_formula(own)}{how}")
-    for step in run.steps:
+    for step, rounded in zip(run.steps, every, strict=True):
         outputs = step.combined
         if step.guided is None or not outputs:
             continue
@@ -261,6 +304,10 @@ def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
         found.put(
             step_name(step.number, "guided"), step.guided, expected.reshape(step.guided.shape)
         )
+
+
+def _rounded(weights: Mapping[str, float]) -> dict[str, float]:
+    return {branch: _round(weight) for branch, weight in weights.items()}
 
 
 def _round(weight: float) -> float:
@@ -335,9 +382,9 @@ def _draws(made: Sequence[torch.Tensor | None], again: Any) -> bool:
 
 def _combined(found: Seams, run: Run, known: Run | None) -> Run:
     """A run whose steps are stepped by its own predictions, combined as the reference's are."""
-    weights = known.weights if known else {}
     steps = []
-    for step in run.steps:
+    for index, step in enumerate(run.steps):
+        weights = known.weights_at(index) if known else {}
         outputs = {
             one.branch: found.actual.get(step_name(step.number, one.branch)) for one in step.passes
         }

@@ -13,8 +13,8 @@ import torch
 
 from truestep.engines.absent import put_absent
 from truestep.engines.between import INPUT, entering, put_between
-from truestep.engines.branches import named_by_text
-from truestep.engines.conventions import as_shape
+from truestep.engines.branches import in_convention, named_by_text
+from truestep.engines.conventions import AS_IT_IS, as_shape
 from truestep.engines.expected import (
     FINAL,
     FRAMES,
@@ -28,6 +28,8 @@ from truestep.engines.expected import (
     put_schedule,
     put_updates,
 )
+from truestep.engines.experts import with_experts
+from truestep.engines.inner import Depth, at_depth
 from truestep.engines.predictions import put_decoding, put_predictions
 from truestep.engines.run import Run
 from truestep.engines.trusted import Trusted
@@ -48,6 +50,7 @@ def check_run(
     model: Path,
     *,
     reference: Run | None = None,
+    depth: Depth = "steps",
     progress: Progress | None = None,
 ) -> Comparison:
     """Judge an engine's run by a trusted model folder.
@@ -57,6 +60,7 @@ def check_run(
         model: Folder of diffusers with the same weights.
         reference: The trusted pipeline's run of the same case: without it schedule, noise, text and
             the scale of the guidance can be judged only as far as the folder says.
+        depth: At `modules`, also name the module in which a red prediction goes wrong.
         progress: Told (what, done, total).
 
     Returns:
@@ -82,13 +86,18 @@ def check_run(
         put_noise_and_text(found, run, known)
         put_between(found, run, known)
         conversion = put_predictions(found, run, known, trusted, progress)
+        run = in_convention(run, conversion or AS_IT_IS)
         put_guidance(found, run, known)
         put_absent(found, run, known, trusted, conversion)
         put_updates(found, entering(found, run, known), known, trusted)
         put_decoding(found, run, known, trusted, progress)
     if not run.steps and known is not None:
         found.put(FINAL, run.final, known.final)
-    return _judged(found, run, known, trusted)
+    result = _judged(found, run, known, trusted)
+    with torch.no_grad():
+        result, others = with_experts(result, run, found, trusted)
+    opened = {name: one for name, one in found.predictions.items() if name not in others}
+    return at_depth(result, run, opened, depth, known)
 
 
 def _dtype(run: Run) -> torch.dtype:

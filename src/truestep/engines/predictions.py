@@ -17,7 +17,7 @@ from truestep.engines.conventions import (
     as_shape,
     into_vae,
 )
-from truestep.engines.expected import DECODED, FRAMES, Seams, time_scale
+from truestep.engines.expected import DECODED, FRAMES, Predicted, Seams, time_scale
 from truestep.engines.run import COND, Pass, Run, Step
 from truestep.engines.trusted import LATENT, SIGMA, Denoiser, Trusted, arguments
 from truestep.errors import FOREIGN, UsageError, one_line
@@ -82,12 +82,19 @@ def put_predictions(
         key = (id(model), repr(sorted(plain.items())))
         denoiser = denoisers.setdefault(key, Denoiser(model, plain, conversion))
         actual = conversion.to_trusted(each.one.output, each.step.latent, each.sigma)
-        found.put(each.name, actual, denoiser(**tensors))
+        expected = denoiser(**tensors)
+        found.put(each.name, actual, expected)
+        own = actual if conversion is not DENOISED else None
+        time = None if each.one.timestep is None else each.one.timestep * scale
+        predicted = Predicted(each.one, own, expected, denoiser, tensors, time)
+        found.predictions[each.name] = predicted
         samples.setdefault(key, []).append((each.name, tensors))
         if progress:
             progress("predictions by the trusted model", done + 1, len(every))
     for key, named in samples.items():
-        found.floor += _floor(denoisers[key], named, progress)
+        # What an engine rounds is made larger by a small sigma: no step's floor is another's.
+        many = len(named) if conversion is DENOISED else SAMPLES
+        found.floor += _floor(denoisers[key], named, progress, many)
     return conversion
 
 
@@ -176,6 +183,7 @@ def _floor(
     model: torch.nn.Module,
     named: Sequence[tuple[str, dict[str, torch.Tensor]]],
     progress: Progress | None,
+    many: int = SAMPLES,
 ) -> list[NoiseRun]:
     """Benign runs of the trusted model on some of the engine's inputs, under the rows' names.
 
@@ -184,7 +192,7 @@ def _floor(
     named = [each for each in named if all(bool(t.isfinite().all()) for t in each[1].values())]
     if not named:
         return []
-    count = min(SAMPLES, len(named))
+    count = min(many, len(named))
     chosen = [named[round(i * (len(named) - 1) / max(count - 1, 1))] for i in range(count)]
     recording = record_function(model, [tensors for _, tensors in chosen], progress=progress)
     floor = recording.manifest.noise_floor

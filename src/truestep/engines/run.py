@@ -9,8 +9,25 @@ from typing import Any
 import torch
 
 from truestep.engines.engine import Engine
+from truestep.engines.inside import Inside
 
 COND, UNCOND = "cond", "uncond"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The call that a prediction is of.
+
+    Attributes:
+        model: Component and method: `WanModel.forward`.
+        number: Of the call among that model's, from 0.
+        row, rows: Of a batch of branches, which of how many.
+    """
+
+    model: str
+    number: int
+    row: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,7 @@ class Pass:
         component: Of which model.
         branch: `cond`, `uncond`, or a number where that cannot be told.
         said: What the engine itself calls it.
+        place: Of which call it is.
     """
 
     arguments: Mapping[str, Any]
@@ -32,6 +50,7 @@ class Pass:
     component: str
     branch: str = ""
     said: str = ""
+    place: Place | None = None
 
     def role(self, role: str) -> torch.Tensor | None:
         """The tensor of an argument by its role."""
@@ -96,10 +115,13 @@ class Run:
         schedulers: Class and settings by component.
         weights: Of each branch in what is stepped by; empty where none could be told.
         affine: Residual of that, relative.
+        scales: Likewise by model, where two experts are guided otherwise.
         decoded_from, decoded: What a decoder was given and gave.
         alone: The end, of a run of which nothing else is known.
         in_vae: Whether the end is in the space of the VAE.
         environment: Where it ran.
+        insides: Calls of models whose modules were recorded, by model and number.
+        command: The program, as it was started.
     """
 
     label: str
@@ -110,11 +132,14 @@ class Run:
     schedulers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     affine: float = 0.0
+    scales: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     decoded_from: torch.Tensor | None = None
     decoded: torch.Tensor | None = None
     alone: torch.Tensor | None = None
     in_vae: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    insides: Mapping[tuple[str, int], Inside] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
 
     def but(self, **changes: Any) -> Run:
         """The same run with other fields."""
@@ -135,6 +160,13 @@ class Run:
         if not known or self.sigmas is None or index >= len(self.sigmas):
             return None
         return float(self.sigmas[index])
+
+    def weights_at(self, index: int) -> Mapping[str, float]:
+        """Of each branch in what a step is stepped by."""
+        if not self.scales or index >= len(self.steps):
+            return self.weights
+        models = (one.component for one in self.steps[index].passes)
+        return self.scales.get(next(models, ""), self.weights)
 
     @property
     def noise(self) -> torch.Tensor | None:

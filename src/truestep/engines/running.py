@@ -20,7 +20,7 @@ from truestep.engines.run import Run
 from truestep.engines.seams import seams
 from truestep.engines.watch.injection import NOISE, SIGMAS, TIMESTEPS
 from truestep.engines.watch.injection import write as write_injection
-from truestep.engines.watch.request import VARIABLE, Request
+from truestep.engines.watch.request import VARIABLE, Looked, Request
 from truestep.errors import TruestepError, UsageError, WriteError
 from truestep.files import alive, require_room
 from truestep.replay.program import with_site
@@ -51,6 +51,7 @@ def run_engine(
     engine: str = "",
     inject: CallRecording | None = None,
     largest: int = 1 << 29,
+    inside: Looked | None = None,
     told: Callable[[Path, CallRecording], None] = lambda path, recording: None,
 ) -> Ran:
     """Run a program with what its engine does recorded; nothing in it is changed.
@@ -61,6 +62,7 @@ def run_engine(
         engine: Name of the engine; empty: whichever it imports.
         inject: A reference whose noise, text and schedule the engine is given.
         largest: Bytes of a tensor above which only its shape is kept.
+        inside: Which calls of its denoisers are recorded with their modules.
         told: Of each recording when it is made, while the program may still run.
 
     Raises:
@@ -80,7 +82,7 @@ def run_engine(
         )
     with _alone(output), TemporaryDirectory(prefix="truestep-") as folder:
         given = _written(inject, Path(folder)) if inject else ""
-        request = Request(str(output), engine=engine, largest=largest, inject=given)
+        request = Request(str(output), engine, largest, given, inside, tuple(program))
         try:
             process = subprocess.Popen(program, env=with_site(VARIABLE, request.text()))
         except OSError as error:

@@ -7,6 +7,7 @@ guidance branches and of which weight, which rows of one call are several of the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,8 @@ from truestep.calls.values import Tree, leaves, parts, tensors
 from truestep.engines.assembling import ENGINE, adapter_of
 from truestep.engines.branches import latents_between, with_branches
 from truestep.engines.engine import LATENTS, TEXTS, TIMES, Engine
-from truestep.engines.run import Pass, Run, Step, number_of, one_tensor
+from truestep.engines.inside import insides
+from truestep.engines.run import Pass, Place, Run, Step, number_of, one_tensor
 from truestep.recording.manifest import CallEntry
 
 SAMPLES = ("sample", "latents", "latent")
@@ -51,6 +53,8 @@ def seams(recording: CallRecording, *, label: str) -> Run:
         timesteps=timesteps,
         schedulers=_schedulers(recording),
         environment=recording.recording.manifest.environment,
+        insides=insides(recording),
+        command=_command(recording),
     )
     if steps and steps[-1].after is None and (end := reader.end()) is not None:
         run = replace(
@@ -59,6 +63,11 @@ def seams(recording: CallRecording, *, label: str) -> Run:
     decoded = reader.decoding()
     run = replace(run, decoded_from=decoded[0], decoded=decoded[1])
     return with_branches(run)
+
+
+def _command(recording: CallRecording) -> tuple[str, ...]:
+    told = recording.recording.manifest.settings.get(ENGINE, {}).get("command") or ()
+    return tuple(map(str, told)) if isinstance(told, list | tuple) else ()
 
 
 def _schedulers(recording: CallRecording) -> dict[str, dict[str, Any]]:
@@ -82,7 +91,11 @@ class _Reader:
         self._branches: Mapping[str, Sequence[str]] = own.get("branches", {})
         self._roles: Mapping[str, str] = own.get("roles", {})
         self._by_step: dict[int, list[CallEntry]] = {}
+        self._numbers: dict[int, int] = {}
+        seen: Counter[tuple[str, str]] = Counter()
         for call in recording.calls:
+            self._numbers[id(call)] = seen[call.component, call.method]
+            seen[call.component, call.method] += 1
             if call.step is not None:
                 self._by_step.setdefault(call.step, []).append(call)
 
@@ -223,6 +236,7 @@ class _Reader:
             for branch, output in zip(told, outputs, strict=False):
                 yield Pass(arguments, names, output, call.component, said=branch)
             return
+        number = self._numbers[id(call)]
         lists = [value for value in arguments.values() if isinstance(value, tuple)]
         if len(outputs) > 1 and any(len(value) == len(outputs) for value in lists):
             many = len(outputs)  # a list of samples is given, and a list returned
@@ -231,7 +245,9 @@ class _Reader:
             outputs = [_part(outputs[0], row, many) for row in range(many)]
         for row in range(many):
             own = {name: _part(value, row, many) for name, value in arguments.items()}
-            yield Pass(own, names, outputs[row], call.component, said=call.context or "")
+            place = Place(f"{call.component}.{call.method}", number, row, many)
+            said = call.context or ""
+            yield Pass(own, names, outputs[row], call.component, said=said, place=place)
 
     def _arguments(self, call: CallEntry) -> dict[str, Any]:
         """Arguments of a call; what is in a table as `argument/key`."""

@@ -61,10 +61,7 @@ class Trusted:
         """
         if not self._index:
             return self.part("")  # type: ignore[no-any-return]
-        name = next((each for each in _DENOISERS if self._index.get(each)), "")
-        boundary = self._index.get("boundary_ratio")
-        if boundary and self._index.get(_SECOND) and time is not None and time < boundary * 1000:
-            name = _SECOND
+        name = self._expert(time)
         model = self.part(name) if name else None
         if model is None:
             raise ModelLoadError(
@@ -73,6 +70,25 @@ class Trusted:
                 measured=f"looked for: {', '.join(_DENOISERS)}",
             )
         return model  # type: ignore[no-any-return]
+
+    @property
+    def boundary(self) -> float | None:
+        """The time below which another expert predicts; None of a model with one."""
+        ratio = self._index.get("boundary_ratio")
+        return float(ratio) * 1000 if ratio and self._index.get(_SECOND) else None
+
+    def _expert(self, time: float | None) -> str:
+        late = self.boundary is not None and time is not None and time < self.boundary
+        return _SECOND if late else next((n for n in _DENOISERS if self._index.get(n)), "")
+
+    def other_expert(self, time: float) -> tuple[str, str, torch.nn.Module] | None:
+        """Of two experts the one whose time it is, the other, and the other's model."""
+        if self.boundary is None:
+            return None
+        right = self._expert(time)
+        wrong = next(n for n in (*_DENOISERS, _SECOND) if self._index.get(n) and n != right)
+        model = self.part(wrong)
+        return None if model is None else (right, wrong, model)
 
     def config(self, name: str) -> Mapping[str, Any]:
         """Configuration of a component; empty where there is none."""
@@ -154,6 +170,10 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         self.model = model
         self._plain, self._conversion = dict(plain), conversion
+
+    def by(self, model: torch.nn.Module) -> Denoiser:
+        """The same, of another model."""
+        return Denoiser(model, self._plain, self._conversion)
 
     def forward(self, **given: torch.Tensor) -> torch.Tensor:
         """The first tensor that the model returns, with what the engine's convention rounds."""

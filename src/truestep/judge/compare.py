@@ -12,6 +12,7 @@ from truestep.errors import UsageError
 from truestep.judge.divergence import GREW, traced_back, with_growth
 from truestep.judge.estimates import moment_rows, sketch_rows, sketch_rule
 from truestep.judge.floor import Limits, pair_of
+from truestep.judge.key_frames import key_frame_media
 from truestep.judge.latent import LATENT, SIGNATURE, check_latent
 from truestep.judge.media_files import NONE, MediaOptions, compare_media
 from truestep.judge.parameters import are_parameters, compare_parameters, summed
@@ -110,6 +111,8 @@ def compare(
             *([f"{left_out} tensors that a side left out (--keep all)"] if left_out else []),
         ),
     )
+    media_shown, said = key_frame_media(ours_manifest, theirs_manifest)
+    result = result.model_copy(update={"media": media_shown, "notes": (*result.notes, *said)})
     return _noted(_told(result, estimated=estimated), ours, theirs)
 
 

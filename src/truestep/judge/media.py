@@ -8,10 +8,10 @@ from __future__ import annotations
 import base64
 import math
 import struct
-import zlib
 
 import torch
 
+from truestep.measure.pictures import png
 from truestep.measure.sound import FLOOR_DB, spectrogram_db, waveform_metrics
 from truestep.verdict import FrameTriple, Media, Sound
 
@@ -175,26 +175,3 @@ def _uris(images: torch.Tensor) -> list[str]:
         + base64.b64encode(png(image.tobytes(), width=width, height=height)).decode()
         for image in pixels.numpy()
     ]
-
-
-def png(rgb: bytes, *, width: int, height: int) -> bytes:
-    """Encode 8-bit RGB rows as PNG.
-
-    Source:
-        PNG specification, third edition, sections 5 (chunks) and 9 (filter type 0).
-    """
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    stride = 3 * width
-    rows = b"".join(b"\0" + rgb[y * stride : (y + 1) * stride] for y in range(height))
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows, 3))
-        + chunk(b"IEND", b"")
-    )

@@ -103,11 +103,22 @@ def partners_of(
     Raises:
         UsageError: A rule of the map cannot mean anything.
     """
-    from truestep.pairing.solve import pair_modules
-
     ours, theirs = ([*named_modules(side).modules] for side in (candidate, trusted))
     if not rename and set(theirs) <= set(ours):
         return _by_name(ours, theirs, exchanged(candidate, trusted))
+    return partners_by_weights(candidate, trusted, rename=rename)
+
+
+def partners_by_weights(
+    candidate: torch.nn.Module,
+    trusted: torch.nn.Module,
+    *,
+    rename: Mapping[str, str] | None = None,
+) -> Partners:
+    """Pair two models' modules by what they hold, whatever they are called; see `partners_of`."""
+    from truestep.pairing.solve import pair_modules
+
+    ours, theirs = ([*named_modules(side).modules] for side in (candidate, trusted))
     pairing = pair_modules(candidate, trusted, rename=rename)
     callables = [
         name

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from truestep.errors import UsageError
+from truestep.files import beside, settle
 from truestep.measure.reduced import SKETCH_SIZE
 from truestep.recording.format import Recording
-from truestep.recording.manifest import LEFT_OUT, Manifest, TensorEntry
+from truestep.recording.keyframes import Frames, KeyFrames, key_frames
+from truestep.recording.manifest import KEY_FRAMES, LEFT_OUT, Manifest, TensorEntry
 
 LIMIT = 1_000_000
 """Bytes of a bundle."""
@@ -17,16 +20,23 @@ LIMIT = 1_000_000
 BUNDLED = "bundled_steps"
 """Setting of a bundle: the steps that it holds, where it does not hold all."""
 
+INSIDE, INNER = "inside", ("module", "weight")
+"""Setting and kinds of what an engine's modules were given, gave and hold: left out."""
+
+FOR_FRAMES = 0.35
+"""Share of a bundle that its pictures may take where tensors need the rest."""
+
 _EACH = 4 * SKETCH_SIZE + 8 * 8 + 700
 """Bytes that a tensor takes at most: sketch, moments, and its rows in header and manifest."""
 
 
-def bundled(recording: Recording, *, limit: int = LIMIT) -> Recording:
+def bundled(recording: Recording, *, limit: int = LIMIT, frames: Frames | None = None) -> Recording:
     """Sketches of as many steps as fit, the first two, the last, and others evenly between.
 
     Args:
         recording: At level `full`.
         limit: Bytes.
+        frames: Of what it made: pictures of these are kept, as large as there is room for.
 
     Returns:
         At level `sketch`. Names of what is left out are in its manifest, as of a thinned recording.
@@ -34,19 +44,69 @@ def bundled(recording: Recording, *, limit: int = LIMIT) -> Recording:
     Raises:
         UsageError: Not even its first step fits, or it holds no tensors.
     """
-    manifest = recording.manifest
     recording.require_tensors(where=str(recording.path or "recording"))
-    steps = sorted({entry.step for entry in manifest.tensors if entry.step is not None})
+    manifest, notes = _outer(recording.manifest)
+    entries = manifest.tensors
+    steps = sorted({entry.step for entry in entries if entry.step is not None})
+    room = limit - _bytes_of_the_rest(manifest)
+    held = int(FOR_FRAMES * limit) if frames is not None else 0
     for count in range(len(steps), -1, -1):
         chosen = _evenly(steps, count)
-        kept = [e for e in manifest.tensors if e.step is None or e.step in chosen]
-        if len(kept) * _EACH + _bytes_of_calls(manifest, chosen) <= limit and (count or not steps):
-            return _of(recording, kept, chosen if len(chosen) < len(steps) else None)
+        kept = [e for e in entries if e.step is None or e.step in chosen]
+        need = len(kept) * _EACH + _bytes_of_calls(manifest, chosen)
+        need += sum(len(e.name) + 4 for e in entries) - sum(len(e.name) + 4 for e in kept)
+        if need + held <= room and (count or not steps):
+            pictures = key_frames(frames, room - need) if frames is not None else None
+            few = chosen if len(chosen) < len(steps) else None
+            return _of(recording, manifest, kept, few, pictures, notes)
     raise UsageError(
         f"the recording does not fit into {limit / 1e6:g} MB",
         where=str(recording.path or "recording"),
-        measured=f"{len(manifest.tensors)} tensors, {_EACH} bytes each at most",
+        measured=f"{len(entries)} tensors, {_EACH} bytes each at most",
     )
+
+
+def write_bundle(recording: Recording, path: Path, *, frames: Frames | None = None) -> Recording:
+    """Write a bundle that is never larger than `LIMIT`.
+
+    Args:
+        recording: At level `full`.
+        path: Where it goes.
+        frames: Of what it made.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        UsageError: It does not fit.
+        WriteError: It cannot be written.
+    """
+    limit = LIMIT
+    while True:
+        bundle = bundled(recording, limit=limit, frames=frames)
+        with beside(path, "the bundle") as temporary:
+            bundle.save(temporary)
+            size = temporary.stat().st_size
+            if size <= LIMIT:
+                settle(temporary, path)
+                return bundle
+        limit -= max(size - LIMIT, LIMIT // 20)
+
+
+def _outer(manifest: Manifest) -> tuple[Manifest, list[str]]:
+    """A manifest without what is inside of an engine's models, and what is to be said of that."""
+    kept = tuple(entry for entry in manifest.tensors if entry.kind not in INNER)
+    if len(kept) == len(manifest.tensors):
+        return manifest, []
+    settings = {name: value for name, value in manifest.settings.items() if name != INSIDE}
+    note = f"{len(manifest.tensors) - len(kept)} tensors of modules and weights are left out"
+    return manifest.model_copy(update={"tensors": kept, "settings": settings}), [note]
+
+
+def _bytes_of_the_rest(manifest: Manifest) -> int:
+    """Bytes of a manifest beside its tables of tensors and calls."""
+    bare = manifest.model_copy(update={"tensors": (), "calls": ()})
+    return len(bare.model_dump_json().encode()) + 2000
 
 
 def _evenly(steps: Sequence[int], count: int) -> frozenset[int]:
@@ -64,11 +124,17 @@ def _bytes_of_calls(manifest: Manifest, steps: Collection[int]) -> int:
 
 
 def _of(
-    recording: Recording, kept: Sequence[TensorEntry], steps: Collection[int] | None
+    recording: Recording,
+    manifest: Manifest,
+    kept: Sequence[TensorEntry],
+    steps: Collection[int] | None,
+    pictures: KeyFrames | None,
+    told: Sequence[str],
 ) -> Recording:
-    manifest = recording.manifest
     settings: dict[str, Any] = dict(manifest.settings)
-    calls, notes = manifest.calls, manifest.notes
+    calls, notes = manifest.calls, (*manifest.notes, *told)
+    if pictures is not None:
+        settings[KEY_FRAMES] = pictures.told()
     if steps is not None:
         names = {entry.name for entry in kept}
         left = [entry.name for entry in manifest.tensors if entry.name not in names]

@@ -25,6 +25,9 @@ CALLS = 3
 LEFT_OUT = "left_out"
 """Setting of a thinned recording: names of the tensors that were recorded, and left out of it."""
 
+KEY_FRAMES = "key_frames"
+"""Setting of a bundle that holds pictures of what was made: see `recording.keyframes`."""
+
 METADATA_KEY = "truestep"
 DIGEST_KEY = "truestep_digest"
 

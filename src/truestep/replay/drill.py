@@ -24,8 +24,15 @@ from truestep.pairing.naming import ROOT, callable_module, named_modules
 from truestep.pairing.partners import Part, Partners, namesake
 from truestep.replay.forms import holds_the_same
 from truestep.replay.isolation import Flow, Forward, benign_flows, flow, rounding, set_against
-from truestep.replay.statements import differing_parameters, first_operator, operators
-from truestep.runtime.precision import HIGHER, working_dtype
+from truestep.replay.recorded import Recorded
+from truestep.replay.statements import (
+    differing_in_step,
+    differing_parameters,
+    first_operator,
+    maker,
+    operators,
+)
+from truestep.runtime.precision import working_dtype
 from truestep.verdict import GIVEN, Divergence, Row
 
 Tensor = torch.Tensor
@@ -87,7 +94,7 @@ Known = MutableMapping[frozenset[str], Expected]
 
 
 def drill(
-    candidate: Subject,
+    candidate: Subject | Recorded,
     trusted: Subject,
     *,
     place: tuple[int, str],
@@ -97,7 +104,8 @@ def drill(
     """Find the module in which a candidate departs from a trusted model.
 
     Args:
-        candidate, trusted: The two sides, in one precision.
+        candidate, trusted: The two sides, in one precision. Of a recorded candidate, the trusted
+            modules are run on what its own were given.
         place: Step and branch of the forwards.
         partners: Which trusted module a candidate's module answers to; None by name.
         known: What earlier drills of the same trusted subject and partners measured; added to.
@@ -113,13 +121,16 @@ def drill(
         if not parts and found is not None:
             break  # a leaf
         select = frozenset(parts | {here})
-        expected = _expected(trusted, select, tree, place, {} if known is None else known)
+        given = candidate.flow if isinstance(candidate, Recorded) else None
+        kept = {} if known is None or given is not None else known
+        expected = _expected(trusted, select, tree, place, kept, given)
         level = _level(here, candidate, trusted, expected, select, tree, place)
         levels.append(level)
         if level.divergence is None:
             break
         if found is not None and not level.called & parts:
-            found = found.model_copy(update={"kind": "none of its parts is called"})
+            if not isinstance(candidate, Recorded):  # of which they may not have been recorded
+                found = found.model_copy(update={"kind": "none of its parts is called"})
             break
         found = level.divergence
         at = found.fqn or ROOT
@@ -197,11 +208,16 @@ class _Level:
 
 
 def _with_operator(
-    found: Divergence, candidate: Subject, trusted: Subject, partners: Partners | None
+    found: Divergence, candidate: Subject | Recorded, trusted: Subject, partners: Partners | None
 ) -> Divergence:
     """Say which operator of the module, on which line, is the first to differ."""
     fqn, kind = found.fqn or ROOT, found.kind or ""
     theirs = named_modules(trusted.model).modules.get(fqn)
+    if isinstance(candidate, Recorded):
+        told = [candidate.told(fqn, theirs, partners)]
+        told.insert(0, _recorded_operator(found, candidate, trusted, partners))
+        text = "; ".join(part for part in told if part)
+        return found.model_copy(update={"operator": text or None})
     ours = named_modules(candidate.model).modules
     names = [fqn] if fqn in ours and (partners is None or fqn == ROOT) else []
     if partners is not None and fqn != ROOT:
@@ -231,15 +247,49 @@ def _with_operator(
     return found.model_copy(update={"operator": text or None, "file": file, "line": line})
 
 
+def _recorded_operator(
+    found: Divergence, candidate: Recorded, trusted: Subject, partners: Partners | None
+) -> str | None:
+    """The first operator to differ of a candidate whose operators were recorded."""
+    fqn = found.fqn or ROOT
+    own = candidate.own(fqn, partners)
+    made = candidate.operators(own) if own is not None else []
+    if not made or fqn not in named_modules(trusted.model).modules:
+        return None
+    place = found.step or 0, found.branch or "main"
+    parts = partners.trusted if partners is not None else namesake
+    reference, benign = (
+        operators(
+            trusted.model,
+            trusted.forward,
+            fqn,
+            given=candidate.flow,
+            parts=parts,
+            change=change,
+            place=place,
+        )
+        for change in (None, rounding(torch.Generator("cpu").manual_seed(0)))
+    )
+    told = differing_in_step(made, reference, benign)
+    wrong = candidate.flow.tensors.get(found.name)
+    return told or (None if wrong is None else maker(wrong, made))
+
+
 def _expected(
-    trusted: Subject, select: frozenset[str], tree: _Tree, place: tuple[int, str], known: Known
+    trusted: Subject,
+    select: frozenset[str],
+    tree: _Tree,
+    place: tuple[int, str],
+    known: Known,
+    given: Flow | None,
 ) -> Expected:
-    """The trusted side of a level, measured once."""
+    """The trusted side of a level, measured once; on what a candidate was given, where it is."""
     if select not in known:
         reference = flow(
             trusted.model,
             trusted.forward,
             place=place,
+            given=given,
             select=select | tree.alone,
             parts=tree.trusted,
         )
@@ -254,10 +304,10 @@ def _expected(
             trusted.forward,
             reference,
             place=place,
+            given=given,
             select=select,
             parts=tree.trusted,
-            higher=HIGHER.get(working),
-            pair=pair_of(working, working),
+            working=working,
         )
         known[select] = Expected(reference, NoiseFloor(runs=tuple(runs)), alone)
     return known[select]
@@ -270,7 +320,7 @@ def _precision(model: torch.nn.Module) -> str:
 
 def _level(
     here: str,
-    candidate: Subject,
+    candidate: Subject | Recorded,
     trusted: Subject,
     expected: Expected,
     select: frozenset[str],
@@ -278,17 +328,12 @@ def _level(
     place: tuple[int, str],
 ) -> _Level:
     reference = expected.flow
-    if candidate.before is not None:
-        candidate.before()
-    actual = flow(
-        candidate.model,
-        candidate.forward,
-        place=place,
-        given=reference,
-        select=select,
-        parts=tree.candidate,
-    )
-    left_out = {*actual.left_out, *_not_called(actual, reference, tree)}
+    if isinstance(candidate, Recorded):
+        actual = candidate.within(select, reference)
+        left_out = {*reference.left_out, *candidate.unseen(reference)}
+    else:
+        actual = _forced(candidate, reference, select, tree, place)
+        left_out = {*actual.left_out, *_not_called(actual, reference, tree)}
     working = _precision(trusted.model)
     theirs = {n: tensor for n, tensor in reference.tensors.items() if n not in left_out}
     both = {n: set_against(n, t, theirs[n]) for n, t in actual.tensors.items() if n in theirs}
@@ -304,6 +349,26 @@ def _level(
         name = divergence.name
         divergence = with_kind(divergence, actual.tensors.get(name), reference.tensors.get(name))
     return _Level(here, divergence, rows, called, actual, expected, notes)
+
+
+def _forced(
+    candidate: Subject,
+    reference: Flow,
+    select: frozenset[str],
+    tree: _Tree,
+    place: tuple[int, str],
+) -> Flow:
+    """What a candidate's modules give on the reference's inputs."""
+    if candidate.before is not None:
+        candidate.before()
+    return flow(
+        candidate.model,
+        candidate.forward,
+        place=place,
+        given=reference,
+        select=select,
+        parts=tree.candidate,
+    )
 
 
 def _in_order(found: Divergence | None, actual: Flow, reference: Flow) -> Divergence | None:

@@ -24,14 +24,15 @@ import torch
 from truestep.calls.judging import without_endless
 from truestep.calls.values import in_real_numbers
 from truestep.floors import NoiseRun
+from truestep.judge.floor import pair_of
 from truestep.judge.rows import measured_run
 from truestep.keys import key_of, module_name
 from truestep.measure.plain import plain
 from truestep.nests import argument_leaves, leaves
 from truestep.pairing.naming import ROOT, named_modules
 from truestep.pairing.partners import Names, Part, namesake
-from truestep.runtime.changes import math_kernel, one_rounding
-from truestep.runtime.precision import converted
+from truestep.runtime.changes import OtherFunctions, math_kernel, one_rounding
+from truestep.runtime.precision import HIGHER, converted
 
 Tensor = torch.Tensor
 Forward = Callable[[], Any]
@@ -316,22 +317,23 @@ def benign_flows(
     reference: Flow,
     *,
     place: tuple[int, str],
+    given: Flow | None = None,
     select: Container[str] | None = None,
     parts: Names = namesake,
-    higher: str | None,
-    pair: str,
+    working: str,
 ) -> Iterator[NoiseRun]:
     """The noise floor of every module on its own: trusted forwards under harmless changes.
 
     Args:
         reference: The trusted forward's own flow.
-        higher: Precision to measure the model's rounding against; None for no such run.
-        pair: Working precisions, candidate first.
+        given: What its modules were given there, where that is another's.
+        working: Precision of both sides; the model's rounding is measured against the next higher.
     """
+    higher, pair = HIGHER.get(working), pair_of(working, working)
 
     def run(**options: Any) -> Flow:
         around: dict[str, Any] = {"place": place, "select": select, "parts": parts}
-        return flow(model, forward, given=reference, **around, **options)
+        return flow(model, forward, given=given or reference, **around, **options)
 
     def measured(kind: str, detail: str, found: Flow) -> NoiseRun:
         pairs = {
@@ -348,6 +350,11 @@ def benign_flows(
             yield measured("precision", f"against {higher}", run(precision=dtype))
     with math_kernel():
         yield measured("attention", "math kernel", run())
+    if given is not None:  # another implementation's: it may well compute them so
+        for seed in (0, 1):
+            with OtherFunctions(seed):
+                detail = f"exp, sin, ... as another library computes them, seed {seed}"
+                yield measured("functions", detail, run())
     for seed in (0, 1):
         generator = torch.Generator("cpu").manual_seed(seed)
         yield measured(

@@ -145,6 +145,7 @@ def opened(
     into: Into,
     *,
     rename: Mapping[str, str] | None,
+    pair: Callable[..., Partners | None] = partners_of,
 ) -> Comparison:
     """The comparison with where in a model the candidate departs, or with why that is not said.
 
@@ -152,6 +153,7 @@ def opened(
         models: Candidate's and trusted one.
         drilled_with: Drills into them, given which of their modules answer to which.
         rename: See `locate_module`.
+        pair: Says which module answers to which.
 
     Raises:
         UsageError: The rename map names modules that there are not.
@@ -159,7 +161,7 @@ def opened(
     if not all(isinstance(model, torch.nn.Module) for model in models):
         return noted(comparison, f"no module named: the {into.model} is no torch module")
     try:
-        partners = partners_of(models[0], models[1], rename=rename)
+        partners = pair(models[0], models[1], rename=rename)
     except UsageError as error:  # weights that are not there, or are no tensors
         if rename:
             raise

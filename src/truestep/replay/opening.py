@@ -33,8 +33,8 @@ from truestep.pairing.partners import Partners
 from truestep.recording.manifest import CallEntry
 from truestep.replay.drill import Drilled, Subject, drill
 from truestep.replay.isolation import Forward, hearing
+from truestep.replay.lines import raising_line
 from truestep.replay.locating import Into, noted, opened
-from truestep.replay.statements import raising_line
 from truestep.runtime.precision import working_dtype
 from truestep.verdict import Comparison, Divergence, Verdict
 

@@ -25,7 +25,7 @@ from truestep.pairing.partners import Names, Part, namesake
 from truestep.pairing.rename import renamed
 from truestep.recording.format import Recording
 from truestep.replay.isolation import Flow, Forward, benign_flows, flow
-from truestep.runtime.precision import HIGHER, working_dtype
+from truestep.runtime.precision import working_dtype
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Divergence, Row, Side
 
@@ -115,7 +115,7 @@ def _own_rounding(
     dtype = working_dtype(model) or torch.float32
     working = str(dtype).removeprefix("torch.")
     pair = pair_of(working, working)
-    runs = benign_flows(model, forward, reference, higher=HIGHER.get(working), pair=pair, **options)
+    runs = benign_flows(model, forward, reference, working=working, **options)
     return Limits(NoiseFloor(runs=tuple(runs)), pair)
 
 

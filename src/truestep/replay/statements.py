@@ -8,29 +8,22 @@ part, in another call, another argument or another result, is where the error is
 
 from __future__ import annotations
 
-import os
-import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from pathlib import Path
-from traceback import FrameSummary
-from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from truestep.calls.values import in_real_numbers
 from truestep.floors import EPSILON
 from truestep.judge.rows import dtype_name
 from truestep.measure.distance import distance, same_bits
 from truestep.measure.plain import inside, is_wrapped
-from truestep.nests import leaves
 from truestep.pairing.naming import named_modules
 from truestep.pairing.partners import Names, namesake
 from truestep.replay.isolation import Flow, Forward, flow, heard
+from truestep.replay.lines import Line, Place, Watch
 from truestep.runtime.lent import active
 
 Tensor = torch.Tensor
@@ -43,29 +36,6 @@ _ULPS = 16.0
 
 _MARGIN = 8.0
 """Distance over that of a benign run from which on a result is wrong."""
-
-_TORCH = str(Path(torch.__file__).parent)
-_MOVING = ("accelerate/utils/", "hooks/layerwise_casting.py", "hooks/group_offloading.py")
-"""Files whose operators bring weights to where they are used, and are none of the model."""
-
-_HOOKS = ("/accelerate/hooks.py", "/diffusers/hooks/hooks.py")
-"""Files whose code calls a module's forward for it."""
-
-_LENDING = tuple(f"runtime/{name}.py" for name in ("buffers", "lent", "reached"))
-_OWN = tuple(str(Path(__file__).parent.parent / room) for room in ("calls", "replay", *_LENDING))
-_UNSEEN = {
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.empty_like.default,
-    torch.ops.aten.empty_strided.default,
-    torch.ops.aten.new_empty.default,
-    torch.ops.aten.new_empty_strided.default,
-}
-"""Operators without a result of their own: views, and memory that was not filled yet."""
-
-
-Place = tuple[str, int]
-"""A file relative to the current folder, and a line of it."""
 
 
 @dataclass(frozen=True)
@@ -97,25 +67,14 @@ class Operator:
         return f"{self.name.removesuffix('.default')} at {self.line}: {self.code}"
 
 
-class _Watch(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[Operator] = []
+def kept(found: list[Operator]) -> Watch:
+    """A watch that keeps every operator with host copies of its results."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if not (getattr(func, "is_view", False) or func in _UNSEEN):
-            outputs = (t for _, t in leaves(output, "out") if not t.is_meta)  # what is offloaded
-            returned = (in_real_numbers(t.detach()) for t in outputs)
-            made = tuple(t.to("cpu", copy=True) for t in returned)
-            line, code, place = _calling()
-            if any(part in line for part in _MOVING):
-                return output
-            told = _plain(func, args, kwargs)
-            self.found.append(Operator(str(func), told, made, line, code, place))
-        return output
+    def told(name: str, arguments: tuple[str, ...], outputs: list[Tensor], line: Line) -> None:
+        made = tuple(in_real_numbers(tensor).to("cpu", copy=True) for tensor in outputs)
+        found.append(Operator(name, arguments, made, *line))
+
+    return Watch(told)
 
 
 def operators(
@@ -136,11 +95,12 @@ def operators(
         given, parts, change: See `isolation.flow`: what its inputs are replaced by.
     """
     module = named_modules(model).modules[fqn]
-    watch = _Watch()
+    found: list[Operator] = []
+    watch = kept(found)
     running: list[bool] = []
 
     def before(*_: object) -> None:
-        if heard() and not running and not watch.found:
+        if heard() and not running and not found:
             running.append(True)
             watch.__enter__()  # type: ignore[no-untyped-call]
 
@@ -167,7 +127,7 @@ def operators(
     finally:
         for handle in handles:
             handle.remove()
-    return watch.found
+    return found
 
 
 @dataclass(frozen=True)
@@ -221,6 +181,40 @@ def first_operator(
         else:
             return Parting(f"{actual[a0]} (for {_short(reference[r0])})", actual[a0].place)
     return Parting("all its operators agree: a hook, or code around them, returns another tensor")
+
+
+def differing_in_step(
+    actual: Sequence[Operator], reference: Sequence[Operator], benign: Sequence[Operator] = ()
+) -> str | None:
+    """The first operator to differ while two implementations still do the same, in words.
+
+    Other code may add, lack and exchange operators without harm: what comes behind the first of
+    these says nothing.
+
+    Args:
+        actual, reference: Operators of both sides on the same inputs.
+        benign: The reference's again under a harmless change.
+    """
+    ours, theirs, changed = (
+        [op for op in side if op.outputs] for side in (actual, reference, benign)
+    )
+    for at, (own, other) in enumerate(zip(ours, theirs, strict=False)):
+        if own.key != other.key:
+            return None
+        found = _differs(own, other, changed, at)
+        if found:
+            return found
+    return None
+
+
+def maker(tensor: Tensor, found: Sequence[Operator]) -> str | None:
+    """The operator that gave a tensor, bit for bit; None where none of them did."""
+    for op in found:
+        for output in op.outputs:
+            same = output.numel() == tensor.numel() and output.dtype == tensor.dtype
+            if same and same_bits(output.reshape(tensor.shape), tensor):
+                return f"made by {op}"
+    return None
 
 
 def differing_parameters(actual: torch.nn.Module, reference: torch.nn.Module) -> str | None:
@@ -301,73 +295,3 @@ def _differs(
 
 def _short(op: Operator) -> str:
     return op.name.removesuffix(".default")
-
-
-def _plain(func: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[str, ...]:
-    """Arguments that are numbers, words, dtypes or lists of them; with names from the schema."""
-    names = [argument.name for argument in func._schema.arguments]
-    told = [
-        *((names[i] if i < len(names) else "", value) for i, value in enumerate(args)),
-        *(kwargs or {}).items(),
-    ]
-    return tuple(
-        f"{name} = {value!r}" if name else repr(value) for name, value in told if _simple(value)
-    )
-
-
-def _simple(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_simple(part) for part in value)
-    return isinstance(value, bool | int | float | str | torch.dtype)
-
-
-def _calling() -> tuple[str, str, Place | None]:
-    """File and line in words, the line's text, and its place, of the nearest frame outside torch
-    and this module."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if not _passed_by(frame.f_code.co_filename):
-            file, number = frame.f_code.co_filename, frame.f_lineno
-            return (*_line(file, number), _below(file, number))
-        frame = frame.f_back
-    return "?", "", None
-
-
-def raising_line(frames: Sequence[FrameSummary]) -> Parting | None:
-    """The line nearest to where an error was raised, outside torch and this module, in words.
-
-    Args:
-        frames: Of the error, the innermost last.
-    """
-    for frame in reversed(frames):
-        if not _passed_by(frame.filename) and frame.lineno is not None:
-            text = ": ".join(_line(frame.filename, frame.lineno))
-            return Parting(text, _below(frame.filename, frame.lineno))
-    return None
-
-
-def _passed_by(file: str) -> bool:
-    return file.startswith((_TORCH, *_OWN, "<")) or file.endswith(_HOOKS)
-
-
-def _line(file: str, number: int) -> tuple[str, str]:
-    import linecache
-
-    return f"{_shown(file)}:{number}", linecache.getline(file, number).strip()
-
-
-def _below(file: str, number: int) -> Place | None:
-    """The line as a place in the current folder; None where it is of a library, or elsewhere."""
-    purelib, here = (os.path.join(p, "") for p in (sysconfig.get_paths()["purelib"], os.getcwd()))
-    file = os.path.abspath(file)
-    if file.startswith(purelib) or not file.startswith(here):
-        return None
-    return file[len(here) :].replace(os.sep, "/"), number
-
-
-def _shown(file: str) -> str:
-    """A path as a person would name it: from site-packages or the current folder on."""
-    for root in (sysconfig.get_paths()["purelib"], str(Path.cwd())):
-        if file.startswith(root):
-            return file[len(root) :].lstrip("/")
-    return Path(file).name

@@ -2,8 +2,9 @@
 
 A generation's folder `OUTPUT.PID-NUMBER.calls` holds `head.json` (who writes), `000012.safetensors`
 for its twelfth call (tensors by their content, each once a generation; the call itself as JSON in
-the metadata) and, once it is over, `ended.json`. A process that is killed leaves all calls that
-ended. Nothing here needs more than torch and safetensors: engines have environments of their own.
+the metadata), `000012-000345.tensors` (more of its tensors) and, once it is over, `ended.json`. A
+process that is killed leaves all calls that ended. Nothing here needs more than torch and
+safetensors: engines have environments of their own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ from truestep.standalone.recorder import library_versions
 
 SUFFIX = ".calls"
 HEAD, ENDED, CALL = "head.json", "ended.json", "call"
+TENSORS = ".tensors"
+"""Suffix of files that hold tensors of a call before it has ended."""
+
+AT_ONCE = 256 << 20
+"""Bytes of tensors that wait for their call to end; more are written before."""
+
 FORMAT = 1
 
 
@@ -46,6 +53,8 @@ class CallSpool:
         self._largest = largest
         self._known: set[str] = set()
         self._new: dict[str, torch.Tensor] = {}
+        self._inside = 0
+        self._room: int | None = None
         self._left: dict[str, tuple[tuple[int, ...], str]] = {}
         started = {"format": FORMAT, "started": time.time(), "pid": os.getpid(), **head}
         self._json(HEAD, started)
@@ -58,15 +67,36 @@ class CallSpool:
         left, self._left = self._left, {}
         return dropped(tree, lambda _, name: name in left, left.__getitem__)
 
+    def keep_within(self, value: Any, limit: int) -> tuple[Any, int]:
+        """A value as a tree, of its tensors those with which all that is so kept is not larger.
+
+        Returns:
+            The tree, and how many tensors were left out.
+        """
+        self._room = limit
+        try:
+            tree = encode(value, self._keep)
+        finally:
+            self._room = None
+        left, self._left = self._left, {}
+        if left:
+            tree = dropped(tree, lambda _, name: name in left, left.__getitem__)
+        if sum(t.numel() * t.element_size() for t in self._new.values()) > AT_ONCE:
+            self._write(self.folder / f"{self.calls:06d}-{len(self._known):06d}{TENSORS}", {})
+        return tree, len(left)
+
     def add(self, call: dict[str, Any]) -> None:
         """Write one call, and the tensors that no call before it had."""
-        from safetensors.torch import save_file
-
         path = self.folder / f"{self.calls:06d}.safetensors"
         self.calls += 1
+        self._write(path, {CALL: json.dumps(call)})
+
+    def _write(self, path: Path, metadata: dict[str, str]) -> None:
+        from safetensors.torch import save_file
+
         new, self._new = self._new, {}
         temporary = path.with_suffix(".part")
-        save_file(new, temporary, metadata={CALL: json.dumps(call)})
+        save_file(new, temporary, metadata=metadata)
         os.replace(temporary, path)
 
     def end(self, injected: Mapping[str, int]) -> None:
@@ -76,7 +106,8 @@ class CallSpool:
 
     def _keep(self, _: tuple[str, ...], value: torch.Tensor) -> str:
         tensor = plain(value).detach()
-        if tensor.numel() * tensor.element_size() > self._largest:
+        size = tensor.numel() * tensor.element_size()
+        if size > self._largest or (self._room is not None and self._inside + size > self._room):
             name = f"left out {len(self._left)}"
             self._left[name] = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             return name
@@ -86,6 +117,7 @@ class CallSpool:
         if name not in self._known:
             self._known.add(name)
             self._new[name] = copy
+            self._inside += 0 if self._room is None else size
         return name
 
     def _json(self, name: str, content: dict[str, Any]) -> None:

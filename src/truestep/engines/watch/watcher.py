@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
@@ -24,9 +24,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from truestep.calls.values import qualified
-from truestep.engines.engine import GENERIC, Boundary, engine, engines, running
+from truestep.engines.engine import GENERIC, TIMES, Boundary, engine, engines, running
 from truestep.engines.watch import frames
 from truestep.engines.watch.injection import Injection
+from truestep.engines.watch.inside import Inside
 from truestep.engines.watch.request import Request
 from truestep.engines.watch.spool import CallSpool, environment, rank
 from truestep.replay.program import say
@@ -68,6 +69,7 @@ class Watcher:
         self._shown: set[int] = set()
         self._unpatch: list[Callable[[], None]] = []
         self._injection = Injection(Path(request.inject)) if request.inject else None
+        self._inside = Inside(request.inside, self._lock, self._fail) if request.inside else None
 
     def start(self) -> None:
         """Begin; torch is loaded, the engine is not."""
@@ -141,6 +143,7 @@ class Watcher:
                 own = vars(cls).get(name)
                 if inspect.isfunction(own) and not hasattr(own, _WATCHED):
                     setattr(cls, name, self._scheduler_method(own, name))
+                    self._unpatch.append(partial(setattr, cls, name, own))
 
     def _scheduler_method(self, method: Any, name: str) -> Any:
         signature = inspect.signature(method)
@@ -185,7 +188,8 @@ class Watcher:
             return original(module, *args, **kwargs)
         named = _named(_signature(type(module).forward), (module, *args), kwargs)
         fields = self._of_model(module, "forward")
-        return self._observe(fields, named, lambda: original(module, *args, **kwargs))
+        call = partial(original, module, *args, **kwargs)
+        return self._observe(fields, named, call, within=module)
 
     def _of_model(self, model: torch.nn.Module, method: str) -> dict[str, Any]:
         return {
@@ -208,11 +212,13 @@ class Watcher:
         def over(output: Any, error: BaseException | None) -> None:
             self._thread.inside -= 1
             self._thread.open.pop()
+            self._leave(begun)
             if error is None:
                 self._finish(begun, output)
 
         if not frames.when_over(frame, over):
             return False
+        self._enter(begun, model, named)
         self._thread.open.append(begun["begun"])
         self._thread.inside += 1
         return True
@@ -278,8 +284,9 @@ class Watcher:
                 output = self._injection.given(boundary, output)
             return output
 
+        within = _largest(named.values()) if boundary.role == "prediction" else None
         try:
-            return self._observe(fields, named, call, opened=boundary.open)
+            return self._observe(fields, named, call, opened=boundary.open, within=within)
         finally:
             if boundary.role == "generation" and not self._thread.open:
                 self._end_generation()
@@ -292,6 +299,7 @@ class Watcher:
         *,
         also: Callable[[], dict[str, Any]] = dict,
         opened: bool = False,
+        within: torch.nn.Module | None = None,
     ) -> Any:
         begun = self._begin(fields, named)
         if begun is None:
@@ -299,13 +307,42 @@ class Watcher:
         thread = self._thread
         thread.open.append(begun["begun"])
         thread.inside += not opened
+        self._enter(begun, within, named)
         try:
             output = call()
         finally:
+            self._leave(begun)
             thread.inside -= not opened
             thread.open.pop()
         self._finish(begun, output, also)
         return output
+
+    def _enter(
+        self, begun: dict[str, Any], model: torch.nn.Module | None, named: Mapping[str, Any]
+    ) -> None:
+        """Look into a call of a denoiser, which is given a time, where that is asked for."""
+        if self._inside is None or model is None:
+            return
+        times = {*TIMES, *(name for one in self._engines for name in one.timestep)}
+        with self._lock:
+            if self._spool is None or not times & named.keys():
+                return
+            try:
+                table = self._inside.open(model, self._spool)
+                begun |= {} if table is None else {"inside": table}
+            except Exception as error:  # the program goes on, unwatched
+                self._fail(error)
+                with suppress(Exception):
+                    self._inside.close()
+
+    def _leave(self, begun: Mapping[str, Any]) -> None:
+        """End the look into a call, if there was one."""
+        if self._inside is None or "inside" not in begun:
+            return
+        try:
+            self._inside.close()
+        except Exception as error:  # likewise
+            self._fail(error)
 
     def _begin(self, fields: dict[str, Any], named: Mapping[str, Any]) -> dict[str, Any] | None:
         """What is kept of a call before it is made; None where that failed."""
@@ -348,6 +385,7 @@ class Watcher:
             head = {
                 "engine": self._request.engine or ", ".join(seen) or GENERIC.name,
                 "program": sys.argv,
+                "command": list(self._request.command),
                 "rank": rank(),
                 "environment": environment(),
             }
@@ -364,6 +402,8 @@ class Watcher:
             spool, self._spool = self._spool, None
             self._begun = self._stepped = 0
             self._shown.clear()
+            if self._inside is not None:
+                self._inside.begin()
             used = dict(self._injection.used) if self._injection else {}
             if self._injection is not None:
                 self._injection.begin()
@@ -390,6 +430,12 @@ class Watcher:
 def _dtype(module: torch.nn.Module) -> str:
     kinds = (p.dtype for p in module.parameters() if p.is_floating_point())
     return str(next(kinds, "")).removeprefix("torch.")
+
+
+def _largest(values: Iterable[Any]) -> torch.nn.Module | None:
+    """Of what a function is given, the model with the most modules."""
+    models = [value for value in values if isinstance(value, torch.nn.Module)]
+    return max(models, key=lambda model: sum(1 for _ in model.modules()), default=None)
 
 
 def _said(module: Any) -> str | None:
