@@ -24,6 +24,7 @@ def comparable(text: str) -> str:
     text = re.sub(r"(worst at|worst) [\d.]+ x", r"\1 N x", text)
     text = re.sub(r"from \d+ benign runs", "from N benign runs", text)  # one a number of cores
     text = re.sub(r"; \d+\.\d\d s", "; S s", text)
+    text = re.sub(r"\d+\.\d (k|M)B", "S B", text)
     text = re.sub(r"above \d+(\.\d+)?( to \d+(\.\d+)?)? x", "above B x", text)
     text = re.sub(r"(flash-cpu|math)", "KERNEL", text)
     text = re.sub(r"[0-9a-f]{12}", "HASH", text)

@@ -146,6 +146,6 @@ def test_the_command(parts: dict[str, Any], port: Path, tmp_path: Path) -> None:
     traced(parts["right"](), path)
     found = CliRunner().invoke(app, ["trace", "replay", str(path), f"{port}:wrong"])
     assert found.exit_code == 1
-    assert "first divergence: `blocks.1.down`, step 0, main" in found.output
+    assert "first divergence: `blocks.1.down`, step 0, main" in " ".join(found.output.split())
     same = CliRunner().invoke(app, ["trace", "replay", str(path), f"{port}:with_call"])
     assert same.exit_code == 0, same.output

@@ -40,7 +40,8 @@ class _Asked:
             return hint
         words = ["--references", str(self.references)] if self.references != DEFAULT_ROOT else []
         place = self.address() if self.store else None
-        words += ["--store", place.shown] if place and not place.secrets else []
+        typed = self.store if place is not None and place.folder is not None else None
+        words += ["--store", typed or place.shown] if place and not place.secrets else []
         command, comment, text = hint.partition("  # ")
         return " ".join(filter(None, (command, pasteable(words)))) + comment + text
 

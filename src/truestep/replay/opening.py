@@ -363,6 +363,7 @@ def _raising(
         return noted(comparison, "no module named: it raised outside every component")
     raised = raising_line(result.frames)
     file, line = (raised and raised.place) or (None, None)
-    where = {"operator": raised and raised.text, "file": file, "line": line}
+    text = raised and f"{raised.text}: {raised.code}"
+    where = {"operator": text, "file": file, "line": line}
     update = {"fqn": running.names[-1], "kind": None, **where}
     return with_divergence(comparison, first.model_copy(update=update), ())

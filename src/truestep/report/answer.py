@@ -127,11 +127,10 @@ def summary(results: Results) -> str:
 
 def next_line(comparison: Comparison) -> str:
     """What to do next, labelled: a command, or advice; empty where there is none."""
-    command, hint = next_command(comparison), comparison.hint
-    if command:
-        said = command_in(hint) == command
-        return f"next: {hint if said else command}"  # with what is said beside it
-    return f"hint: {hint}" if hint and comparison.exit_code else ""
+    if comparison.exit_code and comparison.hint:  # with what is said beside a command
+        return f"{'next' if command_in(comparison.hint) else 'hint'}: {comparison.hint}"
+    command = next_command(comparison)
+    return f"next: {command}" if command else ""
 
 
 def _labelled(label: str, value: str | None) -> str | None:

@@ -50,7 +50,7 @@ def next_command(comparison: Comparison) -> str:
     first, repeat = comparison.first_divergence, comparison.repeat
     drifted = comparison.verdict in (Verdict.DRIFTED, Verdict.INVALID)
     shallow = repeat.startswith("truestep check ") and "--depth" not in repeat.split()
-    if not (drifted and shallow and first is not None and first.stage in _OPENED):
+    if not (drifted and shallow and (first is None or first.stage in _OPENED)):
         return ""
     return f"{repeat} --depth modules"
 
