@@ -31,6 +31,11 @@ _LARGEST = click.option(
     metavar="MB",
     help="Of tensors above, keep only the shape.",
 )
+_MODULES = click.option(
+    "--modules",
+    is_flag=True,
+    help="Record the modules inside of models, and what ranks exchange there.",
+)
 _PROGRAM = click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
 
 
@@ -47,16 +52,22 @@ def command() -> None:
 @_ENGINE
 @_OUTPUT
 @_LARGEST
+@_MODULES
 @_PROGRAM
 @click.pass_context
 def run(
-    context: click.Context, name: str, output: Path, largest: int, program: tuple[str, ...]
+    context: click.Context,
+    name: str,
+    output: Path,
+    largest: int,
+    modules: bool,
+    program: tuple[str, ...],
 ) -> None:
     """Record what a program's engine does: truestep engine run -- python generate.py ARGUMENTS
 
     The program is not changed, and its exit code is passed on.
     """
-    _run(context, name, output, largest, program, reference=None)
+    _run(context, name, output, largest, program, reference=None, modules=modules)
 
 
 @command.command("inject", context_settings={"ignore_unknown_options": True})
@@ -89,6 +100,7 @@ def _run(
     program: tuple[str, ...],
     *,
     reference: Path | None,
+    modules: bool = False,
 ) -> None:
     from truestep.calls.recording import read
     from truestep.engines.engine import engine
@@ -98,7 +110,13 @@ def _run(
         engine(name)
     given = read(reference) if reference is not None else None
     ran = run_engine(
-        program, output, engine=name, inject=given, largest=largest << 20, told=_summary
+        program,
+        output,
+        engine=name,
+        inject=given,
+        largest=largest << 20,
+        modules=modules,
+        told=_summary,
     )
     for error in ran.failures:
         say(str(error), err=True, lines=True)
@@ -132,7 +150,7 @@ def _summary(path: Path, recording: CallRecording) -> None:
 
 
 @command.command("check")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--model",
     required=True,
@@ -146,20 +164,24 @@ def _summary(path: Path, recording: CallRecording) -> None:
 )
 @output_options
 def check(
-    run: Path, model: Path, reference: Path | None, json_path: str | None, report: Path | None
+    paths: tuple[Path, ...],
+    model: Path,
+    reference: Path | None,
+    json_path: str | None,
+    report: Path | None,
 ) -> None:
     """Judge the RUN of an engine: the first seam that fails is the cause.
 
     Each prediction is the trusted model's on the engine's own inputs, each update the trusted
-    scheduler's on the engine's own latent, so nothing is inherited.
+    scheduler's on the engine's own latent, so nothing is inherited. Of a run on several ranks any
+    one recording names all: they are gathered into one run.
     """
     from truestep.engines.named import run_of
-    from truestep.engines.ordered import check_run
+    from truestep.engines.ranks.checking import check_paths
 
-    engine_run = run_of(run)
     known = run_of(reference) if reference is not None else None
     with progress_bar() as progress:
-        result = check_run(engine_run, model, reference=known, progress=progress)
+        result = check_paths(paths, model, reference=known, progress=progress)
     end(finish([result], json_path=json_path, report=report))
 
 

@@ -74,11 +74,13 @@ def check_run(
             likely="the program ended before its first step, or its denoiser is no torch module",
             hint=f"truestep show {quoted(run.label)}",
         )
-    trusted, known = Trusted(model, _dtype(run)), reference
+    trusted, known = Trusted(model, run.dtype), reference
     found = Seams()
     run = in_model_space(found, named_by_text(run, known), trusted)
     with torch.no_grad():
         put_schedule(found, run, known, trusted)
+        for name, pair in run.repeated.items():
+            found.put(name, *pair)
         put_noise_and_text(found, run, known)
         put_between(found, run, known)
         conversion = put_predictions(found, run, known, trusted, progress)
@@ -89,11 +91,6 @@ def check_run(
     if not run.steps and known is not None:
         found.put(FINAL, run.final, known.final)
     return _judged(found, run, known, trusted)
-
-
-def _dtype(run: Run) -> torch.dtype:
-    outputs = (one.output.dtype for step in run.steps for one in step.passes)
-    return next(outputs, torch.float32)
 
 
 def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comparison:
@@ -114,7 +111,7 @@ def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comp
         stage, step = address(name).stage, address(name).step
         fields = {"stage": stage, "step": step, "note": why}
         judged.setdefault(name, Row(name=name, verdict=Verdict.INCONCLUSIVE, **fields))
-    notes = [*found.notes]
+    notes = [*run.notes, *found.notes]
     notes += [f"converted: {how}" for how in found.conversions]
     notes += [f"not judged: {seam}: {why}" for seam, why in found.unjudged.items()]
     notes += _end(run, known)

@@ -91,6 +91,28 @@ def put_predictions(
     return conversion
 
 
+def nearness(run: Run, known: Run | None, trusted: Trusted) -> float:
+    """How far the first prediction of a run is from the trusted model's on its inputs, relative.
+
+    Infinite where the trusted model does not take these.
+    """
+    every = [
+        _Prediction("", one, step, _sigma(run, index, one))
+        for index, step in enumerate(run.steps[:1])
+        for one in step.passes
+    ]
+    try:
+        with torch.no_grad():
+            templates = _templates(known)
+            scale, conversion = _convention(every, templates, trusted)
+            model, tensors, plain, _ = _called(every[0], templates, trusted, scale)
+            native = Denoiser(model, plain, AS_IT_IS)(**tensors)
+    except FOREIGN:
+        return float("inf")
+    size = _size(conversion, every[0], native) if every else None
+    return float("inf") if size is None else size
+
+
 _Sample = tuple[str, dict[str, torch.Tensor]]
 """Name of a prediction, and what the trusted model is called with for it."""
 

@@ -100,6 +100,9 @@ class Run:
         alone: The end, of a run of which nothing else is known.
         in_vae: Whether the end is in the space of the VAE.
         environment: Where it ran.
+        repeated: Of a run on several ranks what one of them should repeat of the first, and does
+            not: its own and the first's, by the seam's name.
+        notes: What was done to make one run of several ranks.
     """
 
     label: str
@@ -115,10 +118,18 @@ class Run:
     alone: torch.Tensor | None = None
     in_vae: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    repeated: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def but(self, **changes: Any) -> Run:
         """The same run with other fields."""
         return replace(self, **changes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its predictions."""
+        outputs = (one.output.dtype for step in self.steps for one in step.passes)
+        return next(outputs, torch.float32)
 
     @property
     def count(self) -> int:

@@ -51,6 +51,7 @@ def run_engine(
     engine: str = "",
     inject: CallRecording | None = None,
     largest: int = 1 << 29,
+    modules: bool = False,
     told: Callable[[Path, CallRecording], None] = lambda path, recording: None,
 ) -> Ran:
     """Run a program with what its engine does recorded; nothing in it is changed.
@@ -61,6 +62,7 @@ def run_engine(
         engine: Name of the engine; empty: whichever it imports.
         inject: A reference whose noise, text and schedule the engine is given.
         largest: Bytes of a tensor above which only its shape is kept.
+        modules: Whether modules inside of models are kept, and what ranks exchange there.
         told: Of each recording when it is made, while the program may still run.
 
     Raises:
@@ -80,7 +82,9 @@ def run_engine(
         )
     with _alone(output), TemporaryDirectory(prefix="truestep-") as folder:
         given = _written(inject, Path(folder)) if inject else ""
-        request = Request(str(output), engine=engine, largest=largest, inject=given)
+        request = Request(
+            str(output), engine=engine, largest=largest, inject=given, modules=modules
+        )
         try:
             process = subprocess.Popen(program, env=with_site(VARIABLE, request.text()))
         except OSError as error:

@@ -17,12 +17,14 @@ class Request:
         engine: Name of the engine; empty: whichever is imported.
         largest: Bytes of a tensor above which only its shape is kept.
         inject: Folder of what is given in the place of the engine's own noise, text and schedule.
+        modules: Whether the modules inside of models are kept, and what ranks exchange there.
     """
 
     output: str
     engine: str = ""
     largest: int = 1 << 29
     inject: str = ""
+    modules: bool = False
 
     def text(self) -> str:
         """The value of TRUESTEP_ENGINE."""

@@ -26,6 +26,9 @@ from truestep.standalone.recorder import library_versions
 
 SUFFIX = ".calls"
 HEAD, ENDED, CALL = "head.json", "ended.json", "call"
+NOTED = "noted"
+"""Calls without tensors that are written with another."""
+
 FORMAT = 1
 
 
@@ -47,11 +50,14 @@ class CallSpool:
         self._known: set[str] = set()
         self._new: dict[str, torch.Tensor] = {}
         self._left: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._noted: list[dict[str, Any]] = []
+        self._whole = True
         started = {"format": FORMAT, "started": time.time(), "pid": os.getpid(), **head}
         self._json(HEAD, started)
 
-    def keep(self, value: Any) -> Any:
-        """A value as a tree, its tensors copied to be written with the call."""
+    def keep(self, value: Any, *, whole: bool = True) -> Any:
+        """A value as a tree, its tensors copied to be written with the call, or their shapes."""
+        self._whole = whole
         tree = encode(value, self._keep)
         if not self._left:
             return tree
@@ -64,19 +70,26 @@ class CallSpool:
 
         path = self.folder / f"{self.calls:06d}.safetensors"
         self.calls += 1
+        if self._noted:
+            call = {**call, NOTED: self._noted}
+            self._noted = []
         new, self._new = self._new, {}
         temporary = path.with_suffix(".part")
         save_file(new, temporary, metadata={CALL: json.dumps(call)})
         os.replace(temporary, path)
 
+    def note(self, call: dict[str, Any]) -> None:
+        """Write a call that holds no tensors with the next one, or at the end."""
+        self._noted.append(call)
+
     def end(self, injected: Mapping[str, int]) -> None:
         """Say that the generation is over, and how often what was given to it."""
-        ended = {"ended": time.time(), "calls": self.calls, "rank": rank()}
-        self._json(ENDED, {**ended, "injected": dict(injected)})
+        ended = {"ended": time.time(), "calls": self.calls, "rank": rank(), "ranks": ranks()}
+        self._json(ENDED, {**ended, "injected": dict(injected), NOTED: self._noted})
 
     def _keep(self, _: tuple[str, ...], value: torch.Tensor) -> str:
         tensor = plain(value).detach()
-        if tensor.numel() * tensor.element_size() > self._largest:
+        if not self._whole or tensor.numel() * tensor.element_size() > self._largest:
             name = f"left out {len(self._left)}"
             self._left[name] = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             return name
@@ -108,6 +121,15 @@ def rank() -> int | None:
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1
     own = os.environ.get("RANK", "")
     return int(own) if several and own.isdecimal() else None
+
+
+def ranks() -> int:
+    """How many processes are in the group of this one, as it is now; 1 where there is none."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_world_size())
+    several = os.environ.get("WORLD_SIZE", "")
+    return int(several) if several.isdecimal() and rank() is not None else 1
 
 
 def environment() -> dict[str, str]:

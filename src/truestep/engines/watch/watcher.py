@@ -27,8 +27,9 @@ from truestep.calls.values import qualified
 from truestep.engines.engine import GENERIC, Boundary, engine, engines, running
 from truestep.engines.watch import frames
 from truestep.engines.watch.injection import Injection
+from truestep.engines.watch.inside import Inside, root
 from truestep.engines.watch.request import Request
-from truestep.engines.watch.spool import CallSpool, environment, rank
+from truestep.engines.watch.spool import CallSpool, environment, rank, ranks
 from truestep.replay.program import say
 from truestep.replay.site.waiting import when_loaded
 
@@ -68,11 +69,13 @@ class Watcher:
         self._shown: set[int] = set()
         self._unpatch: list[Callable[[], None]] = []
         self._injection = Injection(Path(request.inject)) if request.inject else None
+        self._inside = Inside(request.modules, self._begin, self._finish_inside)
 
     def start(self) -> None:
         """Begin; torch is loaded, the engine is not."""
         self._watch_modules()
         self._watch_classes()
+        self._unpatch += self._inside.watch()
         for one in self._engines:
             for boundary in one.boundaries:
                 when_loaded(boundary.module, partial(self._watch_function, boundary))
@@ -99,8 +102,10 @@ class Watcher:
         original: Any = torch.nn.Module.__call__
 
         def watched(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self._idle() or torch.compiler.is_compiling():
+            if self._stopped or torch.compiler.is_compiling():
                 return original(module, *args, **kwargs)
+            if self._thread.inside:
+                return self._part(module, original, args, kwargs)
             return self._module(module, original, args, kwargs)
 
         def undo() -> None:
@@ -178,14 +183,19 @@ class Watcher:
     def _idle(self) -> bool:
         return bool(self._stopped or self._thread.inside)
 
+    def _part(self, module: Any, original: Any, args: Any, kwargs: Any) -> Any:
+        if not self._inside.wants(module):
+            return original(module, *args, **kwargs)
+        return self._inside.module(module, lambda: original(module, *args, **kwargs))
+
     def _module(self, module: Any, original: Any, args: Any, kwargs: Any) -> Any:
         frame = sys._getframe(2)
         found = frames.using(module, frame, self._loops)
         if found is not None and self._composite(*found):
-            return original(module, *args, **kwargs)
+            return self._part(module, original, args, kwargs)
         named = _named(_signature(type(module).forward), (module, *args), kwargs)
         fields = self._of_model(module, "forward")
-        return self._observe(fields, named, lambda: original(module, *args, **kwargs))
+        return self._observe(fields, named, lambda: original(module, *args, **kwargs), model=module)
 
     def _of_model(self, model: torch.nn.Module, method: str) -> dict[str, Any]:
         return {
@@ -204,14 +214,17 @@ class Watcher:
         begun = self._begin(fields, named)
         if begun is None:
             return False
+        before = self._inside.enter(root(begun["begun"], fields["component"], model))
 
         def over(output: Any, error: BaseException | None) -> None:
+            self._inside.enter(before)
             self._thread.inside -= 1
             self._thread.open.pop()
             if error is None:
                 self._finish(begun, output)
 
         if not frames.when_over(frame, over):
+            self._inside.enter(before)
             return False
         self._thread.open.append(begun["begun"])
         self._thread.inside += 1
@@ -292,6 +305,7 @@ class Watcher:
         *,
         also: Callable[[], dict[str, Any]] = dict,
         opened: bool = False,
+        model: torch.nn.Module | None = None,
     ) -> Any:
         begun = self._begin(fields, named)
         if begun is None:
@@ -299,21 +313,28 @@ class Watcher:
         thread = self._thread
         thread.open.append(begun["begun"])
         thread.inside += not opened
+        running = None if model is None else root(begun["begun"], fields["component"], model)
+        before = self._inside.enter(running)
         try:
             output = call()
         finally:
+            self._inside.enter(before)
             thread.inside -= not opened
             thread.open.pop()
         self._finish(begun, output, also)
         return output
 
-    def _begin(self, fields: dict[str, Any], named: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _begin(
+        self, fields: dict[str, Any], named: Mapping[str, Any], whole: bool = True
+    ) -> dict[str, Any] | None:
         """What is kept of a call before it is made; None where that failed."""
+        if self._stopped:
+            return None
         with self._lock:
             try:
                 spool = self._open()
                 self._begun += 1
-                arguments = {name: spool.keep(value) for name, value in named.items()}
+                arguments = {name: spool.keep(v, whole=whole) for name, v in named.items()}
                 parameters = [name for name in named if not name.startswith("*")]
                 return {
                     **fields,
@@ -340,6 +361,16 @@ class Watcher:
             except Exception as error:  # likewise
                 self._fail(error)
 
+    def _finish_inside(self, begun: dict[str, Any], output: Any, whole: bool) -> None:
+        with self._lock:
+            if self._spool is None or self._stopped:
+                return
+            try:
+                call = {**begun, "output": self._spool.keep(output, whole=whole)}
+                (self._spool.add if whole else self._spool.note)(call)
+            except Exception as error:  # likewise
+                self._fail(error)
+
     def _open(self) -> CallSpool:
         if self._spool is None or os.getpid() != self._pid:
             self._pid = os.getpid()  # a process that was forked has its own spool
@@ -349,6 +380,7 @@ class Watcher:
                 "engine": self._request.engine or ", ".join(seen) or GENERIC.name,
                 "program": sys.argv,
                 "rank": rank(),
+                "ranks": ranks(),
                 "environment": environment(),
             }
             self._spool = CallSpool(

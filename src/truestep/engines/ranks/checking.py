@@ -1,0 +1,57 @@
+"""The verdict on a run by the paths of its recordings: of one process, or of several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from truestep.engines.named import run_of
+from truestep.engines.ordered import check_run
+from truestep.engines.predictions import nearness
+from truestep.engines.ranks.files import files_of
+from truestep.engines.ranks.gathering import gather
+from truestep.engines.run import Run
+from truestep.engines.trusted import Trusted
+from truestep.errors import UsageError
+from truestep.progress import Progress
+from truestep.verdict import Comparison
+
+
+def check_paths(
+    paths: Sequence[Path],
+    model: Path,
+    *,
+    reference: Run | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Judge a run by a trusted model folder.
+
+    Args:
+        paths: A recording, or those of all ranks, or one of these beside the others.
+        model: Folder of diffusers with the same weights.
+        reference: The trusted pipeline's run of the same case.
+        progress: Told (what, done, total).
+
+    Raises:
+        FileFormatError: A recording cannot be read.
+        ModelLoadError: The trusted model cannot be loaded.
+        UsageError: A rank is not there, the ranks have other numbers of steps, or there are none.
+    """
+    files = files_of(paths)
+    if not files:
+        if len(paths) != 1:
+            raise UsageError(
+                "these are no recordings of the ranks of one run",
+                measured=", ".join(map(str, paths[:8])),
+                hint="truestep engine compare run.safetensors other.safetensors",
+            )
+        return check_run(run_of(paths[0]), model, reference=reference, progress=progress)
+    trusted: list[Trusted] = []
+
+    def score(run: Run) -> float:
+        if not trusted:
+            trusted.append(Trusted(model, run.dtype))
+        return nearness(run, reference, trusted[0])
+
+    gathered = gather(files, known=reference, score=score)
+    return check_run(gathered.run, model, reference=reference, progress=progress)
