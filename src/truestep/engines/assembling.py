@@ -35,6 +35,10 @@ SEVERAL = "several threads generated at once: only what the first of them did is
 INSIDE = (PART, COLLECTIVE)
 """Kinds of what happens inside of models' calls, or between them: no seam."""
 
+COPIED = 1 << 22
+"""Bytes of a call up to which its tensors are copied: of small ones there may be more than one
+process may hold files open."""
+
 _SPANS = ("generation", "run")
 _STAGE_OF_ROLE = {"noise": "latent", "text": "text", "decode": "decoding"}
 
@@ -163,7 +167,8 @@ def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str
             header = read_header(path)
             call = json.loads(header.metadata[CALL])
             tensors = Plain(header)
-            contents.update({name: tensors[name] for name in tensors})
+            small = path.stat().st_size < COPIED  # what is mapped holds its file open
+            contents.update({n: tensors[n].clone() if small else tensors[n] for n in tensors})
             ranks = {name: tensor.ndim for name, tensor in contents.items()}
             _require_trees(call, ranks)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -8,8 +8,9 @@ from pathlib import Path
 from truestep.engines.named import run_of
 from truestep.engines.ordered import check_run
 from truestep.engines.predictions import nearness
-from truestep.engines.ranks.files import files_of
-from truestep.engines.ranks.gathering import gather
+from truestep.engines.ranks.files import RankFile, files_of
+from truestep.engines.ranks.gathering import Gathered, gather
+from truestep.engines.ranks.naming import explained
 from truestep.engines.run import Run
 from truestep.engines.trusted import Trusted
 from truestep.errors import UsageError
@@ -46,6 +47,23 @@ def check_paths(
                 hint="truestep engine compare run.safetensors other.safetensors",
             )
         return check_run(run_of(paths[0]), model, reference=reference, progress=progress)
+    gathered = gathered_from(files, model, reference)
+    result = check_run(gathered.run, model, reference=reference, progress=progress)
+    first = result.first_divergence
+    if result.verdict.passed or first is None:
+        return result
+    trusted = Trusted(model, gathered.run.dtype)
+    notes = explained(gathered, reference, trusted, first.name)
+    return result.model_copy(update={"notes": (*notes, *result.notes)})
+
+
+def gathered_from(files: Sequence[RankFile], model: Path, reference: Run | None) -> Gathered:
+    """One run of the recordings of all ranks; the trusted model is asked where only it can tell.
+
+    Raises:
+        ModelLoadError: The trusted model is asked, and cannot be loaded.
+        UsageError: The ranks have other numbers of steps, or their latents are no pieces of one.
+    """
     trusted: list[Trusted] = []
 
     def score(run: Run) -> float:
@@ -53,5 +71,4 @@ def check_paths(
             trusted.append(Trusted(model, run.dtype))
         return nearness(run, reference, trusted[0])
 
-    gathered = gather(files, known=reference, score=score)
-    return check_run(gathered.run, model, reference=reference, progress=progress)
+    return gather(files, known=reference, score=score)

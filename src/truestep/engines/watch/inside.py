@@ -21,6 +21,9 @@ import torch
 PART, COLLECTIVE = "part", "collective"
 """Kinds of these calls."""
 
+ORDER = "order"
+"""Argument that says how many calls had begun when this one began, and when it was over."""
+
 DISTRIBUTED = "torch.distributed"
 _FUNCTIONAL = "torch.distributed._functional_collectives"
 _TORCH = str(Path(torch.__file__).parent)
@@ -50,8 +53,12 @@ GIVEN_AND_MADE: Mapping[str, tuple[str, str]] = {
 RETURNING = (
     "all_reduce",
     "broadcast",
+    "all_gather_single",
+    "all_gather_single_autograd",
     "all_gather_tensor",
     "all_gather_tensor_autograd",
+    "reduce_scatter_single",
+    "reduce_scatter_single_autograd",
     "reduce_scatter_tensor",
     "reduce_scatter_tensor_autograd",
     "all_to_all_single",

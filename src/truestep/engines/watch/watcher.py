@@ -27,7 +27,7 @@ from truestep.calls.values import qualified
 from truestep.engines.engine import GENERIC, Boundary, engine, engines, running
 from truestep.engines.watch import frames
 from truestep.engines.watch.injection import Injection
-from truestep.engines.watch.inside import Inside, root
+from truestep.engines.watch.inside import ORDER, Inside, root
 from truestep.engines.watch.request import Request
 from truestep.engines.watch.spool import CallSpool, environment, rank, ranks
 from truestep.replay.program import say
@@ -367,6 +367,8 @@ class Watcher:
                 return
             try:
                 call = {**begun, "output": self._spool.keep(output, whole=whole)}
+                order = {"list": [begun["begun"], self._begun]}
+                call["arguments"] = {**begun["arguments"], ORDER: order}
                 (self._spool.add if whole else self._spool.note)(call)
             except Exception as error:  # likewise
                 self._fail(error)

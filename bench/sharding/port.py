@@ -1,6 +1,6 @@
 """Wan on several ranks of torch.distributed, sharded in the ways that engines do, by plain torch.
 
-    torchrun --nproc-per-node 2 sharded_port.py FOLDER CASE [CASE ...]
+    torchrun --nproc-per-node 2 port.py FOLDER CASE [CASE ...]
 
 Each CASE is one generation, `KIND/FAULT/INPUTS/DTYPE`: FAULT `none` is right, INPUTS is a file of
 FOLDER without its suffix, DTYPE `float32` or `bfloat16`.
@@ -15,8 +15,7 @@ guidance       a branch of the guidance on each half of the ranks
 mixed          a branch on each half, tokens split within the halves as `ulysses`
 frames         latents split by frames, denoised and stepped in shares, gathered at the end
 reversed       as `gathered`, the last rank holding the first tokens
-library        diffusers' own context parallelism, Ulysses
-library-ring   and its ring
+library        diffusers' own context parallelism, by Ulysses
 =============  =====================================================================================
 """
 
@@ -24,13 +23,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,7 +47,7 @@ class Euler:
 
     def step(self, velocity: Tensor, number: int, latent: Tensor) -> Tensor:
         after = [*self.sigmas[1:], torch.tensor(0.0)]
-        return latent + (after[number] - self.sigmas[number]) * velocity.float()
+        return latent + (after[number] - self.sigmas[number]) * velocity
 
 
 def shifted(sigma: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Plan:
             uneven(parts, value, self)
             parts = parts[::-1] if self.kind == "reversed" else parts
         else:
-            parts = [torch.empty_like(value) for _ in range(self.size)]
+            parts = [torch.zeros_like(value) for _ in range(self.size)]
             if self.fault != "not-gathered":
                 dist.all_gather(parts, value.contiguous(), group=self.group)  # at: tokens
         if self.fault == "order":
@@ -403,18 +403,18 @@ def groups(kind: str, fault: str) -> tuple[Any, int, int, int]:
         ranks = [[*range(0, world, 2)], [*range(1, world, 2)]]
     made = [dist.new_group(each) for each in ranks]
     at = next(i for i, each in enumerate(ranks) if rank in each)
-    return made[at], half, ranks[at].index(rank), rank // half
+    return made[at], half, rank % half, rank // half
 
 
 def loaded(folder: str, kind: str, dtype: torch.dtype, plan: Plan) -> Any:
     path = f"{folder}/wan/transformer"
-    if kind.startswith("library"):
+    if kind == "library":
         from diffusers import ContextParallelConfig
 
+        torch.accelerator.device_count = lambda: 1  # type: ignore[assignment] # it divides by that
         model = WanTransformer3DModel.from_pretrained(path, torch_dtype=dtype).eval()
-        degree = {"ring_degree": plan.size} if "ring" in kind else {"ulysses_degree": plan.size}
-        model.enable_parallelism(config=ContextParallelConfig(**degree))
-        return model
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=plan.size))
+        return partial(model, return_dict=False)
     model = ShardedWan.from_pretrained(path, torch_dtype=dtype).eval()
     model.plan = plan
     for number, block in enumerate(model.blocks):
@@ -471,6 +471,7 @@ def generate(folder: str, case: str) -> Tensor:
             cond, uncond = exchanged(made, branch, fault)
         else:
             cond, uncond = (predicted(model, given, text, plan, i) for i, text in enumerate(texts))
+        cond, uncond = cond.float(), uncond.float()
         velocity = uncond + SCALE * (cond - uncond)
         latent = scheduler.step(velocity, number, latent)
     if kind == "frames":
@@ -480,6 +481,9 @@ def generate(folder: str, case: str) -> Tensor:
         else:
             dist.all_gather(parts, latent)  # at: end
         latent = torch.cat(parts[::-1] if fault == "end-order" else parts, 2)[:, :, :frames]
+        if dist.get_rank() == 0 and dtype is torch.float32:
+            vae = AutoencoderKLWan.from_pretrained(f"{folder}/wan/vae").eval()
+            vae.decode(latent, return_dict=False)
     return latent
 
 
