@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help engines bench-engines demo test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-families bench-accelerator coverage schema kills clean
+.PHONY: help engines bench-engines bench-sharding demo test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-families bench-accelerator coverage schema kills clean
 
 help:
 	@echo "make demo   run the main job on the builtin model (under 3 minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-accelerator  floors, faults, plans, overhead and memory on a GPU: bench/results (8 minutes; DEVICE=cpu shows that it runs)"
 	@echo "make bench-exact  every exact setting on every pipeline of the corpus: bench/results"
 	@echo "make engines  an environment for real engines (.engines); make bench-engines  judges them, right and with planted faults"
+	@echo "make bench-sharding  sharded ports on 2 and 4 ranks of gloo, right and with planted faults: bench/results (10 minutes)"
 	@echo "make coverage  every pipeline class of diffusers, built tiny, recorded and replayed: docs/families.md (10 minutes)"
 	@echo "make bench-location  which module is named for each fault: bench/results (an hour; goes on where it stopped)"
 
@@ -40,6 +41,9 @@ engines:
 
 bench-engines: $(STAMP)
 	$(BIN)/python -m bench.bench_engines
+
+bench-sharding: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_sharding --output bench/results/sharding.md
 
 demo: $(STAMP)
 	$(BIN)/truestep demo

@@ -15,6 +15,7 @@ from truestep.engines.run import Run
 from truestep.engines.trusted import Trusted
 from truestep.errors import UsageError
 from truestep.progress import Progress
+from truestep.text import quoted
 from truestep.verdict import Comparison
 
 
@@ -44,7 +45,7 @@ def check_paths(
             raise UsageError(
                 "these are no recordings of the ranks of one run",
                 measured=", ".join(map(str, paths[:8])),
-                hint="truestep engine compare run.safetensors other.safetensors",
+                hint=f"truestep show {quoted(str(paths[0]))}",
             )
         return check_run(run_of(paths[0]), model, reference=reference, progress=progress)
     gathered = gathered_from(files, model, reference)

@@ -121,7 +121,8 @@ def _inside(recording: CallRecording, step: int, one: Pass, at: int) -> list[Cal
     for entry, inner in own:
         output = first_of(recording, entry.output)
         if output is not None and _holds(output, one.output):
-            return inner
+            # rows of several branches: what is inside is of all of them at once
+            return inner if output.numel() == one.output.numel() else []
     return own[at][1] if at < len(own) else []
 
 

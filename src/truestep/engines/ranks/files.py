@@ -61,7 +61,7 @@ def files_of(paths: Sequence[Path]) -> list[RankFile]:
             "a file is no recording of a rank",
             where=str(other),
             measured=f"{len(named)} files, {len(ranks)} of them of ranks",
-            hint=f"truestep engine check {quoted(str(other))} --model MODEL_FOLDER",
+            hint=f"truestep show {quoted(str(other))}",
         )
     if not ranks:
         return []
@@ -101,7 +101,7 @@ def _require_all(ranks: Sequence[RankFile], *, given: int) -> None:
         raise UsageError(
             "the recordings are of several runs",
             measured="; ".join(f"{one.path.name}: of {one.ranks} ranks" for one in ranks[:8]),
-            hint="truestep engine check run.rank0.safetensors --model MODEL_FOLDER",
+            hint=f"truestep show {quoted(str(ranks[0].path))}",
         )
     seen: dict[int, RankFile] = {}
     for one in ranks:
@@ -110,7 +110,7 @@ def _require_all(ranks: Sequence[RankFile], *, given: int) -> None:
                 f"two recordings are of rank {one.rank}",
                 measured=f"{seen[one.rank].path}, {one.path}",
                 likely="they are of several generations, or one is named twice",
-                hint=f"truestep engine check {quoted(str(ranks[0].path))} --model MODEL_FOLDER",
+                hint=f"truestep show {quoted(str(one.path))}",
             )
         seen[one.rank] = one
     count = next(iter(known), max(seen) + 1)
@@ -120,6 +120,7 @@ def _require_all(ranks: Sequence[RankFile], *, given: int) -> None:
             "there are more recordings than ranks",
             measured=f"rank {over[0]} of a run on {count}",
             where=str(seen[over[0]].path),
+            hint=f"truestep show {quoted(str(seen[over[0]].path))}",
         )
     missing = [str(rank) for rank in range(count) if rank not in seen]
     if missing:

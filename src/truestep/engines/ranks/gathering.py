@@ -136,7 +136,6 @@ def _no_layout(shares: Shares, more: str) -> UsageError:
         "the latents of the ranks are no pieces of one",
         measured="; ".join(part for part in (sizes, more) if part),
         likely="the ranks made samples of their own: each is a run by itself",
-        hint="truestep engine compare RUN.rank0.safetensors RUN.rank1.safetensors",
     )
 
 

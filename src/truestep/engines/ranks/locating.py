@@ -22,7 +22,10 @@ from truestep.engines.ranks.tracing import ATTENTION, Part, trusted_parts
 from truestep.engines.run import Run
 from truestep.engines.trusted import Trusted
 
-UNRECORDED = "modules were not recorded: truestep engine run --modules -- ..."
+UNRECORDED = (
+    "modules were not recorded (truestep engine run --modules), or one call predicts for several "
+    "branches"
+)
 
 POINT_TO_POINT = ("send", "recv", "isend", "irecv", "permute_tensor")
 
@@ -173,8 +176,7 @@ class _Walk:
         made = happening.made(self._gathered, event)
         if part is None or not made:
             return None
-        rows = _rows(made, part)
-        return self._layouts.held(part, rows) if rows else None
+        return self._layouts.held(part, made)
 
     def _around(self, event: Event) -> Iterator[Part]:
         """What the trusted model makes in the module that a collective is in, and just before."""
@@ -224,11 +226,3 @@ class _Walk:
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _rows(made: dict[int, torch.Tensor], part: Part) -> dict[int, torch.Tensor]:
-    """Of a call that predicts for several branches at once nothing is told."""
-    rows = part.value.shape[0] if part.value.ndim else 1
-    many = {value.shape[0] // max(rows, 1) for value in made.values() if value.ndim}
-    same_rank = all(value.ndim == part.value.ndim for value in made.values())
-    return {} if same_rank and rows and many - {0, 1} else made

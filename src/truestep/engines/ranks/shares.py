@@ -25,13 +25,13 @@ class Split:
     Attributes:
         axis: Which.
         order: Ranks in the order of their pieces; others repeat what one of these holds.
-        sizes: Of the pieces that count, without padding behind the last.
-        padding: Entries of the axis behind the last piece that are none of the tensor.
+        lengths: Entries of the axis in each piece, in that order.
+        padding: Entries at the end of all pieces that are none of the tensor.
     """
 
     axis: int
     order: tuple[int, ...]
-    sizes: tuple[int, ...]
+    lengths: tuple[int, ...]
     padding: int = 0
 
     def gathered(self, shares: Mapping[int, torch.Tensor]) -> torch.Tensor:
@@ -41,28 +41,19 @@ class Split:
 
     def fits(self, shares: Mapping[int, torch.Tensor]) -> bool:
         """Whether shares have the sizes of this split."""
-        known = [shares.get(rank) for rank in self.order]
-        if any(one is None or one.ndim <= self.axis for one in known):
+        known = [shares[rank].shape for rank in self.order if rank in shares]
+        if len(known) < len(self.order) or any(len(shape) <= self.axis for shape in known):
             return False
-        lengths = [one.shape[self.axis] for one in known if one is not None]
-        others = {
-            tuple(s for i, s in enumerate(one.shape) if i != self.axis)
-            for one in known
-            if one is not None
-        }
-        return len(others) == 1 and lengths == self.lengths
-
-    @property
-    def lengths(self) -> list[int]:
-        """Entries of each piece, with padding."""
-        return [*self.sizes[:-1], self.sizes[-1] + self.padding]
+        others = {shape[: self.axis] + shape[self.axis + 1 :] for shape in known}
+        return len(others) == 1 and tuple(shape[self.axis] for shape in known) == self.lengths
 
     def said(self, what: str, axis: str = "") -> str:
         """As it stands in results."""
         ordered = "" if list(self.order) == sorted(self.order) else " in the order "
         ordered += ", ".join(map(str, self.order)) if ordered else ""
         sizes = "" if len({*self.lengths}) == 1 else f" ({', '.join(map(str, self.lengths))})"
-        padded = f", padded by {self.padding} on the last" if self.padding else ""
+        ends = "the last" if self.padding < self.lengths[-1] else "the last ranks"
+        padded = f", padded by {self.padding} on {ends}" if self.padding else ""
         name = axis or f"axis {self.axis}"
         return f"{what}: {name} split over {len(self.order)} ranks{sizes}{ordered}{padded}"
 
@@ -126,22 +117,22 @@ def splits(shares: Mapping[int, torch.Tensor], whole: torch.Size | None = None) 
     for axis in differ or range(len(shapes[0])):
         others = [size for i, size in enumerate(shapes[0]) if i != axis]
         for order in orders(ranks):
-            lengths = [shares[rank].shape[axis] for rank in order]
+            lengths = tuple(shares[rank].shape[axis] for rank in order)
             if whole is None:
-                for padding in sorted({0, _zeros(shares[order[-1]], axis)}):
-                    if padding < lengths[-1]:
-                        sizes = (*lengths[:-1], lengths[-1] - padding)
-                        yield Split(axis, order, sizes, padding)
-                continue
-            padding = sum(lengths) - (whole[axis] if axis < len(whole) else 0)
-            rest = [size for i, size in enumerate(whole) if i != axis]
-            if rest == others and 0 <= padding < lengths[-1]:
-                yield Split(axis, order, (*lengths[:-1], lengths[-1] - padding), padding)
+                zeros = _zeros(torch.cat([shares[rank] for rank in order], axis), axis)
+                wanted = sorted({0, zeros})
+            elif [size for i, size in enumerate(whole) if i != axis] == others:
+                wanted = [sum(lengths) - whole[axis]]
+            else:
+                wanted = []
+            for padding in wanted:
+                if 0 <= padding <= sum(lengths[1:]):
+                    yield Split(axis, order, lengths, padding)
 
 
-def _zeros(share: torch.Tensor, axis: int) -> int:
+def _zeros(value: torch.Tensor, axis: int) -> int:
     """Entries at the end of an axis that are all zero."""
-    flat = share.movedim(axis, 0).reshape(share.shape[axis], -1)
+    flat = value.movedim(axis, 0).reshape(value.shape[axis], -1)
     count = 0
     while count < len(flat) and not bool(flat[len(flat) - 1 - count].any()):
         count += 1
