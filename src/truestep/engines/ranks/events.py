@@ -72,8 +72,12 @@ class Event:
         return f"{self.name}{at}{module} ({'rank' if len(ranks) == 1 else 'ranks'} {who})"
 
 
-def happened(gathered: Gathered, step: int, place: int) -> list[Event]:
+def happened(
+    gathered: Gathered, step: int, place: int
+) -> tuple[list[Event], dict[int, tuple[int, int]]]:
     """Modules and collectives inside of one prediction, in the order in which they ended.
+
+    Also by rank which of how many branches the prediction is in its call.
 
     Args:
         gathered: The run.
@@ -81,12 +85,13 @@ def happened(gathered: Gathered, step: int, place: int) -> list[Event]:
         place: Of the pass in it.
     """
     events: dict[tuple[str, str, str, int], Event] = {}
+    rows: dict[int, tuple[int, int]] = {}
     for rank, at in gathered.sources[step, place].items():
         recording = gathered.files[rank].recording
         own = next(one for one in gathered.runs[rank].steps if one.number == step)
-        entries = _inside(recording, step, own.passes[at], at)
+        entries, rows[rank] = _inside(recording, step, own.passes[at], at)
         _aligned(events, rank, entries)
-    return sorted(events.values(), key=lambda event: event.order)
+    return sorted(events.values(), key=lambda event: event.order), rows
 
 
 def between(gathered: Gathered, step: int | None, *, first: bool) -> list[Event]:
@@ -109,8 +114,10 @@ def between(gathered: Gathered, step: int | None, *, first: bool) -> list[Event]
     return sorted(events.values(), key=lambda event: event.order)
 
 
-def _inside(recording: CallRecording, step: int, one: Pass, at: int) -> list[CallEntry]:
-    """Calls inside of the call that a pass is of."""
+def _inside(
+    recording: CallRecording, step: int, one: Pass, at: int
+) -> tuple[list[CallEntry], tuple[int, int]]:
+    """Calls inside of the call that a pass is of, and which of how many of its rows that is."""
     found: list[tuple[CallEntry, list[CallEntry]]] = []
     for entry in recording.calls:
         if entry.kind == Kind.MODEL:
@@ -120,18 +127,19 @@ def _inside(recording: CallRecording, step: int, one: Pass, at: int) -> list[Cal
     own = [each for each in found if each[0].step == step and each[0].stage == "prediction"]
     for entry, inner in own:
         output = first_of(recording, entry.output)
-        if output is not None and _holds(output, one.output):
-            # rows of several branches: what is inside is of all of them at once
-            return inner if output.numel() == one.output.numel() else []
-    return own[at][1] if at < len(own) else []
+        held = _held(output, one.output) if output is not None else None
+        if held is not None:
+            return inner, held
+    return own[at][1] if at < len(own) else [], (0, 1)
 
 
-def _holds(output: torch.Tensor, part: torch.Tensor) -> bool:
-    """Whether a tensor is another, or has it as rows."""
+def _held(output: torch.Tensor, part: torch.Tensor) -> tuple[int, int] | None:
+    """Which of how many equal parts of a tensor another is."""
     if output.dtype != part.dtype or not part.numel() or output.numel() % part.numel():
-        return False
+        return None
     flat, own = output.reshape(-1, part.numel()), part.reshape(-1)
-    return any(torch.equal(row, own) for row in flat)
+    found = next((row for row, value in enumerate(flat) if torch.equal(value, own)), None)
+    return None if found is None else (found, len(flat))
 
 
 def _aligned(

@@ -22,10 +22,7 @@ from truestep.engines.ranks.tracing import ATTENTION, Part, trusted_parts
 from truestep.engines.run import Run
 from truestep.engines.trusted import Trusted
 
-UNRECORDED = (
-    "modules were not recorded (truestep engine run --modules), or one call predicts for several "
-    "branches"
-)
+UNRECORDED = "modules were not recorded: truestep engine run --modules -- ..."
 
 POINT_TO_POINT = ("send", "recv", "isend", "irecv", "permute_tensor")
 
@@ -87,7 +84,7 @@ def locate(
     place = branches.index(branch) if branch in branches else 0
     if (step, place) not in gathered.sources:
         return None
-    events = happened(gathered, step, place)
+    events, rows = happened(gathered, step, place)
     if not any(not event.is_collective for event in events):
         return None
     with torch.no_grad():
@@ -97,7 +94,7 @@ def locate(
         rank: gathered.runs[rank].steps[index].passes[at].output
         for rank, at in gathered.sources[step, place].items()
     }
-    return _Walk(gathered, events, parts, outputs).first()
+    return _Walk(gathered, events, parts, outputs, rows).first()
 
 
 class _Walk:
@@ -109,11 +106,13 @@ class _Walk:
         events: Sequence[Event],
         parts: Sequence[Part],
         outputs: dict[int, torch.Tensor],
+        rows: dict[int, tuple[int, int]],
     ) -> None:
         self._gathered, self._events, self._outputs = gathered, events, outputs
         self._parts = {(part.module, part.number): part for part in parts if part.what == "output"}
         self._attention = [part for part in parts if part.what in ATTENTION]
-        self._ranks = tuple(sorted(outputs))
+        self._ranks, self._rows = tuple(sorted(outputs)), rows
+        self._alone = all(many == 1 for _, many in rows.values())
         names = {module: None for module, _ in self._parts}
         modules = [event.name for event in events if not event.is_collective]
         self._prefix = without_prefix(modules, names)
@@ -176,7 +175,16 @@ class _Walk:
         made = happening.made(self._gathered, event)
         if part is None or not made:
             return None
-        return self._layouts.held(part, made)
+        own = {rank: self._row(rank, value, part.value) for rank, value in made.items()}
+        return self._layouts.held(part, own)
+
+    def _row(self, rank: int, value: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Of a call that predicts for several branches, what is of this one."""
+        row, many = self._rows[rank]
+        if many == 1 or value.ndim != whole.ndim or not whole.ndim:
+            return value
+        own = whole.shape[0]
+        return value[row * own : (row + 1) * own] if value.shape[0] == many * own else value
 
     def _around(self, event: Event) -> Iterator[Part]:
         """What the trusted model makes in the module that a collective is in, and just before."""
@@ -187,7 +195,7 @@ class _Walk:
                 yield part
 
     def _given(self, event: Event) -> Held | None:
-        if self._foreign(event):
+        if self._foreign(event) or not self._alone:
             return None
         shares = happening.given(self._gathered, event)
         reduces = "reduce" in event.name
@@ -211,6 +219,8 @@ class _Walk:
             others = sorted({*event.ranks} - {*self._ranks})
             who = ", ".join(map(str, others))
             return Held(False, f"its group has rank {who}, of another prediction")
+        if not self._alone:
+            return None
         parts = [*self._around(event)]
         held = exchanged(event, made, parts, sums="reduce" in event.name) if made else None
         if held is None or not held.right or not event.name.startswith("all_to_all"):
