@@ -65,13 +65,15 @@ class _Likeness:
     whole: Mapping[int, float]
 
 
-def exchanged(event: Event, shares: Shares, parts: Sequence[Part], *, sums: bool) -> Held | None:
+def exchanged(
+    shares: Shares, parts: Sequence[Part], *, kept: Mapping[int, float], sums: bool
+) -> Held | None:
     """What of the trusted model's tensors ranks exchange.
 
     Args:
-        event: The collective.
         shares: What ranks gave, or were left with.
         parts: The trusted model's tensors around it.
+        kept: How much of what a rank holds is no padding, by rank; all where it is not said.
         sums: Whether these may be parts of sums, and their rows nobody's.
 
     Returns:
@@ -84,7 +86,7 @@ def exchanged(event: Event, shares: Shares, parts: Sequence[Part], *, sums: bool
             best = found
     if best is None:
         return None
-    wrong = [rank for rank, share in best.whole.items() if share < 0.5]
+    wrong = [rank for rank, share in best.whole.items() if share < 0.5 * kept.get(rank, 1.0)]
     if not wrong:
         return Held(True, f"{best.part.label}")
     if sums or (best.median > CLOSE and len(wrong) == len(shares)):

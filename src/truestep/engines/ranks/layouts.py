@@ -69,6 +69,15 @@ class Layouts:
         found = found or self._by_sum(part, shares) or self._new_tokens(part, shares)
         return found or Held(False, _difference(part, shares))
 
+    def kept(self) -> dict[int, float]:
+        """How much of what a rank holds is no padding; the least of all sequences."""
+        found: dict[int, float] = {}
+        for held in self.tokens.values():
+            for rank, rows in held.items():
+                share = float((rows >= 0).double().mean()) if len(rows) else 0.0
+                found[rank] = min(share, found.get(rank, 1.0))
+        return found
+
     def _by_tokens(self, part: Part, shares: Shares) -> Held | None:
         whole = part.value
         for axis in range(whole.ndim - 1):

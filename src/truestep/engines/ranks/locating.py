@@ -201,7 +201,8 @@ class _Walk:
         reduces = "reduce" in event.name
         if not shares or event.name in ("broadcast", "scatter"):
             return None
-        return exchanged(event, shares, [*self._around(event)], sums=reduces)
+        kept = self._layouts.kept()
+        return exchanged(shares, [*self._around(event)], kept=kept, sums=reduces)
 
     def _foreign(self, event: Event) -> bool:
         """Whether a collective is of a group with ranks of other predictions."""
@@ -222,7 +223,8 @@ class _Walk:
         if not self._alone:
             return None
         parts = [*self._around(event)]
-        held = exchanged(event, made, parts, sums="reduce" in event.name) if made else None
+        sums, kept = "reduce" in event.name, self._layouts.kept()
+        held = exchanged(made, parts, kept=kept, sums=sums) if made else None
         if held is None or not held.right or not event.name.startswith("all_to_all"):
             return held
         part = next(one for one in parts if one.label == held.how)
