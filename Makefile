@@ -23,6 +23,7 @@ help:
 	@echo "make bench-exact  every exact setting on every pipeline of the corpus: bench/results"
 	@echo "make engines  an environment for real engines (.engines); make bench-engines  judges them, right and with planted faults"
 	@echo "make bench-ports  correct ports of tiny models, judged as engines, and each with a fault: bench/results (10 minutes; goes on where it stopped)"
+	@echo "make bench-sharding  sharded ports on 2 and 4 ranks of gloo, right and with planted faults: bench/results (10 minutes)"
 	@echo "make coverage  every pipeline class of diffusers, built tiny, recorded and replayed: docs/families.md (10 minutes)"
 	@echo "make bench-location  which module is named for each fault: bench/results (an hour; goes on where it stopped)"
 
@@ -46,6 +47,9 @@ bench-ports: $(STAMP)
 
 bench-engines: $(STAMP)
 	$(BIN)/python -m bench.bench_engines
+
+bench-sharding: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_sharding --output bench/results/sharding.md
 
 # A light environment: what `pip install 'truestep[diffusers]'` brings, and nothing for tests.
 .demo/.installed: pyproject.toml constraints.txt

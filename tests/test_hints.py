@@ -755,6 +755,9 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep tiny {} tiny": (given("tiny", "StableDifusionPipeline", "my model"), (0,)),
     "truestep tiny {} {}": (
         twice("tiny", "StableDiffusionPipeline", "my model"), (0,)),
+    "--calls 0,6": (
+        given("engine", "run", "--depth", "modules", "--calls", "x", "--", "sh", "-c", "exit $#"),
+        (4,)),  # what is behind -- is the program's: nothing is there, and nothing is recorded
     "--dtype bfloat16": (
         given("tiny", "StableDiffusionPipeline", "my model", "--dtype", "int8"), (0,)),
     "truestep references list": (given("references", "promote", "c", "--reason", "x"), (0,)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from truestep.engines.assembling import SEVERAL, left_by
 from truestep.engines.branches import with_branches
@@ -18,7 +18,7 @@ from truestep.engines.named import run_of
 from truestep.engines.ordered import check_run
 from truestep.engines.run import COND, UNCOND, Pass, Run, Step
 from truestep.engines.running import recover
-from truestep.engines.trusted import Denoiser, arguments, schedule_of
+from truestep.engines.trusted import Denoiser, Trusted, arguments, schedule_of
 from truestep.engines.watch.spool import CallSpool
 from truestep.errors import FileFormatError, UsageError
 from truestep.judge.rows import compare_tensors
@@ -366,3 +366,37 @@ def test_guidance_that_nothing_judges_leaves_a_run_undecided(model: Path, refere
     result = check_run(run, model, reference=known)
     assert result.first_divergence is not None
     assert result.first_divergence.stage == "guidance"
+
+
+def test_a_run_that_is_no_longer_finite_is_invalid_and_no_error(
+    model: Path, tmp_path: Path
+) -> None:
+    inputs = load_file(model.parent / "inputs.safetensors")
+    given = {"latent": inputs["noise"] * 1e38, "sigma": torch.tensor([0.5])}
+    for finite in (False, True):
+        if finite:
+            given["latent"] = inputs["noise"]
+        with torch.no_grad():
+            made = Trusted(model, torch.float32).denoiser(None)(
+                given["latent"], torch.tensor([500.0]), inputs["cond"], return_dict=False
+            )[0]
+        tensors = {f"step/0000/{name}": value for name, value in {**given, "cond": made}.items()}
+        path = tmp_path / f"{finite}.safetensors"
+        save_file({**tensors, "text/cond": inputs["cond"]}, path)
+        result = check_run(run_of(path), model)
+        first = next(row for row in result.rows if row.stage == "prediction")
+        assert (first.verdict is Verdict.INVALID) is not finite, result.sentence
+
+
+def test_a_model_that_keeps_some_weights_in_float32_is_called_in_the_dtype_of_most() -> None:
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.ones(2))  # first, and in float32
+            self.linear = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)
+
+    made = Denoiser(Mixed(), {}, AS_IT_IS)(x=torch.ones(1, 8))
+    assert made.dtype is torch.bfloat16

@@ -173,7 +173,7 @@ def test_what_was_not_recorded_is_recorded_by_the_command_of_the_hint(
     deeper = shlex.split(next(line for line in out.splitlines() if "--depth modules" in line))
     code, out, _ = truestep(*deeper[3:])
     assert code == 1
-    assert "`blocks.1.attn2.to_out.0`, step 0, cond: a bias" in out
+    assert "`blocks.1.attn2.to_out.0`, step 0, cond: a bias" in " ".join(out.split())
 
 
 def test_calls_and_modules_are_chosen(model: Path, reference: Path, tmp_path: Path) -> None:
@@ -229,6 +229,12 @@ def test_modules_are_recorded_without_a_change_of_what_is_made(
     assert alone is not None
     assert watched is not None
     assert torch.equal(alone, watched)
+
+
+def test_modules_of_a_process_alone_are_kept_once(runs: dict[str, Run]) -> None:
+    recording = read(Path(runs["none"].label))
+    assert INSIDE in recording.recording.manifest.settings
+    assert not {"part", "collective"} & {call.kind for call in recording.calls}
 
 
 def test_hooks_are_gone_behind_a_call_and_what_fails_in_them_ends_the_look_alone(

@@ -40,7 +40,8 @@ _DEPTH = click.option(
     show_default=True,
     help="At modules, also record what every module of the denoiser is given and gives, and its "
     "weights: `engine check --depth modules` then names the module that is wrong; at operators "
-    "each operator, too, for the line of code.",
+    "each operator, too, for the line of code. Of several ranks all calls are recorded, and what "
+    "they exchange.",
 )
 _CALLS = click.option(
     "--calls",
@@ -209,7 +210,7 @@ def _summary(path: Path, recording: CallRecording) -> None:
 
 
 @command.command("check")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--model",
     required=True,
@@ -231,7 +232,7 @@ def _summary(path: Path, recording: CallRecording) -> None:
 )
 @output_options
 def check(
-    run: Path,
+    paths: tuple[Path, ...],
     model: Path,
     reference: Path | None,
     depth: Literal["steps", "modules"],
@@ -241,15 +242,15 @@ def check(
     """Judge the RUN of an engine: the first seam that fails is the cause.
 
     Each prediction is the trusted model's on the engine's own inputs, each update the trusted
-    scheduler's on the engine's own latent, so nothing is inherited.
+    scheduler's on the engine's own latent, so nothing is inherited. Of a run on several ranks any
+    one recording names all: they are gathered into one run.
     """
     from truestep.engines.named import run_of
-    from truestep.engines.ordered import check_run
+    from truestep.engines.ranks.checking import check_paths
 
-    engine_run = run_of(run)
     known = run_of(reference) if reference is not None else None
     with progress_bar() as progress:
-        result = check_run(engine_run, model, reference=known, depth=depth, progress=progress)
+        result = check_paths(paths, model, reference=known, depth=depth, progress=progress)
     end(finish([result], json_path=json_path, report=report))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.text import pasteable, say, say_json, visible
+from truestep.text import pasteable, quoted, say, say_json, visible
 
 if TYPE_CHECKING:
     from truestep.controls import Cell
@@ -76,7 +76,9 @@ def _write_frames(file: Path, folder: Path) -> None:
         raise UsageError(
             "the file holds no key frames",
             where=str(file),
-            hint="truestep bundle RECORDING --frames VIDEO",
+            likely="nothing that was decoded is in it, or it is no bundle: `truestep bundle` makes "
+            "one, with --frames of a video",
+            hint=f"truestep show {quoted(str(file))}  # says what it holds",
         )
     for number, data in held.pictures.items():
         path = folder / f"{file.stem}.frame{number:04d}.png"

@@ -63,7 +63,9 @@ def spell_out(hint: str, name: str | None = None, *, with_changes: bool = False)
     if not own:
         return hint
     if hint.startswith("--"):
-        return f"{command_line()} {hint}"
+        command, dashes, program = command_line().partition(" -- ")
+        option, mark, prose = hint.partition("  # ")
+        return f"{command} {option}{dashes}{program}{mark}{prose}"  # behind -- it is the program's
     chosen = _chosen(parameters) if name is None else name
     if chosen is None:
         return hint

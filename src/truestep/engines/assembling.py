@@ -19,7 +19,8 @@ from truestep.calls.trees import check_tree
 from truestep.calls.values import Leaf, leaves, tensors
 from truestep.engines.engine import GENERIC, LATENTS, TIMES, engine
 from truestep.engines.inside import check_inside, with_inside
-from truestep.engines.watch.spool import CALL, ENDED, HEAD, SUFFIX, TENSORS
+from truestep.engines.watch.exchanges import COLLECTIVE, PART
+from truestep.engines.watch.spool import CALL, ENDED, HEAD, NOTED, SUFFIX, TENSORS
 from truestep.errors import FileFormatError, UsageError
 from truestep.reading import reason
 from truestep.recording.format import Plain
@@ -32,6 +33,13 @@ ENGINE = "engine"
 PARTIAL = "partial: the process ended before the generation was over"
 LEFT_OUT = "tensors above the limit were left out: their shape alone is kept"
 SEVERAL = "several threads generated at once: only what the first of them did is here"
+INSIDE = (PART, COLLECTIVE)
+"""Kinds of what happens inside of models' calls, or between them: no seam."""
+
+COPIED = 1 << 22
+"""Bytes of a call up to which its tensors are copied: of small ones there may be more than one
+process may hold files open."""
+
 _SPANS = ("generation", "run")
 _STAGE_OF_ROLE = {"noise": "latent", "text": "text", "decode": "decoding"}
 
@@ -55,6 +63,11 @@ class Left:
         """Of the process, as it was known last."""
         told = (self.ended or {}).get("rank")
         return told if told is not None else self.head.get("rank")
+
+    @property
+    def ranks(self) -> int:
+        """How many processes its group has, as it was known last."""
+        return int((self.ended or {}).get("ranks") or self.head.get("ranks") or 1)
 
 
 def left_by(output: Path) -> list[Left]:
@@ -91,7 +104,7 @@ def assemble(left: Left) -> CallRecording:
         UsageError: No call is there.
     """
     contents: dict[str, torch.Tensor] = {}
-    told = sorted(_calls(left.folder, contents), key=lambda call: int(call["begun"]))
+    told = sorted(_every(left, contents), key=lambda call: int(call["begun"]))
     if not told:
         raise UsageError("no call was recorded", where=str(left.folder))
     told, several = _of_one_thread(told)
@@ -105,6 +118,7 @@ def assemble(left: Left) -> CallRecording:
             "program": left.head.get("program", []),
             "command": left.head.get("command", []),
             "rank": left.rank,
+            "ranks": left.ranks,
             "injected": (left.ended or {}).get("injected", {}),
             "schedulers": {c["component"]: c["config"] for c in told if c.get("config")},
             "roles": {f"{c['component']}.{c['method']}": c["role"] for c in told if c.get("role")},
@@ -123,6 +137,33 @@ def assemble(left: Left) -> CallRecording:
     return recording.with_manifest(manifest)
 
 
+def _every(left: Left, contents: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+    """All calls, those that were written with another too."""
+    late = list((left.ended or {}).get(NOTED, []))
+    for call in _calls(left.folder, contents):
+        late += call.pop(NOTED, [])
+        yield call
+    for call in late:
+        try:
+            _require_trees(call, {})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FileFormatError(
+                "a call that a process left cannot be read",
+                where=str(left.folder),
+                measured=reason(error),
+            ) from None
+        yield call
+
+
+def _require_trees(call: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
+    """Raise where a call is none, or names tensors that are not there."""
+    _require_call(call)
+    for tree in (*call["arguments"].values(), call["output"], *call.get("state", {}).values()):
+        check_tree(tree, ranks)
+    int(call["begun"])
+    check_inside(call.get("inside"), ranks)
+
+
 def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob(f"*{TENSORS}")):
         contents.update(_tensors(path)[1])
@@ -132,12 +173,7 @@ def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str
             call = json.loads(header.metadata[CALL])
             contents.update(tensors)
             ranks = {name: tensor.ndim for name, tensor in contents.items()}
-            _require_call(call)
-            state = call.get("state", {}).values()
-            for tree in (*call["arguments"].values(), call["output"], *state):
-                check_tree(tree, ranks)
-            int(call["begun"])
-            check_inside(call.get("inside"), ranks)
+            _require_trees(call, ranks)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FileFormatError(
                 "a call that a process left cannot be read",
@@ -150,7 +186,8 @@ def _calls(folder: Path, contents: dict[str, torch.Tensor]) -> Iterator[dict[str
 def _tensors(path: Path) -> tuple[Header, dict[str, torch.Tensor]]:
     header = read_header(path)
     tensors = Plain(header)
-    return header, {name: tensors[name] for name in tensors}
+    small = path.stat().st_size < COPIED  # what is mapped holds its file open
+    return header, {n: tensors[n].clone() if small else tensors[n] for n in tensors}
 
 
 def _of_one_thread(told: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
@@ -170,7 +207,10 @@ def _require_call(call: Mapping[str, Any]) -> None:
     for values, kind in ((words, str), (tables, dict), (lists, list)):
         if not all(isinstance(value, kind) for value in values):
             raise ValueError(f"no {kind.__name__} where one is kept")
-    Kind(call["kind"])
+    if call["kind"] not in INSIDE:
+        Kind(call["kind"])
+    elif type(call["arguments"].get("inside")) is not int:
+        raise ValueError("no number of the call that it is inside of")
 
 
 def _require_head(content: Mapping[str, Any]) -> None:
@@ -181,11 +221,13 @@ def _require_head(content: Mapping[str, Any]) -> None:
         raise ValueError("no table of words where one is kept")
     if rank is not None and type(rank) is not int:
         raise ValueError(f"rank {rank!r}")
+    if type(content.get("ranks", 1)) is not int or not isinstance(content.get(NOTED, []), list):
+        raise ValueError("no number of ranks where one is kept")
     float(content.get("started", 0.0))
 
 
 def _entry(call: Mapping[str, Any]) -> CallEntry:
-    kind = Kind.RUN if call.get("role") in _SPANS else Kind(call["kind"])
+    kind = Kind.RUN if call.get("role") in _SPANS else call["kind"]
     return CallEntry(
         component=call["component"],
         method=call["method"],
@@ -203,6 +245,8 @@ def _entry(call: Mapping[str, Any]) -> CallEntry:
 
 
 def _dropped(entry: CallEntry) -> bool:
+    if entry.kind in INSIDE:  # of these the shape alone is asked for
+        return False
     trees = (*entry.arguments.values(), entry.output)
     return any(leaf.kind == "dropped" for tree in trees for _, leaf in leaves(tree))
 
@@ -213,23 +257,51 @@ def _placed(
     contents: Mapping[str, torch.Tensor],
 ) -> list[CallEntry]:
     """Calls with their stage and step; what spans others has neither."""
-    inner = [entry for entry in entries if entry.kind is not Kind.RUN]
+    passed = (Kind.RUN, *INSIDE)
+    inner = [entry for entry in entries if entry.kind not in passed]
     if any(entry.method == STEP and entry.kind == Kind.SCHEDULER for entry in inner):
         happened = [Happened(e.component, e.method, Kind(e.kind)) for e in inner]
         places = [(role.stage, role.step) for role in roles(happened)]
     else:
         places = _by_timestep(inner, told, contents)
     known = iter(places)
+    steps = _steps_inside(entries, told, places)
     found: list[CallEntry] = []
     numbers: Counter[tuple[Any, ...]] = Counter()
     for entry, call in zip(entries, told, strict=True):
-        stage, step = ("output", None) if entry.kind is Kind.RUN else next(known)
+        if entry.kind in INSIDE:
+            stage, step = "output", steps[int(call["begun"])]
+        else:
+            stage, step = ("output", None) if entry.kind == Kind.RUN else next(known)
         stage = _STAGE_OF_ROLE.get(call.get("role") or "", stage)
         step = None if stage in ("text", "decoding") else step
         place = (stage, step, entry.component, entry.method)
         found.append(replace(entry, stage=stage, step=step, call=numbers[place]))
         numbers[place] += 1
     return sorted(found, key=lambda entry: entry.kind == Kind.RUN)  # what spans a run ends last
+
+
+def _steps_inside(
+    entries: Sequence[CallEntry],
+    told: Sequence[Mapping[str, Any]],
+    places: Sequence[tuple[str, int | None]],
+) -> dict[int, int | None]:
+    """Steps of what happens inside of calls: theirs; between them, of the next that has one."""
+    known = iter(places)
+    own = {
+        int(call["begun"]): next(known)[1]
+        for entry, call in zip(entries, told, strict=True)
+        if entry.kind not in (Kind.RUN, *INSIDE)
+    }
+    found: dict[int, int | None] = {}
+    following: int | None = None
+    for entry, call in zip(reversed(entries), reversed(told), strict=True):
+        begun = int(call["begun"])
+        if entry.kind in INSIDE:
+            found[begun] = own.get(entry.arguments["inside"], following)
+        elif own.get(begun) is not None:
+            following = own[begun]
+    return found
 
 
 def _by_timestep(

@@ -32,6 +32,9 @@ SIGMAS, TIMESTEPS, GIVEN = "schedule/sigmas", "schedule/timesteps", "schedule/gi
 ENTERING = "entering"
 """Begin of the name of a latent that enters a step, in a comparison of runs."""
 
+RANKS = "ranks"
+"""Begin of the name of what a rank should repeat of the first: `ranks/1/step/0000/guided`."""
+
 DECODED = "entering/decoder"
 """The latent that a decoder is given."""
 
@@ -240,6 +243,8 @@ def place_of(name: str) -> Address:
     head, _, rest = name.partition("/")
     if name == DECODED:
         return Address(stage="decoding")
+    if head == RANKS:  # what a rank repeats of another
+        return place_of(rest.partition("/")[2])
     if head == ENTERING:
         return Address(stage="latent", step=int(rest.partition("/")[0]))
     return address(name)

@@ -49,7 +49,7 @@ def run_of(path: Path, *, label: str = "") -> Run:
         UsageError: Nothing in it is a seam of a run.
     """
     label = label or str(path)
-    recording = _calls(path)
+    recording = calls_of(path)
     if recording is not None:
         return seams(recording, label=label)
     tensors = load(path, label=label).tensors
@@ -65,7 +65,7 @@ def run_of(path: Path, *, label: str = "") -> Run:
     return run
 
 
-def _calls(path: Path) -> CallRecording | None:
+def calls_of(path: Path) -> CallRecording | None:
     """The recording of calls that a file is, if it is one."""
     if path.suffix.lower() != ".safetensors":
         return None

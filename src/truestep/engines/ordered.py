@@ -50,7 +50,7 @@ def check_run(
     model: Path,
     *,
     reference: Run | None = None,
-    depth: Depth = "steps",
+    depth: Depth | None = "steps",
     progress: Progress | None = None,
 ) -> Comparison:
     """Judge an engine's run by a trusted model folder.
@@ -60,7 +60,8 @@ def check_run(
         model: Folder of diffusers with the same weights.
         reference: The trusted pipeline's run of the same case: without it schedule, noise, text and
             the scale of the guidance can be judged only as far as the folder says.
-        depth: At `modules`, also name the module in which a red prediction goes wrong.
+        depth: At `modules`, also name the module in which a red prediction goes wrong; None: say
+            nothing of modules, as of a run on several ranks (`ranks.naming` does).
         progress: Told (what, done, total).
 
     Returns:
@@ -78,11 +79,13 @@ def check_run(
             likely="the program ended before its first step, or its denoiser is no torch module",
             hint=f"truestep show {quoted(run.label)}",
         )
-    trusted, known = Trusted(model, _dtype(run)), reference
+    trusted, known = Trusted(model, run.dtype), reference
     found = Seams()
     run = in_model_space(found, named_by_text(run, known), trusted)
     with torch.no_grad():
         put_schedule(found, run, known, trusted)
+        for name, pair in run.repeated.items():
+            found.put(name, *pair)
         put_noise_and_text(found, run, known)
         put_between(found, run, known)
         conversion = put_predictions(found, run, known, trusted, progress)
@@ -96,13 +99,10 @@ def check_run(
     result = _judged(found, run, known, trusted)
     with torch.no_grad():
         result, others = with_experts(result, run, found, trusted)
+    if depth is None:
+        return result
     opened = {name: one for name, one in found.predictions.items() if name not in others}
     return at_depth(result, run, opened, depth, known)
-
-
-def _dtype(run: Run) -> torch.dtype:
-    outputs = (one.output.dtype for step in run.steps for one in step.passes)
-    return next(outputs, torch.float32)
 
 
 def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comparison:
@@ -123,7 +123,7 @@ def _judged(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> Comp
         stage, step = address(name).stage, address(name).step
         fields = {"stage": stage, "step": step, "note": why}
         judged.setdefault(name, Row(name=name, verdict=Verdict.INCONCLUSIVE, **fields))
-    notes = [*found.notes]
+    notes = [*run.notes, *found.notes]
     notes += [f"converted: {how}" for how in found.conversions]
     notes += [f"not judged: {seam}: {why}" for seam, why in found.unjudged.items()]
     notes += _end(run, known)

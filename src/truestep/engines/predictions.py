@@ -53,11 +53,7 @@ def put_predictions(
     Returns:
         The convention of the engine's predictions, where one could be told.
     """
-    every = [
-        _Prediction(step_name(step.number, one.branch), one, step, _sigma(run, index, one))
-        for index, step in enumerate(run.steps)
-        for one in step.passes
-    ]
+    every = _every(run)
     if not every:
         found.unjudged["prediction"] = "no prediction was recorded"
         found.undecided[PREDICTION] = "no prediction was recorded"
@@ -88,7 +84,8 @@ def put_predictions(
         time = None if each.one.timestep is None else each.one.timestep * scale
         predicted = Predicted(each.one, own, expected, denoiser, tensors, time)
         found.predictions[each.name] = predicted
-        samples.setdefault(key, []).append((each.name, tensors))
+        if bool(found.expected[each.name].isfinite().all()):  # else there is nothing to measure
+            samples.setdefault(key, []).append((each.name, tensors))
         if progress:
             progress("predictions by the trusted model", done + 1, len(every))
     for key, named in samples.items():
@@ -98,8 +95,58 @@ def put_predictions(
     return conversion
 
 
+def nearness(run: Run, known: Run | None, trusted: Trusted) -> float:
+    """How far the first prediction of a run is from the trusted model's on its inputs, relative.
+
+    Infinite where the trusted model does not take these.
+    """
+    every = _every(run)[:2]
+    try:
+        with torch.no_grad():
+            templates = _templates(known)
+            scale, conversion = _convention(every, templates, trusted)
+            model, tensors, plain, _ = _called(every[0], templates, trusted, scale)
+            native = Denoiser(model, plain, AS_IT_IS)(**tensors)
+    except FOREIGN:
+        return float("inf")
+    size = _size(conversion, every[0], native) if every else None
+    return float("inf") if size is None else size
+
+
+def trusted_call(
+    run: Run, known: Run | None, trusted: Trusted, index: int, place: int
+) -> tuple[Denoiser, dict[str, torch.Tensor]]:
+    """The trusted denoiser of a prediction, and what it is called with on the engine's inputs.
+
+    Args:
+        run: The engine's.
+        known: The trusted pipeline's run, if there is one.
+        trusted: The trusted side.
+        index: Of the step.
+        place: Of the pass in it.
+
+    Raises:
+        UsageError: The trusted model needs something that nobody gave.
+    """
+    templates = _templates(known)
+    every = _every(run)
+    scale, _ = _convention(every, templates, trusted)
+    step, one = run.steps[index], run.steps[index].passes[place]
+    called = _Prediction("", one, step, _sigma(run, index, one))
+    model, tensors, plain, _ = _called(called, templates, trusted, scale)
+    return Denoiser(model, plain, AS_IT_IS), tensors
+
+
 _Sample = tuple[str, dict[str, torch.Tensor]]
 """Name of a prediction, and what the trusted model is called with for it."""
+
+
+def _every(run: Run) -> list[_Prediction]:
+    return [
+        _Prediction(step_name(step.number, one.branch), one, step, _sigma(run, index, one))
+        for index, step in enumerate(run.steps)
+        for one in step.passes
+    ]
 
 
 def _called(

@@ -122,6 +122,9 @@ class Run:
         environment: Where it ran.
         insides: Calls of models whose modules were recorded, by model and number.
         command: The program, as it was started.
+        repeated: Of a run on several ranks what one of them should repeat of the first, and does
+            not: its own and the first's, by the seam's name.
+        notes: What was done to make one run of several ranks.
     """
 
     label: str
@@ -140,10 +143,18 @@ class Run:
     environment: Mapping[str, str] = field(default_factory=dict)
     insides: Mapping[tuple[str, int], Inside] = field(default_factory=dict)
     command: tuple[str, ...] = ()
+    repeated: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def but(self, **changes: Any) -> Run:
         """The same run with other fields."""
         return replace(self, **changes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its predictions."""
+        outputs = (one.output.dtype for step in self.steps for one in step.passes)
+        return next(outputs, torch.float32)
 
     @property
     def count(self) -> int:

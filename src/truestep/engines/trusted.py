@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ class Denoiser(torch.nn.Module):
     def forward(self, **given: torch.Tensor) -> torch.Tensor:
         """The first tensor that the model returns, with what the engine's convention rounds."""
         latent, sigma = given.pop(LATENT, None), given.pop(SIGMA, None)
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        dtype = _working_dtype(self.model)
         moved = {
             name: value.to(dtype)
             if dtype and value.is_floating_point() and name != "timestep"
@@ -191,6 +192,15 @@ class Denoiser(torch.nn.Module):
             first = torch.stack(first)
         number = None if sigma is None else float(sigma)
         return self._conversion.there_and_back(first, latent, number)
+
+
+def _working_dtype(model: torch.nn.Module) -> torch.dtype | None:
+    """The dtype of most weights: some models keep a few in float32."""
+    sizes: Counter[torch.dtype] = Counter()
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            sizes[weight.dtype] += weight.numel()
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def arguments(

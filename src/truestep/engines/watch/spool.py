@@ -33,6 +33,9 @@ TENSORS = ".tensors"
 AT_ONCE = 256 << 20
 """Bytes of tensors that wait for their call to end; more are written before."""
 
+NOTED = "noted"
+"""Calls without tensors that are written with another."""
+
 FORMAT = 1
 
 
@@ -56,12 +59,18 @@ class CallSpool:
         self._inside = 0
         self._room: int | None = None
         self._left: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._noted: list[dict[str, Any]] = []
+        self._whole = True
         started = {"format": FORMAT, "started": time.time(), "pid": os.getpid(), **head}
         self._json(HEAD, started)
 
-    def keep(self, value: Any) -> Any:
-        """A value as a tree, its tensors copied to be written with the call."""
-        tree = encode(value, self._keep)
+    def keep(self, value: Any, *, whole: bool = True) -> Any:
+        """A value as a tree, its tensors copied to be written with the call, or their shapes."""
+        self._whole = whole
+        try:
+            tree = encode(value, self._keep)
+        finally:
+            self._whole = True
         if not self._left:
             return tree
         left, self._left = self._left, {}
@@ -89,6 +98,9 @@ class CallSpool:
         """Write one call, and the tensors that no call before it had."""
         path = self.folder / f"{self.calls:06d}.safetensors"
         self.calls += 1
+        if self._noted:
+            call = {**call, NOTED: self._noted}
+            self._noted = []
         self._write(path, {CALL: json.dumps(call)})
 
     def _write(self, path: Path, metadata: dict[str, str]) -> None:
@@ -99,15 +111,20 @@ class CallSpool:
         save_file(new, temporary, metadata=metadata)
         os.replace(temporary, path)
 
+    def note(self, call: dict[str, Any]) -> None:
+        """Write a call that holds no tensors with the next one, or at the end."""
+        self._noted.append(call)
+
     def end(self, injected: Mapping[str, int]) -> None:
         """Say that the generation is over, and how often what was given to it."""
-        ended = {"ended": time.time(), "calls": self.calls, "rank": rank()}
-        self._json(ENDED, {**ended, "injected": dict(injected)})
+        ended = {"ended": time.time(), "calls": self.calls, "rank": rank(), "ranks": ranks()}
+        self._json(ENDED, {**ended, "injected": dict(injected), NOTED: self._noted})
 
     def _keep(self, _: tuple[str, ...], value: torch.Tensor) -> str:
         tensor = plain(value).detach()
         size = tensor.numel() * tensor.element_size()
-        if size > self._largest or (self._room is not None and self._inside + size > self._room):
+        full = self._room is not None and self._inside + size > self._room
+        if not self._whole or size > self._largest or full:
             name = f"left out {len(self._left)}"
             self._left[name] = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             return name
@@ -140,6 +157,15 @@ def rank() -> int | None:
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1
     own = os.environ.get("RANK", "")
     return int(own) if several and own.isdecimal() else None
+
+
+def ranks() -> int:
+    """How many processes are in the group of this one, as it is now; 1 where there is none."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_world_size())
+    several = os.environ.get("WORLD_SIZE", "")
+    return int(several) if several.isdecimal() and rank() is not None else 1
 
 
 def environment() -> dict[str, str]:

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
@@ -26,10 +26,19 @@ import torch
 from truestep.calls.values import qualified
 from truestep.engines.engine import GENERIC, TIMES, Boundary, engine, engines, running
 from truestep.engines.watch import frames
+from truestep.engines.watch.described import (
+    branch_of,
+    config_of,
+    dtype_of,
+    largest_of,
+    named_of,
+    signature_of,
+)
+from truestep.engines.watch.exchanges import ORDER, Exchanges, root
 from truestep.engines.watch.injection import Injection
 from truestep.engines.watch.inside import Inside
 from truestep.engines.watch.request import Request
-from truestep.engines.watch.spool import CallSpool, environment, rank
+from truestep.engines.watch.spool import CallSpool, environment, rank, ranks
 from truestep.replay.program import say
 from truestep.replay.site.waiting import when_loaded
 
@@ -70,11 +79,13 @@ class Watcher:
         self._unpatch: list[Callable[[], None]] = []
         self._injection = Injection(Path(request.inject)) if request.inject else None
         self._inside = Inside(request.inside, self._lock, self._fail) if request.inside else None
+        self._exchanges = Exchanges(request.inside is not None, self._begin, self._finish_inside)
 
     def start(self) -> None:
         """Begin; torch is loaded, the engine is not."""
         self._watch_modules()
         self._watch_classes()
+        self._unpatch += self._exchanges.watch()
         for one in self._engines:
             for boundary in one.boundaries:
                 when_loaded(boundary.module, partial(self._watch_function, boundary))
@@ -101,8 +112,10 @@ class Watcher:
         original: Any = torch.nn.Module.__call__
 
         def watched(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self._idle() or torch.compiler.is_compiling():
+            if self._stopped or torch.compiler.is_compiling():
                 return original(module, *args, **kwargs)
+            if self._thread.inside:
+                return self._part(module, original, args, kwargs)
             return self._module(module, original, args, kwargs)
 
         def undo() -> None:
@@ -181,12 +194,16 @@ class Watcher:
     def _idle(self) -> bool:
         return bool(self._stopped or self._thread.inside)
 
+    def _part(self, module: Any, original: Any, args: Any, kwargs: Any) -> Any:
+        call = partial(original, module, *args, **kwargs)
+        return self._exchanges.module(module, call) if self._exchanges.wants(module) else call()
+
     def _module(self, module: Any, original: Any, args: Any, kwargs: Any) -> Any:
         frame = sys._getframe(2)
         found = frames.using(module, frame, self._loops)
         if found is not None and self._composite(*found):
-            return original(module, *args, **kwargs)
-        named = _named(_signature(type(module).forward), (module, *args), kwargs)
+            return self._part(module, original, args, kwargs)
+        named = named_of(signature_of(type(module).forward), (module, *args), kwargs)
         fields = self._of_model(module, "forward")
         call = partial(original, module, *args, **kwargs)
         return self._observe(fields, named, call, within=module)
@@ -197,8 +214,8 @@ class Watcher:
             "method": method,
             "kind": "model",
             "owner": qualified(type(model)),
-            "dtype": _dtype(model),
-            "context": _said(model),
+            "dtype": dtype_of(model),
+            "context": branch_of(model),
         }
 
     def _composite(self, frame: FrameType, model: torch.nn.Module) -> bool:
@@ -210,15 +227,15 @@ class Watcher:
             return False
 
         def over(output: Any, error: BaseException | None) -> None:
+            leave()
             self._thread.inside -= 1
             self._thread.open.pop()
-            self._leave(begun)
             if error is None:
                 self._finish(begun, output)
 
         if not frames.when_over(frame, over):
             return False
-        self._enter(begun, model, named)
+        leave = self._enter(begun, model, named)
         self._thread.open.append(begun["begun"])
         self._thread.inside += 1
         return True
@@ -237,7 +254,7 @@ class Watcher:
             "dtype": "",
             "context": None,
         }
-        named = _named(signature, (scheduler, *args), kwargs)
+        named = named_of(signature, (scheduler, *args), kwargs)
 
         def call() -> Any:
             output = method(scheduler, *args, **kwargs)
@@ -252,7 +269,7 @@ class Watcher:
             self._shown.add(id(scheduler))
             held = {k: getattr(scheduler, k, None) for k in _HELD}
             state = {k: self._spool.keep(v) for k, v in held.items() if v is not None}
-            return {"state": state, "config": _config(scheduler)}
+            return {"state": state, "config": config_of(scheduler)}
 
         output = self._observe(fields, named, call, also=also)
         self._stepped += name == STEP
@@ -276,7 +293,7 @@ class Watcher:
             "role": boundary.role,
             "branches": list(boundary.branches),
         }
-        named = _named(signature, args, kwargs)
+        named = named_of(signature, args, kwargs)
 
         def call() -> Any:
             output = function(*args, **kwargs)
@@ -284,7 +301,7 @@ class Watcher:
                 output = self._injection.given(boundary, output)
             return output
 
-        within = _largest(named.values()) if boundary.role == "prediction" else None
+        within = largest_of(named.values()) if boundary.role == "prediction" else None
         try:
             return self._observe(fields, named, call, opened=boundary.open, within=within)
         finally:
@@ -307,11 +324,11 @@ class Watcher:
         thread = self._thread
         thread.open.append(begun["begun"])
         thread.inside += not opened
-        self._enter(begun, within, named)
+        leave = self._enter(begun, within, named)
         try:
             output = call()
         finally:
-            self._leave(begun)
+            leave()
             thread.inside -= not opened
             thread.open.pop()
         self._finish(begun, output, also)
@@ -319,9 +336,28 @@ class Watcher:
 
     def _enter(
         self, begun: dict[str, Any], model: torch.nn.Module | None, named: Mapping[str, Any]
+    ) -> Callable[[], None]:
+        """Look into a call of a model, where that is asked for; returns what ends the look."""
+        running = None if model is None else root(begun["begun"], begun["component"], model)
+        before = self._exchanges.enter(running)
+        if model is not None:
+            self._look(begun, model, named)
+
+        def leave() -> None:
+            self._exchanges.enter(before)
+            if self._inside is not None and "inside" in begun:
+                try:
+                    self._inside.close()
+                except Exception as error:  # the program goes on, unwatched
+                    self._fail(error)
+
+        return leave
+
+    def _look(
+        self, begun: dict[str, Any], model: torch.nn.Module, named: Mapping[str, Any]
     ) -> None:
-        """Look into a call of a denoiser, which is given a time, where that is asked for."""
-        if self._inside is None or model is None:
+        """Look into a denoiser, which is given a time; of several ranks all is kept already."""
+        if self._inside is None or ranks() > 1:
             return
         times = {*TIMES, *(name for one in self._engines for name in one.timestep)}
         with self._lock:
@@ -330,27 +366,22 @@ class Watcher:
             try:
                 table = self._inside.open(model, self._spool)
                 begun |= {} if table is None else {"inside": table}
-            except Exception as error:  # the program goes on, unwatched
+            except Exception as error:  # likewise
                 self._fail(error)
                 with suppress(Exception):
                     self._inside.close()
 
-    def _leave(self, begun: Mapping[str, Any]) -> None:
-        """End the look into a call, if there was one."""
-        if self._inside is None or "inside" not in begun:
-            return
-        try:
-            self._inside.close()
-        except Exception as error:  # likewise
-            self._fail(error)
-
-    def _begin(self, fields: dict[str, Any], named: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _begin(
+        self, fields: dict[str, Any], named: Mapping[str, Any], whole: bool = True
+    ) -> dict[str, Any] | None:
         """What is kept of a call before it is made; None where that failed."""
+        if self._stopped:
+            return None
         with self._lock:
             try:
                 spool = self._open()
                 self._begun += 1
-                arguments = {name: spool.keep(value) for name, value in named.items()}
+                arguments = {name: spool.keep(v, whole=whole) for name, v in named.items()}
                 parameters = [name for name in named if not name.startswith("*")]
                 return {
                     **fields,
@@ -377,6 +408,18 @@ class Watcher:
             except Exception as error:  # likewise
                 self._fail(error)
 
+    def _finish_inside(self, begun: dict[str, Any], output: Any, whole: bool) -> None:
+        with self._lock:
+            if self._spool is None or self._stopped:
+                return
+            try:
+                call = {**begun, "output": self._spool.keep(output, whole=whole)}
+                order = {"list": [begun["begun"], self._begun]}
+                call["arguments"] = {**begun["arguments"], ORDER: order}
+                (self._spool.add if whole else self._spool.note)(call)
+            except Exception as error:  # likewise
+                self._fail(error)
+
     def _open(self) -> CallSpool:
         if self._spool is None or os.getpid() != self._pid:
             self._pid = os.getpid()  # a process that was forked has its own spool
@@ -387,6 +430,7 @@ class Watcher:
                 "program": sys.argv,
                 "command": list(self._request.command),
                 "rank": rank(),
+                "ranks": ranks(),
                 "environment": environment(),
             }
             self._spool = CallSpool(
@@ -425,50 +469,3 @@ class Watcher:
             number = self._classes[cls]
             self._names[thing] = cls if number == 1 else f"{cls}_{number}"
         return self._names[thing]
-
-
-def _dtype(module: torch.nn.Module) -> str:
-    kinds = (p.dtype for p in module.parameters() if p.is_floating_point())
-    return str(next(kinds, "")).removeprefix("torch.")
-
-
-def _largest(values: Iterable[Any]) -> torch.nn.Module | None:
-    """Of what a function is given, the model with the most modules."""
-    models = [value for value in values if isinstance(value, torch.nn.Module)]
-    return max(models, key=lambda model: sum(1 for _ in model.modules()), default=None)
-
-
-def _said(module: Any) -> str | None:
-    """The guidance branch that a pipeline has told its model, if it does."""
-    if "diffusers.models.cache_utils" not in sys.modules:
-        return None
-    from truestep.replay.contexts import said
-
-    told = said(module)
-    return told[0] if told else None
-
-
-def _signature(function: Any) -> inspect.Signature | None:
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return None
-
-
-def _named(
-    signature: inspect.Signature | None, args: Any, kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Arguments by the names of their parameters, without the object that a method is of."""
-    parameters = list(signature.parameters.values()) if signature else []
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    named = {names[i] if i < len(names) else f"*{i}": value for i, value in enumerate(args)}
-    named.pop("self", None)
-    return {**named, **kwargs}
-
-
-def _config(scheduler: Any) -> dict[str, Any]:
-    """Settings of a scheduler that are plain values."""
-    held = getattr(scheduler, "config", None)
-    values = dict(held) if isinstance(held, Mapping) else vars(scheduler)
-    plain = (bool, int, float, str, type(None))
-    return {str(k): v for k, v in values.items() if isinstance(v, plain)}

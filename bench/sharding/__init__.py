@@ -1,0 +1,1 @@
+"""Ports of a model sharded over ranks of torch.distributed, right ones and with planted faults."""

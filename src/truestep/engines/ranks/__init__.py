@@ -1,0 +1,1 @@
+"""Runs on several ranks: their recordings gathered into one run, and what ranks exchange judged."""
