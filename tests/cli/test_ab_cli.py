@@ -57,11 +57,12 @@ def test_a_planted_slow_down_is_not_faster(ab: Run, folder: Path) -> None:
     )  # fmt: skip
     assert code == 1
     lines = out.splitlines()
-    assert lines[0] == "FAILED unmet as it is [apply slow]"
-    assert lines[1].startswith("  note         expected faster, it is ")
-    assert lines[-4].startswith("unmet: apply slow is ")
-    assert lines[-3:-1] == ["results: truestep-ab", "report: r.html"]
-    assert lines[-1].startswith("repeat: truestep ab three --apply change.py:slow --rounds 6")
+    assert lines[0].startswith("FAILED unmet: apply slow is ")
+    assert any(line.startswith("  note         expected faster, it is ") for line in lines)
+    assert lines[-2:] == ["results: truestep-ab", "report: r.html"]
+    assert len(lines) <= 12
+    _, out, _ = ab("recover", "truestep-ab", "-v")
+    assert "FAILED unmet as it is [apply slow]" in out
     found = Experiment.model_validate_json((folder / "r.json").read_text())
     assert found == Experiment.model_validate_json((folder / "truestep-ab/result.json").read_text())
     assert found.environment["device.class"] == "cpu"
@@ -139,7 +140,7 @@ def test_a_killed_run_is_recovered_and_resumed(ab: Run, folder: Path) -> None:
         code, out, err = ab("recover", "truestep-ab", "--report", "r.html")
     kept = samples.read_bytes()
     assert code == 4
-    assert " of 5 rounds" in out
+    assert " of 5 rounds" in " ".join(out.split())
     assert "it is not complete" in " ".join(out.split())
     assert (folder / "r.html").read_text().count("data:image/png") >= 6
     assert ab(*arguments)[2].startswith("UsageError: there is an experiment in this folder already")

@@ -346,7 +346,7 @@ def test_cases_are_checked_as_tasks(cluster: None, truestep: Run) -> None:
     assert truestep("record", "a", "b", "--floor", "none")[0] == 0  # they are identical
     code, out, err = truestep("check", "--apply", "change.py:fused", "--ray", "local")
     assert (code, beside_progress(err)) == (0, [])
-    assert out.splitlines()[-2] == "2 cases: 2 identical"
+    assert out.splitlines()[0] == "2 cases: 2 identical"
     code, out, err = truestep("check", "--apply", "change.py:deadly", "--ray", "local")
     assert code == 2
     assert out.count("PASSED") == 1

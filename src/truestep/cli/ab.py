@@ -23,6 +23,7 @@ from truestep.cli.common import (
     output_options,
     progress_bar,
     set_option,
+    verbose,
 )
 from truestep.text import say
 
@@ -349,7 +350,7 @@ def _show(
     give(
         experiment,
         json_path=json_path,
-        show=lambda: print_experiment(experiment, folder=folder, report=name),
+        show=partial(print_experiment, experiment, folder=folder, report=name, verbose=verbose()),
     )
     return experiment.exit_code
 

@@ -11,8 +11,9 @@ from truestep.experiment import repeats
 from truestep.experiment.records import CellResult, Experiment, Finding
 from truestep.experiment.table import nothing_text, ratio_text
 from truestep.files import write_text
+from truestep.report.answer import word_of
 from truestep.report.html import LABELS, embedded_json, number, page
-from truestep.text import say
+from truestep.text import columns, say, wrapped
 from truestep.verdict import Media
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 def _wrapped(text: str, *, lead: str) -> list[str]:
     return textwrap.wrap(
         text,
-        width=100,
+        width=columns(),
         initial_indent=lead,
         subsequent_indent=" " * max(len(lead), 4),
         break_on_hyphens=False,
@@ -165,24 +166,66 @@ def _label(finding: Finding) -> str:
     return LABELS[finding.exit_code]
 
 
-def print_experiment(experiment: Experiment, *, folder: str, report: str | None) -> None:
-    """Print it; the last lines are the sentence, where things lie, and how to repeat it."""
-    for result in experiment.cells:
-        word = "PASSED" if result.verdict.passed else "FAILED"
-        outcome = f"{word} {result.verdict.value} {result.cell.name} [{experiment.plan.switch}]"
-        say(outcome, colour=_COLOURS[result.verdict.exit_code], first_word=True)
-        for text in _remarks(result):
-            for line in _wrapped(text, lead="  note         "):
-                say(line)
-    for line in _lines_below(experiment):
+def print_experiment(
+    experiment: Experiment, *, folder: str, report: str | None, verbose: bool = False
+) -> None:
+    """Print the answer and its main numbers; everything where it is to be verbose."""
+    lines = _everything(experiment, folder, report) if verbose else _answer(experiment)
+    first, *others = lines
+    say(first, colour=_COLOURS[experiment.exit_code], first_word=True)
+    for line in others:
         say(line)
-    say()
-    say(experiment.sentence, colour=_COLOURS[experiment.exit_code])
-    say(f"results: {folder}")
+    if not verbose:
+        say(f"results: {folder}")
+        if report:
+            say(f"report: {report}")
+
+
+def _answer(experiment: Experiment) -> list[str]:
+    """The sentence, then speed, control and sameness of one cell, or a line a cell."""
+    lines = [*_headline(experiment)]
+    cells = [cells_of(result) for result in experiment.cells]
+    if len(cells) == 1:
+        for name, value in list(zip(COLUMNS, cells[0], strict=True))[4:10]:
+            lines.append(f"  {name:<18} {value}")
+    else:
+        rows = [[row[i] for i in _SHORT] for row in (COLUMNS, *cells)]
+        widths = [min(max(len(row[i]) for row in rows), 30) for i in range(len(_SHORT))]
+        for row in rows[: _MOST_CELLS + 1]:
+            texts = (text[:width].ljust(width) for text, width in zip(row, widths, strict=True))
+            lines.append("  " + "  ".join(texts).rstrip()[: columns() - 2])
+        lines += [f"  ... {len(cells) - _MOST_CELLS} more (-v)"] * (len(cells) > _MOST_CELLS)
+    notes = [text for result in experiment.cells for text in _remarks(result)]
+    for text in notes[:1]:
+        lines += wrapped("note", text, most=2)
+    return lines + [f"  ... {len(notes) - 1} more notes (-v)"] * (len(notes) > 1)
+
+
+_SHORT = (0, 1, 4, 8)
+"""Of `COLUMNS`: cell, verdict, ratio, latents."""
+
+_MOST_CELLS = 4
+
+
+def _headline(experiment: Experiment) -> list[str]:
+    word = word_of(experiment.verdict.value, passed=experiment.exit_code == 0)
+    return wrapped("", f"{word} {experiment.sentence}", most=3)
+
+
+def _everything(experiment: Experiment, folder: str, report: str | None) -> Iterator[str]:
+    """Every cell with its remarks, the table, how to read it, and how to repeat it."""
+    yield from _headline(experiment)
+    for result in experiment.cells:
+        word = word_of(result.verdict.value, passed=result.verdict.passed)
+        yield f"{word} {result.verdict.value} {result.cell.name} [{experiment.plan.switch}]"
+        for text in _remarks(result):
+            yield from _wrapped(text, lead="  note         ")
+    yield from _lines_below(experiment)
+    yield f"results: {folder}"
     if report:
-        say(f"report: {report}")
+        yield f"report: {report}"
     if experiment.repeat:
-        say(f"repeat: {experiment.repeat}")
+        yield f"repeat: {experiment.repeat}"
 
 
 def media_of(store: Store, experiment: Experiment) -> dict[str, tuple[Media, ...]]:

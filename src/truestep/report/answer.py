@@ -28,9 +28,9 @@ _FINDINGS = 4
 _NOTES = 3
 _CHANGES = 2
 _WORDS = {
-    Verdict.MISSING: "MISSING",
-    Verdict.INCOMPARABLE: "INCOMPARABLE",
-    Verdict.INCONCLUSIVE: "UNDECIDED",
+    "missing": "MISSING",
+    "incomparable": "INCOMPARABLE",
+    "inconclusive": "UNDECIDED",
 }
 
 
@@ -47,15 +47,14 @@ class Block:
     lines: tuple[str, ...]
 
 
-def word_of(verdict: Verdict, *, passed: bool | None = None) -> str:
-    """The word that a line about a verdict begins with.
+def word_of(outcome: str, *, passed: bool) -> str:
+    """The word that a line about an outcome begins with; what is undecided has not failed.
 
     Args:
-        passed: Whether it counts as passed, where that is not the verdict's own to say.
+        outcome: Value of a verdict, or of a finding of an experiment.
+        passed: Whether it counts as passed.
     """
-    if passed if passed is not None else verdict.passed:
-        return "PASSED"
-    return _WORDS.get(verdict, "FAILED")
+    return "PASSED" if passed else _WORDS.get(outcome, "FAILED")
 
 
 def headline(comparison: Comparison) -> str:
@@ -63,7 +62,7 @@ def headline(comparison: Comparison) -> str:
     if comparison.known is not None and comparison.known.accepted:
         return f"KNOWN {comparison.sentence}"
     passed = comparison.exit_code == 0
-    word, sentence = word_of(comparison.verdict, passed=passed), comparison.sentence
+    word, sentence = word_of(comparison.verdict.value, passed=passed), comparison.sentence
     prefix = f"{comparison.verdict.value}: "
     if word in _WORDS.values():
         sentence = sentence.removeprefix(prefix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from truestep.report.answer import word_of
 from truestep.text import say
 
 if TYPE_CHECKING:
@@ -33,9 +34,10 @@ def _lines(result: PerfResult) -> Iterator[str]:
     """A result as text: numbers beside their baseline, then what to do."""
     from truestep.experiment.baseline import amount
 
-    word = "PASSED" if result.verdict.passed else "FAILED"
+    word = word_of(result.verdict.value, passed=result.verdict.passed)
     word = "RECORDED" if result.action == "record" and result.verdict.passed else word
-    yield f"{word} {result.verdict.value} {result.case_name} [cohort {result.cohort_id}]"
+    told = f"{word} {result.verdict.value}" if word in ("PASSED", "FAILED", "RECORDED") else word
+    yield f"{told} {result.case_name} [cohort {result.cohort_id}]"
     cells = [("", "new", "baseline", "change", "expected (99 %)", "percent rule", "")]
     for row in result.rows:
         interval = (
