@@ -311,6 +311,10 @@ def test_the_table_as_text_markdown_and_html(
     assert row[-1] == "4"
     print_experiment(found, folder="DIR", report=None)
     text = click.unstyle(capsys.readouterr().out)
+    assert text.startswith("FAILED drifted: apply f is ")
+    assert len(text.splitlines()) <= 12
+    print_experiment(found, folder="DIR", report=None, verbose=True)
+    text = click.unstyle(capsys.readouterr().out)
     assert "FAILED drifted as it is [apply f]" in text
     assert "A/A (99 %)" in text
     table = markdown(found)

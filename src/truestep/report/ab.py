@@ -103,7 +103,7 @@ def _remarks(result: CellResult) -> tuple[str, ...]:
     silent = [nothing] if result.unchanged and nothing not in result.reasons else []
     return (
         *result.reasons,
-        *(f"missing: {m}" for m in result.missing),
+        *(f"{_MISSING}{m}" for m in result.missing),
         *result.notes,
         *repeats.notes(result),
         *silent,
@@ -186,8 +186,8 @@ def _answer(experiment: Experiment) -> list[str]:
     lines = [*_headline(experiment)]
     cells = [cells_of(result) for result in experiment.cells]
     if len(cells) == 1:
-        for name, value in list(zip(COLUMNS, cells[0], strict=True))[4:10]:
-            lines.append(f"  {name:<18} {value}")
+        for at in _NUMBERS:
+            lines.append(f"  {COLUMNS[at]:<18} {cells[0][at]}")
     else:
         rows = [[row[i] for i in _SHORT] for row in (COLUMNS, *cells)]
         widths = [min(max(len(row[i]) for row in rows), 30) for i in range(len(_SHORT))]
@@ -196,10 +196,17 @@ def _answer(experiment: Experiment) -> list[str]:
             lines.append("  " + "  ".join(texts).rstrip()[: columns() - 2])
         lines += [f"  ... {len(cells) - _MOST_CELLS} more (-v)"] * (len(cells) > _MOST_CELLS)
     notes = [text for result in experiment.cells for text in _remarks(result)]
-    for text in notes[:1]:
-        lines += wrapped("note", text, most=2)
-    return lines + [f"  ... {len(notes) - 1} more notes (-v)"] * (len(notes) > 1)
+    lacking = [text for text in notes if text.startswith(_MISSING)]
+    told = [*dict.fromkeys([*notes[:1], *lacking[:1]])]  # why, and what was not run
+    for text in told:
+        lines += wrapped("note", text, most=1 if text in lacking else 2)
+    more = len(notes) - len(told)
+    return lines + [f"  ... {more} more notes (-v)"] * (more > 0)
 
+
+_MISSING = "missing: "
+_NUMBERS = (4, 5, 8, 9)
+"""Of `COLUMNS`, for one cell: ratio, A/A, latents, final rel_l2."""
 
 _SHORT = (0, 1, 4, 8)
 """Of `COLUMNS`: cell, verdict, ratio, latents."""
@@ -209,7 +216,10 @@ _MOST_CELLS = 4
 
 def _headline(experiment: Experiment) -> list[str]:
     word = word_of(experiment.verdict.value, passed=experiment.exit_code == 0)
-    return wrapped("", f"{word} {experiment.sentence}", most=3)
+    told = experiment.sentence
+    if word not in ("PASSED", "FAILED"):
+        told = told.removeprefix(f"{experiment.verdict.value}: ")
+    return wrapped("", f"{word} {told}", most=3)
 
 
 def _everything(experiment: Experiment, folder: str, report: str | None) -> Iterator[str]:
