@@ -66,20 +66,24 @@ def give(
         show()
 
 
+file_option = click.option(
+    "--file",
+    "case_file",
+    type=click.Path(path_type=Path),
+    default=Path("truestep.toml"),
+    show_default=True,
+    help="Case file.",
+)
+names_argument = click.argument("names", nargs=-1, metavar="[CASES]...")
+
+
 def case_options(function: Command) -> Command:
     """Arguments and options that choose cases."""
     for option in (
         click.option("--tier", default="default", show_default=True, help="Tier of the cases."),
         click.option("--prompt", help="Prompt of an ad-hoc case, where CASES names a model."),
-        click.option(
-            "--file",
-            "case_file",
-            type=click.Path(path_type=Path),
-            default=Path("truestep.toml"),
-            show_default=True,
-            help="Case file.",
-        ),
-        click.argument("names", nargs=-1, metavar="[CASES]..."),
+        file_option,
+        names_argument,
     ):
         function = option(function)
     return function

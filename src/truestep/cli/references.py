@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.common import Command, end, give
+from truestep.cli.common import Command, end, file_option, give, names_argument
 from truestep.cli.moving import byte_bar, size_text
 from truestep.text import pasteable, say
 
@@ -153,15 +153,8 @@ def _asking(function: Command) -> Command:
             show_default=True,
             help="Reference folder.",
         ),
-        click.option(
-            "--file",
-            "case_file",
-            type=click.Path(path_type=Path),
-            default=Path("truestep.toml"),
-            show_default=True,
-            help="Case file.",
-        ),
-        click.argument("names", nargs=-1, metavar="[CASES]..."),
+        file_option,
+        names_argument,
     ):
         run = option(run)
     return run  # type: ignore[return-value]

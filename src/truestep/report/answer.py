@@ -59,19 +59,21 @@ def word_of(outcome: str, *, passed: bool) -> str:
 
 def headline(comparison: Comparison) -> str:
     """Verdict, place and factor of a comparison in one sentence, an outcome in capitals first."""
-    if comparison.known is not None and comparison.known.accepted:
-        return f"KNOWN {comparison.sentence}"
-    passed = comparison.exit_code == 0
-    word, sentence = word_of(comparison.verdict.value, passed=passed), comparison.sentence
-    prefix = f"{comparison.verdict.value}: "
+    word, sentence = _word(comparison), comparison.sentence
     if word in _WORDS.values():
-        sentence = sentence.removeprefix(prefix)
-    seen = comparison.detectable
-    if passed and seen is not None and seen >= _WEAK:
+        sentence = sentence.removeprefix(f"{comparison.verdict.value}: ")
+    seen = comparison.detectable if word == "PASSED" else None
+    if seen is not None and seen >= _WEAK:
         blind = f"only a relative change of {seen:.1e} would have been seen"
         kept = sentence.replace(f"; a relative change of {seen:.1e} would have been seen", "")
         sentence = kept.replace(": ", f", but {blind}: ", 1)
     return f"{word} {sentence}"
+
+
+def _word(comparison: Comparison) -> str:
+    if comparison.known is not None and comparison.known.accepted:
+        return "KNOWN"
+    return word_of(comparison.verdict.value, passed=comparison.exit_code == 0)
 
 
 def case_of(comparison: Comparison) -> str:
@@ -87,8 +89,10 @@ def answer(comparison: Comparison, *, report: str | None = None) -> list[str]:
     ending = [line for line in (next_line(comparison), _labelled("report", report)) if line]
     commands = [row for line in ending for row in command_lines(line)]
     room = LINES - len(commands)
+    causes = comparison.causes
+    head, rest = [*_head(comparison, causes)], [*_rest(comparison)]
     for rows in range(_ROWS, 0, -1):  # fewer rows before anything else goes
-        blocks = [*_head(comparison), *_causes(comparison, rows), *_rest(comparison)]
+        blocks = [*head, *_failed(comparison, causes, rows), *rest]
         if sum(len(block.lines) for block in blocks if block.rank < _COVERAGE) <= room:
             break
     return [*_fitting(blocks, room), *commands]
@@ -104,8 +108,9 @@ def answers(results: Results, *, report: str | None = None) -> list[str]:
     room = LINES - len(commands) - len(lines)
     for index, comparison in enumerate(told):
         text = f"{case_of(comparison)}: {comparison.sentence}"
-        word = headline(comparison).partition(" ")[0]
-        block = wrapped("", f"{word} {text}", most=1 if comparison.exit_code == 0 else 2)
+        block = wrapped(
+            "", f"{_word(comparison)} {text}", most=1 if comparison.exit_code == 0 else 2
+        )
         last = index == len(told) - 1
         if len(block) > room - (not last):
             lines.append(f"... {len(told) - index} more (-v)")
@@ -150,11 +155,11 @@ def _block(rank: int, label: str, text: str, *, most: int = 1) -> Block:
     return Block(rank, tuple(wrapped(label, text, most=most)))
 
 
-def _head(comparison: Comparison) -> Iterator[Block]:
+def _head(comparison: Comparison, causes: Rows) -> Iterator[Block]:
     """The answer, its cause, what it is of, and what differs before anything runs."""
     text = headline(comparison)
     yield Block(0, tuple(wrapped("", text, most=4)))
-    cause = _cause(comparison)
+    cause = _cause(comparison, causes)
     if cause is not None:
         yield cause
     label = "case" if comparison.case_id else "of"
@@ -176,21 +181,21 @@ def _head(comparison: Comparison) -> Iterator[Block]:
             yield _block(2, label, listed, most=2)
 
 
-def _cause(comparison: Comparison) -> Block | None:
+def _cause(comparison: Comparison, causes: Rows) -> Block | None:
     """The line of code where the two sides part, else what is said of the first row that fails."""
     first = comparison.first_divergence
     if first is not None and first.operator:
         return _block(1, "at", first.operator, most=3)
     if comparison.exit_code == 0 or comparison.evidence is not None:
         return None
-    row = next(iter(comparison.causes.take(range(min(len(comparison.causes), 1)))), None)
+    row = causes[0] if len(causes) else None
     undecided = comparison.verdict is Verdict.INCONCLUSIVE  # its sentence is of a row's note
     if row is None or undecided or not row.note or row.note in comparison.sentence:
         return None
     return _block(1, "cause", f"{row.name}: {row.note}", most=2)
 
 
-def _causes(comparison: Comparison, most: int) -> Iterator[Block]:
+def _failed(comparison: Comparison, causes: Rows, most: int) -> Iterator[Block]:
     """What failed: findings of media, modalities, the first rows."""
     if comparison.evidence is not None:
         yield from _media(comparison, comparison.evidence)
@@ -198,7 +203,6 @@ def _causes(comparison: Comparison, most: int) -> Iterator[Block]:
     for item in comparison.modalities:
         text = f"{item.verdict.value}, {item.tensors - item.failing} of {item.tensors} pass"
         yield _block(3, item.name, text)
-    causes = comparison.causes
     shown = list(causes.take(range(min(len(causes), most))))
     if not shown:
         return

@@ -109,6 +109,8 @@ Begin = Callable[[dict[str, Any], Mapping[str, Any], bool], dict[str, Any] | Non
 
 Finish = Callable[[dict[str, Any], Any, bool], None]
 
+_End = Callable[[Any, Mapping[str, Any], Callable[[Any], None]], None]
+
 
 class Exchanges:
     """Modules and collectives of the running calls of models.
@@ -193,6 +195,33 @@ class Exchanges:
         return undo
 
     def _writing(self, name: str, given: str, made: str) -> Callable[[Any], Any]:
+        """Around a collective that writes into one of its arguments, at once or when awaited."""
+
+        def end(work: Any, values: Mapping[str, Any], over: Callable[[Any], None]) -> None:
+            if hasattr(work, "wait"):
+                self._pending[id(work)] = (work, lambda: over(values.get(made)))
+            else:
+                over(values.get(made))
+
+        return self._around(name, given, end)
+
+    def _returning(self, name: str) -> Callable[[Any], Any]:
+        """Around a collective that returns what it made, or something to wait for it."""
+
+        def end(output: Any, _: Mapping[str, Any], over: Callable[[Any], None]) -> None:
+            over(output.wait() if hasattr(output, "wait") else output)
+
+        return self._around(name, "self", end)
+
+    def _around(self, name: str, given: str, end: _End) -> Callable[[Any], Any]:
+        """Keep what a collective is given, and let `end` tell what it made.
+
+        Args:
+            name: The function.
+            given: Its argument that holds what is exchanged.
+            end: Told what it returned, its arguments, and whom to give what it made.
+        """
+
         def around(original: Any) -> Any:
             signature = inspect.signature(original)
 
@@ -204,39 +233,9 @@ class Exchanges:
                 fields = self._said(name, values, values.get("group"))
                 whole = self.modules
                 begun = self._begin(fields, self._named(fields, values.get(given)), whole)
-                work = self._outermost(original, args, kwargs)
-                if begun is None:
-                    return work
-
-                def over() -> None:
-                    self._finish(begun, values.get(made), whole)
-
-                if hasattr(work, "wait"):
-                    self._pending[id(work)] = (work, over)
-                else:
-                    over()
-                return work
-
-            return watched
-
-        return around
-
-    def _returning(self, name: str) -> Callable[[Any], Any]:
-        def around(original: Any) -> Any:
-            signature = inspect.signature(original)
-
-            @wraps(original)
-            def watched(*args: Any, **kwargs: Any) -> Any:
-                if self._thread.exchanging or torch.compiler.is_compiling():
-                    return original(*args, **kwargs)
-                values = _bound(signature, args, kwargs)
-                fields = self._said(name, values, values.get("group"))
-                whole = self.modules
-                begun = self._begin(fields, self._named(fields, values.get("self")), whole)
                 output = self._outermost(original, args, kwargs)
                 if begun is not None:
-                    done = output.wait() if hasattr(output, "wait") else output
-                    self._finish(begun, done, whole)
+                    end(output, values, lambda made: self._finish(begun, made, whole))
                 return output
 
             return watched
