@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truestep.errors import FileFormatError, TruestepError
-from truestep.text import pasteable, say, visible, visible_json
+from truestep.text import nearest, pasteable, say, visible, visible_json
 
 EVIL = "a\x1b[31m\u202e\x9b2J\u200b\r\nPASSED identical [red]x[/red]"
 
@@ -94,3 +94,17 @@ def test_what_a_hint_says_is_what_a_shell_reads(word: str) -> None:
     line = visible(pasteable(["printf", "%s", word]))
     run = subprocess.run([bash, "-c", line], capture_output=True, env={"LC_ALL": "C.UTF-8"})
     assert run.stdout.decode() == word
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("num_inference_steps", "steps"),
+        ("scale", "guidance_scale"),
+        ("heigth", "height"),
+        ("x", ""),
+    ],
+)
+def test_a_name_that_there_is_not_is_asked_about(key: str, near: str) -> None:
+    names = ["height", "guidance_scale", "steps"]
+    assert nearest(key, names) == (f"did you mean {near!r}?" if near else "")

@@ -46,7 +46,7 @@ def beside(path: Path, what: str) -> Iterator[Path]:
     folder = path.with_name(own)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
+        sweep(path.parent)
         folder.mkdir()
         yield folder / path.name
     except OSError as error:
@@ -192,7 +192,7 @@ def _machine() -> str:
     return f"{zlib.crc32(f'{platform.node()} {space}'.encode()):08x}"
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove the temporary folders of killed writers."""
     for entry in folder.iterdir():
         match = _TEMPORARY.fullmatch(entry.name)

@@ -111,7 +111,9 @@ def visible_json(text: str) -> str:
 
 def nearest(key: str, names: Iterable[str]) -> str:
     """A question for whoever wrote a name that there is not; empty where none is near."""
-    near = difflib.get_close_matches(key, [*names], n=1)
+    known = [*names]
+    part = [name for name in known if key.endswith(f"_{name}") or name.endswith(f"_{key}")]
+    near = difflib.get_close_matches(key, known, n=1) or part
     return f"did you mean {near[0]!r}?" if near else ""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.stores import Dav, Quiet, bucket, hub, served
+from tests.test_files import NOBODY, leftover
 from truestep.errors import EndpointError, FileFormatError, TruestepError, UsageError, WriteError
 from truestep.recording.remote.address import address, configured
 from truestep.recording.remote.cache import cached, fetched
@@ -154,6 +155,17 @@ def test_the_cache_is_used_and_mends_itself(remote: Remote, file: Path) -> None:
     assert cached(SHA) is None
     assert not path.exists()
     assert fetched(remote, SHA).read_bytes() == CONTENT
+
+
+def test_what_a_killed_reader_left_goes_though_nothing_is_fetched(
+    tmp_path: Path, file: Path, cache: Path
+) -> None:
+    remote = open_store(address(str(tmp_path / "store")))
+    put(remote, file, SHA)
+    fetched(remote, SHA)
+    left = leftover(cache / "incoming" / SHA, pid=NOBODY)
+    assert fetched(remote, SHA) == cached(SHA)
+    assert not left.exists()
 
 
 # --- a network that is dead, a server that is full or refuses ---------------------------------

@@ -198,6 +198,19 @@ def test_state_over_generations_shows_in_the_second_of_two(
     assert check(case, reference, depth="final").verdict is Verdict.IDENTICAL
 
 
+def test_a_model_that_is_wrong_in_one_way_twice_is_not_called_unsteady(
+    case: Case, reference: Recording
+) -> None:
+    def scaled(pipe: Pipeline) -> None:
+        with torch.no_grad():
+            next(pipe.expert(1).parameters()).mul_(1.1)
+
+    result = check(case, reference, apply=scaled, depth="final")
+    assert result.verdict is Verdict.DRIFTED
+    assert UNSTEADY not in str(result)
+    assert not any(UNSTEADY in row.note for row in result.failing)
+
+
 def test_a_check_costs_less_than_a_fifth_of_a_generation_of_50_steps(
     tiny_wan: dict[str, Path], tiny_case: dict[str, Any]
 ) -> None:

@@ -122,6 +122,21 @@ def test_a_deeper_look_is_offered_where_a_model_is_at_fault_and_was_not_opened()
         {"first_divergence": Divergence(name="a", stage="guidance")},
     ):
         assert next_line(drifted.model_copy(update=other)) == ""
+    for freely, deeper in (
+        ("check cat --depth final", "check cat --depth modules"),
+        ("check cat --depth=final", "check cat --depth=final --depth modules"),
+        (
+            "check cat --prompt 'a --depth final'",
+            "check cat --prompt 'a --depth final' --depth modules",
+        ),
+    ):
+        told = drifted.model_copy(
+            update={
+                "repeat": f"truestep {freely}",
+                "first_divergence": Divergence(name="latent/final", stage="update"),
+            }
+        )
+        assert next_line(told) == f"next: truestep {deeper}"
     hinted = drifted.model_copy(update={"hint": "give both sides"})
     assert next_line(hinted) == "hint: give both sides"
 

@@ -12,7 +12,7 @@ from truestep.files import beside
 from truestep.progress import Progress, silent
 from truestep.recording import versions
 from truestep.recording.placing import WHAT, content_of, entry_of, needed
-from truestep.recording.remote.cache import cache_root
+from truestep.recording.remote.cache import INCOMING, cache_root
 from truestep.recording.remote.objects import Remote, get, name_of
 
 
@@ -35,7 +35,7 @@ def is_whole(remote: Remote, sha256: str, progress: Progress = silent) -> bool:
 
 
 def _read(remote: Remote, sha256: str, progress: Progress) -> None:
-    with beside(cache_root() / "incoming" / sha256, WHAT) as temporary:
+    with beside(cache_root() / INCOMING / sha256, WHAT) as temporary:
         get(remote, sha256, temporary, progress)
 
 

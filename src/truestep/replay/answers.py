@@ -41,7 +41,7 @@ class Answers:
     notes: tuple[str, ...] = ()
 
 
-def run_freely(pipe: Pipeline, recording: Recording) -> Answers:
+def run_freely(pipe: Pipeline, recording: Recording, limits: Limits) -> Answers:
     """Generate freely, twice: the second run shows what the first one left behind.
 
     What the pipeline raises is the outcome of the latent.
@@ -57,7 +57,8 @@ def run_freely(pipe: Pipeline, recording: Recording) -> Answers:
         replayed.attempt("latent/final", run)
     first, again = runs
     wanted = tuple(name for name in FINALS if name in recording)
-    second = {name: again.outputs[name] for name in wanted if name in again.outputs}
+    ended = {name: first.outputs[name] for name in wanted if name in first.outputs}
+    second = {name: again.outputs[name] for name in differing(ended, again.outputs, limits)}
     first.failures |= {name: text for name, text in again.failures.items() if text}
     return Answers("final", first, wanted, second=second)
 

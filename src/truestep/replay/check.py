@@ -256,7 +256,7 @@ def check_pipeline(  # 9 parameters: those of `check` that are left when the pip
     try:
         with attention_observed(pipe) as kernels:
             run = (
-                run_freely(pipe, recording)
+                run_freely(pipe, recording, limits)
                 if depth == "final"
                 else run_stages(pipe, recording, steps, limits, progress)
             )

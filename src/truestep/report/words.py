@@ -49,10 +49,26 @@ def next_command(comparison: Comparison) -> str:
         return command
     first, repeat = comparison.first_divergence, comparison.repeat
     drifted = comparison.verdict in (Verdict.DRIFTED, Verdict.INVALID)
-    shallow = repeat.startswith("truestep check ") and "--depth" not in repeat.split()
-    if not (drifted and shallow and (first is None or first.stage in _OPENED)):
+    if not drifted or not repeat.startswith("truestep check "):
         return ""
-    return f"{repeat} --depth modules"
+    depth = _DEPTH.findall(repeat)
+    if depth:  # the end of a free run says nothing of where
+        return _deeper(repeat) if depth[-1] == "final" else ""
+    return f"{repeat} --depth modules" if first is None or first.stage in _OPENED else ""
+
+
+_DEPTH = re.compile(r"(?<= )--depth[ =](\w+)")
+
+
+def _deeper(command: str) -> str:
+    """The command with a look into modules in place of another; of several options the last one
+    counts, so it is put at the end where the words are not plain."""
+    words = command.split(" ")
+    plain = not re.search(r"['\"\\$]", command) and words.count("--depth") == 1
+    if not plain:
+        return f"{command} --depth modules"
+    at = words.index("--depth") + 1
+    return " ".join([*words[:at], "modules", *words[at + 1 :]])
 
 
 def command_in(hint: str) -> str:

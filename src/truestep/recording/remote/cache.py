@@ -12,12 +12,15 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from truestep.files import beside
+from truestep.files import beside, sweep
 from truestep.progress import Progress, silent
 from truestep.recording.remote.objects import Remote, get, name_of, sha256_at
 
 VARIABLE = "TRUESTEP_CACHE"
 WHAT = "the cached object"
+
+INCOMING = "incoming"
+"""Where what comes stands until it is whole."""
 
 
 def cache_root() -> Path:
@@ -50,9 +53,11 @@ def fetched(remote: Remote, sha256: str, progress: Progress = silent) -> Path:
     """
     known = cached(sha256)
     if known is not None:
+        with suppress(OSError):
+            sweep(cache_root() / INCOMING)  # what a writer left that was killed once it had it
         return known
     path = cache_root() / name_of(sha256)
-    with beside(cache_root() / "incoming" / sha256, WHAT) as temporary:
+    with beside(cache_root() / INCOMING / sha256, WHAT) as temporary:
         get(remote, sha256, temporary, progress)
         temporary.chmod(temporary.parent.stat().st_mode & 0o444)
         path.parent.mkdir(parents=True, exist_ok=True)
