@@ -717,7 +717,7 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep ab recover truestep-ab": (given("ab", "recover"), (2,)),
     "truestep check --reference {}": (
         lambda folder: ("check", *as_changed(folder)[1:]), (0,)),
-    "truestep check --reference {}  # judges by it as it is": (copied, (0,)),
+    "truestep references status{}": (copied, (0, 1)),
     "truestep record CASE --runs 30": (given("check", "a", "--apply", "change.py:unsure"), (0,)),
     "truestep check CASE": (another_model, (1,)),
     "truestep compare --activations {}": (activations, (0,)),

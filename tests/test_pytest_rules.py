@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch  # noqa: F401  pytester unloads what a run imported, and torch cannot load twice
@@ -85,6 +87,56 @@ def test_a_known_failure_that_came(project: pytest.Pytester) -> None:
         "rel_l2 = 0.1\n"
     )
     assert "CHANGED known failure" in changed(run(project, "--truestep-known=known.toml"))[0]
+
+
+def _write(name: str, text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("attempt", "said"),
+    [
+        (_write("test_a.py", TEST.replace("def test_same", "@pytest.mark.xfail\ndef test_same")),
+         "test test_same: judged by: pytest.mark.xfail"),
+        (_write("test_a.py", TEST.replace("truestep.check(torch.arange(5.0))", "pass")),
+         "test test_more: checks: (not there) (was 1)"),
+        (_write("test_a.py", TEST.partition("def test_more")[0]),
+         "test test_more: (not there) (was there)"),
+        (_write("test_a.py", TEST + "\n\npytestmark = pytest.mark.skipif(True, reason='x')\n"),
+         "test (module): judged by: pytest.mark.skipif"),
+        (lambda folder: (folder / "test_a.py").unlink(),
+         "test test_same: (not there) (was there), in "),
+        (_write("pytest.ini", "[pytest]\naddopts = --deselect test_a.py::test_more\n"),
+         "test pytest addopts: --deselect test_a.py::test_more (was (not there))"),
+        (_write("pyproject.toml", "[tool.pytest.ini_options]\naddopts = ['-k', 'not more']\n"),
+         "test pytest addopts: ['-k', 'not more'] (was (not there))"),
+        (_write("conftest.py", "collect_ignore = ['test_a.py']\n"),
+         "test pytest collect_ignore: collect_ignore = ['test_a.py'] (was (not there))"),
+        (_write("conftest.py", "def pytest_collection_modifyitems(items):\n    del items[1:]\n"),
+         "test pytest pytest_collection_modifyitems: "),
+        (_write("conftest.py", "import pytest\nfrom unittest.mock import Mock\n\n"
+                "@pytest.fixture\ndef truestep():\n    return Mock()\n"),
+         "test pytest truestep: "),
+    ],
+)  # fmt: skip
+def test_an_attempt_to_make_it_easier_is_told_and_refused_where_it_is_locked(
+    project: pytest.Pytester, attempt: Callable[[Path], None], said: str
+) -> None:
+    attempt(project.path)
+    found = "\n".join(changed(run(project)))
+    assert said in found
+    assert run(project, "--truestep-locked").ret == 1
+
+
+def test_settings_that_decide_nothing_and_fixtures_of_others_are_left_alone(
+    project: pytest.Pytester,
+) -> None:
+    project.makeconftest("import pytest\n\n@pytest.fixture\ndef port():\n    return 1\n")
+    project.makepyprojecttoml("[project]\nname = 'x'\n")
+    assert changed(run(project, "--truestep-locked")) == []
 
 
 def test_plain_tests_and_code_that_no_test_asks_for_are_left_alone(

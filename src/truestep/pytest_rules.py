@@ -64,18 +64,37 @@ def rules_of(config: pytest.Config, files: Iterable[str]) -> RunRules:
     paths = [config.rootpath / name for name in sorted(set(files))]
     tests = [path for path in paths if path.is_file() and _ASKS.search(path.read_bytes())]
     known = config.getoption("truestep_known")
-    if not tests and locked is None and not known:
-        return RunRules()
-    from truestep.judge.rule_changes import promoted, rule_changes
     from truestep.recording.lock import LOCK_FILE
+
+    lock = reference_root(config) / LOCK_FILE
+    if not tests and locked is None and not known and not lock.is_file():
+        return RunRules()
+    from truestep.judge.rule_changes import promoted, rule_changes, text_then, went
 
     state = promoted(config.rootpath, since=locked or "", environment=os.environ)
     if state is None:
         why = "--truestep-locked: git knows no promoted state to compare with"
         return RunRules(refused="" if locked is None else why)
-    decides: list[tuple[RuleKind, Path]] = [("test", path) for path in tests]
+    gone = [
+        path for path in went(state, config.rootpath) if _ASKS.search(text_then(state, path) or b"")
+    ]
+    around = [config.rootpath / name for name in _SETTINGS]
+    folders = {config.rootpath}.union(*(_folders(path, config.rootpath) for path in tests))
+    hooks = {folder / "conftest.py" for folder in folders}
+    decides: list[tuple[RuleKind, Path]] = [
+        ("test", path) for path in [*tests, *gone, *around, *sorted(hooks)]
+    ]
     decides += [("known failure", Path(known))] if known else []
-    decides.append(("reference", reference_root(config) / LOCK_FILE))
+    decides.append(("reference", lock))
     changes = rule_changes(decides, state)
     why = f"--truestep-locked: what decides was changed since {state.commit[:12]}"
     return RunRules(state.commit, changes, why if locked is not None and changes else "")
+
+
+_SETTINGS = ("pytest.toml", "pytest.ini", "pyproject.toml", "tox.ini", "setup.cfg")
+"""Files in which pytest looks for settings."""
+
+
+def _folders(path: Path, root: Path) -> list[Path]:
+    """The folders from a file up to the root."""
+    return [folder for folder in path.parents if folder == root or root in folder.parents]

@@ -184,7 +184,8 @@ def command(  # 30 parameters, long: the options of the verb
         changed = {name: case.replace(**settings[name]) for name, case in cases.items()}
         end(tell(changed, "check", from_disk=from_disk, change=change))
     ledger = _ledger(known, cases, case_file=case_file, tier=tier)
-    rules = Rules.of(case_file, known, thresholds, references or DEFAULT_ROOT, locked=locked)
+    decides = (case_file, known, thresholds, references or DEFAULT_ROOT)
+    rules = Rules.of(*decides, reference=reference, locked=locked)
     common: dict[str, Any] = {
         "depth": depth,
         "steps": None if steps is None else numbers(steps, "--steps"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,11 +30,13 @@ class Rules:
         thresholds: Path | None,
         references: Path,
         *,
+        reference: Path | None = None,
         locked: str | None,
     ) -> Rules:
         """Compare the files that decide a check with the promoted state.
 
         Args:
+            reference: A recording that is judged by as it is, whatever a lock file says of it.
             locked: A revision, or empty for the usual one: refuse changes. None: tell them.
 
         Raises:
@@ -48,19 +50,26 @@ class Rules:
         ]
         files += [("known failure", known)] if known is not None else []
         files += [("threshold", thresholds)] if thresholds is not None else []
-        return cls.compared(files, locked=locked)
+        unlike = () if reference is None else tuple(_unlike_the_lock(reference))
+        return cls.compared(files, unlike, locked=locked)
 
     @classmethod
-    def compared(cls, files: Iterable[tuple[RuleKind, Path]], *, locked: str | None) -> Rules:
-        """Likewise, of any files."""
+    def compared(
+        cls,
+        files: Iterable[tuple[RuleKind, Path]],
+        more: tuple[RuleChange, ...] = (),
+        *,
+        locked: str | None,
+    ) -> Rules:
+        """Likewise, of any files; with further changes that need no commit to be seen."""
         from truestep.judge.rule_changes import promoted, rule_changes
 
         state = promoted(Path.cwd(), since=locked or "", environment=os.environ)
         if state is None:
             if locked is not None:
                 raise _nothing_to_compare(locked)
-            return cls()
-        found = cls(state.commit, rule_changes(files, state))
+            return cls(changes=more)
+        found = cls(state.commit, (*more, *rule_changes(files, state)))
         if locked is not None and found.changes:
             raise found.refused()
         return found
@@ -84,6 +93,35 @@ class Rules:
             likely="the change under test brought them along: a person has to agree to each",
             hint=f"git diff {self.since[:12]} -- {files}",
         )
+
+
+def _unlike_the_lock(reference: Path) -> Iterator[RuleChange]:
+    """What a lock file in a folder above a recording says of it, where that is something else."""
+    from truestep.recording.lock import LOCK_FILE, read_lock
+    from truestep.recording.placing import content_of
+    from truestep.records import RuleChange
+
+    path = reference.resolve()
+    root = next((f for f in path.parents[: _DEEPEST + 1] if (f / LOCK_FILE).is_file()), None)
+    if root is None:
+        return
+    name = path.relative_to(root).as_posix()
+    entry, here = read_lock(root).references.get(name), content_of(path)
+    promised = () if entry is None else tuple(filter(None, (entry.sha256, entry.pending)))
+    if here is not None and here not in promised:
+        yield RuleChange(
+            kind="reference",
+            file=str(reference),
+            key=name,
+            actual=here[:16],
+            reference=f"{promised[0][:16]} in the lock file"
+            if promised
+            else "not in the lock file",
+        )
+
+
+_DEEPEST = 4
+"""Folders from the lock file down to a recording: tier, device class, kernel; or drafts."""
 
 
 def _nothing_to_compare(locked: str) -> Exception:

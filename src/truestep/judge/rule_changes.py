@@ -8,8 +8,10 @@ as git knows it. Without git nothing is said.
 from __future__ import annotations
 
 import ast
+import configparser
 import re
 import subprocess
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,9 @@ _OF = ": "
 """Between a test, or a case, and what is said of it."""
 _OF_A_TEST = re.compile(r"(^|::)[Tt]est\w*($|: )|: ")
 """A test, or what is said of anything: not a function that helps tests."""
+
+_OF_ALL = "pytest "
+"""How a key begins that decides for all tests: an option, a hook."""
 
 _MARKS = ("skip", "skipif", "xfail", "parity")
 _LIMITS = ("tolerance", "threshold", "coverage", "scope", "expect", "strict")
@@ -75,11 +80,13 @@ def rule_changes(files: Iterable[tuple[RuleKind, Path]], state: Promoted) -> tup
 
 
 def _changes(kind: RuleKind, path: Path, state: Promoted) -> Iterator[RuleChange]:
-    before_text = _git(path.parent, "cat-file", "blob", f"{state.commit}:./{path.name}")
+    before_text = text_then(state, path)
     now_text = path.read_bytes() if path.is_file() else None
-    if now_text == before_text or (before_text is None and kind != "known failure"):
+    values = _reader(kind, path)
+    alone = kind in ("known failure", "threshold") or values in (_settings, _hooks)
+    came_alone = before_text is None and not alone
+    if now_text == before_text or came_alone:
         return
-    values = _READERS[kind]
     now = {} if now_text is None else _valued(values, now_text)
     before = {} if before_text is None else _valued(values, before_text)
     for key in sorted({*now, *before}):
@@ -88,6 +95,7 @@ def _changes(kind: RuleKind, path: Path, state: Promoted) -> Iterator[RuleChange
         new = came and key.partition(_OF)[0] not in before  # a test or case with all that is its
         helper = went and kind == "test" and not _OF_A_TEST.search(key)
         tightens = {"known failure": went, "threshold": False}.get(kind, new or helper)
+        tightens = tightens and not key.startswith(_OF_ALL)
         if was != is_now and not tightens:
             yield RuleChange(
                 kind=kind,
@@ -124,6 +132,59 @@ def _thresholds(text: bytes) -> dict[str, str]:
     return dict(_flat(parse_json(text)))
 
 
+def _settings(text: bytes) -> dict[str, str]:
+    """What pytest reads in a file of settings, whichever kind it is."""
+    try:
+        tables = parse_toml(text)
+        read = tables.get("tool", {}).get("pytest", {})
+        options = {
+            **read.get("ini_options", {}),
+            **{k: v for k, v in read.items() if k != "ini_options"},
+        }
+        options |= tables.get("pytest", {}) if "pytest" in tables else {}
+    except ValueError:
+        parser = configparser.ConfigParser(interpolation=None)
+        parser.read_string(text.decode("utf-8"))
+        options = {}
+        for section in ("pytest", "tool:pytest"):
+            options |= dict(parser[section]) if parser.has_section(section) else {}
+    return {f"{_OF_ALL}{key}": " ".join(str(value).split()) for key, value in options.items()}
+
+
+def _hooks(text: bytes) -> dict[str, str]:
+    """What a `conftest.py` does to the tests of its folder: hooks, fixtures, what it leaves out."""
+    found: dict[str, str] = {}
+    for node in ast.parse(text).body:
+        for name in _defined(node):
+            kept = isinstance(node, ast.Assign | ast.AnnAssign) and name.startswith(
+                "collect_ignore"
+            )
+            if kept or name in ("pytestmark", "pytest_plugins"):
+                found[f"{_OF_ALL}{name}"] = ast.unparse(node)
+            elif _is_function(node) and (name.startswith("pytest_") or _is_fixture(node)):
+                text_of = ast.unparse(node)
+                found[f"{_OF_ALL}{name}"] = f"{zlib.crc32(text_of.encode()):08x}: {text_of}"
+    return found
+
+
+def _defined(node: ast.AST) -> list[str]:
+    """Names that a statement of a module gives something."""
+    if isinstance(node, ast.Assign):
+        return [ast.unparse(target) for target in node.targets]
+    if isinstance(node, ast.AnnAssign):
+        return [ast.unparse(node.target)]
+    return [str(getattr(node, "name", ""))]
+
+
+def _is_fixture(node: ast.AST) -> bool:
+    """Whether a function is a fixture that every test gets, or stands in for truestep's own."""
+    marks = [ast.unparse(mark) for mark in getattr(node, "decorator_list", [])]
+    if not any("fixture" in mark for mark in marks):
+        return False
+    automatic = any("autouse" in mark for mark in marks)
+    return automatic or str(getattr(node, "name", "")).startswith("truestep")
+
+
 def _references(text: bytes) -> dict[str, str]:
     entries = parse_json(text).get("references", {})
     return {str(name): str(entry.get("sha256"))[:16] for name, entry in entries.items()}
@@ -147,10 +208,12 @@ def _tests(text: bytes) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, node in _named(ast.parse(text)):
         marks = [ast.unparse(mark) for mark in _marks(node)]
-        limits = [] if isinstance(node, ast.Module | ast.ClassDef) else [*_limits(node)]
+        limits = [*_limits(node)] if _is_function(node) else []
         found[name] = "there"
         if marks or limits:
             found[f"{name}{_OF}judged by"] = "; ".join([*marks, *limits])
+        if _is_function(node) and (checks := _checks(node)):
+            found[f"{name}{_OF}checks"] = str(checks)
     return found
 
 
@@ -178,6 +241,12 @@ def _marks(node: ast.AST) -> Iterator[ast.expr]:
             yield mark
 
 
+def _checks(node: ast.AST) -> int:
+    """How often a test asks for a check."""
+    calls = [inner.func for inner in ast.walk(node) if isinstance(inner, ast.Call)]
+    return sum(isinstance(f, ast.Attribute) and ast.unparse(f.value) == "truestep" for f in calls)
+
+
 def _is_function(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
@@ -193,6 +262,12 @@ def _limits(node: ast.AST) -> Iterator[str]:
                 yield ast.unparse(inner)
 
 
+def _reader(kind: RuleKind, path: Path) -> Callable[[bytes], dict[str, str]]:
+    if kind == "test" and path.suffix != ".py":
+        return _settings
+    return _hooks if path.name == "conftest.py" else _READERS[kind]
+
+
 _READERS: dict[RuleKind, Callable[[bytes], dict[str, str]]] = {
     "known failure": _entries,
     "threshold": _thresholds,
@@ -200,6 +275,21 @@ _READERS: dict[RuleKind, Callable[[bytes], dict[str, str]]] = {
     "case": _cases,
     "test": _tests,
 }
+
+
+def went(state: Promoted, folder: Path) -> list[Path]:
+    """Python files under a folder that the promoted state has and that are not there now."""
+    words = ("diff", "--name-only", "--no-renames", "--diff-filter=D", "--relative", "-z")
+    listed = _git(folder, *words, state.commit, "--", "*.py")
+    names = (listed or b"").decode("utf-8", "surrogateescape").split("\0")
+    return [folder / name for name in names if name]
+
+
+def text_then(state: Promoted, path: Path) -> bytes | None:
+    """What a file held in the promoted state; None where it was not there."""
+    top = next(place for place in path.parents if place.is_dir())
+    name = path.relative_to(top).as_posix()
+    return _git(top, "cat-file", "blob", f"{state.commit}:./{name}")
 
 
 def _git(folder: Path, *words: str) -> bytes | None:

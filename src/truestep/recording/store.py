@@ -235,13 +235,14 @@ class Store:
             before, entry = entry, read_lock(self.root).references.get(place.name)
             if entry == before:  # else a writer has replaced it in between
                 break
+        folder = "" if self.root == DEFAULT_ROOT else f" --references {quoted(str(self.root))}"
         raise FileFormatError(
             "the reference does not match the lock file"
             if entry
             else "the reference is not in the lock file",
             where=str(path),
             likely="it was changed or copied without `truestep record`",
-            hint=f"truestep check --reference {quoted(str(path))}  # judges by it as it is",
+            hint=f"truestep references status{folder}",
         )
 
     def _not_found(
