@@ -108,6 +108,28 @@ class KnownFailure(Record):
         return self.outcome == "known"
 
 
+class Cause(Record):
+    """What makes a module wrong: so changed, the trusted one gives what the candidate gave.
+
+    Attributes:
+        kind: Of what sort, in few words: `epsilon`.
+        text: What is wrong with the candidate, with its values.
+        patch: What mends it, where that is one line.
+        line: Of the trusted code, `file:line`, where the cause is about one.
+        error_before, error_after: Relative distance of the candidate's outputs from those of the
+            trusted module, as it is and so changed; the second is at the noise floor.
+        tried: Hypotheses until this one.
+    """
+
+    kind: str
+    text: str
+    patch: str = ""
+    line: str = ""
+    error_before: Float
+    error_after: Float
+    tried: int
+
+
 RuleKind = Literal["known failure", "threshold", "reference", "case", "test"]
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from truestep.many import Column, Many, Numbers, Split, Texts
+from truestep.records import Cause as Cause
 from truestep.records import Cost as Cost
 from truestep.records import Float as Float
 from truestep.records import FrameTriple as FrameTriple
@@ -240,7 +241,8 @@ class Divergence(Record):
 
     `kind` is what the residual looks like; `operator` the call and the line of code inside the
     module where the two sides part, and which of its weights differ. `file` and `line` say that
-    line again where it is below the folder that the check ran in, relative to that.
+    line again where it is below the folder that the check ran in, relative to that. `cause` is what
+    explains it, where that was looked for and found.
     """
 
     name: str
@@ -253,6 +255,7 @@ class Divergence(Record):
     operator: str | None = None
     file: str | None = None
     line: int | None = None
+    cause: Cause | None = None
 
     def __str__(self) -> str:
         parts = [f"`{self.fqn or self.name}`"]

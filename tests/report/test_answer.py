@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from truestep.records import Cause
 from truestep.report.answer import LINES, answer, answers, headline, next_line, word_of
 from truestep.text import command_lines, wrapped
 from truestep.verdict import (
@@ -137,6 +138,15 @@ def test_a_deeper_look_is_offered_where_a_model_is_at_fault_and_was_not_opened()
             }
         )
         assert next_line(told) == f"next: truestep {deeper}"
+    looked = {"repeat": "truestep check cat --depth modules"}
+    at = Divergence(name="m", stage="prediction", fqn="blocks.1")
+    named = drifted.model_copy(update={**looked, "first_divergence": at})
+    assert next_line(named) == "next: truestep check cat --depth cause"
+    cause = Cause(kind="epsilon", text="eps is 1", error_before=1.0, error_after=0.0, tried=1)
+    told = named.model_copy(update={"first_divergence": at.model_copy(update={"cause": cause})})
+    assert next_line(told) == ""
+    lines = answer(told)
+    assert lines[1].split() == ["cause", "eps", "is", "1"]
     hinted = drifted.model_copy(update={"hint": "give both sides"})
     assert next_line(hinted) == "hint: give both sides"
 

@@ -54,11 +54,11 @@ if TYPE_CHECKING:
 @click.option("--reference", type=click.Path(path_type=Path), help="One recording file.")
 @click.option(
     "--depth",
-    type=click.Choice(["steps", "modules", "final"]),
+    type=click.Choice(["steps", "modules", "cause", "final"]),
     default="steps",
     show_default=True,
-    help="Replay each stage on recorded inputs; also name the module that departs; or generate "
-    "freely and compare latents.",
+    help="Replay each stage on recorded inputs; also name the module that departs; also try what "
+    "could be its cause; or generate freely and compare latents.",
 )
 @click.option(
     "--steps", metavar="I,J,...", help="Where to predict; default first, three in a row, last."
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     "--rename",
     metavar="MAP.toml",
     type=click.Path(path_type=Path),
-    help="At --depth modules: which of the reference's modules the candidate's answer to.",
+    help="Where models are opened: which of the reference's modules the candidate's answer to.",
 )
 @click.option(
     "--accept",
@@ -273,7 +273,7 @@ def _rename(path: Path | None, depth: str) -> dict[str, str] | None:
     """A rename map, which only `--depth modules` has a use for."""
     if path is None:
         return None
-    if depth != "modules":
+    if depth not in ("modules", "cause"):
         raise click.UsageError("--rename needs --depth modules: only there are models opened")
     from truestep.pairing.files import read
 

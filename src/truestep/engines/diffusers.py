@@ -51,7 +51,15 @@ from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.media import read_input
 from truestep.recording.partial import NOWHERE, Partial
-from truestep.replay.check import Depth, ended, label_of, of_another_case, recorded_case, said_idle
+from truestep.replay.check import (
+    OPENS,
+    Depth,
+    ended,
+    label_of,
+    of_another_case,
+    recorded_case,
+    said_idle,
+)
 from truestep.replay.record import FloorChoice
 from truestep.replay.touched import snapshot_of, touched
 from truestep.runtime.loading import failures, fingerprint, folder_of, index_of, model_index, quiet
@@ -168,7 +176,7 @@ def check(  # 9 parameters: those of `truestep.check` that a case of calls has
         depth=depth,
         rename=rename,
         progress=progress,
-        trusted=(lambda: _in_files(case, _looked_at(case))) if depth == "modules" else None,
+        trusted=(lambda: _in_files(case, _looked_at(case))) if depth in OPENS else None,
     )
     try:
         with surviving("the model's code"):

@@ -287,7 +287,13 @@ def _opened(
         return noted(result, f"no module named: its batches are others ({'; '.join(others)})")
     with beside(candidate.components.values()):
         return open_call(
-            candidate, trusted, reference, result, steps=judging.steps, rename=judging.rename
+            candidate,
+            trusted,
+            reference,
+            result,
+            steps=judging.steps,
+            rename=judging.rename,
+            explain=judging.depth == "cause",
         )
 
 

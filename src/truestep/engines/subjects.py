@@ -207,11 +207,12 @@ def check(  # 14 parameters: the public check, whose options are keywords
         return result if isinstance(subject, Case) else expected(result, expect)
     refuse_checking(depth, rename, accept)
     from truestep.engines.pipelines import Judging, opened
+    from truestep.replay.check import OPENS
 
     _refuse_of_cases(settings, from_disk, "check")
     recording = opened(reference)
     _refuse_alone(subject, trusted, depth)
-    opened_beside = (lambda: trusted) if depth == "modules" else None
+    opened_beside = (lambda: trusted) if depth in OPENS else None
     judging = Judging(
         steps=steps,
         tolerance=tolerance,
@@ -305,7 +306,9 @@ def refuse_checking(
 
 def _refuse_alone(subject: Any, trusted: Any, depth: str) -> None:
     """Refuse to open a pipeline object without a trusted one beside it."""
-    if depth != "modules":
+    from truestep.replay.check import OPENS
+
+    if depth not in OPENS:
         _refuse_trusted(trusted)
         return
     if trusted is None or trusted is subject:

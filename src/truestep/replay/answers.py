@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from truestep.replay.kept import Replay
     from truestep.runtime.pipeline import Pipeline
 
-Depth = Literal["steps", "modules", "final"]
+Depth = Literal["steps", "modules", "cause", "final"]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from truestep.runtime.applying import Apply
     from truestep.runtime.pipeline import Pipeline
 
-Depth = Literal["steps", "modules", "final"]
+Depth = Literal["steps", "modules", "cause", "final"]
+OPENS = ("modules", "cause")
+"""Depths that open models."""
 Expect = Literal["same", "different"]
 
 
@@ -122,10 +124,10 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
         progress=progress,
     )
     result = expected(said_idle(result) if idle else result, expect)
-    if depth != "modules" or result.verdict in _NOTHING_TO_OPEN:
+    if depth not in OPENS or result.verdict in _NOTHING_TO_OPEN:
         return result
     with beside(vars(pipe).values()):
-        return _opened(pipe, case, recording, result, rename)
+        return _opened(pipe, case, recording, result, rename, explain=depth == "cause")
 
 
 def _idle(
@@ -186,7 +188,7 @@ def refuse_rename(rename: Mapping[str, str] | None, depth: str) -> None:
     Raises:
         UsageError: It is of no use.
     """
-    if rename and depth != "modules":
+    if rename and depth not in OPENS:
         raise UsageError(
             f"a rename map is of no use at depth {depth!r}",
             hint="depth='modules' opens the models",
@@ -211,6 +213,8 @@ def _opened(
     recording: Recording,
     result: Comparison,
     rename: Mapping[str, str] | None,
+    *,
+    explain: bool,
 ) -> Comparison:
     """Follow a failing stage into its model, beside the reference's model loaded here."""
     from truestep.replay.locating import locate_module
@@ -223,7 +227,7 @@ def _opened(
     if not same.verdict.passed:
         note = f"no module named: the case's own model is not the reference here ({same.sentence})"
         return result.model_copy(update={"notes": (*result.notes, note)})
-    return locate_module(pipe, trusted, recording, result, rename=rename)
+    return locate_module(pipe, trusted, recording, result, rename=rename, explain=explain)
 
 
 @taking_turns()

@@ -66,12 +66,14 @@ class Drilled:
         rows: Every module that was looked at, level by level, in order of execution.
         path: Modules that were opened, from the root on.
         left_out: What could not be compared in modules built in another way: `blocks.0 in.3`.
+        tried: Hypotheses about its cause.
     """
 
     divergence: Divergence | None
     rows: tuple[Row, ...]
     path: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    tried: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def drill(
     place: tuple[int, str],
     partners: Partners | None = None,
     known: Known | None = None,
+    explain: bool = False,
 ) -> Drilled:
     """Find the module in which a candidate departs from a trusted model.
 
@@ -109,12 +112,13 @@ def drill(
         place: Step and branch of the forwards.
         partners: Which trusted module a candidate's module answers to; None by name.
         known: What earlier drills of the same trusted subject and partners measured; added to.
+        explain: Try hypotheses until one explains what is wrong; not of a recorded candidate.
 
     Returns:
         The deepest module that is wrong on right inputs.
     """
     tree = _Tree.of(trusted.model, partners)
-    here, path, levels = ROOT, [ROOT], list[_Level]()
+    here, path, levels, tried = ROOT, [ROOT], list[_Level](), 0
     found: Divergence | None = None
     for _ in range(MAX_LEVELS):
         parts = tree.parts(here)
@@ -141,11 +145,16 @@ def drill(
     if found is not None:
         found = _shared_input(found, levels) or found
         found = _with_operator(found, candidate, trusted, partners)
+        if explain and not isinstance(candidate, Recorded):
+            from truestep.replay.causes.finding import cause_of
+
+            cause, tried = cause_of(found, candidate, trusted, partners)
+            found = found.model_copy(update={"cause": cause})
     rows = [
         row for level in levels for row in level.rows if row.fqn != level.here or row.fqn == ROOT
     ]
     left_out = dict.fromkeys(name for level in levels for name in level.left_out)
-    return Drilled(found, tuple(with_origins(rows, found)), tuple(path), tuple(left_out))
+    return Drilled(found, tuple(with_origins(rows, found)), tuple(path), tuple(left_out), tried)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def locate_module(
     *,
     rename: Mapping[str, str] | None = None,
     known: Callable[[Place], Known] | None = None,
+    explain: bool = False,
 ) -> Comparison:
     """Add where inside the first failing stage's model the candidate departs.
 
@@ -72,6 +73,7 @@ def locate_module(
         rename: Candidate's module names to trusted ones, `*` for one part; goes before what the
             weights say. Without it, models with the same names are taken as they are named.
         known: What earlier calls with the same trusted pipeline measured at a place; added to.
+        explain: Look for the cause, too; see `replay.causes`.
 
     Returns:
         The comparison with module rows and a first divergence down to the module, its kind with it;
@@ -86,7 +88,9 @@ def locate_module(
         return comparison
     looked = [replace(place, model=name) for name in _SOUND] if place.model else [place]
     for at in looked:
-        found = _located(pipe, trusted, recording, comparison, at, rename=rename, known=known)
+        found = _located(
+            pipe, trusted, recording, comparison, at, rename=rename, known=known, explain=explain
+        )
         if found.first_divergence != comparison.first_divergence:
             return found
     return found
@@ -101,6 +105,7 @@ def _located(
     *,
     rename: Mapping[str, str] | None,
     known: Callable[[Place], Known] | None,
+    explain: bool,
 ) -> Comparison:
     """The comparison with what one model of the failing stage shows."""
     prefix = f"{place.model}." if place.model else ""
@@ -115,7 +120,9 @@ def _located(
 
     def drilled(partners: Partners | None) -> Drilled:
         measured = known(place) if known is not None else None
-        return drill_stage(pipe, trusted, recording, place, partners=partners, known=measured)
+        return drill_stage(
+            pipe, trusted, recording, place, partners=partners, known=measured, explain=explain
+        )
 
     return opened(comparison, models, drilled, into, rename=rename)
 
@@ -177,6 +184,9 @@ def opened(
             f"no module named: on the same inputs every module of the {into.model} agrees "
             f"({into.around} differs)",
         )
+    if drilled.tried and drilled.divergence.cause is None:
+        text = f"no cause named: none of {drilled.tried} hypotheses gives what the candidate gave"
+        comparison = noted(comparison, text)
     fqn = into.named(drilled.divergence.fqn or ROOT)
     divergence = drilled.divergence.model_copy(update={"fqn": fqn, **into.changes})
     placed = {k: v for k, v in into.changes.items() if k in ("step", "branch")}
@@ -209,6 +219,7 @@ def drill_stage(
     *,
     partners: Partners | None = None,
     known: Known | None = None,
+    explain: bool = False,
 ) -> Drilled:
     """Drill into one model call of a stage, on recorded inputs; see `drill`."""
     models = [_model(side, place, recording) for side in (pipe, trusted)]
@@ -220,6 +231,7 @@ def drill_stage(
             place=(place.step, place.branch),
             partners=partners,
             known=known,
+            explain=explain,
         )
 
 

@@ -81,6 +81,7 @@ def open_call(
     *,
     steps: Sequence[int] | None = None,
     rename: Mapping[str, str] | None = None,
+    explain: bool = False,
 ) -> Comparison:
     """Add where inside the component of the first failing call the candidate departs.
 
@@ -91,6 +92,7 @@ def open_call(
         comparison: The candidate's check.
         steps: At which models were run in it.
         rename: Names of the candidate's modules to the trusted one's, `*` for one part.
+        explain: Look for the cause, too; see `replay.causes`.
 
     Returns:
         The comparison with rows of modules and a first divergence down to the module and its
@@ -121,7 +123,7 @@ def open_call(
         return opened(
             comparison,
             (ours.module, theirs.module),
-            lambda partners: _drilled(ours, theirs, failing, partners),
+            lambda partners: _drilled(ours, theirs, failing, partners, explain=explain),
             _into(call),
             rename=rename,
         )
@@ -246,7 +248,9 @@ def _raised(precision: str | None, *runs: Run) -> Iterator[None]:
         yield
 
 
-def _drilled(ours: Side, theirs: Side, failing: Failing, partners: Partners | None) -> Drilled:
+def _drilled(
+    ours: Side, theirs: Side, failing: Failing, partners: Partners | None, *, explain: bool
+) -> Drilled:
     """Drill into a call on both sides, in a precision that hides no fault."""
     with _raised(narrow(failing.reference), ours.run, theirs.run):
         return drill(
@@ -254,6 +258,7 @@ def _drilled(ours: Side, theirs: Side, failing: Failing, partners: Partners | No
             Subject(theirs.module, _forward(theirs, failing)),
             place=failing.place,
             partners=partners,
+            explain=explain,
         )
 
 

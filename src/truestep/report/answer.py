@@ -159,9 +159,7 @@ def _head(comparison: Comparison, causes: Rows) -> Iterator[Block]:
     """The answer, its cause, what it is of, and what differs before anything runs."""
     text = headline(comparison)
     yield Block(0, tuple(wrapped("", text, most=4)))
-    cause = _cause(comparison, causes)
-    if cause is not None:
-        yield cause
+    yield from _cause(comparison, causes)
     label = "case" if comparison.case_id else "of"
     if case_of(comparison) not in text:
         yield _block(1, label, case_of(comparison))
@@ -181,18 +179,24 @@ def _head(comparison: Comparison, causes: Rows) -> Iterator[Block]:
             yield _block(2, label, listed, most=2)
 
 
-def _cause(comparison: Comparison, causes: Rows) -> Block | None:
-    """The line of code where the two sides part, else what is said of the first row that fails."""
+def _cause(comparison: Comparison, causes: Rows) -> Iterator[Block]:
+    """What explains it, and the line of code where the two sides part; else what is said of the
+    first row that fails."""
     first = comparison.first_divergence
+    if first is not None and first.cause is not None:
+        yield _block(1, "cause", first.cause.text, most=3)
+        if first.cause.patch:
+            yield _block(2, "mend", first.cause.patch, most=2)
     if first is not None and first.operator:
-        return _block(1, "at", first.operator, most=3)
+        yield _block(1, "at", first.operator, most=3)
+        return
     if comparison.exit_code == 0 or comparison.evidence is not None:
-        return None
+        return
     row = causes[0] if len(causes) else None
     undecided = comparison.verdict is Verdict.INCONCLUSIVE  # its sentence is of a row's note
     if row is None or undecided or not row.note or row.note in comparison.sentence:
-        return None
-    return _block(1, "cause", f"{row.name}: {row.note}", most=2)
+        return
+    yield _block(1, "cause", f"{row.name}: {row.note}", most=2)
 
 
 def _failed(comparison: Comparison, causes: Rows, most: int) -> Iterator[Block]:

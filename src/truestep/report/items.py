@@ -147,7 +147,8 @@ def is_below(file: str) -> bool:
 
 def _cause(comparison: Comparison) -> str:
     first = comparison.first_divergence
-    parts = [part for part in (first.kind, first.operator) if part] if first else []
+    explained = [first.cause.text] if first and first.cause else []
+    parts = [part for part in (*explained, first.kind, first.operator) if part] if first else []
     if not parts and comparison.evidence is not None:
         parts = [finding.text for finding in comparison.evidence.findings[:2]]
     if not parts and comparison.known is not None:

@@ -71,6 +71,13 @@ def lines(comparison: Comparison) -> Iterable[str]:
     yield from _modalities(comparison)
     if comparison.evidence is None:
         yield from _sounds(comparison)
+    if comparison.first_divergence and comparison.first_divergence.cause:
+        cause = comparison.first_divergence.cause
+        yield from wrapped("cause", cause.text)
+        apart = f"{cause.error_before:.1e} without it, {cause.error_after:.1e} with it"
+        yield from wrapped("", f"the trusted module so changed gives the same: {apart}")
+        if cause.patch:
+            yield from wrapped("mend", cause.patch)
     if comparison.first_divergence and comparison.first_divergence.operator:
         yield from wrapped("at", comparison.first_divergence.operator)
     yield from _growth(comparison)

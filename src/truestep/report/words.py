@@ -52,23 +52,26 @@ def next_command(comparison: Comparison) -> str:
     if not drifted or not repeat.startswith("truestep check "):
         return ""
     depth = _DEPTH.findall(repeat)
+    if depth and depth[-1] == "modules":
+        named = first is not None and first.stage in _OPENED and first.fqn and not first.cause
+        return _deeper(repeat, "cause") if named else ""
     if depth:  # the end of a free run says nothing of where
-        return _deeper(repeat) if depth[-1] == "final" else ""
+        return _deeper(repeat, "modules") if depth[-1] == "final" else ""
     return f"{repeat} --depth modules" if first is None or first.stage in _OPENED else ""
 
 
 _DEPTH = re.compile(r"(?<= )--depth[ =](\w+)")
 
 
-def _deeper(command: str) -> str:
-    """The command with a look into modules in place of another; of several options the last one
+def _deeper(command: str, depth: str) -> str:
+    """The command with another depth in place of its own; of several options the last one
     counts, so it is put at the end where the words are not plain."""
     words = command.split(" ")
     plain = not re.search(r"['\"\\$]", command) and words.count("--depth") == 1
     if not plain:
-        return f"{command} --depth modules"
+        return f"{command} --depth {depth}"
     at = words.index("--depth") + 1
-    return " ".join([*words[:at], "modules", *words[at + 1 :]])
+    return " ".join([*words[:at], depth, *words[at + 1 :]])
 
 
 def command_in(hint: str) -> str:

@@ -1,0 +1,69 @@
+"""Try hypotheses in turn, from what is said exactly to what is read off; the first that holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from truestep.pairing.partners import Partners
+from truestep.replay.causes import modules, operators, outputs, weights
+from truestep.replay.causes.scene import Hypothesis, Scene, outcome, scene_of
+from truestep.verdict import Cause, Divergence
+
+MOST_TRIED = 1_500
+"""Hypotheses after which a module is left unexplained."""
+
+
+def cause_of(
+    found: Divergence, candidate: Any, trusted: Any, partners: Partners | None
+) -> tuple[Cause | None, int]:
+    """Why a module is wrong, and how much was tried; None where nothing of it explains it.
+
+    Args:
+        found: What a drill named.
+        candidate, trusted: The two `drill.Subject`s.
+        partners: Which modules answer to which.
+    """
+    if found.fqn is None:
+        return None, 0
+    place = (found.fqn, found.step or 0, found.branch or "main")
+    scene = scene_of(place, candidate, trusted, partners)
+    if scene is None:
+        return None, 0
+    return explained(scene), scene.tried
+
+
+def explained(scene: Scene) -> Cause | None:
+    """The first hypothesis under which the trusted module gives what the candidate gave."""
+    plain = scene.run()
+    before = scene.error(plain)
+    if scene.agrees(plain) or before == float("inf"):
+        return None
+    for hypothesis, again in _in_turn(scene):
+        if scene.tried >= MOST_TRIED:
+            break
+        made = outcome(scene, hypothesis, again=again)
+        if made is not None and scene.explains(hypothesis, made, before):
+            return Cause(
+                kind=hypothesis.kind,
+                text=hypothesis.text,
+                patch=hypothesis.patch,
+                line=hypothesis.line,
+                error_before=before,
+                error_after=scene.error(made),
+                tried=scene.tried,
+            )
+    return None
+
+
+def _in_turn(scene: Scene) -> Iterator[tuple[Hypothesis, bool]]:
+    for once in (
+        weights.hypotheses,
+        modules.attributes,
+        modules.usual,
+        modules.activations,
+    ):
+        yield from ((each, False) for each in once(scene))
+    yield from modules.whole(scene)
+    for once in (outputs.hypotheses, operators.hypotheses, operators.inside):
+        yield from ((each, False) for each in once(scene))

@@ -1,0 +1,83 @@
+"""Hypotheses read off what a module gives: the reference's, in another size, order or sign."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from truestep.replay.causes.scene import Hypothesis, Scene
+from truestep.replay.isolation import laid_out
+
+Tensor = torch.Tensor
+
+
+def hypotheses(scene: Scene) -> Iterator[Hypothesis]:
+    """What would make the reference's outputs the candidate's; solved for where it has a value."""
+    what = f"what `{scene.fqn}` gives"
+    actual, expected = _first(scene)
+    if actual is None or expected is None:
+        return
+    size = (expected * expected).sum()
+    if not size or not actual.isfinite().all():
+        return
+    if not actual.any():
+        yield Hypothesis("zero", f"{what} is zero", _after(torch.zeros_like))
+        return
+    factor = ((actual * expected).sum() / size).item()
+    yield Hypothesis(
+        "scaled",
+        f"{what} is {factor:.6g} times the reference's",
+        _after(lambda tensor: tensor * factor),
+    )
+    for axis in range(expected.ndim):
+        length = expected.shape[axis]
+        yield Hypothesis(
+            "order", f"{what} runs backwards along axis {axis}", _after(_flipped(axis))
+        )
+        if length % 2 == 0:
+            yield Hypothesis(
+                "order",
+                f"{what} has its halves along axis {axis} exchanged",
+                _after(_rolled(length // 2, axis)),
+            )
+        for by in (1, -1) if length > 2 else ():
+            yield Hypothesis(
+                "order", f"{what} is one place further along axis {axis}", _after(_rolled(by, axis))
+            )
+
+
+def _first(scene: Scene) -> tuple[Tensor | None, Tensor | None]:
+    for slot, expected in scene.expected.items():
+        actual = scene.actual.get(slot)
+        laid = None if actual is None else laid_out(actual, expected)
+        if laid is not None and expected.is_floating_point():
+            return laid.double(), expected.double()
+    return None, None
+
+
+def _flipped(axis: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.flip(axis) if tensor.ndim > axis else tensor
+
+
+def _rolled(by: int, axis: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.roll(by, axis) if tensor.ndim > axis else tensor
+
+
+def _after(change: Callable[[Tensor], Tensor]) -> Callable[[torch.nn.Module], Any]:
+    def hook(_: Any, args: Any, output: Any) -> Any:
+        return torch.utils._pytree.tree_map_only(
+            Tensor, lambda t: change(t).to(t.dtype) if t.is_floating_point() else t, output
+        )
+
+    @contextmanager
+    def changed(module: torch.nn.Module) -> Iterator[None]:
+        handle = module.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return changed

@@ -1,0 +1,290 @@
+"""Hypotheses about weights: how a tensor of the candidate follows from the reference's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from truestep.measure.distance import same_bits
+from truestep.pairing.partners import Part
+from truestep.replay.causes.scene import Hypothesis, Scene, parameters
+
+Tensor = torch.Tensor
+
+_EXACT = 1e-5
+"""Relative distance below which two tensors are one, computed in two ways."""
+
+_RELATED = 0.9
+"""Correlation from which on a tensor is another state of the same one."""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How one tensor follows from another."""
+
+    kind: str
+    text: str
+
+
+def hypotheses(scene: Scene) -> Iterator[Hypothesis]:
+    """The candidate's weights where they are not the reference's, all of them, then one by one."""
+    pairs = paired(scene)
+    differing = {name: own for name, (own, theirs) in pairs.items() if not same_bits(own, theirs)}
+    if not differing:
+        return
+    computed = {name for name, _ in scene.theirs.named_buffers()}
+    told = {
+        name: _computed(own, pairs[name][1])
+        if name in computed
+        else relation(name, own, pairs[name][1], scene.state)
+        for name, own in differing.items()
+    }
+    for name, own in differing.items():
+        yield _loaded(scene, {name: own}, {name: told[name]})
+    if len(differing) > 1:
+        yield _loaded(scene, differing, told)
+
+
+def _loaded(scene: Scene, values: Mapping[str, Tensor], told: Mapping[str, Relation]) -> Hypothesis:
+    names = [f"{scene.fqn}.{name}" for name in values]
+    kinds = list(dict.fromkeys(each.kind for each in told.values()))
+    texts = [f"`{full}` {each.text}" for full, each in zip(names, told.values(), strict=True)]
+    more = f"; {len(texts) - 3} more" if len(texts) > 3 else ""
+    shown = ", ".join(f"`{name}`" for name in names[:3])
+    return Hypothesis(
+        kind=kinds[0] if len(kinds) == 1 else "weights",
+        text="; ".join(texts[:3]) + more,
+        change=lambda module: parameters(module, values),
+        patch=f"load {shown} of the reference as it is",
+    )
+
+
+def paired(scene: Scene) -> dict[str, tuple[Tensor, Tensor]]:
+    """Parameters and buffers of the trusted module, with the candidate's in the same sizes.
+
+    By name; where names differ, by the only tensor of that size.
+    """
+    if scene.own is None:
+        return {}
+    ours, theirs = (_named(module) for module in (scene.own, scene.theirs))
+    if scene.part is not None:  # rows of a fused layer's weights are those of its outputs
+        ours |= {name: _cut(scene.part, ours[name], theirs.get(name)) for name in ours}
+    found = {
+        name: (ours[name], tensor)
+        for name, tensor in theirs.items()
+        if name in ours and ours[name].shape == tensor.shape
+    }
+    taken = set(found)
+    for name, tensor in theirs.items():
+        fitting = [n for n, t in ours.items() if t.numel() == tensor.numel() and n not in theirs]
+        rivals = [n for n, t in theirs.items() if t.numel() == tensor.numel() and n not in taken]
+        if name not in found and len(fitting) == 1 and len(rivals) == 1:
+            own = ours[fitting[0]]
+            shaped = own if own.shape == tensor.shape else own.reshape(tensor.shape)
+            found[name] = (shaped, tensor)
+    return found
+
+
+def _cut(part: Part, own: Tensor, reference: Tensor | None) -> Tensor:
+    if reference is None or own.shape == reference.shape or own.ndim != reference.ndim:
+        return own
+    cut = part.of(own.movedim(0, -1)).movedim(-1, 0)
+    return cut if cut.shape == reference.shape else own
+
+
+def _named(module: torch.nn.Module) -> dict[str, Tensor]:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach().cpu() for name, tensor in named if not tensor.is_meta}
+
+
+_LEARNED = re.compile(r"weight|kernel|proj|lora")
+"""Names of what an adapter may change: no table of positions."""
+
+
+def relation(name: str, own: Tensor, reference: Tensor, state: Mapping[str, Tensor]) -> Relation:
+    """How a tensor of the candidate follows from the reference's; the first that is exact.
+
+    Args:
+        name: Of the tensor.
+        own, reference: Of the same sizes, and not equal.
+        state: All tensors of the reference, in whose place it could be.
+    """
+    actual, wanted = own.double(), reference.double()
+    for test in (_constant, _multiple, _offset, _offset_slices, _turned, _reordered, _rounded):
+        found = test(actual, wanted)
+        if found is not None:
+            return found
+    other = _elsewhere(own, state)
+    if other is not None:
+        return other
+    of_weights = own.ndim > 1 and _LEARNED.search(name)
+    return (_low_rank(actual, wanted) if of_weights else None) or _related(actual, wanted)
+
+
+def _close(actual: Tensor, wanted: Tensor, tolerance: float = _EXACT) -> bool:
+    size = wanted.norm().item()
+    return (actual - wanted).norm().item() <= tolerance * size if size else not actual.any()
+
+
+def _computed(own: Tensor, reference: Tensor) -> Relation:
+    """Of a buffer, which is computed and not learned."""
+    actual, wanted = own.double(), reference.double()
+    found = _multiple(actual, wanted) or _offset(actual, wanted) or _rounded(actual, wanted)
+    if found is not None:
+        return found
+    apart = ((actual - wanted).norm() / wanted.norm()).item()
+    text = f"is {apart:.2%} from the reference's: it is computed in another way"
+    return Relation("computed table", text)
+
+
+def _constant(actual: Tensor, wanted: Tensor) -> Relation | None:
+    first = actual.flatten()[0]
+    if not bool((actual == first).all()):
+        return None
+    value = first.item()
+    kind = "bias missing" if actual.ndim == 1 and value == 0 else "not loaded"
+    return Relation(kind, f"is {value:g} everywhere: it was not loaded, or is left out")
+
+
+def _multiple(actual: Tensor, wanted: Tensor) -> Relation | None:
+    size = (wanted * wanted).sum()
+    factor = ((actual * wanted).sum() / size).item() if size else 0.0
+    if factor and _close(actual, wanted * factor):
+        return Relation("scaled", f"is {factor:.6g} times the reference's")
+    return None
+
+
+def _offset(actual: Tensor, wanted: Tensor) -> Relation | None:
+    apart = actual - wanted
+    if apart.numel() > 1 and _close(apart, torch.full_like(apart, apart.mean().item()), 1e-4):
+        return Relation("offset", f"is the reference's plus {apart.mean().item():.6g}")
+    return None
+
+
+def _offset_slices(actual: Tensor, wanted: Tensor) -> Relation | None:
+    """A constant added to some rows, or columns, of a table and not to others."""
+    for axis in range(actual.ndim if actual.ndim > 1 else 0):
+        apart = (actual - wanted).movedim(axis, 0).flatten(1)
+        means = apart.mean(1, keepdim=True)
+        moved = (means.abs() > _EXACT * wanted.abs().max()).flatten()
+        if not moved.any() or len(moved) < 2:
+            continue
+        if not _close(apart, means.expand_as(apart), 1e-4):
+            continue
+        values = means[moved].flatten()
+        if not torch.allclose(values, values[:1].expand_as(values), rtol=1e-3):
+            continue
+        places = ", ".join(str(i) for i in moved.nonzero().flatten().tolist()[:8])
+        value = values.mean().item()
+        kind = "one plus" if abs(abs(value) - 1.0) < 1e-3 else "offset"
+        return Relation(kind, f"has {value:+.6g} in {places} of axis {axis}")
+    return None
+
+
+def _turned(actual: Tensor, wanted: Tensor) -> Relation | None:
+    for i in range(actual.ndim):
+        for j in range(i + 1, actual.ndim):
+            if actual.shape[i] == actual.shape[j] and torch.equal(actual, wanted.transpose(i, j)):
+                return Relation("transposed", f"has its axes {i} and {j} exchanged")
+    return None
+
+
+def _reordered(actual: Tensor, wanted: Tensor) -> Relation | None:
+    for axis in range(min(actual.ndim, 2)):
+        rows = [
+            side.movedim(axis, 0).flatten(1) if side.ndim > 1 else side[:, None]
+            for side in (actual, wanted)
+        ]
+        order = [_row_order(side) for side in rows]
+        if torch.equal(rows[0][order[0]], rows[1][order[1]]):
+            return Relation("permuted", f"has {_moved(*rows)} along axis {axis}")
+    return None
+
+
+def _moved(rows: Tensor, reference: Tensor) -> str:
+    """Which rows are in other places: two runs of them exchanged, or how many."""
+    moved = (rows != reference).any(1).nonzero().flatten().tolist()
+    half = len(moved) // 2
+    first, second = moved[:half], moved[half:]
+    runs = len(first) == len(second) and all(
+        run == list(range(run[0], run[0] + len(run))) for run in (first, second)
+    )
+    if runs and torch.equal(rows[first], reference[second]):
+        said = [f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in (first, second)]
+        return f"{said[0]} and {said[1]} exchanged"
+    return f"{len(moved)} of {len(rows)} in other places"
+
+
+def _row_order(rows: Tensor) -> Tensor:
+    """An order of rows that depends on what they hold alone."""
+    weights = torch.linspace(1.0, 2.0, rows.shape[1], dtype=rows.dtype).pow(3)
+    return (rows * weights).sum(1).argsort(stable=True)
+
+
+def _rounded(actual: Tensor, wanted: Tensor) -> Relation | None:
+    for name, function in NARROWER.items():
+        if _close(actual, function(wanted), 1e-6):
+            kind = "quantised" if "8" in name else "precision"
+            return Relation(kind, f"is the reference's in {name}")
+    return None
+
+
+def _cast(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.float().to(dtype).double()
+
+
+def _scaled_cast(dtype: torch.dtype, most: float, axis: int | None) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        if axis is not None and tensor.ndim < 2:
+            return tensor
+        peak = tensor.abs().max() if axis is None else tensor.abs().flatten(1).amax(1)
+        step = (peak / most).clamp_min(1e-12)
+        step = step if axis is None else step.reshape(-1, *([1] * (tensor.ndim - 1)))
+        ratio = (tensor / step).float()
+        lowered = ratio.round().clamp(-most, most) if dtype == torch.int8 else ratio.to(dtype)
+        return lowered.double() * step
+
+    return change
+
+
+NARROWER: dict[str, Callable[[Tensor], Tensor]] = {
+    "bfloat16": _cast(torch.bfloat16),
+    "float16": _cast(torch.float16),
+    "float8 e4m3 without a scale": _cast(torch.float8_e4m3fn),
+    "float8 e5m2 without a scale": _cast(torch.float8_e5m2),
+    "float8 e4m3, one scale a tensor": _scaled_cast(torch.float8_e4m3fn, 448.0, None),
+    "float8 e4m3, one scale a row": _scaled_cast(torch.float8_e4m3fn, 448.0, 0),
+    "int8, one scale a tensor": _scaled_cast(torch.int8, 127.0, None),
+    "int8, one scale a row": _scaled_cast(torch.int8, 127.0, 0),
+}
+"""Precisions that weights go through, with a tensor as it comes out of them."""
+
+
+def _elsewhere(own: Tensor, state: Mapping[str, Tensor]) -> Relation | None:
+    for name, tensor in state.items():
+        if tensor.shape == own.shape and same_bits(tensor.detach().cpu(), own):
+            return Relation("exchanged", f"is the reference's `{name}`")
+    return None
+
+
+def _low_rank(actual: Tensor, wanted: Tensor) -> Relation | None:
+    if actual.ndim < 2 or min(actual.flatten(1).shape) < 8:
+        return None
+    values = torch.linalg.svdvals((actual - wanted).flatten(1))
+    rank = int((values > 1e-4 * values[0]).sum())
+    if rank > len(values) // 4:
+        return None
+    return Relation("low rank", f"is the reference's plus a matrix of rank {rank}: a LoRA")
+
+
+def _related(actual: Tensor, wanted: Tensor) -> Relation:
+    apart = ((actual - wanted).norm() / wanted.norm()).item()
+    centred = [side - side.mean() for side in (actual, wanted)]
+    size = centred[0].norm() * centred[1].norm()
+    alike = ((centred[0] * centred[1]).sum() / size).item() if size else 0.0
+    if alike >= _RELATED:
+        return Relation("another state", f"is {apart:.1%} from the reference's: another checkpoint")
+    return Relation("another tensor", f"has nothing of the reference's (correlation {alike:.2f})")

@@ -1,0 +1,270 @@
+"""Hypotheses are accepted only where they explain what was given, and said with their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from truestep.records import Cause
+from truestep.replay.causes.finding import cause_of
+from truestep.replay.causes.weights import NARROWER, relation
+from truestep.replay.drill import Subject, drill
+from truestep.verdict import Divergence
+
+Tensor = torch.Tensor
+
+
+class Attention(nn.Module):
+    """Queries and keys are normalised, as in video transformers."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.RMSNorm(size, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(size, size) for _ in range(3))
+        self.to_out = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.norm(self.to_q(x)), self.to_k(x), self.to_v(x)
+        split = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value)]
+        made = functional.scaled_dot_product_attention(query=split[0], key=split[1], value=split[2])
+        out: Tensor = self.to_out(made.transpose(1, 2).flatten(2))
+        return out
+
+
+class Block(nn.Module):
+    """A block with modulation, attention and a feed-forward."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size, eps=1e-6)
+        self.attention = Attention(size, heads)
+        self.widen, self.act, self.narrow = (
+            nn.Linear(size, 2 * size), nn.GELU(approximate="tanh"), nn.Linear(2 * size, size)
+        )  # fmt: skip
+        self.table = nn.Parameter(torch.randn(1, 3, size))
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        shift, scale, gate = (self.table + temb).chunk(3, dim=1)
+        x = x + self.attention(self.norm(x) * (1 + scale) + shift) * gate
+        return x + self.narrow(self.act(self.widen(x)))
+
+
+class Model(nn.Module):
+    """Two blocks."""
+
+    def __init__(self, size: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(size, heads) for _ in range(2))
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, temb)
+        return x
+
+
+@pytest.fixture(scope="module")
+def trusted() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def block(model: Model) -> Any:
+    return model.blocks[1]
+
+
+def found(trusted: Model, change: Callable[[Any], Any]) -> tuple[Divergence, Cause | None]:
+    """What is named of a changed copy, and why."""
+    candidate = deepcopy(trusted)
+    with torch.no_grad():
+        change(candidate)
+    generator = torch.Generator().manual_seed(1)
+    x, temb = (torch.randn(*s, generator=generator) for s in ((2, 6, 32), (2, 3, 32)))
+    sides = [Subject(m, lambda m=m: m(x.clone(), temb)) for m in (candidate, trusted)]  # type: ignore[misc]
+    before = {name: value.clone() for name, value in trusted.state_dict().items()}
+    drilled = drill(*sides, place=(0, "main"), explain=True)
+    assert drilled.divergence is not None
+    after = trusted.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in trusted.modules())
+    return drilled.divergence, drilled.divergence.cause
+
+
+def scaled(module: Any) -> Any:
+    module.weight.mul_(1.5)
+
+
+def swapped_rows(linear: Any) -> None:
+    linear.weight.copy_(torch.cat([linear.weight[16:], linear.weight[:16]]))
+
+
+def gate_left_out(model: Model) -> None:
+    def forward(x: Tensor, temb: Tensor) -> Tensor:
+        at = block(model)
+        shift, scale, _ = (at.table + temb).chunk(3, dim=1)
+        x = x + at.attention(at.norm(x) * (1 + scale) + shift)
+        out: Tensor = x + at.narrow(at.act(at.widen(x)))
+        return out
+
+    block(model).forward = forward
+
+
+def parts_exchanged(model: Model) -> None:
+    def forward(x: Tensor, temb: Tensor) -> Tensor:
+        at = block(model)
+        scale, shift, gate = (at.table + temb).chunk(3, dim=1)
+        x = x + at.attention(at.norm(x) * (1 + scale) + shift) * gate
+        out: Tensor = x + at.narrow(at.act(at.widen(x)))
+        return out
+
+    block(model).forward = forward
+
+
+def residual_left_out(model: Model) -> None:
+    def forward(x: Tensor, temb: Tensor) -> Tensor:
+        at = block(model)
+        shift, scale, gate = (at.table + temb).chunk(3, dim=1)
+        x = x + at.attention(at.norm(x) * (1 + scale) + shift) * gate
+        out: Tensor = at.narrow(at.act(at.widen(x)))
+        return out
+
+    block(model).forward = forward
+
+
+def attention_as(**options: Any) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        at = block(model).attention
+
+        def forward(x: Tensor) -> Tensor:
+            query, key, value = at.norm(at.to_q(x)), at.to_k(x), at.to_v(x)
+            split = [t.unflatten(-1, (at.heads, -1)).transpose(1, 2) for t in (query, key, value)]
+            made = functional.scaled_dot_product_attention(*split, **options)
+            out: Tensor = at.to_out(made.transpose(1, 2).flatten(2))
+            return out
+
+        at.forward = forward
+
+    return change
+
+
+ROOT_OF_8 = 8**-0.5
+FAULTS: dict[str, tuple[Callable[[Any], Any], str, str, str]] = {
+    "epsilon": (
+        lambda m: setattr(block(m).norm, "eps", 1e-3), "blocks.1.norm", "epsilon",
+        "`blocks.1.norm.eps` is 0.001, the reference's 1e-06"),
+    "activation": (
+        lambda m: setattr(block(m).act, "approximate", "none"), "blocks.1.act", "activation",
+        "`blocks.1.act.approximate` is 'none', the reference's 'tanh'"),
+    "another activation": (
+        lambda m: setattr(block(m), "act", nn.SiLU()), "blocks.1.act", "activation",
+        "`blocks.1.act` is SiLU, the reference's GELU"),
+    "bias": (
+        lambda m: block(m).narrow.bias.zero_(), "blocks.1.narrow", "bias missing",
+        "`blocks.1.narrow.bias` is 0 everywhere"),
+    "scale": (
+        lambda m: scaled(block(m).widen), "blocks.1.widen", "scaled",
+        "`blocks.1.widen.weight` is 1.5 times the reference's"),
+    "rows": (
+        lambda m: swapped_rows(block(m).attention.to_v), "blocks.1.attention.to_v", "permuted",
+        "`blocks.1.attention.to_v.weight` has 0-15 and 16-31 exchanged along axis 0"),
+    "transposed": (
+        lambda m: block(m).attention.to_k.weight.copy_(block(m).attention.to_k.weight.T.clone()),
+        "blocks.1.attention.to_k", "transposed", "has its axes 0 and 1 exchanged"),
+    "another": (
+        lambda m: block(m).attention.to_q.load_state_dict(m.blocks[0].attention.to_q.state_dict()),
+        "blocks.1.attention.to_q", "exchanged",
+        "`blocks.1.attention.to_q.weight` is the reference's `blocks.0.attention.to_q.weight`"),
+    "no norm": (
+        lambda m: setattr(block(m).attention.norm, "forward", lambda x: x),
+        "blocks.1.attention.norm", "left out", "returns what it is given"),
+    "gate": (gate_left_out, "blocks.1", "factor missing", "the second factor is left out: `x = x"),
+    "order": (
+        parts_exchanged, "blocks.1", "order", "parts 0 and 1 of the split are exchanged: `shift"),
+    "residual": (
+        residual_left_out, "blocks.1", "addend missing", "the first addend is left out: `return x"),
+    "scores": (
+        attention_as(scale=1.0), "blocks.1.attention", "attention scale",
+        "scores are not divided by the root of the head size"),
+    "scores a little": (
+        attention_as(scale=1.07 * ROOT_OF_8), "blocks.1.attention", "attention scale",
+        "scores are 1.07 times the reference's"),
+    "causal": (
+        attention_as(is_causal=True), "blocks.1.attention", "causal", "attention is causal"),
+    "output": (
+        lambda m: block(m).register_forward_hook(lambda mod, a, o: o.bfloat16().float()),
+        "blocks.1", "precision", "what `blocks.1` returns is rounded to bfloat16"),
+    "twice": (
+        lambda m: block(m).register_forward_hook(lambda mod, a, o: mod.forward(o, *a[1:])),
+        "blocks.1", "repeated", "`blocks.1` runs twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_was_planted_is_said_with_its_values(name: str, trusted: Model) -> None:
+    change, fqn, kind, text = FAULTS[name]
+    divergence, cause = found(trusted, change)
+    assert divergence.fqn == fqn
+    assert cause is not None
+    assert cause.kind == kind
+    assert text in cause.text
+    assert cause.error_after <= 0.1 * cause.error_before
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda output: output + 0.05 * output.sin(),
+        lambda output: output * torch.linspace(0.9, 1.1, output.shape[-1]),
+        lambda output: output + 0.1 * output.flip(1),
+    ],
+)
+def test_what_nothing_explains_is_not_explained(
+    trusted: Model, odd: Callable[[Tensor], Tensor]
+) -> None:
+    def change(model: Any) -> None:
+        block(model).register_forward_hook(lambda m, a, o: odd(o))
+
+    divergence, cause = found(trusted, change)
+    assert divergence.fqn == "blocks.1"
+    assert cause is None
+
+
+def test_a_place_without_a_module_has_no_cause(trusted: Model) -> None:
+    divergence = Divergence(name="x")
+    side = Subject(trusted, lambda: None)
+    assert cause_of(divergence, side, side, None) == (None, 0)
+
+
+def related(change: Callable[[Tensor], Tensor], *, shape: tuple[int, ...] = (16, 16)) -> str:
+    reference = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+    other = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+    return relation("a.weight", change(reference), reference, {"b.weight": other}).kind
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (torch.zeros_like, "not loaded"),
+        (lambda w: -w, "scaled"),
+        (lambda w: w + 0.25, "offset"),
+        (lambda w: w + torch.eye(16)[0, :, None], "one plus"),
+        (lambda w: w.T.clone(), "transposed"),
+        (lambda w: w[torch.randperm(16, generator=torch.Generator().manual_seed(0))], "permuted"),
+        (lambda w: w.bfloat16().float(), "precision"),
+        (lambda w: NARROWER["int8, one scale a row"](w.double()).float(), "quantised"),
+        (lambda w: torch.randn(16, 16, generator=torch.Generator().manual_seed(3)), "exchanged"),
+        (lambda w: w + torch.outer(w[0], w[:, 1]), "low rank"),
+        (lambda w: w + 0.02 * w.sin() * w.flip(0), "another state"),
+        (lambda w: w.flip(0).sin() * w.flip(1), "another tensor"),
+    ],
+)
+def test_how_a_weight_follows_from_the_references(
+    change: Callable[[Tensor], Tensor], kind: str
+) -> None:
+    assert related(change) == kind
