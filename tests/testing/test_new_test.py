@@ -74,6 +74,7 @@ def tested(*arguments: str, **environment: str) -> dict[str, str]:
     return {name: word for word, name in found} | {"": done.stdout}
 
 
+@pytest.mark.slow
 def test_a_pipeline_from_its_folder_to_a_failure(run: Run) -> None:
     tiny.save("FluxPipeline", "flux")
     code, out, _ = run("flux")
