@@ -41,7 +41,17 @@ VOCABULARY = frozenset(
 )
 """Modules of the package's own folder that every room may use."""
 
-PLUGIN = frozenset({"pytest_fixture", "pytest_marked", "pytest_plugin", "pytest_rules"})
+PLUGIN = frozenset(
+    {
+        "pytest_failures",
+        "pytest_fixture",
+        "pytest_marked",
+        "pytest_plugin",
+        "pytest_references",
+        "pytest_rules",
+        "pytest_updates",
+    }
+)
 
 ROOMS = (
     "vocabulary",

@@ -75,6 +75,11 @@ def hints() -> set[str]:
 
 
 ADVICE = {
+    "give a folder, or a function that loads a module: port.py:load",
+    "give a function that takes no arguments",
+    "give the folder of a plain pipeline",
+    "return a torch.nn.Module, or a module and a dict of its inputs",
+    "return them beside the module: return module, {'x': torch.randn(2, 8)}",
     "; did you mean {}?",
     "Loaded(call, module=...), state=..., or weights=[...] of files with names",
     "Loaded(call, weights=[...]) names the weight files of a side",
@@ -495,6 +500,13 @@ def twice(*arguments: str) -> Callable[[Path], tuple[str, ...]]:
     return make
 
 
+def written_already(folder: Path) -> tuple[str, ...]:
+    (folder / "port.py").write_text(
+        "import torch\n\ndef load():\n    return torch.nn.Linear(2, 2)\n"
+    )
+    return twice("new", "test", "port.py:load", "--output", "my test.py")(folder)
+
+
 def beneath_a_file(folder: Path) -> tuple[str, ...]:
     (folder / "no folder").write_text("")
     return ("record", "a", "--output", "no folder/r.safetensors")
@@ -732,6 +744,7 @@ SCENARIOS: dict[str, Scenario] = {
         given(*LTX2, "initial=x.safetensors", "--set", "upsampler=y"), (2,)),
     "--update  # replaces them; --as ID writes beside them": (limits_there, (0,)),
     "truestep doctor {}": (damaged_model, (2,)),
+    "truestep new test {} --output {}": (written_already, (0,)),
     "truestep perf record CASE": (given("perf", "check", "a", "--runs", "1"), (0, 1, 4)),
     "truestep perf record {}": (measured, (0, 1, 4)),
     "truestep record CASE --update  # with decoded frames": (no_frames, (0,)),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from truestep.pytest_references import Made, reference_id, reference_root
 from truestep.text import pasteable
 
 if TYPE_CHECKING:
@@ -32,12 +31,17 @@ LEDGER: pytest.StashKey[Mapping[str, Entry]] = pytest.StashKey()
 
 @dataclass
 class Compared:
-    """What one phase of a test compared, as plain data: xdist sends it to the controller."""
+    """What one phase of a test compared, as plain data: xdist sends it to the controller.
+
+    Attributes:
+        kept: References that an update did not replace, each with `KEPT`'s word for why.
+    """
 
     comparisons: list[str] = field(default_factory=list)
     numeric: int = 0
     used: list[str] = field(default_factory=list)
     written: list[str] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
     parity: list[dict[str, Any]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
@@ -111,10 +115,48 @@ class TruestepFixture:
         with self._checking(name):
             tensors = load(actual, label="actual").tensors
             place = self._place(name, tensors, device_class, attention, tier)
-            reference = self._reference(place, tensors, {})
+            reference = self._reference(place, Made(tensors))
             if reference is None:
                 return self._written(place)
             return self._judge(compare(tensors, reference, tolerance=tolerance), place, name)
+
+    def check_pipeline(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any] | None = None,
+        *,
+        name: str = "",
+        tolerance: float | None = None,
+        attention: str = "any",
+        tier: str = "default",
+    ) -> Comparison:
+        """Judge every call of a diffusers pipeline by the test's reference; see `truestep.check`.
+
+        Args:
+            pipe: The pipeline, loaded and changed as it is to be tested.
+            call: What it is called with, by name, where the reference is made.
+            name, tolerance, attention, tier: See `check`.
+
+        Raises:
+            EquivalenceError: It is not the same model.
+            ReferenceNotFoundError: There is none; nothing was run.
+        """
+        __tracebackhide__ = True
+        from truestep.engines.subjects import check, record
+        from truestep.environment import device_class
+        from truestep.recording.store import Place
+
+        with self._checking(name):
+            device = device_class(str(getattr(pipe, "device", "cpu")))
+            place = Place(reference_id(self._node.nodeid, name), tier, device, attention)
+            made = Made({}, record=lambda: record(pipe, call=call or {}))
+            reference = self._reference(place, made)
+            if reference is None:
+                return self._written(place)
+            result = check(pipe, reference, call=call, tolerance=tolerance)
+            prompt = (call or {}).get("prompt")
+            said = {"prompt": prompt} if isinstance(prompt, str) else {}
+            return self._judge(result.model_copy(update=said), place, name)
 
     def check_latent(
         self,
@@ -142,7 +184,7 @@ class TruestepFixture:
             tensors = {"latent/final": tensor, "signature": spec.cut(tensor)}
             place = self._place(name, {"latent/final": tensor}, device_class, attention, tier)
             settings = {"slice_spec": spec.model_dump(mode="json")}
-            reference = self._reference(place, tensors, settings)
+            reference = self._reference(place, Made(tensors, settings))
             if reference is None:
                 return self._written(place)
             result = check_latent(
@@ -240,9 +282,7 @@ class TruestepFixture:
             device_class = class_of(str(first.device)) if first is not None else "cpu"
         return Place(reference_id(self._node.nodeid, name), tier, device_class, attention)
 
-    def _reference(
-        self, place: Place, tensors: Mapping[str, Any], settings: Mapping[str, Any]
-    ) -> Path | None:
+    def _reference(self, place: Place, made: Made) -> Path | None:
         """The stored reference; None where this run writes it."""
         from truestep.errors import ReferenceNotFoundError
         from truestep.judge.refusals import refuse_empty_content
@@ -253,18 +293,28 @@ class TruestepFixture:
         path = store.root / place.name
         self._checks.compared.used.append(place.name)
         if update == "all" or (update == "new" and not store.holds(place)):
-            refuse_empty_content(tensors, where=place.case_id)
-            store.save(_recording(tensors, place, settings), place, update=True)
-            self._checks.compared.written.append(place.name)
+            if made.record is None:
+                refuse_empty_content(made.tensors, where=place.case_id)
+            kept = store.save(made.recording(place), place, update=True)
+            if kept == path:
+                self._checks.compared.written.append(place.name)
+            else:
+                self._checks.compared.kept.append((place.name, "promoted"))
             return None
         if store.holds(place):
-            return store.verified(place)
+            reference = store.verified(place)
+            if update:
+                self._checks.compared.kept.append((place.name, made.kept(reference)))
+            return reference
         candidate = candidate_of(path)
-        _recording(tensors, place, settings).save(candidate)
+        if made.record is None:
+            made.recording(place).save(candidate)
+        written = f"what the test made was written to {candidate.name} beside it"
         raise ReferenceNotFoundError(
             "this check has no reference yet",
             where=str(path),
-            measured=f"what the test made was written to {candidate.name} beside it",
+            measured=written if made.record is None else "",
+            likely="" if made.record is None else "the pipeline was not run yet",
             hint=f"{self._command()} --truestep-update",
         )
 
@@ -298,6 +348,8 @@ class TruestepFixture:
             }
         )
         self._add(named)
+        if named.exit_code == 0:
+            self._remove_candidate(place)
         if named.known is None:
             return assert_equivalent(named)
         if not named.known.accepted:
@@ -305,7 +357,18 @@ class TruestepFixture:
         self._checks.compared.known.append(named.sentence)
         return named
 
+    def _remove_candidate(self, place: Place) -> None:
+        """Remove what a run without a reference left: there is one now, and this is the same."""
+        from truestep.recording.store import candidate_of
+
+        candidate_of(self.store.root / place.name).unlink(missing_ok=True)
+
     def _add(self, comparison: Comparison) -> None:
+        prompt = self._node.funcargs.get("prompt") if hasattr(self._node, "funcargs") else None
+        said = {"test": self._node.nodeid}
+        if isinstance(prompt, str) and not comparison.prompt:
+            said["prompt"] = prompt
+        comparison = comparison.model_copy(update=said)
         self._checks.compared.comparisons.append(comparison.to_json())
         self._checks.compared.numeric += sum(r.metrics is not None for r in comparison.rows)
 
@@ -339,38 +402,6 @@ def _only(latent: object) -> Any:
         hint="truestep.check_latent(latents['video'], name='video'), and so for each; "
         "truestep.check(latents) judges all in one",
     )
-
-
-def _recording(tensors: Mapping[str, Any], place: Place, settings: Mapping[str, Any]) -> Any:
-    from datetime import datetime, timezone
-
-    from truestep.environment import Environment, library_version
-    from truestep.recording.format import Recording
-    from truestep.recording.manifest import Manifest
-    from truestep.recording.table import tensor_table
-
-    manifest = Manifest(
-        tool_version=library_version("truestep") or "",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        level="full",
-        case_id=place.case_id,
-        settings=dict(settings),
-        environment=dict(Environment.current("cpu" if place.device_class == "cpu" else None)),
-        tensors=tensor_table(tensors),
-    )
-    return Recording.in_memory(tensors, manifest)
-
-
-def reference_id(nodeid: str, name: str) -> str:
-    """File name of a check's reference: readable, and as unique as the test and the name."""
-    full = f"{nodeid}::{name}"
-    slug = re.sub(r"[^a-zA-Z0-9]+", "-", f"{nodeid.rsplit('/', 1)[-1]} {name}").strip("-")
-    return f"{slug[:100]}-{hashlib.sha256(full.encode()).hexdigest()[:10]}"
-
-
-def reference_root(config: pytest.Config) -> Path:
-    given = config.getoption("truestep_references")
-    return Path(given) if given else config.rootpath / "truestep-references"
 
 
 def raise_failures(item: pytest.Item) -> None:

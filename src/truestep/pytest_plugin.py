@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from truestep.guard import Watched, fork
+from truestep.pytest_failures import told
 from truestep.pytest_fixture import (
     CHECKS,
     LATE,
@@ -18,10 +19,11 @@ from truestep.pytest_fixture import (
     Compared,
     TruestepFixture,
     raise_failures,
-    reference_root,
 )
 from truestep.pytest_marked import MARK, NEVER_REACHED, Marked
+from truestep.pytest_references import reference_root
 from truestep.pytest_rules import RunRules, rules_of
+from truestep.pytest_updates import kept_lines, remove_stale
 
 STATE = pytest.StashKey["_Session"]()
 WATCHED: pytest.StashKey[Watched | None] = pytest.StashKey()
@@ -42,6 +44,7 @@ class _Session:
     comparisons: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     written: list[str] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
     deselected: int = 0
     parity: list[dict[str, Any]] = field(default_factory=list)
     not_collected: dict[str, str] = field(default_factory=dict)
@@ -212,6 +215,8 @@ def pytest_runtest_makereport(
         # Skipped where no hook of a phase could see it: by unittest, or in a subtest.
         call.excinfo = pytest.CallInfo.from_call(lambda: raise_failures(item), call.when).excinfo
         report = pytest.TestReport.from_item_and_call(item, call)
+    if CHECKS in item.stash or item.get_closest_marker(MARK) is not None:
+        told(item, call, report)
     if call.excinfo is not None:
         checks.failures.clear()  # told by this report, whichever they are
     compared, checks.compared = checks.compared, Compared()
@@ -297,6 +302,7 @@ class _Collector:
         state.comparisons += data["comparisons"]
         state.used.update(data["used"])
         state.written += data["written"]
+        state.kept += map(tuple, data["kept"])
         state.parity += data["evidence"]
         state.names.update(data["names"])
         state.known += data["known"]
@@ -338,6 +344,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     state.failed = bool(state.stray or config.stash[LATE] or _not_executed(config, state))
     state.rules = rules_of(config, state.files)
     state.failed |= bool(state.rules.refused)
+    if _complete(config, state) and state.used:
+        remove_stale(reference_root(config), state.used)
     if config.getoption("truestep_parity"):
         from datetime import date
 
@@ -375,7 +383,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     required = config.getoption("truestep_require_executed")
     unused = _unused(config, state)
     rules = state.rules.lines()
-    listed = (state.comparisons, state.written, unused, state.ledgers, state.unwritten, rules)
+    kept = kept_lines(state.kept, state.rules)
+    listed = (state.comparisons, state.written, kept, unused, state.ledgers, state.unwritten, rules)
     if not (required or state.failed or any(listed)):
         return
     terminalreporter.section("truestep")
@@ -383,6 +392,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.line(f"{count} comparison{'' if count == 1 else 's'}")
     for name in state.written:
         terminalreporter.line(f"written: {name}")
+    for text in kept:
+        terminalreporter.line(text, yellow=True)
     for name in unused:
         terminalreporter.line(f"unused reference: {name}")
     for text in state.known:

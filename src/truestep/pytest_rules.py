@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from truestep.pytest_fixture import reference_root
+from truestep.pytest_references import reference_root
 
 if TYPE_CHECKING:
     from truestep.records import RuleChange, RuleKind

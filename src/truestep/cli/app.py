@@ -28,6 +28,7 @@ VERBS = {
 """Verbs in the order in which one needs them."""
 
 FURTHER = {
+    "new": "Write the first pytest file of a pipeline or a module.",
     "run": "Generate a case and save its latent and video.",
     "perf": "Keep a history of what a case costs, and say whether it costs more now.",
     "bundle": "Make a file under 1 MB of a recording, for an issue thread.",

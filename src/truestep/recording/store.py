@@ -173,7 +173,9 @@ class Store:
                 if entry is not None and entry.history:
                     from truestep.recording.placing import keep_draft
 
-                    return keep_draft(self.root, place.name, temporary, sha256)
+                    kept = keep_draft(self.root, place.name, temporary, sha256)
+                    candidate_of(path).unlink(missing_ok=True)
+                    return kept
                 before = sha256_of(path) if path.exists() else None
                 put_entry(self.root, place.name, Entry(sha256=before, pending=sha256))
                 settle(temporary, path)
