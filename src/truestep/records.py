@@ -142,10 +142,26 @@ class Cost(Record):
         return self.forwards / self.forwards_generation if self.forwards_generation else math.nan
 
 
+class Profile(Record):
+    """A statistic of one tensor along an axis, where only its largest value is judged.
+
+    Attributes:
+        axis: `channel`, `frame`, `row`, `column` or `token`.
+        statistic: What each value is, over the reference's rms; see `truestep.measure.profile`.
+        values: One a place; of many places, the largest of as many consecutive ones.
+        places: How many places there are.
+    """
+
+    axis: str
+    statistic: str
+    values: tuple[Float, ...]
+    places: int
+
+
 class FrameTriple(Record):
     """A picture of both sides and of their difference; each a `data:image/png;base64,` URI.
 
-    A frame of a video, or a spectrogram, whose `index` is 0.
+    A frame of a video, the latent of a step, or a spectrogram, whose `index` is 0.
     """
 
     index: int
@@ -184,6 +200,8 @@ class Sound(Record):
         sample_rate: Hz.
         metrics: Of the whole waveforms, all samples of the batch.
         actual, reference: The first sample as it is, no louder, as `data:audio/wav;base64,` URI.
+        difference: Their difference, as many times as loud as `difference_gain` says; empty where
+            they differ in shape, or not at all.
         seconds_shown: How much of it is to be heard and seen.
         spectrograms: Both and their difference, as `data:image/png;base64,` URIs.
         difference_db: What is white in the picture of the difference.
@@ -193,6 +211,8 @@ class Sound(Record):
     metrics: SoundMetrics
     actual: str = ""
     reference: str = ""
+    difference: str = ""
+    difference_gain: Float = 1.0
     seconds_shown: Float = 0.0
     spectrograms: FrameTriple | None = None
     difference_db: Float = 0.0
@@ -318,9 +338,10 @@ class MediaEvidence(Record):
 class Media(Record):
     """Frames to look at, or a sound to hear.
 
-    `gain` is the factor by which the differences of frames were multiplied. `width` and `height`
-    are of a frame, or of a spectrogram's picture. `origin` says what was decoded: the reference's
-    own latent, or what the candidate's free run ended in.
+    `axis` says what the numbers of the frames count: frames, or denoise steps. `gain` is the factor
+    by which the differences of frames were multiplied. `width` and `height` are of a frame, or of a
+    spectrogram's picture. `origin` says what was decoded: the reference's own latent, or what the
+    candidate's free run ended in.
     """
 
     name: str
@@ -330,6 +351,7 @@ class Media(Record):
     frames: tuple[FrameTriple, ...]
     sound: Sound | None = None
     origin: str = ""
+    axis: Literal["frame", "step"] = "frame"
 
     def measured(self) -> Media:
         """What was measured of it, without what is to be seen and heard."""
