@@ -34,6 +34,7 @@ VOCABULARY = frozenset(
         "randomness",
         "reading",
         "records",
+        "shown",
         "text",
         "turns",
         "verdict",

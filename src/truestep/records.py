@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from typing_extensions import Self
 
+from truestep.shown import Shown, line_of
+
 
 def _float_out(value: float) -> float | str:
     if math.isfinite(value):
@@ -28,10 +30,13 @@ Float = Annotated[
 """A float that survives strict JSON: NaN and infinities are written as strings."""
 
 
-class Record(BaseModel):
+class Record(Shown, BaseModel):
     """Base of every record here: immutable, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, defer_build=True)
+
+    def __repr__(self) -> str:
+        return line_of(self)
 
 
 class Light(Record):

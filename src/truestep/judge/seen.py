@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from truestep.judge.media import uris
+from truestep.keys import key_of
 from truestep.measure.profile import profile
 from truestep.records import Profile
 from truestep.verdict import Comparison, Divergence, FrameTriple, Media, Row, Rows
@@ -147,7 +148,7 @@ def _chosen(
 def _visible(row: Row) -> bool:
     """Whether both sides of a row are alike in shape and dtype, and none is a sound's."""
     same = row.actual is not None and row.actual == row.reference
-    return same and row.stage != "module" and row.modality != "audio"
+    return same and key_of(row.name).head != "module" and row.modality != "audio"
 
 
 def _picture(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -134,7 +134,7 @@ function listen(section) {
     seek(seconds * Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1));
   }));
   for (const sound of sounds) {
-    sound.addEventListener("play", () => {
+    sound.addEventListener("playing", () => {
       for (const other of sounds) if (other !== sound) other.pause();
     });
     sound.addEventListener("timeupdate", () => { if (!sound.paused) show(sound.currentTime); });
