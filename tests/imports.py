@@ -34,7 +34,6 @@ VOCABULARY = frozenset(
         "randomness",
         "reading",
         "records",
-        "shown",
         "text",
         "turns",
         "verdict",

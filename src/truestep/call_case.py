@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from truestep.content import case_differences, invalid_case, readable_id
 from truestep.errors import CaseError
-from truestep.shown import Shown, line_of
+from truestep.records import Shown, line_of
 from truestep.text import nearest
 from truestep.verdict import Difference
 

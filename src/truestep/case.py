@@ -25,7 +25,7 @@ from truestep.content import case_differences, invalid_case, readable_id
 from truestep.controls import AudioVideo, profiles
 from truestep.errors import CaseError
 from truestep.reading import parse_toml, read
-from truestep.shown import Shown, line_of
+from truestep.records import Shown, line_of
 from truestep.text import nearest
 from truestep.verdict import Difference
 

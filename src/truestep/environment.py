@@ -17,8 +17,7 @@ from typing import Any
 
 from truestep.content import mapping_differences
 from truestep.errors import UsageError
-from truestep.shown import short
-from truestep.text import pasteable
+from truestep.text import pasteable, short
 from truestep.verdict import Difference
 
 LIBRARIES = ("truestep", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")

@@ -17,7 +17,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import Self
 
-from truestep.shown import short
+from truestep.text import short
 
 R = TypeVar("R")
 

@@ -7,13 +7,16 @@ Pure: no I/O, no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from enum import Enum
 from functools import cache
+from importlib import import_module
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from typing_extensions import Self
 
-from truestep.shown import Shown, line_of
+from truestep.text import LONGEST, short
 
 
 def _float_out(value: float) -> float | str:
@@ -28,6 +31,61 @@ Float = Annotated[
     WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["nan", "inf", "-inf"]}]}),
 ]
 """A float that survives strict JSON: NaN and infinities are written as strings."""
+
+
+_NOTEBOOK = "truestep.report.notebook"
+
+_WORD = 60
+"""Letters of a text in a `repr`; a sentence has as many as there is room for."""
+
+
+class Shown:
+    """An object of which a notebook shows more than its `repr`.
+
+    What it shows is written by one of the last rooms of the house, which is loaded by its name when
+    a notebook asks: nothing here imports it.
+    """
+
+    def _repr_html_(self) -> str | None:
+        text: str | None = import_module(_NOTEBOOK).html(self)
+        return text
+
+    def _repr_markdown_(self) -> str | None:
+        text: str | None = import_module(_NOTEBOOK).markdown(self)
+        return text
+
+
+def line_of(model: BaseModel) -> str:
+    """What a record says that is not its default: `Comparison(verdict=drifted, sentence='...')`."""
+    parts: list[str] = []
+    fields = type(model).model_fields
+    for name in sorted(
+        fields, key=lambda name: (name not in _FIRST, not fields[name].is_required())
+    ):
+        value = getattr(model, name)
+        if value is None or name in _SILENT:
+            continue
+        if fields[name].is_required() or value != fields[name].get_default():
+            parts.append(f"{name}={_value(name, value)}")
+        if sum(map(len, parts)) > LONGEST:
+            break
+    return short(f"{type(model).__name__}({', '.join(parts)})", LONGEST)
+
+
+_FIRST = frozenset({"verdict", "sentence", "name", "case_id", "exit_code"})
+_SILENT = frozenset({"schema_version", "tool_version"})
+
+
+def _value(name: str, value: Any) -> str:
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, str):
+        return repr(short(value, LONGEST - 60 if name == "sentence" else _WORD))
+    if isinstance(value, BaseModel):
+        return type(value).__name__
+    if isinstance(value, Mapping | Sequence):
+        return f"<{len(value)}>"
+    return short(repr(value), _WORD)
 
 
 class Record(Shown, BaseModel):

@@ -151,6 +151,9 @@ def test_one_bar_moves_steps_and_frames_apart(browser: webdriver.Chrome, pages: 
         "step",
         "frame",
     )
+    assert step.get_attribute("aria-valuetext") == "step 2"  # where they part
+    step.send_keys(Keys.HOME)
+    assert shown(browser, "step")[0] == "candidate, step 0"
     step.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert step.get_attribute("aria-valuetext") == "step 2"
     assert shown(browser, "step")[0] == "candidate, step 2"

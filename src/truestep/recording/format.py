@@ -22,7 +22,8 @@ from truestep.recording import manifest_reading
 from truestep.recording.header import TORCH_NAMES, Header, Slot, digest, manifest_digest
 from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY, Level, Manifest
 from truestep.recording.manifest_reading import Packed
-from truestep.shown import Shown, short
+from truestep.records import Shown
+from truestep.text import short
 
 WHAT = "the recording"
 """What is written, for errors."""

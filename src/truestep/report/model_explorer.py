@@ -47,7 +47,7 @@ def write(path: Path, result: AnyResult) -> Path:
         raise UsageError(
             "the result holds no modules",
             measured="Model Explorer shows modules, and none was judged",
-            hint="truestep check CASE --apply FILE.py:FUNCTION --depth modules --json RESULT.json",
+            likely="modules are in results of --depth modules, and of truestep trace",
         )
     graph = path.with_name(f"{path.stem}.graph.json")
     data = {name: node_data(rows) for name, rows in graphs.items()}

@@ -19,7 +19,7 @@ from truestep.experiment.records import Experiment
 from truestep.report.curves import Curve, curve, number
 from truestep.report.html import LABELS, SIGNS, page
 from truestep.report.markdown import code
-from truestep.shown import short
+from truestep.text import short
 from truestep.verdict import Comparison, FrameTriple, Results, Row
 
 MOST = 95_000

@@ -45,6 +45,7 @@ function look(media) {
     range.input.value = range.values.indexOf(nearest(range.values, value));
     show(range);
   };
+  if (media.dataset.step) media.goTo("step", Number(media.dataset.step)); /* where it broke */
   each(article, ".curve svg[data-first]", (svg) => {
     if (!ranges.some((one) => one.axis === "step")) return;
     svg.addEventListener("click", (event) => {
