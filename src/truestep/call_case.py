@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from truestep.content import case_differences, invalid_case, readable_id
 from truestep.errors import CaseError
+from truestep.records import Shown, line_of
 from truestep.text import nearest
 from truestep.verdict import Difference
 
@@ -79,7 +80,7 @@ def is_call_case(content: Mapping[str, Any]) -> bool:
     return any(key in content for key in _MARKS)
 
 
-class CallCase(BaseModel):
+class CallCase(Shown, BaseModel):
     """What to generate: a pipeline, and what its call is given.
 
     Attributes:
@@ -104,6 +105,9 @@ class CallCase(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __repr__(self) -> str:
+        return line_of(self)
 
     model: str = Field(min_length=1)
     revision: str | None = None

@@ -25,6 +25,7 @@ from truestep.content import case_differences, invalid_case, readable_id
 from truestep.controls import AudioVideo, profiles
 from truestep.errors import CaseError
 from truestep.reading import parse_toml, read
+from truestep.records import Shown, line_of
 from truestep.text import nearest
 from truestep.verdict import Difference
 
@@ -100,7 +101,7 @@ LATER = (
 from before there were any stay comparable."""
 
 
-class Generation(BaseModel):
+class Generation(Shown, BaseModel):
     """The controls that every text-to-video case has; defaults are those of diffusers.WanPipeline.
 
     Attributes:
@@ -115,6 +116,9 @@ class Generation(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
+
+    def __repr__(self) -> str:
+        return line_of(self)
 
     prompt: str = Field(min_length=1)
     negative_prompt: str = ""

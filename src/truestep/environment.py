@@ -17,7 +17,7 @@ from typing import Any
 
 from truestep.content import mapping_differences
 from truestep.errors import UsageError
-from truestep.text import pasteable
+from truestep.text import pasteable, short
 from truestep.verdict import Difference
 
 LIBRARIES = ("truestep", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
@@ -65,7 +65,8 @@ class Environment(Mapping[str, str]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        return f"Environment({self._values!r})"
+        told = ", ".join(f"{key} {value}" for key, value in self._values.items())
+        return short(f"Environment({len(self)} keys: {told})")
 
     @classmethod
     def current(cls, device: str | None = None, *, attention: str | None = None) -> Environment:

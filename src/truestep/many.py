@@ -17,6 +17,8 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import Self
 
+from truestep.text import short
+
 R = TypeVar("R")
 
 
@@ -313,8 +315,8 @@ class Many(Sequence[R]):
         return hash(tuple(self))
 
     def __repr__(self) -> str:
-        shown = ", ".join(map(repr, self[:3]))
-        return f"({shown}{', ...' if len(self) > 3 else ''})"
+        shown = ", ".join(short(repr(each), 90) for each in self[:3])
+        return f"({shown}{f', ... {len(self)} in all' if len(self) > 3 else ''})"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

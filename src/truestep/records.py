@@ -7,11 +7,16 @@ Pure: no I/O, no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from enum import Enum
 from functools import cache
+from importlib import import_module
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from typing_extensions import Self
+
+from truestep.text import LONGEST, short
 
 
 def _float_out(value: float) -> float | str:
@@ -28,10 +33,68 @@ Float = Annotated[
 """A float that survives strict JSON: NaN and infinities are written as strings."""
 
 
-class Record(BaseModel):
+_NOTEBOOK = "truestep.report.notebook"
+
+_WORD = 60
+"""Letters of a text in a `repr`; a sentence has as many as there is room for."""
+
+
+class Shown:
+    """An object of which a notebook shows more than its `repr`.
+
+    What it shows is written by one of the last rooms of the house, which is loaded by its name when
+    a notebook asks: nothing here imports it.
+    """
+
+    def _repr_html_(self) -> str | None:
+        text: str | None = import_module(_NOTEBOOK).html(self)
+        return text
+
+    def _repr_markdown_(self) -> str | None:
+        text: str | None = import_module(_NOTEBOOK).markdown(self)
+        return text
+
+
+def line_of(model: BaseModel) -> str:
+    """What a record says that is not its default: `Comparison(verdict=drifted, sentence='...')`."""
+    parts: list[str] = []
+    fields = type(model).model_fields
+    for name in sorted(
+        fields, key=lambda name: (name not in _FIRST, not fields[name].is_required())
+    ):
+        value = getattr(model, name)
+        if value is None or name in _SILENT:
+            continue
+        if fields[name].is_required() or value != fields[name].get_default():
+            parts.append(f"{name}={_value(name, value)}")
+        if sum(map(len, parts)) > LONGEST:
+            break
+    return short(f"{type(model).__name__}({', '.join(parts)})", LONGEST)
+
+
+_FIRST = frozenset({"verdict", "sentence", "name", "case_id", "exit_code"})
+_SILENT = frozenset({"schema_version", "tool_version"})
+
+
+def _value(name: str, value: Any) -> str:
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, str):
+        return repr(short(value, LONGEST - 60 if name == "sentence" else _WORD))
+    if isinstance(value, BaseModel):
+        return type(value).__name__
+    if isinstance(value, Mapping | Sequence):
+        return f"<{len(value)}>"
+    return short(repr(value), _WORD)
+
+
+class Record(Shown, BaseModel):
     """Base of every record here: immutable, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, defer_build=True)
+
+    def __repr__(self) -> str:
+        return line_of(self)
 
 
 class Light(Record):
@@ -164,10 +227,26 @@ class Cost(Record):
         return self.forwards / self.forwards_generation if self.forwards_generation else math.nan
 
 
+class Profile(Record):
+    """A statistic of one tensor along an axis, where only its largest value is judged.
+
+    Attributes:
+        axis: `channel`, `frame`, `row`, `column` or `token`.
+        statistic: What each value is, over the reference's rms; see `truestep.measure.profile`.
+        values: One a place; of many places, the largest of as many consecutive ones.
+        places: How many places there are.
+    """
+
+    axis: str
+    statistic: str
+    values: tuple[Float, ...]
+    places: int
+
+
 class FrameTriple(Record):
     """A picture of both sides and of their difference; each a `data:image/png;base64,` URI.
 
-    A frame of a video, or a spectrogram, whose `index` is 0.
+    A frame of a video, the latent of a step, or a spectrogram, whose `index` is 0.
     """
 
     index: int
@@ -206,6 +285,8 @@ class Sound(Record):
         sample_rate: Hz.
         metrics: Of the whole waveforms, all samples of the batch.
         actual, reference: The first sample as it is, no louder, as `data:audio/wav;base64,` URI.
+        difference: Their difference, as many times as loud as `difference_gain` says; empty where
+            they differ in shape, or not at all.
         seconds_shown: How much of it is to be heard and seen.
         spectrograms: Both and their difference, as `data:image/png;base64,` URIs.
         difference_db: What is white in the picture of the difference.
@@ -215,6 +296,8 @@ class Sound(Record):
     metrics: SoundMetrics
     actual: str = ""
     reference: str = ""
+    difference: str = ""
+    difference_gain: Float = 1.0
     seconds_shown: Float = 0.0
     spectrograms: FrameTriple | None = None
     difference_db: Float = 0.0
@@ -340,9 +423,10 @@ class MediaEvidence(Record):
 class Media(Record):
     """Frames to look at, or a sound to hear.
 
-    `gain` is the factor by which the differences of frames were multiplied. `width` and `height`
-    are of a frame, or of a spectrogram's picture. `origin` says what was decoded: the reference's
-    own latent, or what the candidate's free run ended in.
+    `axis` says what the numbers of the frames count: frames, or denoise steps. `gain` is the factor
+    by which the differences of frames were multiplied. `width` and `height` are of a frame, or of a
+    spectrogram's picture. `origin` says what was decoded: the reference's own latent, or what the
+    candidate's free run ended in.
     """
 
     name: str
@@ -352,6 +436,7 @@ class Media(Record):
     frames: tuple[FrameTriple, ...]
     sound: Sound | None = None
     origin: str = ""
+    axis: Literal["frame", "step"] = "frame"
 
     def measured(self) -> Media:
         """What was measured of it, without what is to be seen and heard."""

@@ -36,6 +36,16 @@ def visible(text: str, *, lines: bool = False) -> str:
     return _ACTING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+LONGEST = 299
+"""Letters of a `repr`."""
+
+
+def short(text: str, most: int = LONGEST) -> str:
+    """A text in which nothing acts, cut at its end."""
+    text = visible(text[: 2 * most])
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def quoted(word: str) -> str:
     r"""A word as a shell takes it back: quoted where that is needed, `$'a\nb'` where something in
     it would act."""

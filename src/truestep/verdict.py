@@ -22,6 +22,7 @@ from truestep.records import KnownFailure as KnownFailure
 from truestep.records import Light as Light
 from truestep.records import Media as Media
 from truestep.records import MediaEvidence as MediaEvidence
+from truestep.records import Profile as Profile
 from truestep.records import Record as Record
 from truestep.records import RuleChange as RuleChange
 from truestep.records import Sound as Sound
@@ -242,7 +243,8 @@ class Divergence(Record):
     `kind` is what the residual looks like; `operator` the call and the line of code inside the
     module where the two sides part, and which of its weights differ. `file` and `line` say that
     line again where it is below the folder that the check ran in, relative to that. `cause` is what
-    explains it, where that was looked for and found.
+    explains it, where that was looked for and found; `profile` is where along an axis the residual
+    lies.
     """
 
     name: str
@@ -256,6 +258,7 @@ class Divergence(Record):
     file: str | None = None
     line: int | None = None
     cause: Cause | None = None
+    profile: Profile | None = None
 
     def __str__(self) -> str:
         parts = [f"`{self.fqn or self.name}`"]

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from truestep.errors import WriteError
-from truestep.report.html import curve, render, write_many
+from truestep.report.curves import curve
+from truestep.report.html import render, write_many
 from truestep.verdict import (
     Comparison,
     Cost,
@@ -148,7 +149,7 @@ def test_readable_without_javascript(drifted: Comparison) -> None:
     text = render([drifted])
     assert text.count('<div class="triple small" data-index=') == 9
     assert not re.search(r'<div class="triple[^>]*hidden', text)
-    assert '<div class="scrub" hidden>' in text
+    assert '<div class="look" hidden' in text
 
 
 def test_words_repeat_what_colour_says(drifted: Comparison) -> None:

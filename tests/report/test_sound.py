@@ -64,7 +64,7 @@ def drifted() -> Comparison:
 
 
 def block(text: str) -> str:
-    found = re.search(r'<section class="sound">.*?</section>', text, re.S)
+    found = re.search(r'<section class="sound"[^>]*>.*?</section>', text, re.S)
     assert found is not None
     return found.group()
 
@@ -103,7 +103,14 @@ def test_the_page_has_both_sounds_and_three_pictures(drifted: Comparison) -> Non
     sounds = re.findall(
         r'<audio controls preload="metadata" aria-label="(\w+)" src="([^"]*)"', part
     )
-    assert sounds == [("candidate", sound.actual), ("reference", sound.reference)]
+    assert sounds == [
+        ("candidate", sound.actual),
+        ("reference", sound.reference),
+        ("difference", sound.difference),
+    ]
+    assert sound.difference_gain == 128.0  # the largest difference is 0.004
+    assert "128 times as loud" in part
+    assert part.count('class="wave"') == 3
     pictures = re.findall(r'<img [^>]*src="([^"]*)"', part)
     shown = sound.spectrograms
     assert pictures == [shown.actual, shown.reference, shown.difference]
@@ -179,7 +186,7 @@ def test_a_browser_plays_both_sounds(
     browser.find_element(By.CSS_SELECTOR, ".sound h3").click()  # no sound before the first click
     browser.set_script_timeout(20)
     found: Any = browser.execute_async_script(PLAY)
-    assert [sound["seconds"] for sound in found] == [pytest.approx(1, abs=1e-3)] * 2
+    assert [sound["seconds"] for sound in found] == [pytest.approx(1, abs=1e-3)] * 3
     assert all(sound["controls"] and sound["volume"] == 1 for sound in found)
     sizes = browser.execute_script(
         "return [...document.querySelectorAll('.sound img')].map(i => [i.naturalWidth, "

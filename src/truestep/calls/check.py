@@ -18,7 +18,9 @@ from truestep.calls.judging import (
     Sides,
     comparison_of,
     in_order,
+    pairs,
     rows_of,
+    sides_of,
 )
 from truestep.calls.keys import key_of
 from truestep.calls.layouts import Layouts
@@ -32,6 +34,7 @@ from truestep.calls.values import opaque
 from truestep.environment import Environment
 from truestep.judge.floor import Limits
 from truestep.judge.repeats import UNSTEADY, said_unsteady
+from truestep.judge.seen import with_seen
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.manifest import CallEntry
@@ -100,7 +103,8 @@ def check(
             numbered = ", ".join(map(str, unraised))
             notes.append(f"models not judged in {precision} at steps {numbered}: not recorded so")
             rows = [_unsure(recording, row, how.steps.intersection(unraised)) for row in rows]
-    return said_unsteady(comparison_of(rows, _sides(subject, recording, how, notes)))
+    found = said_unsteady(comparison_of(rows, _sides(subject, recording, how, notes)))
+    return with_seen(found, *sides_of(pairs(recording, result)))
 
 
 @own_randomness()

@@ -69,6 +69,16 @@ def pairs(reference: CallRecording, result: Forced) -> dict[str, tuple[torch.Ten
     }
 
 
+def sides_of(
+    both: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Pairs as two sides: what came, and what was recorded."""
+    return (
+        {name: actual for name, (actual, _) in both.items()},
+        {name: recorded for name, (_, recorded) in both.items()},
+    )
+
+
 def _comparable(
     seen: Seen, actual: torch.Tensor, recorded: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,15 +116,14 @@ def rows_of(reference: CallRecording, result: Forced, limits: Limits) -> list[Ro
         A row for every tensor, in the order in which they came, then what did not come.
     """
     both = pairs(reference, result)
+    first, expected = sides_of(both)
     contexts = {str(seen.key): seen.context for seen in result.seen}
     rows = compare_tensors(
-        {name: actual for name, (actual, _) in both.items()},
-        {name: recorded for name, (_, recorded) in both.items()},
+        first,
+        expected,
         describe=lambda name: _address(name, contexts.get(name)),
         limits=limits,
     )
-    expected = {name: recorded for name, (_, recorded) in both.items()}
-    first = {name: actual for name, (actual, _) in both.items()}
     otherwise = differing(first, result.again, limits)
     rows = with_second_answers(rows, result.again, expected, otherwise, limits)
     names = names_of(reference)

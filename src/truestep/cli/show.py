@@ -35,8 +35,19 @@ _ID = re.compile(r"[a-z]\d+(\.[a-z]\d+)*")
     metavar="FOLDER",
     help="Write the key frames of a bundle there, as PNG.",
 )
-def command(
-    what: tuple[str, ...], everything: bool, as_json: bool, brief: bool, frames: Path | None
+@click.option(
+    "--model-explorer",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Write the modules of a result there, as node data of Model Explorer.",
+)
+def command(  # one parameter an option
+    what: tuple[str, ...],
+    everything: bool,
+    as_json: bool,
+    brief: bool,
+    frames: Path | None,
+    model_explorer: Path | None,
 ) -> None:
     """Show what a file or folder is and holds; of a recording, its header alone is read.
 
@@ -53,6 +64,8 @@ def command(
         _show_profiles(names, as_json=as_json)
     elif brief:
         _show_brief(first, names)
+    elif model_explorer is not None:
+        _write_modules(first, names, model_explorer)
     elif len(names) == 1 and _ID.fullmatch(names[0]):
         _show_detail(first, names[0], as_json=as_json)
     elif names:
@@ -85,6 +98,19 @@ def _write_frames(file: Path, folder: Path) -> None:
         with replacing(path, "a frame") as temporary:
             temporary.write_bytes(data)
         say(f"frame {number}: {path}", err=True)
+
+
+def _write_modules(file: str, names: list[str], path: Path) -> None:
+    """Write the modules of a result for Model Explorer, and say how it opens them."""
+    from truestep.errors import UsageError
+    from truestep.report.model_explorer import write
+    from truestep.report.results_file import read_result
+
+    if names:
+        raise UsageError("show --model-explorer takes one file of results", measured=names[0])
+    graph = write(path, read_result(file))
+    say(f"node data: {path}")
+    say(f"open: {pasteable(['model-explorer', str(graph), f'--node_data_paths={path}'])}")
 
 
 def _show_brief(file: str, names: list[str]) -> None:

@@ -35,6 +35,7 @@ from truestep.engines.run import Pass, Run
 from truestep.errors import UsageError
 from truestep.judge.floor import Limits
 from truestep.judge.rows import build_comparison, compare_tensors
+from truestep.judge.seen import with_seen
 from truestep.keys import step_name
 from truestep.measure.distance import distance
 from truestep.verdict import Comparison, Row, Side, Verdict
@@ -106,12 +107,17 @@ def compare_runs(actual: Run, reference: Run) -> Comparison:
     if undecided and not failing:
         notes["differences grow from rounding, and no seam is seen to make one"] = None
         judged = [_undecided(row) if row.origin == "inherited" else row for row in judged]
-    return build_comparison(
+    result = build_comparison(
         judged,
         actual=Side(label=actual.label, environment=dict(actual.environment)),
         reference=Side(label=reference.label, environment=dict(reference.environment)),
         looked_at=(f"{len(actual.steps)} and {len(reference.steps)} steps",),
         notes=tuple(notes),
+    )
+    return with_seen(
+        result,
+        {seam.name: seam.actual for seam in seams},
+        {seam.name: seam.reference for seam in seams},
     )
 
 

@@ -17,6 +17,7 @@ from truestep.judge.latent import LATENT, SIGNATURE, check_latent
 from truestep.judge.media_files import NONE, MediaOptions, compare_media
 from truestep.judge.parameters import are_parameters, compare_parameters, summed
 from truestep.judge.rows import build_comparison, compare_tensors
+from truestep.judge.seen import with_seen
 from truestep.measure.sound import sample_rate_of
 from truestep.recording import readers as sources
 from truestep.recording.clips import is_media
@@ -113,6 +114,8 @@ def compare(
     )
     media_shown, said = key_frame_media(ours_manifest, theirs_manifest)
     result = result.model_copy(update={"media": media_shown, "notes": (*result.notes, *said)})
+    if not levels - {"full"}:
+        result = with_seen(result, ours.tensors, theirs.tensors)
     return _noted(_told(result, estimated=estimated), ours, theirs)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from truestep.judge.seen import with_profile
 from truestep.keys import key_of
 from truestep.verdict import GIVEN, Divergence, Row, Verdict
 
@@ -135,11 +136,12 @@ def around(fqn: str) -> list[str]:
 def with_kind(
     place: Divergence, actual: torch.Tensor | None, reference: torch.Tensor | None
 ) -> Divergence:
-    """A place with what its residual looks like added; as it is where a side lacks the tensor."""
+    """A place with what its residual looks like added, and where along an axis it lies; as it is
+    where a side lacks the tensor."""
     if actual is None or reference is None:
         return place
     kind = "; ".join(part for part in (place.kind, kind_of(actual, reference)) if part)
-    return place.model_copy(update={"kind": kind or None})
+    return with_profile(place.model_copy(update={"kind": kind or None}), actual, reference)
 
 
 def kind_of(actual: torch.Tensor, reference: torch.Tensor) -> str | None:

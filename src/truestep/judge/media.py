@@ -61,9 +61,9 @@ def frame_media(
     gain = 1.0
     if 0 < largest < 1:
         gain = float(min(2 ** math.floor(math.log2(1 / largest)), _LARGEST_GAIN))
-    reference_uris = _uris((theirs + 1) / 2)
-    actual_uris = reference_uris if same else _uris((own + 1) / 2)
-    difference_uris = _uris(difference[:, :1]) * count if same else _uris(difference * gain)
+    reference_uris = uris((theirs + 1) / 2)
+    actual_uris = reference_uris if same else uris((own + 1) / 2)
+    difference_uris = uris(difference[:, :1]) * count if same else uris(difference * gain)
     frames = tuple(
         FrameTriple(
             index=frame,
@@ -96,7 +96,8 @@ def sound_media(
 
     Returns:
         Metrics, 16-bit WAV and PNG data URIs. Sounds are as loud as they are; what is beyond full
-        scale is cut off, and what is not finite is silent. Pictures have time to the right,
+        scale is cut off, and what is not finite is silent. Their difference is made louder by the
+        largest power of two at which it is not cut off. Pictures have time to the right,
         frequency from 0 upwards to half the sample rate, and the loudest channel: black is
         `FLOOR_DB`, white is 0 dB. In that of the difference (the largest of any channel) white is
         `difference_db`.
@@ -112,23 +113,40 @@ def sound_media(
     pictures = [spectrogram_db(_lengthened(side, length)) for side in (own, theirs)]
     loudest = [picture.amax(0) for picture in pictures]
     channels = len(own) == len(theirs)
+    heard, loud = _heard(own, theirs, sample_rate)
     ours, others = pictures if channels else (side[None] for side in loudest)
     difference = (ours - others).abs().amax(0)
     finite = difference[torch.isfinite(difference)]
     largest = float(finite.max()) if finite.numel() else 0.0
     images = [1 - side / FLOOR_DB for side in loudest] + [difference / (largest or 1.0)]
-    shown = [_uris(_picture(image))[0] for image in images]
+    shown = [uris(_picture(image))[0] for image in images]
     sound = Sound(
         sample_rate=sample_rate,
         metrics=metrics,
         actual=_wav_uri(own, sample_rate),
         reference=_wav_uri(theirs, sample_rate),
+        difference=heard,
+        difference_gain=loud,
         seconds_shown=length / sample_rate,
         spectrograms=FrameTriple(index=0, actual=shown[0], reference=shown[1], difference=shown[2]),
         difference_db=largest,
     )
     height, width = _picture(difference).shape[-2:]
     return Media(name=name, width=width, height=height, gain=1.0, frames=(), sound=sound)
+
+
+def _heard(own: torch.Tensor, theirs: torch.Tensor, sample_rate: int) -> tuple[str, float]:
+    """The difference of two sounds `c n` to hear, and how many times as loud as it is."""
+    if own.shape != theirs.shape:
+        return "", 1.0
+    difference = (own - theirs).nan_to_num(0.0, 0.0, 0.0)
+    largest = float(difference.abs().max())
+    if not largest:
+        return "", 1.0
+    gain = (
+        float(min(2 ** math.floor(math.log2(1 / largest)), _LARGEST_GAIN)) if largest < 1 else 1.0
+    )
+    return _wav_uri(difference * gain, sample_rate), gain
 
 
 def _lengthened(waveform: torch.Tensor, length: int) -> torch.Tensor:
@@ -163,7 +181,7 @@ def wav(pcm: bytes, channels: int, sample_rate: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def _uris(images: torch.Tensor) -> list[str]:
+def uris(images: torch.Tensor) -> list[str]:
     """Images `3 n h w` in [0, 1] as PNG data URIs; pixels that are not finite are magenta."""
     bad = ~torch.isfinite(images).all(dim=0)
     pixels = (images.nan_to_num(0.0) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -51,7 +51,7 @@ def structure(actual: torch.Tensor, reference: torch.Tensor) -> dict[str, float]
     """
     if actual.shape != reference.shape:
         raise ValueError(f"shapes differ: {tuple(actual.shape)} and {tuple(reference.shape)}")
-    residual, theirs, rms = _residual(actual, reference)
+    residual, theirs, rms = residual_of(actual, reference)
     size = _rms(residual)
     if not rms or not size or not math.isfinite(size):
         return {}
@@ -126,7 +126,7 @@ def _beyond_noise(ee: float, er: float, rr: float, aa: float, count: int) -> boo
     return False
 
 
-def _residual(
+def residual_of(
     actual: torch.Tensor, reference: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Residual over the reference's rms, the reference, and that rms; float32, or wider."""

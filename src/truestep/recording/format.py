@@ -22,6 +22,8 @@ from truestep.recording import manifest_reading
 from truestep.recording.header import TORCH_NAMES, Header, Slot, digest, manifest_digest
 from truestep.recording.manifest import DIGEST_KEY, METADATA_KEY, Level, Manifest
 from truestep.recording.manifest_reading import Packed
+from truestep.records import Shown
+from truestep.text import short
 
 WHAT = "the recording"
 """What is written, for errors."""
@@ -40,7 +42,7 @@ class _NoTensorError(KeyError):
         return f"no tensor {self._name!r} in the recording{likely}"
 
 
-class Recording(Mapping[str, torch.Tensor]):
+class Recording(Shown, Mapping[str, torch.Tensor]):
     """What one run produced: a read-only mapping from tensor name to tensor, with a manifest.
 
     Opened from a file, a tensor is mapped when first asked for. Tensors share the file's pages, or
@@ -193,7 +195,8 @@ class Recording(Mapping[str, torch.Tensor]):
 
     def __repr__(self) -> str:
         place = self.path or "in memory"
-        return f"Recording({place}, {len(self)} tensors, case {self.manifest.case_id})"
+        case = short(str(self.manifest.case_id), 90)
+        return f"Recording({short(str(place), 150)}, {len(self)} tensors, case {case})"
 
 
 class _File:

@@ -21,6 +21,7 @@ from truestep.errors import (
 )
 from truestep.judge.floor import Limits, free_running, pair_of
 from truestep.judge.repeats import said_unsteady
+from truestep.judge.seen import with_seen
 from truestep.randomness import own_randomness
 from truestep.replay.judging import coverage, media_of, rows_of
 from truestep.text import quoted
@@ -290,7 +291,7 @@ def check_pipeline(  # 9 parameters: those of `check` that are left when the pip
         notes=(*run.notes, *pipe.fallbacks),
         cost=_cost(manifest, forwards=pipe.forwards - before, seconds=seconds),
     )
-    return said_unsteady(result)
+    return with_seen(said_unsteady(result), run.replayed.outputs, recording)
 
 
 def _cost(manifest: Manifest, *, forwards: int, seconds: float) -> Cost:

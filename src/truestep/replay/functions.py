@@ -26,6 +26,7 @@ from truestep.judge.floor import Limits, pair_of
 from truestep.judge.refusals import refuse_empty_content, refuse_unsteady
 from truestep.judge.repeats import differing, said_unsteady, with_second_answers
 from truestep.judge.rows import build_comparison, compare_tensors, measured_run
+from truestep.judge.seen import with_seen
 from truestep.keys import key_of
 from truestep.measure.plain import plain
 from truestep.progress import Progress
@@ -176,7 +177,7 @@ def check_function(
         looked_at=(f"outputs of {len(samples)} samples, each called again in reverse order",),
         notes=tuple(f"{sample}: {text}" for sample, text in failed.items()),
     )
-    return said_unsteady(comparison)
+    return with_seen(said_unsteady(comparison), actual, expected)
 
 
 def _answers(

@@ -12,7 +12,8 @@ from truestep.experiment.records import CellResult, Experiment, Finding
 from truestep.experiment.table import nothing_text, ratio_text
 from truestep.files import write_text
 from truestep.report.answer import word_of
-from truestep.report.html import LABELS, embedded_json, number, page
+from truestep.report.curves import number
+from truestep.report.html import LABELS, embedded_json, page
 from truestep.text import columns, say, wrapped
 from truestep.verdict import Media
 

@@ -18,7 +18,8 @@ from truestep.experiment.ablation_records import (
 )
 from truestep.experiment.attribution import NOT_ADDITIVE, ORDER_TEXT
 from truestep.files import write_text
-from truestep.report.html import LABELS, embedded_json, number, page
+from truestep.report.curves import number
+from truestep.report.html import LABELS, embedded_json, page
 from truestep.text import say, visible
 
 if TYPE_CHECKING:

@@ -34,8 +34,8 @@ class Accelerated:
 
     batched: int = 0
     single: int = 0
-    _branches: list[Branches] = field(default_factory=list)
-    _texts: list[TextAttention] = field(default_factory=list)
+    _branches: list[Branches] = field(default_factory=list, repr=False)
+    _texts: list[TextAttention] = field(default_factory=list, repr=False)
 
     @property
     def reasons(self) -> tuple[str, ...]:
