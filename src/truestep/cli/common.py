@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from truestep.cli.brief import brief_option, in_brief, one_on_stdout
+from truestep.report.screen import Entries, print_lines, screen
 from truestep.text import say, say_json, visible
 
 if TYPE_CHECKING:
@@ -145,8 +146,9 @@ def verbose() -> bool:
     return bool(context is not None and context.meta.get(_VERBOSE))
 
 
-def _be_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
-    context.meta[_VERBOSE] = value
+def be_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
+    """Callback of options that ask for everything."""
+    context.meta[_VERBOSE] = value or verbose()
 
 
 verbose_option = click.option(
@@ -154,9 +156,19 @@ verbose_option = click.option(
     "--verbose",
     is_flag=True,
     expose_value=False,
-    callback=_be_verbose,
-    help="Print everything: all tensors, what was looked at, the rule, the cost.",
+    callback=be_verbose,
+    help="Print everything, not only what fits in a dozen lines.",
 )
+
+
+def print_screen(
+    head: str,
+    *listed: Entries,
+    ending: Iterable[str] = (),
+    exit_code: int | None = None,
+) -> None:
+    """Print an answer and what is listed under it: a dozen lines, or all where -v is given."""
+    print_lines(screen(head, *listed, ending=ending, verbose=verbose()), exit_code=exit_code)
 
 
 def output_options(function: Command) -> Command:
@@ -321,8 +333,13 @@ def finish(
     *,
     json_path: str | None,
     report: Path | None,
+    told: str = "",
 ) -> int:
-    """Print comparisons, write JSON and report, and return the exit code of the worst verdict."""
+    """Print comparisons, write JSON and report, and return the exit code of the worst verdict.
+
+    Args:
+        told: What all of them together say; it stands first.
+    """
     from truestep.environment import command_line
     from truestep.report import terminal
     from truestep.verdict import Results
@@ -336,6 +353,6 @@ def finish(
 
         html.write_many(report, results.comparisons)
     name = str(report) if report else None
-    show = partial(terminal.print_results, results, report=name, verbose=verbose())
+    show = partial(terminal.print_results, results, report=name, verbose=verbose(), told=told)
     give(results, json_path=json_path, show=show)
     return results.exit_code
