@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from truestep.cli.brief import brief_option, in_brief, one_on_stdout
-from truestep.report.screen import Entries, print_lines, screen
-from truestep.text import say, say_json, visible
+from truestep.report.screen import LINES, Entries, print_lines, screen
+from truestep.text import command_lines, say, say_json, visible, wrapped
 
 if TYPE_CHECKING:
     from truestep.verdict import Comparison, Record
@@ -169,6 +169,34 @@ def print_screen(
 ) -> None:
     """Print an answer and what is listed under it: a dozen lines, or all where -v is given."""
     print_lines(screen(head, *listed, ending=ending, verbose=verbose()), exit_code=exit_code)
+
+
+class Told:
+    """Entries that are printed as they come, and counted when a dozen lines are full."""
+
+    def __init__(self) -> None:
+        self._room, self._untold = LINES - 1, 0
+
+    def say(self, entry: Iterable[str], *, ending: Iterable[str] = ()) -> None:
+        """Print an entry, if it fits or is the first.
+
+        Args:
+            entry: Lines of text.
+            ending: Lines with commands, and where files are.
+        """
+        lines = [row for text in entry for row in wrapped("", text)]
+        lines += [row for text in ending for row in command_lines(visible(text))]
+        if self._untold or (len(lines) > self._room < LINES - 1 and not verbose()):
+            self._untold += 1
+            return
+        self._room -= len(lines)
+        for line in lines:
+            say(line)
+
+    def end(self) -> None:
+        """Say how many were not printed."""
+        if self._untold:
+            say(f"... {self._untold} more (-v)")
 
 
 def output_options(function: Command) -> Command:

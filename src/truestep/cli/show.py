@@ -198,8 +198,8 @@ def _print_profile(name: str) -> None:
     defaults = ", ".join(f"{key} {value}" for key, value in profile.defaults.items())
     print_screen(
         f"{profile.name}: {profile.about}; {profile.model}-{' and '.join(profile.versions)}",
-        Entries(entries, "controls"),
         facts([("defaults", defaults)], most=None if verbose() else 2),
+        Entries(entries, "controls"),
     )
 
 
@@ -260,7 +260,7 @@ def show_file(file: Path, *, as_json: bool) -> None:
     cells = [(name, kind, _shape(last)) for name, kind, last in found.rows]
     print_screen(
         f"{file}: {found.kind}{count}{size}",
-        facts(told, most=None if verbose() else 1),
+        facts(told, most=None if verbose() else 2),
         rows(f"  {line}" for line in found.lines),
         rows(aligned(cells, left=(0, 1, 2)), found.noun),
     )
