@@ -28,7 +28,9 @@ def print_results(bundle: PerfResults, *, verbose: bool = False) -> None:
         listed = [rows(map(headline, told), "cases")]
     else:
         head = headline(results[0])
-        listed = [rows(_short(results[0])), facts(_facts(results[0]), most=2)]
+        result = results[0]
+        listed = [facts(_advice(result), most=2), rows(_short(result), "numbers")]
+        listed.append(facts(_facts(result), most=2))
     lines = screen(head, *listed, ending=[f"repeat: {bundle.repeat}"], verbose=verbose)
     print_lines(lines, exit_code=bundle.exit_code)
 
@@ -43,8 +45,9 @@ def headline(result: PerfResult) -> str:
     if result.action == "record":
         return f"RECORDED {told}" if passed else f"FAILED {word}: {told}"
     seen = result.detectable if passed else None
-    blind = seen is not None and seen >= _WEAK
-    return f"{first} {word}{f', but only {seen:.0%} slower would have been seen' * blind}: {told}"
+    if seen is not None and seen >= _WEAK:
+        word += f", but only {seen:.0%} slower would have been seen"
+    return f"{first} {word}: {told}"
 
 
 def _short(result: PerfResult) -> list[str]:
@@ -60,10 +63,15 @@ def _short(result: PerfResult) -> list[str]:
     return aligned(cells, left=(0, 4)) if result.rows else []
 
 
-def _facts(result: PerfResult) -> list[tuple[str, str]]:
-    """What else is to be said of a result, labelled: what to do first."""
+def _advice(result: PerfResult) -> list[tuple[str, str]]:
+    """What is wrong with the numbers, and what to do."""
     said = [("impossible", problem) for problem in result.problems[:2]]
-    said += [("hint", result.hint or result.offer), ("cohort", result.cohort_id)]
+    return [*said, ("hint", result.hint or result.offer)]
+
+
+def _facts(result: PerfResult) -> list[tuple[str, str]]:
+    """What else is to be said of a result, labelled."""
+    said = [("cohort", result.cohort_id)]
     said += [("note", note) for note in result.notes]
     said += [("there is", _other(other)) for other in result.alternatives]
     runs, batches = result.baseline_runs, result.baseline_batches

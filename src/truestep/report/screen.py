@@ -44,7 +44,7 @@ def rows(lines: Iterable[str], noun: str = "") -> Entries:
 
 def facts(pairs: Iterable[tuple[str, str]], *, most: int | None = 1) -> Entries:
     """Labelled entries, each of `most` lines; all of its lines where that is None."""
-    return Entries([wrapped(label, text, most=most) for label, text in pairs if text])
+    return Entries([wrapped(label, text, most=most) for label, text in pairs if text], "facts")
 
 
 def screen(
@@ -81,7 +81,7 @@ def _fitting(group: Entries, room: int) -> list[str]:
         last = at == len(group.lines) - 1
         if len(lines) + len(entry) > room - (not last):
             noun = f" {group.noun}" if group.noun else ""
-            more = f"  ... {len(group.lines) - at}{' more' if at else ''}{noun} (-v)"
+            more = f"  ... {len(group.lines) - at} more{noun} (-v)"
             return [*lines, more][: max(room, 0)]
         lines += (cut(line) for line in entry)
     return lines
