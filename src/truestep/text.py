@@ -55,7 +55,9 @@ def columns() -> int:
     return min(max(shutil.get_terminal_size((80, 24)).columns, 40), 120)
 
 
-def wrapped(label: str, text: str, *, most: int | None = None, indent: int = 0) -> list[str]:
+def wrapped(
+    label: str, text: str, *, most: int | None = None, indent: int = 0, split: bool = True
+) -> list[str]:
     """Text as lines no wider than `columns`, the first after a label.
 
     Args:
@@ -63,6 +65,7 @@ def wrapped(label: str, text: str, *, most: int | None = None, indent: int = 0) 
         text: What is said; nothing in it acts afterwards.
         most: Lines; what is beyond is cut off, with dots at the end.
         indent: Spaces before the first line, where it has no label.
+        split: Break words longer than a line; a path that is not broken can be copied.
     """
     lead = f"  {label:<12} " if label else " " * indent
     lines = textwrap.wrap(
@@ -71,6 +74,7 @@ def wrapped(label: str, text: str, *, most: int | None = None, indent: int = 0) 
         initial_indent=lead,
         subsequent_indent=" " * (len(lead) if label else indent + 2),
         break_on_hyphens=False,
+        break_long_words=split,
     )
     if most is None or len(lines) <= most:
         return lines

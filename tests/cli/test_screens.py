@@ -125,7 +125,18 @@ TABLE: Mapping[str, tuple[Screen, ...]] = {
     "trace recorder": (at("--write", "recorder-{width}.py"), at("--write", "change.py", code=2)),
     "trace recover": (at("nosuch.safetensors", code=2),),
     "ab run": (
-        at("a", "--set", "cfg=batched", "--rounds", "1", "--warmup", "0", "--output", "ab-{width}", code=4),
+        at(
+            "a",
+            "--set",
+            "cfg=batched",
+            "--rounds",
+            "1",
+            "--warmup",
+            "0",
+            "--output",
+            "ab-{width}",
+            code=4,
+        ),
         at(
             "a",
             "--apply",

@@ -266,7 +266,10 @@ def show_file(file: Path, *, as_json: bool) -> None:
     )
 
 
-_TELLING = ("case", "recorded", "engine", "call", "prompt", "key frames", "floor")
+_TELLING = (
+    *("case", "recorded", "level", "engine", "call", "prompt", "prepared", "kept", "key frames"),
+    "floor",
+)
 """What of a recording is shown by default."""
 
 

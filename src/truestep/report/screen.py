@@ -63,8 +63,8 @@ def screen(
     closing = [row for line in ending if line for row in command_lines(visible(line))]
     if verbose:
         every = [line for group in listed for entry in group.lines for line in entry]
-        return [*wrapped("", head), *every, *closing]
-    lines = wrapped("", head, most=_HEAD)
+        return [*wrapped("", head, split=False), *every, *closing]
+    lines = wrapped("", head, most=_HEAD, split=False)
     room = LINES - len(lines) - len(closing)
     groups = [group for group in listed if group.lines]
     for at, group in enumerate(groups):
