@@ -253,7 +253,7 @@ class CallCase(BaseModel):
         return readable_id(content, self.model, self.pipeline or "", self.prompt)
 
     def canonical(self) -> dict[str, Any]:
-        """What is said, but for the device and compile, and what its files held where they were read."""
+        """What is said but for device and compile, and what its files held when read."""
         content = self.model_dump(mode="json", exclude={"device", "compile"})
         kept = ("model", "subject", "seed", "dtype", "call")
         return {k: v for k, v in content.items() if k in kept or v not in (None, {}, [])}

@@ -95,8 +95,8 @@ command.add_command(ablate)
     "--matrix",
     multiple=True,
     metavar="KEY=VALUE,...",
-    help="Run every combination of these values in both arms; compile=off,on among them. Alone, it is "
-    "the switch: the first value is the baseline, every other one a candidate.",
+    help="Run every combination of these values in both arms; compile=off,on among them. Alone, it "
+    "is the switch: the first value is the baseline, every other one a candidate.",
 )
 @click.option(
     "--rounds",

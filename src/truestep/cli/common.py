@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from truestep.cli import completing
 from truestep.cli.brief import brief_option, in_brief, one_on_stdout
 from truestep.report.screen import LINES, Entries, print_lines, screen
 from truestep.text import command_lines, say, say_json, visible, wrapped
@@ -75,7 +76,9 @@ file_option = click.option(
     show_default=True,
     help="Case file.",
 )
-names_argument = click.argument("names", nargs=-1, metavar="[CASES]...")
+names_argument = click.argument(
+    "names", nargs=-1, metavar="[CASES]...", shell_complete=completing.cases
+)
 
 
 def case_options(function: Command) -> Command:
@@ -229,6 +232,7 @@ set_option = click.option(
     "changes",
     multiple=True,
     metavar="KEY=VALUE",
+    shell_complete=completing.settings,
     help="Change a value of the case or its settings.",
 )
 

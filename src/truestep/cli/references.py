@@ -263,8 +263,8 @@ def _tell_moved(moved: Sequence[Moved], verb: str, head: str) -> None:
     text += f", {rest} there already"
     if missing:
         text = f"MISSING {len(missing)}: neither here nor in the store. {text}"
-    hint = "hint: truestep references push, on a machine that has them" if missing else ""
-    print_screen(text, rows(listed), ending=[hint])
+    advice = "hint: truestep references push, on a machine that has them"
+    print_screen(text, rows(listed), ending=[advice] if missing else [])
     end(3 if missing else 0)
 
 
@@ -278,12 +278,12 @@ def verify(asked: _Asked) -> None:
     with byte_bar() as progress:
         read, faults = verify(asked.references, keys, remote, progress)
     again = asked.spelled("truestep references push --again")
-    hint = f"hint: {again}  # where the contents are: sends what is missing or damaged"
+    advice = f"hint: {again}  # where the contents are: sends what is missing or damaged"
     print_screen(
         f"{'FAILED' if faults else 'VERIFIED'} {read} contents in {remote.address.shown}, "
         f"{len(faults)} faults" + ("" if faults else ": what the lock names is there, bit for bit"),
         rows(f"  BAD {fault.sha256[:12]}: {fault.what}; {fault.name}" for fault in faults),
-        ending=[hint] if faults else [],
+        ending=[advice] if faults else [],
     )
     end(2 if faults else 0)
 

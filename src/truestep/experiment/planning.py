@@ -237,7 +237,7 @@ def matrix_alone(dimensions: Sequence[str]) -> tuple[dict[str, Any], list[Planne
         raise UsageError(
             "the arms do not differ: the matrix has one value",
             measured=first.name,
-            hint=f"e.g. --matrix {COMPILE}=off,on",
+            hint="e.g. --matrix compile=off,on",
         )
     cells = [
         PlannedCell(name=cell.name, folder=cell.folder, candidate=_values(cell)) for cell in others

@@ -45,7 +45,7 @@ def compile_model(model: Any, mode: str = "on") -> None:
 
     Args:
         model: A module.
-        mode: One of `COMPILE_MODES` but `off`; `on` is torch's default.
+        mode: One of `call_case.COMPILE_MODES` but `off`; `on` is torch's default.
     """
     options = {} if mode == "on" else {"mode": mode}
     if getattr(model, "_repeated_blocks", None) and hasattr(model, "compile_repeated_blocks"):
