@@ -185,7 +185,7 @@ def test_a_reference_alone_is_enough_and_shows_its_calls(run: Run) -> None:
     assert code == 0
     assert "  call         StableDiffusionImg2ImgPipeline: " in out
     assert "prompt 'a cat', image 'Image 32x32', strength 0.8" in " ".join(out.split())
-    assert "  calls      text        text_encoder.forward" in out
+    assert "  calls        text        text_encoder.forward" in out
     assert "  calls      prediction  unet.forward" in out
 
 
@@ -252,7 +252,7 @@ def test_a_lora_that_changes_nothing_is_said_when_it_is_recorded(run: Run, folde
         code, out, err = run("record", *WORDS, "--lora", lora, "--floor", "none", "--output", "z")
         assert code == 0, err
         assert ("\nnote: lora " in out) is bool(note)
-        assert note in out
+        assert note in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
