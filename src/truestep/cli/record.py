@@ -142,8 +142,7 @@ def command(  # 22 parameters: the options of the verb
         end(tell(cases, "record", written, from_disk=from_disk, change=change))
     require_room(output or root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(Store(root), cases, tier, refuse=runs is None)
-    told, broken = Told(), 0
-    saving = _Saving(Store(root), output, tier, update, resume, told)
+    saving, broken = _Saving(Store(root), output, tier, update, resume, told := Told()), 0
     for name, case in cases.items():
         if name in kept:
             saving.keep(name, case, kept[name], runs)
@@ -157,11 +156,9 @@ def command(  # 22 parameters: the options of the verb
             broken += 1  # one broken case must not cost the others' references
             _say_broken(name, error)
             continue
-        stored = not output and not is_draft(root, path)
-        check = _check(words, name, case, path, changed=bool(changes), stored=stored)
-        told.say(
-            _told(name, recording), ending=[f"reference: {path}", *[check] * (level == "full")]
-        )
+        known = not output and not is_draft(root, path)
+        check = _check(words, name, case, path, changed=bool(changes), stored=known)
+        told.say(_told(name, recording), ending=_ending(path, check, level))
         saving.add(runs, name, case)
     told.end()
     end(2 if broken else 0)
@@ -204,6 +201,11 @@ def _accepted(cases: dict[str, AnyCase]) -> dict[str, AnyCase]:
 def _say_broken(name: str, error: TruestepError) -> None:
     text = f"{type(error).__name__}: {spelled(error, name)}"
     say(f"BROKEN {visible(name)}: {text}", err=True, lines=True)
+
+
+def _ending(path: Path, check: str, level: str) -> list[str]:
+    """Where a reference is, and the command that checks against it; only tensors are replayed."""
+    return [f"reference: {path}", *([check] if level == "full" else [])]
 
 
 def _check(
