@@ -186,7 +186,7 @@ def test_a_reference_alone_is_enough_and_shows_its_calls(run: Run) -> None:
     assert "  call         StableDiffusionImg2ImgPipeline: " in out
     assert "prompt 'a cat', image 'Image 32x32', strength 0.8" in " ".join(out.split())
     assert "  calls        text        text_encoder.forward" in out
-    assert "  calls      prediction  unet.forward" in out
+    assert "  calls        prediction  unet.forward" in out
 
 
 def test_a_prepared_case_says_so_everywhere(run: Run, folder: Path) -> None:

@@ -15,7 +15,11 @@ import click
 
 from truestep.cli import completing
 from truestep.cli.brief import brief_option, in_brief, one_on_stdout
-from truestep.report.screen import LINES, Entries, print_lines, screen
+from truestep.cli.screens import be_verbose as be_verbose
+from truestep.cli.screens import print_screen as print_screen
+from truestep.cli.screens import verbose as verbose
+from truestep.cli.screens import verbose_option as verbose_option
+from truestep.report.screen import LINES
 from truestep.text import command_lines, say, say_json, visible, wrapped
 
 if TYPE_CHECKING:
@@ -138,40 +142,6 @@ def _writable(
     if option.name == "json_path":
         one_on_stdout(context, option, str(value))
     return value
-
-
-_VERBOSE = "truestep.verbose"
-
-
-def verbose() -> bool:
-    """Whether this command is to print all that it knows."""
-    context = click.get_current_context(silent=True)
-    return bool(context is not None and context.meta.get(_VERBOSE))
-
-
-def be_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
-    """Callback of options that ask for everything."""
-    context.meta[_VERBOSE] = value or verbose()
-
-
-verbose_option = click.option(
-    "-v",
-    "--verbose",
-    is_flag=True,
-    expose_value=False,
-    callback=be_verbose,
-    help="Print everything, not only what fits in a dozen lines.",
-)
-
-
-def print_screen(
-    head: str,
-    *listed: Entries,
-    ending: Iterable[str] = (),
-    exit_code: int | None = None,
-) -> None:
-    """Print an answer and what is listed under it: a dozen lines, or all where -v is given."""
-    print_lines(screen(head, *listed, ending=ending, verbose=verbose()), exit_code=exit_code)
 
 
 class Told:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.cli.common import be_verbose, print_screen, verbose, verbose_option
+from truestep.cli.screens import be_verbose, print_screen, verbose, verbose_option
 from truestep.report.screen import Entries, aligned, facts, rows
 from truestep.text import pasteable, quoted, say, say_json, wrapped
 
