@@ -46,3 +46,8 @@ def runner(patch: pytest.MonkeyPatch, captured: Captured, *verb: str) -> Run:
         return code, out, err
 
     return run
+
+
+def flat(text: str) -> str:
+    """What was printed, without where its lines were broken."""
+    return " ".join(text.split())

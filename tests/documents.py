@@ -30,7 +30,7 @@ Ran = Callable[[list[str], Path], str]
 
 def pages() -> list[Path]:
     """Pages that have blocks to run."""
-    listed = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    listed = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [page for page in listed if "<!-- run -->\n" in page.read_text("utf-8")]
 
 

@@ -34,6 +34,8 @@ VOCABULARY = frozenset(
         "randomness",
         "reading",
         "records",
+        "reduced",
+        "screen",
         "text",
         "turns",
         "verdict",

@@ -12,7 +12,7 @@ from tests.warm import Command
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IN_PYTHON = ("faster", "functions", "latents", "pipelines")
 """Pages whose blocks of Python all run by themselves."""
 
@@ -56,6 +56,19 @@ def test_every_command_of_the_readme_is_run() -> None:
     assert len(README.splitlines()) <= 200
 
 
+UNMARKED = re.compile(r"(?<!<!-- run -->\n)(?<! -->\n)```console\n")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_console_block_is_run_or_says_why_not(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert not UNMARKED.search(text), "mark it `<!-- run -->` or `<!-- not run: needs ... -->`"
+    for reason in re.findall(r"<!-- not run:(.*?)-->", text):
+        assert len(reason.split()) >= 2, reason
+    assert UNMARKED.search("text\n\n```console\n$ truestep x\n```")
+    assert not UNMARKED.search("<!-- not run: needs a server -->\n```console\n")
+
+
 @pytest.mark.parametrize("page", IN_PYTHON)
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -87,9 +100,14 @@ def test_every_verb_and_every_word_has_its_place() -> None:
     from truestep.cli.app import FURTHER, VERBS
     from truestep.verdict import Verdict
 
-    verbs = (ROOT / "docs" / "verbs.md").read_text("utf-8")
+    index = (ROOT / "docs" / "verbs.md").read_text("utf-8")
+    nav = (ROOT / "mkdocs.yml").read_text("utf-8")
     for verb in (*VERBS, *FURTHER):
-        assert f"\n## {verb}\n" in verbs, verb
+        page = (ROOT / "docs" / "verbs" / f"{verb}.md").read_text("utf-8")
+        assert page.startswith(f"# {verb}\n"), verb
+        assert "```console\n" in page, verb
+        assert f"](verbs/{verb}.md)" in index, verb
+        assert f": verbs/{verb}.md\n" in nav, verb
     glossary = (ROOT / "docs" / "glossary.md").read_text("utf-8")
     for verdict in Verdict:
         assert f"`{verdict.value}`" in glossary

@@ -28,9 +28,17 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+)
 
 from truestep.content import case_differences, invalid_case, readable_id
 from truestep.errors import CaseError
@@ -50,6 +58,20 @@ _SCHEDULER = "scheduler."
 _SHA256 = "sha256"
 _PREPARE = "prepare"
 _BLOCK = 1 << 20
+
+
+def _switched(value: object) -> object:
+    """`true` and `false` as `on` and `off`."""
+    return {"true": "on", "false": "off"}.get(str(value).lower(), value)
+
+
+COMPILE_MODES = ("off", "on", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""What `compile` may be: off, torch.compile's default, or one of its modes."""
+
+CompileMode = Annotated[
+    Literal["off", "on", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+    BeforeValidator(_switched),
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,8 @@ class CallCase(Shown, BaseModel):
         lora: LoRA files, each `PATH:SCALE`; they are loaded before anything else is done.
         prepare: `FILE.py:FUNCTION` that is given the loaded pipeline and changes it, or returns
             another. Of a case, the reference and every candidate are prepared so.
+        compile: Whether the denoisers run through torch.compile, and in which of its modes. Not
+            part of the case's id: it is a change under test.
         sha256: Of what `input.NAME`, `lora.PATH` and `prepare` held where they were read: 16
             digits. Not part of the case's id; one that is on one side only is no difference.
 
@@ -122,6 +146,7 @@ class CallCase(Shown, BaseModel):
     input: dict[str, tuple[str, ...] | str] = Field(default_factory=dict)
     lora: tuple[str, ...] = ()
     prepare: str | None = None
+    compile: CompileMode = "off"
     sha256: dict[str, str] = Field(default_factory=dict)
 
     _base: Path | None = PrivateAttr(default=None)
@@ -232,8 +257,8 @@ class CallCase(Shown, BaseModel):
         return readable_id(content, self.model, self.pipeline or "", self.prompt)
 
     def canonical(self) -> dict[str, Any]:
-        """What is said, but for the device, and what its files held where they were read."""
-        content = self.model_dump(mode="json", exclude={"device"})
+        """What is said but for device and compile, and what its files held when read."""
+        content = self.model_dump(mode="json", exclude={"device", "compile"})
         kept = ("model", "subject", "seed", "dtype", "call")
         return {k: v for k, v in content.items() if k in kept or v not in (None, {}, [])}
 

@@ -20,7 +20,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from truestep.call_case import CALL_TABLES, PREPARATION, CallCase, is_call_case
+from truestep.call_case import (
+    CALL_TABLES,
+    PREPARATION,
+    CallCase,
+    CompileMode,
+    is_call_case,
+)
 from truestep.content import case_differences, invalid_case, readable_id
 from truestep.controls import AudioVideo, profiles
 from truestep.errors import CaseError
@@ -63,6 +69,8 @@ class Settings(AudioVideo):
         adaptive_gate: Share of the steps, 0 to 1, after which the unconditional pass is skipped.
         adaptive_agreement: Relative distance of the two predictions from which on it is skipped.
         adaptive_reuse: What stands for it: the last `delta` of the two, or nothing (`drop`).
+        compile: Whether the denoisers run through torch.compile, and in which of its modes; `on`
+            is torch's default. Not part of the case id: it is a change under test.
         fps: Frames a second that a Cosmos or LTX-2 model is told; None is its pipeline's default,
             30 or 24.
     """
@@ -83,6 +91,7 @@ class Settings(AudioVideo):
     adaptive_agreement: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     adaptive_reuse: Literal["delta", "drop"] = "delta"
     fps: int | float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    compile: CompileMode = "off"
 
 
 LATER = (
@@ -215,9 +224,9 @@ class Case(Generation):
         return readable_id(self.canonical(), self.model.removeprefix("builtin:"), self.prompt)
 
     def canonical(self) -> dict[str, Any]:
-        """Content that the id hashes: everything but device and attention backend."""
+        """Content that the id hashes: everything but device, attention backend and compile."""
         content = self.model_dump(mode="json")
-        for key in ("device", "attention_backend"):
+        for key in ("device", "attention_backend", "compile"):
             del content["settings"][key]
         for key in LATER:
             if content["settings"][key] == Settings.model_fields[key].default:

@@ -59,7 +59,7 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
-    for key in ("settings.device", "settings.attention_backend"):
+    for key in ("settings.device", "settings.attention_backend", "settings.compile"):
         flat.pop(key, None)
     return flat
 

@@ -65,21 +65,26 @@ def columns() -> int:
     return min(max(shutil.get_terminal_size((80, 24)).columns, 40), 120)
 
 
-def wrapped(label: str, text: str, *, most: int | None = None) -> list[str]:
+def wrapped(
+    label: str, text: str, *, most: int | None = None, indent: int = 0, split: bool = True
+) -> list[str]:
     """Text as lines no wider than `columns`, the first after a label.
 
     Args:
         label: Begins the first line; empty: the text begins it, and what follows is indented.
         text: What is said; nothing in it acts afterwards.
         most: Lines; what is beyond is cut off, with dots at the end.
+        indent: Spaces before the first line, where it has no label.
+        split: Break words longer than a line; a path that is not broken can be copied.
     """
-    lead = f"  {label:<12} " if label else ""
+    lead = f"  {label:<12} " if label else " " * indent
     lines = textwrap.wrap(
         visible(text),
         width=columns(),
         initial_indent=lead,
-        subsequent_indent=" " * (len(lead) or 2),
+        subsequent_indent=" " * (len(lead) if label else indent + 2),
         break_on_hyphens=False,
+        break_long_words=split,
     )
     if most is None or len(lines) <= most:
         return lines

@@ -242,9 +242,8 @@ class Divergence(Record):
 
     `kind` is what the residual looks like; `operator` the call and the line of code inside the
     module where the two sides part, and which of its weights differ. `file` and `line` say that
-    line again where it is below the folder that the check ran in, relative to that. `cause` is what
-    explains it, where that was looked for and found; `profile` is where along an axis the residual
-    lies.
+    line again where it is below the folder that the check ran in. `cause` is what explains it,
+    where that was found; `profile` is where along an axis the residual lies.
     """
 
     name: str

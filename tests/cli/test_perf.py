@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.commands import Run, runner
+from tests.commands import Run, flat, runner
 from tests.experiment.test_baseline import COHORT, SCHEMAS, make_run
 from truestep.cli import perf
 from truestep.experiment.baseline import STAGES
@@ -83,7 +83,7 @@ def test_measured_on_a_real_model(run: Run, tiny_wan: dict[str, Path], tmp_path:
     (tmp_path / "truestep.toml").write_text(FILE.format(model=tiny_wan["wan21"]))
     code, out, _ = run("record", "three", "--runs", "2", "--json", "r.json", "--label", "abc")
     assert code == 0
-    assert out.startswith("RECORDED equivalent three [cohort ")
+    assert out.startswith("RECORDED three: 2 runs, median ")
     (result,) = PerfResults.model_validate_json((tmp_path / "r.json").read_text()).results
     assert result.cohort is not None
     wanted = {"device.name", "machine.cores", "torch.threads", "library.torch", "case.dtype"}
@@ -99,17 +99,21 @@ def test_measured_on_a_real_model(run: Run, tiny_wan: dict[str, Path], tmp_path:
     code, out, _ = run("show", "three")
     assert code == 0
     assert "abc" in out
-    assert out.endswith("2 runs in 1 batch of 1 case and 1 cohort\n")
+    assert out.startswith("2 runs in 1 batch of 1 case and 1 cohort\n")
 
 
 def test_the_same_speed_passes(run: Run, planted: Planted) -> None:
     baseline(run)
     code, out, _ = run("check", "three", "--runs", "20")
     assert code == 0
-    assert out.startswith(f"PASSED equivalent three [cohort {COHORT.id}]")
+    assert out.startswith("PASSED equivalent: three: as fast as its baseline")
+    assert out.splitlines()[-1] == "repeat: truestep perf check three --runs 20"
+    code, out, _ = run("check", "three", "--runs", "20", "-v")
+    assert code == 0
+    assert f"cohort       {COHORT.id}" in out
     assert "slower would not have passed" in out
     assert "baseline     120 runs of 6 processes in truestep-references/perf.sqlite" in out
-    assert out.splitlines()[-1] == "repeat: truestep perf check three --runs 20"
+    assert out.splitlines()[-1] == "repeat: truestep perf check three --runs 20 -v"
 
 
 def test_a_slow_down_of_three_percent_fails(run: Run, planted: Planted, tmp_path: Path) -> None:
@@ -117,7 +121,7 @@ def test_a_slow_down_of_three_percent_fails(run: Run, planted: Planted, tmp_path
     planted.speed = 1.03
     code, out, _ = run("check", "three", "--runs", "20", "--json", "c.json")
     assert code == 1
-    assert "FAILED drifted three" in out
+    assert out.startswith("FAILED drifted: three: slower: e2e ")
     results = PerfResults.model_validate_json((tmp_path / "c.json").read_text())
     assert (results.verdict, results.exit_code) == (Verdict.DRIFTED, 1)
     assert len(results.results[0].runs) == 20
@@ -128,10 +132,10 @@ def test_an_improvement_becomes_the_baseline_by_recording_it(run: Run, planted: 
     planted.speed = 0.9
     code, out, _ = run("check", "three", "--runs", "20")
     assert code == 0
-    assert "faster: truestep perf record three makes it the new baseline" in out
+    assert "faster: truestep perf record three makes it the new baseline" in flat(out)
     code, out, _ = run("record", "three", "--runs", "20")
     assert code == 0
-    assert "the new baseline: faster (-" in out
+    assert "the new baseline: faster (-" in flat(out)
     with open_history("truestep-references/perf.sqlite") as history:
         assert [b.baseline for b in history.batches(COHORT)] == [1] * 8 + [2]
 
@@ -141,10 +145,10 @@ def test_recording_a_slow_down_does_not_hide_it(run: Run, planted: Planted) -> N
     planted.speed = 1.5
     code, out, _ = run("record", "three", "--runs", "20")
     assert code == 0
-    assert "not counted: it has drifted (+5" in out
+    assert "not counted: it has drifted (+5" in flat(out)
     assert run("check", "three", "--runs", "20")[0] == 1
     code, out, _ = run("record", "three", "--runs", "20", "--fresh")
-    assert "the new baseline (+5" in out
+    assert "the new baseline (+5" in flat(out)
     assert run("check", "three", "--runs", "3")[0] in (0, 4)
     assert "not counted" in run("show")[1]
 
@@ -166,8 +170,8 @@ def test_another_cohort_is_missing(run: Run, planted: Planted) -> None:
     )
     code, out, _ = run("check", "three")
     assert code == 3
-    assert f"truestep {COHORT.id}, 20 runs: library.torch 3 (there (absent)), " in out
-    assert "torch.threads 8 (there 1)" in out
+    assert f"truestep {COHORT.id}, 20 runs: library.torch 3 (there (absent)), " in flat(out)
+    assert "torch.threads 8 (there 1)" in flat(out)
     assert "hint         truestep perf record three" in out
 
 
@@ -176,10 +180,10 @@ def test_impossible_runs_are_invalid_and_not_kept(run: Run, planted: Planted) ->
     planted.change = lambda found: found.model_copy(update={"e2e_ms": 0.0})
     code, out, _ = run("check", "three")
     assert code == 1
-    assert "invalid: three: run 0: e2e_ms is 0" in out
+    assert out.startswith("FAILED invalid: three: run 0: e2e_ms is 0")
     code, out, _ = run("record", "three")
     assert code == 1
-    assert "it was not kept" in out
+    assert "it was not kept" in flat(out)
     with open_history("truestep-references/perf.sqlite") as history:
         assert len(history.batches(COHORT)) == 1
 
@@ -233,7 +237,7 @@ def test_one_broken_case_does_not_cost_the_others(
     code, out, err = run("record")
     assert code == 2
     assert err.startswith("BROKEN three: TruestepError: the case raised ValueError: no")
-    assert "recorded four: 10 runs" in out
+    assert "RECORDED four: 10 runs" in out
 
 
 @pytest.mark.parametrize("runs", ["0", "-1"])
@@ -337,7 +341,7 @@ def write(name: str, content: object) -> str:
 
 def test_both_tools_are_imported_as_cohorts_of_their_own(run: Run) -> None:
     names = (write("perf_baselines.json", SGLANG), write("fastvideo.json", FASTVIDEO))
-    code, out, _ = run("import", *names)
+    code, out, _ = run("import", *names, "-v")
     assert code == 0
     assert "perf_baselines.json: sglang, 2 cases" in out
     assert "a stage of 0, below the file's resolution of 0.01 ms, is left out: wan_t2v" in out
@@ -412,7 +416,7 @@ def test_parts_that_do_not_add_up_are_imported_and_counted_in_one_note(run: Run)
         }
     sampled = {"denoise_step_ms": {"0": 3281.0, "2": 209.0}, "expected_median_denoise_ms": 205.0}
     content["scenarios"]["sampled"] = {"expected_e2e_ms": 12161.0, **sampled}
-    code, out, _ = run("import", write("b.json", content))
+    code, out, _ = run("import", write("b.json", content), "-v")
     assert code == 0
     assert "b.json: sglang, 63 cases" in out
     notes = [line for line in out.splitlines() if line.startswith("  note")]
@@ -427,7 +431,9 @@ def test_parts_that_do_not_add_up_are_imported_and_counted_in_one_note(run: Run)
 
 
 def test_a_mean_outside_its_own_runs_is_left_out(run: Run) -> None:
-    code, out, _ = run("import", write("f.json", {**FASTVIDEO, "avg_generation_time_s": 33.0}))
+    code, out, _ = run(
+        "import", write("f.json", {**FASTVIDEO, "avg_generation_time_s": 33.0}), "-v"
+    )
     assert code == 1
     assert "avg_generation_time_s is 33, outside its own samples: 30 to 32" in out
 

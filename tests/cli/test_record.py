@@ -74,7 +74,7 @@ def test_of_several_cases_those_that_exist_keep_their_reference(run: Run) -> Non
     content = before.read_bytes()
     code, out, _ = run("record", "--floor", "none")
     assert code == 0
-    assert out.startswith("KEPT a: it has a reference, ")
+    assert out.startswith("KEPT a: it has a reference\nreference: ")
     assert "RECORDED b: " in out
     assert before.read_bytes() == content
     code, out, _ = run("record")

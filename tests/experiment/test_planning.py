@@ -106,4 +106,4 @@ def test_the_pinned_prompts_are_five_and_in_the_vocabulary_of_the_model() -> Non
 def test_an_arm_is_the_case_the_cell_and_its_own() -> None:
     cell = parse_matrix(["dtype=bfloat16"])[0]
     case, compiled = arm_case(CASES[0], cell, {"guidance_scale": "3.5", "compile": "on"})
-    assert (case.dtype, case.guidance_scale, compiled) == ("bfloat16", 3.5, True)
+    assert (case.dtype, case.guidance_scale, compiled) == ("bfloat16", 3.5, "on")

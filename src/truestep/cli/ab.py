@@ -95,7 +95,8 @@ command.add_command(ablate)
     "--matrix",
     multiple=True,
     metavar="KEY=VALUE,...",
-    help="Run every combination of these values in both arms; compile=off,on among them.",
+    help="Run every combination of these values in both arms; compile=off,on among them. Alone, it "
+    "is the switch: the first value is the baseline, every other one a candidate.",
 )
 @click.option(
     "--rounds",
@@ -258,10 +259,13 @@ def _planned(
     Args:
         length: Fields of the plan that say how long it runs, as they are.
     """
-    from truestep.experiment.planning import parse_matrix, planned_cases, validate
+    from truestep.experiment.planning import matrix_alone, parse_matrix, planned_cases, validate
     from truestep.experiment.records import Plan
 
-    cells = parse_matrix(dimensions)
+    if dimensions and not (baseline or candidate or change or expect == ("same",)):
+        baseline, cells = matrix_alone(dimensions)
+    else:
+        cells = parse_matrix(dimensions)
     chosen = planned_cases(cases, most=num_prompts)
     validate(
         chosen,

@@ -15,6 +15,7 @@ from truestep.cli.common import (
     output_options,
     progress_bar,
     set_option,
+    verbose,
 )
 
 if TYPE_CHECKING:
@@ -102,5 +103,5 @@ def _show(
 
     write_files(result, output=output, report=report)
     names = {"output": str(output) if output else None, "report": str(report) if report else None}
-    give(result, json_path=json_path, show=lambda: print_result(result, **names))
+    give(result, json_path=json_path, show=lambda: print_result(result, verbose=verbose(), **names))
     return result.exit_code

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from truestep.cli.cases import find_reference
-from truestep.cli.common import progress_bar
-from truestep.text import say
+from truestep.cli.common import Told, progress_bar, verbose
 
 if TYPE_CHECKING:
     from truestep.call_case import CallCase
@@ -23,6 +22,7 @@ def add_runs(
     cases: dict[str, AnyCase],
     runs: int,
     store: Store,
+    told: Told,
     *,
     reference: Path | None,
     tier: str,
@@ -56,10 +56,8 @@ def add_runs(
             updated.save(path)
         else:
             path = store.save(updated, place_of(updated, tier=tier), update=True)
-        say(f"CALIBRATED {name}: {runs} benign runs added")
-        for line in lines:
-            say(line)
-        say(f"reference: {path}")
+        head = f"CALIBRATED {name}: {runs} benign runs added"
+        told.say([head, *lines], ending=[f"reference: {path}"])
 
 
 def _refuse(same: Comparison, path: Path) -> None:
@@ -111,13 +109,14 @@ def _of_calls(
 
 
 def _told(found: Calibration) -> list[str]:
+    """What the runs say; with -v of every stage."""
     lines = ["  stage       runs  needed  floor    x floor  before  spread  outcomes"]
     lines += [
         f"  {row.stage:<10}  {row.runs:4d}  {row.needed or '-':>6}  {row.floor:.1e}  "
         f"{row.bound:7.3g}  {row.before:6.3g}  {row.spread:6.0%}  {row.outcomes}"
         for row in found.stages
     ]
-    return lines + _alarms(found.flagged, found.added, found.flagged_below)
+    return (lines if verbose() else []) + _alarms(found.flagged, found.added, found.flagged_below)
 
 
 def _alarms(flagged: int, runs: int, below: float) -> list[str]:

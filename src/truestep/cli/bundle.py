@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from truestep.text import pasteable, say
+from truestep.cli.common import print_screen, verbose, verbose_option
+from truestep.screen import facts
+from truestep.text import pasteable
 
 if TYPE_CHECKING:
     from truestep.recording.format import Recording
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="A video, picture or folder of frames that the run made. Default: what it decoded.",
 )
+@verbose_option
 def command(recording: Path, output: Path | None, made: Path | None) -> None:
     """Make a file under 1 MB of a RECORDING: of as many steps as fit, 1,024 floats and the moments
     of each tensor, from which distances are told within 5 %; with environment and command, and the
@@ -45,20 +48,25 @@ def command(recording: Path, output: Path | None, made: Path | None) -> None:
     require_room(path, "the bundle")
     whole = Recording.open(recording)
     bundle = write_bundle(whole, path, frames=_frames(whole, made))
-    for note in bundle.manifest.notes:
-        say(f"note: {note}")
     settings = bundle.manifest.settings
     told = [str(word) for word in settings.get("engine", {}).get("program", [])]
-    if told:
-        say(f"command: {pasteable(told)}")
     pictures = read_key_frames(settings, where=str(path))
-    if pictures is not None:
-        say(f"key frames: {pictures.text()}")
-    elif made is None:
-        say("no key frames: no decoded output is in the recording (--frames FILE gives them)")
+    none = "none: no decoded output is in the recording (--frames FILE gives them)"
+    shown = pictures.text() if pictures is not None else none if made is None else ""
+    notes = [("note", note) for note in bundle.manifest.notes]
     size = path.stat().st_size / 1e6
-    say(f"BUNDLED {path}: {len(bundle.manifest.tensors)} tensors, {size:.2f} MB")
-    say("it also holds prompts, paths and the environment, as `truestep show` prints them")
+    print_screen(
+        f"BUNDLED {path}: {len(bundle.manifest.tensors)} tensors, {size:.2f} MB",
+        facts(
+            [
+                ("key frames", shown),
+                ("command", pasteable(told)),
+                ("holds", "prompts, paths and the environment too: `truestep show` prints them"),
+                *notes,
+            ],
+            most=None if verbose() else 2,
+        ),
+    )
 
 
 def _frames(recording: Recording, made: Path | None) -> Frames | None:

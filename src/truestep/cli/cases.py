@@ -246,11 +246,11 @@ def _refuse_unnamed(words: Words, reference: Path) -> None:
 def said_with(words: Words, cases: dict[str, AnyCase], changes: Sequence[str]) -> Sequence[str]:
     """What of `--set` is a change under test.
 
-    Nothing, where the command line says the call of a pipeline: then its arguments are part of the
-    case, in a check as in the record before it.
+    Nothing but `compile`, where the command line says the call of a pipeline: then its arguments
+    are part of the case, in a check as in the record before it.
     """
     said = words.says_case and any(map(of_calls, cases.values()))
-    return () if said else changes
+    return [change for change in changes if change.startswith("compile=")] if said else changes
 
 
 def changed_cases(cases: dict[str, CasesT], changes: Sequence[str]) -> dict[str, CasesT]:

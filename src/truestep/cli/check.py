@@ -173,8 +173,7 @@ def command(  # 30 parameters, long: the options of the verb
     if reference is not None and len(cases) != 1:
         raise UsageError(f"--reference takes one case, {len(cases)} were chosen")
     under_test = said_with(words, cases, changes)
-    if not under_test:
-        cases = changed_cases(cases, changes)
+    cases = changed_cases(cases, [change for change in changes if change not in under_test])
     settings = {name: values_of(case, under_test) for name, case in cases.items()}
     for name, case in cases.items():  # every option is validated before any forward
         settings[name] |= {} if model is None else {"model": model}

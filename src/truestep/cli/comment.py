@@ -80,6 +80,7 @@ def command(result: Path, form: str, output: Path | None, link: str, key: str, p
         from truestep.files import write_text
 
         write_text(output, text, "the comment")
+        say(f"{form}: {output}", err=True)
     else:
         say(text.removesuffix("\n"), lines=True)
 

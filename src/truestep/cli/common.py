@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from truestep.cli import completing
 from truestep.cli.brief import brief_option, in_brief, one_on_stdout
-from truestep.text import say, say_json, visible
+from truestep.cli.screens import be_verbose as be_verbose
+from truestep.cli.screens import print_screen as print_screen
+from truestep.cli.screens import verbose as verbose
+from truestep.cli.screens import verbose_option as verbose_option
+from truestep.screen import LINES
+from truestep.text import command_lines, say, say_json, visible, wrapped
 
 if TYPE_CHECKING:
     from truestep.verdict import Comparison, Record
@@ -74,7 +80,9 @@ file_option = click.option(
     show_default=True,
     help="Case file.",
 )
-names_argument = click.argument("names", nargs=-1, metavar="[CASES]...")
+names_argument = click.argument(
+    "names", nargs=-1, metavar="[CASES]...", shell_complete=completing.cases
+)
 
 
 def case_options(function: Command) -> Command:
@@ -136,27 +144,32 @@ def _writable(
     return value
 
 
-_VERBOSE = "truestep.verbose"
+class Told:
+    """Entries that are printed as they come, and counted when a dozen lines are full."""
 
+    def __init__(self) -> None:
+        self._room, self._untold = LINES - 1, 0
 
-def verbose() -> bool:
-    """Whether this command is to print all that it knows."""
-    context = click.get_current_context(silent=True)
-    return bool(context is not None and context.meta.get(_VERBOSE))
+    def say(self, entry: Iterable[str], *, ending: Iterable[str] = ()) -> None:
+        """Print an entry, if it fits or is the first.
 
+        Args:
+            entry: Lines of text.
+            ending: Lines with commands, and where files are.
+        """
+        lines = [row for text in entry for row in wrapped("", text)]
+        lines += [row for text in ending for row in command_lines(visible(text))]
+        if self._untold or (len(lines) > self._room < LINES - 1 and not verbose()):
+            self._untold += 1
+            return
+        self._room -= len(lines)
+        for line in lines:
+            say(line)
 
-def _be_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
-    context.meta[_VERBOSE] = value
-
-
-verbose_option = click.option(
-    "-v",
-    "--verbose",
-    is_flag=True,
-    expose_value=False,
-    callback=_be_verbose,
-    help="Print everything: all tensors, what was looked at, the rule, the cost.",
-)
+    def end(self) -> None:
+        """Say how many were not printed."""
+        if self._untold:
+            say(f"... {self._untold} more (-v)")
 
 
 def output_options(function: Command) -> Command:
@@ -189,6 +202,7 @@ set_option = click.option(
     "changes",
     multiple=True,
     metavar="KEY=VALUE",
+    shell_complete=completing.settings,
     help="Change a value of the case or its settings.",
 )
 
@@ -321,8 +335,13 @@ def finish(
     *,
     json_path: str | None,
     report: Path | None,
+    told: str = "",
 ) -> int:
-    """Print comparisons, write JSON and report, and return the exit code of the worst verdict."""
+    """Print comparisons, write JSON and report, and return the exit code of the worst verdict.
+
+    Args:
+        told: What all of them together say; it stands first.
+    """
     from truestep.environment import command_line
     from truestep.report import terminal
     from truestep.verdict import Results
@@ -336,6 +355,6 @@ def finish(
 
         html.write_many(report, results.comparisons)
     name = str(report) if report else None
-    show = partial(terminal.print_results, results, report=name, verbose=verbose())
+    show = partial(terminal.print_results, results, report=name, verbose=verbose(), told=told)
     give(results, json_path=json_path, show=show)
     return results.exit_code

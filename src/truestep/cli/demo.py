@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from truestep.text import say
+from truestep.screen import aligned, facts, rows
+from truestep.text import quoted, say
+
+if TYPE_CHECKING:
+    from truestep.demo import Outcome
 
 
 @click.command("demo")
@@ -23,7 +28,7 @@ def command(output: Path) -> None:
 
     Every number is measured on this machine while you wait.
     """
-    from truestep.cli.common import end, progress_bar
+    from truestep.cli.common import end, print_screen, progress_bar
 
     start = time.perf_counter()
     say("loading torch, diffusers and the builtin digits model ...", err=True)
@@ -34,10 +39,10 @@ def command(output: Path) -> None:
 
     output.mkdir(parents=True, exist_ok=True)
     pipe = load(demo.CASE)
-    say("1  generate: a text-to-video model trained on real handwritten digits")
-    say(f"   video: {demo.write_clips(output, pipe)}  ({', '.join(demo.PROMPTS)})")
+    _tell("1  generate: a text-to-video model trained on real handwritten digits")
+    _tell(f"   video: {demo.write_clips(output, pipe)}  ({', '.join(demo.PROMPTS)})")
 
-    say(f"2  record a trusted run: {demo.CASE.prompt!r}, {demo.CASE.steps} steps")
+    _tell(f"2  record a trusted run: {demo.CASE.prompt!r}, {demo.CASE.steps} steps")
     with progress_bar() as progress:
         recording = record_pipeline(pipe, case=demo.CASE, progress=progress)
     path = output / "reference.safetensors"
@@ -45,20 +50,18 @@ def command(output: Path) -> None:
     floor = recording.manifest.noise_floor
     runs = [run for run in floor.runs if run.pair == "float32/float32"] if floor else []
     worst = max(m.rel_l2 for run in runs for m in run.tensors)
-    say(
+    _tell(
         f"   noise floor: {len(runs)} harmless runs ({', '.join(sorted({r.kind for r in runs}))}), "
         f"largest rel_l2 {worst:.1e}"
     )
-    say(f"   reference: {path}")
+    _tell(f"   reference: {path}")
 
-    say("3  change something, and ask: is it still the same model?")
-    header = ("change", "truestep", "first seen in", "x floor", "usual cosine gate")
-    say("   {:<30} {:<11} {:<20} {:>8}   {}".format(*header))
+    _tell("3  change something, and ask: is it still the same model?")
     outcomes = []
     for change in demo.changes():
         outcome = demo.try_change(change, pipe, recording)
         outcomes.append(outcome)
-        say("   " + _line(outcome))
+        _tell("   " + "  ".join(_cells(outcome)))
 
     report = output / "report.html"
     html.write_many(report, [outcome.comparison for outcome in outcomes])
@@ -68,22 +71,25 @@ def command(output: Path) -> None:
     accepted = sum(o.comparison.verdict.passed for o in fine)
     missed = sum(o.gate.passed is True for o in bugs)
     costs = [o.comparison.cost.share for o in outcomes if o.comparison.cost]
-    say()
-    say(
+    head = ("change", "truestep", "seen in", "x floor", "cosine gate")
+    print_screen(
         f"truestep caught {caught} of {len(bugs)} port bugs and accepted {accepted} of {len(fine)} "
-        f"harmless changes, each at {min(costs):.0%} to {max(costs):.0%} of a generation's "
-        f"forwards; the cosine gate (5e-3, 1e-2) let {missed} of {len(bugs)} bugs pass."
+        f"harmless changes; the cosine gate (5e-3, 1e-2) let {missed} of {len(bugs)} bugs pass",
+        rows(aligned([head, *map(_cells, outcomes)], left=(0, 1, 2, 4))),
+        facts([("cost", f"{min(costs):.0%} to {max(costs):.0%} of a generation's forwards each")]),
+        ending=[f"report: {report}", f"repeat: truestep demo --output {quoted(str(output))}"],
     )
-    say(f"report: {report}")
-    say(f"repeat: truestep demo --output {output}")
     say(f"{time.perf_counter() - start:.0f} s", err=True)
     end(0 if caught == len(bugs) and accepted == len(fine) else 1)
 
 
-def _line(outcome: object) -> str:
-    from truestep.demo import Outcome
+def _tell(line: str) -> None:
+    """What is being done, while one waits."""
+    say(line, err=True)
 
-    assert isinstance(outcome, Outcome)
+
+def _cells(outcome: Outcome) -> tuple[str, ...]:
+    """A row of the table: what was changed, and what truestep and the gate say of it."""
     comparison, gate = outcome.comparison, outcome.gate
     first = comparison.first_divergence
     ratios = [row.ratio for row in comparison.rows if row.ratio is not None]
@@ -93,11 +99,6 @@ def _line(outcome: object) -> str:
         place = f"{first.stage}{step}"
     verdict = "passes" if gate.passed else "fails"
     distance = gate.metrics["full_cosine_distance"]
-    return "{:<30} {:<11} {:<20} {:>8}   {} ({:.1e})".format(
-        outcome.change.name,
-        comparison.verdict.value,
-        place,
-        f"{max(ratios, default=0.0):.3g}",
-        verdict,
-        distance,
-    )
+    worst = f"{max(ratios, default=0.0):.3g}"
+    told = (outcome.change.name, comparison.verdict.value, place, worst)
+    return (*told, f"{verdict} ({distance:.1e})")

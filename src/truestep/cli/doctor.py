@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from truestep.cli.common import end
-from truestep.text import say, say_json
+from truestep.cli.common import end, print_screen, verbose, verbose_option
+from truestep.screen import Entries, rows
+from truestep.text import say, say_json, wrapped
 
 EXTRAS = {
     "diffusers": ("diffusers", "running models"),
@@ -31,6 +32,7 @@ EXTRAS = {
 )
 @click.option("--prompt", help="With --recipe and a model instead of a case.")
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
+@verbose_option
 def command(
     folder: str | None,
     model: str | None,
@@ -52,13 +54,6 @@ def command(
         end(_audit(recipe, prompt, change))
 
     environment = Environment.current(attention=attention_kernel())
-    if as_json:
-        say_json(json.dumps(dict(environment), indent=2))
-    else:
-        for key, value in environment.items():
-            say(f"  {key:<26} {value}")
-        for dtype in ("float32", "bfloat16"):
-            say(f"  {'attention in ' + dtype:<26} {attention_kernel(dtype=dtype)}")
     problems = []
     for package, (extra, purpose) in EXTRAS.items():
         if library_version(package) is None:
@@ -66,15 +61,32 @@ def command(
     model = model or folder
     if model is not None:
         problems += _model_problems(model)
-    for problem in problems:
-        say(f"PROBLEM {problem}", err=as_json)
-    say(
-        f"{len(problems)} problem{'s' if len(problems) != 1 else ''} found"
-        if problems
-        else "nothing is missing",
-        err=as_json,
-    )
+    head = f"{len(problems)} problem{'s' if len(problems) != 1 else ''} found"
+    head = head if problems else "nothing is missing"
+    if as_json:
+        say_json(json.dumps(dict(environment), indent=2))
+        for line in (*(f"PROBLEM {problem}" for problem in problems), head):
+            say(line, err=True)
+        end(2 if problems else 0)
+    known = dict(environment)
+    for dtype in ("float32", "bfloat16"):
+        known[f"attention in {dtype}"] = attention_kernel(dtype=dtype) or "-"
+    told = [f"  {key:<26} {value}" for key, value in _first(known).items()]
+    found = [
+        wrapped("", f"PROBLEM {problem}", most=None if verbose() else 3) for problem in problems
+    ]
+    print_screen(head, Entries(found, "problems"), rows(told), exit_code=2 if problems else 0)
     end(2 if problems else 0)
+
+
+_TELLING = ("device.name", "attention.kernel", "torch.threads", "library.torch")
+"""What of an environment decides numbers most often, and is shown first."""
+
+
+def _first(known: dict[str, str]) -> dict[str, str]:
+    """The environment, what tells most at its head."""
+    order = sorted(known, key=lambda key: (key not in _TELLING, not key.startswith("attention")))
+    return {key: known[key] for key in order}
 
 
 def _model_problems(model: str) -> list[str]:
@@ -148,15 +160,18 @@ def _audit(name: str, prompt: str | None, change: str | None) -> int:
     cases = choose_cases((name,), case_file=Path(CASE_FILE), prompt=prompt, tier="default")
     apply = load_change(change)
     wrong = 0
+    lines: list[str] = []
     for case in cases.values():
         pipe = apply_change(load(case), apply)
-        say(f"{case.id}: text recipe {pipe.settings.text_recipe}")
+        lines.append(f"  {case.id}: text recipe {pipe.settings.text_recipe}")
         for finding in audit(pipe):
             wrong += not finding.right
             word = "ok   " if finding.right else "WRONG"
             text = (
                 finding.found if finding.right else f"{finding.found}; expected {finding.expected}"
             )
-            say(f"  {word} {finding.branch:<7} {finding.what:<7} {text}")
-    say(f"{wrong} properties differ from the recipe" if wrong else "the recipe is followed")
+            lines.append(f"  {word} {finding.branch:<7} {finding.what:<7} {text}")
+    head = f"WRONG: {wrong} properties differ from the recipe"
+    lines = lines if verbose() or not wrong else sorted(lines, key=lambda x: "  WRONG" not in x)
+    print_screen(head if wrong else "the recipe is followed", rows(lines), exit_code=bool(wrong))
     return 1 if wrong else 0

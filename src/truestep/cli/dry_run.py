@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from truestep.text import say, visible
+from truestep.cli.common import print_screen
+from truestep.screen import Entries
+from truestep.text import say, visible, wrapped
 
 if TYPE_CHECKING:
     from truestep.case import AnyCase
@@ -64,15 +66,21 @@ def dry_run(
     """
     from truestep.engines.needs import estimate
 
+    entries: list[list[str]] = []
     lacks = False
     for name, case in cases.items():
         told = estimate(case, from_disk=from_disk)
-        _say(name, told)
-        for problem in _problems(told, verb, written):
-            lacks = True
-            say(f"PROBLEM   {problem}")
-    if change is not None:
-        say(f"note: all of it without --apply {visible(change)}, which was not run")
+        problems = [f"PROBLEM   {problem}" for problem in _problems(told, verb, written)]
+        lacks = lacks or bool(problems)
+        if len(cases) == 1:
+            entries += [wrapped("", line) for line in (*problems, *_lines(told))]
+            continue
+        needs = _needs(told.record if verb == "record" else told.check)
+        entries.append(wrapped("", f"{name}: {verb} {'; '.join([needs, *problems])}", indent=2))
+    which = next(iter(cases)) if len(cases) == 1 else f"{len(cases)} cases"
+    note = f"note: all of it without --apply {change}, which was not run"
+    head = f"DRY RUN {which}: nothing was computed{'; there is too little room' * lacks}"
+    print_screen(head, Entries(entries), ending=[note] if change is not None else [])
     return 2 if lacks else 0
 
 
@@ -105,16 +113,15 @@ def foresee(name: str, case: AnyCase, written: Written, *, from_disk: bool) -> N
         )
 
 
-def _say(name: str, told: Estimate) -> None:
+def _lines(told: Estimate) -> Iterator[str]:
     parts = ", ".join(
         f"{part} {amount(size)}"
         for part, size in sorted(told.weights.items(), key=lambda item: -item[1])
         if size >= 0.01 * sum(told.weights.values())
     )
-    say(f"DRY RUN {visible(name)}: nothing was computed")
     total = amount(sum(told.weights.values()))
-    say(f"weights   {total}, most of them {told.dtype}: {visible(parts)}")
-    say(
+    yield f"weights   {total}, most of them {told.dtype}: {parts}"
+    yield (
         f"one run   {told.steps} steps, {told.forwards} forwards, {operations(told.flops)} "
         "floating-point operations"
     )
@@ -123,7 +130,7 @@ def _say(name: str, told: Estimate) -> None:
         ("record", told.record),
         ("check", told.check),
     ):
-        say(f"{label:<9} {_needs(needs)}{_written(told) if label == 'record' else ''}")
+        yield f"{label:<9} {_needs(needs)}{_written(told) if label == 'record' else ''}"
 
 
 def amount(size: float) -> str:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from truestep.cli.brief import stdout_is_taken
-from truestep.cli.common import end, finish, output_options, progress_bar
+from truestep.cli.common import (
+    end,
+    finish,
+    output_options,
+    print_screen,
+    progress_bar,
+    verbose,
+    verbose_option,
+)
+from truestep.screen import Entries, facts, rows
 from truestep.text import pasteable, quoted, say
 
 if TYPE_CHECKING:
@@ -85,6 +94,7 @@ def command() -> None:
 @_CALLS
 @_SELECT
 @_MOST
+@verbose_option
 @_PROGRAM
 @click.pass_context
 def run(
@@ -112,6 +122,7 @@ def run(
 @_CALLS
 @_SELECT
 @_MOST
+@verbose_option
 @_PROGRAM
 @click.pass_context
 def inject(
@@ -168,25 +179,28 @@ def _run(
         inject=given,
         largest=largest << 20,
         inside=inside,
-        told=_summary,
+        told=_told,
     )
     for error in ran.failures:
         say(str(error), err=True, lines=True)
     if not ran.recordings:
-        say(
+        print_screen(
             "NOT RECORDED: no denoiser, scheduler or known function ran, or the program runs a "
             "Python that ignores PYTHONPATH (-I, -E)"
         )
         context.exit(ran.code or 4)
-    if given is not None:
-        used = injected(ran.recordings[0][1])
-        say(f"injected: {', '.join(f'{k} {v} x' for k, v in used.items()) or 'nothing'}")
+    used = injected(ran.recordings[0][1]) if given is not None else {}
+    put = ", ".join(f"{k} {v} x" for k, v in used.items()) or "nothing"
     first = _shown(ran.recordings[0][0])
     check = ["truestep", "engine", "check", first, "--model", "MODEL_FOLDER"]
     if reference is not None:
         check += ["--reference", str(reference)]
     check += ["--depth", "modules"] if inside is not None else []
-    say(f"check: {pasteable(check)}")
+    _print_recorded(
+        ran.recordings,
+        injected=put if given is not None else "",
+        ending=f"check: {pasteable(check)}",
+    )
     context.exit(ran.code)
 
 
@@ -196,15 +210,34 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def _summary(path: Path, recording: CallRecording) -> None:
+def _told(path: Path, _: CallRecording) -> None:
+    """Say that a generation is recorded while the program still runs."""
+    say(f"recorded: {_shown(path)}", err=True)
+
+
+def _print_recorded(
+    recordings: Sequence[tuple[Path, CallRecording]], *, injected: str = "", ending: str = ""
+) -> None:
+    """What was recorded: the first generation, its notes, and the others."""
+    (_, first), *others = recordings
+    notes = [("note", note) for note in first.recording.manifest.notes]
+    print_screen(
+        f"RECORDED {_counts(*recordings[0])}",
+        facts([("injected", injected)]),
+        rows((f"  RECORDED {_counts(*other)}" for other in others), "recordings"),
+        Entries(facts(notes, most=None if verbose() else 2).lines, "notes"),
+        ending=[ending],
+    )
+
+
+def _counts(path: Path, recording: CallRecording) -> str:
+    """What a recording holds, in words."""
     from truestep.engines.seams import seams
 
     run = seams(recording, label=str(path))
     predictions = sum(len(step.passes) for step in run.steps)
-    for note in recording.recording.manifest.notes:
-        say(f"note: {note}")
-    say(
-        f"RECORDED {_shown(path)}: {recording.recording.manifest.settings['label']}, "
+    return (
+        f"{_shown(path)}: {recording.recording.manifest.settings['label']}, "
         f"{len(recording.calls)} calls, {len(run.steps)} steps, {predictions} predictions"
     )
 
@@ -265,6 +298,8 @@ def compare(runs: tuple[Path, ...], json_path: str | None, report: Path | None) 
     from truestep.engines.comparing import compare_runs, odd_one_out
     from truestep.engines.named import run_of
     from truestep.errors import UsageError
+    from truestep.report.answer import word_of
+    from truestep.verdict import Verdict
 
     if len(runs) < 2:
         raise UsageError("two runs at least are compared", measured=f"given: {len(runs)}")
@@ -272,19 +307,19 @@ def compare(runs: tuple[Path, ...], json_path: str | None, report: Path | None) 
     if len(read) == 2:
         end(finish([compare_runs(*read)], json_path=json_path, report=report))
     text, results = odd_one_out(read)
-    code = finish(results, json_path=json_path, report=report)
-    if json_path is None and not stdout_is_taken(json_path):
-        say(text)
-    end(code)
+    verdict = Verdict.worst(result.verdict for result in results)
+    told = f"{word_of(verdict.value, passed=verdict.passed)} {text}"
+    end(finish(results, json_path=json_path, report=report, told=told))
 
 
 @command.command("recover")
+@verbose_option
 @click.argument("output", type=click.Path(path_type=Path))
 def recover(output: Path) -> None:
     """Make recordings of what was left of OUTPUT when truestep was killed with the program."""
     from truestep.engines.running import recover as recovered
 
-    recovered(output, told=_summary)
+    _print_recorded(recovered(output, told=_told))
 
 
 @command.command("node")
@@ -317,22 +352,29 @@ def node(path: Path, inputs: Path | None, force: bool) -> None:
             )
     text = resources.files("truestep.engines.nodes").joinpath("comfyui.py").read_text("utf-8")
     write_text(path, text, "the node")
-    say(f"{path}: nodes `Truestep: record` and `Truestep: inputs`, after a restart")
     if inputs is not None:
         from safetensors.torch import save_file
 
         with replacing(given, "the inputs") as temporary:
             save_file(inputs_of(run_of(inputs)), temporary)
-        say(f"inputs: {given}")
+    print_screen(
+        f"{path}: nodes `Truestep: record` and `Truestep: inputs`, after a restart",
+        ending=[f"inputs: {given}" if inputs is not None else ""],
+    )
 
 
 @command.command("list")
+@verbose_option
 def names() -> None:
     """Name the engines that are known, and what is watched in each."""
     from truestep.engines.engine import engines
 
-    for one in engines():
-        say(f"{one.name}: {len(one.boundaries)} functions, its modules and schedulers")
-        for note in one.notes:
-            say(f"  {note}")
-    say("generic: modules and schedulers of any program")
+    known = engines()
+    lines = []
+    for one in known:
+        lines.append(
+            f"  {one.name:<10} {len(one.boundaries)} functions, its modules and schedulers"
+        )
+        lines += [f"             {note}" for note in one.notes if verbose()]
+    lines.append("  generic    modules and schedulers of any program")
+    print_screen(f"{len(known)} engines, and any other program", rows(lines, "engines"))

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.cli.common import end
-from truestep.text import say, say_json
+from truestep.cli.common import end, print_screen, verbose, verbose_option
+from truestep.screen import Entries, aligned, facts, rows
+from truestep.text import say, say_json, wrapped
 
 if TYPE_CHECKING:
     from truestep.pairing.conversion import State
@@ -74,9 +75,10 @@ def new(  # 9 parameters: the options of the verb
         official_dir=official_dir,
         force=force,
     )
-    say(f"test: {test}")
-    say(f"packet: {packet}")
-    say(f"next: truestep parity run {test}")
+    print_screen(
+        f"WRITTEN {family}/{component}: a parity test and its packet",
+        ending=[f"test: {test}", f"packet: {packet}", f"next: truestep parity run {test}"],
+    )
 
 
 @command.command("run")
@@ -84,6 +86,7 @@ def new(  # 9 parameters: the options of the verb
 @click.option("-k", "keyword", help="Only tests that match, as pytest's -k.")
 @click.option("--keep", type=_FOLDER, help="Keep the recordings of both sides here.")
 @click.option("--json", "json_path", metavar="PATH|-", help="Write the status as JSON.")
+@verbose_option
 def run(
     paths: tuple[Path, ...], keyword: str | None, keep: Path | None, json_path: str | None
 ) -> None:
@@ -119,6 +122,7 @@ def run(
 @click.argument("folder", type=_FOLDER, default=Path())
 @click.option("--markdown", is_flag=True, help="As a status block in Markdown.")
 @click.option("--json", "json_path", metavar="PATH|-", help="Write it as JSON.")
+@verbose_option
 def status(folder: Path, markdown: bool, json_path: str | None) -> None:
     """Show every ledger below FOLDER; a state whose grounds have changed is shown as expired."""
     blocks = _blocks([folder])
@@ -129,8 +133,9 @@ def status(folder: Path, markdown: bool, json_path: str | None) -> None:
 @command.command("show")
 @click.argument("name", metavar="FAMILY/COMPONENT")
 @click.argument("folder", type=_FOLDER, default=Path())
+@verbose_option
 def show(name: str, folder: Path) -> None:
-    """Show one component: its numbers, then its evidence and packet as they are kept."""
+    """Show one component: its numbers; with -v its evidence and packet as they are kept."""
     from truestep.errors import UsageError
     from truestep.parity import tomlfile
     from truestep.parity.packet import packet_path, read_packet
@@ -142,14 +147,17 @@ def show(name: str, folder: Path) -> None:
         known = ", ".join(f"{item.family}/{item.component}" for _, item in found)
         raise UsageError(f"no component {name!r}", measured=f"there are: {known or 'none'}")
     for block, item in chosen:
-        say(details(item), lines=True)
-        say()
-        evidence = _filled(item.evidence.model_dump(mode="json"))
-        say(tomlfile.dumps({"evidence": evidence}), lines=True)
-        path = packet_path(Path(block.path).parent / item.test.partition("::")[0])
-        packet = read_packet(path)
-        if packet is not None:
-            say(tomlfile.dumps({"packet": _filled(packet.model_dump(mode="json"))}), lines=True)
+        head, *lines = details(item).splitlines()
+        kept = []
+        if verbose():
+            evidence = _filled(item.evidence.model_dump(mode="json"))
+            kept += ["", *tomlfile.dumps({"evidence": evidence}).splitlines()]
+            path = packet_path(Path(block.path).parent / item.test.partition("::")[0])
+            packet = read_packet(path)
+            if packet is not None:
+                filled = _filled(packet.model_dump(mode="json"))
+                kept += ["", *tomlfile.dumps({"packet": filled}).splitlines()]
+        print_screen(head, rows(lines), rows(kept))
 
 
 def _filled(value: Any) -> Any:
@@ -168,6 +176,7 @@ def _filled(value: Any) -> Any:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write a conversion skeleton here.",
 )
+@verbose_option
 def keys(sources: tuple[Path, ...], write_to: Path | None) -> None:
     """List both state dicts side by side: of a parity test, or of files OFFICIAL and PORT."""
     from truestep.files import write_text
@@ -176,19 +185,26 @@ def keys(sources: tuple[Path, ...], write_to: Path | None) -> None:
 
     official, port = _states(sources)
     pairs = pair_keys(port, official)
-    rows: list[tuple[str, ...]] = [("official", "", "port", "", "how", "evidence")]
-    rows += side_by_side(pairs, port, official)
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    for row in rows:
-        say("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
-    say(compare_checkpoints(pairs, port, official).sentence)
+    cells: list[tuple[str, ...]] = [("official", "", "port", "", "how", "evidence")]
+    cells += side_by_side(pairs, port, official)
+    sentence = compare_checkpoints(pairs, port, official).sentence
     unmatched = sum(not pair.how for pair in pairs)
     if write_to is not None:
         write_text(write_to, skeleton(pairs, port, official), "the conversion skeleton")
-        say(f"conversion: {write_to}")
-    say(
+    if verbose():
+        widths = [max(len(row[i]) for row in cells) for i in range(6)]
+        told = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+        lines = [line.rstrip() for line in told]
+    else:
+        head, *rest = [(official, port, how) for official, _, port, _, how, _ in cells]
+        ordered = sorted(rest, key=lambda row: row[2] != "unmatched")
+        lines = aligned([head, *ordered], left=(0, 1, 2))
+    print_screen(
         f"{len(pairs) - unmatched} pairs of {len(official)} official and {len(port)} port "
-        f"parameters; {unmatched} unmatched"
+        f"parameters; {unmatched} unmatched",
+        facts([("compared", sentence)], most=None if verbose() else 2),
+        rows(lines, "parameters"),
+        ending=[f"conversion: {write_to}" if write_to is not None else ""],
     )
 
 
@@ -249,15 +265,20 @@ def _write(blocks: list[Block], *, json_path: str | None, markdown: bool) -> Non
     if markdown:
         say(ledger.markdown(blocks).removesuffix("\n"), lines=True)
         return
-    for block in blocks:
-        say(f"ledger: {block.path}")
-        for item in block.everything:
-            for line in _lines(item):
-                say(line)
     every = [item for block in blocks for item in block.everything]
     proven = sum(item.proven for item in every)
     noun = "component" if len(every) == 1 else "components and pipelines"
-    say(f"{proven} of {len(every)} {noun} proven")
+    entries = []
+    for block in blocks:
+        entries += [[f"ledger: {block.path}"]] if verbose() or blocks[1:] else []
+        ordered = sorted(block.everything, key=lambda item: item.proven)
+        entries += [_lines(item) for item in (block.everything if verbose() else ordered)]
+    print_screen(
+        f"{proven} of {len(every)} {noun} proven",
+        Entries(entries),
+        ending=[] if verbose() or blocks[1:] else [f"ledger: {block.path}" for block in blocks],
+        exit_code=_exit_code(blocks),
+    )
 
 
 def _lines(item: Status) -> list[str]:
@@ -280,8 +301,8 @@ def _lines(item: Status) -> list[str]:
     elif part is not None:
         below = [("searched", ", ".join(part.searched))]
     word = item.status if not item.expired else f"{item.status} (was {item.state})"
-    lines = [f"  {name:<24}  {word:<14}  {detail}"]
-    return lines + [f"{'':<28}{label:<8}  {text}" for label, text in below if text]
+    lines = wrapped("", f"{name:<24}  {word:<14}  {detail}", indent=2)
+    return [*lines, *(f"    {label:<8}  {text}" for label, text in below if text)]
 
 
 def _exit_code(blocks: list[Block]) -> int:

@@ -11,9 +11,18 @@ import click
 
 from truestep.cli.brief import brief_option, one_on_stdout
 from truestep.cli.cases import choose_cases
-from truestep.cli.common import case_options, end, give, progress_bar
+from truestep.cli.common import (
+    case_options,
+    end,
+    give,
+    print_screen,
+    progress_bar,
+    verbose,
+    verbose_option,
+)
 from truestep.cli.words import spell_out, spelled
 from truestep.report.perf import print_import, print_results
+from truestep.screen import rows
 from truestep.text import quoted, say, visible
 
 if TYPE_CHECKING:
@@ -42,8 +51,8 @@ _full = click.option(
 
 
 def _json(function: Command) -> Command:
-    """`--json [PATH]` and `--brief [PATH]`."""
-    return brief_option(_full(function))
+    """`-v`, `--json [PATH]` and `--brief [PATH]`."""
+    return verbose_option(brief_option(_full(function)))
 
 
 _runs = click.option(
@@ -136,6 +145,7 @@ def check(
 @click.option("--tier", default="default", show_default=True, help="Tier of the case.")
 @_history
 @click.option("--report", type=click.Path(path_type=Path), help="Write the trend as HTML.")
+@verbose_option
 @_full
 def show(
     name: str | None,
@@ -169,11 +179,8 @@ def show(
         trend.write(report, made)
 
     def show() -> None:
-        for line in trend.lines(made):
-            say(line)
-        say(made.sentence, colour="reset")
-        if report is not None:
-            say(f"report: {report}")
+        told = trend.lines(made, verbose=verbose())
+        print_screen(made.sentence, rows(told), ending=[f"report: {report}" if report else ""])
 
     give(made, json_path=json_path, show=show, what="the trend")
 
@@ -181,6 +188,7 @@ def show(
 @command.command("import")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @_history
+@verbose_option
 @_full
 def import_(files: tuple[Path, ...], history: Path, json_path: str | None) -> None:
     """Add other tools' numbers to the history, as cohorts of their own.
@@ -211,7 +219,7 @@ def import_(files: tuple[Path, ...], history: Path, json_path: str | None) -> No
         new=new,
         known=known,
     )
-    give(result, json_path=json_path, show=lambda: print_import(result))
+    give(result, json_path=json_path, show=lambda: print_import(result, verbose=verbose()))
     end(result.exit_code)
 
 
@@ -436,5 +444,5 @@ def _finish(results: list[PerfResult], json_path: str | None) -> int:
     bundle = PerfResults.of(results, repeat=command_line())
     if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks for all
         return bundle.exit_code
-    give(bundle, json_path=json_path, show=lambda: print_results(bundle))
+    give(bundle, json_path=json_path, show=lambda: print_results(bundle, verbose=verbose()))
     return bundle.exit_code

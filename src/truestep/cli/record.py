@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from truestep.cli.cases import (
     of_calls,
 )
 from truestep.cli.common import (
+    Told,
     case_options,
     end,
     from_disk_option,
@@ -27,6 +28,8 @@ from truestep.cli.common import (
     progress_bar,
     set_option,
     subject_options,
+    verbose,
+    verbose_option,
 )
 from truestep.cli.words import case_words, spelled
 from truestep.text import pasteable, say, visible
@@ -90,6 +93,7 @@ if TYPE_CHECKING:
 )
 @set_option
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
+@verbose_option
 def command(  # 22 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
@@ -138,7 +142,7 @@ def command(  # 22 parameters: the options of the verb
         end(tell(cases, "record", written, from_disk=from_disk, change=change))
     require_room(output or root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(Store(root), cases, tier, refuse=runs is None)
-    saving, broken = _Saving(Store(root), output, tier, update, resume), 0
+    saving, broken = _Saving(Store(root), output, tier, update, resume, told := Told()), 0
     for name, case in cases.items():
         if name in kept:
             saving.keep(name, case, kept[name], runs)
@@ -152,11 +156,11 @@ def command(  # 22 parameters: the options of the verb
             broken += 1  # one broken case must not cost the others' references
             _say_broken(name, error)
             continue
-        _told(name, recording, path)
+        known = not output and not is_draft(root, path)
+        check = _check(words, name, case, path, changed=bool(changes), stored=known)
+        told.say(_told(name, recording), ending=_ending(path, check, level))
         saving.add(runs, name, case)
-        if level == "full":
-            stored = not output and not is_draft(root, path)
-            _say_check(words, name, case, path, changed=bool(changes), stored=stored)
+    told.end()
     end(2 if broken else 0)
 
 
@@ -199,14 +203,19 @@ def _say_broken(name: str, error: TruestepError) -> None:
     say(f"BROKEN {visible(name)}: {text}", err=True, lines=True)
 
 
-def _say_check(
+def _ending(path: Path, check: str, level: str) -> list[str]:
+    """Where a reference is, and the command that checks against it; only tensors are replayed."""
+    return [f"reference: {path}", *([check] if level == "full" else [])]
+
+
+def _check(
     words: Words, name: str, case: AnyCase, path: Path, *, changed: bool, stored: bool
-) -> None:
+) -> str:
     """The command that checks against a reference: by its name where that finds it."""
     said = words.says_case and of_calls(case)
     by_name = (said or not changed) and stored
     chosen = case_words(name, verb="check", with_changes=said) if by_name else ""
-    say(f"check: truestep check {chosen or pasteable(['--reference', str(path)])}")
+    return f"check: truestep check {chosen or pasteable(['--reference', str(path)])}"
 
 
 def _replaced(reference: Path, words: Words, *, update: bool) -> Path:
@@ -266,10 +275,12 @@ class _Saving:
     tier: str
     update: bool
     resume: bool
+    told: Told
 
     def keep(self, name: str, case: AnyCase, place: Place, runs: int | None) -> None:
         """Leave the reference that is there; see `add`."""
-        say(f"KEPT {name}: it has a reference, {self.store.root / place.name}")
+        where = self.store.root / place.name
+        self.told.say([f"KEPT {name}: it has a reference"], ending=[f"reference: {where}"])
         self.add(runs, name, case)
 
     def add(self, runs: int | None, name: str, case: AnyCase) -> None:
@@ -277,7 +288,8 @@ class _Saving:
         from truestep.cli.benign_runs import add_runs
 
         if runs is not None:
-            add_runs({name: case}, runs, self.store, reference=self.output, tier=self.tier)
+            where = self.output
+            add_runs({name: case}, runs, self.store, self.told, reference=where, tier=self.tier)
 
     def recorded(self, case: AnyCase, **options: Any) -> tuple[Recording, Path]:
         """Record a case, keep what is finished until all is, and save it."""
@@ -297,20 +309,26 @@ class _Saving:
         return recording, path
 
 
-def _told(name: str, recording: Recording, path: Path) -> None:
+def _told(name: str, recording: Recording) -> Iterator[str]:
+    """What was recorded, in words."""
     from truestep.cli.contents import kept_text
 
     manifest = recording.manifest
     runs = len(manifest.noise_floor.runs) if manifest.noise_floor else 0
-    say(
+    yield (
         f"RECORDED {name}: {len(manifest.tensors)} tensors, {manifest.forwards} forwards, "
         f"noise floor from {runs} benign runs"
     )
     kept = kept_text(manifest)
     if kept:
-        say(f"kept: {kept} (more: --keep all)")
+        yield f"kept: {kept} (more: --keep all)"
     if "prepared" in manifest.settings:
-        say(f"prepared: {manifest.settings['prepared']}")
-    for text in manifest.settings.get("idle", ()):
-        say(f"note: {text}")
-    say(f"reference: {path}")
+        yield f"prepared: {manifest.settings['prepared']}"
+    notes = manifest.settings.get("idle", ())
+    shown = notes if verbose() else notes[:_NOTES]
+    yield from (f"note: {text}" for text in shown)
+    if len(notes) > len(shown):
+        yield f"... {len(notes) - len(shown)} more notes (-v)"
+
+
+_NOTES = 2

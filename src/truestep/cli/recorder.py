@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from truestep.cli.common import print_screen
 from truestep.text import quoted, say
 
 
@@ -35,7 +36,7 @@ def recorder(path: Path, force: bool) -> None:
             hint=f"truestep trace recorder --write {quoted(str(path))} --force",
         )
     write_text(path, text, "the recorder")
-    say(f"{path}: copy it to the other environment; python {path.name} --help")
+    print_screen(f"{path}: copy it to the other environment; python {path.name} --help")
 
 
 def standalone_source() -> str:

@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.common import Command, end, file_option, give, names_argument
+from truestep.cli.common import (
+    Command,
+    end,
+    file_option,
+    give,
+    names_argument,
+    print_screen,
+    verbose,
+    verbose_option,
+)
 from truestep.cli.moving import byte_bar, size_text
-from truestep.text import pasteable, say
+from truestep.screen import facts, rows
+from truestep.text import pasteable
 
 if TYPE_CHECKING:
     from truestep.recording.lock import Event
@@ -145,6 +155,7 @@ def _asking(function: Command) -> Command:
 
     functools.update_wrapper(run, function)
     for option in (
+        verbose_option,
         click.option("--store", metavar="URL", help="Default: TRUESTEP_STORE, or the case file."),
         click.option(
             "--references",
@@ -240,20 +251,20 @@ def pull(asked: _Asked, drafts: bool) -> None:
 
 def _tell_moved(moved: Sequence[Moved], verb: str, head: str) -> None:
     """One line for each that was moved or is missing, and one for all; ends the verb."""
-    for each in moved:
-        if each.state in (verb, "missing"):
-            say(f"{each.state}: {each.sha256[:12]} {size_text(each.size)}, {each.name}")
+    listed = [
+        f"  {each.state}: {each.sha256[:12]} {size_text(each.size)}, {each.name}"
+        for each in sorted(moved, key=lambda each: each.state != "missing")
+        if each.state in (verb, "missing")
+    ]
     done = [each for each in moved if each.state == verb]
     missing = [each for each in moved if each.state == "missing"]
     rest = len(moved) - len(done) - len(missing)
     text = f"{head}: {len(done)} {verb} ({size_text(sum(each.size for each in done))})"
     text += f", {rest} there already"
     if missing:
-        text += f", {len(missing)} MISSING: neither here nor in the store"
-        say(text)
-        say("hint: truestep references push, on a machine that has them")
-    else:
-        say(text)
+        text = f"MISSING {len(missing)}: neither here nor in the store. {text}"
+    advice = "hint: truestep references push, on a machine that has them"
+    print_screen(text, rows(listed), ending=[advice] if missing else [])
     end(3 if missing else 0)
 
 
@@ -266,15 +277,14 @@ def verify(asked: _Asked) -> None:
     remote, keys = asked.remote(), asked.chosen()
     with byte_bar() as progress:
         read, faults = verify(asked.references, keys, remote, progress)
-    for fault in faults:
-        say(f"BAD {fault.sha256[:12]}: {fault.what}; {fault.name}")
-    say(
-        f"VERIFIED {read} contents in {remote.address.shown}, {len(faults)} faults"
-        + ("" if faults else ": what the lock names is there, bit for bit")
+    again = asked.spelled("truestep references push --again")
+    advice = f"hint: {again}  # where the contents are: sends what is missing or damaged"
+    print_screen(
+        f"{'FAILED' if faults else 'VERIFIED'} {read} contents in {remote.address.shown}, "
+        f"{len(faults)} faults" + ("" if faults else ": what the lock names is there, bit for bit"),
+        rows(f"  BAD {fault.sha256[:12]}: {fault.what}; {fault.name}" for fault in faults),
+        ending=[advice] if faults else [],
     )
-    if faults:
-        again = asked.spelled("truestep references push --again")
-        say(f"hint: {again}  # where the contents are: sends what is missing or damaged")
     end(2 if faults else 0)
 
 
@@ -293,11 +303,12 @@ def adopt(file: Path, references: Path | None, tier: str) -> None:
     require_content(file)
     place = place_of(Recording.open(file), tier=tier)
     sha256, path = adopt(references or DEFAULT_ROOT, place.name, file)
-    say(f"ADOPTED {sha256[:12]} as the draft of {place.name}")
-    say(f"reference: {path}")
     words = ["references", "promote", place.name.removesuffix(".safetensors")]
     words += ["--references", str(references)] if references else []
-    say(f"promote: truestep {pasteable(words)} --reason 'adopted'")
+    print_screen(
+        f"ADOPTED {sha256[:12]} as the draft of {place.name}",
+        ending=[f"reference: {path}", f"promote: truestep {pasteable(words)} --reason 'adopted'"],
+    )
 
 
 @command.command("promote")
@@ -366,11 +377,19 @@ def _judge(actual: Path, reference: Path) -> tuple[str, str]:
 
 
 def _tell_event(head: str, key: str, event: Event, asked: _Asked) -> None:
-    say(f"{head} {event.sha256[:12]} of {key.removesuffix('.safetensors')}")
-    if event.replaces:
-        say(f"  against {event.replaces[:12]}, which it replaces: {event.sentence or 'not judged'}")
-    say(f"  {event.who}, {event.when}, commit {(event.commit or 'none')[:12]}: {event.reason}")
-    say(f"commit: git add {pasteable([str(asked.references / 'truestep.lock')])}")
+    against = f"{str(event.replaces)[:12]}, which it replaces: {event.sentence or 'not judged'}"
+    commit = (event.commit or "none")[:12]
+    print_screen(
+        f"{head} {event.sha256[:12]} of {key.removesuffix('.safetensors')}",
+        facts(
+            [
+                ("against", against if event.replaces else ""),
+                ("by", f"{event.who}, {event.when}, commit {commit}: {event.reason}"),
+            ],
+            most=None if verbose() else 3,
+        ),
+        ending=[f"commit: git add {pasteable([str(asked.references / 'truestep.lock')])}"],
+    )
 
 
 @command.command("prune")
@@ -401,20 +420,26 @@ def prune(asked: _Asked, days: float, yes: bool, dry_run: bool) -> None:
     remote = asked.remote()
     remove = yes and not dry_run
     needless, kept = prune(asked.references, remote, older_s=days * 86400, remove=remove)
+    listed = []
     for each in needless:
         state = "removed" if each.removed else "kept" if remove else "would remove"
         age = f"{(each.age_s or 0) / 86400:.0f} days old"
-        say(f"{state}: {each.sha256[:12]} {size_text(each.size)}, {age}")
+        listed.append(f"  {state}: {each.sha256[:12]} {size_text(each.size)}, {age}")
     size = size_text(sum(each.size for each in needless))
-    if not versions.in_git(asked.references if asked.references.is_dir() else Path()):
-        say("note: this folder is in no git repository: only its own lock file was looked at")
-    if remove:
-        gone = sum(each.removed for each in needless)
-        say(f"PRUNED {gone} of {len(needless)} objects, {kept} are needed or too young")
-    else:
-        say(f"WOULD PRUNE {len(needless)} objects ({size}), {kept} are needed or too young")
-        if needless:
-            from truestep.environment import command_line
+    outside = not versions.in_git(asked.references if asked.references.is_dir() else Path())
+    note = "this folder is in no git repository: only its own lock file was looked at"
+    gone = sum(each.removed for each in needless)
+    head = f"PRUNED {gone} of" if remove else "WOULD PRUNE"
+    head += f" {len(needless)} objects{'' if remove else f' ({size})'}"
+    again = ""
+    if needless and not remove:
+        from truestep.environment import command_line
 
-            say(f"remove them: {command_line()} --yes")
+        again = f"remove them: {command_line()} --yes"
+    print_screen(
+        f"{head}, {kept} are needed or too young",
+        facts([("note", note if outside else "")], most=2),
+        rows(listed, "objects"),
+        ending=[again],
+    )
     end(0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from truestep.cli.common import print_screen, verbose
 from truestep.cli.moving import size_text
 from truestep.recording.lock import Event
 from truestep.records import Record
-from truestep.text import say
+from truestep.screen import Entries
 
 if TYPE_CHECKING:
     from truestep.recording.remote.objects import Remote
@@ -41,24 +43,27 @@ class Listing(Record):
     references: tuple[Listed, ...]
 
     def tell(self, *, history: bool) -> None:
-        """Print them; each event on a line, or the last alone."""
+        """Print them; each event, or the last alone; a line each where there are many."""
+        entries = []
         for each in self.references:
-            say(each.name.removesuffix(".safetensors"))
+            name = each.name.removesuffix(".safetensors")
             events = each.history if history else each.history[-1:]
-            for event in events:
-                _tell_event(event)
-            if each.draft:
-                say(f"  draft     {each.draft[:12]}")
+            lines = [name, *(line for event in events for line in _event_lines(event))]
+            lines += [f"  draft     {each.draft[:12]}"] if each.draft else []
+            state = f"promoted {str(each.promoted)[:12]}" if each.promoted else "a draft"
+            short = [f"  {state:<21} {name}"]
+            entries.append(lines if verbose() or len(self.references) == 1 else short)
         promoted = sum(1 for each in self.references if each.promoted)
         drafts = sum(1 for each in self.references if each.draft)
         store = self.store or "none is named"
-        say(f"{counted(len(self.references))}: {promoted} promoted, {drafts} drafts; "
-            f"store: {store}")  # fmt: skip
+        head = f"{counted(len(self.references))}: {promoted} promoted, {drafts} drafts"
+        print_screen(f"{head}; store: {store}", Entries(entries))
 
     def tell_status(self) -> None:
         """Print what is where."""
-        for each in self.references:
-            say(f"{each.name.removesuffix('.safetensors')}")
+        entries = []
+        for each in sorted(self.references, key=lambda each: not each.todo):
+            name = each.name.removesuffix(".safetensors")
             stands = [f"promoted {each.promoted[:12]}"] if each.promoted else ["not promoted"]
             stands += [f"draft {each.draft[:12]}"] if each.draft else []
             stands.append({
@@ -70,12 +75,12 @@ class Listing(Record):
                 stands.append(
                     f"not in the store: {', '.join(lacking)}" if lacking else "in the store"
                 )
-            say(f"  {'; '.join(stands)}")
-            if each.todo:
-                say(f"  next: {each.todo}")
+            next_line = [f"  next: {each.todo}"] if each.todo else []
+            entries.append([name, f"  {'; '.join(stands)}", *next_line])
         waiting = sum(1 for each in self.references if each.todo)
-        say(f"{counted(len(self.references))}, {waiting} with something to do; "
-            f"store: {self.store or 'none is named'}")  # fmt: skip
+        head = f"{counted(len(self.references))}, {waiting} with something to do"
+        store = self.store or "none is named"
+        print_screen(f"{head}; store: {store}", Entries(entries, "references"))
 
 
 def counted(count: int) -> str:
@@ -83,14 +88,15 @@ def counted(count: int) -> str:
     return f"{count} reference{'' if count == 1 else 's'}"
 
 
-def _tell_event(event: Event) -> None:
+def _event_lines(event: Event) -> Iterator[str]:
+    """Who promoted what, when and why."""
     word = "promoted" if event.action == "promote" else "rolled back to"
     commit = f", commit {event.commit[:12]}" if event.commit else ""
     size = size_text(event.size)
-    say(f"  {word:<9} {event.sha256[:12]} {size}, {event.when}, {event.who}{commit}")
-    say(f"            {event.reason}")
+    yield (f"  {word:<9} {event.sha256[:12]} {size}, {event.when}, {event.who}{commit}")
+    yield f"            {event.reason}"
     if event.verdict:
-        say(f"            against {str(event.replaces)[:12]}: {event.sentence}")
+        yield f"            against {str(event.replaces)[:12]}: {event.sentence}"
     device = event.environment.get("device.name", "")
     libraries = ", ".join(
         f"{name} {event.environment[key]}"
@@ -99,7 +105,7 @@ def _tell_event(event: Event) -> None:
     )
     revision = f", revision {event.revision}" if event.revision else ""
     if device or libraries:
-        say(f"            made on {device or 'an unknown device'}, {libraries}{revision}")
+        yield f"            made on {device or 'an unknown device'}, {libraries}{revision}"
 
 
 def listed(root: Path, name: str) -> Listed:

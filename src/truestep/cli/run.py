@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from truestep.cli.cases import changed_cases, choose_cases
-from truestep.cli.common import case_options, load_change, progress_bar, set_option
-from truestep.text import say
+from truestep.cli.common import (
+    case_options,
+    load_change,
+    print_screen,
+    progress_bar,
+    set_option,
+    verbose_option,
+)
+from truestep.screen import Entries
 
 if TYPE_CHECKING:
     from truestep.case import Case
@@ -44,6 +51,7 @@ _FPS = 16
     type=click.FloatRange(min=0, min_open=True),
     help="Frames a second of the video; default: what the model is told, else 16.",
 )
+@verbose_option
 def command(  # 10 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
@@ -63,13 +71,27 @@ def command(  # 10 parameters: the options of the verb
     cases = changed_cases(cases, changes)
     apply = load_change(change)
     require_room(output / "latent", "the latent")  # before any compute is spent
+    done: list[tuple[str, list[str]]] = []
     stages = [
         (name, _stages(case, output=output, upsampler=upsampler)) for name, case in cases.items()
     ]
     for name, wanted in stages:
         for number, case in enumerate(wanted):
             told = name if not number else f"{name}, second stage"
-            _run(case, told, apply=apply, output=output, latent_only=latent_only, fps=fps)
+            done.append(_run(case, told, apply, output, latent_only=latent_only, fps=fps))
+    _print([each for each in done if each[1]])
+
+
+def _print(done: list[tuple[str, list[str]]]) -> None:
+    """What was generated, and where it is."""
+    if not done:
+        return  # of two processes, the first one speaks
+    if len(done) == 1:
+        (head, files), *_ = done
+        print_screen(head, ending=files)
+        return
+    entries = [[f"  {head}", *(f"    {file}" for file in files)] for head, files in done]
+    print_screen(f"{len(done)} generations", Entries(entries))
 
 
 def _stages(case: Case, *, output: Path, upsampler: Path | None) -> list[Case]:
@@ -87,28 +109,29 @@ def _latent(case: Case, output: Path) -> Path:
 def _run(
     case: Case,
     name: str,
-    *,
     apply: Apply | None,
     output: Path,
+    *,
     latent_only: bool,
     fps: float | None,
-) -> None:
+) -> tuple[str, list[str]]:
+    """Generate; in words what was done, and the files of it."""
     from truestep.replay.record import record
     from truestep.runtime.ranks import rank
 
     with progress_bar() as progress:
         recording = record(case, floor="none", apply=apply, progress=progress)
     if rank():
-        return  # of two processes, the first one writes
+        return "", []  # of two processes, the first one writes
     output.mkdir(parents=True, exist_ok=True)
     recording.save(_latent(case, output))
-    say(f"latent: {_latent(case, output)}")
+    files = [f"latent: {_latent(case, output)}"]
     if not latent_only:
         video = output / f"{case.id}.mp4"
         _write(video, recording, case, fps=fps)
-        say(f"video: {video}")
+        files.append(f"video: {video}")
     seconds = sum(sum(times) for times in recording.manifest.timings_s.values())
-    say(f"{name}: {case.steps} steps in {seconds:.1f} s")
+    return f"{name}: {case.steps} steps in {seconds:.1f} s", files
 
 
 def _write(path: Path, recording: Recording, case: Case, *, fps: float | None) -> None:

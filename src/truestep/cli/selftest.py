@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from truestep.cli.cases import chosen_or_recorded, find_reference
-from truestep.cli.common import case_options, end, give, progress_bar
-from truestep.text import say, visible
+from truestep.cli.common import (
+    case_options,
+    end,
+    give,
+    print_screen,
+    progress_bar,
+    verbose,
+    verbose_option,
+)
+from truestep.screen import aligned, rows
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
     metavar="[PATH]",
     help="Write the result as JSON; without a path, or with -, to stdout alone.",
 )
+@verbose_option
 def selftest(
     names: tuple[str, ...],
     case_file: Path,
@@ -81,16 +89,30 @@ def selftest(
     )
 
     def show() -> None:
-        for result in results:
-            for line in table(result.scores):
-                say(line)
-            say()
-        for result in results:
-            for line in textwrap.wrap(visible(result.sentence), 100, break_on_hyphens=False):
-                say(line)
+        caught = all(not result.scores[0].survived for result in results)
+        said = [result.sentence for result in results]
+        word = "PASSED" if caught else "FAILED"
+        lines = [line for result in results for line in table(result.scores)]
+        head = f"{word} {'; '.join(said)}"
+        listed = rows(lines) if verbose() else rows(_short(results), "gates")
+        print_screen(head, listed, exit_code=0 if caught else 1)
 
     give(found, json_path=json_path, show=show)
     end(1 if any(result.scores[0].survived for result in results) else 0)
+
+
+def _short(results: Sequence[Selftest]) -> list[str]:
+    """A row a gate: what it caught, and the smallest noise, gain and shift that it sees."""
+    from truestep.gates.selftest import amount
+
+    cells: list[tuple[str, ...]] = [("gate", "caught", "noise", "gain", "shift", "lets live")]
+    for result in results:
+        for found in result.scores:
+            amounts = (found.smallest_noise, found.smallest_gain, found.smallest_shift)
+            live = ", ".join(dict.fromkeys(damage for damage, _ in found.survived)) or "-"
+            counts = f"{found.caught} of {len(found.trials)}"
+            cells.append((found.gate, counts, *map(amount, amounts), live))
+    return aligned(cells, left=(0, 5))
 
 
 def _scored(

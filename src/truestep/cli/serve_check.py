@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.cli.common import Command, end, finish, output_options, progress_bar
+from truestep.cli.common import Command, end, finish, output_options, print_screen, progress_bar
+from truestep.screen import rows
 from truestep.serving.plan import KINDS, PARAMETERS
 from truestep.text import say
 
@@ -259,15 +260,19 @@ def _announce(
     for side in servers:
         if side.key and not side.private:
             say(f"the key is sent to {side.url} unencrypted: its address is no https", err=True)
-    say(f"{total} requests to {places}, each at most {server.timeout_s:g} s", err=err)
+    head, lines = f"{total} requests to {places}, each at most {server.timeout_s:g} s", []
     for name, ask in asks.items():
         negative = f", negative {ask.negative!r}" if ask.negative else ""
         frames = f", {ask.frames} frames" if plan.kind == "video" else ""
-        say(
+        lines.append(
             f"  {name:<10} seed {ask.seed}, {ask.steps} steps, guidance {ask.guidance:g}, "
-            f"{ask.width}x{ask.height}{frames}, {ask.prompt!r}{negative}",
-            err=err,
+            f"{ask.width}x{ask.height}{frames}, {ask.prompt!r}{negative}"
         )
+    if not err:
+        print_screen(head, rows(lines, "requests"))
+        return
+    for line in (head, *lines):
+        say(line, err=True)
 
 
 def _ask(endpoint: Endpoint, plan: Plan) -> Answers:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.text import pasteable, quoted, say, say_json, visible
+from truestep.cli.screens import be_verbose, print_screen, verbose, verbose_option
+from truestep.screen import Entries, aligned, facts, rows
+from truestep.text import pasteable, quoted, say, say_json, wrapped
 
 if TYPE_CHECKING:
     from truestep.controls import Cell
-
-SHOWN = 20
 
 _ID = re.compile(r"[a-z]\d+(\.[a-z]\d+)*")
 """Of a part of a result."""
@@ -26,7 +25,15 @@ _ID = re.compile(r"[a-z]\d+(\.[a-z]\d+)*")
 @click.argument(
     "what", nargs=-1, required=True, metavar="FILE | FOLDER | RESULT ID | profile [A [B]]"
 )
-@click.option("--all", "everything", is_flag=True, help=f"Every tensor, not the first {SHOWN}.")
+@verbose_option
+@click.option(
+    "--all",
+    is_flag=True,
+    expose_value=False,
+    callback=be_verbose,
+    help="The same as -v.",
+    hidden=True,
+)
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON; of a file, its manifest.")
 @click.option("--brief", is_flag=True, help="Of a file of results: what --brief of its verb gives.")
 @click.option(
@@ -43,7 +50,6 @@ _ID = re.compile(r"[a-z]\d+(\.[a-z]\d+)*")
 )
 def command(  # one parameter an option
     what: tuple[str, ...],
-    everything: bool,
     as_json: bool,
     brief: bool,
     frames: Path | None,
@@ -71,7 +77,7 @@ def command(  # one parameter an option
     elif names:
         raise UsageError("show takes one file", measured=f"got {len(what)}: {', '.join(what)}")
     else:
-        show_file(Path(first), everything=everything, as_json=as_json)
+        show_file(Path(first), as_json=as_json)
         if frames is not None:
             _write_frames(Path(first), frames)
 
@@ -135,8 +141,8 @@ def _show_detail(file: str, name: str, *, as_json: bool) -> None:
     if as_json:
         say_json(json.dumps(found, indent=2))
         return
-    for line in lines(found):
-        say(line)
+    head, *rest = lines(found)
+    print_screen(f"{name}  {head}", rows(f"  {line}" for line in rest))
 
 
 def _show_profiles(names: list[str], *, as_json: bool) -> None:
@@ -195,27 +201,33 @@ def _cell_data(cell: Cell) -> dict[str, Any]:
 def _list_profiles() -> None:
     from truestep.controls import profiles
 
-    width = max(map(len, profiles()))
-    for name, profile in profiles().items():
-        say(f"{name:<{width}}  {profile.model}-{', '.join(profile.versions):<8}  {profile.about}")
-    say()
-    say("truestep show profile NAME prints its controls, and two names what differs")
+    known = profiles()
+    cells = [
+        (name, f"{profile.model}-{', '.join(profile.versions)}", profile.about)
+        for name, profile in known.items()
+    ]
+    print_screen(
+        f"{len(known)} profiles: truestep show profile NAME prints the controls of one, two names "
+        "what differs",
+        rows(aligned(cells, left=(0, 1, 2)), "profiles"),
+    )
 
 
 def _print_profile(name: str) -> None:
     from truestep.controls import find_profile
 
     profile = find_profile(name)
-    say(f"{profile.name}: {profile.about}; {profile.model}-{' and '.join(profile.versions)}")
-    say()
     width = max(map(len, profile.cells))
-    for key, cell in profile.cells.items():
-        say(f"  {key:<{width}}  {_value(cell.value)}")
-        say(_source(cell.source), lines=True)
-    say()
+    entries = [
+        [f"  {key:<{width}}  {_value(cell.value)}", *(_source(cell.source) if verbose() else ())]
+        for key, cell in profile.cells.items()
+    ]
     defaults = ", ".join(f"{key} {value}" for key, value in profile.defaults.items())
-    say("  a case that says nothing has")
-    say(_source(defaults), lines=True)
+    print_screen(
+        f"{profile.name}: {profile.about}; {profile.model}-{' and '.join(profile.versions)}",
+        facts([("defaults", defaults)], most=None if verbose() else 2),
+        Entries(entries, "controls"),
+    )
 
 
 def _print_differences(first: str, second: str) -> None:
@@ -223,15 +235,20 @@ def _print_differences(first: str, second: str) -> None:
 
     found = differences(first, second)
     if not found:
-        say(f"{first} and {second} agree in all {len(NAMES)} controls")
+        print_screen(f"{first} and {second} agree in all {len(NAMES)} controls")
         return
-    say(f"{first} and {second} differ in {len(found)} of {len(NAMES)} controls")
+    entries = []
     for name, cells in found.items():
-        say()
-        say(f"  {name}")
+        lines = [f"  {name}"]
         for profile, cell in zip((first, second), cells, strict=True):
-            say(f"    {profile}: {_value(cell.value)}")
-            say(_source(cell.source), lines=True)
+            lines.append(f"    {profile}: {_value(cell.value)}")
+            lines += _source(cell.source)
+        values = " | ".join(_value(cell.value) for cell in cells)
+        entries.append(lines if verbose() else [f"  {name}: {values}"])
+    print_screen(
+        f"{first} and {second} differ in {len(found)} of {len(NAMES)} controls",
+        Entries(entries, "controls"),
+    )
 
 
 def _value(value: object) -> str:
@@ -241,18 +258,11 @@ def _value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _source(text: str) -> str:
-    return textwrap.fill(
-        visible(text),
-        width=100,
-        initial_indent=" " * 6,
-        subsequent_indent=" " * 6,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def _source(text: str) -> list[str]:
+    return wrapped("", text, indent=6)
 
 
-def show_file(file: Path, *, everything: bool, as_json: bool) -> None:
+def show_file(file: Path, *, as_json: bool) -> None:
     """Print what a file or folder is and holds."""
     import json
 
@@ -270,23 +280,31 @@ def show_file(file: Path, *, everything: bool, as_json: bool) -> None:
         return
     size = "" if file.is_dir() else f", {file.stat().st_size / 1e6:.1f} MB"
     holds = found.rows or found.manifest is not None
-    count = f"{len(found.rows)} {found.noun}" if holds else ""
-    say(f"{file}: {count or found.kind}{size}")
-    if found.manifest is not None:
-        _print_manifest(found.manifest)
-    elif count:
-        say(found.kind)
-    for line in found.lines:
-        say(f"  {line}")
-    rows = found.rows if everything else found.rows[:SHOWN]
-    shown = [(visible(name), visible(kind), _shape(last)) for name, kind, last in rows]
-    widths = [max((len(row[i]) for row in shown), default=0) for i in range(2)]
-    if shown:
-        say()
-    for name, dtype, shape in shown:
-        say(f"  {name:<{widths[0]}}  {dtype:<{widths[1]}}  {shape}".rstrip())
-    if len(found.rows) > len(shown):
-        say(f"  ... {len(found.rows) - len(shown)} more (--all)")
+    count = f", {len(found.rows)} {found.noun}" if holds else ""
+    told = _manifest_lines(found.manifest) if found.manifest is not None else []
+    if not verbose():
+        told = _telling(told)
+    cells = [(name, kind, _shape(last)) for name, kind, last in found.rows]
+    print_screen(
+        f"{file}: {found.kind}{count}{size}",
+        facts(told, most=None if verbose() else 2),
+        rows(f"  {line}" for line in found.lines),
+        rows(aligned(cells, left=(0, 1, 2)), found.noun),
+    )
+
+
+_TELLING = (
+    *("case", "recorded", "level", "engine", "call", "prompt", "prepared", "kept", "key frames"),
+    "floor",
+)
+"""What of a recording is shown by default."""
+
+
+def _telling(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What tells most of a recording, its calls as a number."""
+    calls = sum(label == "calls" for label, _ in lines)
+    kept = [line for line in lines if line[0] in _TELLING]
+    return [*kept, *([("calls", f"of {calls} methods (-v)")] if calls else [])]
 
 
 def _shape(shape: tuple[int, ...] | str) -> str:
@@ -316,10 +334,11 @@ def _frame_lines(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [] if pictures is None else [("key frames", pictures.text())]
 
 
-def _print_manifest(manifest: object) -> None:
+def _manifest_lines(manifest: object) -> list[tuple[str, str]]:
+    """What is to be said of a recording, labelled."""
     from truestep.cli.contents import call_lines
-    from truestep.measure.reduced import SKETCH_SIZE, STATS
     from truestep.recording.manifest import Manifest
+    from truestep.reduced import SKETCH_SIZE, STATS
 
     assert isinstance(manifest, Manifest)
     kept = {
@@ -368,5 +387,4 @@ def _print_manifest(manifest: object) -> None:
     if manifest.timings_s:
         times = ", ".join(f"{k} {sum(v):.2f} s" for k, v in manifest.timings_s.items())
         lines.append(("time", times))
-    for label, text in lines:
-        say(f"  {label:<10} {text}")
+    return lines

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from truestep.cli.cases import choose_cases, find_reference
-from truestep.cli.common import end, give, progress_bar
-from truestep.text import say, visible
+from truestep.cli.common import (
+    end,
+    give,
+    print_screen,
+    progress_bar,
+    verbose,
+    verbose_option,
+)
+from truestep.screen import Entries, aligned, facts, rows
+from truestep.text import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +25,6 @@ if TYPE_CHECKING:
     from truestep.case import Case
     from truestep.gates.thresholds.linting import Finding, Lint
 
-MAX_FINDINGS = 20
 MAX_NAMES = 3
 STAND_IN = "builtin:digits, a stand-in (--case or --reference tries the model's own frames)"
 
@@ -61,6 +67,7 @@ def thresholds() -> None:
     metavar="[PATH]",
     help="Write the result as JSON; without a path, or with -, to stdout alone.",
 )
+@verbose_option
 def lint_command(  # 9 parameters: the options of the verb
     file: Path,
     name: str | None,
@@ -121,6 +128,7 @@ def lint_command(  # 9 parameters: the options of the verb
     show_default=True,
     help="Case file.",
 )
+@verbose_option
 def write_command(  # 9 parameters: the options of the verb
     name: str,
     reference: Path | None,
@@ -170,13 +178,15 @@ def write_command(  # 9 parameters: the options of the verb
     with progress_bar() as progress:
         found = calibrated(pipe, recording, commit=commit, progress=progress)
     write(output, existing.with_case(key, found.entry))
-    say(f"WRITTEN {key}: limits from {found.runs} benign free runs")
-    say("  metric             worst benign       limit")
-    for metric, limit in found.limits.items():
-        say(f"  {metric:<17}  {found.floor[metric]:>12.6g}  {limit:>10.6g}")
-    say("  clip               not written: no CLIP weights here")
-    say(f"thresholds: {output}")
-    say(f"next: truestep gate thresholds lint {output} --case {key} --reference {path}")
+    cells = [("metric", "worst benign", "limit")]
+    cells += [(m, f"{found.floor[m]:.6g}", f"{limit:.6g}") for m, limit in found.limits.items()]
+    lint = f"truestep gate thresholds lint {quoted(str(output))} --case {quoted(key)}"
+    print_screen(
+        f"WRITTEN {key}: limits from {found.runs} benign free runs; clip is not written: no CLIP "
+        "weights here",
+        rows(aligned(cells), "limits"),
+        ending=[f"thresholds: {output}", f"next: {lint} --reference {quoted(str(path))}"],
+    )
 
 
 def _case(name: str | None, *, case_file: Path, tier: str) -> Case | None:
@@ -269,40 +279,19 @@ def _generated(case: Case) -> Tensors:
 
 
 def _print(found: Lint) -> None:
-    say(f"{'FAILED' if found.findings else 'PASSED'} {found.file}")
-    for line in _lines(found):
-        say(line)
-    say()
-    say(found.sentence, colour="red" if found.findings else "green")
-    say(f"repeat: {found.repeat}")
-
-
-def _lines(found: Lint) -> list[str]:
-    """The findings one can grep, each kind once, at most 20 of them, and what was tried."""
-    lines = []
-    groups = _groups(found)
-    for group in groups[:MAX_FINDINGS]:
-        lines += textwrap.wrap(
-            visible(_told(group)),
-            width=100,
-            initial_indent=f"  {group[0].kind:<13}  ",
-            subsequent_indent=" " * 17,
-            break_on_hyphens=False,
-            break_long_words=False,
-        )
-    more = len(groups) - MAX_FINDINGS
-    lines += [f"  ... {more} more findings (--json has all)"] if more > 0 else []
-    if not found.tried:
-        return lines
-    lines.append(f"  tried on       {found.tried_on}")
-    lines += textwrap.wrap(
-        ", ".join(found.tried),
-        width=100,
-        initial_indent="  tried          ",
-        subsequent_indent=" " * 17,
+    """The findings one can grep, each kind once; what was tried under -v."""
+    sentence = found.sentence.removeprefix("FAILED ").removeprefix("PASSED ")
+    head = f"{'FAILED' if found.findings else 'PASSED'} {sentence}"
+    groups = facts(
+        [(group[0].kind, _told(group)) for group in _groups(found)], most=None if verbose() else 2
     )
-    lines += [f"  not tried      {reason}" for reason in found.not_tried]
-    return lines
+    stand_in = facts([("tried on", found.tried_on)] * bool(found.tried), most=2)
+    tried = [("tried", ", ".join(found.tried))] * bool(found.tried)
+    tried += [("not tried", reason) for reason in found.not_tried]
+    # what it was tried on decides what the findings are worth: it stands before them
+    listed = [stand_in, Entries(groups.lines, "findings")]
+    listed.append(facts(tried if verbose() else tried[:1], most=None if verbose() else 2))
+    print_screen(head, *listed, ending=[f"repeat: {found.repeat}"], exit_code=bool(found.findings))
 
 
 def _groups(found: Lint) -> list[list[Finding]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from truestep.text import say, visible
+from truestep.cli.common import print_screen
 
 
 @click.command("tiny")
@@ -28,5 +28,7 @@ def command(pipeline: str, folder: Path, seed: int, dtype: str) -> None:
     with quiet(), still("transformers"):
         tiny.save(pipeline, folder, seed=seed, dtype=dtype)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    say(f"{visible(pipeline)}, random weights of seed {seed}, {dtype}, {size / 1e6:.1f} MB")
-    say(f"folder: {visible(str(folder))}")
+    print_screen(
+        f"{pipeline}, random weights of seed {seed}, {dtype}, {size / 1e6:.1f} MB",
+        ending=[f"folder: {folder}"],
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,12 +18,19 @@ from truestep.cli.common import (
     finish,
     load_change,
     output_options,
+    print_screen,
     progress_bar,
     set_option,
+    verbose,
+    verbose_option,
 )
 from truestep.cli.recorder import recorder
 from truestep.cli.words import case_words
-from truestep.text import quoted, say
+from truestep.screen import Entries, facts, rows
+from truestep.text import quoted
+
+if TYPE_CHECKING:
+    from truestep.recording.format import Recording
 
 _SELECT = click.option(
     "--select",
@@ -124,6 +132,7 @@ def compare(
 @set_option
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
 @_OUTPUT
+@verbose_option
 @click.option(
     "--check-untraced/--no-check-untraced",
     default=True,
@@ -186,9 +195,8 @@ def record(  # 13 parameters: the options of the verb
             check_untraced=check_untraced,
             progress=progress,
         )
-    if checked:
-        say(f"untraced against traced: {checked.verdict.value}, {checked.reason}")
-    _summary(recording)
+    said = f"{checked.verdict.value}, {checked.reason}" if checked else ""
+    _print_traced([recording], facts([("untraced", said)], most=2))
 
 
 @command.command("run", context_settings={"ignore_unknown_options": True})
@@ -206,6 +214,7 @@ def record(  # 13 parameters: the options of the verb
 @_INPUTS
 @_OPS
 @_OUTPUT
+@verbose_option
 @click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
 def run(  # 10 parameters: the context, and the options of the verb
@@ -335,6 +344,7 @@ def replay(
 
 
 @command.command("recover")
+@verbose_option
 @click.argument("place", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="Default: the intended file.")
 def recover(place: Path, output: Path | None) -> None:
@@ -344,7 +354,7 @@ def recover(place: Path, output: Path | None) -> None:
     """
     from truestep.recording.recovery import recover as recovered
 
-    _summary(recovered(place, output=output))
+    _print_traced([recovered(place, output=output)])
 
 
 def _report(output: Path, began: float) -> bool:
@@ -358,26 +368,40 @@ def _report(output: Path, began: float) -> bool:
         if path.is_file() and path.stat().st_mtime >= began
     ]
     left = [path for path in spools(output) if path.stat().st_mtime >= began]
-    for path in found:
-        _summary(Recording.open(path))
-    for path in left:
-        say(f"partial: the program was killed. truestep trace recover {path}")
-    if not found and not left:
-        say(
+    recover = [f"partial: the program was killed. truestep trace recover {path}" for path in left]
+    if found:
+        _print_traced([Recording.open(path) for path in found], rows(recover))
+    elif left:
+        print_screen("NOT TRACED to its end: the program was killed", ending=recover[:_PARTS])
+    else:
+        print_screen(
             "NOT TRACED: no model was called, none was of that class, or the program runs a Python "
             "that ignores PYTHONPATH (-I, -E)"
         )
     return bool(found)
 
 
-def _summary(recording: Any) -> None:
+_PARTS = 4
+"""Commands that are printed of what was left by as many ranks."""
+
+
+def _print_traced(recordings: Sequence[Recording], *more: Entries) -> None:
+    """What was traced: the first trace, what is noted of it, and the others."""
+    first, *others = recordings
+    notes = [("note", note) for note in first.manifest.notes]
+    print_screen(
+        f"TRACED: {_counts(first)}",
+        *more,
+        rows((f"  TRACED: {_counts(other)}: {other.path}" for other in others), "traces"),
+        Entries(facts(notes, most=None if verbose() else 2).lines, "notes"),
+        ending=[f"trace: {first.path}"],
+    )
+
+
+def _counts(recording: Recording) -> str:
+    """What a trace holds, in words."""
     manifest = recording.manifest
     modules = len({entry.fqn for entry in manifest.tensors})
     steps = len({entry.step for entry in manifest.tensors})
-    for note in manifest.notes:
-        say(f"note: {note}")
-    say(
-        f"TRACED: {len(manifest.tensors)} tensors of {modules} modules in {steps} steps, "
-        f"level {manifest.level}"
-    )
-    say(f"trace: {recording.path}")
+    tensors = len(manifest.tensors)
+    return f"{tensors} tensors of {modules} modules in {steps} steps, level {manifest.level}"

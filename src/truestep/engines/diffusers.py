@@ -62,6 +62,7 @@ from truestep.replay.check import (
 )
 from truestep.replay.record import FloorChoice
 from truestep.replay.touched import snapshot_of, touched
+from truestep.runtime.compiling import compile_pipeline
 from truestep.runtime.loading import failures, fingerprint, folder_of, index_of, model_index, quiet
 from truestep.runtime.stored import in_files, refuse_compiled
 from truestep.turns import taking_turns
@@ -351,7 +352,7 @@ def _in_files(case: CallCase, model: Model) -> Any:
     """The prepared pipeline, with its weights in their files where a lender is on."""
     with in_files():
         pipe = _loaded(case, model)
-    return prepared(pipe, case)
+    return compile_pipeline(prepared(pipe, case), case.compile)
 
 
 def _loaded(case: CallCase, model: Model) -> Any:

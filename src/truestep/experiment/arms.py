@@ -15,10 +15,10 @@ from truestep.case import Case
 from truestep.environment import usable_device
 from truestep.experiment.records import ArmName
 from truestep.keys import FINALS
-from truestep.pairing.naming import runs_compiled
 from truestep.progress import resident_peak
 from truestep.recording.format import bytes_of
 from truestep.runtime.applying import Apply, apply_change
+from truestep.runtime.compiling import compile_pipeline
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import MODELS, Observer, Pipeline, generate
 
@@ -66,8 +66,10 @@ class Run:
     tensors: dict[str, torch.Tensor]
 
 
-def load_arm(name: ArmName, case: Case, *, apply: Apply | None = None, compiled: bool) -> Arm:
-    """Load an arm, change it, and compile its transformers if asked to.
+def load_arm(
+    name: ArmName, case: Case, *, apply: Apply | None = None, compiled: str = "off"
+) -> Arm:
+    """Load an arm, change it, and compile its denoisers as it is said (`off`: not at all).
 
     Raises:
         CaseError, ModelLoadError, UsageError: As `load` and `apply_change` do.
@@ -82,10 +84,7 @@ def load_arm(name: ArmName, case: Case, *, apply: Apply | None = None, compiled:
     now = shared_code(arm.pipe)
     arm.shared = tuple(sorted(k for k, v in now.items() if k in code and code[k] is not v))
     arm.overrides = {k: v for k, v in arm.pipe.settings.model_dump().items() if v != plain[k]}
-    if compiled:
-        for model in (arm.pipe.transformer, arm.pipe.transformer_2):
-            if model is not None and not runs_compiled(model):
-                compile_model(model)
+    compile_pipeline(arm.pipe, compiled)
     arm.weights_mib = _allocated_mib(device) - before
     return arm
 
@@ -127,14 +126,6 @@ def own_backend(arm: Arm) -> Iterator[None]:
         yield
     finally:
         arm.backend, registry._active_backend = registry._active_backend, before
-
-
-def compile_model(model: Any) -> None:
-    """torch.compile in place: the repeated blocks where diffusers names them, else all of it."""
-    if getattr(model, "_repeated_blocks", None) and hasattr(model, "compile_repeated_blocks"):
-        model.compile_repeated_blocks()
-    else:
-        model.compile()
 
 
 def choose(arm: Arm, case: Case) -> None:

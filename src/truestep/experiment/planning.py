@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from truestep.call_case import COMPILE_MODES
 from truestep.case import Case
 from truestep.errors import CaseError, UsageError
 from truestep.experiment.prompts import pinned
@@ -16,7 +17,7 @@ from truestep.experiment.records import ArmName, Plan, PlannedCase, PlannedCell
 COMPILE = "compile"
 """A switch of arms and cells that is no setting of a case: run through torch.compile."""
 
-_ON = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
+_ON = {"true": "on", "1": "on", "false": "off", "0": "off"}
 
 _LOADED = ("model", "revision", "dtype", "settings")
 """What the cases of one experiment must have in common: only loading can honour it."""
@@ -57,25 +58,33 @@ def parse_matrix(dimensions: Sequence[str]) -> list[PlannedCell]:
 
 def _cell(values: Mapping[str, str]) -> PlannedCell:
     settings = {key: _plain(value) for key, value in values.items() if key != COMPILE}
-    compiled = switch(values.get(COMPILE, "off"), where="--matrix")
+    mode = switch(values.get(COMPILE, "off"), where="--matrix")
     own = ", ".join(f"{key}={value}" for key, value in values.items())
     name = "_".join(f"{key}={value}" for key, value in values.items() if key != COMPILE)
     folder = re.sub(r"[^\w.=-]+", "-", name) or "as-is"
-    mode = "compile" if compiled else "eager"
+    above = {"off": "eager", "on": "compile"}.get(mode, f"compile-{mode}")
     return PlannedCell(
-        name=own or "as it is", folder=f"{mode}/{folder}", settings=settings, compile=compiled
+        name=own or "as it is",
+        folder=f"{above}/{folder}",
+        settings=settings,
+        compile=mode != "off",
+        mode="" if mode in ("off", "on") else mode,
     )
 
 
-def switch(value: object, *, where: str) -> bool:
-    """`on` or `off`.
+def switch(value: object, *, where: str) -> str:
+    """`off`, `on`, or a mode of torch.compile.
 
     Raises:
         UsageError: It is something else.
     """
-    found = _ON.get(str(value).lower())
-    if found is None:
-        raise UsageError(f"compile = {value!r}: it is on or off", where=where)
+    found = _ON.get(str(value).lower(), str(value).lower())
+    if found not in COMPILE_MODES:
+        raise UsageError(
+            f"compile = {value!r}: it is on or off, or a mode of torch.compile",
+            where=where,
+            measured=f"its modes: {', '.join(COMPILE_MODES[2:])}",
+        )
     return found
 
 
@@ -132,8 +141,8 @@ def arm_case(
     own: Mapping[str, Any],
     *,
     option: str = "--set",
-) -> tuple[Case, bool]:
-    """A case as one arm runs it in one cell, and whether it is compiled.
+) -> tuple[Case, str]:
+    """A case as one arm runs it in one cell, and how it is compiled: `off`, `on`, a mode.
 
     Raises:
         CaseError: A setting is unknown or a value is not possible; it says which option gave it.
@@ -146,8 +155,9 @@ def arm_case(
         except CaseError as error:
             error.where = where
             raise
-    compiled = switch(own[COMPILE], where=option) if COMPILE in own else cell.compile
-    return case, compiled
+    of_cell = cell.mode or ("on" if cell.compile else "off")
+    mode = switch(own.get(COMPILE, of_cell), where=option)
+    return case.replace(compile="off"), mode  # an arm is compiled once its change is made
 
 
 def _where(cell: PlannedCell) -> str:
@@ -179,16 +189,17 @@ def validate(
         CaseError: A setting or value is not possible in some cell.
         UsageError: The arms do not differ.
     """
-    if not (baseline or candidate or apply or alike):
+    cells = tuple(cells)
+    of_cells = any(cell.candidate for cell in cells)
+    if not (baseline or candidate or apply or alike or of_cells):
         raise UsageError(
             "the arms do not differ: there is no switch to test",
             hint="give --set KEY=VALUE, --apply FILE.py:FUNCTION, or --expect same for an A/A run",
         )
-    cells = tuple(cells)
     for planned in cases:
         for cell in cells:
             ours, compiled = arm_case(planned, cell, baseline, option="--vs")
-            theirs, also = arm_case(planned, cell, candidate, option="--set")
+            theirs, also = arm_case(planned, cell, {**candidate, **cell.candidate}, option="--set")
             _refuse_masked(cell, {**baseline, **candidate})
             equal = (ours, compiled) == (theirs, also)
             if equal and not apply and not alike:
@@ -209,6 +220,40 @@ def _refuse_masked(cell: PlannedCell, own: Mapping[str, Any]) -> None:
             )
 
 
-def own_settings(plan: Plan, arm: ArmName) -> Mapping[str, Any]:
-    """Settings of an arm; the control's are the baseline's."""
-    return plan.candidate if arm == "candidate" else plan.baseline
+def own_settings(plan: Plan, arm: ArmName, cell: PlannedCell) -> Mapping[str, Any]:
+    """Settings of an arm in a cell; the control's are the baseline's."""
+    return {**plan.candidate, **cell.candidate} if arm == "candidate" else plan.baseline
+
+
+def matrix_alone(dimensions: Sequence[str]) -> tuple[dict[str, Any], list[PlannedCell]]:
+    """A matrix that is the switch itself: the settings of the baseline, which has the first value
+    of each dimension, and a cell for every other combination, of its own candidate.
+
+    Raises:
+        UsageError: As `parse_matrix`; or there is but one combination.
+    """
+    first, *others = parse_matrix(dimensions)
+    if not others:
+        raise UsageError(
+            "the arms do not differ: the matrix has one value",
+            measured=first.name,
+            hint="e.g. --matrix compile=off,on",
+        )
+    cells = [
+        PlannedCell(name=cell.name, folder=cell.folder, candidate=_values(cell)) for cell in others
+    ]
+    return {key: value for key, value in _values(first).items() if _named(key, dimensions)}, [
+        cell.model_copy(
+            update={"candidate": {k: v for k, v in cell.candidate.items() if _named(k, dimensions)}}
+        )
+        for cell in cells
+    ]
+
+
+def _values(cell: PlannedCell) -> dict[str, Any]:
+    """Settings of a cell, compile among them."""
+    return {**cell.settings, COMPILE: cell.mode or ("on" if cell.compile else "off")}
+
+
+def _named(key: str, dimensions: Sequence[str]) -> bool:
+    return any(text.partition("=")[0] == key for text in dimensions)

@@ -82,14 +82,17 @@ class PlannedCase(Record):
 class PlannedCell(Record):
     """One combination of the matrix: settings that all arms share.
 
-    `compile` says whether the arms run through torch.compile; `folder` is where it is kept, below
-    the experiment's own.
+    `compile` says whether the arms run through torch.compile, `mode` in which mode that is not its
+    default; `candidate` holds what only the candidate has, where the matrix itself is the switch;
+    `folder` is where it is kept, below the experiment's own.
     """
 
     name: str
     folder: str = Field(pattern=r"^[^/.\x00][^/\x00]*(/[^/.\x00][^/\x00]*)*$")  # stays below
     settings: dict[str, Any] = Field(default_factory=dict)
     compile: bool = False
+    mode: str = ""
+    candidate: dict[str, Any] = Field(default_factory=dict)
 
 
 class Plan(Record):
@@ -125,7 +128,9 @@ class Plan(Record):
         """The change under test in words."""
         parts = [f"{key}={value}" for key, value in self.candidate.items()]
         parts += [f"apply {self.apply.rpartition(':')[2]}"] if self.apply else []
-        text = ", ".join(parts) or "nothing"
+        own = len(self.cells) == 1 and self.cells[0].name
+        matrix = any(cell.candidate for cell in self.cells)
+        text = ", ".join(parts) or (own or "the matrix" if matrix else "nothing")
         against = ", ".join(f"{key}={value}" for key, value in self.baseline.items())
         return f"{text} against {against}" if against else text
 

@@ -233,7 +233,7 @@ class _Cell:
             return
 
     def _case(self, planned: PlannedCase, arm: ArmName) -> Case:
-        own = own_settings(self.plan, arm)
+        own = own_settings(self.plan, arm, self.cell)
         return arm_case(planned, self.cell, own)[0]
 
     def _id(self, planned: PlannedCase) -> str:
@@ -314,7 +314,7 @@ class _Cell:
         """Load an arm, and notice if that changes something for the whole process."""
         self._tell(f"loading {name}", 0, 1)
         with self._raising(name, "loading"):
-            own = own_settings(self.plan, name)
+            own = own_settings(self.plan, name, self.cell)
             case, compiled = arm_case(self.plan.cases[0], self.cell, own)
             before = dict(Environment.current(case.settings.device))
             change = self.apply if name == "candidate" else None

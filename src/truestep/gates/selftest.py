@@ -271,13 +271,14 @@ def table(scores: Sequence[Score]) -> list[str]:
 _FOOTER: Mapping[str, Callable[[Score], str]] = {
     "caught": lambda s: f"{s.caught} of {len(s.trials)}",
     "mutation score": lambda s: f"{s.share:.0%}".replace("%", " %"),
-    "smallest noise seen": lambda s: _amount(s.smallest_noise),
-    "smallest gain seen": lambda s: _amount(s.smallest_gain),
-    "smallest shift seen": lambda s: _amount(s.smallest_shift),
+    "smallest noise seen": lambda s: amount(s.smallest_noise),
+    "smallest gain seen": lambda s: amount(s.smallest_gain),
+    "smallest shift seen": lambda s: amount(s.smallest_shift),
 }
 
 
-def _amount(value: float) -> str:
+def amount(value: float) -> str:
+    """A smallest change that is seen, in short."""
     return f"{value:.1e}" if math.isfinite(value) else "none"
 
 

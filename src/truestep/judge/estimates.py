@@ -30,10 +30,10 @@ from truestep.judge.rows import (
 from truestep.judge.rule import Measured, Outcome, bounded, judge
 from truestep.keys import address
 from truestep.measure.moments import moments
-from truestep.measure.reduced import SKETCH_SIZE, STATS
 from truestep.measure.sketch import Estimate, estimate, sketch
 from truestep.recording.columns import Table
 from truestep.recording.readers import Source
+from truestep.reduced import SKETCH_SIZE, STATS
 from truestep.verdict import Metrics, Row, Rows, Rule, Verdict
 
 _SUMMATION = 1e-12

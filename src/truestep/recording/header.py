@@ -19,11 +19,11 @@ import xxhash
 
 from truestep.errors import FileFormatError
 from truestep.magic import SAFETENSORS, what_is
-from truestep.measure.reduced import SKETCH_SIZE, STATS
 from truestep.reading import reason
 from truestep.recording.manifest import (
     METADATA_KEY,
 )
+from truestep.reduced import SKETCH_SIZE, STATS
 from truestep.text import quoted
 
 MAX_HEADER = 100_000_000

@@ -9,13 +9,12 @@ from array import array
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from truestep.errors import FileFormatError
-from truestep.measure.reduced import SKETCH_SIZE, STATS
 from truestep.reading import check_plain, parse_json, reason
-from truestep.recording import columns
 from truestep.recording.header import (
     ITEM_SIZES,
     MAX_ELEMENTS,
@@ -42,6 +41,10 @@ from truestep.recording.manifest import (
     Manifest,
     TensorEntry,
 )
+from truestep.reduced import SKETCH_SIZE, STATS
+
+if TYPE_CHECKING:
+    from truestep.recording import columns
 
 
 def read_manifest(path: str | Path) -> Manifest | None:
@@ -179,6 +182,8 @@ def _unpacked(header: Header, manifest: Manifest) -> tuple[Header, Manifest]:
     Raises:
         FileFormatError: A column is damaged, or does not fit the others or the data.
     """
+    from truestep.recording import columns
+
     path, kinds = header.path, columns.KINDS
     data = {f"data.{size}": size for size in (8, 4, 2, 1)}
     expected = {columns.PREFIX + name for name in kinds}
@@ -228,6 +233,8 @@ def _packed(path: Path, rows: columns.Table, level: str, begins: dict[int, int])
 
 def _column(header: Header, name: str, expected: str) -> bytes:
     """The content of one column of a packed recording's table."""
+    from truestep.recording import columns
+
     slot = header.tensors[columns.PREFIX + name]
     try:
         with header.path.open("rb") as file:

@@ -20,13 +20,13 @@ from truestep.judge.divergence import ROOT, parent
 from truestep.judge.growth import agreeing, gross
 from truestep.keys import Key, address, key_of
 from truestep.many import Texts
-from truestep.measure.reduced import STATS
 from truestep.pairing import Pairing, pair_activations
 from truestep.pairing.content import fit, fit_any, is_constant
 from truestep.pairing.naming import listed
 from truestep.pairing.rename import closed, numbered, renamed
 from truestep.recording.columns import Table
 from truestep.recording.readers import Source
+from truestep.reduced import STATS
 from truestep.replay.isolation import alike, matched_slots
 from truestep.verdict import Rows
 

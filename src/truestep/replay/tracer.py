@@ -16,7 +16,6 @@ import torch
 from truestep.errors import WriteError
 from truestep.keys import module_name
 from truestep.measure.moments import Moments, from_device, on_device, with_square
-from truestep.measure.reduced import STATS
 from truestep.measure.sketch import SIZE, STEP, sketch_and_square
 from truestep.nests import argument_leaves, leaves, unread
 from truestep.pairing.naming import ROOT, Named, callable_module
@@ -24,6 +23,7 @@ from truestep.recording.format import bytes_of
 from truestep.recording.header import bad_name
 from truestep.recording.manifest import Level
 from truestep.recording.spool import Blob, Memory, Spool, storable
+from truestep.reduced import STATS
 
 Leaves = Iterable[tuple[str, torch.Tensor]]
 

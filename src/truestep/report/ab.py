@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,8 @@ from truestep.files import write_text
 from truestep.report.answer import word_of
 from truestep.report.curves import number
 from truestep.report.html import LABELS, embedded_json, page
-from truestep.text import columns, say, wrapped
+from truestep.screen import print_lines
+from truestep.text import columns, wrapped
 from truestep.verdict import Media
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ COLUMNS = (
     "forwards",
 )
 """One row a cell. Ratios are candidate over baseline, so above 1 is slower."""
-
-_COLOURS = {0: "green", 1: "red", 3: "yellow", 4: "yellow"}
 
 
 def cells_of(result: CellResult) -> tuple[str, ...]:
@@ -136,7 +134,7 @@ def _lines_below(experiment: Experiment) -> Iterator[str]:
     """The table of all cells, and what its words mean."""
     yield from _table([cells_of(result) for result in experiment.cells])
     for text in legend(experiment):
-        yield from _wrapped(text, lead="  ")
+        yield from wrapped("", text, indent=2)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -151,17 +149,6 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip()
 
 
-def _wrapped(text: str, *, lead: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        width=columns(),
-        initial_indent=lead,
-        subsequent_indent=" " * max(len(lead), 4),
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
-
-
 def _label(finding: Finding) -> str:
     """Style class of a finding: pass, fail, blocked or unsure."""
     return LABELS[finding.exit_code]
@@ -171,15 +158,10 @@ def print_experiment(
     experiment: Experiment, *, folder: str, report: str | None, verbose: bool = False
 ) -> None:
     """Print the answer and its main numbers; everything where it is to be verbose."""
-    lines = _everything(experiment, folder, report) if verbose else _answer(experiment)
-    first, *others = lines
-    say(first, colour=_COLOURS[experiment.exit_code], first_word=True)
-    for line in others:
-        say(line)
+    lines = [*_everything(experiment, folder, report)] if verbose else _answer(experiment)
     if not verbose:
-        say(f"results: {folder}")
-        if report:
-            say(f"report: {report}")
+        lines += [f"results: {folder}", *([f"report: {report}"] if report else [])]
+    print_lines(lines, exit_code=experiment.exit_code)
 
 
 def _answer(experiment: Experiment) -> list[str]:
@@ -230,7 +212,7 @@ def _everything(experiment: Experiment, folder: str, report: str | None) -> Iter
         word = word_of(result.verdict.value, passed=result.verdict.passed)
         yield f"{word} {result.verdict.value} {result.cell.name} [{experiment.plan.switch}]"
         for text in _remarks(result):
-            yield from _wrapped(text, lead="  note         ")
+            yield from wrapped("note", text)
     yield from _lines_below(experiment)
     yield f"results: {folder}"
     if report:

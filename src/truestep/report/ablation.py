@@ -20,6 +20,7 @@ from truestep.experiment.attribution import NOT_ADDITIVE, ORDER_TEXT
 from truestep.files import write_text
 from truestep.report.curves import number
 from truestep.report.html import LABELS, embedded_json, page
+from truestep.screen import aligned, print_lines, rows, screen
 from truestep.text import say, visible
 
 if TYPE_CHECKING:
@@ -229,9 +230,9 @@ def tables(result: Ablation | Matrix) -> list[tuple[str, Table]]:
 def markdown(result: Ablation | Matrix) -> str:
     """Tables for a pull request, the sentence above and how to read them below."""
     lines = [f"**{result.sentence}**", ""]
-    for caption, (heads, rows) in tables(result):
+    for caption, (heads, body) in tables(result):
         lines += [f"{caption}:", "", _line(heads), "|" + "---|" * len(heads)]
-        lines += [*map(_line, rows), ""]
+        lines += [*map(_line, body), ""]
     lines += [f"- {text}" for text in remarks(result)]
     return "\n".join(lines) + "\n"
 
@@ -241,8 +242,36 @@ def _line(texts: Sequence[str]) -> str:
     return "| " + " | ".join(escaped) + " |"
 
 
-def print_result(result: Ablation | Matrix, *, output: str | None, report: str | None) -> None:
-    """Print it; the last lines are the sentence, where things lie, and how to repeat it."""
+def print_result(
+    result: Ablation | Matrix, *, output: str | None, report: str | None, verbose: bool = False
+) -> None:
+    """Print the answer, and how far each control takes the end; all tables where it is to be
+    verbose."""
+    word = "MEASURED" if result.exit_code == 0 else "FAILED"
+    places = [("table", output), ("report", report), ("repeat", result.repeat)]
+    ending = [f"{label}: {place}" for label, place in places if place]
+    if verbose:
+        _print_tables(result)
+    told = screen(f"{word} {result.sentence}", rows(_short(result)), ending=ending)
+    print_lines(told, exit_code=result.exit_code)
+
+
+def _short(result: Ablation | Matrix) -> list[str]:
+    """A row a control, or a pair of profiles: its values, and how far the end is moved."""
+    if isinstance(result, Ablation):
+        heads, found = switch_table(result)
+        kept = [heads.index(name) for name in ("control", "from -> to", "end")]
+        kept += [at for at, head in enumerate(heads) if head.endswith(" alone")][:1]
+        return aligned([[row[i] for i in kept] for row in (heads, *found)], left=(0, 1, 2, 3))
+    cells = [("reference", "candidate", "end")]
+    for cell in result.cells:
+        ends = [f"{m} {_end(cell.run, m)}" for m in MODALITIES if cell.run.end(m)]
+        cells.append((cell.reference, cell.candidate, ", ".join(ends[:1])))
+    return aligned(cells, left=(0, 1, 2))
+
+
+def _print_tables(result: Ablation | Matrix) -> None:
+    """All tables, and how to read them."""
     import sys
 
     from rich.console import Console
@@ -260,14 +289,6 @@ def print_result(result: Ablation | Matrix, *, output: str | None, report: str |
     for text in remarks(result):
         console.print(visible(f"- {text}"), soft_wrap=not sys.stdout.isatty())
     say()
-    colour = "green" if result.exit_code == 0 else "red"
-    say(result.sentence, colour=colour)
-    if output:
-        say(f"table: {output}")
-    if report:
-        say(f"report: {report}")
-    if result.repeat:
-        say(f"repeat: {result.repeat}")
 
 
 def _print_table(console: Console, caption: str, table: Table) -> None:

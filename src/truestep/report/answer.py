@@ -11,11 +11,9 @@ from dataclasses import dataclass
 
 from truestep.records import MediaEvidence
 from truestep.report.words import change_text, command_in, next_command, said, stage_label
-from truestep.text import columns, command_lines, visible, wrapped
+from truestep.screen import LINES, aligned
+from truestep.text import command_lines, visible, wrapped
 from truestep.verdict import Comparison, Results, Row, Rows, Verdict
-
-LINES = 12
-"""Lines of an answer, its commands among them."""
 
 _ROWS = 3
 _COVERAGE = 7
@@ -98,22 +96,26 @@ def answer(comparison: Comparison, *, report: str | None = None) -> list[str]:
     return [*_fitting(blocks, room), *commands]
 
 
-def answers(results: Results, *, report: str | None = None) -> list[str]:
-    """At most `LINES` lines on several comparisons; what failed is told of first."""
-    told = sorted(results.comparisons, key=lambda c: c.exit_code == 0)
-    failed = next((c for c in told if c.exit_code != 0), None)
+def answers(results: Results, *, report: str | None = None, told: str = "") -> list[str]:
+    """At most `LINES` lines on several comparisons; what failed is told of first.
+
+    Args:
+        told: What all of them together say, before their number.
+    """
+    ordered = sorted(results.comparisons, key=lambda c: c.exit_code == 0)
+    failed = next((c for c in ordered if c.exit_code != 0), None)
     ending = [next_line(failed) if failed is not None else None, _labelled("report", report)]
     commands = [row for line in ending if line for row in command_lines(line)]
-    lines = wrapped("", summary(results), most=2)
+    lines = [*wrapped("", told, most=3), *wrapped("", summary(results), most=2)]
     room = LINES - len(commands) - len(lines)
-    for index, comparison in enumerate(told):
+    for index, comparison in enumerate(ordered):
         text = f"{case_of(comparison)}: {comparison.sentence}"
         block = wrapped(
             "", f"{_word(comparison)} {text}", most=1 if comparison.exit_code == 0 else 2
         )
-        last = index == len(told) - 1
+        last = index == len(ordered) - 1
         if len(block) > room - (not last):
-            lines.append(f"... {len(told) - index} more (-v)")
+            lines.append(f"... {len(ordered) - index} more (-v)")
             break
         lines += block
         room -= len(block)
@@ -122,11 +124,16 @@ def answers(results: Results, *, report: str | None = None) -> list[str]:
 
 def summary(results: Results) -> str:
     """Of several comparisons, how many came out how."""
-    counts = Counter(comparison.verdict for comparison in results.comparisons)
-    parts = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items())
     known = sum(c.known is not None and c.known.accepted for c in results.comparisons)
     stated = f" (known failures, as stated: {known})" if known else ""
-    return f"{len(results.comparisons)} cases: {parts}{stated}"
+    return counted(c.verdict.value for c in results.comparisons) + stated
+
+
+def counted(verdicts: Iterable[str]) -> str:
+    """How many cases came out how: `3 cases: 2 identical, 1 drifted`."""
+    counts = Counter(verdicts)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    return f"{counts.total()} cases: {told}"
 
 
 def next_line(comparison: Comparison) -> str:
@@ -217,31 +224,13 @@ def _failed(comparison: Comparison, causes: Rows, most: int) -> Iterator[Block]:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Rows as lines under a head: name, distance, floor and how far over it, numbers aligned."""
-    cells = [("tensor", "rel_l2", "floor", "x floor"), *map(_cells, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
-    widths[0] = min(widths[0], columns() - 2 - sum(width + 2 for width in widths[1:]))
-    return [
-        "  " + "  ".join([_shortened(row[0], widths[0]).ljust(widths[0]), *_right(row, widths)])
-        for row in cells
-    ]
-
-
-def _right(row: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
-    return (text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))
-
-
-def _shortened(name: str, width: int) -> str:
-    """A name without its middle where it is too long: both ends tell."""
-    if len(name) <= width or width < 8:
-        return name[: max(width, 8)]
-    front = (width - 3) // 2
-    return f"{name[:front]}...{name[len(name) - (width - 3 - front) :]}"
+    return aligned([("tensor", "rel_l2", "floor", "x floor"), *map(_cells, rows)])
 
 
 def _cells(row: Row) -> tuple[str, str, str, str]:
     metrics, floor = row.metrics, row.floor
     return (
-        visible(row.name),
+        row.name,
         f"{metrics.rel_l2:.1e}" if metrics else row.verdict.value,
         f"{floor.rel_l2:.1e}" if floor else "-",
         f"{row.ratio:.3g}" if row.ratio is not None else "-",

@@ -15,6 +15,7 @@ from pydantic import Field
 from truestep.experiment.ablation_records import Ablation, Matrix
 from truestep.experiment.perf_records import PerfResults
 from truestep.experiment.records import Experiment
+from truestep.report.answer import counted
 from truestep.report.items import Evidence, Item, items_of
 from truestep.report.results_file import AnyResult
 from truestep.report.words import change_text, command_in
@@ -179,10 +180,7 @@ def _sentence(result: AnyResult, items: Sequence[Item]) -> str:
         return result.sentence
     if len(items) == 1:
         return items[0].sentence
-    counts: dict[str, int] = {}
-    for item in items:
-        counts[item.verdict] = counts.get(item.verdict, 0) + 1
-    return f"{len(items)} cases: " + ", ".join(f"{count} {word}" for word, count in counts.items())
+    return counted(item.verdict for item in items)
 
 
 def _notes(result: AnyResult) -> tuple[Evidence, ...]:

@@ -10,32 +10,32 @@ from truestep.keys import key_of
 from truestep.records import MediaEvidence
 from truestep.report.answer import answer, answers, case_of, headline, next_line, summary
 from truestep.report.words import change_text, said, stage_label
-from truestep.text import say, wrapped
+from truestep.screen import print_lines
+from truestep.text import wrapped
 from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Rows, Verdict
 
 MAX_GROWTH = 16
 MAX_ROWS = 20
 MAX_ROWS_OF_STAGE = 5
-_COLOURS = {0: "green", 1: "red", 3: "yellow", 4: "yellow"}
 
 
-def print_results(results: Results, *, report: str | None = None, verbose: bool = False) -> None:
+def print_results(
+    results: Results, *, report: str | None = None, verbose: bool = False, told: str = ""
+) -> None:
     """Print the answer; all that is known of every comparison under it where it is to be verbose.
 
     Args:
         report: Path of the report, if one was written.
         verbose: Everything; the last line then is the command that repeats it.
+        told: What all of them together say; it stands first.
     """
     if len(results.comparisons) == 1 and not verbose:
-        told = answer(results.comparisons[0], report=report)
+        answered = answer(results.comparisons[0], report=report)
     elif not verbose:
-        told = answers(results, report=report)
+        answered = answers(results, report=report, told=told)
     else:
-        told = list(_everything(results, report))
-    first, *others = told
-    say(first, colour=_COLOURS[results.exit_code], first_word=True)
-    for line in others:
-        say(line)
+        answered = [*wrapped("", told), *_everything(results, report)]
+    print_lines(answered, exit_code=results.exit_code)
 
 
 def _everything(results: Results, report: str | None) -> Iterable[str]:

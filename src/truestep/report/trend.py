@@ -15,6 +15,7 @@ from truestep.experiment.perf_statistics import LEVEL, median_interval
 from truestep.experiment.statistics import median
 from truestep.files import write_text
 from truestep.report.html import page
+from truestep.screen import aligned
 from truestep.verdict import Difference, Float, Record
 
 _MOST_CHARTED = 40
@@ -165,26 +166,27 @@ def _numbers(batch: PerfBatch) -> tuple[TrendNumber, ...]:
     return tuple(found)
 
 
-def lines(trend: Trend) -> Iterator[str]:
-    """The trend as text: a line a batch, cohort changes between them."""
+def lines(trend: Trend, *, verbose: bool = True) -> Iterator[str]:
+    """The trend as text: a line a batch, cohort changes between them; the latest batches of each
+    case alone where it is not to be verbose."""
     for case in trend.cases:
         yield case.case_id
-        cells: list[tuple[str, ...]] = [
-            ("date", "runs", "e2e ms", "99 % or range", "change", "memory MiB", "", "")
-        ]
-        for batch in case.batches:
-            cells.append(_cells(batch))
-        widths = [max(len(line[i]) for line in cells) for i in range(6)]
-        for place, line in enumerate(cells):
-            changed = case.batches[place - 1].changed if place else ()
-            if changed:
-                yield f"  -- cohort: {differences(changed)}"
-            head = "  ".join(
-                c.ljust(w) if i == 0 else c.rjust(w)
-                for i, (c, w) in enumerate(zip(line, widths, strict=False))
-            )
-            yield f"  {head}  {line[6]}  {line[7]}".rstrip()
-        yield ""
+        head = ("date", "runs", "e2e ms", "99 % or range", "change", "memory MiB", "", "")
+        batches = case.batches if verbose else case.batches[-_LATEST:]
+        kept = (0, 1, 2, 4, 6, 7) if not verbose else range(8)
+        cells = [[row[i] for i in kept] for row in (head, *map(_cells, batches))]
+        told = aligned(cells, left=(0, 6, 7) if verbose else (0, 4, 5))
+        yield told[0]
+        for batch, line in zip(batches, told[1:], strict=True):
+            if batch.changed:
+                yield f"  -- cohort: {differences(batch.changed)}"
+            yield line
+        if len(batches) < len(case.batches):
+            yield f"  ... {len(case.batches) - len(batches)} earlier batches (-v)"
+
+
+_LATEST = 4
+"""Batches of a case that are shown by default."""
 
 
 def _cells(batch: TrendBatch) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from truestep.controls import AudioVideo
 from truestep.environment import usable_device
 from truestep.errors import CaseError, MissingExtraError, ModelLoadError
 from truestep.reading import parse_json, read
+from truestep.runtime.compiling import compile_pipeline
 from truestep.runtime.pipeline import Pipeline
 from truestep.text import quoted
 from truestep.turns import taking_turns
@@ -50,9 +51,10 @@ def load(case: Case) -> Pipeline:
     folder = resolve(case)
     family = model_index(folder)["_class_name"]
     if family in LTX2:
-        return _ltx2(case, folder)
+        return compile_pipeline(_ltx2(case, folder), case.settings.compile)
     _refuse_audio_video(case, folder)
-    return (_cosmos if family == COSMOS else _wan)(case, folder)
+    pipe = (_cosmos if family == COSMOS else _wan)(case, folder)
+    return compile_pipeline(pipe, case.settings.compile)
 
 
 def _refuse_audio_video(case: Case, folder: Path) -> None:
