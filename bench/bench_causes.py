@@ -71,7 +71,7 @@ def run(bench: Bench, entry: Fault) -> dict[str, Any]:
         try:
             pipe = bench.subject.load(DRAWS[0], bench.dtype)
             pipe = entry.apply(pipe) or pipe
-        except (NotApplicable, AttributeError) as error:
+        except (NotApplicable, AttributeError, KeyError) as error:
             return {"outcome": "not applicable", "text": str(error)}
         checked = check_pipeline(pipe, bench.recording, case=case)
         if checked.verdict.passed:

@@ -41,7 +41,7 @@ PURE = (
     "judge.rule",
     "judge.tail",
     "verdict",
-    "measure.reduced",
+    "reduced",
     "measure.distance",
     "measure.sketch",
     "measure.structure",

@@ -1,6 +1,5 @@
-"""Verdicts, and the result of a comparison as one JSON-able record.
-
-Pure: no I/O, no torch. `docs/schema/comparison-1.json` is generated from these models.
+"""Verdicts, and the result of a comparison as one record: `docs/schema/comparison-1.json` is
+generated from these models. Pure: no I/O, no torch.
 """
 
 from __future__ import annotations

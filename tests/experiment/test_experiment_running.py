@@ -158,7 +158,7 @@ def test_a_change_of_settings_goes_over_every_case(case: Case) -> None:
     def scale(pipe: Pipeline) -> None:
         pipe.settings.guidance_scale = 2.0
 
-    arm = load_arm("candidate", case, apply=scale, compiled=False)
+    arm = load_arm("candidate", case, apply=scale, compiled="off")
     choose(arm, case.replace(prompt="a green seven moving up", seed=3))
     settings = arm.pipe.settings
     assert (settings.guidance_scale, settings.seed) == (2.0, 3)
@@ -180,10 +180,10 @@ def test_samples_are_strict_json(case: Case, tmp_path: Path, kept: Path) -> None
 def test_one_arms_attention_backend_does_not_reach_the_others(case: Case, tmp_path: Path) -> None:
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
 
-    plain = load_arm("baseline", case, compiled=False)
+    plain = load_arm("baseline", case, compiled="off")
     before, expected = Registry._active_backend, run(plain, case).tensors["latent/final"]
     math = case.replace(attention_backend="_native_math")
-    other = load_arm("candidate", math, compiled=False)
+    other = load_arm("candidate", math, compiled="off")
     changed = run(other, math).tensors["latent/final"]
     assert not torch.equal(changed, expected)
     assert Registry._active_backend is before

@@ -285,12 +285,14 @@ def _print(found: Lint) -> None:
     groups = facts(
         [(group[0].kind, _told(group)) for group in _groups(found)], most=None if verbose() else 2
     )
-    stand_in = facts([("tried on", found.tried_on)] * bool(found.tried), most=2)
-    tried = [("tried", ", ".join(found.tried))] * bool(found.tried)
-    tried += [("not tried", reason) for reason in found.not_tried]
-    # what it was tried on decides what the findings are worth: it stands before them
-    listed = [stand_in, Entries(groups.lines, "findings")]
-    listed.append(facts(tried if verbose() else tried[:1], most=None if verbose() else 2))
+    listed = [Entries(groups.lines, "findings")]
+    if found.tried:
+        # what it was tried on decides what the findings are worth: it stands before them
+        tried = [("tried", ", ".join(found.tried))]
+        tried += [("not tried", reason) for reason in found.not_tried]
+        stand_in = facts([("tried on", found.tried_on)], most=2)
+        known = facts(tried if verbose() else tried[:1], most=None if verbose() else 2)
+        listed = [stand_in, *listed, known]
     print_screen(head, *listed, ending=[f"repeat: {found.repeat}"], exit_code=bool(found.findings))
 
 
