@@ -139,7 +139,7 @@ def test_a_deeper_look_is_offered_where_a_model_is_at_fault_and_was_not_opened()
         )
         assert next_line(told) == f"next: truestep {deeper}"
     looked = {"repeat": "truestep check cat --depth modules"}
-    at = Divergence(name="m", stage="prediction", fqn="blocks.1")
+    at = Divergence(name="m", stage="module", fqn="blocks.1")
     named = drifted.model_copy(update={**looked, "first_divergence": at})
     assert next_line(named) == "next: truestep check cat --depth cause"
     cause = Cause(kind="epsilon", text="eps is 1", error_before=1.0, error_after=0.0, tried=1)

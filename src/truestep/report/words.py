@@ -53,7 +53,7 @@ def next_command(comparison: Comparison) -> str:
         return ""
     depth = _DEPTH.findall(repeat)
     if depth and depth[-1] == "modules":
-        named = first is not None and first.stage in _OPENED and first.fqn and not first.cause
+        named = first is not None and first.stage == "module" and first.fqn and not first.cause
         return _deeper(repeat, "cause") if named else ""
     if depth:  # the end of a free run says nothing of where
         return _deeper(repeat, "modules") if depth[-1] == "final" else ""
