@@ -90,6 +90,7 @@ ADVICE = {
     "give --store, TRUESTEP_STORE, or [references] store in truestep.toml",
     "name the server and who asks in the variables of its library, such as AWS_ENDPOINT_URL, "
     "AWS_PROFILE, HF_TOKEN",
+    "stop() the first watch before the second begins",
     "write it as hf://datasets/OWNER/NAME",
     'write it as store = "s3://bucket/prefix"',
     "a name is matched whole: 'blocks.0*' takes a block and what is in it",
@@ -100,6 +101,7 @@ ADVICE = {
     "begin: truestep parity new FAMILY COMPONENT --kind KIND; truestep parity run",
     "branch='cond'",
     "call .eval() on it before it is recorded",
+    "call it once the pipeline has returned",
     "call pipeline.prepare(pipeline)",
     "call=lambda **recorded: port(...) passes what the trace does not hold",
     "call=lambda *recorded, **named: model(...) puts the arguments together",
@@ -178,6 +180,7 @@ ADVICE = {
     "record it with --select '*' --inputs: {} must be among the modules",
     "record the case with its frames: truestep record",
     "replay the change on recorded inputs: truestep check CASE --apply FILE.py:FUNCTION",
+    "record the pipeline that serves, without a cache",
     "record the reference again with this slice, or give its own slice_spec=",
     "rename or delete the entry",
     "rename={'layers.*': 'blocks.*'} says which belong together",

@@ -106,6 +106,7 @@ def test_public_names_are_sorted_and_exist() -> None:
         "record",
         "record_function",
         "replay_trace",
+        "watch",
     ]
     for name in truestep.__all__:
         assert callable(getattr(truestep, name))
@@ -403,3 +404,22 @@ def test_a_reason_that_nothing_needs_is_found() -> None:
         (found,) = limits.over(f"def work():  # {reason}\n    pass\n")
         assert found == "work gives a reason to be over a limit, and is over none: delete it"
     assert limits.over("def work():  # longer: a comment\n    pass\n") == []
+
+
+def test_no_helper_of_tests_is_taken_for_a_test() -> None:
+    """Pytest runs whatever begins with `test`, a helper that runs pytest too."""
+    assert taken_for_tests("def tested(*words): ...\ndef test_it(): ...\ndef told(): ...") == [
+        "tested"
+    ]
+    found = {
+        path.name: names
+        for path in Path(__file__).parent.rglob("test_*.py")
+        if (names := taken_for_tests(path.read_text("utf-8")))
+    }
+    assert found == {}
+
+
+def taken_for_tests(text: str) -> list[str]:
+    """Functions of a test file that pytest takes for tests, and that are not named as one."""
+    names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    return [name for name in names if name.startswith("test") and not name.startswith("test_")]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from truestep.replay.ports import replay_trace
     from truestep.replay.traces import compare_traces
     from truestep.runtime.accelerate import accelerate
+    from truestep.serving.watching import watch
     from truestep.verdict import Comparison, Verdict
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "record",
     "record_function",
     "replay_trace",
+    "watch",
 ]
 
 _HOMES = {
@@ -73,6 +75,7 @@ _HOMES = {
     "record": "truestep.engines.subjects",
     "record_function": "truestep.replay.functions",
     "replay_trace": "truestep.replay.ports",
+    "watch": "truestep.serving.watching",
 }
 
 

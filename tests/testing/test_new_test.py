@@ -63,7 +63,7 @@ def printed(out: str, label: str) -> list[str]:
     return line.split()
 
 
-def tested(*arguments: str, **environment: str) -> dict[str, str]:
+def ended_as(*arguments: str, **environment: str) -> dict[str, str]:
     """Run pytest in a process of its own; what became of each test, and what was printed."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", *arguments],
@@ -83,17 +83,17 @@ def test_a_pipeline_from_its_folder_to_a_failure(run: Run) -> None:
     update, check = printed(out, "reference"), printed(out, "check")
     text = Path("test_flux.py").read_text("utf-8")
     assert text.count("# edit: ") >= 4
-    missing = tested(*check)
+    missing = ended_as(*check)
     assert missing["flux"] == "FAILED"
     assert "E   ReferenceNotFoundError: this check has no reference yet" in missing[""]
     assert list(Path().rglob("*.candidate")) == []  # it was told before the pipeline ran
-    assert tested(*update)["flux"] == "PASSED"
-    assert tested(*check)["flux"] == "PASSED"
+    assert ended_as(*update)["flux"] == "PASSED"
+    assert ended_as(*check)["flux"] == "PASSED"
     (weights,) = Path("flux/transformer").glob("*.safetensors")
     tensors = load_file(weights)
     tensors["proj_out.bias"] = tensors["proj_out.bias"] + 0.1
     save_file(tensors, weights, {"format": "pt"})
-    damaged = tested(*check, "--truestep-json=r.json")
+    damaged = ended_as(*check, "--truestep-json=r.json")
     assert damaged["flux"] == "FAILED"
     lines = damaged[""].splitlines()
     place = "transformer.forward (cond) at step 0: output 0"
@@ -115,12 +115,12 @@ def test_modules_by_the_functions_that_load_them(run: Run, folder: str) -> None:
         assert printed(out, "reference") == [f"{folder}test_{name}.py", "--truestep-update"]
     paths = [f"{folder}test_{name}.py" for name in names]
     for arguments in ([*paths, "--truestep-update"], paths):
-        made = tested(*arguments)
+        made = ended_as(*arguments)
         assert [made[name] for name in names] == ["PASSED"] * 5
     for path in map(Path, paths):
         change = "    next(module.parameters()).mul_(1.01)\n    # edit: here goes"
         path.write_text(path.read_text().replace("    # edit: here goes", change))
-    made = tested(*paths)
+    made = ended_as(*paths)
     assert [made[name] for name in names] == ["FAILED"] * 5
     assert made[""].count("\nE   FAILED drifted: ") == 5
 
@@ -134,7 +134,7 @@ def test_a_module_by_its_import_path(
     code, out, _ = run("given_package.port:linear")
     assert code == 0
     assert "from given_package.port import linear" in Path("test_linear.py").read_text("utf-8")
-    assert tested(*printed(out, "reference"))["linear"] == "PASSED"
+    assert ended_as(*printed(out, "reference"))["linear"] == "PASSED"
     code, _, err = run("given_package.port:absent")
     assert code == 2
     assert "no function 'absent'" in err

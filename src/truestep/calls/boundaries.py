@@ -11,7 +11,7 @@ import gc
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -363,6 +363,12 @@ def watching(
 def _over(arrival: Arrival) -> Any:
     """Make a call that a copy of a component gets after the run."""
     return arrival.proceed(*arrival.args, **arrival.kwargs)
+
+
+def is_watched(components: Iterable[Any]) -> bool:
+    """Whether any of these is being watched now, by any thread."""
+    with _LOCK:
+        return any(id(part) in _TAKEN for part in components)
 
 
 @contextmanager

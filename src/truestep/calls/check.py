@@ -134,7 +134,7 @@ def check_end(
         "looked_at": ("what two free runs end with, one after the other",),
         "not_looked_at": ("each call on its own (--depth steps)", "what is made of the end"),
     }
-    return said_unsteady(comparison_of(rows, _named(subject, recording, fields)))
+    return said_unsteady(comparison_of(rows, named_sides(subject, recording, fields)))
 
 
 def _of_passes(row: Row) -> bool:
@@ -229,10 +229,10 @@ def _sides(subject: Subject, recording: CallRecording, how: How, said: Sequence[
         ),
         "notes": (*sorted(notes), *said),
     }
-    return _named(subject, recording, fields)
+    return named_sides(subject, recording, fields)
 
 
-def _named(subject: Subject, recording: CallRecording, fields: dict[str, Any]) -> Sides:
+def named_sides(subject: Subject, recording: CallRecording, fields: dict[str, Any]) -> Sides:
     """The two sides, with what is said beside them."""
     environment = Environment.current(device_of(subject.components), attention=None)
     manifest = recording.recording.manifest

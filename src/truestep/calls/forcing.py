@@ -7,7 +7,7 @@ a call gives, or in the code between two calls, where what arrives is not what w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from traceback import extract_tb
 from typing import Any
@@ -61,8 +61,7 @@ class Forcing:
     def run(self, subject: Subject) -> Forced:
         """Run a subject once; what it raises is part of what it shows."""
         parts = [*subject.components.values(), *(owner for owner, _ in subject.functions.values())]
-        self._packages = {c.__module__.partition(".")[0] for p in parts for c in type(p).__mro__}
-        self._packages -= {"builtins", "torch"}
+        self._packages = packages_of(parts)
         try:
             with watching(subject, self, self.reference.methods):
                 output = subject.run()
@@ -400,6 +399,12 @@ def kept_as_it_is(output: Any) -> Iterator[None]:
         if not same_bits(in_real_numbers(now), in_real_numbers(value)):
             with torch.inference_mode(tensor.is_inference()):  # elsewhere such are not written to
                 now.copy_(value)
+
+
+def packages_of(parts: Iterable[Any]) -> set[str]:
+    """Packages of which a call of these parts may be given objects."""
+    names = {c.__module__.partition(".")[0] for part in parts for c in type(part).__mro__}
+    return names - {"builtins", "torch"}
 
 
 def copy_of(match: Match) -> torch.Tensor | None:
