@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from truestep.records import Cause
-from truestep.replay.causes.finding import cause_of
+from truestep.replay.causes import weights
+from truestep.replay.causes.finding import MOST_TRIED, cause_of, most_tried
 from truestep.replay.causes.weights import NARROWER, relation
 from truestep.replay.drill import Subject, drill
 from truestep.verdict import Divergence
@@ -233,6 +234,29 @@ def test_what_nothing_explains_is_not_explained(
     divergence, cause = found(trusted, change)
     assert divergence.fqn == "blocks.1"
     assert cause is None
+
+
+def test_a_slow_module_is_not_run_a_thousand_times() -> None:
+    assert most_tried(1e-3) == MOST_TRIED
+    assert most_tried(60.0) == 10
+    assert most_tried(1e6) == 1
+
+
+def test_of_a_large_module_only_its_own_weights_are_compared(
+    trusted: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward_and_table(model: Any) -> None:
+        block(model).table.mul_(2.0)
+
+    assert found(trusted, forward_and_table)[1].kind == "scaled"  # type: ignore[union-attr]
+    monkeypatch.setattr(weights, "LARGEST", 0)
+    seen: list[str] = []
+    monkeypatch.setattr(weights, "relation", lambda name, *_: seen.append(name) or _SCALED)
+    found(trusted, forward_and_table)
+    assert seen == ["table"]
+
+
+_SCALED = weights.Relation("scaled", "is another")
 
 
 def test_a_place_without_a_module_has_no_cause(trusted: Model) -> None:

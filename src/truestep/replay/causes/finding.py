@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,9 @@ from truestep.verdict import Cause, Divergence
 
 MOST_TRIED = 1_500
 """Hypotheses after which a module is left unexplained."""
+
+MOST_SECONDS = 600.0
+"""Likewise, by what one run of the module takes: a whole model is not run a thousand times."""
 
 
 def cause_of(
@@ -35,12 +39,14 @@ def cause_of(
 
 def explained(scene: Scene) -> Cause | None:
     """The first hypothesis under which the trusted module gives what the candidate gave."""
+    start = time.perf_counter()
     plain = scene.run()
+    most = most_tried(time.perf_counter() - start)
     before = scene.error(plain)
     if scene.agrees(plain) or before == float("inf"):
         return None
     for hypothesis, again in _in_turn(scene):
-        if scene.tried >= MOST_TRIED:
+        if scene.tried >= most:
             break
         made = outcome(scene, hypothesis, again=again)
         if made is not None and scene.explains(hypothesis, made, before):
@@ -54,6 +60,12 @@ def explained(scene: Scene) -> Cause | None:
                 tried=scene.tried,
             )
     return None
+
+
+def most_tried(seconds: float) -> int:
+    """How many hypotheses are tried about a module that takes so long; those that are exact come
+    first."""
+    return min(MOST_TRIED, max(1, int(MOST_SECONDS / max(seconds, 1e-9))))
 
 
 def _in_turn(scene: Scene) -> Iterator[tuple[Hypothesis, bool]]:

@@ -17,6 +17,9 @@ Tensor = torch.Tensor
 _EXACT = 1e-5
 """Relative distance below which two tensors are one, computed in two ways."""
 
+LARGEST = 2 << 30
+"""Bytes of a module whose weights are compared with all that is in it."""
+
 _RELATED = 0.9
 """Correlation from which on a tensor is another state of the same one."""
 
@@ -96,7 +99,9 @@ def _cut(part: Part, own: Tensor, reference: Tensor | None) -> Tensor:
 
 
 def _named(module: torch.nn.Module) -> dict[str, Tensor]:
-    named = [*module.named_parameters(), *module.named_buffers()]
+    size = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    deep = size <= LARGEST  # of a whole model, what it has itself: modules in it are named apart
+    named = [*module.named_parameters(recurse=deep), *module.named_buffers(recurse=deep)]
     return {name: tensor.detach().cpu() for name, tensor in named if not tensor.is_meta}
 
 
