@@ -28,6 +28,7 @@ def comparable(text: str) -> str:
     text = re.sub(r"above \d+(\.\d+)?( to \d+(\.\d+)?)? x", "above B x", text)
     text = re.sub(r"(flash-cpu|math)", "KERNEL", text)
     text = re.sub(r"[0-9a-f]{12}", "HASH", text)
+    text = re.sub(r"\d{4}-\d\d-\d\dT[\d:+]+ by truestep [\d.]+", "WHEN, WHICH", text)
     return " ".join(text.split())
 
 
