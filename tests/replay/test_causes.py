@@ -200,6 +200,9 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], str, str, str]] = {
     "output": (
         lambda m: block(m).register_forward_hook(lambda mod, a, o: o.bfloat16().float()),
         "blocks.1", "precision", "what `blocks.1` returns is rounded to bfloat16"),
+    "places": (
+        lambda m: block(m).norm.register_forward_hook(lambda mod, a, o: o[:, [1, 0, 2, 3, 5, 4]]),
+        "blocks.1.norm", "order", "has along axis 1 the reference's places 1 0 2 3 5 4"),
     "twice": (
         lambda m: block(m).register_forward_hook(lambda mod, a, o: mod.forward(o, *a[1:])),
         "blocks.1", "repeated", "`blocks.1` runs twice"),

@@ -56,7 +56,8 @@ class Listing(Record):
         promoted = sum(1 for each in self.references if each.promoted)
         drafts = sum(1 for each in self.references if each.draft)
         store = self.store or "none is named"
-        head = f"{counted(len(self.references))}: {promoted} promoted, {drafts} drafts"
+        many = "s" * (drafts != 1)
+        head = f"{counted(len(self.references))}: {promoted} promoted, {drafts} draft{many}"
         print_screen(f"{head}; store: {store}", Entries(entries))
 
     def tell_status(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,10 +43,41 @@ def hypotheses(scene: Scene) -> Iterator[Hypothesis]:
                 f"{what} has its halves along axis {axis} exchanged",
                 _after(_rolled(length // 2, axis)),
             )
+        index = _elsewhere(actual, expected, axis)
+        if index is not None:
+            shown = " ".join(str(i) for i in index[:8]) + (" ..." if len(index) > 8 else "")
+            text = f"{what} has along axis {axis} the reference's places {shown}"
+            yield Hypothesis("order", text, _after(_taken(index, axis)))
         for by in (1, -1) if length > 2 else ():
             yield Hypothesis(
                 "order", f"{what} is one place further along axis {axis}", _after(_rolled(by, axis))
             )
+
+
+def _elsewhere(actual: Tensor, expected: Tensor, axis: int) -> list[int] | None:
+    """Where along an axis the reference has what the candidate gives, place by place; None where
+    it does not have it, or has it where it belongs."""
+    rows = [side.movedim(axis, 0).flatten(1) for side in (actual, expected)]
+    count, width = rows[0].shape
+    if not 1 < count <= _PLACES or width < 2:
+        return None
+    apart, nearest = torch.cdist(rows[0], rows[1]).min(1)
+    if apart.max() > _SAME * rows[1].norm(dim=1).max():
+        return None
+    found = nearest.tolist()
+    return None if torch.equal(rows[1][nearest], rows[1]) else found
+
+
+_PLACES, _SAME = 4096, 1e-6
+"""Places along an axis that are looked through, and how near a place's values are the same."""
+
+
+def _taken(index: Sequence[int], axis: int) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        fits = tensor.ndim > axis and tensor.shape[axis] == len(index)
+        return tensor.index_select(axis, torch.tensor(index)) if fits else tensor
+
+    return change
 
 
 def _first(scene: Scene) -> tuple[Tensor | None, Tensor | None]:
