@@ -75,6 +75,7 @@ def rules_of(config: pytest.Config, files: Iterable[str]) -> RunRules:
     if state is None:
         why = "--truestep-locked: git knows no promoted state to compare with"
         return RunRules(refused="" if locked is None else why)
+    asked = [p for p in paths if p not in tests and _ASKS.search(text_then(state, p) or b"")]
     gone = [
         path for path in went(state, config.rootpath) if _ASKS.search(text_then(state, path) or b"")
     ]
@@ -82,7 +83,7 @@ def rules_of(config: pytest.Config, files: Iterable[str]) -> RunRules:
     folders = {config.rootpath}.union(*(_folders(path, config.rootpath) for path in tests))
     hooks = {folder / "conftest.py" for folder in folders}
     decides: list[tuple[RuleKind, Path]] = [
-        ("test", path) for path in [*tests, *gone, *around, *sorted(hooks)]
+        ("test", path) for path in [*tests, *asked, *gone, *around, *sorted(hooks)]
     ]
     decides += [("known failure", Path(known))] if known else []
     decides.append(("reference", lock))
@@ -91,7 +92,15 @@ def rules_of(config: pytest.Config, files: Iterable[str]) -> RunRules:
     return RunRules(state.commit, changes, why if locked is not None and changes else "")
 
 
-_SETTINGS = ("pytest.toml", "pytest.ini", "pyproject.toml", "tox.ini", "setup.cfg")
+_SETTINGS = (
+    "pytest.toml",
+    ".pytest.toml",
+    "pytest.ini",
+    ".pytest.ini",
+    "pyproject.toml",
+    "tox.ini",
+    "setup.cfg",
+)
 """Files in which pytest looks for settings."""
 
 

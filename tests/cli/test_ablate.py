@@ -119,9 +119,10 @@ def test_a_difference_that_is_not_explained_fails(
     ablate: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "first_difference", lambda actual, reference: "latent/final")
-    code, out, _ = ablate("tiny", *TO)
+    code, out, _ = ablate("tiny", *TO, "-v")
     assert code == 1
     assert "the controls do not explain the difference: official@f4b06fb with every" in out
+    assert "(first tensor that differs: `latent/final`)" in " ".join(out.split())
     assert "`latent/final` is not that of official@822ce3c: something else differs" in " ".join(
         out.split()
     )

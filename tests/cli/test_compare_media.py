@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_json_is_that_of_its_schema_and_a_report_is_written(run: Run) -> None:
     assert "What the media show" in page
     assert "its frames are the reference" in page
     assert "PSNR of every frame" in page
-    assert page.count("<figure>") == 9
+    assert len(re.findall(r"<figure[ >]", page)) == 9
 
 
 def test_two_folders_list_all_and_return_the_worst(run: Run) -> None:

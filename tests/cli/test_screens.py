@@ -259,6 +259,7 @@ TABLE: Mapping[str, tuple[Screen, ...]] = {
         at(SERVER, "--timeout", "1", code=2),
     ),
     "comment": (at("result.json", "--output", "comment.md"), at("plain.npy", code=2)),
+    "new test": (at("{flux}", "--output", "test_{width}.py"), at("none", code=2)),
     "skill": (at("--write", "skill-{width}"), at("--write", "skill-60", code=2)),
 }
 
@@ -539,7 +540,7 @@ def test_a_verb_that_is_new_is_missed_and_a_wide_line_is_seen() -> None:
 def test_what_is_listed_is_cut_and_all_of_it_is_printed_with_v(place: Place) -> None:
     _, short, _ = place.run("references", "list", "--references", "many")
     _, whole, _ = place.run("references", "list", "--references", "many", "-v")
-    assert short.splitlines()[0].startswith("42 references: 41 promoted, 1 drafts")
+    assert short.splitlines()[0].startswith("42 references: 41 promoted, 1 draft;")
     assert " more (-v)" in short
     assert whole.count("  promoted ") == 41
     assert "(-v)" not in whole

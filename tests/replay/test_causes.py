@@ -295,3 +295,55 @@ def test_how_a_weight_follows_from_the_references(
     change: Callable[[Tensor], Tensor], kind: str
 ) -> None:
     assert related(change) == kind
+
+
+class Counting(nn.Linear):
+    """A module that writes on itself: a counter, a running mean, a table in the precision it is
+    asked in."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 32)
+        self.calls = 0
+        self.table = torch.linspace(0.1, 1.0, 32)
+        self.register_buffer("mean", torch.zeros(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean.mul_(0.9).add_(x.mean((0, 1)), alpha=0.1)  # type: ignore[operator]
+        if self.table.dtype != x.dtype:
+            self.table = self.table.to(x.dtype)
+        return super().forward(x) * self.table
+
+    def get_extra_state(self) -> Any:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.calls = state["calls"]
+
+
+def test_what_a_module_writes_on_itself_is_put_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Counting())
+    scene_module = model[0]
+    from truestep.replay.causes.scene import untouched
+
+    before = scene_module.table.clone()
+    with untouched(scene_module), torch.no_grad():
+        scene_module.to(torch.bfloat16)(torch.randn(1, 2, 32).bfloat16())
+        scene_module.to(torch.float32)
+    assert scene_module.calls == 0
+    assert scene_module.table.dtype == torch.float32
+    assert torch.equal(scene_module.table, before)
+    assert not scene_module.mean.any()
+
+
+def test_code_that_nobody_knows_ends_no_check(trusted: Model) -> None:
+    class Odd:
+        model = trusted
+        before = None
+
+        def forward(self) -> None:
+            raise RuntimeError("odd")
+
+    divergence = Divergence(name="x", fqn="blocks.0")
+    assert cause_of(divergence, Odd(), Odd(), None) == (None, 0)

@@ -109,7 +109,9 @@ def _changes(kind: RuleKind, path: Path, state: Promoted) -> Iterator[RuleChange
 def _valued(values: Callable[[bytes], dict[str, str]], text: bytes) -> dict[str, str]:
     try:
         return values(text)
-    except (ValueError, SyntaxError, RecursionError):
+    except (ValueError, SyntaxError, RecursionError, AttributeError, TypeError):
+        return {"": "cannot be read"}
+    except configparser.Error:
         return {"": "cannot be read"}
 
 
@@ -206,6 +208,9 @@ def _said(entry: Any) -> str:
 def _tests(text: bytes) -> dict[str, str]:
     """Tests of a file: that each is there, its markers, and what limits its checks have."""
     found: dict[str, str] = {}
+    for fixture in ast.parse(text).body:
+        if _is_function(fixture) and _is_fixture(fixture):
+            found[f"{_OF_ALL}{getattr(fixture, 'name', '')}"] = ast.unparse(fixture)
     for name, node in _named(ast.parse(text)):
         marks = [ast.unparse(mark) for mark in _marks(node)]
         limits = [*_limits(node)] if _is_function(node) else []

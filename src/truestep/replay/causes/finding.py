@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from truestep.pairing.partners import Partners
 from truestep.replay.causes import modules, operators, outputs, weights
-from truestep.replay.causes.scene import Hypothesis, Scene, outcome, scene_of
+from truestep.replay.causes.scene import Hypothesis, Scene, outcome, scene_of, untouched
 from truestep.verdict import Cause, Divergence
 
 MOST_TRIED = 1_500
@@ -31,10 +32,13 @@ def cause_of(
     if found.fqn is None:
         return None, 0
     place = (found.fqn, found.step or 0, found.branch or "main")
-    scene = scene_of(place, candidate, trusted, partners)
-    if scene is None:
-        return None, 0
-    return explained(scene), scene.tried
+    scene: Scene | None = None
+    with suppress(Exception):  # of code that nobody knows; what is named already stays named
+        scene = scene_of(place, candidate, trusted, partners)
+        if scene is not None:
+            with untouched(scene.theirs):
+                return explained(scene), scene.tried
+    return None, 0 if scene is None else scene.tried
 
 
 def explained(scene: Scene) -> Cause | None:

@@ -92,6 +92,9 @@ class _Own(TorchFunctionMode):
             named = {k: kwargs[k] for k in ("query", "key", "value") if k in kwargs}
             kwargs = {k: v for k, v in kwargs.items() if k not in named}
             args = (*args, *named.values())
+        if len(args) > 3 and getattr(func, "__name__", "") == _ATTENTION:
+            kwargs = {**dict(zip(_OPTIONS, args[3:], strict=False)), **kwargs}
+            args = args[:3]
         if number in self.at and self.instead is not None:
             return self.instead(func, args, kwargs)
         made = func(*args, **kwargs)
@@ -210,6 +213,8 @@ _TOGETHER = 4
 """Operators that are alike and changed at once: of queries and keys, of sines and cosines."""
 
 _ATTENTION = "scaled_dot_product_attention"
+_OPTIONS = ("attn_mask", "dropout_p", "is_causal")
+"""Its arguments after queries, keys and values."""
 
 
 def _solved(scene: Scene, called: Called, *, deep: bool) -> Iterator[Hypothesis]:
@@ -422,6 +427,8 @@ def _weights_in(dtype: torch.dtype) -> Instead:
         scale = kwargs.get("scale") or 1.0 / math.sqrt(query.shape[-1])
         scores = query @ key.transpose(-1, -2) * scale
         mask = kwargs.get("attn_mask")
+        if kwargs.get("is_causal"):
+            mask = torch.ones_like(scores, dtype=torch.bool).tril()
         if mask is not None:
             scores = (
                 scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

@@ -222,7 +222,7 @@ def scene_of(
         actual=outs[0],
         expected=outs[1],
         limits=Limits(_of_outputs(NoiseFloor(runs=tuple(runs)), fqn), pair_of(working, working)),
-        state=trusted.model.state_dict(keep_vars=False),
+        state={n: t for n, t in trusted.model.state_dict().items() if isinstance(t, Tensor)},
     )
 
 
@@ -268,6 +268,31 @@ def outcome(scene: Scene, hypothesis: Hypothesis, *, again: bool = False) -> Out
     scene.tried += 1
     made: Outputs | None = None
     # code that is called as nobody meant it may raise anything: no explanation then
-    with suppress(Exception), hypothesis.change(scene.theirs):
+    with suppress(Exception), untouched(scene.theirs), hypothesis.change(scene.theirs):
         made = scene.run(again=again)
     return made
+
+
+@contextmanager
+def untouched(module: torch.nn.Module) -> Iterator[None]:
+    """Put back what a module writes on itself while it runs: counters, tables, running means."""
+    kept = [
+        (each, dict(vars(each)), dict(each._buffers), [b.clone() for b in _held(each)])
+        for each in module.modules()
+    ]
+    try:
+        yield
+    finally:
+        for each, attributes, buffers, values in kept:
+            for name in set(vars(each)) - set(attributes):
+                del each.__dict__[name]
+            each.__dict__.update(attributes)
+            each._buffers.clear()
+            each._buffers.update(buffers)
+            with torch.no_grad():
+                for buffer, value in zip(_held(each), values, strict=True):
+                    buffer.copy_(value)
+
+
+def _held(module: torch.nn.Module) -> list[Tensor]:
+    return [b for b in module._buffers.values() if b is not None and not b.is_meta]

@@ -157,7 +157,8 @@ def _constant(actual: Tensor, wanted: Tensor) -> Relation | None:
 def _multiple(actual: Tensor, wanted: Tensor) -> Relation | None:
     size = (wanted * wanted).sum()
     factor = ((actual * wanted).sum() / size).item() if size else 0.0
-    if factor and _close(actual, wanted * factor):
+    plain = f"{factor:.6g}" in ("1", "0")  # an element, or less than can be said
+    if not plain and _close(actual, wanted * factor):
         return Relation("scaled", f"is {factor:.6g} times the reference's")
     return None
 
