@@ -106,8 +106,8 @@ def _shown(path: Path) -> str:
     from truestep.cli.show import show_file
 
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        show_file(path, everything=True, as_json=False)
-        show_file(path, everything=False, as_json=True)
+        show_file(path, as_json=False)
+        show_file(path, as_json=True)
     return text.getvalue()
 
 

@@ -41,7 +41,7 @@ def test_record(project: Run, tmp_path: Path) -> None:
         "--output", "t.safetensors",
     )  # fmt: skip
     assert code == 0
-    assert "untraced against traced: identical, 1 output tensors, bit for bit" in out
+    assert "untraced     identical, 1 output tensors, bit for bit" in out
     assert "in 2 steps, level stats" in out
     assert out.endswith("trace: t.safetensors\n")
     manifest = Recording.open(tmp_path / "t.safetensors").manifest
@@ -84,7 +84,7 @@ def test_run_and_recover(run: Run, tmp_path: Path) -> None:
     assert "partial: the program was killed. truestep trace recover" in out
     code, out, _ = run("trace", "recover", "k.safetensors")
     assert code == 0
-    assert "note: partial: the process ended before the trace was closed" in out
+    assert "note         partial: the process ended before the trace was closed" in out
     code, _, err = run("trace", "recover", "k.safetensors")
     assert code == 2
     assert "there is no spool to recover" in err

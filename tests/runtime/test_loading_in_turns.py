@@ -99,7 +99,8 @@ def test_doctor_imports_what_a_model_needs(tiny_wan: dict[str, Path]) -> None:
     assert done.returncode == 2
     assert (
         "PROBLEM text_encoder: transformers.UMT5EncoderModel cannot be imported: "
-        "ModuleNotFoundError: No module named 'zzz': pip install zzz" in done.stdout
+        "ModuleNotFoundError: No module named 'zzz': pip install zzz"
+        in " ".join(done.stdout.split())
     )
     whole = subprocess.run(
         [sys.executable, "-m", "truestep", "doctor", model], capture_output=True, text=True

@@ -104,7 +104,7 @@ def test_the_command_prints_every_property_and_fails(tmp_path: Path) -> None:
     arguments = ["doctor", "--recipe", "builtin:digits", "--prompt", PROMPT]
     good = CliRunner().invoke(app, arguments)
     assert good.exit_code == 0, good.output
-    assert good.output.splitlines()[-1] == "the recipe is followed"
+    assert "the recipe is followed" in good.output.splitlines()[0]
     change = tmp_path / "change.py"
     change.write_text(
         "def use(pipe):\n    pipe.settings.max_sequence_length = 9\n"
