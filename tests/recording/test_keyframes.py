@@ -191,18 +191,16 @@ def test_the_verbs_tell_write_and_take_frames(
     run(5).save(path)
     code, out, _ = bundle(str(path))
     assert code == 0
-    assert "no key frames: no decoded output is in the recording (--frames FILE" in " ".join(
-        out.split()
-    )
+    assert "no decoded output is in the recording (--frames FILE" in " ".join(out.split())
     picture = tmp_path / "made.png"
     picture.write_bytes(png(bytes(range(192)), width=8, height=8))
     code, out, _ = bundle(str(path), "--frames", str(picture))
     assert code == 0
-    assert "key frames: a picture, 8 x 8, of made.png" in out
+    assert "a picture, 8 x 8, of made.png" in " ".join(out.split())
     small = tmp_path / "run.bundle.safetensors"
     code, out, err = show(str(small), "--frames", str(tmp_path / "shown"))
     assert code == 0
-    assert "a picture, 8 x 8, of made.png" in out
+    assert "a picture, 8 x 8, of made.png" in " ".join(out.split())
     (written,) = (tmp_path / "shown").iterdir()
     assert torch.equal(pixels(written.read_bytes()), pixels(picture.read_bytes()))
     code, _, err = show(str(path), "--frames", str(tmp_path / "shown"))
