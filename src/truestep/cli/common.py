@@ -15,7 +15,6 @@ import click
 
 from truestep.cli import completing
 from truestep.cli.brief import brief_option, in_brief, one_on_stdout
-from truestep.cli.screens import be_verbose as be_verbose
 from truestep.cli.screens import print_screen as print_screen
 from truestep.cli.screens import verbose as verbose
 from truestep.cli.screens import verbose_option as verbose_option

@@ -14,6 +14,7 @@ from truestep.cli.cases import choose_cases
 from truestep.cli.common import (
     case_options,
     end,
+    file_option,
     give,
     print_screen,
     progress_bar,
@@ -134,14 +135,7 @@ def check(
 
 @command.command("show")
 @click.argument("name", required=False, metavar="[CASE]")
-@click.option(
-    "--file",
-    "case_file",
-    type=click.Path(path_type=Path),
-    default=Path("truestep.toml"),
-    show_default=True,
-    help="Case file.",
-)
+@file_option
 @click.option("--tier", default="default", show_default=True, help="Tier of the case.")
 @_history
 @click.option("--report", type=click.Path(path_type=Path), help="Write the trend as HTML.")

@@ -10,6 +10,7 @@ import click
 from truestep.cli.cases import choose_cases, find_reference
 from truestep.cli.common import (
     end,
+    file_option,
     give,
     print_screen,
     progress_bar,
@@ -51,14 +52,7 @@ def thresholds() -> None:
 )
 @click.option("--references", type=click.Path(path_type=Path), help="Reference folder.")
 @click.option("--tier", default="default", show_default=True, help="Tier of the case.")
-@click.option(
-    "--file",
-    "case_file",
-    type=click.Path(path_type=Path),
-    default=Path("truestep.toml"),
-    show_default=True,
-    help="Case file.",
-)
+@file_option
 @click.option(
     "--json",
     "json_path",
@@ -120,14 +114,7 @@ def lint_command(  # 9 parameters: the options of the verb
 @click.option("--update", is_flag=True, help="Replace the limits that the case has there.")
 @click.option("--references", type=click.Path(path_type=Path), help="Reference folder.")
 @click.option("--tier", default="default", show_default=True, help="Tier of the case.")
-@click.option(
-    "--file",
-    "case_file",
-    type=click.Path(path_type=Path),
-    default=Path("truestep.toml"),
-    show_default=True,
-    help="Case file.",
-)
+@file_option
 @verbose_option
 def write_command(  # 9 parameters: the options of the verb
     name: str,

@@ -109,9 +109,14 @@ def _changes(kind: RuleKind, path: Path, state: Promoted) -> Iterator[RuleChange
 def _valued(values: Callable[[bytes], dict[str, str]], text: bytes) -> dict[str, str]:
     try:
         return values(text)
-    except (ValueError, SyntaxError, RecursionError, AttributeError, TypeError):
-        return {"": "cannot be read"}
-    except configparser.Error:
+    except (
+        ValueError,
+        SyntaxError,
+        RecursionError,
+        AttributeError,
+        TypeError,
+        configparser.Error,
+    ):
         return {"": "cannot be read"}
 
 
@@ -163,10 +168,15 @@ def _hooks(text: bytes) -> dict[str, str]:
             )
             if kept or name in ("pytestmark", "pytest_plugins"):
                 found[f"{_OF_ALL}{name}"] = ast.unparse(node)
-            elif _is_function(node) and (name.startswith("pytest_") or _is_fixture(node)):
-                text_of = ast.unparse(node)
-                found[f"{_OF_ALL}{name}"] = f"{zlib.crc32(text_of.encode()):08x}: {text_of}"
+            elif _is_fixture(node) or (_is_function(node) and name.startswith("pytest_")):
+                found[f"{_OF_ALL}{name}"] = _marked(node)
     return found
+
+
+def _marked(node: ast.AST) -> str:
+    """Code of a function behind a mark of all of it: what is told of it is cut."""
+    text = ast.unparse(node)
+    return f"{zlib.crc32(text.encode()):08x}: {text}"
 
 
 def _defined(node: ast.AST) -> list[str]:
@@ -181,7 +191,7 @@ def _defined(node: ast.AST) -> list[str]:
 def _is_fixture(node: ast.AST) -> bool:
     """Whether a function is a fixture that every test gets, or stands in for truestep's own."""
     marks = [ast.unparse(mark) for mark in getattr(node, "decorator_list", [])]
-    if not any("fixture" in mark for mark in marks):
+    if not _is_function(node) or not any("fixture" in mark for mark in marks):
         return False
     automatic = any("autouse" in mark for mark in marks)
     return automatic or str(getattr(node, "name", "")).startswith("truestep")
@@ -208,10 +218,10 @@ def _said(entry: Any) -> str:
 def _tests(text: bytes) -> dict[str, str]:
     """Tests of a file: that each is there, its markers, and what limits its checks have."""
     found: dict[str, str] = {}
-    for fixture in ast.parse(text).body:
-        if _is_function(fixture) and _is_fixture(fixture):
-            found[f"{_OF_ALL}{getattr(fixture, 'name', '')}"] = ast.unparse(fixture)
-    for name, node in _named(ast.parse(text)):
+    tree = ast.parse(text)
+    for fixture in filter(_is_fixture, tree.body):
+        found[f"{_OF_ALL}{getattr(fixture, 'name', '')}"] = _marked(fixture)
+    for name, node in _named(tree):
         marks = [ast.unparse(mark) for mark in _marks(node)]
         limits = [*_limits(node)] if _is_function(node) else []
         found[name] = "there"

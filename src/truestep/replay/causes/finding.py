@@ -9,7 +9,7 @@ from typing import Any
 
 from truestep.pairing.partners import Partners
 from truestep.replay.causes import modules, operators, outputs, weights
-from truestep.replay.causes.scene import Hypothesis, Scene, outcome, scene_of, untouched
+from truestep.replay.causes.scene import Hypothesis, Scene, outcome, scene_of
 from truestep.verdict import Cause, Divergence
 
 MOST_TRIED = 1_500
@@ -36,8 +36,7 @@ def cause_of(
     with suppress(Exception):  # of code that nobody knows; what is named already stays named
         scene = scene_of(place, candidate, trusted, partners)
         if scene is not None:
-            with untouched(scene.theirs):
-                return explained(scene), scene.tried
+            return explained(scene), scene.tried
     return None, 0 if scene is None else scene.tried
 
 
@@ -49,14 +48,17 @@ def explained(scene: Scene) -> Cause | None:
     before = scene.error(plain)
     if scene.agrees(plain) or before == float("inf"):
         return None
-    for hypothesis, again in _in_turn(scene):
+    for hypothesis in _in_turn(scene):
         if scene.tried >= most:
             break
-        made = outcome(scene, hypothesis, again=again)
+        made = outcome(scene, hypothesis)
         if made is not None and scene.explains(hypothesis, made, before):
+            kind, text = (
+                hypothesis.said() if hypothesis.said else (hypothesis.kind, hypothesis.text)
+            )
             return Cause(
-                kind=hypothesis.kind,
-                text=hypothesis.text,
+                kind=kind,
+                text=text,
                 patch=hypothesis.patch,
                 line=hypothesis.line,
                 error_before=before,
@@ -72,14 +74,15 @@ def most_tried(seconds: float) -> int:
     return min(MOST_TRIED, max(1, int(MOST_SECONDS / max(seconds, 1e-9))))
 
 
-def _in_turn(scene: Scene) -> Iterator[tuple[Hypothesis, bool]]:
-    for once in (
+def _in_turn(scene: Scene) -> Iterator[Hypothesis]:
+    for several in (
         weights.hypotheses,
         modules.attributes,
         modules.usual,
         modules.activations,
+        modules.whole,
+        outputs.hypotheses,
+        operators.hypotheses,
+        operators.inside,
     ):
-        yield from ((each, False) for each in once(scene))
-    yield from modules.whole(scene)
-    for once in (outputs.hypotheses, operators.hypotheses, operators.inside):
-        yield from ((each, False) for each in once(scene))
+        yield from several(scene)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from truestep.replay.causes.scene import Hypothesis, Scene, attribute, parameters
+from truestep.replay.causes.scene import (
+    Hypothesis,
+    Scene,
+    attribute,
+    hooked,
+    mapped,
+    parameters,
+)
 from truestep.replay.causes.weights import NARROWER
 
 Tensor = torch.Tensor
@@ -96,7 +103,7 @@ def activations(scene: Scene) -> Iterator[Hypothesis]:
         yield Hypothesis(
             "activation",
             f"`{scene.fqn}` is {other}, the reference's {name}",
-            lambda module, after=after: _hooked(module, after=after),  # type: ignore[misc]
+            lambda module, after=after: hooked(module, after=after),  # type: ignore[misc]
         )
 
 
@@ -137,21 +144,21 @@ def _given(values: Mapping[str, Tensor]) -> Callable[[torch.nn.Module], Any]:
     return lambda module: parameters(module, values)
 
 
-def whole(scene: Scene) -> Iterator[tuple[Hypothesis, bool]]:
-    """The module left out, run twice, per head, or in another precision; whether it runs twice."""
+def whole(scene: Scene) -> Iterator[Hypothesis]:
+    """The module left out, run twice, per head, or in another precision."""
     first = next((a for a in scene.args if isinstance(a, Tensor)), None)
     if first is None:
         first = next((a for a in scene.kwargs.values() if isinstance(a, Tensor)), None)
     text = f"`{scene.fqn}`"
     if first is not None:
-        yield Hypothesis("left out", f"{text} returns what it is given", _identity), False
-        yield Hypothesis("repeated", f"{text} runs twice", _as_it_is), True
-    yield from ((each, False) for each in _per_head(scene))
+        yield Hypothesis("left out", f"{text} returns what it is given", _identity)
+        yield Hypothesis("repeated", f"{text} runs twice", nullcontext, again=True)
+    yield from _per_head(scene)
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         returned = f"what {text} returns is rounded to {name}"
         change = _rounding(dtype, out=True)
-        yield Hypothesis("precision", returned, change, grid=dtype), False
+        yield Hypothesis("precision", returned, change, grid=dtype)
         for what, change in (
             (f"what {text} is given is rounded to {name}", _rounding(dtype, into=True)),
             (
@@ -160,27 +167,11 @@ def whole(scene: Scene) -> Iterator[tuple[Hypothesis, bool]]:
             ),
             (f"{text} is computed in {name}", _computed_in(dtype)),
         ):
-            yield Hypothesis("precision", what, change), False
+            yield Hypothesis("precision", what, change)
     for name, narrower in NARROWER.items():
         kind = "quantised" if "8" in name else "precision"
         what = f"the weights of {text} are in {name}"
-        yield Hypothesis(kind, what, _weights_in(narrower)), False
-
-
-@contextmanager
-def _as_it_is(_: torch.nn.Module) -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _hooked(module: torch.nn.Module, *, before: Any = None, after: Any = None) -> Iterator[None]:
-    with ExitStack() as stack:
-        if before is not None:
-            handle = module.register_forward_pre_hook(before, with_kwargs=True)
-            stack.callback(handle.remove)
-        if after is not None:
-            stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
-        yield
+        yield Hypothesis(kind, what, _weights_in(narrower))
 
 
 def _identity(module: torch.nn.Module) -> Any:
@@ -190,14 +181,11 @@ def _identity(module: torch.nn.Module) -> Any:
             return first.to(output.dtype)
         return (first, *output[1:])
 
-    return _hooked(module, after=after)
+    return hooked(module, after=after)
 
 
 def _to(dtype: torch.dtype, nest: Any) -> Any:
-    def change(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype).to(tensor.dtype) if tensor.is_floating_point() else tensor
-
-    return torch.utils._pytree.tree_map_only(Tensor, change, nest)
+    return mapped(lambda tensor: tensor.to(dtype).to(tensor.dtype), nest)
 
 
 def _rounding(dtype: torch.dtype, *, into: bool = False, out: bool = False) -> Any:
@@ -210,16 +198,14 @@ def _rounding(dtype: torch.dtype, *, into: bool = False, out: bool = False) -> A
     def after(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
         return _to(dtype, output)
 
-    return lambda module: _hooked(
+    return lambda module: hooked(
         module, before=before if into else None, after=after if out else None
     )
 
 
 def _computed_in(dtype: torch.dtype) -> Callable[[torch.nn.Module], Any]:
     def cast(nest: Any, to: torch.dtype) -> Any:
-        return torch.utils._pytree.tree_map_only(
-            Tensor, lambda t: t.to(to) if t.is_floating_point() else t, nest
-        )
+        return mapped(lambda tensor: tensor.to(to), nest)
 
     def before(_: Any, args: Any, kwargs: Any) -> Any:
         return cast(args, dtype), cast(kwargs, dtype)
@@ -234,7 +220,7 @@ def _computed_in(dtype: torch.dtype) -> Callable[[torch.nn.Module], Any]:
         try:
             for tensor, data in kept:
                 tensor.data = data.to(dtype)
-            with _hooked(module, before=before, after=after):
+            with hooked(module, before=before, after=after):
                 yield
         finally:
             for tensor, data in kept:
@@ -274,5 +260,5 @@ def _per_head(scene: Scene) -> Iterator[Hypothesis]:
         yield Hypothesis(
             "norm per head",
             f"`{scene.fqn}` is taken over each of {heads} heads, the reference's over all channels",
-            lambda module, after=after: _hooked(module, after=after),  # type: ignore[misc]
+            lambda module, after=after: hooked(module, after=after),  # type: ignore[misc]
         )

@@ -376,7 +376,7 @@ def _attention(called: Called) -> Iterator[Variant]:
         (1.0 / size, "are divided by the head size, not its root"),
         (1.0 / math.sqrt(size + 1), "are divided by the root of one more than the head size"),
     ):
-        yield Variant("attention scale", f"scores {text}", _scaled(scale))
+        yield Variant("attention scale", f"scores {text}", _with(scale=scale))
     yield Variant("causal", "attention is causal", _masked(causal=True))
     yield Variant("mask missing", "attention has no mask", _masked(causal=False))
     yield Variant("mask", "attention masks keys that are all alike at the end", _padding_masked)
@@ -388,10 +388,6 @@ def _attention(called: Called) -> Iterator[Variant]:
         yield Variant("precision", f"attention weights are in {name}", _weights_in(dtype))
         yield Variant("precision", f"attention is computed in {name}", _computed_in(dtype))
     yield Variant("quantised", "queries and keys are in int8, one scale a head", _int8)
-
-
-def _scaled(scale: float) -> Instead:
-    return _with(scale=scale)
 
 
 def _masked(*, causal: bool) -> Instead:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from truestep.replay.causes.scene import Hypothesis, Scene
+from truestep.replay.causes.scene import Hypothesis, Scene, hooked, mapped
 from truestep.replay.isolation import laid_out
 
 Tensor = torch.Tensor
@@ -98,17 +97,7 @@ def _rolled(by: int, axis: int) -> Callable[[Tensor], Tensor]:
 
 
 def _after(change: Callable[[Tensor], Tensor]) -> Callable[[torch.nn.Module], Any]:
-    def hook(_: Any, args: Any, output: Any) -> Any:
-        return torch.utils._pytree.tree_map_only(
-            Tensor, lambda t: change(t).to(t.dtype) if t.is_floating_point() else t, output
-        )
+    def after(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        return mapped(lambda tensor: change(tensor).to(tensor.dtype), output)
 
-    @contextmanager
-    def changed(module: torch.nn.Module) -> Iterator[None]:
-        handle = module.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    return changed
+    return lambda module: hooked(module, after=after)

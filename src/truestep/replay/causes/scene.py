@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,8 @@ class Hypothesis:
         change: Makes the trusted module wrong in this way for as long as it is entered.
         patch: What mends the candidate, where that is one line.
         line: Of the trusted code, `file:line`, where it is about one.
+        again: The module runs a second time, on what it gave.
+        said: Gives kind and text where to say them costs something; asked once it is accepted.
         grid: The precision that what the candidate gives has to be in, bit for bit; a result that
             another computed is rounded to a neighbour now and then.
     """
@@ -48,6 +50,8 @@ class Hypothesis:
     change: Callable[[torch.nn.Module], AbstractContextManager[Any]]
     patch: str = ""
     line: str = ""
+    again: bool = False
+    said: Callable[[], tuple[str, str]] | None = None
     grid: torch.dtype | None = None
 
 
@@ -80,13 +84,13 @@ class Scene:
     tried: int = field(default=0)
 
     def run(self, *, again: bool = False) -> Outputs:
-        """What the trusted module gives now, host copies.
+        """What the trusted module gives now, host copies; it is afterwards what it was.
 
         Args:
             again: Run it a second time, on what it gave.
         """
         args, kwargs = copied((self.args, dict(self.kwargs)))
-        with torch.no_grad():
+        with torch.no_grad(), untouched(self.theirs):
             made = self.theirs(*args, **kwargs)
             if again:
                 first = made[0] if isinstance(made, tuple) else made
@@ -143,6 +147,11 @@ def _is_on(grid: torch.dtype, tensor: Tensor) -> bool:
     return bool((tensor.to(grid).to(tensor.dtype) == tensor).all())
 
 
+def mapped(change: Callable[[Tensor], Tensor], nest: Any) -> Any:
+    """A nest with its floating tensors changed."""
+    return pytree.tree_map_only(Tensor, lambda t: change(t) if t.is_floating_point() else t, nest)
+
+
 def copied(nest: Any) -> Any:
     """A nest with its tensors copied: a module may write into what it is given."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), nest)
@@ -161,6 +170,18 @@ def parameters(module: torch.nn.Module, values: Mapping[str, Tensor]) -> Iterato
         finally:
             for name, value in kept.items():
                 named[name].copy_(value)
+
+
+@contextmanager
+def hooked(module: torch.nn.Module, *, before: Any = None, after: Any = None) -> Iterator[None]:
+    """Have hooks with keywords on a module, for a while."""
+    with ExitStack() as stack:
+        if before is not None:
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(handle.remove)
+        if after is not None:
+            stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        yield
 
 
 @contextmanager
@@ -263,13 +284,13 @@ def _trusted_call(
     return given, kept[0] if kept else (None, None)
 
 
-def outcome(scene: Scene, hypothesis: Hypothesis, *, again: bool = False) -> Outputs | None:
+def outcome(scene: Scene, hypothesis: Hypothesis) -> Outputs | None:
     """What the trusted module gives under a hypothesis; None where it cannot be run so."""
     scene.tried += 1
     made: Outputs | None = None
     # code that is called as nobody meant it may raise anything: no explanation then
-    with suppress(Exception), untouched(scene.theirs), hypothesis.change(scene.theirs):
-        made = scene.run(again=again)
+    with suppress(Exception), hypothesis.change(scene.theirs):
+        made = scene.run(again=hypothesis.again)
     return made
 
 

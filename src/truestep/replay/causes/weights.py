@@ -38,30 +38,35 @@ def hypotheses(scene: Scene) -> Iterator[Hypothesis]:
     differing = {name: own for name, (own, theirs) in pairs.items() if not same_bits(own, theirs)}
     if not differing:
         return
-    computed = {name for name, _ in scene.theirs.named_buffers()}
-    told = {
-        name: _computed(own, pairs[name][1])
-        if name in computed
-        else relation(name, own, pairs[name][1], scene.state)
-        for name, own in differing.items()
-    }
     for name, own in differing.items():
-        yield _loaded(scene, {name: own}, {name: told[name]})
+        yield _loaded(scene, {name: own})
     if len(differing) > 1:
-        yield _loaded(scene, differing, told)
+        yield _loaded(scene, differing)
 
 
-def _loaded(scene: Scene, values: Mapping[str, Tensor], told: Mapping[str, Relation]) -> Hypothesis:
+def _loaded(scene: Scene, values: Mapping[str, Tensor]) -> Hypothesis:
     names = [f"{scene.fqn}.{name}" for name in values]
-    kinds = list(dict.fromkeys(each.kind for each in told.values()))
-    texts = [f"`{full}` {each.text}" for full, each in zip(names, told.values(), strict=True)]
-    more = f"; {len(texts) - 3} more" if len(texts) > 3 else ""
     shown = ", ".join(f"`{name}`" for name in names[:3])
+
+    def said() -> tuple[str, str]:
+        pairs, computed = paired(scene), {name for name, _ in scene.theirs.named_buffers()}
+        told = [
+            _computed(own, pairs[name][1])
+            if name in computed
+            else relation(name, own, pairs[name][1], scene.state)
+            for name, own in values.items()
+        ]
+        kinds = list(dict.fromkeys(each.kind for each in told))
+        texts = [f"`{full}` {each.text}" for full, each in zip(names, told, strict=True)]
+        more = f"; {len(texts) - 3} more" if len(texts) > 3 else ""
+        return kinds[0] if len(kinds) == 1 else "weights", "; ".join(texts[:3]) + more
+
     return Hypothesis(
-        kind=kinds[0] if len(kinds) == 1 else "weights",
-        text="; ".join(texts[:3]) + more,
+        kind="weights",
+        text=f"{shown} of the candidate",
         change=lambda module: parameters(module, values),
         patch=f"load {shown} of the reference as it is",
+        said=said,
     )
 
 
