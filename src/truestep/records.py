@@ -380,6 +380,50 @@ class Ladder(Record):
     runs: tuple[MediaRun, ...]
 
 
+class Rule(Record):
+    """The rule that judged, printed with every verdict."""
+
+    name: str
+    text: str
+
+
+class Rung(Record):
+    """Ends of free runs of one kind on the trusted side.
+
+    Attributes:
+        distance: rel_l2 from the reference's end: of the furthest, and of other seeds the nearest.
+        of: Which harmless change that run was.
+    """
+
+    name: Literal["rerun", "benign twin", "other kernel or machine", "other seed"]
+    distance: Float
+    runs: int
+    of: str = ""
+
+
+class Shift(Record):
+    """What moved the end of a free run; see `truestep.judge.shift`.
+
+    Attributes:
+        text: In one sentence.
+        stage: The stage that made it, of a fault.
+        distance: rel_l2 of the end from the reference's; `ratio` is that over its floor.
+        place: Between which rungs it lies, in words.
+        ladder: The rungs and the candidate in order, in words.
+        seen_from: Smallest relative change that would have been called a fault in any stage.
+    """
+
+    outcome: Literal["benign shift", "fault", "undecided", "unexplained"]
+    text: str
+    stage: str = ""
+    distance: Float
+    ratio: Float | None = None
+    place: str
+    rungs: tuple[Rung, ...] = ()
+    ladder: str
+    seen_from: Float | None = None
+
+
 class MediaFacts(Record):
     """What one file of media is."""
 

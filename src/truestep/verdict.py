@@ -23,7 +23,9 @@ from truestep.records import Media as Media
 from truestep.records import MediaEvidence as MediaEvidence
 from truestep.records import Profile as Profile
 from truestep.records import Record as Record
+from truestep.records import Rule as Rule
 from truestep.records import RuleChange as RuleChange
+from truestep.records import Shift as Shift
 from truestep.records import Sound as Sound
 from truestep.records import SoundMetrics as SoundMetrics
 from truestep.text import visible
@@ -290,13 +292,6 @@ class Side(Record):
     environment: dict[str, str] = Field(default_factory=dict)
 
 
-class Rule(Record):
-    """The rule that judged, printed with every verdict."""
-
-    name: str
-    text: str
-
-
 class Comparison(Record):
     """Result of `compare`, `check` and `check_latent`.
 
@@ -311,6 +306,7 @@ class Comparison(Record):
         known: What the ledger of known failures says of it, if it has an entry.
         rule_changes: What decides here and was changed since the promoted state.
         evidence: What was seen where the two sides are finished media.
+        shift: Of a free run whose end differs: whether a stage made that, or rounding that grew.
         expect: What the change was for; `drifted` has exit code 0 where that is `different`.
     """
 
@@ -342,6 +338,7 @@ class Comparison(Record):
     cost: Cost | None = None
     media: tuple[Media, ...] = ()
     evidence: MediaEvidence | None = None
+    shift: Shift | None = None
     notes: tuple[str, ...] = ()
     hint: str = ""
     repeat: str = Field(default="", description="the command that repeats this comparison")

@@ -83,7 +83,11 @@ def test_a_free_run_is_identical_to_the_recorded_one_and_equivalent_under_a_harm
 def test_a_fault_drifts_at_the_end() -> None:
     result = checked(lambda pipe: pipe.transformer.proj_out.weight.data.mul_(1.001))
     assert result.verdict is Verdict.DRIFTED
-    assert result.sentence.startswith("drifted: end of a free run: scheduler.0, ")
+    assert result.sentence.startswith("drifted: the end differs by ")
+    assert ", which prediction at step 0 made (first divergence: " in result.sentence
+    assert result.shift is not None
+    assert result.shift.outcome == "fault"
+    assert [rung.name for rung in result.shift.rungs][-1] == "other seed"
     assert checked(lambda pipe: None, num_inference_steps=2).verdict is Verdict.DRIFTED
 
 

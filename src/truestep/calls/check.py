@@ -11,7 +11,7 @@ import torch
 
 from truestep.calls.choosing import cached_components, chosen_steps, made_at, repeats
 from truestep.calls.forcing import Forcing
-from truestep.calls.freely import run_twice
+from truestep.calls.freely import other_noise, run_twice
 from truestep.calls.judging import (
     RAISED,
     UNEXPECTED,
@@ -35,6 +35,7 @@ from truestep.environment import Environment
 from truestep.judge.floor import Limits
 from truestep.judge.repeats import UNSTEADY, said_unsteady
 from truestep.judge.seen import with_seen
+from truestep.judge.shift import Ends, explained, is_moved, with_shift
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.manifest import CallEntry
@@ -134,7 +135,16 @@ def check_end(
         "looked_at": ("what two free runs end with, one after the other",),
         "not_looked_at": ("each call on its own (--depth steps)", "what is made of the end"),
     }
-    return said_unsteady(comparison_of(rows, named_sides(subject, recording, fields)))
+    ended = said_unsteady(comparison_of(rows, named_sides(subject, recording, fields)))
+    if tolerance is not None or not is_moved(rows):
+        return ended
+    kept = recording.judged_steps
+    every = range(recording.steps) if kept is None else None
+    stages = check(subject, recording, steps=every, pair=pair)
+    left = recording.steps - len(kept) if kept is not None else 0
+    unseen = f"the recording keeps no models at {left} steps (record it with --keep all)"
+    ends = Ends(rows, recording.end_floor, other_noise(subject, recording), pair or "")
+    return with_shift(ended, stages, explained(ends, stages, unseen=unseen if left else ""))
 
 
 def _of_passes(row: Row) -> bool:

@@ -57,6 +57,27 @@ def run_twice(subject: Subject, reference: CallRecording) -> Forced:
     return first
 
 
+def other_noise(subject: Subject, reference: CallRecording) -> tuple[float, ...]:
+    """How far the end is from the recorded one with other noise: what was drawn, in another order.
+
+    Empty where nothing is drawn in the run, or it fails.
+    """
+    from truestep.calls.judging import pairs
+    from truestep.measure.distance import distance
+
+    if not any(call.kind == Kind.RANDOM for call in reference.calls):
+        return ()
+    order = torch.Generator().manual_seed(0)
+
+    def shuffled(drawn: torch.Tensor) -> torch.Tensor:
+        places = torch.randperm(drawn.numel(), generator=order).to(drawn.device)
+        return drawn.reshape(-1)[places].reshape(drawn.shape)
+
+    made = run_freely(subject, reference, Plan(made=lambda call: True, handed=shuffled))
+    found = [distance(*both) for both in pairs(reference, made).values()]
+    return tuple(each.rel_l2 for each in found if not each.nonfinite_actual)
+
+
 def end_calls(reference: CallRecording) -> list[CallEntry]:
     """Calls that give what a run ends with."""
     last = {

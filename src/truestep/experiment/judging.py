@@ -63,9 +63,22 @@ def final_row(
 ) -> Row | None:
     """The final latent against the baseline's, video's or sound's, whichever is worse; None where
     an arm is absent."""
+    rows = final_rows(actual, reference, floor=floor, pair=pair)
+    return _worst(rows) if rows else None
+
+
+def final_rows(
+    actual: Mapping[str, torch.Tensor],
+    reference: Mapping[str, torch.Tensor],
+    *,
+    floor: NoiseFloor | None,
+    pair: str | None,
+) -> list[Row]:
+    """The final latents, of video and of sound, against the baseline's; none where an arm is
+    absent."""
     if FINALS[0] not in actual or FINALS[0] not in reference:
-        return None
-    return _worst(_rows(actual, reference, FINALS, limits=Limits(floor, pair)))
+        return []
+    return _rows(actual, reference, FINALS, limits=Limits(floor, pair))
 
 
 def repeat_row(

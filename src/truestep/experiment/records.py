@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from truestep.experiment.statistics import Outcome
-from truestep.verdict import Comparison, Float, Record, Row, Verdict
+from truestep.verdict import Comparison, Float, Record, Row, Shift, Verdict
 
 SCHEMA_VERSION = 1
 
@@ -221,6 +221,7 @@ class Sameness(Record):
     Attributes:
         steps: Every stage on the baseline's recorded inputs, against the noise floor.
         final, control_final: The final latent of a free run.
+        shift: Whether a stage moved the candidate's, or rounding that grew; where it differs.
         psnr_db, ssim: Decoded frames, worst frame and mean of all; None where shapes differ.
         control_ssim, control_psnr_db: The same of the control.
     """
@@ -230,6 +231,7 @@ class Sameness(Record):
     steps: Comparison | None = None
     final: Row | None = None
     control_final: Row | None = None
+    shift: Shift | None = None
     psnr_db: Float | None = None
     ssim_worst: Float | None = None
     ssim_mean: Float | None = None

@@ -29,6 +29,7 @@ from truestep.experiment.records import (
     Sameness,
     Sample,
 )
+from truestep.experiment.stages import Compared, stages
 from truestep.experiment.statistics import interval, order_of, paired_ratios
 from truestep.experiment.store import Store
 from truestep.experiment.table import complete_rounds
@@ -38,7 +39,6 @@ from truestep.judge.floor import free_running, pair_of
 from truestep.keys import FINALS
 from truestep.reading import read
 from truestep.recording.format import Recording
-from truestep.replay.check import check_pipeline
 from truestep.replay.record import FloorChoice, record_pipeline
 from truestep.runtime.loading import load
 
@@ -357,7 +357,8 @@ class _Cell:
         recording: Recording | None,
     ) -> Sameness:
         base, cand = self._case(planned, "baseline"), self._case(planned, "candidate")
-        steps = None
+        pairs = (pair_of(cand.dtype, base.dtype), pair_of(base.dtype, base.dtype))
+        steps, shift = None, None
         if recording is not None:
             judged = recording
             if arm_case(planned, self.cell, self.plan.baseline)[1]:
@@ -367,17 +368,12 @@ class _Cell:
                     with own_backend(arms["baseline"]):
                         compiled = record_pipeline(pipe, case=base, floor="none")
                     judged = with_floor(compiled, recording.manifest.noise_floor)
+            compared = Compared(judged, base, cand, floor=free_running(self.floor), pair=pairs[0])
             try:
                 choose(arms["candidate"], cand)
                 with own_backend(arms["candidate"]):
-                    steps = check_pipeline(
-                        arms["candidate"].pipe,
-                        judged,
-                        case=base,
-                        candidate=cand,
-                        label=self.plan.switch,
-                    )
-                steps = steps.model_copy(update={"media": ()})
+                    pipe, label = arms["candidate"].pipe, self.plan.switch
+                    steps, shift = stages(pipe, label, made["candidate"].tensors, compared)
             except (TruestepError, RuntimeError, ValueError, IndexError, KeyError) as error:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                 self._remark(f"{planned.name}: the stages could not be replayed ({reason})")
@@ -386,8 +382,8 @@ class _Cell:
             {name: found.tensors for name, found in made.items()},
             steps=steps,
             floor=free_running(self.floor),
-            pairs=(pair_of(cand.dtype, base.dtype), pair_of(base.dtype, base.dtype)),
-        )
+            pairs=pairs,
+        ).model_copy(update={"shift": shift})
 
     def _repeat(
         self, name: ArmName, planned: PlannedCase, made: Run, *, number: int | None = None

@@ -36,6 +36,7 @@ from truestep.experiment.statistics import (
     within,
 )
 from truestep.experiment.store import Store
+from truestep.judge.shift import MOVED
 from truestep.verdict import Verdict
 
 _RUNS = 2 * len(ARMS)
@@ -154,6 +155,8 @@ def _checks(
             continue
         if absent:
             missing.append(f"{planned.name}: frames of {', '.join(absent)}")
+        if check.shift is not None:
+            notes.append(f"{planned.name}: {check.shift.text} ({check.shift.ladder})")
         found.append(check)
     return tuple(found), tuple(missing), notes
 
@@ -180,8 +183,17 @@ def _summary(samples: Sequence[Sample], arm: str) -> ArmSummary:
 
 def _latents(checks: Sequence[Sameness]) -> Verdict | None:
     found = [check.steps.verdict for check in checks if check.steps is not None]
-    found += [check.final.verdict for check in checks if check.final is not None]
+    found += [_of_end(check) for check in checks if check.final is not None]
     return Verdict.worst(found) if found else None
+
+
+def _of_end(check: Sameness) -> Verdict:
+    """The verdict on a final latent; where its stages say what moved it, that counts."""
+    assert check.final is not None
+    if check.shift is None or check.final.verdict not in MOVED:
+        return check.final.verdict
+    found = {"benign shift": Verdict.EQUIVALENT, "undecided": Verdict.INCONCLUSIVE}
+    return found.get(check.shift.outcome, check.final.verdict)
 
 
 def _numbers(checks: Sequence[Sameness], repeats: Sequence[Repeat]) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,12 +27,13 @@ from truestep.randomness import own_randomness
 from truestep.replay.judging import coverage, media_of, rows_of
 from truestep.text import quoted
 from truestep.turns import taking_turns
-from truestep.verdict import Comparison, Cost, Difference, Rule, Side, Verdict
+from truestep.verdict import Comparison, Cost, Difference, Row, Rule, Side, Verdict
 
 if TYPE_CHECKING:
     from truestep.progress import Progress
     from truestep.recording.format import Recording
     from truestep.recording.manifest import Manifest
+    from truestep.replay.answers import Answers
     from truestep.runtime.applying import Apply
     from truestep.runtime.pipeline import Pipeline
 
@@ -248,8 +250,8 @@ def check_pipeline(  # 9 parameters: those of `check` that are left when the pip
     from truestep.environment import Environment
     from truestep.judge.rows import build_comparison
     from truestep.measure.sound import sample_rate_of
-    from truestep.replay.answers import repeat_failure, run_freely, run_stages
     from truestep.replay.capture import attention_observed, run_environment
+    from truestep.replay.shifting import with_stages
 
     manifest = recording.manifest
     before, start = pipe.forwards, time.perf_counter()
@@ -260,14 +262,7 @@ def check_pipeline(  # 9 parameters: those of `check` that are left when the pip
     )
     try:
         with attention_observed(pipe) as kernels:
-            run = (
-                run_freely(pipe, recording, limits)
-                if depth == "final"
-                else run_stages(pipe, recording, steps, limits, progress)
-            )
-            rows = rows_of(run, recording, limits)
-            if depth != "final":
-                rows = repeat_failure(pipe, recording, rows, run, limits)
+            run, rows = _answered(pipe, recording, limits, depth, steps, progress)
     except TruestepError:
         raise
     except FOREIGN as error:  # outside every stage: the candidate's outcome, or our fault
@@ -291,7 +286,30 @@ def check_pipeline(  # 9 parameters: those of `check` that are left when the pip
         notes=(*run.notes, *pipe.fallbacks),
         cost=_cost(manifest, forwards=pipe.forwards - before, seconds=seconds),
     )
-    return with_seen(said_unsteady(result), run.replayed.outputs, recording)
+    result = with_seen(said_unsteady(result), run.replayed.outputs, recording)
+    if depth != "final" or tolerance is not None:
+        return result
+    again = partial(check_pipeline, pipe, recording, case=case, candidate=candidate)
+    return with_stages(result, pipe, recording, limits, partial(again, progress=progress))
+
+
+def _answered(
+    pipe: Pipeline,
+    recording: Recording,
+    limits: Limits,
+    depth: Depth,
+    steps: tuple[int, ...] | None,
+    progress: Progress | None,
+) -> tuple[Answers, list[Row]]:
+    """What a pipeline gives, freely or stage by stage, and its rows."""
+    from truestep.replay.answers import repeat_failure, run_freely, run_stages
+
+    if depth == "final":
+        run = run_freely(pipe, recording, limits)
+        return run, rows_of(run, recording, limits)
+    run = run_stages(pipe, recording, steps, limits, progress)
+    rows = rows_of(run, recording, limits)
+    return run, repeat_failure(pipe, recording, rows, run, limits)
 
 
 def _cost(manifest: Manifest, *, forwards: int, seconds: float) -> Cost:

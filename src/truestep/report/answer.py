@@ -170,6 +170,8 @@ def _head(comparison: Comparison, causes: Rows) -> Iterator[Block]:
     label = "case" if comparison.case_id else "of"
     if case_of(comparison) not in text:
         yield _block(1, label, case_of(comparison))
+    if comparison.shift is not None:
+        yield _block(2, "ends", comparison.shift.ladder, most=2)
     if comparison.known is not None:
         yield _block(1, "ledger", comparison.known.text, most=2)
     for change in comparison.rule_changes[:_CHANGES]:

@@ -183,6 +183,8 @@ def _details(
         yield from _pictures(found, frame)
         if found.evidence is not None and found.evidence.ladder is not None:
             yield from _ladder(found.evidence.ladder)
+    if found is not None and found.shift is not None:
+        yield f"- **ends** {code(found.shift.ladder, 300)}"
     for label, text in (("cost", item.cost), ("next", item.next)):
         if text:
             yield f"- **{label}** {code(text)}"

@@ -12,7 +12,7 @@ from truestep.report.answer import answer, answers, case_of, headline, next_line
 from truestep.report.words import change_text, said, stage_label
 from truestep.screen import print_lines
 from truestep.text import wrapped
-from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Rows, Verdict
+from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Rows, Shift, Verdict
 
 MAX_GROWTH = 16
 MAX_ROWS = 20
@@ -81,6 +81,8 @@ def lines(comparison: Comparison) -> Iterable[str]:
     if comparison.first_divergence and comparison.first_divergence.operator:
         yield from wrapped("at", comparison.first_divergence.operator)
     yield from _growth(comparison)
+    if comparison.shift is not None:
+        yield from _shift(comparison.shift)
     for gate in comparison.gates:
         yield f"  other gate   {gate.name}: {gate.outcome} ({_numbers(gate)})"
         for reason in gate.not_judged:
@@ -109,6 +111,14 @@ def lines(comparison: Comparison) -> Iterable[str]:
     yield from wrapped("rule", comparison.rule.text)
     for note in comparison.notes:
         yield from wrapped("note", note)
+
+
+def _shift(shift: Shift) -> Iterable[str]:
+    """Where the end of a free run stands among those of harmless runs, and what stages show."""
+    yield from wrapped("ends", f"{shift.ladder} ({shift.place})")
+    if shift.seen_from is not None:
+        seen = f"a relative change of {shift.seen_from:.1e} at any stage would have been a fault"
+        yield from wrapped("", seen)
 
 
 def _numbers(gate: GateResult) -> str:
