@@ -14,7 +14,7 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from bench.faults.draws import DRAWS, Draw
 from bench.faults.shifts import FAULTS, SHIFTS
 from bench.faults.subjects import Wan, subjects
 from truestep.errors import TruestepError
+from truestep.judge.shift import Ends, explained
 from truestep.measure.distance import distance
 from truestep.recording.format import Recording
 from truestep.replay.check import check_pipeline
+from truestep.replay.raised import raised
 from truestep.replay.record import record_pipeline
 from truestep.runtime.pipeline import generate
-from truestep.verdict import Comparison
+from truestep.verdict import Comparison, detectable
 
 SUBJECTS = ("digits", "tiny-wan2.1", "tiny-wan2.2", "tiny-cosmos")
 DTYPES = ("float32", "bfloat16")
@@ -85,39 +87,62 @@ def places() -> Iterator[tuple[Wan, Draw, str]]:
                     yield replace(subject, settings=short), draw, dtype
 
 
-def ended(subject: Wan, draw: Draw, dtype: str, change: Callable[[Any], None]) -> torch.Tensor:
-    """The end of a free run."""
+@dataclass(frozen=True)
+class Judged:
+    """An end, judged alone, and by the stages at every step.
+
+    Attributes:
+        end: `check --depth final`, which looks at stages where the end is not within its floor.
+        stages: What every stage shows.
+        outcome: `fault`, `undecided` or `benign shift`, whatever the end's own floor says.
+    """
+
+    end: Comparison
+    stages: Comparison
+    outcome: str
+
+
+def exact_end(place: tuple[Wan, Draw, str], change: Callable[[Any], None]) -> torch.Tensor:
+    """The end of a free run in float64: what a change does, without rounding."""
+    subject, draw, dtype = place
     pipe = subject.load(draw, dtype)
     change(pipe)
-    end = generate(pipe)
+    with raised(pipe, "float64") as lifted:
+        end = generate(lifted)
     assert isinstance(end, torch.Tensor)
     return end
 
 
 def judged(
     bench: Bench, place: tuple[Wan, Draw, str], change: Callable[[Any], None], *, free: bool
-) -> Comparison:
-    """`check --depth final`."""
+) -> Judged:
+    """The end and, whatever it shows, the stages at every step."""
     subject, draw, dtype = place
     recording = bench.recording(subject, draw, dtype, free)
+    case = subject.case(draw, dtype)
     pipe = subject.load(draw, dtype)
     change(pipe)
-    case = subject.case(draw, dtype)
-    return check_pipeline(pipe, recording, case=case, depth="final")
+    end = check_pipeline(pipe, recording, case=case, depth="final")
+    stages = check_pipeline(pipe, recording, case=case, steps=tuple(range(STEPS)))
+    found = explained(Ends(rows=list(end.rows)[:1]), stages)
+    return Judged(end, stages, end.shift.outcome if end.shift else found.outcome)
 
 
-def told(name: str, result: Comparison, **fields: Any) -> Row:
+def told(name: str, found: Judged, **fields: Any) -> Row:
     """A line of the file."""
-    row = result.rows[0]
+    row = found.end.rows[0]
     return {
         "name": name,
         **fields,
-        "verdict": result.verdict.value,
-        "outcome": result.shift.outcome if result.shift else "within its floor",
+        "outcome": found.outcome,
+        "end": found.end.verdict.value,
+        "by its floor": found.end.shift is None,
+        "stages": found.stages.verdict.value,
         "distance": row.metrics.rel_l2 if row.metrics else math.nan,
         "over": row.ratio,
-        "share": share_of_seed(result),
-        "text": result.sentence,
+        "seen from": detectable(found.stages.rows),
+        "share": share_of_seed(found.end),
+        "text": found.stages.sentence,
     }
 
 
@@ -161,27 +186,25 @@ def run_fault(bench: Bench, number: int, place: tuple[Wan, Draw, str]) -> None:
     if name in bench.done or not shifts:
         return
     target = random.Random(number).choice(shifts)
-    size, distance_found = matched(bench, place, kind, target)
+    size, distance_found = matched(place, kind, target)
     free = number // len(FAULTS) % 2 == 0
     result = judged(bench, place, lambda pipe: FAULTS[kind](pipe, size), free=free)
     where = {"subject": subject.name, "dtype": dtype, "kind": kind}
     apart = abs(math.log(max(distance_found, 1e-30) / target))
-    sized = {"target": target, "size": size, "matched": apart <= math.log(MATCHED)}
+    sized = {"target": target, "size": size, "alone": distance_found}
+    sized |= {"matched": apart <= math.log(MATCHED)}
     bench.keep(told(name, result, **where, **sized))
 
 
-def matched(
-    bench: Bench, place: tuple[Wan, Draw, str], kind: str, target: float
-) -> tuple[float, float]:
-    """The size of a fault whose end is as far away as `target`, and how far it is.
+def matched(place: tuple[Wan, Draw, str], kind: str, target: float) -> tuple[float, float]:
+    """The size of a fault that by itself moves the end by `target`, and how far it moves it.
 
-    By bisection on a logarithmic scale; a fault that no precision can make as small stays larger.
+    By bisection on a logarithmic scale, without rounding; weights are rounded as they are stored.
     """
-    subject, draw, dtype = place
-    reference = bench.recording(subject, draw, dtype, free=True)["latent/final"]
+    reference = exact_end(place, lambda pipe: None)
 
     def reached(size: float) -> float:
-        end = ended(subject, draw, dtype, lambda pipe: FAULTS[kind](pipe, size))
+        end = exact_end(place, lambda pipe: FAULTS[kind](pipe, size))
         return distance(end, reference).rel_l2
 
     low, high = math.log(1e-9), math.log(1.0)
@@ -201,34 +224,34 @@ def table(rows: list[Row]) -> str:
     """The results in Markdown."""
     shifts = [row for row in rows if row["name"].startswith("shift/")]
     faults = [row for row in rows if row["name"].startswith("fault/") and row["matched"]]
-    lines = [
-        "# Shift or fault",
-        "",
-        "`python -m bench.bench_shift`: arithmetic of other kernels in layers drawn by a seed, "
-        "each run freely and judged at `--depth final`; and faults that are as small as it takes to "
-        "end as far away as one of these shifts did. Half of the references have no floor of free runs "
-        "(`record` without `--floor final`): there every end is judged by its stages.",
-        "",
-        "| | runs | `fault` | `undecided` | `benign shift` | within its floor |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    lines = ["# Shift or fault", "", *_HEAD, ""]
+    lines += ["| | runs | called fault | undecided | at rounding |", "|---|---:|---:|---:|---:|"]
     for title, chosen in (("shifts", shifts), ("faults of their size", faults)):
         for dtype in DTYPES:
             own = [row for row in chosen if row["dtype"] == dtype]
             found = Counter(row["outcome"] for row in own)
-            cells = (found["fault"], found["undecided"], found["benign shift"])
-            cells = (*cells, found["within its floor"])
-            lines.append(f"| {title}, {dtype} | {len(own)} | {' | '.join(map(str, cells))} |")
-    lines += ["", *_spread(shifts, faults), "", *_kinds(shifts, faults)]
-    return "\n".join(lines) + "\n"
+            cells = (len(own), *(found[name] for name in ("fault", "undecided", "benign shift")))
+            lines.append(f"| {title}, {dtype} | {' | '.join(map(str, cells))} |")
+    lines += ["", *_spread(shifts, faults), "", *_gates(shifts, faults)]
+    return "\n".join([*lines, "", *_kinds(shifts, faults)]) + "\n"
+
+
+_HEAD = (
+    "`python -m bench.bench_shift`: arithmetic of other kernels, in layers drawn by a seed, each",
+    "run freely and judged at `--depth final`; and faults that by themselves, in float64, move the",
+    "end as far as one of these shifts does. What stages show at every step decides. Half of the",
+    "references have no floor of free runs (`record` without `--floor final`). Tiny random models",
+    f"and the digits model, {STEPS} steps. In float32 a fault of that size is rounding itself:",
+    "there shifts move the end by less than a fault would have to, and nothing is mistaken.",
+)
 
 
 def _spread(shifts: list[Row], faults: list[Row]) -> Iterator[str]:
-    yield "| ends, rel_l2 | least | median | furthest |"
+    yield "| how far the end moves, rel_l2 | least | median | furthest |"
     yield "|---|---:|---:|---:|"
-    for title, chosen in (("shifts", shifts), ("faults", faults)):
+    for title, chosen, key in (("shifts", shifts, "distance"), ("faults alone", faults, "alone")):
         for dtype in DTYPES:
-            far = sorted(row["distance"] for row in chosen if row["dtype"] == dtype)
+            far = sorted(row[key] for row in chosen if row["dtype"] == dtype)
             if far:
                 numbers = (far[0], statistics.median(far), far[-1])
                 yield f"| {title}, {dtype} | " + " | ".join(f"{n:.1e}" for n in numbers) + " |"
@@ -238,14 +261,27 @@ def _spread(shifts: list[Row], faults: list[Row]) -> Iterator[str]:
         yield f"Furthest shift, as a share of another seed's distance: {max(shares):.2g}."
 
 
+def _gates(shifts: list[Row], faults: list[Row]) -> Iterator[str]:
+    """What a limit on the distance of the end does, at the level of the furthest shift."""
+    yield "| a limit on the end's distance that no shift exceeds | faults of their size caught |"
+    yield "|---|---:|"
+    for dtype in DTYPES:
+        own = [row["distance"] for row in shifts if row["dtype"] == dtype]
+        against = [row["distance"] for row in faults if row["dtype"] == dtype]
+        if own and against:
+            caught = sum(distance > max(own) for distance in against)
+            yield f"| {dtype}: {max(own):.1e} | {caught} of {len(against)} |"
+
+
 def _kinds(shifts: list[Row], faults: list[Row]) -> Iterator[str]:
     yield "| kind | runs | called fault | undecided |"
     yield "|---|---:|---:|---:|"
     for title, chosen, names in (("", shifts, SHIFTS), ("fault: ", faults, FAULTS)):
-        for kind in names:
-            own = [row for row in chosen if row["kind"] == kind]
+        for kind, dtype in ((kind, dtype) for kind in names for dtype in DTYPES):
+            own = [row for row in chosen if (row["kind"], row["dtype"]) == (kind, dtype)]
             found = Counter(row["outcome"] for row in own)
-            yield f"| {title}{kind} | {len(own)} | {found['fault']} | {found['undecided']} |"
+            cells = f"{len(own)} | {found['fault']} | {found['undecided']}"
+            yield f"| {title}{kind}, {dtype} | {cells} |"
 
 
 def main() -> None:
@@ -261,10 +297,11 @@ def main() -> None:
     every = [*places()]
     for number in range(max(options.runs, options.faults * EACH)):
         if number < options.runs:
-            _tried(run_shift, bench, number, every[number * 7 % len(every)])
+            half = 2 * number // options.runs  # the other precision of each kind
+            _tried(run_shift, bench, number, every[(number * 7 + half) % len(every)])
         if number % EACH == EACH - 1 and number // EACH < options.faults:
-            fault = number // EACH
-            _tried(run_fault, bench, fault, every[fault * 7 % len(every)])
+            fault, half = number // EACH, 2 * (number // EACH) // options.faults
+            _tried(run_fault, bench, fault, every[(fault * 7 + half) % len(every)])
     (RESULTS / "shift.md").write_text(table(bench.rows))
     print(table(bench.rows))
 
