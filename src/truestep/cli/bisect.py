@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.cli.common import end, give, one_on_stdout, progress_bar, verbose, verbose_option
+from truestep.cli.brief import one_on_stdout
+from truestep.cli.common import end, give, progress_bar, verbose, verbose_option
 
 if TYPE_CHECKING:
     from truestep.experiment.bisecting.bisect import Options
@@ -112,7 +113,7 @@ def _bisection(given: dict[str, Any], options: Options) -> Bisection:
     Raises:
         UsageError: None or several were given.
     """
-    from truestep.experiment.bisecting import bisect
+    from truestep.experiment.bisecting import bisect, sides
 
     commits = given["good"] is not None or given["bad"] is not None
     axes = (commits, bool(given["packages"]), bool(given["variables"]), bool(given["weights"]))
@@ -124,4 +125,10 @@ def _bisection(given: dict[str, Any], options: Options) -> Bisection:
             missing = "--good" if given["good"] is None else "--bad"
             raise click.UsageError(f"{missing} is missing: both ends are needed")
         return bisect.bisect_commits(folder, given["good"], given["bad"], options)
-    raise click.UsageError("not yet")
+    if given["imports"]:
+        raise click.UsageError("--import is of commits: leave it out")
+    if given["packages"]:
+        return sides.bisect_packages(folder, given["packages"], options)
+    if given["variables"]:
+        return sides.bisect_variables(folder, given["variables"], options)
+    return sides.bisect_weights(folder, given["weights"], options)

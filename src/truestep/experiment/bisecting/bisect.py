@@ -135,9 +135,7 @@ def _of_commits(
     return told(answered, sentence, found=False)
 
 
-def _further(
-    conclusion: Conclusion[int], points: Sequence[commits.Commit], prober: Prober
-) -> str:
+def _further(conclusion: Conclusion[int], points: Sequence[commits.Commit], prober: Prober) -> str:
     """Of a line that turns twice: the search from where it is good again."""
     if conclusion.kind != "turns" or conclusion.before is None or conclusion.point is None:
         return ""

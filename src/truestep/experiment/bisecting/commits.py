@@ -110,7 +110,9 @@ def line_of(folder: Path, good: str, bad: str) -> Line:
     first, last = (_commit(repository, name, end) for name, end in ((good, "good"), (bad, "bad")))
     if first == last:
         raise UsageError(
-            "both ends are the same commit", where=first[:_HASH], hint="git log --oneline --max-count 5"
+            "both ends are the same commit",
+            where=first[:_HASH],
+            hint="git log --oneline --max-count 5",
         )
     base = _base(repository, first, last)
     if base == last:
@@ -122,7 +124,7 @@ def line_of(folder: Path, good: str, bad: str) -> Line:
     notes = []
     if base != first:
         notes.append(
-            f"{good} is on another branch: {base[:_HASH]}, the newest commit that both ends have, is "
+            f"{good} is on another branch: {base[:_HASH]}, the newest commit that both have, is "
             "the good end"
         )
     form = "--format=%H%x00%T%x00%P%x00%s"
@@ -199,7 +201,9 @@ def settings(
         def checked(scratch: Path) -> Iterator[Place]:
             with place(scratch) as made:
                 tree = scratch / "tree"
-                problem = _imports(tree, made, command, names, environment(scratch, kept, made.variables))
+                problem = _imports(
+                    tree, made, command, names, environment(scratch, kept, made.variables)
+                )
                 yield Place(made.folder, made.variables, made.words, problem)
 
         return Setting(key=commit.tree, label=commit.label, place=checked)

@@ -14,7 +14,8 @@ import math
 from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Generic, Literal, TypeVar
+from itertools import pairwise
+from typing import Any, Generic, Literal, TypeVar
 
 P = TypeVar("P", bound=Hashable)
 
@@ -84,7 +85,7 @@ class Conclusion(Generic[P]):
 class Stop(Exception):  # noqa: N818 - it ends a search, and is no error
     """A search cannot go on; carries what it comes to."""
 
-    def __init__(self, conclusion: Conclusion[P]) -> None:
+    def __init__(self, conclusion: Conclusion[Any]) -> None:
         super().__init__(conclusion.kind)
         self.conclusion = conclusion
 
@@ -285,6 +286,6 @@ def _telling(unknown: Sequence[int], seen: Sequence[int], low: int, high: int) -
     for beside in (high + 1, low - 1):
         if beside in unknown:
             return beside
-    gaps = [(after - before, before, after) for before, after in zip(seen, seen[1:], strict=False)]
+    gaps = [(after - before, before, after) for before, after in pairwise(seen)]
     width, before, after = max(gaps, default=(0, 0, 0), key=lambda gap: (gap[0], gap[1]))
     return (before + after) // 2 if width > 1 else None
