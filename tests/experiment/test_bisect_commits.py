@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -42,14 +42,19 @@ def commit(folder: Path, text: str, message: str, file: str = "value.py") -> str
 
 
 def repository(
-    folder: Path, values: Sequence[int | str], *, more: str = "", name: str = "value"
+    folder: Path,
+    values: Sequence[int | str],
+    *,
+    more: str = "",
+    name: str = "value",
+    file: str = "value.py",
 ) -> list[str]:
     """A history: at each commit value.X is the exit code, or the text is the module."""
     folder.mkdir()
     git(folder, "init", "--quiet")
     (folder / "check.py").write_text(CHECK.format(more=more, name=name))
     return [
-        commit(folder, f"X = {v}\nN = {n}\n" if isinstance(v, int) else v, f"number {n}")
+        commit(folder, f"X = {v}\nN = {n}\n" if isinstance(v, int) else v, f"number {n}", file)
         for n, v in enumerate(values)
     ]
 
@@ -308,18 +313,14 @@ def test_a_probe_that_runs_too_long_is_skipped_with_what_it_started(
 
 
 def test_what_a_killed_bisect_left_is_cleared(tmp_path: Path, bisect: Bisect) -> None:
-    import hashlib
-
+    """A worktree that git still knows of, and nothing of another repository's."""
     shas = repository(tmp_path / "repo", [0, 1])
     mark = hashlib.sha256(str(tmp_path / "repo").encode()).hexdigest()[:8]
-    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
-                             capture_output=True, text=True, check=True)  # fmt: skip
-    dead = tmp_path / f"truestep-bisect-{mark}-{process.stdout.strip()}-abc"
-    alive = tmp_path / f"truestep-bisect-{mark}-{os.getpid()}-abc"
-    for folder in (dead, alive):
+    left, other = (tmp_path / f"truestep-bisect-{name}-abc" for name in (mark, "00000000"))
+    for folder in (left, other):
         folder.mkdir()
-    git(tmp_path / "repo", "worktree", "add", "--detach", str(dead / "tree"), shas[0])
+    git(tmp_path / "repo", "worktree", "add", "--detach", str(left / "tree"), shas[0])
     bisect(shas[0], shas[1])
-    assert not dead.exists()
-    assert alive.exists()
+    assert not left.exists()
+    assert other.exists()
     assert git(tmp_path / "repo", "worktree", "list").count("\n") == 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.cli.brief import one_on_stdout
+from truestep.cli.brief import brief_option, one_on_stdout
 from truestep.cli.common import end, give, progress_bar, verbose, verbose_option
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ _AXES = ("--good and --bad", "--packages", "--env", "--weights")
 )
 @click.option("--again", is_flag=True, help="Take no verdict that an earlier bisect has kept.")
 @verbose_option
+@brief_option
 @click.option(
     "--json",
     "json_path",

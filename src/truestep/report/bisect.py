@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from truestep.experiment.bisecting.records import Attempt, Bisection
+from truestep.report.brief import Brief, fitted
+from truestep.report.items import Evidence, Item
 from truestep.screen import aligned, facts, print_lines, rows, screen
 
 _NAMED = 3
@@ -20,6 +22,39 @@ def print_bisection(result: Bisection, *, verbose: bool = False) -> None:
         screen(headline(result), *listed, ending=ending, verbose=verbose),
         exit_code=result.exit_code,
     )
+
+
+def bisection_brief(result: Bisection) -> Brief:
+    """The answer in one small envelope; an item for each that did it, or may have."""
+    items = [
+        Item(
+            id=f"c{at}",
+            name=culprit.name,
+            verdict=result.verdict,
+            exit_code=result.exit_code,
+            sentence=culprit.text,
+            evidence=tuple(
+                Evidence(id=f"c{at}.f{number}", text=file)
+                for number, file in enumerate(culprit.files)
+            ),
+        )
+        for at, culprit in enumerate(result.culprits)
+    ]
+    texts = [f"bad: {' '.join(result.bad_said)}"] if result.bad_said else []
+    texts += [f"good: {result.good_said[0]}"] if result.good_said else []
+    texts += [f"skipped: {each.point}: {each.reason}" for each in result.skipped]
+    texts += [f"{result.probes} runs of the command, {result.limit} allowed", *result.notes]
+    whole = Brief(
+        verdict=result.verdict,
+        exit_code=result.exit_code,
+        sentence=result.sentence,
+        items=tuple(items),
+        notes=tuple(Evidence(id=f"n{at}", text=text) for at, text in enumerate(texts)),
+        seconds=result.seconds,
+        next=result.next,
+        repeat=result.repeat,
+    )
+    return fitted(whole, "")
 
 
 def headline(result: Bisection) -> str:

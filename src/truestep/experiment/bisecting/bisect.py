@@ -50,7 +50,9 @@ def bisect_commits(folder: Path, good: str, bad: str, options: Options) -> Bisec
     """
     line = commits.line_of(folder, good, bad)
     asked = options.asked
-    points = commits.settings(line, asked.command, names=options.imports, kept=asked.kept)
+    points = commits.settings(
+        line, asked.command, folder=folder, names=options.imports, kept=asked.kept
+    )
     ends = Ends("commits", line.points[0].label, line.points[-1].label, len(points) - 1)
     limit = budget(ends.suspects) if options.most is None else options.most
 

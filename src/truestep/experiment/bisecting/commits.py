@@ -16,15 +16,11 @@ from pathlib import Path
 from truestep.errors import FileFormatError, UsageError
 from truestep.experiment.bisecting.identity import imported_from
 from truestep.experiment.bisecting.isolation import Place, Setting, environment
-from truestep.files import alive
 from truestep.reading import parse_toml, read
-from truestep.text import pasteable
+from truestep.text import pasteable, quoted
 
 _HASH = 12
 """Letters of a commit's hash that are printed."""
-
-_OURS = re.compile(r"truestep-bisect-([0-9a-f]{8})-(\d+)-\w+")
-"""Name of a folder of worktrees: repository and process."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ def line_of(folder: Path, good: str, bad: str) -> Line:
         raise UsageError(
             "the bad end is older than the good one: there is no commit between them",
             where=f"{good} has all of {bad}",
-            hint=f"--good {bad} --bad {good}",
+            hint=f"--good {quoted(bad)} --bad {quoted(good)}",
         )
     notes = []
     if base != first:
@@ -178,17 +174,18 @@ def _notes(repository: Path) -> Iterator[str]:
 
 
 def settings(
-    line: Line, command: Sequence[str], *, names: Sequence[str], kept: Sequence[str]
+    line: Line, command: Sequence[str], *, folder: Path, names: Sequence[str], kept: Sequence[str]
 ) -> list[Setting]:
     """The points of a line, each to be made ready in a worktree.
 
     Args:
         command: That is probed, to find its interpreter.
+        folder: In the repository; the command runs at the same one of the worktree.
         names: Packages that it must import from the worktree; those of pyproject.toml if there
             are none.
         kept: Variables that are left as they are.
     """
-    start = Path.cwd()
+    start = folder.resolve()
     inside = start.relative_to(line.repository) if start.is_relative_to(line.repository) else Path()
 
     def of(commit: Commit) -> Setting:
@@ -280,14 +277,13 @@ def _imports(
 
 @contextmanager
 def scratch_folder(repository: Path) -> Iterator[Path]:
-    """A folder for probes. What a killed bisect of this repository left goes first."""
+    """A folder for probes. What a killed bisect of this repository left goes first: it is called
+    with the project locked, so that no other one has such a folder."""
     mark = hashlib.sha256(str(repository).encode()).hexdigest()[:8]
     parent = Path(tempfile.gettempdir())
     for left in parent.glob(f"truestep-bisect-{mark}-*"):
-        match = _OURS.fullmatch(left.name)
-        if match and not alive(int(match[2])):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"truestep-bisect-{mark}-{os.getpid()}-"))
+        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"truestep-bisect-{mark}-"))
     try:
         if (repository / ".git").exists():
             git(repository, "worktree", "prune")

@@ -1,8 +1,8 @@
 """Run a command as a probe: with caches of its own, from its start to its end or a time limit.
 
-Fresh for every probe: HOME, the caches of compilers and of Python, and the folder of temporary
-files. Left as they are: the caches of weights (HF_HOME, TORCH_HOME), which are large and named by
-content, the user's own packages, the settings of git and of programs, GPUs and their state.
+Fresh for every probe: HOME, the caches of compilers, and the folder of temporary files; no bytecode
+is written. Left as they are: the caches of weights (HF_HOME, TORCH_HOME), which are large and named
+by content, the user's own packages, the settings of git and of programs, GPUs and their state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ FRESH = {
     "TRITON_HOME": "triton-home",
     "CUDA_CACHE_PATH": "cuda",
     "NUMBA_CACHE_DIR": "numba",
-    "PYTHONPYCACHEPREFIX": "bytecode",
     "TMPDIR": "tmp",
     "TEMP": "tmp",
     "TMP": "tmp",
@@ -109,6 +108,7 @@ def environment(
     settings = home / ".config"
     cache = Path(variables.get("XDG_CACHE_HOME") or home / ".cache")
     stay = {
+        "PYTHONDONTWRITEBYTECODE": "1",  # that of libraries is read: to compile torch takes 10 s
         "HF_HOME": str(cache / "huggingface"),
         "TORCH_HOME": str(cache / "torch"),
         "PYTHONUSERBASE": str(home / ".local"),
