@@ -183,7 +183,9 @@ def test_a_merge_says_that_it_is_one(tmp_path: Path, bisect: Bisect) -> None:
     assert found.verdict == "found"
     assert found.sentence.startswith("merge ")
     assert found.culprits[0].text == "the merge"
-    inside = bisect("HEAD~2", "HEAD~1^2")
+    side, before = git(repo, "rev-parse", "HEAD~1^2")[:12], git(repo, "rev-parse", "HEAD~2")[:12]
+    assert found.next.startswith(f"truestep bisect --good {before} --bad {side} -- ")
+    inside = bisect(before, side)
     assert inside.culprits[0].text == "on the side"
 
 
@@ -324,3 +326,16 @@ def test_what_a_killed_bisect_left_is_cleared(tmp_path: Path, bisect: Bisect) ->
     assert not left.exists()
     assert other.exists()
     assert git(tmp_path / "repo", "worktree", "list").count("\n") == 0
+
+
+@pytest.mark.slow
+def test_a_commit_that_git_cannot_check_out_is_skipped(tmp_path: Path, bisect: Bisect) -> None:
+    """Its content is gone, as with large files of a store that is not there."""
+    repo = tmp_path / "repo"
+    shas = repository(repo, [0] * 8 + [1] * 8)
+    blob = git(repo, "rev-parse", f"{shas[7]}:value.py")
+    (repo / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+    found = bisect(shas[0], shas[-1])
+    assert found.verdict == "inconclusive"
+    assert {culprit.name for culprit in found.culprits} == {*shas[7:9]}
+    assert any("git cannot check it out" in attempt.reason for attempt in found.skipped)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,19 +191,20 @@ def settings(
     def of(commit: Commit) -> Setting:
         @contextmanager
         def place(scratch: Path) -> Iterator[Place]:
-            with _worktree(line.repository, commit.sha, scratch / "tree") as tree:
-                yield _place(tree, inside, line.repository)
-
-        @contextmanager
-        def checked(scratch: Path) -> Iterator[Place]:
-            with place(scratch) as made:
-                tree = scratch / "tree"
-                problem = _imports(
-                    tree, made, command, names, environment(scratch, kept, made.variables)
-                )
+            with ExitStack() as stack:
+                try:
+                    tree = stack.enter_context(
+                        _worktree(line.repository, commit.sha, scratch / "tree")
+                    )
+                except UsageError as error:
+                    yield Place(scratch, problem=f"git cannot check it out: {error.measured}")
+                    return
+                made = _place(tree, inside, line.repository)
+                variables = environment(scratch, kept, made.variables)
+                problem = _imports(tree, made, command, names, variables)
                 yield Place(made.folder, made.variables, made.words, problem)
 
-        return Setting(key=commit.tree, label=commit.label, place=checked)
+        return Setting(key=commit.tree, label=commit.label, place=place)
 
     return [of(commit) for commit in line.points]
 
