@@ -166,7 +166,14 @@ def test_an_end_that_judges_nothing_says_why(tmp_path: Path, bisect: Bisect) -> 
     shas = repository(tmp_path / "repo", [0, 1])
     found = bisect(shas[0], shas[1], "no-such-program")
     assert found.verdict == "inconclusive"
-    assert found.sentence.endswith("cannot be judged: exit 127: the command was not found")
+    told = "cannot be judged: exit 127: the command was not found (No such file or directory: "
+    assert told in found.sentence
+
+
+def test_a_good_end_that_fails_is_told_with_its_words(tmp_path: Path, bisect: Bisect) -> None:
+    shas = repository(tmp_path / "repo", ["raise ImportError('no acme._C')", 1])
+    found = bisect(shas[0], shas[1])
+    assert found.sentence.endswith("fails (ImportError: no acme._C)")
 
 
 @pytest.mark.slow

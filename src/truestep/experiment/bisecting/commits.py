@@ -166,11 +166,15 @@ def _parsed(line: str) -> Commit:
     return Commit(sha, tree, tuple(parents.split()), subject)
 
 
+SHARED = "shared by all probes: weights (HF_HOME, TORCH_HOME), settings of programs, the GPU"
+
+
 def _notes(repository: Path) -> Iterator[str]:
     if git(repository, "status", "--porcelain", "--untracked-files=no").strip():
         yield "what is not committed is in no probe"
     if (repository / ".gitmodules").exists():
         yield "submodules are not checked out in the worktrees of probes"
+    yield SHARED
 
 
 def settings(
