@@ -346,3 +346,16 @@ def test_a_commit_that_git_cannot_check_out_is_skipped(tmp_path: Path, bisect: B
     assert found.verdict == "inconclusive"
     assert {culprit.name for culprit in found.culprits} == {*shas[7:9]}
     assert any("git cannot check it out" in attempt.reason for attempt in found.skipped)
+
+
+def test_a_worktree_that_git_was_killed_in_making_is_cleared(
+    tmp_path: Path, bisect: Bisect
+) -> None:
+    """It is locked, and prune leaves it."""
+    shas = repository(tmp_path / "repo", [0, 1])
+    mark = hashlib.sha256(str(tmp_path / "repo").encode()).hexdigest()[:8]
+    tree = tmp_path / f"truestep-bisect-{mark}-abc" / "p000" / "tree"
+    git(tmp_path / "repo", "worktree", "add", "--detach", "--lock", str(tree), shas[0])
+    bisect(shas[0], shas[1])
+    assert not tree.parent.parent.exists()
+    assert git(tmp_path / "repo", "worktree", "list").count("\n") == 0

@@ -235,9 +235,14 @@ def _worktree(repository: Path, sha: str, path: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        with suppress(UsageError):
-            git(repository, "worktree", "remove", "--force", str(path))
-        shutil.rmtree(path, ignore_errors=True)
+        _forget(repository, path)
+
+
+def _forget(repository: Path, path: Path) -> None:
+    """Remove a worktree, a locked one, too: git locks one that it was killed in making."""
+    with suppress(UsageError):
+        git(repository, "worktree", "remove", "--force", "--force", str(path))
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def package_names(tree: Path) -> list[str]:
@@ -287,6 +292,8 @@ def scratch_folder(repository: Path) -> Iterator[Path]:
     mark = hashlib.sha256(str(repository).encode()).hexdigest()[:8]
     parent = Path(tempfile.gettempdir())
     for left in parent.glob(f"truestep-bisect-{mark}-*"):
+        for tree in left.glob("*/tree"):
+            _forget(repository, tree)
         shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"truestep-bisect-{mark}-"))
     try:

@@ -203,6 +203,8 @@ def bisect_weights(folder: Path, spec: str, options: Options) -> Bisection:
     notes = [_HERE] + [
         f"tensors of {item.name} do not pair by name: it is exchanged whole" for item in whole
     ]
+    if not any("{weights}" in word for word in options.asked.command):
+        notes.append("no word of the command is {weights}: it has to read TRUESTEP_WEIGHTS itself")
 
     def of(items: Sequence[checkpoints.Item]) -> Setting:
         return checkpoints.setting(found, items, folder, identity)
