@@ -3,11 +3,10 @@
     python -m bench.bench_bisect [--only NAME] [--output FOLDER]
 
 35 have one commit that does it. 15 have hidden state: commits whose outcome is chance, caches that
-an earlier probe left, files outside of every probe, lines that turn twice, commits that do not
-run.
-A bisect may name the commit or say `inconclusive`; it may not name another one, nor run the command
-more than 2 log2 n + 4 times for n commits. Rows go to bisect.jsonl, and the table to bisect.md; what
-is there already is not run again.
+an earlier probe left, files outside of every probe, lines that turn twice, commits that do not run.
+A bisect may name the commit or say `inconclusive`; it may not name another one, nor take more than
+2 log2 n + 4 runs of the command for n commits. Rows go to bisect.jsonl, and the table to bisect.md;
+what is there already is not run again.
 """
 
 from __future__ import annotations
@@ -234,7 +233,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         "",
         f"{len(rows)} histories, {len(hidden)} with hidden state: {counts['right']} right, "
         f"{counts['inconclusive']} inconclusive, {counts['wrong']} wrong; {len(over)} took "
-        "more than 2 log2 n + 4 runs of the command. Every run is a process, each in a worktree of its own.",
+        "more than 2 log2 n + 4 runs of the command. Each run is a process, in its own worktree.",
         "",
         "| history | commits | outcome | runs | allowed | answer |",
         "|---|---:|---|---:|---:|---|",

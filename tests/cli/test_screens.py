@@ -155,9 +155,7 @@ TABLE: Mapping[str, tuple[Screen, ...]] = {
     ),
     "ab ablate": (at("ltx", *PROFILES, slow=True), at("ltx", code=2)),
     "bisect": (
-        at(
-            "--env", "MANY=1..90", *PYTHON, "import os, sys; sys.exit(int(os.environ['MANY']) > 50)"
-        ),
+        at("--env", "MANY=1..90", *PYTHON, 'import os; exit(int(os.environ["MANY"]) > 50)'),
         at("--env", "A=0..1", "--env", "B=0..1", *NOTHING, code=4),
         at("--env", "A=0", *NOTHING, code=2),
     ),

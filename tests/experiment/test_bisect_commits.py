@@ -166,7 +166,14 @@ def test_an_end_that_judges_nothing_says_why(tmp_path: Path, bisect: Bisect) -> 
     shas = repository(tmp_path / "repo", [0, 1])
     found = bisect(shas[0], shas[1], "no-such-program")
     assert found.verdict == "inconclusive"
-    assert found.sentence.endswith("cannot be judged: exit 127: the command was not found")
+    told = "cannot be judged: exit 127: the command was not found (No such file or directory: "
+    assert told in found.sentence
+
+
+def test_a_good_end_that_fails_is_told_with_its_words(tmp_path: Path, bisect: Bisect) -> None:
+    shas = repository(tmp_path / "repo", ["raise ImportError('no acme._C')", 1])
+    found = bisect(shas[0], shas[1])
+    assert found.sentence.endswith("fails (ImportError: no acme._C)")
 
 
 @pytest.mark.slow
@@ -183,7 +190,9 @@ def test_a_merge_says_that_it_is_one(tmp_path: Path, bisect: Bisect) -> None:
     assert found.verdict == "found"
     assert found.sentence.startswith("merge ")
     assert found.culprits[0].text == "the merge"
-    inside = bisect("HEAD~2", "HEAD~1^2")
+    side, before = git(repo, "rev-parse", "HEAD~1^2")[:12], git(repo, "rev-parse", "HEAD~2")[:12]
+    assert found.next.startswith(f"truestep bisect --good {before} --bad {side} -- ")
+    inside = bisect(before, side)
     assert inside.culprits[0].text == "on the side"
 
 
@@ -323,4 +332,30 @@ def test_what_a_killed_bisect_left_is_cleared(tmp_path: Path, bisect: Bisect) ->
     bisect(shas[0], shas[1])
     assert not left.exists()
     assert other.exists()
+    assert git(tmp_path / "repo", "worktree", "list").count("\n") == 0
+
+
+@pytest.mark.slow
+def test_a_commit_that_git_cannot_check_out_is_skipped(tmp_path: Path, bisect: Bisect) -> None:
+    """Its content is gone, as with large files of a store that is not there."""
+    repo = tmp_path / "repo"
+    shas = repository(repo, [0] * 8 + [1] * 8)
+    blob = git(repo, "rev-parse", f"{shas[7]}:value.py")
+    (repo / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+    found = bisect(shas[0], shas[-1])
+    assert found.verdict == "inconclusive"
+    assert {culprit.name for culprit in found.culprits} == {*shas[7:9]}
+    assert any("git cannot check it out" in attempt.reason for attempt in found.skipped)
+
+
+def test_a_worktree_that_git_was_killed_in_making_is_cleared(
+    tmp_path: Path, bisect: Bisect
+) -> None:
+    """It is locked, and prune leaves it."""
+    shas = repository(tmp_path / "repo", [0, 1])
+    mark = hashlib.sha256(str(tmp_path / "repo").encode()).hexdigest()[:8]
+    tree = tmp_path / f"truestep-bisect-{mark}-abc" / "p000" / "tree"
+    git(tmp_path / "repo", "worktree", "add", "--detach", "--lock", str(tree), shas[0])
+    bisect(shas[0], shas[1])
+    assert not tree.parent.parent.exists()
     assert git(tmp_path / "repo", "worktree", "list").count("\n") == 0

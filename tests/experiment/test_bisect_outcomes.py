@@ -43,6 +43,8 @@ TRACEBACK = "Traceback (most recent call last):\n  File x\n"
         ("", f"{TRACEBACK}torch.OutOfMemoryError: x\n", "OutOfMemoryError"),
         ("", f"{TRACEBACK}AssertionError\n", "AssertionError"),
         ("FAILED tests/test_x.py::test_y - assert 1 == 2\n", "", ""),
+        ("2 cases\nFAILED drifted: a\nPASSED identical: b\n", "", "FAILED drifted"),
+        ("FAILED invalid: a\nFAILED drifted: b\n", "", "FAILED drifted, FAILED invalid"),
         ("something\n", "a line: of no error\n", ""),
         ("", "ProcessEndedError: invalid: code ended the process\n", "FAILED invalid"),
     ],
@@ -58,6 +60,9 @@ def test_the_answer_is_read_from_what_was_printed() -> None:
         "  at         block 7",
         "next: truestep check x",
     )
+    several = "2 cases\nFAILED drifted: a\nPASSED identical: b\n"
+    assert said(several) == ("FAILED drifted: a", "PASSED identical: b")
+    assert said("PASSED identical: b\nnext: x\n") == ("PASSED identical: b", "next: x")
     assert said("one\ntwo\n") == ("two",)
     assert said("") == ()
 

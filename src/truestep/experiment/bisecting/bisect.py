@@ -122,7 +122,9 @@ def _of_commits(
         notes = [*line.notes]
         if len(last.parents) > 1:
             sentence = f"merge {last.label} did it{_files(culprits[-1].files)}"
-            notes.append("it is a merge: what it brought may be bisected as its second parent")
+            notes.append("it is a merge: one of the commits that it brought, or the merge itself")
+            inside = ["truestep", "bisect", "--good", before.short, "--bad", last.parents[1][:12]]
+            command = [*inside, "--", *prober.asked.command]
         answered = Answered(
             ends, prober.attempts, prober.limit, culprits, keys, notes, pasteable(command)
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from truestep.errors import UsageError
 from truestep.experiment.bisecting.isolation import Place, Setting
 from truestep.experiment.bisecting.store import key_of
+from truestep.files import unwritten
 from truestep.recording.header import Header, Slot, read_header
 
 VARIABLE = "TRUESTEP_WEIGHTS"
@@ -211,7 +212,10 @@ def setting(found: Pair, chosen: Sequence[Item], folder: Path, identity: str) ->
 
     @contextmanager
     def place(scratch: Path) -> Iterator[Place]:
-        path = _mixed(found, chosen, scratch / "weights")
+        try:
+            path = _mixed(found, chosen, scratch / "weights")
+        except OSError as error:
+            raise unwritten(scratch / "weights", "the mixed checkpoint", error) from error
         variables: dict[str, str | None] = {
             VARIABLE: str(path),
             "TRUESTEP_BISECT_ROOT": str(folder),

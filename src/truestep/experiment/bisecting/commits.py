@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,11 +166,15 @@ def _parsed(line: str) -> Commit:
     return Commit(sha, tree, tuple(parents.split()), subject)
 
 
+SHARED = "shared by all probes: weights (HF_HOME, TORCH_HOME), settings of programs, the GPU"
+
+
 def _notes(repository: Path) -> Iterator[str]:
     if git(repository, "status", "--porcelain", "--untracked-files=no").strip():
         yield "what is not committed is in no probe"
     if (repository / ".gitmodules").exists():
         yield "submodules are not checked out in the worktrees of probes"
+    yield SHARED
 
 
 def settings(
@@ -191,19 +195,20 @@ def settings(
     def of(commit: Commit) -> Setting:
         @contextmanager
         def place(scratch: Path) -> Iterator[Place]:
-            with _worktree(line.repository, commit.sha, scratch / "tree") as tree:
-                yield _place(tree, inside, line.repository)
-
-        @contextmanager
-        def checked(scratch: Path) -> Iterator[Place]:
-            with place(scratch) as made:
-                tree = scratch / "tree"
-                problem = _imports(
-                    tree, made, command, names, environment(scratch, kept, made.variables)
-                )
+            with ExitStack() as stack:
+                try:
+                    tree = stack.enter_context(
+                        _worktree(line.repository, commit.sha, scratch / "tree")
+                    )
+                except UsageError as error:
+                    yield Place(scratch, problem=f"git cannot check it out: {error.measured}")
+                    return
+                made = _place(tree, inside, line.repository)
+                variables = environment(scratch, kept, made.variables)
+                problem = _imports(tree, made, command, names, variables)
                 yield Place(made.folder, made.variables, made.words, problem)
 
-        return Setting(key=commit.tree, label=commit.label, place=checked)
+        return Setting(key=commit.tree, label=commit.label, place=place)
 
     return [of(commit) for commit in line.points]
 
@@ -230,9 +235,14 @@ def _worktree(repository: Path, sha: str, path: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        with suppress(UsageError):
-            git(repository, "worktree", "remove", "--force", str(path))
-        shutil.rmtree(path, ignore_errors=True)
+        _forget(repository, path)
+
+
+def _forget(repository: Path, path: Path) -> None:
+    """Remove a worktree, a locked one, too: git locks one that it was killed in making."""
+    with suppress(UsageError):
+        git(repository, "worktree", "remove", "--force", "--force", str(path))
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def package_names(tree: Path) -> list[str]:
@@ -282,6 +292,8 @@ def scratch_folder(repository: Path) -> Iterator[Path]:
     mark = hashlib.sha256(str(repository).encode()).hexdigest()[:8]
     parent = Path(tempfile.gettempdir())
     for left in parent.glob(f"truestep-bisect-{mark}-*"):
+        for tree in left.glob("*/tree"):
+            _forget(repository, tree)
         shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"truestep-bisect-{mark}-"))
     try:

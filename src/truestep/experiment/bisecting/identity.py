@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from truestep.experiment.bisecting.isolation import FRESH
@@ -101,7 +102,7 @@ def _files(command: Sequence[str], folder: Path) -> Iterator[Path]:
 def _content(path: Path) -> str:
     """A digest of a file, or of the files of a folder."""
     if path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.is_file())[:_MOST_FILES]
+        files = sorted(each for each in islice(path.rglob("*"), _MOST_FILES) if each.is_file())
         return key_of(f"{each.relative_to(path)} {_stamp(each)}" for each in files)
     if path.is_file() and path.stat().st_size <= _LARGEST:
         return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -128,14 +129,17 @@ def imported_from(
         "    places = list(spec.submodule_search_locations or []) if spec else []\n"
         "    print(spec and (spec.has_location and spec.origin or (places or [''])[0]) or '')\n"
     )
-    done = subprocess.run(
-        [interpreter_of(command, folder), "-c", code, *names],
-        cwd=os.sep,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=_PATIENCE_S,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [interpreter_of(command, folder), "-c", code, *names],
+            cwd=os.sep,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return dict.fromkeys(names, "")
     lines = done.stdout.split("\n")[: len(names)]
     return dict(zip(names, [*lines, *[""] * len(names)], strict=False))

@@ -47,6 +47,8 @@ MOST_KEPT = 1 << 16
 _SIGNALLED = 128
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _PATIENCE_S = 5.0
+_LIBRARY = ctypes.CDLL(None)
+"""Loaded here: after a fork it might wait for a lock that another thread holds."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def run(
 
 def _die_with_parent() -> None:
     """In the child: a truestep that is killed takes the command with it (Linux)."""
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    _LIBRARY.prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:

@@ -43,20 +43,22 @@ class Judged:
 
 
 def said(stdout: str) -> tuple[str, ...]:
-    """truestep's answer in what a command printed: from its last headline on; else the last line
-    that is not empty."""
+    """truestep's answer in what a command printed: from its first failure on, or its last headline;
+    else the last line that is not empty."""
     lines = [line.rstrip() for line in stdout.splitlines() if line.strip()]
     heads = [at for at, line in enumerate(lines) if _HEADLINE.match(line)]
-    return tuple(lines[heads[-1] :][:MOST_SAID] if heads else lines[-1:])
+    failed = [at for at in heads if lines[at].startswith("FAILED")]
+    start = [*failed[:1], *heads[-1:], len(lines) - 1][0]
+    return tuple(lines[start:][:MOST_SAID] if heads else lines[-1:])
 
 
 def kind_of_failure(stdout: str, stderr: str) -> str:
-    """Of what kind a failure is: `FAILED drifted`, the exception that ended a program, or nothing
-    that can be told."""
-    for line in reversed(stdout.splitlines()):
-        head = _HEADLINE.match(line)
-        if head:
-            return head[0]
+    """Of what kind a failure is: `FAILED drifted`, all such where there are several cases, the
+    exception that ended a program, or nothing that can be told."""
+    heads = {head[0] for line in stdout.splitlines() if (head := _HEADLINE.match(line))}
+    failed = sorted(head for head in heads if head.startswith("FAILED"))
+    if failed:
+        return ", ".join(failed)
     lines = [line for line in stderr.splitlines() if line.strip()]
     if any(_ENDED.match(line) for line in lines):
         return "FAILED invalid"

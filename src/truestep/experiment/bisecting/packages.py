@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,13 +50,25 @@ def versions(name: str, command: Sequence[str], folder: Path) -> list[str]:
 
 def _pip(command: Sequence[str], folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     quiet = ("--disable-pip-version-check", "--no-input")
-    return subprocess.run(
-        [interpreter_of(command, folder), "-m", "pip", *words, *quiet],
-        capture_output=True,
-        text=True,
-        timeout=_PATIENCE_S,
-        check=False,
-    )
+    return _done([interpreter_of(command, folder), "-m", "pip", *words, *quiet])
+
+
+def _done(
+    words: Sequence[str], variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program away from the project; one that cannot be run, or does not end, has failed."""
+    try:
+        return subprocess.run(
+            words,
+            env=variables,
+            cwd=os.sep,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return subprocess.CompletedProcess(words, 1, "", str(error))
 
 
 def _last(text: str) -> str:
@@ -127,9 +138,7 @@ def _installed(
         else [interpreter, "-m", "pip", "install", "--quiet", "--no-input",
               "--disable-pip-version-check", *how]
     )  # fmt: skip
-    return subprocess.run(
-        words, capture_output=True, text=True, timeout=_PATIENCE_S, check=False, cwd=sys.prefix
-    )
+    return _done(words)
 
 
 def _elsewhere(
@@ -140,15 +149,7 @@ def _elsewhere(
     variables: dict[str, str],
 ) -> str:
     """Why a probe would be blind: it would import another version. Empty where not."""
-    done = subprocess.run(
-        [interpreter_of(command, folder), "-c", _WHERE, *chosen],
-        env=variables,
-        cwd=os.sep,
-        capture_output=True,
-        text=True,
-        timeout=_PATIENCE_S,
-        check=False,
-    )
+    done = _done([interpreter_of(command, folder), "-c", _WHERE, *chosen], variables)
     if done.returncode:
         return f"the packages cannot be found: {_last(done.stderr)}"
     roots = [Path(each).resolve() for each in folders]

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from truestep.experiment.bisecting.isolation import Ran, Setting, environment, filled, run
 from truestep.experiment.bisecting.outcomes import judged, kind_of_failure, said
@@ -22,8 +21,7 @@ from truestep.experiment.bisecting.search import (
     Why,
 )
 from truestep.experiment.bisecting.store import Store, key_of
-
-T = TypeVar("T")
+from truestep.files import unwritten
 
 Told = Callable[[str, int, int], None]
 """What is done, how often, of how many at most."""
@@ -152,7 +150,10 @@ class Prober:
 
     def _run(self, why: Why, setting: Setting) -> Attempt:
         folder = self.scratch / f"p{len(self.attempts):03d}"
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise unwritten(folder, "the folder of a probe", error) from error
         try:
             with setting.place(folder) as place:
                 if place.problem:

@@ -18,6 +18,7 @@ from truestep.experiment.bisecting.search import Conclusion, budget, halvings, s
 from truestep.experiment.bisecting.sets import Chosen, minimal
 from truestep.experiment.bisecting.store import Store, key_of
 from truestep.experiment.bisecting.telling import NOUNS, Answered, Ends, told, why_open
+from truestep.text import pasteable
 
 _HERE = "the command runs in this folder: what it leaves there is seen by later probes"
 _ALONE = "versions are installed without their dependencies, before those of the environment"
@@ -202,6 +203,8 @@ def bisect_weights(folder: Path, spec: str, options: Options) -> Bisection:
     notes = [_HERE] + [
         f"tensors of {item.name} do not pair by name: it is exchanged whole" for item in whole
     ]
+    if not any("{weights}" in word for word in options.asked.command):
+        notes.append("no word of the command is {weights}: it has to read TRUESTEP_WEIGHTS itself")
 
     def of(items: Sequence[checkpoints.Item]) -> Setting:
         return checkpoints.setting(found, items, folder, identity)
@@ -240,7 +243,10 @@ def _descend(
         items, known = inner, True
         prober.limit += budget(len(checkpoints.groups(items))) if most is None else 0
     culprits = [Culprit(name=groups[at][0], text=_counted(groups[at][1])) for at in guilty]
-    return _of_set(prober, ends, conclusion, culprits, chosen, notes)
+    result = _of_set(prober, ends, conclusion, culprits, chosen, notes)
+    return result.model_copy(
+        update={"next": pasteable(["truestep", "weights", ends.bad, ends.good])}
+    )
 
 
 def _with_ends(groups: int) -> int:

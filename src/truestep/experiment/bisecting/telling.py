@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from truestep.experiment.bisecting.records import Attempt, Axis, Bisection, Culprit
 from truestep.experiment.bisecting.search import Conclusion, Outcome, P
+from truestep.text import short
 
 NOUNS: dict[Axis, str] = {
     "commits": "commit",
@@ -17,6 +18,7 @@ NOUNS: dict[Axis, str] = {
 """What a suspect of an axis is called."""
 
 _MOST_NAMED = 3
+_LONGEST = 160
 
 INCONCLUSIVE = 4
 
@@ -104,7 +106,7 @@ def why_open(
     if conclusion.kind == "unjudged":
         before = [a for a in attempts if a.key == last.key][:-1]
         if last.why in ("good end", "bad end"):
-            return f"the {last.why}, {point}, cannot be judged: {last.reason}"
+            return f"the {last.why}, {point}, cannot be judged: {last.reason}{_words(last)}"
         seen = ", ".join(dict.fromkeys(str(a.outcome) for a in before))
         return f"{point} was {seen}, and then could not be judged: {last.reason or last.outcome}"
     if conclusion.kind == "turns":
@@ -118,7 +120,12 @@ def why_open(
 def _ends_alike(last: Attempt, point: str) -> str:
     if last.outcome is Outcome.GOOD:
         return f"the ends do not differ: the bad end, {point}, is good"
-    return f"the ends do not differ: the good end, {point}, fails"
+    return f"the ends do not differ: the good end, {point}, fails{_words(last)}"
+
+
+def _words(attempt: Attempt) -> str:
+    """What the command said, behind a sentence."""
+    return f" ({short(attempt.said[0].strip(), _LONGEST)})" if attempt.said else ""
 
 
 def _narrowed(
