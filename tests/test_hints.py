@@ -75,6 +75,7 @@ def hints() -> set[str]:
 
 
 ADVICE = {
+    "install the project in this environment in editable mode: pip install -e .",
     "give a folder, or a function that loads a module: port.py:load",
     "give a function that takes no arguments",
     "give the folder of a plain pipeline",

@@ -190,6 +190,10 @@ TABLE: Mapping[str, tuple[Screen, ...]] = {
         at("w0.safetensors", "{model}/transformer/diffusion_pytorch_model.safetensors"),
         at("w0.safetensors", code=2),
     ),
+    "gate against": (
+        at("a", "--baseline", sys.prefix, slow=True),
+        at("a", "--baseline", "no-such-revision", code=2),
+    ),
     "gate selftest": (
         at("a"),
         at("a", "--gate", "ssim:0.93", "--gate", "psnr:28", "--gate", "mad:10", "--gate", "slice"),

@@ -58,7 +58,7 @@ def command() -> None:
     help="different: the change is for something; `unmet` (exit 1) where the model stays the same.",
 )
 @output_options
-def against(  # 13 parameters: the options of the verb
+def against(
     baseline: str,
     depth: str,
     expect: str | None,
@@ -89,7 +89,7 @@ def against(  # 13 parameters: the options of the verb
     end(finish(results, json_path=json_path, report=report))
 
 
-def _words(
+def _words(  # 9 parameters: options that say a case
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,

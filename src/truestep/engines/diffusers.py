@@ -66,7 +66,7 @@ from truestep.runtime.compiling import compile_pipeline
 from truestep.runtime.loading import failures, fingerprint, folder_of, index_of, model_index, quiet
 from truestep.runtime.stored import in_files, refuse_compiled
 from truestep.turns import taking_turns
-from truestep.verdict import Comparison, Side
+from truestep.verdict import Comparison, Difference, Side
 
 _FILES = "sha256."
 """How the key of what a file of a case held begins; see `CallCase.sha256`."""
@@ -124,7 +124,7 @@ def record(
 
 
 @taking_turns()
-def check(  # 9 parameters: those of `truestep.check` that a case of calls has
+def check(  # 10 parameters: those of `truestep.check` that a case of calls has
     case: CallCase,
     reference: Recording | str | Path,
     *,
@@ -165,11 +165,8 @@ def check(  # 9 parameters: those of `truestep.check` that a case of calls has
     content = recorded_case(manifest, where=where)
     label = label_of(case, candidate, apply)
     notes = [*_prepared_notes(case, candidate), *_absent_notes(case, candidate)]
-    differences = case.differences(content)
-    if remade:
-        others = [d.key.removeprefix(_FILES) for d in differences if d.key.startswith(_FILES)]
-        notes += [f"changed in the case: {', '.join(others)}"] if others else []
-        differences = tuple(d for d in differences if not d.key.startswith(_FILES))
+    differences, others = _differences(case, content, remade=remade)
+    notes += others
     if differences:
         side = Side(label=manifest.case_id or "", path=where)
         other = any(difference.key.startswith(_FILES) for difference in differences)
@@ -237,6 +234,18 @@ def more_runs(
         if not same.verdict.passed:
             return same, []
         return same, pipeline_runs(pipe, recording, call, runs=runs, progress=progress)
+
+
+def _differences(
+    case: CallCase, content: Mapping[str, Any], *, remade: bool
+) -> tuple[tuple[Difference, ...], list[str]]:
+    """Differences from the recorded case; where it was remade, those of files as a note."""
+    differences = case.differences(content)
+    if not remade:
+        return differences, []
+    others = [d.key.removeprefix(_FILES) for d in differences if d.key.startswith(_FILES)]
+    notes = [f"changed in the case: {', '.join(others)}"] if others else []
+    return tuple(d for d in differences if not d.key.startswith(_FILES)), notes
 
 
 def _called(case: CallCase, candidate: CallCase, recorded: Mapping[str, Any]) -> dict[str, Any]:
