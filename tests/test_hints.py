@@ -75,6 +75,7 @@ def hints() -> set[str]:
 
 
 ADVICE = {
+    "install the project in this environment in editable mode: pip install -e .",
     "give a folder, or a function that loads a module: port.py:load",
     "give a function that takes no arguments",
     "give the folder of a plain pipeline",
@@ -209,6 +210,11 @@ ADVICE = {
     "use diffusers.EDMEulerScheduler or one with its interface",
     "use letters, digits, dots, dashes and underscores",
     "wait for it, or give another --output",
+    "wait for it; this command then begins where it stands",
+    "write it as GOOD..BAD",
+    "write it as NAME=GOOD..BAD, or NAME=GOOD:BAD for two values alone",
+    "write it as NAME==GOOD..BAD, or NAME==A,B,C to name all versions",
+    "drop one of them",
     "where you trust it: torch.save(dict_of_plain_tensors, path)",
     "wrap it in a Python class, and give that as the component",
     "write it as expires='2027-01-31'",
@@ -270,6 +276,7 @@ ELSEWHERE = {
     "--set device=cpu  # or a torch build for the device": "of a machine with such a device",
     "truestep doctor": "of an attention backend of another machine",
     "git checkout {}": "needs a repository",
+    "--good {} --bad {}": "tests/cli/test_bisect",
     "git diff {} -- {}": "tests/judge/test_rule_changes",
     "git log --oneline --max-count 5": "fails where there is no repository, which is what it tells",
     "git checkout {}  # or delete it and run the parity tests again": "needs a repository",

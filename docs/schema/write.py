@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from truestep.experiment.ablation_records import Ablation, Matrix
+from truestep.experiment.bisecting.records import Bisection
 from truestep.experiment.perf_importing import PerfImport
 from truestep.experiment.perf_records import PerfResults
 from truestep.experiment.records import Experiment
@@ -26,10 +27,11 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "thresholds-lint-1": Lint,
     "ablation-1": Ablation,
     "ablation-matrix-1": Matrix,
+    "bisect-1": Bisection,
     "brief-1": Brief,
 }
 """File to model: of one comparison, of `check`, `ab`, `perf record` and `check`, `perf show`,
-`perf import`, `thresholds lint`, `ablate`, `ablate --all`; of what `--brief` gives of any."""
+`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `bisect`; of what `--brief` gives."""
 
 
 def main() -> None:

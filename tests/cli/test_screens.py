@@ -154,6 +154,11 @@ TABLE: Mapping[str, tuple[Screen, ...]] = {
         at("recover", "none", code=2),
     ),
     "ab ablate": (at("ltx", *PROFILES, slow=True), at("ltx", code=2)),
+    "bisect": (
+        at("--env", "MANY=1..90", *PYTHON, 'import os; exit(int(os.environ["MANY"]) > 50)'),
+        at("--env", "A=0..1", "--env", "B=0..1", *NOTHING, code=4),
+        at("--env", "A=0", *NOTHING, code=2),
+    ),
     "engine run": (
         at("--output", "one.safetensors", "--", sys.executable, "{program}", slow=True),
         at(*NOTHING, code=4),
@@ -184,6 +189,10 @@ TABLE: Mapping[str, tuple[Screen, ...]] = {
     "parity keys": (
         at("w0.safetensors", "{model}/transformer/diffusion_pytorch_model.safetensors"),
         at("w0.safetensors", code=2),
+    ),
+    "gate against": (
+        at("a", "--baseline", sys.prefix, slow=True),
+        at("a", "--baseline", "no-such-revision", code=2),
     ),
     "gate selftest": (
         at("a"),

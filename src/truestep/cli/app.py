@@ -18,6 +18,7 @@ VERBS = {
     "weights": "Compare two checkpoints: renamed, fused, split, rounded, quantised.",
     "trace": "Record what every module of a model gives, and say where two traces part.",
     "ab": "Time a switch against a control, and say whether the model stays the same.",
+    "bisect": "Find which commit, version, variable or weight made the difference.",
     "engine": "Record another engine, and say in which stage it parts from the trusted model.",
     "parity": "Component parity tests: scaffold, run, and a ledger of what is proven.",
     "gate": "Is a gate any good: damage a reference, lint and write threshold files.",

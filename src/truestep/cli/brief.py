@@ -74,9 +74,15 @@ def stdout_is_taken(json_path: str | None) -> bool:
 
 def write_brief(result: Record, path: str, json_path: str | None) -> None:
     """Write a result in brief, `-` to stdout."""
+    from truestep.experiment.bisecting.records import Bisection
     from truestep.report.brief import brief_of
     from truestep.report.results_file import AnyResult
 
+    if isinstance(result, Bisection):
+        from truestep.report.bisect import bisection_brief
+
+        _written(bisection_brief(result), path)
+        return
     assert isinstance(result, AnyResult), "every verb with --brief has one of these"
     _written(brief_of(result, path=json_path if json_path and json_path != "-" else ""), path)
 

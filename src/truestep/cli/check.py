@@ -104,6 +104,7 @@ if TYPE_CHECKING:
     help="Refuse where known failures, thresholds, references or cases were changed since REV; "
     "default: where this branch began, as git knows it.",
 )
+@click.option("--remade", is_flag=True, hidden=True, help="The reference was recorded just now.")
 @from_disk_option
 @click.option(
     "--dry-run",
@@ -123,7 +124,7 @@ if TYPE_CHECKING:
     "without it, one CPU.",
 )
 @output_options
-def command(  # 30 parameters, long: the options of the verb
+def command(  # 31 parameters, long: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -148,6 +149,7 @@ def command(  # 30 parameters, long: the options of the verb
     platform: str | None,
     known: Path | None,
     locked: str | None,
+    remade: bool,
     from_disk: bool,
     dry_run: bool,
     ray: str | None,
@@ -193,6 +195,7 @@ def command(  # 30 parameters, long: the options of the verb
         "accept": accept,
         "expect": expect,
         "from_disk": from_disk,
+        "remade": remade,
     }
     options = {name: {**common, "settings": settings[name]} for name in cases}
     check = partial(

@@ -66,7 +66,10 @@ from truestep.runtime.compiling import compile_pipeline
 from truestep.runtime.loading import failures, fingerprint, folder_of, index_of, model_index, quiet
 from truestep.runtime.stored import in_files, refuse_compiled
 from truestep.turns import taking_turns
-from truestep.verdict import Comparison, Side
+from truestep.verdict import Comparison, Difference, Side
+
+_FILES = "sha256."
+"""How the key of what a file of a case held begins; see `CallCase.sha256`."""
 
 
 @taking_turns()
@@ -121,7 +124,7 @@ def record(
 
 
 @taking_turns()
-def check(  # 9 parameters: those of `truestep.check` that a case of calls has
+def check(  # 10 parameters: those of `truestep.check` that a case of calls has
     case: CallCase,
     reference: Recording | str | Path,
     *,
@@ -131,6 +134,7 @@ def check(  # 9 parameters: those of `truestep.check` that a case of calls has
     tolerance: float | None = None,
     depth: Depth = "steps",
     rename: Mapping[str, str] | None = None,
+    remade: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Check a case's pipeline, as it is changed, against a reference of the case.
@@ -145,6 +149,8 @@ def check(  # 9 parameters: those of `truestep.check` that a case of calls has
         depth: `modules` also opens the component of the first call that fails, beside the case's
             own model loaded here, and names the module; `final` judges the end of a free run.
         rename: At `modules`, names of the candidate's modules to the case's, `*` for one part.
+        remade: The reference was recorded just now, by other code: files of the case that are
+            others are part of the change.
         progress: Told (what, done, total) while it runs.
 
     Raises:
@@ -159,10 +165,11 @@ def check(  # 9 parameters: those of `truestep.check` that a case of calls has
     content = recorded_case(manifest, where=where)
     label = label_of(case, candidate, apply)
     notes = [*_prepared_notes(case, candidate), *_absent_notes(case, candidate)]
-    differences = case.differences(content)
+    differences, others = _differences(case, content, remade=remade)
+    notes += others
     if differences:
         side = Side(label=manifest.case_id or "", path=where)
-        other = any(difference.key.startswith("sha256.") for difference in differences)
+        other = any(difference.key.startswith(_FILES) for difference in differences)
         hint = "truestep record CASE --update  # takes the files as they are now" if other else ""
         result = of_another_case(case, differences, label=label, reference=side, hint=hint)
         return result.model_copy(update={"notes": tuple(notes)})
@@ -227,6 +234,18 @@ def more_runs(
         if not same.verdict.passed:
             return same, []
         return same, pipeline_runs(pipe, recording, call, runs=runs, progress=progress)
+
+
+def _differences(
+    case: CallCase, content: Mapping[str, Any], *, remade: bool
+) -> tuple[tuple[Difference, ...], list[str]]:
+    """Differences from the recorded case; where it was remade, those of files as a note."""
+    differences = case.differences(content)
+    if not remade:
+        return differences, []
+    others = [d.key.removeprefix(_FILES) for d in differences if d.key.startswith(_FILES)]
+    notes = [f"changed in the case: {', '.join(others)}"] if others else []
+    return tuple(d for d in differences if not d.key.startswith(_FILES)), notes
 
 
 def _called(case: CallCase, candidate: CallCase, recorded: Mapping[str, Any]) -> dict[str, Any]:

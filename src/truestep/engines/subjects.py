@@ -134,7 +134,7 @@ def _recorded(
     return type(recording).open(path)
 
 
-def check(  # 14 parameters: the public check, whose options are keywords
+def check(  # 15 parameters: the public check, whose options are keywords
     subject: Case | CallCase | Any,
     reference: Recording | str | Path,
     *,
@@ -149,6 +149,7 @@ def check(  # 14 parameters: the public check, whose options are keywords
     trusted: Any = None,
     expect: Expect | None = None,
     from_disk: bool = False,
+    remade: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Say whether a candidate is still the same model as a recorded reference.
@@ -176,6 +177,8 @@ def check(  # 14 parameters: the public check, whose options are keywords
         expect: `different` where the change is for something: `unmet` if nothing changes.
         from_disk: Of a case: leave weights above 1 MiB in their safetensors files, and read each
             whenever it is used, so that a model can be judged that is larger than the memory.
+        remade: Of a case: the reference was recorded just now, by other code, so that files which
+            the case names are part of what is judged.
         progress: Told (what, done, total).
 
     Returns:
@@ -201,6 +204,7 @@ def check(  # 14 parameters: the public check, whose options are keywords
         _refuse_trusted(trusted)
         if isinstance(subject, CallCase):
             refuse_checking(depth, rename, accept)
+            options["remade"] = remade
         options["progress"] = progress
         stages = {"accept": accept, "expect": expect}
         result = _check_case(subject, reference, options, stages, from_disk=from_disk)

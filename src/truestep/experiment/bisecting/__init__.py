@@ -1,0 +1,1 @@
+"""Which commit, version, flag or weight made the difference: the search, and the probes it asks."""
