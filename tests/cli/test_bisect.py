@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from tests.commands import Captured, Run, flat, runner
 from tests.experiment.test_bisect_commits import git, repository
+from truestep.report.bisect import _telling
 
 PYTHON = sys.executable
 
@@ -45,6 +46,13 @@ def test_the_answer_comes_first_and_the_next_command_last(
     assert "  good         ok" in lines
     assert f"next: git show {shas[2][:12]}" in lines
     assert lines[-1].startswith("repeat: truestep bisect --good ")
+
+
+def test_of_the_bad_side_the_place_and_the_cause_are_told() -> None:
+    said = ("FAILED drifted: 3 of 48", "  case a", "  cause      a gain of 1.03", "  tensor x")
+    assert _telling(said) == ["FAILED drifted: 3 of 48", "(cause a gain of 1.03)"]
+    assert _telling(("ok",)) == ["ok"]
+    assert _telling(()) == []
 
 
 def test_json_fits_the_schema(tmp_path: Path, run: Run) -> None:

@@ -287,7 +287,7 @@ def test_verdicts_are_kept_by_content_and_confirmed_anew(tmp_path: Path, bisect:
     kept = [attempt for attempt in second.attempts if not attempt.ran]
     assert kept
     assert all(attempt.why in ("good end", "bad end", "search", "around") for attempt in kept)
-    assert any("verdicts are of an earlier bisect" in note for note in second.notes)
+    assert any("kept, of the same content" in note for note in second.notes)
     assert all(attempt.ran for attempt in bisect(shas[0], shas[-1], again=True).attempts)
 
 

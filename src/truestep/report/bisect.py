@@ -64,7 +64,7 @@ def headline(result: Bisection) -> str:
 
 def _facts(result: Bisection) -> Iterator[tuple[str, str]]:
     """What stands beside the answer, labelled."""
-    yield "bad", " ".join(line.strip() for line in result.bad_said)
+    yield "bad", " ".join(_telling(result.bad_said))
     yield "good", result.good_said[0].strip() if result.good_said else ""
     allowed = f"{result.probes} runs of the command, {result.limit} allowed"
     count = f"{result.suspects} suspect{'s' if result.suspects != 1 else ''}"
@@ -76,6 +76,15 @@ def _facts(result: Bisection) -> Iterator[tuple[str, str]]:
         yield "skipped", f"{shown}{more}"
     for note in result.notes:
         yield "note", note
+
+
+def _telling(said: tuple[str, ...]) -> list[str]:
+    """Of an answer the headline, and where and why it is so."""
+    labelled = [line.split() for line in said[1:] if line.startswith("  ")]
+    return [
+        *(line.strip() for line in said[:1]),
+        *(f"({' '.join(words)})" for words in labelled if words[0] in ("at", "cause")),
+    ]
 
 
 def _probes(attempts: tuple[Attempt, ...]) -> list[str]:

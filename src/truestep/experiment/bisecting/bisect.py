@@ -94,7 +94,8 @@ def probed(
         notes.insert(0, f"{prober.resumed} answers are of an earlier start, which was stopped")
     kept = sum(not a.ran and a.exit_code is not None for a in prober.attempts)
     if kept:
-        notes.append(f"{kept} verdicts are of an earlier bisect (--again runs them)")
+        many = "verdicts were" if kept > 1 else "verdict was"
+        notes.append(f"{kept} {many} kept, of the same content (--again runs them)")
     version = library_version("truestep") or ""
     return result.model_copy(update={"notes": tuple(notes), "tool_version": version})
 

@@ -20,7 +20,7 @@ _HEADLINE = re.compile(
 _ENDED = re.compile(r"^ProcessEndedError: invalid\b")
 _RAISED = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception|Warning|Exit|Interrupt|Failure))(?::|$)")
 
-MOST_SAID = 4
+MOST_SAID = 6
 """Lines of an answer that are kept: verdict, place, cause."""
 
 _CODES = {
