@@ -25,6 +25,11 @@ PROBES = 4
 """Steps of the optimiser after the trainer's own one. One step from an empty state tells no betas:
 Adam's first is the sign of the gradient, whatever they are."""
 
+RUNNING_SUM = 0.25
+"""A running sum of n numbers is off by this many epsilon times the root of n: a norm over 3e4
+numbers in one sum measured 24 epsilon beside one over the norms of the parameters
+(`bench/faults/training.py`, clip-by-hand)."""
+
 _DECADES = 6.0
 """Drawn gradients are of this many sizes, a power of ten apart: some are as small as an epsilon."""
 
@@ -69,7 +74,6 @@ class Stepped:
         tensors: By the names of rows.
         notes: What went otherwise than it was recorded.
         size: Root mean square of what the optimiser was given.
-        before, after: Parameters by name as its first step and the drawn ones began and ended.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -154,14 +158,32 @@ class Forcing:
         self._count()
         for key, paths, handing in self._handing:
             for at, gradient in handing.came.items():
-                self.done.tensors[call_name("prediction", key, paths[at])] = gradient
+                name = call_name("prediction", key, paths[at])
+                self.done.tensors[name] = self._scaled(gradient)
         for name, value in _values(step.ema).items():
-            self.done.tensors[f"ema/{name}"] = value - averaged[name]
+            self.done.tensors[f"ema/{name}"] = self._held(value) - averaged[name]
         if step.merge is not None:
             self._merge()
         if step.optimizer is not None and self._steps:
             self._probe(step.optimizer)
         return self.done
+
+    def _held(self, value: torch.Tensor) -> torch.Tensor:
+        """What a parameter holds, of a benign run rounded once more: another way to compute the
+        same step ends at a neighbouring number."""
+        return self._rounded(value) if self._rounded else value
+
+    def _scaled(self, gradient: torch.Tensor, numbers: int = 1) -> torch.Tensor:
+        """A gradient whose one factor is off by the rounding of a benign run.
+
+        Args:
+            gradient: All of it has one factor: the weight of a loss, the norm that it is clipped by.
+            numbers: How many were added up for that factor.
+        """
+        if self._rounded is None or not gradient.is_floating_point():
+            return gradient
+        off = torch.finfo(gradient.dtype).eps * max(1.0, RUNNING_SUM * numbers**0.5)
+        return self._rounded(gradient) * (1 + off)
 
     def _said(self, made: Any) -> None:
         """The loss that the step returned, and its parts."""
@@ -260,12 +282,13 @@ class Forcing:
     def _begin(self) -> None:
         """The optimiser is about to step: what it was given is kept, and replaced."""
         squares, count = 0.0, 0
+        largest = max(parameter.numel() for parameter in self._named.values())
         for name, parameter in self._named.items():
             self._before[name] = parameter.detach().clone()
             if parameter.grad is None:
                 continue
             key = f"{self._steps}/{name}"
-            self.done.tensors[f"clipped/{key}"] = parameter.grad.detach().clone()
+            self.done.tensors[f"clipped/{key}"] = self._scaled(parameter.grad.detach(), largest)
             squares += float(parameter.grad.detach().double().square().sum())
             count += parameter.grad.numel()
             recorded = self._as(self.script.clipped.get(key), parameter)
@@ -276,7 +299,7 @@ class Forcing:
     def _end(self, what: str) -> None:
         for name, parameter in self._named.items():
             if parameter.requires_grad:
-                moved = parameter.detach() - self._before[name]
+                moved = self._held(parameter.detach()) - self._before[name]
                 self.done.tensors[f"{what}/{self._steps}/{name}"] = moved
         self._steps += 1
 
@@ -302,8 +325,11 @@ class Forcing:
             own = _answers(step.model.eval(), first, self._moved)
             step.model.train(training)
             merged = step.merge().eval()
+            trained = {name for name, p in self._named.items() if p.requires_grad}
             for name, parameter in parameters(merged):
-                self.done.tensors[f"merged/w/{name}"] = parameter.detach().clone()
+                if name not in trained:  # a LoRA's own may stay, or be gone
+                    value = self._held(parameter.detach().clone())
+                    self.done.tensors[f"merged/w/{name}"] = value
             if first is None or first.call.fqn != "(root)":
                 return
             for path, value in _answers(merged, first, self._moved).items():

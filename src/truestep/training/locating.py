@@ -13,7 +13,7 @@ from truestep.judge.divergence import around, failed, kind_of
 from truestep.judge.sentence import sentence_of
 from truestep.training.derivative import Slope, slope
 from truestep.training.optimizers import explained
-from truestep.training.pulling import BACKWARD, FORWARD, Recorded
+from truestep.training.pulling import BACKWARD, FORWARD, Recorded, pull
 from truestep.training.running import Whole, run_whole
 from truestep.training.step import Build, said_otherwise
 from truestep.training.unchecked import without_checkpointing
@@ -21,6 +21,8 @@ from truestep.verdict import Comparison, Divergence, Row, Rows
 
 Key = tuple[str, int]
 _LISTED = 3
+_MENDED = 0.1
+"""Share of an error that may be left where something mends it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,6 @@ def located(comparison: Comparison, evidence: Evidence) -> Comparison:
     found = Divergence(
         name=row.name,
         stage=row.stage,
-        step=row.step if row.step else None,
         fqn=row.fqn,
         kind=kind or None,
         operator=_operator(row, evidence) or None,
@@ -121,6 +122,7 @@ def _kind(row: Row, wrong: Sequence[Row], evidence: Evidence) -> str:
     if row.stage == BACKWARD and key in evidence.calls:
         found = slope(evidence.whole, key, evidence.calls[key])
         parts += [_said_slope(found)] if found is not None else []
+        parts += _checkpointed(row, evidence)
     if row.stage == "optimizer":
         parts += _of_optimizer(row, wrong, evidence)
     if row.stage == "gradient":
@@ -181,10 +183,14 @@ def _of_optimizer(row: Row, wrong: Sequence[Row], evidence: Evidence) -> list[st
         return ["what the optimiser is given of right gradients: clipping, or a scale"]
     if head == "ema":
         return ["what is added to the averaged model: its decay"]
-    said = [
-        f"{key} {own} (was {theirs})" for key, own, theirs in said_otherwise(*evidence.optimizers)
-    ]
-    return said[:_LISTED] or explained(evidence.actual, evidence.reference, evidence.optimizers)
+    said = {
+        key: f"{key} {own} (was {theirs})"
+        for key, own, theirs in said_otherwise(*evidence.optimizers)
+    }
+    found = [*said.values()][:_LISTED]
+    if set(said) <= {"optimizer"}:
+        found += explained(evidence.actual, evidence.reference, evidence.optimizers)
+    return found
 
 
 def _between(row: Row, evidence: Evidence) -> list[str]:
@@ -192,21 +198,57 @@ def _between(row: Row, evidence: Evidence) -> list[str]:
     text = "every module and the loss are right by themselves"
     with without_checkpointing():
         plain = run_whole(evidence.build)
-    mine, theirs = plain.tensors.get(row.name), evidence.reference.get(row.name)
-    before = evidence.actual.get(row.name)
-    if mine is not None and theirs is not None and mine.shape == theirs.shape:
-        left = float((mine.double() - theirs.double()).norm())
-        was = float("inf") if before is None else float((before.double() - theirs.double()).norm())
-        if left < 0.1 * was:
-            return [text, "without activation checkpointing the gradient is right"]
+    if _mended(row.name, plain.tensors, evidence):
+        return [text, _CHECKPOINTING]
     return [text, "it is made between them: gradients that are not added, or added twice"]
+
+
+def _checkpointed(row: Row, evidence: Evidence) -> list[str]:
+    """Whether a module that holds others is right without activation checkpointing."""
+    key = row.fqn or "", row.step or 0
+    call, module = evidence.whole.calls.get(key), evidence.whole.modules.get(key[0])
+    if call is None or module is None or not any(True for _ in module.children()):
+        return []
+    with without_checkpointing():
+        plain = pull(module, call, evidence.calls[key])
+    return [_CHECKPOINTING] if _mended(row.name, plain.named(key), evidence) else []
+
+
+def _mended(name: str, tensors: Mapping[str, torch.Tensor], evidence: Evidence) -> bool:
+    """Whether most of an error is gone in tensors that were made otherwise."""
+    mine, theirs, before = (
+        tensors.get(name),
+        evidence.reference.get(name),
+        evidence.actual.get(name),
+    )
+    if mine is None or theirs is None or mine.shape != theirs.shape:
+        return False
+    left = float((mine.double() - theirs.double()).norm())
+    was = float("inf") if before is None else float((before.double() - theirs.double()).norm())
+    return left < _MENDED * was
 
 
 def _sentence(comparison: Comparison, rows: Rows, found: Divergence, wrong: Sequence[Row]) -> str:
     text = sentence_of(comparison.verdict, rows, found, {})
-    if found.stage != BACKWARD:
-        return text
-    alone = not any(row.stage == FORWARD for row in wrong)
     word = f"{comparison.verdict.value}: "
-    said = "backward alone is wrong, its forward agrees" if alone else "backward is wrong"
+    said = _SAID.get(found.stage, "")
+    if found.stage == "loss":
+        value = any(row.name.startswith("loss/") for row in wrong)
+        said = _LOSS if value else _LOSS_GRADIENT
+    if not said or not text.startswith(word):
+        return text
     return text.replace(word, f"{word}{said}: ", 1)
+
+
+_SAID = {
+    "weights": "the weights differ before anything is trained",
+    "input": "the model is given something else",
+    FORWARD: "the trainer's forward is not the reference's",
+    BACKWARD: "backward alone is wrong, the forward agrees",
+    "gradient": "the parts are right, and the gradient is not",
+    "optimizer": "gradients are right, and what is made of them is not",
+    "merge": "the merged model is not the trainer's",
+}
+_LOSS = "the loss is wrong on right predictions"
+_LOSS_GRADIENT = "the loss agrees, and its gradient does not"
+_CHECKPOINTING = "without activation checkpointing the gradient is right"

@@ -73,7 +73,7 @@ def describe(name: str) -> Address:
     if head in ("clipped", "update", "probe"):
         number, _, rest = rest.partition("/")
         return Address(stage, int(number), None, rest, inner=True)
-    fqn = "" if head == "merged" else rest
+    fqn = "" if head in ("merged", "loss") else rest
     return Address(stage, None, None, fqn or None, inner=True)
 
 

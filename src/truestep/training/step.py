@@ -153,11 +153,11 @@ _HOW = frozenset(
 def said_otherwise(
     actual: list[dict[str, str]], reference: list[Mapping[str, str]]
 ) -> Iterator[tuple[str, str, str]]:
-    """Hyper-parameters that differ: which, and their values on both sides."""
+    """Hyper-parameters that both have and that differ: which, and their values on both sides."""
     if len(actual) != len(reference):
         yield "parameter groups", str(len(actual)), str(len(reference))
         return
     for own, theirs in zip(actual, reference, strict=True):
         for key in {**theirs, **own}:
-            if own.get(key) != theirs.get(key):
-                yield key, own.get(key, "not given"), theirs.get(key, "not given")
+            if key in own and key in theirs and own[key] != theirs[key]:
+                yield key, own[key], theirs[key]

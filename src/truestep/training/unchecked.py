@@ -10,28 +10,35 @@ import torch
 import torch.utils.checkpoint
 
 
-def _directly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    for name in ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check"):
-        kwargs.pop(name, None)
-    for name in ("debug", "early_stop"):
-        kwargs.pop(name, None)
-    return function(*args, **kwargs)
+class _Directly:
+    """Stands for `CheckpointFunction`: calls the function, and lets autograd keep what it needs."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands for the generator in whose middle the function is called: its hooks are not set."""
+    yield
+
+
+_STAND_INS = {
+    "CheckpointFunction": _Directly,
+    "_checkpoint_without_reentrant_generator": _nothing,
+}
+"""What `torch.utils.checkpoint.checkpoint` looks up when it is called, however it was imported."""
 
 
 @contextmanager
 def without_checkpointing() -> Iterator[None]:
-    """Have `torch.utils.checkpoint.checkpoint` call its function, wherever it was imported to."""
-    import sys
-
-    own = torch.utils.checkpoint.checkpoint
-    held: list[tuple[Any, str]] = []
-    for module in [*sys.modules.values()]:
-        names = [name for name, value in vars(module).items() if value is own] if module else []
-        held += [(module, name) for name in names]
+    """Have `torch.utils.checkpoint.checkpoint` call its function alone."""
+    names = [name for name in _STAND_INS if hasattr(torch.utils.checkpoint, name)]
+    kept = {name: getattr(torch.utils.checkpoint, name) for name in names}
     try:
-        for module, name in held:
-            setattr(module, name, _directly)
+        for name in names:
+            setattr(torch.utils.checkpoint, name, _STAND_INS[name])
         yield
     finally:
-        for module, name in held:
-            setattr(module, name, own)
+        for name, value in kept.items():
+            setattr(torch.utils.checkpoint, name, value)
