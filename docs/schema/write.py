@@ -14,6 +14,7 @@ from truestep.experiment.records import Experiment
 from truestep.gates.thresholds.linting import Lint
 from truestep.report.brief import Brief
 from truestep.report.trend import Trend
+from truestep.training.gap import LogProbabilityGap
 from truestep.verdict import Comparison, Results
 
 SCHEMAS: dict[str, type[BaseModel]] = {
@@ -26,10 +27,11 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "thresholds-lint-1": Lint,
     "ablation-1": Ablation,
     "ablation-matrix-1": Matrix,
+    "log-probability-1": LogProbabilityGap,
     "brief-1": Brief,
 }
 """File to model: of one comparison, of `check`, `ab`, `perf record` and `check`, `perf show`,
-`perf import`, `thresholds lint`, `ablate`, `ablate --all`; of what `--brief` gives of any."""
+`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `training gap`; of what `--brief` gives of any."""
 
 
 def main() -> None:

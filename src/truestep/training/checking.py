@@ -33,6 +33,7 @@ Key = tuple[str, int]
 _GIVEN = frozenset({"given", "returned", "pulled", "random"})
 """First parts of names of what is given to a candidate, and not judged."""
 
+_OWN_CODE = frozenset({"input", "loss", "optimizer", "merge"})
 _NO_GRADIENT = "no gradient: frozen, or cut off from the loss (detached)"
 _A_GRADIENT = "it has a gradient, and the reference's has none: it is frozen there"
 
@@ -46,6 +47,7 @@ class Made:
         tensors: By the names of rows.
         pulled: Of each module's call.
         failed: Calls that raised, and what.
+        raised: What the trainer's own code raised when it was forced.
         notes: What went otherwise.
     """
 
@@ -53,6 +55,7 @@ class Made:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     pulled: Mapping[Key, Pulled] = field(default_factory=dict)
     failed: dict[Key, str] = field(default_factory=dict)
+    raised: str = ""
     notes: list[str] = field(default_factory=list)
 
 
@@ -166,12 +169,14 @@ def _made(
             backward.setdefault((place.fqn or "", place.step or 0), {})[slot] = recording[name]
     outermost = [(fqn, number) for fqn, number in settings["outermost"]]
     script = script_of(recording, whole.calls, backward, outermost=outermost, size=settings["size"])
+    stepped = Stepped()
     try:
-        stepped = run_forced(build, script)
+        run_forced(build, script, done=stepped)
     except TruestepError:
         raise
     except FOREIGN as error:
-        stepped = Stepped(notes=[f"the trainer's own code raised {one_line(error)}"])
+        made.raised = f"the trainer's own code raised {one_line(error)} on recorded predictions"
+        stepped.notes.append(made.raised)
     made.notes += stepped.notes
     made.tensors |= {k: v for k, v in whole.tensors.items() if k not in stepped.tensors}
     for key, own in made.pulled.items():
@@ -240,6 +245,8 @@ def _whole_row(
         return row.model_copy(
             update={"verdict": Verdict.INVALID, "note": f"the module raised {failed}"}
         )
+    if made.raised and row.verdict is Verdict.MISSING and place.stage in _OWN_CODE:
+        return row.model_copy(update={"verdict": Verdict.INVALID, "note": made.raised})
     if row.verdict is Verdict.MISSING and place.stage in (BACKWARD, "gradient", "optimizer"):
         if not bool(expected[row.name].any()):
             return None  # zero, and none: nothing is trained either way

@@ -19,6 +19,7 @@ from truestep.nests import flatten
 from truestep.training.names import call_name
 from truestep.training.nests import Arguments, exchanged, matched, outputs
 from truestep.training.step import TrainingStep, parameters, seeded
+from truestep.training.unchecked import without_checkpointing
 from truestep.training.watching import ModuleCall, Round, wrapped
 
 PROBES = 4
@@ -177,7 +178,7 @@ class Forcing:
         """A gradient whose one factor is off by the rounding of a benign run.
 
         Args:
-            gradient: All of it has one factor: the weight of a loss, the norm that it is clipped by.
+            gradient: All of it has one factor: a loss's weight, the norm that it is clipped by.
             numbers: How many were added up for that factor.
         """
         if self._rounded is None or not gradient.is_floating_point():
@@ -320,7 +321,7 @@ class Forcing:
         """What the merged model holds and makes, beside the trainer's own model."""
         step, first = self.step, next(iter(self.script.calls.values()), None)
         assert step.merge is not None
-        with torch.no_grad():
+        with torch.no_grad(), without_checkpointing():
             training = step.model.training
             own = _answers(step.model.eval(), first, self._moved)
             step.model.train(training)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from truestep.judge.divergence import around, failed, kind_of
+from truestep.judge.divergence import ROOT, failed, kind_of
 from truestep.judge.sentence import sentence_of
 from truestep.training.derivative import Slope, slope
 from truestep.training.optimizers import explained
@@ -81,11 +81,19 @@ def _place(wrong: Sequence[Row]) -> Row:
     if stage not in (FORWARD, BACKWARD):
         return inside[0]
     fqns = {row.fqn or "" for row in inside}
-    holders = {holder for fqn in fqns for holder in around(fqn)}
-    innermost = [row for row in inside if (row.fqn or "") not in holders]
+    outer = {holder for fqn in fqns for holder in holders(fqn)}
+    innermost = [row for row in inside if (row.fqn or "") not in outer]
     first = innermost[0]
     own = [row for row in innermost if (row.fqn, row.step) == (first.fqn, first.step)]
     return max(own, key=_how_far)
+
+
+def holders(fqn: str) -> list[str]:
+    """Modules around a module, a Sequential among them: its call is looked at, too."""
+    if fqn == ROOT:
+        return []
+    parts = fqn.split(".")
+    return [*(".".join(parts[:at]) for at in range(len(parts) - 1, 0, -1)), ROOT]
 
 
 def _how_far(row: Row) -> float:
@@ -100,7 +108,7 @@ def _with_origin(row: Row, place: Row, wrong: Sequence[Row]) -> Row:
             holder
             for other in wrong
             if other.stage == row.stage
-            for holder in around(other.fqn or "")
+            for holder in holders(other.fqn or "")
         }
         own = own or (row.fqn or "") not in inner
         if row.stage == BACKWARD:
@@ -147,8 +155,8 @@ def _said_slope(found: Slope) -> str:
     if found.agrees:
         return ""
     return (
-        f"it is not the derivative of its own forward (along one direction {found.pulled:.4g}, "
-        f"and by differences {found.numeric:.4g})"
+        f"it is not the derivative of its own forward (along one direction {found.pulled:.2g}, "
+        f"and by differences {found.numeric:.2g})"
     )
 
 

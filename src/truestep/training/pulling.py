@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -195,12 +196,6 @@ def nodes_of(tensors: list[torch.Tensor]) -> tuple[Counter[str], dict[str, str]]
 
 
 def _written(function: type) -> str:
-    """`port.py:12` of a class of somebody's own."""
-    import inspect
-    from pathlib import Path
-
-    try:
-        line = inspect.getsourcelines(function)[1]
-        return f"{Path(inspect.getsourcefile(function) or '').name}:{line}"
-    except (OSError, TypeError):
-        return function.__module__
+    """`port.py:12`: where the backward of somebody's own function is written."""
+    code = getattr(getattr(function, "backward", None), "__code__", None)
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}" if code else function.__module__

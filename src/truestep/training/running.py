@@ -107,8 +107,14 @@ def run_modules(
     return found
 
 
-def run_forced(build: Build, script: Script, *, change: Change = AS_IT_IS) -> Stepped:
-    """Build a step anew and run it by a script."""
+def run_forced(
+    build: Build, script: Script, *, change: Change = AS_IT_IS, done: Stepped | None = None
+) -> Stepped:
+    """Build a step anew and run it by a script.
+
+    Args:
+        done: What it makes is put there as it comes: where the step raises, that is left.
+    """
     step = built(build)
     with ExitStack() as stack:
         stack.enter_context(change.around())
@@ -117,7 +123,8 @@ def run_forced(build: Build, script: Script, *, change: Change = AS_IT_IS) -> St
         names = {fqn for fqn, _ in script.calls}
         modules = {fqn: m for fqn, m in modules_of(step.model).items() if fqn in names}
         forcing = Forcing(step, script, rounded=change.rounding(), dtype=change.dtype)
-        done = forcing.run(modules)
+        forcing.done = done if done is not None else forcing.done
+        made = forcing.run(modules)
         for parameter in step.model.parameters():
             parameter.grad = None
-    return done
+    return made
