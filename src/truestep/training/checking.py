@@ -137,7 +137,7 @@ def settings_of(recording: Recording) -> dict[str, Any]:
         raise UsageError(
             "the reference is not a recording of a training step",
             where=str(recording.path or "reference"),
-            hint="truestep training record FILE.py:FUNCTION --output FILE",
+            hint="make one: truestep training record FILE.py:FUNCTION, or record_training()",
         )
     return found
 

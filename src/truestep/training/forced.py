@@ -183,8 +183,8 @@ class Forcing:
         """
         if self._rounded is None or not gradient.is_floating_point():
             return gradient
-        off = torch.finfo(gradient.dtype).eps * max(1.0, RUNNING_SUM * numbers**0.5)
-        return self._rounded(gradient) * (1 + off)
+        off = torch.finfo(gradient.dtype).eps * max(1.0, RUNNING_SUM * float(numbers) ** 0.5)
+        return self._rounded(gradient).mul(1 + off)
 
     def _said(self, made: Any) -> None:
         """The loss that the step returned, and its parts."""
