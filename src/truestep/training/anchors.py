@@ -57,20 +57,42 @@ def anchors_of(
 
 
 def anchored(
-    tensors: Mapping[str, torch.Tensor], anchors: Mapping[str, float]
+    tensors: Mapping[str, torch.Tensor],
+    recorded: Mapping[str, torch.Tensor],
+    anchors: Mapping[str, float],
 ) -> dict[str, torch.Tensor]:
-    """Tensors, those of an anchor with as many numbers of its size behind them."""
+    """Tensors as they are judged: those of an anchor with as many numbers of its size behind them.
+
+    Behind every other gradient and step of an optimiser stand two numbers of its own size. Adam's
+    first step holds one value everywhere where the gradient has one sign, and then it does not, by
+    one rounding: neither is a fault.
+
+    Args:
+        tensors: By name. recorded: what each is judged by.
+        anchors: Name to size; see `anchors_of`.
+    """
     return {
-        name: _beside(tensor, anchors[name]) if name in anchors else tensor
+        name: _with_anchor(name, tensor, recorded.get(name), anchors)
         for name, tensor in tensors.items()
     }
 
 
-def _beside(tensor: torch.Tensor, size: float) -> torch.Tensor:
-    flat = tensor.reshape(-1)
-    anchor = torch.full_like(flat, size)
+def _with_anchor(
+    name: str, tensor: torch.Tensor, expected: torch.Tensor | None, anchors: Mapping[str, float]
+) -> torch.Tensor:
+    judged = describe(name).stage in _JUDGED and tensor.is_floating_point() and tensor.numel() > 1
+    if not judged or expected is None or expected.shape != tensor.shape:
+        return tensor
+    if name in anchors:
+        return _beside(tensor, anchors[name], tensor.numel())
+    size = _rms(expected)
+    return _beside(tensor, size, 2) if size > 0 else tensor
+
+
+def _beside(tensor: torch.Tensor, size: float, count: int) -> torch.Tensor:
+    anchor = tensor.new_full((count,), size)
     anchor[1::2] = -size
-    return torch.cat([flat, anchor])
+    return torch.cat([tensor.reshape(-1), anchor])
 
 
 def _group(name: str) -> object:

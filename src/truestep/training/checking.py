@@ -12,8 +12,7 @@ import torch
 from truestep.environment import Environment
 from truestep.errors import FOREIGN, TruestepError, UsageError, one_line, surviving
 from truestep.judge.floor import Limits
-from truestep.judge.rows import build_comparison, compare_tensors, row_fields
-from truestep.measure.distance import is_constant
+from truestep.judge.rows import build_comparison, compare_tensors, row_fields, tensor_info
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.format import Recording
@@ -219,9 +218,8 @@ def _rows(
         expected[name] = recording[name]
     actual = {name: tensor for name, tensor in made.tensors.items() if _is_asked(name, expected)}
     anchors: Mapping[str, float] = settings["anchors"]
-    rows = compare_tensors(
-        anchored(actual, anchors), anchored(expected, anchors), limits=limits, describe=describe
-    )
+    mine, theirs = (anchored(side, expected, anchors) for side in (actual, expected))
+    rows = compare_tensors(mine, theirs, limits=limits, describe=describe)
     judged = [_whole_row(row, made, expected, actual) for row in rows]
     kept = [row for row in judged if row is not None]
     return _ordered(kept), tuple(unread)
@@ -257,11 +255,12 @@ def _whole_row(
         if not bool(actual[row.name].any()) or _inner_only(row, expected):
             return None
         return row.model_copy(update={"verdict": Verdict.INVALID, "note": _A_GRADIENT})
-    if row.verdict is Verdict.INVALID and row.name in actual and row.name in expected:
-        zeros = is_constant(actual[row.name]) and not bool(actual[row.name].any())
-        if zeros and bool(expected[row.name].any()) and place.stage != "loss":
-            return row.model_copy(update={"note": "zero everywhere"})
-    return row
+    own, theirs = actual.get(row.name), expected.get(row.name)
+    told: dict[str, Any] = {"actual": tensor_info(own), "reference": tensor_info(theirs)}
+    if own is not None and theirs is not None and not row.verdict.passed:
+        zeros = own.numel() > 0 and not bool(own.any()) and bool(theirs.any())
+        told |= {"note": "zero everywhere"} if zeros and place.stage != "loss" else {}
+    return row.model_copy(update=told)
 
 
 def _inner_only(row: Row, expected: Mapping[str, torch.Tensor]) -> bool:

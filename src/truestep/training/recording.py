@@ -200,8 +200,8 @@ def _measure(
 
     def measured(change: Change, values: Mapping[str, torch.Tensor]) -> NoiseRun:
         assert anchors is not None
-        mine = anchored(values, anchors)
-        theirs = anchored({n: trained.tensors[n] for n in values}, anchors)
+        recorded = {name: trained.tensors[name] for name in values}
+        mine, theirs = (anchored(side, recorded, anchors) for side in (values, recorded))
         both = {name: (value, theirs[name]) for name, value in mine.items()}
         return measured_run(change.kind, change.detail, pair_of(dtype, dtype), both)
 
