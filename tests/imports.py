@@ -66,6 +66,7 @@ ROOMS = (
     "runtime",
     "calls",
     "replay",
+    "training",
     "engines",
     "gates",
     "dropin",

@@ -206,6 +206,11 @@ ADVICE = {
     "truestep.check_latent(latents['video'], name='video'), and so for each; "
     "truestep.check(latents) judges all in one",
     "truestep.record_function(function, samples) makes one",
+    "make one: truestep training record FILE.py:FUNCTION, or record_training()",
+    "return truestep.TrainingStep(model=..., run=..., optimizer=...)",
+    "gaussian_log_probability(actions, means, stds) makes them",
+    "give largest_sigma=, the second sigma of the schedule",
+    "save_file({'log_probability': values, 'timesteps': timesteps}, path)",
     "use at most as many * on the right as on the left",
     "use diffusers.EDMEulerScheduler or one with its interface",
     "use letters, digits, dots, dashes and underscores",

@@ -13,7 +13,7 @@ from tests.warm import Command
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-IN_PYTHON = ("faster", "functions", "latents", "pipelines")
+IN_PYTHON = ("faster", "functions", "latents", "pipelines", "training")
 """Pages whose blocks of Python all run by themselves."""
 
 

@@ -15,6 +15,7 @@ from truestep.experiment.records import Experiment
 from truestep.gates.thresholds.linting import Lint
 from truestep.report.brief import Brief
 from truestep.report.trend import Trend
+from truestep.training.gap import LogProbabilityGap
 from truestep.verdict import Comparison, Results
 
 SCHEMAS: dict[str, type[BaseModel]] = {
@@ -28,10 +29,12 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "ablation-1": Ablation,
     "ablation-matrix-1": Matrix,
     "bisect-1": Bisection,
+    "log-probability-1": LogProbabilityGap,
     "brief-1": Brief,
 }
 """File to model: of one comparison, of `check`, `ab`, `perf record` and `check`, `perf show`,
-`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `bisect`; of what `--brief` gives."""
+`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `bisect`, `training gap`; of what
+`--brief` gives."""
 
 
 def main() -> None:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from truestep.replay.traces import compare_traces
     from truestep.runtime.accelerate import accelerate
     from truestep.serving.watching import watch
+    from truestep.training.checking import check_training
+    from truestep.training.gap import log_probability_gap
+    from truestep.training.recording import record_training
+    from truestep.training.step import TrainingStep
     from truestep.verdict import Comparison, Verdict
 
 __all__ = [
@@ -35,6 +39,7 @@ __all__ = [
     "Environment",
     "EquivalenceError",
     "Recording",
+    "TrainingStep",
     "Verdict",
     "ablate",
     "accelerate",
@@ -44,11 +49,14 @@ __all__ = [
     "check",
     "check_function",
     "check_latent",
+    "check_training",
     "compare",
     "compare_traces",
     "compare_weights",
+    "log_probability_gap",
     "record",
     "record_function",
+    "record_training",
     "replay_trace",
     "watch",
 ]
@@ -60,6 +68,7 @@ _HOMES = {
     "Environment": "truestep.environment",
     "EquivalenceError": "truestep.errors",
     "Recording": "truestep.recording.format",
+    "TrainingStep": "truestep.training.step",
     "Verdict": "truestep.verdict",
     "ablate": "truestep.experiment.ablation",
     "accelerate": "truestep.runtime.accelerate",
@@ -69,11 +78,14 @@ _HOMES = {
     "check": "truestep.engines.subjects",
     "check_function": "truestep.replay.functions",
     "check_latent": "truestep.judge.latent",
+    "check_training": "truestep.training.checking",
     "compare": "truestep.judge.compare",
     "compare_traces": "truestep.replay.traces",
     "compare_weights": "truestep.judge.weights",
+    "log_probability_gap": "truestep.training.gap",
     "record": "truestep.engines.subjects",
     "record_function": "truestep.replay.functions",
+    "record_training": "truestep.training.recording",
     "replay_trace": "truestep.replay.ports",
     "watch": "truestep.serving.watching",
 }

@@ -263,6 +263,21 @@ TABLE: Mapping[str, tuple[Screen, ...]] = {
         at("perf_baselines.json", "--history", "imported.sqlite"),
         at("bad_baselines.json", "--history", "imported.sqlite", code=1),
     ),
+    "training record": (
+        at("steps.py:trusted", "--no-floor", "--output", "again.safetensors"),
+        at("steps.py:nothing", code=2),
+    ),
+    "training check": (
+        at("steps.py:trusted"),
+        at("steps.py:fused", code=1),
+        at("steps.py:fused", "plain.npy", code=2),
+        at("steps.py:fused", "a.safetensors", code=2),
+    ),
+    "training gap": (
+        at("sampled.safetensors", "sampled.safetensors"),
+        at("trained.safetensors", "sampled.safetensors", code=1),
+        at("plain.npy", "sampled.safetensors", code=2),
+    ),
     "bundle": (at("a.safetensors", "--output", "bundle.safetensors"), at("plain.npy", code=2)),
     "serve-check": (
         at(SERVER, "--dry-run"),
@@ -335,6 +350,7 @@ def place(
         references(found)
         ledgers(root)
         histories(found)
+        trainers(found)
         yield found
 
 
@@ -469,6 +485,19 @@ def ledgers(root: Path) -> None:
         for name in ("red", *(f"part{number}" for number in range(20)))
     ]  # fmt: skip
     update_ledger(folder, entries, date(2026, 11, 1))
+
+
+def trainers(place: Place) -> None:
+    """Training steps, right and with a fault, the record of one, and log-probabilities."""
+    from tests.documents import BLOCK, ROOT
+
+    text = (ROOT / "docs" / "training.md").read_text("utf-8")
+    code = next(block["text"] for block in BLOCK.finditer(text) if block["language"] == "python")
+    (place.root / "steps.py").write_text(code)
+    ran(place, "training", "record", "steps.py:trusted")
+    sampled = torch.randn(30, 4)
+    save_file({"log_probability": sampled}, place.root / "sampled.safetensors")
+    save_file({"log_probability": sampled + 1e-3}, place.root / "trained.safetensors")
 
 
 @contextmanager

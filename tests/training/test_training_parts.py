@@ -1,0 +1,241 @@
+"""The parts of which a training step's check is made: nests, anchors, graphs, hypotheses."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.commands import runner
+from tests.documents import BLOCK, ROOT
+from truestep.training.anchors import anchored, anchors_of
+from truestep.training.locating import holders
+from truestep.training.names import call_name, recorded_calls
+from truestep.training.nests import Arguments, exchanged, matched, outputs
+from truestep.training.optimizers import explained
+from truestep.training.pulling import nodes_of
+from truestep.training.step import said_otherwise
+from truestep.training.unchecked import without_checkpointing
+
+Tensor = torch.Tensor
+Pair = namedtuple("Pair", "first second")
+
+
+@dataclass
+class Held:
+    sample: Tensor
+    text: str = "kept"
+
+
+NESTS = st.recursive(
+    st.integers(1, 3).map(torch.ones),
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3),
+        st.lists(inner, min_size=1, max_size=3).map(tuple),
+        st.dictionaries(st.sampled_from(["a", "b.c", "d/e"]), inner, min_size=1),
+        st.tuples(inner, inner).map(lambda pair: Pair(*pair)),
+        inner.map(lambda value: Held(value)),
+        inner.map(lambda value: OrderedDict(x=value, y=None)),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(NESTS)
+def test_a_nest_with_other_tensors_has_the_same_make_and_paths(nest: Any) -> None:
+    before = outputs(nest)
+    other = exchanged(nest, lambda path, tensor: tensor + len(path))
+    after = outputs(other)
+    assert list(after) == list(before)
+    assert type(other) is type(nest)
+    for path, tensor in before.items():
+        assert torch.equal(after[path], tensor + len(path))
+        assert torch.equal(tensor, torch.ones_like(tensor)), "the nest itself is as it was"
+
+
+def test_arguments_have_the_names_of_the_forward_however_they_are_given() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, hidden: Tensor, scale: Tensor, flag: bool = False) -> Tensor:
+            return hidden * scale
+
+    one, two = torch.ones(2), torch.full((2,), 2.0)
+    module = Module()
+    for given_as in (
+        Arguments(module, (one, two), {}),
+        Arguments(module, (one,), {"scale": two}),
+        Arguments(module, (), {"scale": two, "hidden": one, "flag": True}),
+    ):
+        assert sorted(given_as.tensors()) == ["in.hidden", "in.scale"]
+        moved = given_as.exchanged(lambda path, tensor: 3 * tensor)
+        assert torch.equal(moved.call(module), torch.full((2,), 18.0))
+
+
+def test_paths_are_paired_by_name_then_by_order_and_shape() -> None:
+    own = {"in.x": torch.ones(2), "in.t": torch.ones(1), "in.more": torch.ones(5)}
+    recorded = {"in.input": torch.ones(2), "in.t": torch.ones(1)}
+    assert matched(own, recorded) == {"in.t": "in.t", "in.x": "in.input"}
+
+
+def test_what_is_noise_is_judged_beside_its_neighbours() -> None:
+    name = "module/a/0/backward/w.bias"
+    other = "module/a/0/backward/w.weight"
+    recorded = {other: torch.randn(8), name: 1e-8 * torch.randn(8)}
+    benign = {other: recorded[other] * (1 + 1e-7), name: 1e-8 * torch.randn(8)}
+    anchors = anchors_of(recorded, [benign])
+    assert list(anchors) == [name]
+    assert anchors[name] == pytest.approx(float(recorded[other].square().mean().sqrt()))
+    judged = anchored(recorded, recorded, anchors)
+    assert judged[name].shape == (16,)
+    assert judged[other].shape == (10,)
+    odd = anchored({name: torch.ones(3)}, recorded, anchors)
+    assert odd[name].shape == (3,), "another shape stays as it is, and is told"
+
+
+def test_calls_are_read_as_they_are_named() -> None:
+    key = ("blocks.0", 1)
+    tensors = {
+        call_name("given", key, "in.x"): torch.ones(1),
+        call_name("pulled", key, "out.0"): torch.ones(2),
+        call_name("random", key): torch.ones(3),
+    }
+    found = recorded_calls(tensors, {"blocks.0/1": ["in.x"], "out/0": []})
+    assert set(found) == {key, ("out", 0)}
+    assert found[key].wants == {"in.x"}
+    assert found[key].random is not None
+    assert not found["out", 0].given
+
+
+def test_modules_around_a_module_are_all_that_may_be_called() -> None:
+    assert holders("blocks.0.feed.1") == ["blocks.0.feed", "blocks.0", "blocks", "(root)"]
+    assert holders("(root)") == []
+
+
+def test_the_kinds_of_a_graph_and_where_an_own_one_is_written() -> None:
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient * 2
+
+    x = torch.ones(2, requires_grad=True)
+    counts, custom = nodes_of([Own.apply(x.exp()) + x.exp()])
+    assert counts == {"AddBackward0": 1, "OwnBackward": 1, "ExpBackward0": 2}
+    assert custom["OwnBackward"].startswith("test_training_parts.py:")
+
+
+def test_checkpointing_is_left_out_and_put_back() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    calls: list[int] = []
+
+    def function(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x.exp()
+
+    def backward(reentrant: bool) -> int:
+        calls.clear()
+        x = torch.ones(2, requires_grad=True)
+        checkpoint(function, x, use_reentrant=reentrant).sum().backward()
+        assert x.grad is not None
+        return len(calls)
+
+    for reentrant in (True, False):
+        with without_checkpointing():
+            assert backward(reentrant) == 1
+        assert backward(reentrant) == 2
+
+
+ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def stepped(seed: int, kind: Any = torch.optim.AdamW, **changes: Any) -> dict[str, Tensor]:
+    """The first step of an optimiser, as a recording has it."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, gradient = torch.randn(2, 64, generator=generator, dtype=torch.float64)
+    parameter = torch.nn.Parameter(weight.clone())
+    parameter.grad = gradient.clone()
+    kind([parameter], **{**ADAM, **changes}).step()
+    return {
+        "weight/w": weight,
+        "clipped/0/w": gradient,
+        "update/0/w": parameter.detach() - weight,
+    }
+
+
+SAID = [{"optimizer": "AdamW", **{key: str(value) for key, value in ADAM.items()}}]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from(
+        [
+            ({"lr": 2e-3}, "learning rate 0.002 (was 0.001)"),
+            ({"lr": 1e-4}, "learning rate 0.0001 (was 0.001)"),
+            ({"weight_decay": 0.0}, "no weight decay"),
+        ]
+    ),
+)
+def test_what_an_optimiser_does_not_say_is_found_in_its_step(
+    seed: int, planted: tuple[dict[str, Any], str]
+) -> None:
+    changes, text = planted
+    found = explained(stepped(seed, **changes), stepped(seed), ([{"optimizer": "Own"}], SAID))
+    assert found == [text]
+
+
+def test_a_step_that_nothing_explains_is_not_explained() -> None:
+    own = stepped(0)
+    own["update/0/w"] = torch.randn(64, dtype=torch.float64)
+    assert explained(own, stepped(0), ([{"optimizer": "Own"}], SAID)) == []
+    sgd = [{"optimizer": "SGD", "lr": "0.1"}]
+    assert explained(stepped(0, lr=2e-3), stepped(0), (sgd, sgd)) == []
+
+
+def test_hyper_parameters_that_one_side_does_not_say_are_not_compared() -> None:
+    own = [{"optimizer": "Own", "lr": "0.1"}]
+    theirs = [{"optimizer": "AdamW", "lr": "0.2", "eps": "1e-8"}]
+    assert list(said_otherwise(own, theirs)) == [
+        ("optimizer", "Own", "AdamW"),
+        ("lr", "0.1", "0.2"),
+    ]
+    assert list(said_otherwise(own, [])) == [("parameter groups", "1", "0")]
+
+
+def test_the_verb_records_and_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = runner(monkeypatch, capfd)
+    text = (ROOT / "docs" / "training.md").read_text("utf-8")
+    code = next(block["text"] for block in BLOCK.finditer(text) if block["language"] == "python")
+    (tmp_path / "steps.py").write_text(code)
+    assert run("training", "record", "steps.py:trusted")[0] == 0
+    ended, out, _ = run("training", "check", "steps.py:trusted")
+    assert ended == 0
+    assert out.startswith("PASSED identical")
+    ended, out, _ = run("training", "check", "steps.py:fused", "--json")
+    assert ended == 1
+    first = json.loads(out)["comparisons"][0]["first_divergence"]
+    assert (first["stage"], first["fqn"]) == ("backward", "1")
+    ended, out, _ = run("training", "check", "steps.py:fused", "--brief", "--json", "all.json")
+    assert ended == 1
+    assert json.loads(out)["verdict"] == "drifted"
+    ended, out, _ = run("training", "check", "steps.py:fused", "--report", "report.html", "-v")
+    assert ended == 1
+    assert "FusedNormBackward (steps.py:" in out
+    assert (tmp_path / "report.html").stat().st_size > 0
+    ended, _, err = run("training", "check", "steps.py:fused", "nosuch.safetensors")
+    assert ended == 2
+    assert "nosuch.safetensors" in err
