@@ -54,7 +54,6 @@ def run(entry: Planted, reference: Recording) -> dict[str, Any]:
         "verdict": checked.verdict.value,
         "exit_code": checked.exit_code,
         "named": named(entry, checked),
-        "backward": entry.backward,
         "stage": first.stage if first else "",
         "module": (first.fqn or "") if first else "",
         "said": "; ".join(p for p in (first.kind, first.operator) if p) if first else "",
@@ -78,7 +77,8 @@ def report(rows: list[dict[str, Any]]) -> str:
     by_name = {row["entry"]: row for row in rows}
     faults = [by_name[e.name] for e in FAULTS if e.name in by_name]
     twins = [by_name[e.name] for e in TWINS if e.name in by_name]
-    backward = [row for row in faults if row["backward"]]
+    alone = {entry.name for entry in FAULTS if entry.backward}
+    backward = [row for row in faults if row["entry"] in alone]
 
     def count(listed: list[dict[str, Any]]) -> str:
         found = sum(row["exit_code"] == 1 for row in listed)
@@ -88,7 +88,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# A training step",
         "",
-        f"Of faults that leave the loss and every forward as they are: {count(backward)}. "
+        f"Of faults of the gradient alone, under a right loss and forward: {count(backward)}. "
         f"Of all faults: {count(faults)}. Of {len(twins)} harmless twins {accused} accused. "
         f"Subjects: {', '.join(SUBJECTS)}, a tiny Flux transformer in float32 on a CPU; the "
         "faults and what has to be said of each are declared in `bench/faults/training.py`.",
@@ -99,8 +99,8 @@ def report(rows: list[dict[str, Any]]) -> str:
     for row in faults:
         marks = ["yes" if flag else "no" for flag in (row["exit_code"] == 1, row["named"])]
         where = row["module"] or row["stage"]
-        alone = "yes" if row["backward"] else "no"
-        cells = (row["entry"], row["subject"], alone, *marks, where, _cell(row["said"]))
+        only = "yes" if row["entry"] in alone else "no"
+        cells = (row["entry"], row["subject"], only, *marks, where, _cell(row["said"]))
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| twin | subject | verdict | what is said |", "|---|---|---|---|"]
     for row in twins:

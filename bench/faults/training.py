@@ -167,7 +167,7 @@ class Planted:
         stage: Where it has to be named; empty: it is harmless.
         module: The module, if it is in one.
         word: Something of the words that have to be said.
-        backward: Whether the loss and every forward stay right.
+        backward: Whether the gradient alone is wrong: the loss and every forward stay right.
     """
 
     name: str
@@ -406,6 +406,14 @@ def _given_detached(m: Any, own: Any) -> Callable[..., Any]:
     return forward
 
 
+def _doubled(m: Any, own: Any) -> Callable[..., Any]:
+    def forward(x: Tensor) -> Tensor:
+        made: Tensor = own(x)
+        return 2 * made - made.detach()
+
+    return forward
+
+
 def _clamped(made: Trainer) -> None:
     def clamp(module: Any, args: Any, output: Tensor) -> None:
         limit = 1e-3
@@ -609,6 +617,18 @@ FAULTS = (
         "frozen",
         subject="lora",
     ),
+    _in_module(
+        "text-detached",
+        _forward("context_embedder", lambda m, own: lambda x: own(x).detach()),
+        "context_embedder",
+        "no gradient",
+    ),
+    _in_module(
+        "gradient-doubled",
+        _forward(f"{SINGLE}.proj_mlp", _doubled),
+        f"{SINGLE}.proj_mlp",
+        "scaled by 2",
+    ),
     Planted(
         "checkpoint-forgets-random",
         _checkpointing(use_reentrant=False, preserve_rng_state=False),
@@ -631,20 +651,12 @@ FAULTS = (
     Planted("micro-batch-forgotten", _forgetting, "whole", "gradient", "", "not added", True),
     Planted("loss-in-bfloat16", _set(loss=_in_bfloat16), "whole", "loss"),
     Planted("target-of-other-sign", _set(loss=_of_epsilon), "whole", "loss"),
-    Planted("clip-each", _set(clip=_clip_each), "whole", "optimizer", "", "clipping", True),
+    Planted("clip-each", _set(clip=_clip_each), "whole", "optimizer", "", "clipping"),
     Planted(
-        "clip-forgotten",
-        _set(clip=lambda parameters: None),
-        "whole",
-        "optimizer",
-        "",
-        "clipping",
-        True,
+        "clip-forgotten", _set(clip=lambda parameters: None), "whole", "optimizer", "", "clipping"
     ),
-    Planted(
-        "adam-betas", _adam(betas=(0.9, 0.95)), "whole", "optimizer", "", "betas (0.9, 0.95)", True
-    ),
-    Planted("adam-epsilon", _adam(eps=1e-6), "whole", "optimizer", "", "eps 1e-06", True),
+    Planted("adam-betas", _adam(betas=(0.9, 0.95)), "whole", "optimizer", "", "betas (0.9, 0.95)"),
+    Planted("adam-epsilon", _adam(eps=1e-6), "whole", "optimizer", "", "eps 1e-06"),
     Planted(
         "adam-coupled",
         _adam(torch.optim.Adam),
@@ -652,7 +664,6 @@ FAULTS = (
         "optimizer",
         "",
         "optimizer Adam (was AdamW)",
-        True,
     ),
     Planted(
         "adam-uncorrected",
@@ -661,10 +672,9 @@ FAULTS = (
         "optimizer",
         "",
         "no bias correction",
-        True,
     ),
-    Planted("ema-decay", _set(decay=0.999), "whole", "optimizer", "", "decay", True),
-    Planted("merge-scale", _set(merge=partial(_fused, scale=0.5)), "lora", "merge", "", "", True),
+    Planted("ema-decay", _set(decay=0.999), "whole", "optimizer", "", "decay"),
+    Planted("merge-scale", _set(merge=partial(_fused, scale=0.5)), "lora", "merge", "", ""),
 )
 
 TWINS = (

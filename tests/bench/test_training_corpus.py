@@ -50,7 +50,7 @@ def test_the_corpus_is_as_large_as_it_says() -> None:
 
 
 def test_the_report_counts_what_was_named() -> None:
-    row = {"subject": "whole", "stage": "loss", "module": "", "said": "a | b", "backward": True,
+    row = {"subject": "whole", "stage": "loss", "module": "", "said": "a | b",
            "sentence": "x", "verdict": "drifted"}  # fmt: skip
     rows = [
         {**row, "entry": FAULTS[0].name, "exit_code": 1, "named": True},
