@@ -62,9 +62,7 @@ def train(*, seed: int = 0) -> Reader:
     for _ in range(STEPS):
         rows = torch.randint(0, len(cuts), (BATCH,))
         noisy = cuts[rows] + NOISE * torch.randn(BATCH, cuts.shape[1])
-        loss = torch.nn.functional.cross_entropy(
-            reader(noisy), labels[rows], label_smoothing=0.05
-        )
+        loss = torch.nn.functional.cross_entropy(reader(noisy), labels[rows], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -138,9 +138,7 @@ def _named(spec: str) -> Metric:
     return Metric(name, _of_user(name, function), digest=digest)
 
 
-def _of_user(
-    name: str, function: Callable[..., Any]
-) -> Callable[[Frames, str], tuple[float, ...]]:
+def _of_user(name: str, function: Callable[..., Any]) -> Callable[[Frames, str], tuple[float, ...]]:
     def read(frames: Frames, prompt: str) -> tuple[float, ...]:
         try:
             value = function(frames.copy(), prompt)
@@ -173,7 +171,9 @@ def clip(folder: Path) -> Metric:
     try:
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
     except ImportError as error:
-        raise MissingExtraError(error.name or "transformers", "diffusers", "a CLIP metric") from None
+        raise MissingExtraError(
+            error.name or "transformers", "diffusers", "a CLIP metric"
+        ) from None
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -217,7 +217,9 @@ def _clip_reader(
     return read
 
 
-def read_all(metrics: Sequence[Metric], frames: Frames, prompt: str) -> dict[str, tuple[float, ...]]:
+def read_all(
+    metrics: Sequence[Metric], frames: Frames, prompt: str
+) -> dict[str, tuple[float, ...]]:
     """Numbers of every metric, by name."""
     return {metric.name: metric.read(frames, prompt) for metric in metrics}
 

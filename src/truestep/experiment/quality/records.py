@@ -95,7 +95,7 @@ class QualityPlan(Record):
     tool_version: str = ""
     cases: tuple[PlannedCase, ...]
     cells: tuple[PlannedCell, ...]
-    seeds: int = Field(ge=2)
+    seeds: int = Field(ge=3)
     baseline: dict[str, Any] = Field(default_factory=dict)
     apply: str = ""
     apply_digest: str = ""
@@ -159,6 +159,7 @@ class Clip(Record):
         broken: Detectors that found something.
         mutated: Of the baseline: numbers of every metric under every mutation.
         planted: Of the baseline: whether each detector found its own damage.
+        raised: What the arm raised instead; all else is empty then.
     """
 
     cell: str = ""
@@ -175,6 +176,7 @@ class Clip(Record):
     mutated: dict[str, dict[str, tuple[Float, ...]]] = Field(default_factory=dict)
     planted: dict[str, bool] = Field(default_factory=dict)
     acted: Acted | None = None
+    raised: str = ""
 
 
 class Vote(Record):
@@ -184,7 +186,10 @@ class Vote(Record):
         killed: Mutations of the baseline's own clips that it calls degraded.
         survived: Those that it does not.
         reason: Why it has no vote; empty where it has one.
-        margin: In units of the score; `spread` between seeds that it is a share of.
+        margin: In units of the score; `spread` between seeds that it is a share of. Without a
+            `share` it was declared, or is a hundredth of what a clip of nothing loses.
+        lost_below: Half the way from the baseline to what black, noise or the wrong prompt score:
+            a clip below has lost what was asked for. None where the baseline itself is there.
     """
 
     metric: str
@@ -194,6 +199,7 @@ class Vote(Record):
     margin: Float = 0.0
     spread: Float = 0.0
     share: Float | None = None
+    lost_below: Float | None = None
 
     @property
     def votes(self) -> bool:

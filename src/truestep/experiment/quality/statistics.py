@@ -7,7 +7,7 @@ are no independent witnesses. Of every prompt there is one number: the mean over
 candidate minus baseline, both from the same noise.
 
 **Interval.** A Bayesian bootstrap over prompts (weights from a flat Dirichlet, Rubin 1981) with one
-more prompt that was never seen and lost `UNSEEN_LOSS` spreads: without it, prompts that were all
+more prompt that was never seen and lost `UNSEEN_LOSS` spreads, or `UNSEEN_MARGINS`: without it, prompts that were all
 alike would be certain. For differences bounded below by that loss this is Gaffke's bound for the
 mean of a bounded variable ("Three test statistics for a nonparametric one-sided hypothesis on the
 mean of a nonnegative variable", 2005; Learned-Miller and Thomas, "A new confidence interval for
@@ -46,6 +46,10 @@ UNSEEN_LOSS = 2.0
 1.5, 2, 2.5 and 3 the least that kept wrong passes of every shape of data below 5 % at 32 prompts;
 see `bench/results/quality.md`."""
 
+UNSEEN_MARGINS = 4.0
+"""The same in margins, where that is more; of the default margin it is the same. Prompts without
+any difference pass from 11 on, never sooner."""
+
 DRAWS = 4_000
 """Weights drawn: the 5 % quantile of a bound is then known to 0.35 % of the probability."""
 
@@ -65,13 +69,18 @@ class Margin:
 
     Attributes:
         value: In units of the score; 0 where there is no spread.
-        share: Of `spread`; None where the value was declared.
+        share: Of `spread`; None where the value was declared, or is the least that counts.
         spread: Root mean square over prompts of the deviation between seeds, baseline alone.
     """
 
     value: float
     share: float | None
     spread: float
+
+    @property
+    def unseen(self) -> float:
+        """What the prompt that was never seen is assumed to lose."""
+        return max(UNSEEN_LOSS * self.spread, UNSEEN_MARGINS * self.value)
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,11 @@ class Paired:
 
 
 def margin_of(
-    baseline: Array, *, share: float = MARGIN_SHARE, declared: float | None = None
+    baseline: Array,
+    *,
+    share: float = MARGIN_SHARE,
+    declared: float | None = None,
+    least: float = 0.0,
 ) -> Margin:
     """The margin of a metric, from the baseline arm alone.
 
@@ -122,10 +135,13 @@ def margin_of(
         baseline: Scores `prompt seed`.
         share: Of the spread between seeds.
         declared: In units of the score, instead.
+        least: In units of the score: what is too little to count, however steady seeds are.
     """
     spread = math.sqrt(float(_variances(baseline).mean())) if baseline.shape[1] > 1 else 0.0
     if declared is not None:
         return Margin(declared, None, spread)
+    if 0 < share * spread < least:
+        return Margin(least, None, spread)
     return Margin(share * spread, share, spread)
 
 
@@ -153,7 +169,7 @@ def compare(baseline: Array, candidate: Array, margin: Margin) -> Paired:
         raise ValueError("a score is not finite")
     differences = (candidate - baseline).mean(axis=1)
     allowed = _allowances(baseline, margin)
-    assumed = UNSEEN_LOSS * margin.spread
+    assumed = margin.unseen
     lower, upper = differences + allowed, differences - allowed
     p_worse = _share(_lowered(lower, margin.value - assumed), below=True)
     p_better = _share(_raised(upper, assumed - margin.value), below=False)
