@@ -45,25 +45,16 @@ class Counts:
 
 
 def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks of a denoiser: members of lists of two and more modules of one class, outermost."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) > 1:
-            if len({type(inner) for inner in module}) == 1:
-                found = [module]
-                found += [
-                    other
-                    for other in model.children()
-                    if isinstance(other, torch.nn.ModuleList) and other is not module
-                ]
-                return [block for group in found for block in group]
-    return []
+    """The blocks of a denoiser: members of its own lists of two and more modules of one class."""
+    lists = [inner for inner in model.children() if isinstance(inner, torch.nn.ModuleList)]
+    alike = [inner for inner in lists if len(inner) > 1 and len({type(m) for m in inner}) == 1]
+    return [block for inner in alike for block in inner]
 
 
 def _first_weighted(block: torch.nn.Module) -> torch.nn.Module | None:
     """The module inside a block that runs whenever the block does its work."""
     inner = [m for m in block.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
-    named = [m for m in inner if m is not block]
-    return (named or inner or [None])[0]
+    return next((m for m in inner if m is not block), inner[0] if inner else None)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def _noise(frames: Frames) -> bool:
 
 
 def _frozen(frames: Frames) -> bool:
-    """No frame differs from the one before by as much as a level, but for one pixel in a thousand."""
+    """No frame differs from the one before by a level, but for one pixel in a thousand."""
     moved = np.abs(np.diff(frames, axis=0)).max(axis=-1)
     return bool(np.quantile(moved, 0.999) < _LEVEL)
 

@@ -80,6 +80,10 @@ def acted_in(clips: Sequence[Clip]) -> Acted:
     )
 
 
+def _all(rows: Rows) -> list[Clip]:
+    return [clip for row in rows for clip in row]
+
+
 def _least(counts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(min(column) for column in zip(*counts, strict=True))
 
@@ -123,9 +127,8 @@ def judge_cell(
         for a, b in zip(ours, theirs, strict=True)
     ]
     if all(a.latent == b.latent for a, b in pairs):
-        return _ended(
-            plan, known, Standing.IDENTICAL, ["every latent is the baseline's, bit by bit"]
-        )
+        said = "every latent is the baseline's, bit by bit"
+        return _ended(plan, known, Standing.IDENTICAL, [said])
     voters = {vote.metric: vote for vote in votes if vote.votes}
     rows, found, lost = [], {}, {}
     for metric in metrics:
@@ -177,9 +180,9 @@ def _weighed(
     open_ += [f"no voter sees {name}" for name in unseen]
     if open_:
         blind = bool(unseen) or not rows
-        known["needed"] = (
-            None if blind or None in needs else max(map(int, filter(None, needs)), default=None)
-        )
+        counts = [need for need in needs if need is not None]
+        decidable = not blind and len(counts) == len(needs)
+        known["needed"] = max(counts, default=None) if decidable else None
         return _ended(plan, known, Standing.INCONCLUSIVE, open_)
     return _ended(plan, known, Standing.IN_DISTRIBUTION, _standing_of(rows))
 
@@ -311,9 +314,10 @@ def broken_in(
             for name in voters
         }
         by_kind |= {name: sides[at] for name, sides in lost.items()}
-        flags.append(sum(by_kind.values(), np.zeros((len(rows), plan.seeds), dtype=bool)))
+        none = np.zeros((len(rows), plan.seeds), dtype=bool)
+        flags.append(np.logical_or.reduce([none, *by_kind.values()]))
         kinds = {name: int(found.sum()) for name, found in by_kind.items() if found.any()}
-    before, now = (found.any(axis=1).tolist() for found in flags)
+    before, now = ([bool(row.any()) for row in found] for found in flags)
     rate = rate_of(before, now)
     new = [at for at, (was, is_) in enumerate(zip(before, now, strict=True)) if is_ and not was]
     broken = Broken(

@@ -127,6 +127,16 @@ def chosen(model: str, named: Sequence[str]) -> tuple[Metric, ...]:
     return tuple(found)
 
 
+def described(names: Mapping[str, str]) -> tuple[Metric, ...]:
+    """Metrics of a kept experiment by name: they read nothing, as what was read is kept."""
+    own = {metric.name: metric for metric in (*_DIGITS, LOOK)}
+    return tuple(own.get(name) or Metric(name, _unread, digest=names[name]) for name in names)
+
+
+def _unread(frames: Frames, prompt: str) -> tuple[float, ...]:
+    raise RuntimeError("a metric of a kept experiment reads no clip")
+
+
 def _named(spec: str) -> Metric:
     if spec.startswith("clip:"):
         return clip(Path(spec.removeprefix("clip:")))

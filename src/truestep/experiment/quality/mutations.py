@@ -31,8 +31,7 @@ class Mutation:
 
 
 def _noise(frames: Frames) -> Frames:
-    drawn = np.random.default_rng(20_240_229).random(frames.shape, dtype=np.float32)
-    return drawn
+    return np.random.default_rng(20_240_229).random(frames.shape, dtype=np.float32)
 
 
 def blurred(frames: Frames) -> Frames:

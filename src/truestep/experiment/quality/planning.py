@@ -1,4 +1,4 @@
-"""From options to a plan of `ab --quality`: prompts, seeds, candidates. Validated before any compute."""
+"""From options to a plan of `ab --quality`: prompts, seeds, candidates; refused before any run."""
 
 from __future__ import annotations
 

@@ -7,12 +7,12 @@ are no independent witnesses. Of every prompt there is one number: the mean over
 candidate minus baseline, both from the same noise.
 
 **Interval.** A Bayesian bootstrap over prompts (weights from a flat Dirichlet, Rubin 1981) with one
-more prompt that was never seen and lost `UNSEEN_LOSS` spreads, or `UNSEEN_MARGINS`: without it, prompts that were all
-alike would be certain. For differences bounded below by that loss this is Gaffke's bound for the
-mean of a bounded variable ("Three test statistics for a nonparametric one-sided hypothesis on the
-mean of a nonnegative variable", 2005; Learned-Miller and Thomas, "A new confidence interval for
-the mean of a bounded random variable", 2019), which has held in every case that was tried.
-The observed worst takes the place of the assumed one where it is worse.
+more prompt that was never seen and lost `UNSEEN_LOSS` spreads, or `UNSEEN_MARGINS`: without it,
+prompts that were all alike would be certain. For differences bounded below by that loss this is
+Gaffke's bound for the mean of a bounded variable ("Three test statistics for a nonparametric
+one-sided hypothesis on the mean of a nonnegative variable", 2005; Learned-Miller and Thomas, "A new
+confidence interval for the mean of a bounded random variable", 2019), which has held in every case
+that was tried. The observed worst takes the place of the assumed one where it is worse.
 
 **Margin.** A share of the spread between seeds of one prompt, which is itself measured: by the same
 baseline that is compared. What is resampled is therefore not the difference but the difference plus

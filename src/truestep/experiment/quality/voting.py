@@ -1,8 +1,8 @@
 """Which metrics vote: those that call damaged clips of this very baseline degraded.
 
-The rule, for every metric: it must kill `black` and `noise`, and where it judges by the prompt, also
-the wrong prompt. To what else it is blind it may be, if another voter sees it: every mutation must
-be killed by at least one voter, else there is no pass. Killed means what degraded means of a
+The rule, for every metric: it must kill `black` and `noise`, and where it judges by the prompt,
+also the wrong prompt. To what else it is blind it may be, if another voter sees it: every mutation
+must be killed by at least one voter, else there is no pass. Killed means what degraded means of a
 candidate: shown to lose more than the margin, over the same prompts. Pure: no I/O.
 """
 
@@ -93,7 +93,7 @@ def vote(
     scorer = Scorer(readings, kind)
     required = (*ALWAYS, *((WRONG_PROMPT,) if prompted else ()))
     drop = _least_drop(rows, metric, scorer, required)
-    least = LEAST_SHARE * max(0.0, drop)
+    least = LEAST_SHARE * max(0.0, drop) if kind == "score" else 0.0
     margin = margin_of(scorer.baseline, share=share, declared=declared, least=least)
     known: dict[str, Any] = {"margin": margin.value, "spread": margin.spread, "share": margin.share}
     if margin.value <= 0:
