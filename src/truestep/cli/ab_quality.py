@@ -221,7 +221,7 @@ def _with_cells(
     else:
         cells = [alone(candidate)] if candidate or plan.apply or not plan.frontier else []
     if plan.frontier:
-        cells += fewer_steps(plan.cases, cells)
+        cells += fewer_steps(plan.cases, cells, plan.baseline)
     plan = plan.model_copy(update={"cells": tuple(cells)})
     validate(plan)
     return plan

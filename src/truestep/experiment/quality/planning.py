@@ -125,9 +125,11 @@ def with_candidate(cells: Sequence[PlannedCell], own: Mapping[str, Any]) -> list
     return found
 
 
-def fewer_steps(cases: Sequence[PlannedCase], cells: Sequence[PlannedCell]) -> list[PlannedCell]:
+def fewer_steps(
+    cases: Sequence[PlannedCase], cells: Sequence[PlannedCell], baseline: Mapping[str, Any]
+) -> list[PlannedCell]:
     """The baseline with fewer steps, as candidates; those that a cell is already are left out."""
-    steps = Case(**cases[0].content).steps
+    steps = arm_case(cases[0], alone({}), baseline)[0].steps
     taken = {str(cell.candidate.get("steps")) for cell in cells if len(cell.candidate) == 1}
     wanted = dict.fromkeys(max(FEWEST_STEPS, round(share * steps)) for share in FEWER)
     return [
@@ -151,7 +153,8 @@ def validate(plan: QualityPlan) -> None:
     """
     for cell in plan.cells:
         ours = arm_case(plan.cases[0], _bare(cell), plan.baseline, option="--vs")
-        theirs = arm_case(plan.cases[0], _bare(cell), cell.candidate, option="--set")
+        own = {**plan.baseline, **cell.candidate}
+        theirs = arm_case(plan.cases[0], _bare(cell), own, option="--set")
         applied = bool(plan.apply) and not cell.folder.startswith("fewer-steps=")
         if ours == theirs and not applied:
             raise UsageError(
