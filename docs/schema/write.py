@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from truestep.experiment.ablation_records import Ablation, Matrix
 from truestep.experiment.perf_importing import PerfImport
 from truestep.experiment.perf_records import PerfResults
+from truestep.experiment.quality.records import Quality
 from truestep.experiment.records import Experiment
 from truestep.gates.thresholds.linting import Lint
 from truestep.report.brief import Brief
@@ -26,10 +27,11 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "thresholds-lint-1": Lint,
     "ablation-1": Ablation,
     "ablation-matrix-1": Matrix,
+    "quality-1": Quality,
     "brief-1": Brief,
 }
 """File to model: of one comparison, of `check`, `ab`, `perf record` and `check`, `perf show`,
-`perf import`, `thresholds lint`, `ablate`, `ablate --all`; of what `--brief` gives of any."""
+`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `ab --quality`; of what `--brief` gives of any."""
 
 
 def main() -> None:

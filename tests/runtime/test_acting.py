@@ -65,6 +65,13 @@ def test_plans_are_counted_by_what_they_did(arm: Arm) -> None:
     assert gated.forwards == 2 * CASE.steps - 1
 
 
+class Packed(torch.nn.Module):
+    """A layer that keeps its weights behind a method, as torch.ao's quantised ones do."""
+
+    def weight(self) -> torch.Tensor:
+        return torch.zeros(2, 2)
+
+
 def _rounded(weight: torch.Tensor, levels: int) -> torch.Tensor:
     scale = weight.abs().amax(dim=1, keepdim=True) / levels
     return (weight / scale).round() * scale
@@ -82,8 +89,5 @@ def test_quantised_layers_are_told_from_plain_conversions() -> None:
     assert quantised_layers(candidate.pipe, baseline.pipe) == 1
     block.attn1.to_k.weight.data = block.attn1.to_k.weight.data.to(torch.float8_e4m3fn)
     assert quantised_layers(candidate.pipe, baseline.pipe) == 2
-    packed = torch.ao.quantization.quantize_dynamic(
-        candidate.pipe.transformer.blocks[1].ffn, {torch.nn.Linear}, dtype=torch.qint8
-    )
-    candidate.pipe.transformer.blocks[1].ffn = packed
-    assert quantised_layers(candidate.pipe, baseline.pipe) == 4
+    block.attn1.to_v = Packed()
+    assert quantised_layers(candidate.pipe, baseline.pipe) == 3

@@ -239,7 +239,7 @@ def _known_margins(margins: Mapping[str, float], metrics: Sequence[Metric]) -> N
                 f"--margin {name}: there is no such metric",
                 measured=f"metrics: {', '.join(names)}",
                 likely=nearest(name, names),
-                hint=f"--margin {names[0]}=VALUE",
+                hint=f"give --margin {names[0]}=VALUE",
             )
 
 
@@ -263,7 +263,7 @@ def _cases(
         if not bare:
             raise UsageError(
                 "--prompts needs one model",
-                hint="truestep ab builtin:digits --quality --set steps=12 --prompts FILE",
+                hint="name the model, without a case file: builtin:digits or a folder",
             )
         return prompt_cases(names[0], prompts_in(prompt_file))
     if prompt is None and bare and (":" in names[0] or "/" in names[0] or Path(names[0]).is_dir()):

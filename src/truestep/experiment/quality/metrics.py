@@ -56,7 +56,7 @@ def _of_judge(name: str) -> Callable[[Frames, str], tuple[float, ...]]:
             raise UsageError(
                 f"the judge of the digits cannot read the prompt {prompt!r}",
                 measured="a COLOUR DIGIT moving WAY, such as: a red three moving left",
-                hint="truestep ab builtin:digits --quality --set steps=12",
+                hint="leave out --prompts: the model has 160 of its own",
             )
         return (getattr(judge.see(frames, asked), name),)
 
@@ -195,7 +195,7 @@ def clip(folder: Path) -> Metric:
             measured=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}",
             likely="a folder holds config.json, model.safetensors, and a tokenizer and "
             "preprocessor_config.json",
-            hint="--metric clip:FOLDER",
+            hint="give the folder of a CLIP model: clip:FOLDER",
         ) from error
     model.eval()
     read = _clip_reader(model, tokenizer, processor)

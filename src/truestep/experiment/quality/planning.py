@@ -77,7 +77,7 @@ def cases_of(cases: Mapping[str, Case], *, most: int) -> tuple[PlannedCase, ...]
         raise UsageError(
             f"quality is judged over prompts: {len(chosen)} cannot decide anything",
             measured=f"{LEAST_PROMPTS} are the least, {PROMPTS} decide most changes",
-            hint="--prompts FILE  # one a line",
+            hint="give --prompts FILE, one a line",
         )
     seen: dict[str, str] = {}
     for planned in chosen:
@@ -86,14 +86,14 @@ def cases_of(cases: Mapping[str, Case], *, most: int) -> tuple[PlannedCase, ...]
             raise UsageError(
                 "two cases have the same prompt: seeds of one prompt are no two witnesses",
                 where=f"{seen[prompt]} and {planned.name}",
-                hint="--seeds N  # runs every prompt from N seeds",
+                hint="give --seeds N: every prompt is run from N seeds",
             )
         seen[prompt] = planned.name
         if (planned.content.get("settings") or {}).get("videos_per_prompt") not in (None, 1):
             raise UsageError(
                 "videos_per_prompt makes several clips at once: seeds are run one by one here",
                 where=planned.name,
-                hint="--seeds N  # runs every prompt from N seeds",
+                hint="give --seeds N: every prompt is run from N seeds",
             )
     return chosen
 
