@@ -142,7 +142,7 @@ def _margins(
 )
 @click.option("--resume", is_flag=True, help="Go on with the experiment in the folder.")
 @output_options
-def quality(  # 21 parameters: the options of the verb
+def quality(  # 22 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
