@@ -243,8 +243,8 @@ def truth() -> None:
     from training.digits.data import Caption
     from training.digits.judge import score, train_reader
     from truestep.experiment.arms import load_arm, run
+    from truestep.experiment.quality import digits_judge as judge
     from truestep.experiment.quality.running import frames_of
-    from truestep.models.digits import judge
 
     done = {row["setting"] for row in _lines(TRUTH)}
     reader, arm = train_reader(), None

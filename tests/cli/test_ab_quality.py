@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from tests.commands import Run, runner
+from truestep.experiment.quality import digits_judge as judge
 from truestep.experiment.quality.records import Quality, Standing
-from truestep.models.digits import judge
 
 CHANGES = """
 import torch

@@ -11,9 +11,9 @@ import pytest
 from training.digits.data import sample_clips
 from truestep.errors import UsageError
 from truestep.experiment.quality import detectors
+from truestep.experiment.quality import digits_judge as judge
 from truestep.experiment.quality.metrics import LOOK, builtin, chosen, nearness, scale_of
 from truestep.experiment.quality.mutations import MUTATIONS, Frames, expected, other_prompts
-from truestep.models.digits import judge
 
 CLIPS = 120
 

@@ -1,6 +1,6 @@
 """Train the reader of digits that ships with the model: `python -m training.digits.reader`.
 
-Two layers on the cut-out that `truestep.models.digits.judge` follows, learned from real clips of
+Two layers on the cut-out that `truestep.experiment.quality.digits_judge` follows, learned from real clips of
 the training scans; the held-out scans are only read to state its accuracy. A minute on one core.
 """
 
@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from training.digits.checkpoint import write_atomically
 from training.digits.data import sample_clips
-from truestep.models.digits.judge import DIGIT_SIZE, READER, follow
+from truestep.experiment.quality.digits_judge import DIGIT_SIZE, READER, follow
 
 HIDDEN = 64
 CLIPS = 12_000

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from truestep.errors import UsageError, last_frame
+from truestep.experiment.quality import digits_judge as judge
 from truestep.experiment.quality.mutations import Frames, blurred
 from truestep.functions import function_of, parts_of
-from truestep.models.digits import judge
 
 Kind = Literal["score", "look"]
 

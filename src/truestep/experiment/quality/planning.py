@@ -11,10 +11,10 @@ from truestep.case import Case
 from truestep.errors import UsageError
 from truestep.experiment.planning import arm_case, planned_cases
 from truestep.experiment.prompts import pinned
+from truestep.experiment.quality import digits_judge as judge
 from truestep.experiment.quality.records import QualityPlan
 from truestep.experiment.quality.statistics import LEAST_PROMPTS
 from truestep.experiment.records import PlannedCase, PlannedCell
-from truestep.models.digits import judge
 from truestep.reading import read
 
 PROMPTS = 32

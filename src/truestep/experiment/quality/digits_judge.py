@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from truestep.models import digits
 
 Array = NDArray[np.float32]
 
@@ -27,7 +28,7 @@ SPEED = 1.5
 """Pixels a frame, of the clips that the model learned."""
 
 DIGIT_SIZE = 16
-READER = Path(__file__).parent / "reader.safetensors"
+READER = digits.path().parent / "reader.safetensors"
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,9 @@ def follow(ink: Array) -> NDArray[np.float64]:
 
 @cache
 def _weights() -> dict[str, NDArray[np.float64]]:
-    from safetensors.numpy import load_file
+    from truestep.recording.format import read_plain
 
-    return {name: value.astype(np.float64) for name, value in load_file(READER).items()}
+    return {name: value.double().numpy() for name, value in read_plain(READER).items()}
 
 
 def _read(ink: Array) -> NDArray[np.float64]:
