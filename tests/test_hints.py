@@ -76,6 +76,16 @@ def hints() -> set[str]:
 
 ADVICE = {
     "install the project in this environment in editable mode: pip install -e .",
+    "give --set KEY=VALUE or --apply FILE.py:FUNCTION",
+    "give --prompts FILE, one a line",
+    "it is called with frames `f h w c` (float32 in [0, 1]) and the prompt, and returns a "
+    "number, higher is better",
+    "give --margin {}=VALUE",
+    "give --seeds N: every prompt is run from N seeds",
+    "give the function another name",
+    "leave out --prompts: the model has 160 of its own",
+    "give the folder of a CLIP model: clip:FOLDER",
+    "name the model, without a case file: builtin:digits or a folder",
     "give a folder, or a function that loads a module: port.py:load",
     "give a function that takes no arguments",
     "give the folder of a plain pipeline",
@@ -269,6 +279,7 @@ ELSEWHERE = {
     "git -C {} lfs pull --include {}": "needs Git LFS",
     "git fetch --unshallow": "needs a repository that was cloned in part",
     "git fsck": "needs a repository that is damaged",
+    "--resume  # goes on with it; another --output keeps it": "tests/cli/test_ab_quality",
     "truestep references pull  # begins it again": "tests/recording/test_remote_stores",
     "truestep references push  # sends what is missing": "of a store that loses what it is sent",
     "truestep references status": "of a file that is changed while it is sent",
@@ -739,6 +750,8 @@ SCENARIOS: dict[str, Scenario] = {
     "df -h {}; ls -ld {}": (beneath_a_file, (0,)),
     "grep '^.case' {}  # lists them": (given("check", "c", "--file", "my cases.toml"), (0,)),
     "truestep ab recover truestep-ab": (given("ab", "recover"), (2,)),
+    "truestep ab recover truestep-quality --quality": (
+        given("ab", "recover", "--quality"), (2,)),
     "truestep check --reference {}": (
         lambda folder: ("check", *as_changed(folder)[1:]), (0,)),
     "truestep record CASE --runs 30": (given("check", "a", "--apply", "change.py:unsure"), (0,)),

@@ -11,6 +11,7 @@ from truestep.experiment.ablation_records import Ablation, Matrix
 from truestep.experiment.bisecting.records import Bisection
 from truestep.experiment.perf_importing import PerfImport
 from truestep.experiment.perf_records import PerfResults
+from truestep.experiment.quality.records import Quality
 from truestep.experiment.records import Experiment
 from truestep.gates.thresholds.linting import Lint
 from truestep.report.brief import Brief
@@ -30,10 +31,11 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "ablation-matrix-1": Matrix,
     "bisect-1": Bisection,
     "log-probability-1": LogProbabilityGap,
+    "quality-1": Quality,
     "brief-1": Brief,
 }
 """File to model: of one comparison, of `check`, `ab`, `perf record` and `check`, `perf show`,
-`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `bisect`, `training gap`; of what
+`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `ab --quality`, `bisect`, `training gap`; of what
 `--brief` gives."""
 
 

@@ -153,6 +153,23 @@ TABLE: Mapping[str, tuple[Screen, ...]] = {
         ),
         at("recover", "none", code=2),
     ),
+    "ab quality": (
+        at(
+            "builtin:digits",
+            "--vs",
+            "steps=2",
+            "--set",
+            "steps=3",
+            "--num-prompts",
+            "3",
+            "--seeds",
+            "3",
+            "--output",
+            "quality-{width}",
+            code=4,
+        ),
+        at("builtin:digits", code=2),
+    ),
     "ab ablate": (at("ltx", *PROFILES, slow=True), at("ltx", code=2)),
     "bisect": (
         at("--env", "MANY=1..90", *PYTHON, 'import os; exit(int(os.environ["MANY"]) > 50)'),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from truestep.cli.ab_quality import quality
 from truestep.cli.ablate import ablate
 from truestep.cli.cases import choose_cases, parse_changes
 from truestep.cli.common import (
@@ -68,6 +69,13 @@ class _Ab(GroupWithDefault):
 
     default = "run"
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """`--quality` and `--frontier` ask another question, which has options of its own."""
+        if {"--quality", "--frontier"} & set(args) and args[0] not in ("quality", "ablate"):
+            rest = args[1:] if args[0] == "run" else args
+            args = ["quality", *(word for word in rest if word != "--quality")]
+        return super().parse_args(ctx, args)
+
 
 @click.group(
     "ab", cls=_Ab, subcommand_metavar="[CASES]... | VERB [ARGS]...", invoke_without_command=True
@@ -77,13 +85,15 @@ def command(context: click.Context) -> None:
     """Say whether a switch makes a model faster, and whether it stays the same model.
 
     truestep ab CASES --set KEY=VALUE runs baseline, candidate and a control side by side. Its
-    options: truestep ab run --help.
+    options: truestep ab run --help. With --quality it says whether a change that is meant is still
+    good enough: truestep ab quality --help.
     """
     if context.invoked_subcommand is None:
         context.invoke(run)
 
 
 command.add_command(ablate)
+command.add_command(quality)
 
 
 @command.command("run")

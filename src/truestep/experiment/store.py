@@ -154,22 +154,7 @@ class Store:
         Raises:
             WriteError: It could not be written; the lines before it are untouched.
         """
-        path = self._samples(cell)
-        data = line.model_dump_json().encode() + b"\n"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab+", buffering=0) as file:
-                end = file.seek(0, os.SEEK_END)
-                if end:
-                    file.seek(end - 1)
-                    if file.read(1) != b"\n":  # a line that a kill cut short
-                        data = b"\n" + data
-                written = file.write(data)
-                if written != len(data):
-                    os.ftruncate(file.fileno(), end)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise _unwritten("the samples", path, error) from error
+        append_line(self._samples(cell), line.model_dump_json(), "the samples")
 
     def lines(
         self, cell: PlannedCell
@@ -246,6 +231,29 @@ class Store:
 
     def _check(self, cell: PlannedCell, case: str) -> Path:
         return self._arm(cell, "candidate") / f"{case}.check.json"
+
+
+def append_line(path: Path, text: str, what: str) -> None:
+    """Add a line to a file, flushed to the operating system.
+
+    Raises:
+        WriteError: It could not be written; the lines before it are untouched.
+    """
+    data = text.encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":  # a line that a kill cut short
+                    data = b"\n" + data
+            written = file.write(data)
+            if written != len(data):
+                os.ftruncate(file.fileno(), end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise _unwritten(what, path, error) from error
 
 
 def _unwritten(what: str, path: Path, error: OSError) -> WriteError:

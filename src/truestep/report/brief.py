@@ -14,6 +14,7 @@ from pydantic import Field
 
 from truestep.experiment.ablation_records import Ablation, Matrix
 from truestep.experiment.perf_records import PerfResults
+from truestep.experiment.quality.records import Quality
 from truestep.experiment.records import Experiment
 from truestep.report.answer import counted
 from truestep.report.items import Evidence, Item, items_of
@@ -89,7 +90,7 @@ def brief_of(result: AnyResult, *, path: str = "") -> Brief:
     repeat = _repeat(result)
     show = f"truestep show {quoted(path)} ID" if path else ""
     whole = Brief(
-        verdict="measured" if isinstance(result, Ablation | Matrix) else result.verdict.value,
+        verdict=_verdict(result),
         exit_code=result.exit_code,
         sentence=_sentence(result, items),
         items=tuple(items),
@@ -175,6 +176,12 @@ def shortened(text: str, letters: int) -> str:
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
+def _verdict(result: AnyResult) -> str:
+    if isinstance(result, Quality):
+        return result.standing.value
+    return "measured" if isinstance(result, Ablation | Matrix) else result.verdict.value
+
+
 def _sentence(result: AnyResult, items: Sequence[Item]) -> str:
     if not isinstance(result, Results | PerfResults):
         return result.sentence
@@ -194,7 +201,7 @@ def _notes(result: AnyResult) -> tuple[Evidence, ...]:
         }
         return tuple(told.values())
     notes: Iterable[str] = (
-        result.notes if isinstance(result, Experiment | Ablation | Matrix) else ()
+        result.notes if isinstance(result, Experiment | Ablation | Matrix | Quality) else ()
     )
     return tuple(Evidence(id=f"n{at}", text=text) for at, text in enumerate(notes))
 
@@ -211,6 +218,8 @@ def _seconds(result: AnyResult) -> float | None:
         return sum(run.e2e_ms for each in result.results for run in each.runs) / 1e3
     if isinstance(result, Experiment):
         return sum(sample.seconds for cell in result.cells for sample in cell.samples)
+    if isinstance(result, Quality):
+        return sum(clip.seconds for clip in result.clips)
     if isinstance(result, Ablation | Matrix):
         return None
     every = result.comparisons if isinstance(result, Results) else (result,)

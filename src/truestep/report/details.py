@@ -8,6 +8,7 @@ from typing import Any
 from truestep.errors import UsageError
 from truestep.experiment.ablation_records import Ablation, Matrix
 from truestep.experiment.perf_records import PerfResult, PerfResults
+from truestep.experiment.quality.records import Quality, QualityCell
 from truestep.experiment.records import CellResult, Experiment, Sameness
 from truestep.records import Record
 from truestep.report.items import items_of
@@ -36,6 +37,8 @@ PARTS: dict[type[Record], dict[str, str]] = {
         "s": "samples",
         "b": "repeats",
     },
+    Quality: {"c": "candidates", "n": "notes", "v": "votes"},
+    QualityCell: {"q": "reasons", "r": "rows"},
     Sameness: {"c": "steps"},
     Ablation: {"c": "switches", "n": "notes", "k": "attributions"},
     Matrix: {"k": "cells", "n": "notes"},

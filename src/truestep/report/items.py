@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 
 from truestep.experiment.ablation_records import Ablation, Switch
 from truestep.experiment.perf_records import PerfResult, PerfResults
+from truestep.experiment.quality.records import Quality, QualityCell
 from truestep.experiment.records import CellResult, Experiment
 from truestep.report.results_file import AnyResult
 from truestep.report.words import command_in, next_command
@@ -21,6 +22,7 @@ _MOST_ROWS = 8
 DECISIONS = {
     "drifted": "whether this difference is wanted: if it is, record it as the new reference; "
     "if not, mend the code",
+    "degraded": "whether this loss is worth what the change wins; if not, take the change back",
     "unmet": "whether the switch was meant to change something here, or should go",
     "missing": "whether the code of this environment is to be trusted: what is recorded now is "
     "what later runs are judged by",
@@ -98,12 +100,32 @@ def _items(result: AnyResult) -> Iterator[Item]:
     elif isinstance(result, Experiment):
         for at, cell in enumerate(result.cells):
             yield _of_cell(cell, f"c{at}", result.repeat)
+    elif isinstance(result, Quality):
+        for at, candidate in enumerate(result.candidates):
+            yield _of_candidate(candidate, f"c{at}", result.next)
     elif isinstance(result, PerfResults):
         for at, found in enumerate(result.results):
             yield _of_perf(found, f"c{at}", result)
     elif isinstance(result, Ablation):
         for at, switch in enumerate(result.switches):
             yield _of_switch(switch, f"c{at}")
+
+
+def _of_candidate(cell: QualityCell, own: str, following: str) -> Item:
+    passed = cell.standing.passed
+    return Item(
+        id=own,
+        name=cell.cell.name,
+        verdict=cell.standing.value,
+        exit_code=cell.standing.exit_code,
+        sentence=cell.sentence,
+        cause="" if passed or not cell.reasons else cell.reasons[0],
+        evidence=tuple(
+            Evidence(id=f"{own}.q{at}", text=text) for at, text in enumerate(cell.reasons)
+        ),
+        next="" if passed else following,
+        decide="" if passed else DECISIONS.get(cell.standing.value, ""),
+    )
 
 
 def _of_comparison(comparison: Comparison, own: str) -> Item:

@@ -8,11 +8,12 @@ from typing import Any
 from truestep.errors import FileFormatError
 from truestep.experiment.ablation_records import Ablation, Matrix
 from truestep.experiment.perf_records import PerfResults
+from truestep.experiment.quality.records import Quality
 from truestep.experiment.records import Experiment
 from truestep.reading import parse_json, read
 from truestep.verdict import Comparison, Results
 
-AnyResult = Results | Comparison | Experiment | PerfResults | Ablation | Matrix
+AnyResult = Results | Comparison | Experiment | PerfResults | Ablation | Matrix | Quality
 """What `check` and all that compare, `ab`, `perf record` and `check`, and `ablate` write."""
 
 MOST_BYTES = 32 * 2**20
@@ -22,6 +23,7 @@ _BY_FIELD: dict[str, type[AnyResult]] = {
     "comparisons": Results,
     "rows": Comparison,
     "plan": Experiment,
+    "quality": Quality,
     "results": PerfResults,
     "switches": Ablation,
     "profiles": Matrix,
@@ -72,7 +74,7 @@ def _parsed(data: bytes) -> AnyResult:
 
 def _contradiction(result: AnyResult) -> str:
     """What the verdict of the whole should be by its parts, where it is another."""
-    if isinstance(result, Comparison | Ablation | Matrix):
+    if isinstance(result, Comparison | Ablation | Matrix | Quality):
         return ""
     if isinstance(result, Results):
         again: Any = Results.of(result.comparisons)

@@ -159,6 +159,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self._found: OrderedDict[tuple[int, int], tuple[Tensor, Any]] = OrderedDict()
+        self.hits = 0
         self._lock = threading.Lock()
 
     def of(self, tensor: Tensor, make: Callable[[], Any]) -> Any:
@@ -169,6 +170,7 @@ class _Kept:
         with self._lock:
             if key in self._found:
                 self._found.move_to_end(key)
+                self.hits += 1
                 return self._found[key][1]
         made = make()
         with self._lock:
@@ -180,6 +182,7 @@ class _Kept:
     def clear(self) -> None:
         with self._lock:
             self._found.clear()
+            self.hits = 0
 
 
 class _Now(threading.local):
@@ -206,6 +209,7 @@ class TextAttention:
         self._texts, self._now = _Kept(), _Now()
         self._memos: list[_Kept] = []
         self._undo: list[Callable[[], None]] = []
+        self.shortened = 0  # forwards whose padded text was one key, since `forget`
         if self._family is None:
             self._say(f"{type(self.model).__name__} is not known to attend to padded text")
             return
@@ -220,6 +224,11 @@ class TextAttention:
                 for name in self._family.kept:
                     self._keep(getattr(attention, name, None))
 
+    @property
+    def hits(self) -> int:
+        """How often a kept key or value of a text was given again, since `forget`."""
+        return sum(memo.hits for memo in self._memos)
+
     def remove(self) -> None:
         """Take everything off; what was on the model before stays."""
         for undo in reversed(self._undo):
@@ -229,6 +238,7 @@ class TextAttention:
 
     def forget(self) -> None:
         """Drop what is kept: weights may change between two generations."""
+        self.shortened = 0
         self._texts.clear()
         for memo in self._memos:
             memo.clear()
@@ -250,6 +260,7 @@ class TextAttention:
             short: Collapsed | None = self._texts.of(text, lambda: self._short(text))
             if short is None:
                 return original(*args, **kwargs)
+            self.shortened += 1
             before, self._now.bias = self._now.bias, short.bias
             try:
                 return original(*args, **{**kwargs, "encoder_hidden_states": short.text})

@@ -181,11 +181,13 @@ class Branches:
         cfg: `sequential`, `batched` or `parallel`.
         reasons: Why it fell back to sequential, each once.
         per_sample: Keywords whose first axis is the batch.
+        joined: Steps in which both ran as one forward.
     """
 
     cfg: str = "sequential"
     reasons: list[str] = field(default_factory=list)
     per_sample: Collection[str] = PER_SAMPLE
+    joined: int = 0
     _joint: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def run(
@@ -229,6 +231,7 @@ class Branches:
             first = (str(error).strip().splitlines() or [""])[0]
             self.fall_back(f"the model rejects a batch of 2: {type(error).__name__}: {first}"[:300])
             return None
+        self.joined += 1
         return cond, uncond
 
     def _joined(self, uncond: Tensor, cond: Tensor) -> Tensor:
