@@ -35,8 +35,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "brief-1": Brief,
 }
 """File to model: of one comparison, of `check`, `ab`, `perf record` and `check`, `perf show`,
-`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `ab --quality`, `bisect`, `training gap`; of what
-`--brief` gives."""
+`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `ab --quality`, `bisect`,
+`training gap`; of what `--brief` gives."""
 
 
 def main() -> None:
