@@ -374,7 +374,8 @@ def _rank_table() -> list[str]:
     lines = [
         "## Settings against the judge's truth",
         "",
-        f"{found.prompts} prompts, {RANK_SEEDS} seeds, {len(right)} settings. The truth is read by a support vector machine "
+        f"{found.prompts} prompts, {RANK_SEEDS} seeds, {len(right)} settings. "
+        "The truth is read by a support vector machine "
         "that shares only the training scans with the metrics, from other clips: every one "
         f"of the 160 prompts once. Tau-b: {agreement['prompted']:.2f} by the worst metric "
         f"that reads the prompt, {agreement['all']:.2f} with `look`, which asks for likeness.",
@@ -404,7 +405,8 @@ def _frontier_table() -> list[str]:
     return [
         "## Frontier of the digits model",
         "",
-        f"25 steps are the baseline; {found.prompts} prompts, {RANK_SEEDS} seeds, one CPU thread. Speed: "
+        f"25 steps are the baseline; {found.prompts} prompts, {RANK_SEEDS} seeds, one thread. "
+        "Speed: "
         "times as fast; drift: rel_l2 of the final latent; quality: the worst metric in its "
         "margins. [Plot](quality-frontier.svg)",
         "",
