@@ -1,8 +1,8 @@
 """Train the reader of digits that ships with the model: `python -m training.digits.reader`.
 
 Two layers on the cut-out that `truestep.experiment.quality.digits_judge` follows, learned from real
-clips of the training scans; the held-out scans are only read to state its accuracy. A minute on one
-core.
+clips of the training scans; the held-out scans are only read to state its accuracy. Half a minute
+on one core.
 """
 
 from __future__ import annotations
