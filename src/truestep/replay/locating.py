@@ -15,6 +15,8 @@ from truestep.judge.sentence import with_divergence
 from truestep.keys import key_of, step_name
 from truestep.pairing.naming import ROOT
 from truestep.pairing.partners import Partners, partners_of
+from truestep.replay.causes.stages import STAGES as WITHOUT_MODEL
+from truestep.replay.causes.stages import stage_cause
 from truestep.replay.drill import Drilled, Known, Subject, drill
 from truestep.replay.isolation import Forward
 from truestep.replay.raised import raised
@@ -24,6 +26,7 @@ from truestep.replay.stages import (
     recorded_schedule,
     recorded_step,
     recorded_texts,
+    replay,
 )
 from truestep.runtime.pipeline import Branch, Observer, Pipeline, connect, text_branch
 from truestep.runtime.precision import raised_precision
@@ -83,6 +86,9 @@ def locate_module(
     Raises:
         UsageError: The rename map names modules that there are not.
     """
+    first = comparison.first_divergence
+    if explain and first is not None and first.stage in WITHOUT_MODEL:
+        return _explained(pipe, trusted, recording, comparison, first.stage)
     place = failing_place(comparison.rows)
     if place is None:
         return comparison
@@ -94,6 +100,24 @@ def locate_module(
         if found.first_divergence != comparison.first_divergence:
             return found
     return found
+
+
+def _explained(
+    pipe: Pipeline,
+    trusted: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    comparison: Comparison,
+    stage: str,
+) -> Comparison:
+    """The comparison with why a stage without a model is wrong, or a note that nothing explains
+    it."""
+    outputs = replay(pipe, recording, only=(stage,)).outputs
+    cause, tried = stage_cause(stage, comparison.rows, outputs, recording, trusted)
+    first = comparison.first_divergence
+    if cause is None or first is None:
+        return noted(comparison, unexplained(tried))
+    found = first.model_copy(update={"cause": cause})
+    return comparison.model_copy(update={"first_divergence": found})
 
 
 def _located(
@@ -185,7 +209,7 @@ def opened(
             f"({into.around} differs)",
         )
     if drilled.tried and drilled.divergence.cause is None:
-        text = f"no cause named: none of {drilled.tried} hypotheses gives what the candidate gave"
+        text = unexplained(drilled.tried)
         comparison = noted(comparison, text)
     fqn = into.named(drilled.divergence.fqn or ROOT)
     divergence = drilled.divergence.model_copy(update={"fqn": fqn, **into.changes})
@@ -251,6 +275,11 @@ def _left_out(names: Sequence[str]) -> str:
     """What other code has in a form that cannot be compared."""
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return f"left out, since the candidate has nothing of these sizes there: {shown}"
+
+
+def unexplained(tried: int) -> str:
+    """Why no cause is named."""
+    return f"no cause named: none of {tried} hypotheses gives what the candidate gave"
 
 
 def noted(comparison: Comparison, note: str) -> Comparison:

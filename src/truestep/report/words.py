@@ -13,6 +13,9 @@ _COMMAND = re.compile(r"(truestep|pip|grep|ls|df|git) ")
 _OPENED = ("text", "connector", "prediction", "decoding")
 """Stages whose models `--depth modules` opens."""
 
+_EXPLAINED = re.compile(r"(audio/)?(step/\d+/(guided|latent)|latent/\w+|schedule/\w+)")
+"""What stages without one give, whose causes `--depth cause` looks for."""
+
 
 def stage_label(stage: str, modality: str | None) -> str:
     """A stage as it is printed: `tensors` where files have none, with its modality if of one."""
@@ -57,6 +60,8 @@ def next_command(comparison: Comparison) -> str:
         return _deeper(repeat, "cause") if named else ""
     if depth:  # the end of a free run says nothing of where
         return _deeper(repeat, "modules") if depth[-1] == "final" else ""
+    if first is not None and _EXPLAINED.fullmatch(first.name):
+        return f"{repeat} --depth cause"
     return f"{repeat} --depth modules" if first is None or first.stage in _OPENED else ""
 
 

@@ -1,0 +1,94 @@
+"""What a hypothesis about a stage without a model is: what it makes of each failing tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from truestep.runtime.pipeline import Pipeline
+
+LEAST = 1e-6
+"""Relative distance that is the floor where less was measured: fits are of rounded numbers."""
+
+PRECISIONS = (torch.bfloat16, torch.float16)
+"""What a stage may be computed or kept in by mistake."""
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A tensor of the stage that fails.
+
+    Attributes:
+        name: As it is recorded.
+        actual, reference: What the candidate gave, and the reference, in float64.
+        limit: Relative distance within which a hypothesis explains it.
+    """
+
+    name: str
+    actual: torch.Tensor
+    reference: torch.Tensor
+    limit: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is known of a stage.
+
+    Attributes:
+        failing: Its tensors that fail, in order of execution.
+        recording: The reference.
+        trusted: The reference's pipeline.
+    """
+
+    failing: Sequence[Failing]
+    recording: Mapping[str, torch.Tensor]
+    trusted: Pipeline
+
+    def recorded(self, name: str) -> torch.Tensor | None:
+        """A recorded tensor in float64; None where there is none."""
+        return self.recording[name].double() if name in self.recording else None
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A hypothesis.
+
+    Attributes:
+        made: What it makes of each failing tensor, in their order.
+    """
+
+    kind: str
+    text: str
+    made: Sequence[torch.Tensor]
+    patch: str = ""
+
+
+def apart(made: torch.Tensor, actual: torch.Tensor) -> float:
+    """rel_l2 of what was made from what the candidate gave."""
+    size = float(actual.norm())
+    return float((made - actual).norm()) / size if size else float(made.norm())
+
+
+def number(value: float) -> str:
+    """A fitted number as one would write it."""
+    return f"{value:.4g}"
+
+
+def rounded_to(scene: Scene, what: str) -> Iterator[Guess]:
+    for dtype in PRECISIONS:
+        made = [one.reference.to(dtype).double() for one in scene.failing]
+        name = str(dtype).removeprefix("torch.")
+        yield Guess("precision", f"{what} in {name}, the reference's not", made)
+
+
+def scaled(scene: Scene, what: str) -> Iterator[Guess]:
+    """All failing tensors by one factor."""
+    one = scene.failing[0]
+    size = float(one.reference.square().sum())
+    factor = float((one.actual * one.reference).sum()) / size if size else 1.0
+    made = [factor * other.reference for other in scene.failing]
+    yield Guess("scaled", f"{what} {number(factor)} times the reference's", made)

@@ -1,0 +1,96 @@
+"""Why a stage without a model is wrong: guidance, schedule, initial noise, the scheduler's update.
+
+Its inputs are recorded, so that a hypothesis is tried by computing the stage anew: it is accepted
+where every failing tensor of the stage then comes out as the candidate's, within the noise floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from truestep.keys import key_of
+from truestep.replay.causes.guesses import LEAST, Failing, Guess, Scene, apart
+from truestep.replay.causes.guided import guidance
+from truestep.replay.causes.scheduled import latent, schedule, update
+from truestep.verdict import Cause, Row, Verdict
+
+if TYPE_CHECKING:
+    from truestep.runtime.pipeline import Pipeline
+
+STAGES = ("schedule", "latent", "guidance", "update")
+"""Stages whose causes are looked for here."""
+
+GAIN = 10.0
+"""A hypothesis must bring the candidate nearer by this factor."""
+
+
+def stage_cause(
+    stage: str,
+    rows: Sequence[Row],
+    outputs: Mapping[str, torch.Tensor],
+    recording: Mapping[str, torch.Tensor],
+    trusted: Pipeline,
+) -> tuple[Cause | None, int]:
+    """Why a stage is wrong, and how much was tried.
+
+    Args:
+        stage: One of `STAGES`.
+        rows: The candidate's check.
+        outputs: What the candidate gave for the recorded inputs.
+        recording: The reference.
+        trusted: The reference's pipeline.
+    """
+    failing = [
+        Failing(
+            row.name,
+            outputs[row.name].double().cpu(),
+            recording[row.name].double(),
+            max(LEAST, row.floor.rel_l2 if row.floor else 0.0),
+        )
+        for row in rows
+        if row.stage == stage
+        and row.verdict is Verdict.DRIFTED
+        and not key_of(row.name).precision
+        and row.name in outputs
+        and outputs[row.name].shape == recording[row.name].shape
+    ]
+    if stage == "schedule":
+        failing = [one for one in failing if one.name == "schedule/sigmas"] or failing[:1]
+    if not failing:
+        return None, 0
+    scene, tried = Scene(failing, recording, trusted), 0
+    for guess in _GUESSES[stage](scene):
+        tried += 1
+        if _explains(guess, failing):
+            first = failing[0]
+            cause = Cause(
+                kind=guess.kind,
+                text=guess.text,
+                patch=guess.patch,
+                error_before=apart(first.reference, first.actual),
+                error_after=apart(guess.made[0], first.actual),
+                tried=tried,
+            )
+            return cause, tried
+    return None, tried
+
+
+def _explains(guess: Guess, failing: Sequence[Failing]) -> bool:
+    for made, one in zip(guess.made, failing, strict=True):
+        if made.shape != one.actual.shape:
+            return False
+        after, before = apart(made, one.actual), apart(one.reference, one.actual)
+        if not (after <= one.limit and after * GAIN <= before):
+            return False
+    return True
+
+
+_GUESSES: Mapping[str, Callable[[Scene], Iterator[Guess]]] = {
+    "guidance": guidance,
+    "schedule": schedule,
+    "latent": latent,
+    "update": update,
+}
