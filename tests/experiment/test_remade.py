@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from truestep.errors import ReferenceNotFoundError, UsageError
-from truestep.experiment.remade import Asked, baseline_of, judged
+from truestep.experiment.remade import Asked, _shared, baseline_of, judged
 from truestep.testing import tiny
 from truestep.verdict import Verdict
 
@@ -80,7 +81,7 @@ def test_a_change_since_a_commit_is_found_and_named(project: Path) -> None:
         note.startswith("changed since HEAD~1 (") and note.endswith("src/ported/__init__.py")
         for note in result.notes
     )
-    assert "flux is in no commit: both sides have this one" in result.notes
+    assert "flux is in no commit, or not whole: both sides have this one" in result.notes
     assert result.hint.startswith("git diff ")
     assert git(project, "worktree", "list").count("\n") == 1
 
@@ -120,3 +121,76 @@ def test_what_is_no_baseline_is_refused(project: Path, tmp_path: Path) -> None:
         baseline_of("nosuch", project)
     with pytest.raises(UsageError, match="this folder is in no git repository"):
         baseline_of("HEAD", tmp_path)
+
+
+def plain(folder: Path, **files: str) -> Path:
+    """A repository with one commit."""
+    for name, text in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", "a commit")
+    return folder
+
+
+@pytest.mark.parametrize("text", ["HEAD..HEAD", "HEAD:a.py", "--all", "a.py", "run"])
+def test_only_one_commit_is_a_baseline(tmp_path: Path, text: str) -> None:
+    folder = plain(tmp_path, **{"a.py": ""})
+    (folder / "run").write_text("#!/bin/sh\n")
+    (folder / "run").chmod(0o755)
+    with pytest.raises(UsageError, match="no commit of this repository"):
+        baseline_of(text, folder)
+
+
+@pytest.mark.slow
+def test_a_baseline_that_imports_the_working_tree_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its package is in no place that is put first, and the environment has the working tree's."""
+    cases = CASES.replace('"flux"', '"builtin:digits"')
+    folder = plain(
+        tmp_path,
+        **{"python__ported.py": "GAIN = 1.0", "truestep.toml": cases, "change.py": PREPARE},
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:{folder / 'python'}")
+    with pytest.raises(UsageError, match="would not run its own code") as told:
+        judged(baseline_of("HEAD", folder), Asked(folder, [], [Path("truestep.toml")]))
+    assert "of the working tree" in (told.value.measured or "")
+
+
+def test_a_file_of_the_repository_with_its_whole_path_is_refused(tmp_path: Path) -> None:
+    cases = CASES.replace('"change.py', f'"{tmp_path}/change.py')
+    folder = plain(tmp_path, **{"truestep.toml": cases, "change.py": PREPARE})
+    with pytest.raises(UsageError, match="named by its whole path: both sides would have it"):
+        judged(baseline_of("HEAD", folder), Asked(folder, [], [Path("truestep.toml")]))
+
+
+def test_nothing_is_written_through_a_link_of_the_commit(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "truestep.toml").write_text("precious")
+    folder = tmp_path / "port"
+    folder.mkdir()
+    (folder / "cases").symlink_to(outside)
+    plain(folder, **{"a.py": ""})
+    (folder / "cases").unlink()
+    (folder / "cases").mkdir()
+    (folder / "cases" / "truestep.toml").write_text(CASES)
+    asked = Asked(folder, ["--file", "cases/truestep.toml"], [Path("cases/truestep.toml")])
+    with pytest.raises(UsageError, match="a link in the commit leads out of it"):
+        judged(baseline_of("HEAD", folder), asked)
+    assert (outside / "truestep.toml").read_text() == "precious"
+
+
+def test_weights_that_a_commit_lacks_are_shared_file_by_file(tmp_path: Path) -> None:
+    folder = plain(tmp_path, **{"flux__config.json": "{}", "truestep.toml": CASES})
+    (folder / "flux" / "model.safetensors").write_text("weights")
+    tree = tmp_path / "tree"
+    git(folder, "worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
+    asked = Asked(folder, [], [Path("truestep.toml")])
+    told = list(_shared(folder, tree, asked))
+    assert (tree / "flux" / "model.safetensors").read_text() == "weights"
+    assert not (tree / "flux" / "config.json").is_symlink()
+    assert told == ["flux is in no commit, or not whole: both sides have this one"]

@@ -96,7 +96,7 @@ def test_one_step_without_guidance_is_named(reference: Recording) -> None:
     ("kind", "said", "change"),
     [
         ("precision", "the sigmas are in bfloat16", lambda s: s.bfloat16().float()),
-        ("last sigma", "the last of the sigmas is 0.001", lambda s: torch.cat([s[:-1], s.new_tensor([1e-3])])),
+        ("last sigma", "the last of the sigmas is 0.001", lambda s: s.clamp(min=1e-3)),
         ("scaled", "the sigmas are 0.99 times", lambda s: 0.99 * s),
         ("", "", lambda s: s.sqrt()),
     ],

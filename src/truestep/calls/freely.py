@@ -57,8 +57,9 @@ def run_twice(subject: Subject, reference: CallRecording) -> Forced:
     return first
 
 
-def other_noise(subject: Subject, reference: CallRecording) -> tuple[float, ...]:
-    """How far the end is from the recorded one with other noise: what was drawn, in another order.
+def other_noise(subject: Subject, reference: CallRecording) -> dict[str, float]:
+    """How far ends are from the recorded ones with other noise (what was drawn, in another order),
+    by their keys.
 
     Empty where nothing is drawn in the run, or it fails.
     """
@@ -66,7 +67,7 @@ def other_noise(subject: Subject, reference: CallRecording) -> tuple[float, ...]
     from truestep.measure.distance import distance
 
     if not any(call.kind == Kind.RANDOM for call in reference.calls):
-        return ()
+        return {}
     order = torch.Generator().manual_seed(0)
 
     def shuffled(drawn: torch.Tensor) -> torch.Tensor:
@@ -74,8 +75,8 @@ def other_noise(subject: Subject, reference: CallRecording) -> tuple[float, ...]
         return drawn.reshape(-1)[places].reshape(drawn.shape)
 
     made = run_freely(subject, reference, Plan(made=lambda call: True, handed=shuffled))
-    found = [distance(*both) for both in pairs(reference, made).values()]
-    return tuple(each.rel_l2 for each in found if not each.nonfinite_actual)
+    found = {name: distance(*both) for name, both in pairs(reference, made).items()}
+    return {name: each.rel_l2 for name, each in found.items() if not each.nonfinite_actual}
 
 
 def end_calls(reference: CallRecording) -> list[CallEntry]:

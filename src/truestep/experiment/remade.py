@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from truestep.verdict import Comparison, Results
 NAMED = 5
 """Changed files that are named; more are counted."""
 
+_INTERPRETER = re.compile(r"(?:python|pypy)[\d.]*t?(?:\.exe)?")
 _PYTHON = ("bin/python", "Scripts/python.exe")
 _ERROR = re.compile(r"\w*Error: ")
 _PARTS = re.compile(r"[:=]")
@@ -84,7 +86,7 @@ def baseline_of(text: str, folder: Path) -> Baseline:
     repository = _repository(folder)
     path = folder / text
     python = next((path / name for name in _PYTHON if (path / name).is_file()), None)
-    if python is None and path.is_file() and os.access(path, os.X_OK):
+    if python is None and _INTERPRETER.fullmatch(path.name) and os.access(path, os.X_OK):
         python = path
     if python is not None:  # not resolved: a link in an environment says which one it is
         return Baseline(f"environment {text}", os.path.abspath(python), repository=repository)
@@ -95,8 +97,10 @@ def baseline_of(text: str, folder: Path) -> Baseline:
             hint="git status",
         )
     try:
-        form = "--format=%H%x00%T%x00%s"
-        told = git(repository, "log", "--max-count=1", form, "--end-of-options", text, "--")
+        told = git(repository, "rev-parse", "--verify", "--end-of-options", f"{text}^{{commit}}")
+        sha = told.split()[-1]
+        tree = git(repository, "rev-parse", f"{sha}^{{tree}}").strip()
+        subject = git(repository, "log", "--max-count=1", "--format=%s", sha).strip()
     except UsageError as error:
         raise UsageError(
             "the baseline is no commit of this repository, and no Python environment",
@@ -104,7 +108,6 @@ def baseline_of(text: str, folder: Path) -> Baseline:
             measured=error.measured,
             hint="git log --oneline --max-count 5",
         ) from None
-    sha, tree, subject = told.strip().split("\0")
     commit = Commit(sha, tree, (), subject)
     return Baseline(f"{text} ({commit.label})", sys.executable, commit, repository)
 
@@ -117,7 +120,8 @@ def judged(baseline: Baseline, asked: Asked) -> list[Comparison]:
         ReferenceNotFoundError: The baseline could not be recorded.
         FileFormatError: The check gave no result.
     """
-    with tempfile.TemporaryDirectory(prefix="truestep-baseline-") as name:
+    _sweep(baseline)
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-") as name:
         scratch = Path(name)
         _say(asked, "recording the baseline", 0)
         kept = _recorded(baseline, asked, scratch)
@@ -128,6 +132,32 @@ def judged(baseline: Baseline, asked: Asked) -> list[Comparison]:
     return [_told(result, baseline, notes) for result in results]
 
 
+_SCRATCH = "truestep-baseline-"
+
+
+def _sweep(baseline: Baseline) -> None:
+    """Clear away what a gate left that was killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
+        number = left.name.removeprefix(_SCRATCH).partition("-")[0]
+        if number.isdigit() and _ended(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    if baseline.repository is not None:
+        git(baseline.repository, "worktree", "prune")
+
+
+def _ended(number: int) -> bool:
+    """Whether there is no such process; unknown, so no, where signal 0 is not a question."""
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
 def _say(asked: Asked, what: str, done: int) -> None:
     if asked.told is not None:
         asked.told(what, done, 2)
@@ -135,6 +165,7 @@ def _say(asked: Asked, what: str, done: int) -> None:
 
 def _recorded(baseline: Baseline, asked: Asked, scratch: Path) -> list[str]:
     """Record the baseline; what both sides share although a commit lacks it."""
+    asked = replace(asked, words=[_relative(word, baseline, asked.folder) for word in asked.words])
     words = ["record", *asked.words, "--references", str(scratch / "references")]
     words += ["--floor", asked.floor]
     with _place(baseline, asked, scratch) as (place, shared):
@@ -146,6 +177,7 @@ def _recorded(baseline: Baseline, asked: Asked, scratch: Path) -> list[str]:
                 hint="install the project in this environment in editable mode: pip install -e .",
             )
         ran = _run(baseline.python, words, place, scratch / "baseline")
+        _require_own_code(baseline, scratch)
     if ran.exit_code:
         raise ReferenceNotFoundError(
             "the baseline could not be recorded",
@@ -154,6 +186,19 @@ def _recorded(baseline: Baseline, asked: Asked, scratch: Path) -> list[str]:
             hint=f"truestep {pasteable(words[:-4])}  # in the baseline",
         )
     return shared
+
+
+def _relative(word: str, baseline: Baseline, folder: Path) -> str:
+    """A word that names a file of the repository by its whole path, as from the folder: that is
+    another one in a worktree."""
+    name, mark, path = word.partition("=") if "=" in word else ("", "", word)
+    if baseline.commit is None or baseline.repository is None or not os.path.isabs(path):
+        return word
+    plain = path.rpartition(":")[0] or path
+    if not Path(plain).resolve().is_relative_to(baseline.repository.resolve()):
+        return word
+    rest = path.removeprefix(plain)
+    return f"{name}{mark}{os.path.relpath(plain, folder)}{rest}"
 
 
 @contextmanager
@@ -168,7 +213,10 @@ def _place(baseline: Baseline, asked: Asked, scratch: Path) -> Iterator[tuple[Pl
     folder = scratch / "commit"
     folder.mkdir()
     with setting.place(folder) as place:
-        yield place, [*_shared(baseline.repository, folder / "tree", asked)]
+        tree = folder / "tree"
+        here = tree / asked.folder.resolve().relative_to(baseline.repository.resolve())
+        here.mkdir(parents=True, exist_ok=True)  # a folder that is new is in no commit
+        yield replace(place, folder=here), [*_shared(baseline.repository, tree, asked)]
 
 
 def _here(baseline: Baseline, folder: Path) -> Place:
@@ -200,10 +248,58 @@ def _results(text: bytes) -> Results:
 
 
 def _run(python: str, words: Sequence[str], place: Place, scratch: Path) -> Ran:
+    """Run truestep; the files that it imported are written into `scratch`."""
     scratch.mkdir()
     variables = environment(scratch, (), place.variables)
-    command = [python, "-m", "truestep", *words]
+    command = [python, "-c", _PROGRAM, str(scratch / _IMPORTED), *words]
     return run(command, place.folder, variables, scratch=scratch, timeout_s=None)
+
+
+_IMPORTED = "imported"
+_PROGRAM = """
+import atexit, runpy, sys
+path = sys.argv.pop(1)
+sys.argv[0] = "truestep"
+def write():
+    modules = [*sys.modules.values()]
+    names = [getattr(m, "__file__", None) for m in modules]
+    names += [getattr(getattr(m, "__spec__", None), "origin", None) for m in modules]
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write("\\0".join(name for name in names if isinstance(name, str)))
+atexit.register(write)
+runpy.run_module("truestep", run_name="__main__", alter_sys=True)
+"""
+
+
+def _require_own_code(baseline: Baseline, scratch: Path) -> None:
+    """Refuse a baseline that imported files of the working tree: it would be compared with itself.
+
+    Raises:
+        UsageError: It did.
+    """
+    written = scratch / "baseline" / _IMPORTED
+    if baseline.commit is None or baseline.repository is None:
+        return
+    if not written.exists():
+        raise UsageError(
+            "the baseline did not say what it imported: it may not be its own code",
+            where=baseline.label,
+            likely="it was ended while it ran",
+            hint="truestep record CASE",
+        )
+    root, tree = baseline.repository.resolve(), (scratch / "commit" / "tree").resolve()
+    told = git(baseline.repository, "ls-files", "--recurse-submodules", "-z")
+    tracked = {str(root / name) for name in told.split("\0") if name}
+    names = written.read_text("utf-8", "surrogateescape").split("\0")
+    found = (os.path.realpath(name) for name in names if os.path.isabs(name))
+    own = sorted({name for name in found if name in tracked and not name.startswith(f"{tree}/")})
+    if own:
+        raise UsageError(
+            "the baseline would not run its own code",
+            where=baseline.label,
+            measured=f"it imported {own[0]} of the working tree",
+            hint="put the worktree's packages first: PYTHONPATH names folders relative to it",
+        )
 
 
 def _last(ran: Ran) -> str:
@@ -225,13 +321,29 @@ def _shared(repository: Path, tree: Path, asked: Asked) -> Iterator[str]:
             continue
         there = tree / where.relative_to(root)
         content = where.read_bytes()
-        if not there.exists() or there.read_bytes() != content:
-            there.parent.mkdir(parents=True, exist_ok=True)
-            there.unlink(missing_ok=True)
+        if not there.is_file() or there.read_bytes() != content:
+            _make_room(there, tree)
             there.write_bytes(content)
             yield f"{path} of the working tree says the cases of both sides"
         yield from _linked(_texts(where), where.parent, root, tree)
     yield from _linked(asked.words, asked.folder.resolve(), root, tree)
+
+
+def _make_room(path: Path, tree: Path) -> None:
+    """Make the folder of a file in a worktree, and take away what is in its place.
+
+    Raises:
+        UsageError: A link of the commit leads out of the worktree there.
+    """
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.resolve().is_relative_to(tree.resolve()):
+        raise UsageError(
+            "a link in the commit leads out of it, where a file of the working tree belongs",
+            where=str(path.relative_to(tree)),
+            hint="git ls-files --stage  # mode 120000 is a link",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _texts(path: Path) -> list[str]:
@@ -254,19 +366,46 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _linked(texts: Sequence[str], folder: Path, root: Path, tree: Path) -> Iterator[str]:
-    """Link files of the working tree that texts name and a commit lacks: weights, pictures."""
+    """Link files of the working tree that texts name and a commit lacks: weights, pictures.
+
+    Raises:
+        UsageError: A text names a file of the commit by its whole path, which is the working
+            tree's on both sides.
+    """
     for text in texts:
-        for part in (text, *_PARTS.split(text)):
+        for part in dict.fromkeys((text, *_PARTS.split(text))):
             try:
                 found = (folder / part).resolve() if part.strip("./") else folder
                 there = tree / found.relative_to(root)
-                if found == folder or not found.exists() or there.exists():
+                if found in (folder, root) or not found.exists():
                     continue
             except (OSError, ValueError):  # no path, or not of the repository
                 continue
-            there.parent.mkdir(parents=True, exist_ok=True)
-            there.symlink_to(found, target_is_directory=found.is_dir())
-            yield f"{part} is in no commit: both sides have this one"
+            if os.path.isabs(part) and there.exists():
+                raise UsageError(
+                    "a file of the repository is named by its whole path: both sides would have it",
+                    where=part,
+                    hint="name it from the folder of the case file",
+                )
+            if list(_lacking(found, there, tree)):
+                yield f"{part} is in no commit, or not whole: both sides have this one"
+
+
+def _lacking(found: Path, there: Path, tree: Path) -> Iterator[Path]:
+    """Link what a worktree lacks of a file or a folder; what was linked."""
+    if there.is_symlink() or found.is_file():
+        if not there.exists():
+            _make_room(there, tree)
+            there.symlink_to(found)
+            yield there
+    elif not there.exists():
+        _make_room(there, tree)
+        there.symlink_to(found, target_is_directory=True)
+        yield there
+    else:
+        for inner in sorted(found.iterdir()):
+            if inner.name != ".git":
+                yield from _lacking(inner, there / inner.name, tree)
 
 
 def _single(baseline: Baseline) -> list[str]:
@@ -290,7 +429,7 @@ def _changed(repository: Path, sha: str) -> list[str]:
 
 def _repository(folder: Path) -> Path | None:
     try:
-        return Path(git(folder, "rev-parse", "--show-toplevel").strip())
+        return Path(git(folder, "rev-parse", "--show-toplevel").removesuffix("\n"))
     except UsageError:
         return None
 

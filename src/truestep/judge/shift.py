@@ -10,9 +10,9 @@ other kernels or machines, other seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from truestep.floors import FREELY, NoiseFloor
 from truestep.judge.repeats import UNSTEADY, said_unsteady
@@ -30,6 +30,10 @@ SEED_SHARE = 0.5
 """From this share of the distance to another seed's end on, an end is another sample: stages that
 are all at rounding do not explain it, and something acts in free runs only."""
 
+GROWTH = {"measured": 8.0, "analytic": 100.0}
+"""Multiples of its floor up to which an end may be rounding that grew: harmless arithmetic of other
+kernels went up to 4 x a measured one (bench/results/shift.md)."""
+
 INDEPENDENT = math.sqrt(2.0)
 """rel_l2 of two ends of equal size that have nothing in common, where no other seed was run."""
 
@@ -45,13 +49,13 @@ class Ends:
     Attributes:
         rows: The candidate's ends, judged.
         floor: Of the ends of the trusted side's benign runs.
-        seeds: rel_l2 of ends of other seeds from the reference's.
+        seeds: rel_l2 of the end of another seed from the reference's, by its name.
         pair: Working precisions, candidate first.
     """
 
     rows: Sequence[Row]
     floor: NoiseFloor | None = None
-    seeds: Sequence[float] = ()
+    seeds: Mapping[str, float] = field(default_factory=dict)
     pair: str = ""
 
     @property
@@ -59,6 +63,10 @@ class Ends:
         """The one that is furthest over its floor."""
         measured = [row for row in self.rows if row.verdict in MOVED]
         return max(measured or self.rows, key=lambda row: row.ratio or 0.0)
+
+    def nearest_seed(self, name: str) -> float:
+        """How far another seed's end of this name is."""
+        return self.seeds.get(name, INDEPENDENT)
 
 
 def is_moved(rows: Iterable[Row]) -> bool:
@@ -75,46 +83,66 @@ def explained(ends: Ends, stages: Comparison, *, unseen: str = "") -> Shift:
         unseen: What the stages do not cover, in words; empty where they cover every step.
     """
     row = ends.worst
-    distance = row.metrics.rel_l2 if row.metrics else math.nan
+    distance = _distance(row)
     rungs = tuple(_rungs(ends))
-    seed = next((rung.distance for rung in rungs if rung.name == "other seed"), INDEPENDENT)
-    place = _place(distance, rungs)
-    far = not distance < SEED_SHARE * seed
-    steady = not any(UNSTEADY in end.note for end in ends.rows)
     moved = f"the end differs by {distance:.2g}"
     moved += f" ({row.ratio:.3g} x its floor)" if row.ratio else ""
     stage = ""
-    if stages.verdict.passed and not steady:
-        outcome, text = "undecided", f"{moved}, though every stage is at rounding; {UNSTEADY}"
-    elif stages.verdict.passed and not unseen and not far:
-        outcome, text = "benign shift", f"{moved}, every stage is at rounding: a benign shift"
-    elif stages.verdict.passed and far and not unseen:
-        outcome = "undecided"
-        text = (
-            f"{moved}, as far as another sample, though every stage is at rounding: what acts in "
-            "free runs only is not seen"
-        )
-    elif stages.verdict.passed:
-        outcome = "undecided"
-        text = f"{moved}, every stage looked at is at rounding, but {unseen}"
+    if stages.verdict.passed:
+        outcome, text = _not_made(ends, stages, unseen)
     elif stages.verdict is Verdict.INCONCLUSIVE:
-        outcome, text = "undecided", f"{moved}, and its stages are {stages.sentence}"
+        outcome, text = "undecided", f"and its stages are {stages.sentence}"
     elif stages.verdict not in FAULTS:
-        outcome, text = "unexplained", f"{moved}, and its stages are {stages.sentence}"
+        outcome, text = "unexplained", f"and its stages are {stages.sentence}"
     else:
         outcome, stage = "fault", _stage(stages)
-        text = f"{moved}, which {stage} made"
+        text = f"which {stage} made"
     return Shift(
         outcome=outcome,
-        text=text,
+        text=f"{moved}, {text}",
         stage=stage,
         distance=distance,
         ratio=row.ratio,
-        place=place,
+        place=_place(distance, rungs),
         rungs=rungs,
         ladder=_ladder(distance, rungs),
         seen_from=detectable(stages.rows),
     )
+
+
+def _not_made(
+    ends: Ends, stages: Comparison, unseen: str
+) -> tuple[Literal["benign shift", "fault", "undecided", "unexplained"], str]:
+    """What moved an end that no stage made: rounding that grew, or something between them."""
+    other = next((end for end in ends.rows if not _may_be_moved(end)), None)
+    if other is not None:
+        return "unexplained", f"and `{other.name}` is {other.verdict.value}: {other.note}"
+    if any(UNSTEADY in end.note for end in ends.rows):
+        return "undecided", f"though every stage is at rounding; {UNSTEADY}"
+    if unseen:
+        return "undecided", f"every stage looked at is at rounding, but {unseen}"
+    if stages.verdict is Verdict.IDENTICAL:
+        return "fault", "which no stage made, all are bit for bit the same: it is of free runs only"
+    moved = [end for end in ends.rows if end.verdict in MOVED]
+    if any(not _distance(end) < SEED_SHARE * ends.nearest_seed(end.name) for end in moved):
+        text = "as far as another sample, though every stage is at rounding"
+        return "undecided", f"{text}: what acts in free runs only is not seen"
+    if any((end.ratio or math.inf) > _growth(end) for end in moved):
+        text = "further than any harmless run by more than rounding grows"
+        return "undecided", f"{text}, though every stage is at rounding: is it of free runs only?"
+    return "benign shift", "every stage is at rounding: a benign shift"
+
+
+def _may_be_moved(end: Row) -> bool:
+    return end.verdict.passed or end.verdict in MOVED
+
+
+def _growth(end: Row) -> float:
+    return GROWTH.get(end.floor.source if end.floor else "", GROWTH["analytic"])
+
+
+def _distance(end: Row) -> float:
+    return end.metrics.rel_l2 if end.metrics else math.nan
 
 
 def with_shift(ended: Comparison, stages: Comparison, shift: Shift) -> Comparison:
@@ -128,7 +156,8 @@ def with_shift(ended: Comparison, stages: Comparison, shift: Shift) -> Compariso
         "benign shift": Verdict.EQUIVALENT,
         "undecided": Verdict.INCONCLUSIVE,
         "unexplained": ended.verdict,
-    }.get(shift.outcome, stages.verdict)
+        "fault": stages.verdict if stages.verdict in FAULTS else ended.verdict,
+    }[shift.outcome]
     rows = [_at(row, verdict, shift) for row in Rows.of(ended.rows)]
     first = _first(stages.first_divergence, shift, ended)
     where = f" (first divergence: {first})" if first is not None and shift.stage else ""
@@ -193,17 +222,19 @@ def _rungs(ends: Ends) -> Iterator[Rung]:
         if measured[name]:
             distance, kind = max(measured[name])
             yield Rung(name=name, distance=distance, runs=len(measured[name]), of=kind)
-    seeds = [distance for distance in ends.seeds if distance > 0.0]
+    seeds = [distance for distance in ends.seeds.values() if distance > 0.0]
     if seeds:
-        yield Rung(name=RUNGS[3], distance=min(seeds), runs=len(seeds), of="seed")
+        yield Rung(name=RUNGS[3], distance=min(seeds), runs=1, of="seed")
 
 
 def _place(distance: float, rungs: Sequence[Rung]) -> str:
     """Where a distance lies among the rungs, in words."""
     below = [rung for rung in rungs if rung.distance < distance]
     above = [rung for rung in rungs if rung.distance >= distance]
-    if not rungs:
-        return "not placed: no free run was measured"
+    if not rungs or math.isnan(distance):
+        return "not placed: " + (
+            "its distance is no number" if rungs else "no free run was measured"
+        )
     if not below:
         return f"within {above[0].name}"
     furthest = max(below, key=lambda rung: rung.distance)

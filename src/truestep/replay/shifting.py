@@ -57,8 +57,9 @@ def moved_by(
     return found, explained(ends, found)
 
 
-def other_seed(pipe: Pipeline, recording: Recording) -> tuple[float, ...]:
-    """How far the end of another seed is from the recorded one; empty where that cannot be run."""
+def other_seed(pipe: Pipeline, recording: Recording) -> dict[str, float]:
+    """How far the ends of another seed are from the recorded ones, by name; empty where that cannot
+    be run."""
     from truestep.joint import parts
     from truestep.measure.distance import distance
     from truestep.runtime.pipeline import generate
@@ -67,10 +68,10 @@ def other_seed(pipe: Pipeline, recording: Recording) -> tuple[float, ...]:
     try:
         made = dict(parts(FINALS[0], generate(replace(pipe, settings=settings))))
     except FOREIGN:  # a candidate that fails has been judged already
-        return ()
-    found = [
-        distance(latent.to("cpu"), recording[name])
+        return {}
+    found = {
+        name: distance(latent.to("cpu"), recording[name])
         for name, latent in made.items()
         if name in recording and latent.shape == recording[name].shape
-    ]
-    return tuple(each.rel_l2 for each in found if not each.nonfinite_actual)
+    }
+    return {name: each.rel_l2 for name, each in found.items() if not each.nonfinite_actual}

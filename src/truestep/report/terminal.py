@@ -116,7 +116,7 @@ def lines(comparison: Comparison) -> Iterable[str]:
 def _shift(shift: Shift) -> Iterable[str]:
     """Where the end of a free run stands among those of harmless runs, and what stages show."""
     yield from wrapped("ends", f"{shift.ladder} ({shift.place})")
-    if shift.seen_from is not None:
+    if shift.seen_from is not None and shift.outcome == "benign shift":
         seen = f"a relative change of {shift.seen_from:.1e} at any stage would have been a fault"
         yield from wrapped("", seen)
 
