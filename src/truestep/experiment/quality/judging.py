@@ -126,7 +126,7 @@ def judge_cell(
         for ours, theirs in zip(*arms, strict=True)
         for a, b in zip(ours, theirs, strict=True)
     ]
-    if all((a.latent, a.frames) == (b.latent, b.frames) for a, b in pairs):
+    if all((a.latent, a.decoded) == (b.latent, b.decoded) for a, b in pairs):
         said = "every latent and every frame is the baseline's, bit by bit"
         return _ended(plan, known, Standing.IDENTICAL, [said])
     voters = {vote.metric: vote for vote in votes if vote.votes}

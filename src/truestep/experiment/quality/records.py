@@ -152,7 +152,7 @@ class Clip(Record):
         case: Number of the prompt; `seed` that of the seed.
         seconds: Wall time, decoding included.
         place: Position among the arms of this prompt and seed.
-        latent, frames: Digests of the final latent, and of what it is decoded to.
+        latent, decoded: Digests of the final latent, and of what it is decoded to.
         drift: rel_l2 of the final latent from the baseline's; None of the baseline.
         nonfinite: Numbers of latent and frames that are NaN or infinite.
         readings: Numbers of every metric.
@@ -169,7 +169,7 @@ class Clip(Record):
     place: int = 0
     frames: int = 1
     latent: str
-    frames: str = ""
+    decoded: str = ""
     drift: Float | None = None
     nonfinite: int = 0
     readings: dict[str, tuple[Float, ...]] = Field(default_factory=dict)

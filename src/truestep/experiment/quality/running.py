@@ -183,7 +183,7 @@ class _Quality:
             place=place,
             frames=int(video.shape[2]),
             latent=digest(latent),
-            frames=digest(video),
+            decoded=digest(video),
             drift=None if name == BASELINE else _drift(latent, reference),
             nonfinite=bad,
         )
