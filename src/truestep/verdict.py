@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from truestep.many import Column, Many, Numbers, Split, Texts
+from truestep.meant_records import Meant as Meant
 from truestep.records import Cause as Cause
 from truestep.records import Cost as Cost
 from truestep.records import Float as Float
@@ -84,6 +85,7 @@ _EXIT = {
     Verdict.INCONCLUSIVE: 4,
 }
 _PASSED = tuple(verdict for verdict, code in _EXIT.items() if code == 0)
+_MEANT = (Verdict.DRIFTED, Verdict.INCONCLUSIVE)
 _FAILING = tuple(verdict for verdict, code in _EXIT.items() if code != 0)
 _SEVERITY = (
     Verdict.INVALID,
@@ -308,6 +310,7 @@ class Comparison(Record):
         evidence: What was seen where the two sides are finished media.
         shift: Of a free run whose end differs: whether a stage made that, or rounding that grew.
         expect: What the change was for; `drifted` has exit code 0 where that is `different`.
+        meant: What a declared change explains; it has the exit code, but for what is `invalid`.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -339,6 +342,7 @@ class Comparison(Record):
     media: tuple[Media, ...] = ()
     evidence: MediaEvidence | None = None
     shift: Shift | None = None
+    meant: Meant | None = None
     notes: tuple[str, ...] = ()
     hint: str = ""
     repeat: str = Field(default="", description="the command that repeats this comparison")
@@ -359,8 +363,10 @@ class Comparison(Record):
 
     @property
     def exit_code(self) -> int:
-        """The verdict's exit code, or what a ledger entry makes of it: 0 as stated, else 1; 0 for
-        `drifted` where the change was to be different."""
+        """The verdict's exit code, or what a declared change, a ledger entry (0 as stated, else 1)
+        or `expect` makes of it."""
+        if self.meant is not None and self.verdict in (*_PASSED, *_MEANT):
+            return self.meant.exit_code
         if self.expect == "different" and self.verdict is Verdict.DRIFTED:
             return 0
         if self.known is None or self.known.outcome == "not judged":
@@ -461,8 +467,7 @@ class Comparison(Record):
             (f"{more}; " if more else "")
             + f"{len(within)} within the floor"
             + (f" (worst ratio {worst:.2g})" if worst is not None else "")
-            + f"; {len(self.missing)} missing, {len(self.unexpected)} unexpected, "
-            + f"{nonfinite} non-finite"
+            + f"; {len(self.missing)} missing, {len(self.unexpected)} unexpected, {nonfinite} non-finite"
         )
         return "\n".join(text)
 

@@ -45,7 +45,7 @@ Expect = Literal["same", "different"]
 
 @taking_turns()
 @own_randomness()
-def check(  # 11 parameters: those of `truestep.check`, without what is of pipeline objects
+def check(  # 12 parameters: those of `truestep.check`, without what is of pipeline objects
     case: Case,
     reference: Recording | str | Path,
     *,
@@ -57,6 +57,7 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
     rename: Mapping[str, str] | None = None,
     accept: Collection[str] = (),
     expect: Expect | None = None,
+    meant: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Say whether a candidate is still the same model as a recorded reference.
@@ -78,6 +79,8 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
             of a dotted name. It goes before the pairs that equal names or weights give.
         accept: What a reference may be that was made by a quantised or patched implementation: each
             a part of what it is said to be (`float8_e4m3fn`, `stage combine`).
+        meant: What the change is declared to be, one of `replay.meant.NAMES`: what it explains is
+            told from what is broken underneath.
         progress: Told (what, done, total).
 
     Returns:
@@ -95,6 +98,7 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
     from truestep.runtime.stored import beside, in_files, refuse_compiled
 
     refuse_rename(rename, depth)
+    refuse_meant(meant, depth)
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
     candidate = case.replace(**dict(settings or {}))
     refused = _refuse(case, recording, accept)
@@ -127,6 +131,9 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
         progress=progress,
     )
     result = expected(said_idle(result) if idle else result, expect)
+    if meant is not None:
+        with beside(vars(pipe).values()):
+            return _as_meant(pipe, case, recording, result, meant)
     if depth not in OPENS or result.verdict in _NOTHING_TO_OPEN:
         return result
     with beside(vars(pipe).values()):
@@ -198,6 +205,24 @@ def refuse_rename(rename: Mapping[str, str] | None, depth: str) -> None:
         )
 
 
+def refuse_meant(meant: str | None, depth: str) -> None:
+    """Refuse a declared change that is not known, or that nothing can be said of.
+
+    Raises:
+        UsageError: See above.
+    """
+    if meant is None:
+        return
+    from truestep.replay.meant import require_name
+
+    require_name(meant)
+    if depth not in ("steps", "modules"):
+        raise UsageError(
+            f"a declared change is judged by its weights, not at depth {depth!r}",
+            hint="leave --depth out",
+        )
+
+
 _NOTHING_TO_OPEN = (Verdict.IDENTICAL, Verdict.EQUIVALENT, Verdict.UNMET)
 
 
@@ -231,6 +256,27 @@ def _opened(
         note = f"no module named: the case's own model is not the reference here ({same.sentence})"
         return result.model_copy(update={"notes": (*result.notes, note)})
     return locate_module(pipe, trusted, recording, result, rename=rename, explain=explain)
+
+
+def _as_meant(
+    pipe: Pipeline, case: Case, recording: Recording, result: Comparison, meant: str
+) -> Comparison:
+    """Tell what a declared change explains from what is broken, beside the model loaded here."""
+    from truestep.replay.locating import locate_module
+    from truestep.replay.meant import with_meant
+    from truestep.runtime.loading import load
+    from truestep.runtime.stored import in_files
+
+    with in_files():
+        trusted = load(case)
+    return with_meant(
+        result,
+        pipe,
+        trusted,
+        meant,
+        check=partial(check_pipeline, recording=recording, case=case),
+        locate=lambda rest: locate_module(pipe, trusted, recording, rest),
+    )
 
 
 @taking_turns()
