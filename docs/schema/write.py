@@ -11,6 +11,7 @@ from truestep.experiment.ablation_records import Ablation, Matrix
 from truestep.experiment.perf_importing import PerfImport
 from truestep.experiment.perf_records import PerfResults
 from truestep.experiment.records import Experiment
+from truestep.experiment.sensitivity_records import Sensitivity
 from truestep.gates.thresholds.linting import Lint
 from truestep.report.brief import Brief
 from truestep.report.trend import Trend
@@ -26,10 +27,11 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "thresholds-lint-1": Lint,
     "ablation-1": Ablation,
     "ablation-matrix-1": Matrix,
+    "sensitivity-1": Sensitivity,
     "brief-1": Brief,
 }
 """File to model: of one comparison, of `check`, `ab`, `perf record` and `check`, `perf show`,
-`perf import`, `thresholds lint`, `ablate`, `ablate --all`; of what `--brief` gives of any."""
+`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `sensitivity`; of what `--brief` gives of any."""
 
 
 def main() -> None:

@@ -243,10 +243,9 @@ def detectable(rows: Iterable[Row]) -> float | None:
 class Divergence(Record):
     """The first place whose output differs beyond the floor while its input does not.
 
-    `kind` is what the residual looks like; `operator` the call and the line of code inside the
-    module where the two sides part, and which of its weights differ. `file` and `line` say that
-    line again where it is below the folder that the check ran in. `cause` is what explains it,
-    where that was found; `profile` is where along an axis the residual lies.
+    `kind` is what the residual looks like; `operator` the call and line of code inside the module
+    where the two sides part, and which weights differ; `file` and `line` that line again, below the
+    folder of the check. `cause` explains it; `profile` is where along an axis the residual lies.
     """
 
     name: str
@@ -273,8 +272,7 @@ class Divergence(Record):
 class Modality(Record):
     """What became of the tensors of one modality, where there are several.
 
-    `worst` is the tensor of the largest ratio to its floor, or the first failing one where no
-    failing tensor has a ratio.
+    `worst` is the tensor of the largest ratio to its floor, or the first failing one without.
     """
 
     name: str
@@ -467,7 +465,8 @@ class Comparison(Record):
             (f"{more}; " if more else "")
             + f"{len(within)} within the floor"
             + (f" (worst ratio {worst:.2g})" if worst is not None else "")
-            + f"; {len(self.missing)} missing, {len(self.unexpected)} unexpected, {nonfinite} non-finite"
+            + f"; {len(self.missing)} missing, {len(self.unexpected)} unexpected, "
+            + f"{nonfinite} non-finite"
         )
         return "\n".join(text)
 

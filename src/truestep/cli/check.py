@@ -262,7 +262,7 @@ def _refuse(
     """Refuse options and arguments that a case cannot have, before any forward."""
     from truestep.call_case import CallCase
     from truestep.errors import UsageError
-    from truestep.replay.check import refuse_meant
+    from truestep.replay.meant import refuse_meant
 
     refuse_meant(meant, depth)
     if not isinstance(case, CallCase):

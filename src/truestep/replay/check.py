@@ -92,6 +92,7 @@ def check(  # 12 parameters: those of `truestep.check`, without what is of pipel
             names modules that there are not, or is given at another depth.
     """
     from truestep.recording.format import Recording
+    from truestep.replay.meant import as_meant, refuse_meant
     from truestep.replay.touched import snapshot
     from truestep.runtime.applying import apply_change
     from truestep.runtime.loading import load
@@ -101,8 +102,7 @@ def check(  # 12 parameters: those of `truestep.check`, without what is of pipel
     refuse_meant(meant, depth)
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
     candidate = case.replace(**dict(settings or {}))
-    refused = _refuse(case, recording, accept)
-    if refused is not None:
+    if (refused := _refuse(case, recording, accept)) is not None:
         return refused
     before: Mapping[str, object] = {}
     try:
@@ -131,12 +131,12 @@ def check(  # 12 parameters: those of `truestep.check`, without what is of pipel
         progress=progress,
     )
     result = expected(said_idle(result) if idle else result, expect)
-    if meant is not None:
-        with beside(vars(pipe).values()):
-            return _as_meant(pipe, case, recording, result, meant)
-    if depth not in OPENS or result.verdict in _NOTHING_TO_OPEN:
-        return result
     with beside(vars(pipe).values()):
+        if meant is not None:
+            again = partial(check_pipeline, recording=recording, case=case)
+            return as_meant(pipe, case, recording, result, meant, check=again)
+        if depth not in OPENS or result.verdict in _NOTHING_TO_OPEN:
+            return result
         return _opened(pipe, case, recording, result, rename, explain=depth == "cause")
 
 
@@ -205,24 +205,6 @@ def refuse_rename(rename: Mapping[str, str] | None, depth: str) -> None:
         )
 
 
-def refuse_meant(meant: str | None, depth: str) -> None:
-    """Refuse a declared change that is not known, or that nothing can be said of.
-
-    Raises:
-        UsageError: See above.
-    """
-    if meant is None:
-        return
-    from truestep.replay.meant import require_name
-
-    require_name(meant)
-    if depth not in ("steps", "modules"):
-        raise UsageError(
-            f"a declared change is judged by its weights, not at depth {depth!r}",
-            hint="leave --depth out",
-        )
-
-
 _NOTHING_TO_OPEN = (Verdict.IDENTICAL, Verdict.EQUIVALENT, Verdict.UNMET)
 
 
@@ -256,27 +238,6 @@ def _opened(
         note = f"no module named: the case's own model is not the reference here ({same.sentence})"
         return result.model_copy(update={"notes": (*result.notes, note)})
     return locate_module(pipe, trusted, recording, result, rename=rename, explain=explain)
-
-
-def _as_meant(
-    pipe: Pipeline, case: Case, recording: Recording, result: Comparison, meant: str
-) -> Comparison:
-    """Tell what a declared change explains from what is broken, beside the model loaded here."""
-    from truestep.replay.locating import locate_module
-    from truestep.replay.meant import with_meant
-    from truestep.runtime.loading import load
-    from truestep.runtime.stored import in_files
-
-    with in_files():
-        trusted = load(case)
-    return with_meant(
-        result,
-        pipe,
-        trusted,
-        meant,
-        check=partial(check_pipeline, recording=recording, case=case),
-        locate=lambda rest: locate_module(pipe, trusted, recording, rest),
-    )
 
 
 @taking_turns()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from truestep.case import Case
 from truestep.errors import FOREIGN, UsageError
 from truestep.judge.meant import Fit, Limits, Pair, broken, fit, infer, limits
 from truestep.judge.meant_kinds import what_is_wrong
@@ -22,8 +23,12 @@ from truestep.measure.distance import same_bits
 from truestep.measure.plain import is_wrapped
 from truestep.measure.quantisers import QUANTISERS, Quantiser
 from truestep.pairing.naming import ROOT, named_modules
+from truestep.recording.format import Recording
+from truestep.replay.locating import locate_module
+from truestep.runtime.loading import load
 from truestep.runtime.pipeline import MODELS, Pipeline
 from truestep.runtime.precision import is_packed
+from truestep.runtime.stored import in_files
 from truestep.text import nearest
 from truestep.verdict import Comparison, Divergence, Verdict
 
@@ -254,7 +259,7 @@ def put_back(pipe: Pipeline, trusted: Pipeline, touched: list[tuple[str, str]]) 
             if fqn not in own:
                 continue
             module, other = own[fqn], theirs[fqn]
-            if module._modules:  # with others in it: its own parameters alone
+            if other._modules:  # with others in it: its own parameters alone
                 for key, parameter in other._parameters.items():
                     tensors.append((module, key, module._parameters.get(key)))
                     module._parameters[key] = parameter
@@ -272,7 +277,45 @@ def put_back(pipe: Pipeline, trusted: Pipeline, touched: list[tuple[str, str]]) 
             holder._parameters[key] = parameter
 
 
+def refuse_meant(name: str | None, depth: str) -> None:
+    """Refuse a declared change that is not known, or that nothing can be said of.
+
+    Raises:
+        UsageError: See above.
+    """
+    if name is None:
+        return
+    require_name(name)
+    if depth not in ("steps", "modules"):
+        raise UsageError(
+            f"a declared change is judged by its weights, not at depth {depth!r}",
+            hint="leave --depth out",
+        )
+
+
 Check = Callable[[Pipeline], Comparison]
+
+
+def as_meant(
+    pipe: Pipeline,
+    case: Case,
+    recording: Recording,
+    result: Comparison,
+    name: str,
+    *,
+    check: Check,
+) -> Comparison:
+    """What `with_meant` says, beside the reference's model, which is loaded here."""
+    with in_files():
+        trusted = load(case)
+    return with_meant(
+        result,
+        pipe,
+        trusted,
+        name,
+        check=check,
+        locate=lambda rest: locate_module(pipe, trusted, recording, rest),
+    )
 
 
 def with_meant(

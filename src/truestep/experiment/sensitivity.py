@@ -1,0 +1,391 @@
+"""Which layers a change of weights (quantisation) costs most in, and which to leave as they are.
+
+What a layer costs is the error that its change makes in the guided prediction, times what the rest
+of the run makes of it. The first is estimated for all layers at once, and measured of the foremost: the derivative of the
+prediction along a random direction, taken back through the model, gives the share of every weight's
+change in that direction; the mean square over directions is that of the whole error (Hutchinson
+1989). The second is measured, by one run from that step on. What a list of layers buys is measured
+by running it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from truestep.case import Case
+from truestep.environment import library_version
+from truestep.errors import UsageError, surviving
+from truestep.experiment.sensitivity_records import LayerSensitivity, MeasuredError, Sensitivity
+from truestep.experiment.trajectory import Trajectory, apart, length
+from truestep.joint import Value, each, tensors_of
+from truestep.measure.quantisers import QUANTISERS
+from truestep.progress import Progress, silent
+from truestep.randomness import own_randomness
+from truestep.replay.meant import compared
+from truestep.replay.record import record_pipeline
+from truestep.replay.stages import floor_steps
+from truestep.runtime.applying import Apply, apply_change
+from truestep.runtime.loading import load
+from truestep.runtime.quantising import Layer, instead, layers_of, quantised
+from truestep.turns import taking_turns
+
+Tensor = torch.Tensor
+
+PROBES = 8
+"""Random directions at a step: an error is then known to a quarter of itself."""
+
+REFINED = 24
+"""Layers of the largest estimates for their bytes that are measured, each changed on its own."""
+
+
+@taking_turns()
+@surviving("the model")
+@own_randomness()
+def sensitivity(
+    case: Case,
+    *,
+    change: str | Apply,
+    budget: float = 0.1,
+    steps: Sequence[int] | None = None,
+    probes: int = PROBES,
+    exact: bool = False,
+    progress: Progress = silent,
+) -> Sensitivity:
+    """Rank the layers of a case's denoisers by what a change of each costs.
+
+    Args:
+        case: What is generated.
+        change: Name of a quantiser, or a function that changes the weights of a pipeline.
+        budget: Share of the bytes of all layers that may be left as they are.
+        steps: Where predictions are looked at; default the first, middle and last.
+        probes: Random directions at each.
+        exact: Change each layer on its own and run it, instead: as many forwards as layers.
+        progress: Told (what, done, total).
+
+    Raises:
+        CaseError, ModelLoadError: The case cannot be run.
+        UsageError: The change is not known, or changes no weight of a layer.
+    """
+    _refuse(change, budget, probes)
+    pipe = load(case)
+    progress("generation", 0, 1)
+    recording = record_pipeline(pipe, case=case, floor="none")
+    run = Trajectory(pipe, dict(recording))
+    chosen = _chosen(run, steps)
+    layers = layers_of(pipe)
+    changed, left_out = _changed(case, layers, pipe, change)
+    nothing, gains = _nothing_kept(run, layers, changed, chosen, progress)
+    sizes = {name: layers[name].bytes for name in changed}
+    looked = _Looked(chosen, gains, 0 if exact else probes)
+    told = _ranked(run, layers, changed, looked, progress)
+    scores = {layer.name: layer.score for layer in told}
+    total = sum(sizes.values())
+    kept = within(scores, sizes, budget * total)
+    progress("what the list buys", 0, 1)
+    rest = {name: tensor for name, tensor in changed.items() if name not in kept}
+    bought = _measured(run, layers, rest, chosen)
+    return Sensitivity(
+        tool_version=library_version("truestep") or "",
+        sentence=_sentence(len(kept), nothing, bought),
+        case_id=case.id,
+        case=case.canonical(),
+        change=change if isinstance(change, str) else getattr(change, "__name__", "change"),
+        steps=chosen,
+        gains=gains,
+        layers=tuple(e.model_copy(update={"kept": e.name in kept}) for e in told),
+        budget=budget,
+        kept=tuple(layer.name for layer in told if layer.name in kept),
+        kept_bytes=sum(layers[name].bytes for name in kept),
+        total_bytes=total,
+        nothing_kept=nothing,
+        list_kept=bought,
+        method="exact" if exact else "estimate",
+        probes=0 if exact else probes,
+        forwards=run.spent + recording.manifest.forwards,
+        forwards_generation=recording.manifest.forwards,
+        left_out=left_out,
+    )
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """Where errors are looked at, what the run makes of them, and by how many probes; 0: exactly."""
+
+    steps: tuple[int, ...]
+    gains: tuple[float, ...]
+    probes: int
+
+
+def _chosen(run: Trajectory, steps: Sequence[int] | None) -> tuple[int, ...]:
+    """Steps to look at.
+
+    Raises:
+        UsageError: There are none such.
+    """
+    chosen = tuple(floor_steps(run.tensors) if steps is None else sorted(set(steps)))
+    bad = [step for step in chosen if not 0 <= step < run.total]
+    if bad or not chosen:
+        raise UsageError(
+            f"no step {bad[0]} in the case" if bad else "no steps were chosen",
+            measured=f"its steps are 0 to {run.total - 1}",
+        )
+    return chosen
+
+
+def _ranked(
+    run: Trajectory,
+    layers: Mapping[str, Layer],
+    changed: Mapping[str, Tensor],
+    looked: _Looked,
+    progress: Progress,
+) -> list[LayerSensitivity]:
+    """The layers, the most sensitive first."""
+    measured, errors = set(changed), dict[str, tuple[float, ...]]()
+    if looked.probes:
+        errors = _estimated(run, layers, changed, looked.steps, looked.probes, progress)
+        roughly = {name: score_of(own, looked.gains, run.total) for name, own in errors.items()}
+        worth = by_worth(roughly, {name: layers[name].bytes for name in changed})
+        measured = set(worth[:REFINED])
+    these = {name: tensor for name, tensor in changed.items() if name in measured}
+    errors |= _exact(run, layers, these, looked.steps, progress)
+    told = [
+        LayerSensitivity(
+            name=name,
+            bytes=layers[name].bytes,
+            errors=own,
+            score=score_of(own, looked.gains, run.total),
+            exact=name in measured,
+        )
+        for name, own in errors.items()
+    ]
+    return sorted(told, key=lambda layer: -layer.score)
+
+
+def _refuse(change: str | Apply, budget: float, probes: int) -> None:
+    """Refuse what cannot be, before anything is loaded."""
+    if isinstance(change, str) and change not in QUANTISERS:
+        raise UsageError(
+            f"no change {change!r}",
+            measured=f"known are {', '.join(QUANTISERS)}, or FILE.py:FUNCTION",
+        )
+    if not 0 < budget < 1:
+        raise UsageError("the share to keep lies between 0 and 1", measured=f"it is {budget:g}")
+    if probes < 1:
+        raise UsageError("an estimate takes one probe or more", measured=f"{probes} were asked for")
+
+
+def _changed(
+    case: Case, layers: Mapping[str, Layer], pipe: object, change: str | Apply
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The numbers that a change gives each layer, and what else it does."""
+    if isinstance(change, str):
+        made = quantised(layers.values(), change)
+        left = [f"{name}: its shape does not suit" for name in layers if name not in made]
+    else:
+        other = apply_change(load(case), change)
+        found = compared(other, load(case))
+        made, left = {}, [f"{name}: cannot be read" for name in found.unjudged]
+        for each_changed in found.changed:
+            if each_changed.key == "weight" and each_changed.module in layers:
+                like = layers[each_changed.module].weight
+                made[each_changed.module] = each_changed.pair.candidate.to(like.dtype)
+            else:
+                left.append(f"{each_changed.name}: of no layer of a denoiser")
+    made = {n: t for n, t in made.items() if not torch.equal(t.cpu(), layers[n].weight.cpu())}
+    if not made:
+        raise UsageError(
+            "the change changes no weight of a denoiser's layers",
+            measured=f"{len(layers)} linear and convolutional layers were looked at",
+            likely="; ".join(left[:2]),
+        )
+    return made, tuple(left)
+
+
+@contextmanager
+def _learning(layers: Mapping[str, Layer]) -> Iterator[None]:
+    """Weights of layers that take gradients, which are let go."""
+    before = {name: layer.weight.requires_grad for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight.grad = None
+            layer.weight.requires_grad_(before[name])
+
+
+def _estimated(
+    run: Trajectory,
+    layers: Mapping[str, Layer],
+    changed: Mapping[str, Tensor],
+    steps: Sequence[int],
+    probes: int,
+    progress: Progress,
+) -> dict[str, tuple[float, ...]]:
+    """Errors of the prediction by layer, a number a step, by random directions."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    squares = {name: [0.0] * len(steps) for name in changed}
+    watched = {name: layers[name] for name in changed}
+    for at, step in enumerate(steps):
+        share: dict[str, float] = {}
+        hooks = [_hook(name, layer, changed[name], share) for name, layer in watched.items()]
+        try:
+            with torch.enable_grad(), _learning(watched):
+                run.begin()
+                before = run.spent
+                made = run.guided(step)
+                each_pass = run.spent - before
+                for probe in range(probes):
+                    progress("probes", at * probes + probe, len(steps) * probes)
+                    share.clear()
+                    along = each(lambda t: torch.randn(t.shape, generator=generator).to(t), made)
+                    pairs = zip(tensors_of(made), tensors_of(along), strict=True)
+                    total = torch.stack([(m * a).sum().double() for m, a in pairs]).sum()
+                    total.backward(retain_graph=probe < probes - 1)
+                    run.spent += 2 * each_pass
+                    for name, value in share.items():
+                        squares[name][at] += value**2 / probes
+        finally:
+            for hook in hooks:
+                hook.remove()
+        whole = length(run.trusted(step))
+        for name in changed:
+            squares[name][at] = math.sqrt(squares[name][at]) / whole
+    return {name: tuple(values) for name, values in squares.items()}
+
+
+def _hook(
+    name: str, layer: Layer, changed: Tensor, share: dict[str, float]
+) -> torch.utils.hooks.RemovableHandle:
+    """Take a weight's gradient for what its change moves, and let it go."""
+
+    def take(weight: Tensor) -> None:
+        assert weight.grad is not None
+        off = changed.to(weight.device).float() - weight.detach().float()
+        share[name] = float((weight.grad.float() * off).sum(dtype=torch.float64))
+        weight.grad = None
+
+    before = layer.weight.requires_grad
+    layer.weight.requires_grad_(True)  # what takes none has no hooks
+    handle: torch.utils.hooks.RemovableHandle = layer.weight.register_post_accumulate_grad_hook(
+        take
+    )
+    layer.weight.requires_grad_(before)
+    return handle
+
+
+def _exact(
+    run: Trajectory,
+    layers: Mapping[str, Layer],
+    changed: Mapping[str, Tensor],
+    steps: Sequence[int],
+    progress: Progress,
+) -> dict[str, tuple[float, ...]]:
+    """Errors of the prediction by layer, a number a step, with that layer changed."""
+    found = {}
+    for done, (name, tensor) in enumerate(changed.items()):
+        progress("layers", done, len(changed))
+        with instead(layers, {name: tensor}):
+            found[name] = _errors(run, steps)
+    return found
+
+
+def _errors(run: Trajectory, steps: Sequence[int]) -> tuple[float, ...]:
+    """Of the guided prediction at steps, on the recorded latents."""
+    with torch.no_grad():
+        run.begin()
+        return tuple(apart(run.guided(step), run.trusted(step)) for step in steps)
+
+
+def _nothing_kept(
+    run: Trajectory,
+    layers: Mapping[str, Layer],
+    changed: Mapping[str, Tensor],
+    steps: Sequence[int],
+    progress: Progress,
+) -> tuple[MeasuredError, tuple[float, ...]]:
+    """What the whole change costs, and what the run makes of its error at each step.
+
+    A gain is the relative distance of the ends over that of the predictions.
+    """
+    made: list[Value] = []
+    with instead(layers, changed), torch.no_grad():
+        run.begin()
+        made = [run.guided(step) for step in steps]
+    gains = []
+    for done, (step, value) in enumerate(zip(steps, made, strict=True)):
+        progress("gains", done, len(steps))
+        off = apart(value, run.trusted(step))
+        moved = apart(run.end(step, value), _final(run))
+        gains.append(moved / off if off else 0.0)
+    return _measured(run, layers, changed, steps), tuple(gains)
+
+
+def _final(run: Trajectory) -> Value:
+    from truestep.joint import gather
+
+    return each(lambda tensor: tensor.to(run.pipe.device), gather(run.tensors, "latent/final"))
+
+
+def _measured(
+    run: Trajectory,
+    layers: Mapping[str, Layer],
+    changed: Mapping[str, Tensor],
+    steps: Sequence[int],
+) -> MeasuredError:
+    """What a change of some layers costs, by running it."""
+    final = _final(run)
+    with torch.no_grad():
+        frames = run.pipe.decode(run.pipe, each(torch.clone, final))
+    with instead(layers, changed):
+        predictions = _errors(run, steps)
+        latent, decoded = run.free()
+    return MeasuredError(
+        predictions=predictions, final=apart(latent, final), frames=apart(decoded, frames)
+    )
+
+
+def score_of(errors: Sequence[float], gains: Sequence[float], total: int) -> float:
+    """What a layer costs at the end: errors times gains, of all steps as of those looked at."""
+    each_step = (error * gain for error, gain in zip(errors, gains, strict=True))
+    return math.sqrt(sum(value**2 for value in each_step) * total / len(errors))
+
+
+def within(scores: Mapping[str, float], sizes: Mapping[str, int], most: float) -> frozenset[str]:
+    """Layers to keep: those of the largest squares for their bytes, as long as there is room.
+
+    Errors of layers are all but independent of one another: their squares add up.
+    """
+    kept, room = set[str](), most
+    for name in by_worth(scores, sizes):
+        if sizes[name] <= room:
+            kept.add(name)
+            room -= sizes[name]
+    return frozenset(kept)
+
+
+def by_worth(scores: Mapping[str, float], sizes: Mapping[str, int]) -> list[str]:
+    """Layers by what a byte of them takes of the square of the error, the most first."""
+    return sorted(scores, key=lambda name: -(scores[name] ** 2) / sizes[name])
+
+
+def _sentence(count: int, nothing: MeasuredError, bought: MeasuredError) -> str:
+    """What a person would repeat."""
+    if not count:
+        return "no layer is small enough for the share that may be kept"
+    if not bought.final < nothing.final:
+        return (
+            f"keeping {count} layers buys nothing here: the final latent is {bought.final:.2g} off, "
+            f"{nothing.final:.2g} without"
+        )
+    times = nothing.final / bought.final if bought.final else math.inf
+    return (
+        f"keeping {count} layers makes the final latent {times:.2g} x nearer: {bought.final:.2g} "
+        f"off, not {nothing.final:.2g}"
+    )
