@@ -31,7 +31,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "brief-1": Brief,
 }
 """File to model: of one comparison, of `check`, `ab`, `perf record` and `check`, `perf show`,
-`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `sensitivity`; of what `--brief` gives of any."""
+`perf import`, `thresholds lint`, `ablate`, `ablate --all`, `sensitivity`;
+of what `--brief` gives of any."""
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
 """Which layers a change of weights (quantisation) costs most in, and which to leave as they are.
 
 What a layer costs is the error that its change makes in the guided prediction, times what the rest
-of the run makes of it. The first is estimated for all layers at once, and measured of the foremost: the derivative of the
+of the run makes of it. The first is estimated for all layers at once: the derivative of the
 prediction along a random direction, taken back through the model, gives the share of every weight's
 change in that direction; the mean square over directions is that of the whole error (Hutchinson
-1989). The second is measured, by one run from that step on. What a list of layers buys is measured
-by running it.
+1989). The foremost are then measured, each changed on its own. What the run makes of an error is
+measured by one run from that step on, and what a list of layers buys by running it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def sensitivity(
 
 @dataclass(frozen=True)
 class _Looked:
-    """Where errors are looked at, what the run makes of them, and by how many probes; 0: exactly."""
+    """Where errors are looked at, what the run makes of them, by how many probes (0: exactly)."""
 
     steps: tuple[int, ...]
     gains: tuple[float, ...]
@@ -381,8 +381,8 @@ def _sentence(count: int, nothing: MeasuredError, bought: MeasuredError) -> str:
         return "no layer is small enough for the share that may be kept"
     if not bought.final < nothing.final:
         return (
-            f"keeping {count} layers buys nothing here: the final latent is {bought.final:.2g} off, "
-            f"{nothing.final:.2g} without"
+            f"keeping {count} layers buys nothing here: the final latent is {bought.final:.2g} "
+            f"off, {nothing.final:.2g} without"
         )
     times = nothing.final / bought.final if bought.final else math.inf
     return (

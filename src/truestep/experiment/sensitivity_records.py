@@ -48,7 +48,8 @@ class Sensitivity(Record):
 
     Attributes:
         change: What it was asked for.
-        steps: Those looked at. gains: of each, how far the end moves for an error of its prediction.
+        steps: Those looked at.
+        gains: Of each, how far the end moves for an error of its prediction.
         layers: The most sensitive first.
         budget: Share of the bytes of all layers that may be kept.
         kept: Names, the most sensitive first. kept_bytes, total_bytes: of them, and of all layers.

@@ -28,11 +28,14 @@ SPREAD = 0.05
 SLACK = 1.05
 """So many times as far off as is explained, nothing is unexplained: codes at the very middle."""
 
+WHOLE_STEP = 2.05
+"""Half-steps within which a known quantiser explains all: whoever rounds down, or by chance, is."""
+
+WHOLE_STEPS = 2.5
+"""Likewise of 32 numbers together, over rounding to the nearest."""
+
 LEAST = 4
 """Layers that must be there for a spread to say anything."""
-
-FEW = 1.5
-"""Of fewer layers, the factor above what a known quantiser explains from which one is broken."""
 
 BLOCK = 32
 
@@ -45,11 +48,13 @@ class Fit:
         peak: Of its numbers the furthest, over its reach.
         over: Of its rows, columns and blocks of 32 the furthest, over rounding to the nearest.
         size: Root mean square of the reaches, relative to that of the weight.
+        inside: Share of its numbers within their reach.
     """
 
     peak: float
     over: float
     size: float
+    inside: float
 
 
 @dataclass(frozen=True)
@@ -84,14 +89,15 @@ def fit(trusted: Tensor, candidate: Tensor, quantiser: Quantiser | None, *, eps:
     trusted, candidate = trusted.detach().float(), candidate.detach().float()
     quantised = quantiser(trusted) if quantiser is not None else None
     if not bool(candidate.isfinite().all()):
-        return Fit(math.inf, math.inf, math.nan)
+        return Fit(math.inf, math.inf, math.nan, 0.0)
     reach = reach_of(trusted, candidate, quantised, eps)
     off = (candidate - trusted).abs()
     if not off.numel():
-        return Fit(0.0, 0.0, 0.0)
-    peak = float((off / reach).max())
+        return Fit(0.0, 0.0, 0.0, 1.0)
+    shares = off / reach
+    peak, inside = float(shares.max()), float((shares <= SLACK).double().mean())
     over = max(float(r.max()) for r in unit_ratios(off, reach).values())
-    return Fit(peak, over, rms(reach) / (rms(trusted) or 1.0))
+    return Fit(peak, over, rms(reach) / (rms(trusted) or 1.0), inside)
 
 
 def unit_ratios(off: Tensor, reach: Tensor) -> dict[str, Tensor]:
@@ -125,26 +131,41 @@ def limits(fits: Iterable[Fit], *, known: bool) -> Limits | None:
     """
     every = list(fits)
     if len(every) < LEAST:
-        return Limits(FEW, FEW * math.sqrt(3)) if known else None
+        return Limits(WHOLE_STEP, WHOLE_STEPS) if known else None
     return Limits(
-        max(_limit([each.peak for each in every]), SLACK if known else 0.0),
-        max(_limit([each.over for each in every]), SLACK if known else 0.0),
+        max(_limit([each.peak for each in every]), WHOLE_STEP if known else 0.0),
+        max(_limit([each.over for each in every]), WHOLE_STEPS if known else 0.0),
     )
 
 
 def _limit(values: Sequence[float]) -> float:
     """The value that one of as many would exceed once in 1 / `LEVEL` models.
 
-    By median and median deviation of the logarithms, which one broken layer does not move, with the
-    tails of Student's distribution: a spread of few layers is itself uncertain.
+    By the median of the logarithms and their spread, which one broken layer in ten does not move,
+    with the tails of Student's distribution: a spread of few layers is itself uncertain. Makers
+    that clip do so in some layers and not in others: the spread upwards counts.
     """
     logs = torch.tensor([math.log(max(value, 1e-9)) for value in values if math.isfinite(value)])
     if not len(logs):
         return math.inf
     middle = float(logs.median())
-    spread = max(1.4826 * float((logs - middle).abs().median()), SPREAD)
+    share = 0.9 if len(logs) >= _MANY else 0.75
+    upwards = (float(logs.quantile(share)) - middle) / float(stats.norm.ppf(share))
+    spread = max(1.4826 * float((logs - middle).abs().median()), upwards, SPREAD)
     score = float(stats.t.isf(LEVEL / (2 * len(values)), len(values) - 1))
     return math.exp(min(middle + score * spread, 700.0))
+
+
+_MANY = 12
+"""Layers of which the upper tenth is not one alone."""
+
+
+def of_another_kind(fits: Iterable[Fit]) -> float | None:
+    """How far off most layers are where a quantiser does not explain them; None where it does."""
+    every = list(fits)
+    peak = _middle(each.peak for each in every) if every else 0.0
+    explained = not every or _middle(each.inside for each in every) >= _INSIDE
+    return None if explained or peak <= _MADE_OTHERWISE else peak
 
 
 def broken(found: Fit, limit: Limits) -> float | None:
@@ -165,6 +186,9 @@ class Pair:
 _ENOUGH = 12
 """Layers that a quantiser is inferred from."""
 
+_INSIDE = 0.99
+"""Share of the numbers of a weight that its quantiser explains: what is clipped are few."""
+
 _MADE_OTHERWISE = 3.0
 """So far beyond its reach, in most layers, is what another maker of the same format makes."""
 
@@ -181,17 +205,19 @@ def infer(pairs: Mapping[str, Pair], *, eps: float) -> Quantiser | None:
     """
     names = list(pairs)
     names = names[:: max(len(names) // _ENOUGH, 1)][: _ENOUGH + 1]
-    seen: dict[str, tuple[float, float]] = {}
+    sizes: dict[str, tuple[float, float, float]] = {}
     for name, quantiser in QUANTISERS.items():
         fits = [fit(pairs[n].trusted, pairs[n].candidate, quantiser, eps=eps) for n in names]
         fits = [each for each in fits if math.isfinite(each.peak)]
         if fits:
-            seen[name] = _middle(each.peak for each in fits), _middle(each.size for each in fits)
-    for most in (SLACK, _MADE_OTHERWISE):
-        explains = [name for name, (peak, _) in seen.items() if peak <= most]
-        if explains:
-            return QUANTISERS[min(explains, key=lambda name: seen[name][1])]
-    return None
+            sizes[name] = (
+                _middle(each.size for each in fits),
+                _middle(each.inside for each in fits),
+                _middle(each.peak for each in fits),
+            )
+    explains = [name for name, (_, inside, _) in sizes.items() if inside >= _INSIDE]
+    explains = explains or [n for n, (_, _, peak) in sizes.items() if peak <= _MADE_OTHERWISE]
+    return QUANTISERS[min(explains, key=lambda name: sizes[name][0])] if explains else None
 
 
 def _middle(values: Iterable[float]) -> float:

@@ -83,6 +83,8 @@ def _place(peaks: Tensor, rows: Tensor, columns: Tensor, limit: Limits) -> str:
     if len(at) == 1 and len(across) <= BLOCK and peaks.shape[1] > 2 * BLOCK:
         where = torch.nonzero(peaks[at[0]] > 1).flatten()
         where = where if len(where) else across
+        if not len(where):  # each number within its reach, and the row as a whole is not
+            return f"row {int(at[0])}"
         return f"row {int(at[0])}, columns {int(where.min())} .. {int(where.max())}"
     if len(across) and len(across) * 4 <= peaks.shape[1] and len(across) < len(at):
         return _counted("column", across)

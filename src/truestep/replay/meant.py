@@ -16,7 +16,18 @@ import torch
 
 from truestep.case import Case
 from truestep.errors import FOREIGN, UsageError
-from truestep.judge.meant import Fit, Limits, Pair, broken, fit, infer, limits
+from truestep.judge.meant import (
+    SLACK,
+    WHOLE_STEPS,
+    Fit,
+    Limits,
+    Pair,
+    broken,
+    fit,
+    infer,
+    limits,
+    of_another_kind,
+)
 from truestep.judge.meant_kinds import what_is_wrong
 from truestep.meant_records import Meant, MeantFault
 from truestep.measure.distance import same_bits
@@ -147,8 +158,9 @@ def _readable(module: torch.nn.Module | None, key: str) -> Tensor | None:
     """A parameter as plain numbers; None where there is none of that name, or of numbers."""
     if module is None:
         return None
-    tensor = module._parameters.get(key)
-    tensor = module._buffers.get(key) if tensor is None else tensor
+    tensor: Tensor | None = module._parameters.get(key)
+    if tensor is None:
+        tensor = module._buffers.get(key)
     if tensor is None or tensor.is_meta:
         return None
     if is_packed(tensor):
@@ -164,13 +176,12 @@ def _probed(own: torch.nn.Module, theirs: torch.nn.Module) -> dict[str, Tensor]:
     """
     if not isinstance(theirs, torch.nn.Linear):
         return {}
-    like = {"dtype": theirs.weight.dtype, "device": theirs.weight.device}
+    units = torch.eye(theirs.in_features).to(theirs.weight)
     try:
         with torch.no_grad():
-            nothing = own(torch.zeros(1, theirs.in_features, **like))
+            nothing = own(torch.zeros_like(units[:1]))
             columns = [
-                own(torch.eye(theirs.in_features, **like)[at : at + _AT_ONCE]) - nothing
-                for at in range(0, theirs.in_features, _AT_ONCE)
+                own(units[at : at + _AT_ONCE]) - nothing for at in range(0, len(units), _AT_ONCE)
             ]
     except FOREIGN:  # it takes something else: what it holds may still be read
         return {}
@@ -178,11 +189,16 @@ def _probed(own: torch.nn.Module, theirs: torch.nn.Module) -> dict[str, Tensor]:
     return made if theirs.bias is None else {**made, "bias": nothing[0]}
 
 
+_STORED = Limits(SLACK, WHOLE_STEPS)
+"""Of numbers that no quantiser takes."""
+
+
 @dataclass(frozen=True)
 class Judged:
     """What the weights say.
 
     Attributes:
+        other: How far off most layers are, where the declared change does not explain them.
         change: Name of what explains them.
         fits: Of each changed weight of two axes and more.
         limit: None where too few layers were changed to tell.
@@ -193,6 +209,7 @@ class Judged:
     fits: Mapping[str, Fit]
     limit: Limits | None
     faults: tuple[MeantFault, ...]
+    other: float | None = None
 
 
 def judge_weights(found: Weights, name: str) -> Judged:
@@ -209,12 +226,16 @@ def judge_weights(found: Weights, name: str) -> Judged:
     known = quantiser is not None
     unit = quantiser or _UNIT
     fits = {e.name: fit(e.pair.trusted, e.pair.candidate, unit, eps=e.eps) for e in layers}
+    change = quantiser.name if quantiser is not None else SIBLINGS
     limit = limits(fits.values(), known=known)
+    other = of_another_kind(fits.values()) if known else None
+    if other is not None:
+        return Judged(change, fits, limit, (), other)
     faults: list[MeantFault] = []
     others = {each.module: each.pair.trusted for each in layers}
     for each in found.changed:
         is_layer = each.name in fits
-        here = limit if is_layer else Limits(1.0, 3.0)
+        here = limit if is_layer else _STORED
         eps = each.eps if is_layer else _CAST
         own = (
             fits[each.name]
@@ -234,7 +255,6 @@ def judge_weights(found: Weights, name: str) -> Judged:
         )
         faults.append(MeantFault(module=each.module, tensor=each.key, kind=kind, ratio=ratio))
     faults.sort(key=lambda fault: -fault.ratio)
-    change = quantiser.name if quantiser is not None else SIBLINGS
     return Judged(change, fits, limit, tuple(faults))
 
 
@@ -358,7 +378,7 @@ def with_meant(
         rest=rest.sentence,
         unjudged=tuple(found.unjudged),
     )
-    text = _text(meant, rest)
+    text = _text(meant, rest, judged.other)
     meant = meant.model_copy(update={"text": text})
     return _told(result, meant, rest)
 
@@ -366,12 +386,18 @@ def with_meant(
 def _outcome(judged: Judged, found: Weights, rest: Comparison) -> str:
     if judged.faults or rest.verdict in (Verdict.DRIFTED, Verdict.INVALID):
         return "fault"
-    if not judged.fits or judged.limit is None or found.unjudged or not rest.verdict.passed:
+    if (
+        not judged.fits
+        or judged.limit is None
+        or judged.other is not None
+        or found.unjudged
+        or not rest.verdict.passed
+    ):
         return "undecided"
     return "explained"
 
 
-def _text(meant: Meant, rest: Comparison) -> str:
+def _text(meant: Meant, rest: Comparison, other: float | None) -> str:
     """What is to be said, in a sentence."""
     own = "its siblings explain" if meant.change == SIBLINGS else f"its {meant.change} explains"
     if meant.faults:
@@ -385,6 +411,11 @@ def _text(meant: Meant, rest: Comparison) -> str:
         return f"with the trusted weights put back it still differs: {rest.sentence}"
     if not meant.layers:
         return "no weight differs from the trusted one: there is nothing that a change explains"
+    if other is not None:
+        return (
+            f"most of {meant.layers} changed weights are {other:.3g} x as far off as {own}: it is "
+            "another change (--meant auto), or all of them are broken"
+        )
     if meant.unjudged:
         names = ", ".join(meant.unjudged[:2])
         return f"{len(meant.unjudged)} weights cannot be read, such as {names}"

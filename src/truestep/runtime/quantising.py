@@ -47,9 +47,10 @@ def layers_of(pipe: Pipeline) -> dict[str, Layer]:
         part = getattr(pipe, model)
         modules = named_modules(part).modules if isinstance(part, torch.nn.Module) else {}
         for fqn, module in modules.items():
-            if isinstance(module, _TAKEN) and id(module.weight) not in seen:
-                seen.add(id(module.weight))
-                found[f"{model}.{fqn}"] = Layer(f"{model}.{fqn}", module.weight)
+            weight = module._parameters.get("weight") if isinstance(module, _TAKEN) else None
+            if weight is not None and id(weight) not in seen:
+                seen.add(id(weight))
+                found[f"{model}.{fqn}"] = Layer(f"{model}.{fqn}", weight)
     return found
 
 
