@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help engines bench-engines bench-ports bench-sharding demo package docs docs-outputs test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-causes bench-next bench-families bench-accelerator coverage schema kills clean
+.PHONY: help engines bench-engines bench-ports bench-sharding demo package docs docs-outputs test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-causes bench-next bench-meant bench-families bench-accelerator coverage schema kills clean
 
 help:
 	@echo "make demo   run the main job on the builtin model, in a light environment (a minute)"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-ports  correct ports of tiny models, judged as engines, and each with a fault: bench/results (10 minutes; goes on where it stopped)"
 	@echo "make bench-sharding  sharded ports on 2 and 4 ranks of gloo, right and with planted faults: bench/results (10 minutes)"
 	@echo "make bench-causes  which cause is named for each fault; make bench-next  where following next leads: bench/results (10 and 2 minutes)"
+	@echo "make bench-meant  quantised models, healthy and with one damaged tensor, and lists of layers to keep: bench/results (half an hour; goes on where it stopped)"
 	@echo "make coverage  every pipeline class of diffusers, built tiny, recorded and replayed: docs/families.md (10 minutes)"
 	@echo "make bench-location  which module is named for each fault: bench/results (an hour; goes on where it stopped)"
 
@@ -120,6 +121,9 @@ bench-causes: $(STAMP)
 
 bench-next: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_next
+
+bench-meant: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_meant
 
 bench-families: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_families

@@ -254,6 +254,10 @@ TABLE: Mapping[str, tuple[Screen, ...]] = {
         at("perf_baselines.json", "--history", "imported.sqlite"),
         at("bad_baselines.json", "--history", "imported.sqlite", code=1),
     ),
+    "sensitivity": (
+        at("a", "--change", "gguf:Q4_0", "--keep", "30%", "--probes", "2"),
+        at("a", "--change", "int9", code=2),
+    ),
     "bundle": (at("a.safetensors", "--output", "bundle.safetensors"), at("plain.npy", code=2)),
     "serve-check": (
         at(SERVER, "--dry-run"),

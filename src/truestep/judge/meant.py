@@ -189,6 +189,9 @@ _ENOUGH = 12
 _INSIDE = 0.99
 """Share of the numbers of a weight that its quantiser explains: what is clipped are few."""
 
+_ALIKE = 1.05
+"""Steps this near to the smallest are as small."""
+
 _MADE_OTHERWISE = 3.0
 """So far beyond its reach, in most layers, is what another maker of the same format makes."""
 
@@ -205,19 +208,22 @@ def infer(pairs: Mapping[str, Pair], *, eps: float) -> Quantiser | None:
     """
     names = list(pairs)
     names = names[:: max(len(names) // _ENOUGH, 1)][: _ENOUGH + 1]
-    sizes: dict[str, tuple[float, float, float]] = {}
+    seen: dict[str, list[Fit]] = {}
     for name, quantiser in QUANTISERS.items():
         fits = [fit(pairs[n].trusted, pairs[n].candidate, quantiser, eps=eps) for n in names]
         fits = [each for each in fits if math.isfinite(each.peak)]
         if fits:
-            sizes[name] = (
-                _middle(each.size for each in fits),
-                _middle(each.inside for each in fits),
-                _middle(each.peak for each in fits),
-            )
-    explains = [name for name, (_, inside, _) in sizes.items() if inside >= _INSIDE]
-    explains = explains or [n for n, (_, _, peak) in sizes.items() if peak <= _MADE_OTHERWISE]
-    return QUANTISERS[min(explains, key=lambda name: sizes[name][0])] if explains else None
+            seen[name] = fits
+    explains = [n for n, fits in seen.items() if _middle(f.inside for f in fits) >= _INSIDE]
+    explains = explains or [
+        n for n, fits in seen.items() if _middle(f.peak for f in fits) <= _MADE_OTHERWISE
+    ]
+    if not explains:
+        return None
+    sizes = {name: _middle(f.size for f in seen[name]) for name in explains}
+    alike = [name for name in explains if sizes[name] <= _ALIKE * min(sizes.values())]
+    # Of steps as small, those that explain most: a row of 32 is a block of 32, and a longer is not.
+    return QUANTISERS[max(alike, key=lambda name: sum(f.inside for f in seen[name]))]
 
 
 def _middle(values: Iterable[float]) -> float:
