@@ -84,7 +84,7 @@ _EXIT = {
     Verdict.INCOMPARABLE: 3,
     Verdict.INCONCLUSIVE: 4,
 }
-_PASSED = tuple(verdict for verdict, code in _EXIT.items() if code == 0)
+_PASSED = (Verdict.IDENTICAL, Verdict.EQUIVALENT)
 _MEANT = (Verdict.DRIFTED, Verdict.INCONCLUSIVE)
 _FAILING = tuple(verdict for verdict, code in _EXIT.items() if code != 0)
 _SEVERITY = (
@@ -149,7 +149,7 @@ class FloorUsed(Light):
 class Statistic(Light):
     """One structure statistic of a residual, over the reference's rms (see `truestep.judge.rule`).
 
-    `floor` is its largest benign value, `bound` the multiple of it above which it is drifted.
+    `floor` is its largest benign value, `bound` the multiple above which it is drifted.
     """
 
     name: str
@@ -352,8 +352,7 @@ class Comparison(Record):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able dictionary; NaN and infinities are strings."""
-        result: dict[str, Any] = json.loads(self.to_json())
-        return result
+        return dict(json.loads(self.to_json()))
 
     def to_json(self, *, indent: int | None = None) -> str:
         """Strict JSON (no NaN literals) that `docs/schema/comparison-1.json` describes."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +17,7 @@ from tests.commands import CASE, Run, runner
 from truestep.case import Case
 from truestep.errors import UsageError
 from truestep.experiment import sensitivity as module
-from truestep.experiment.sensitivity import by_worth, score_of, sensitivity, within
+from truestep.experiment.sensitivity import foremost, score_of, sensitivity, worth_keeping
 from truestep.experiment.sensitivity_records import Sensitivity
 from truestep.report.sensitivity import keep_list, write_list
 from truestep.runtime.loading import load
@@ -89,39 +88,53 @@ def test_weights_are_lent_and_given_back(case: Case) -> None:
     layers = layers_of(pipe)
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     made = quantised(layers.values(), "int8")
-    with pytest.raises(RuntimeError, match="stop"), instead(layers, made):
-        assert any(not torch.equal(before[n], layers[n].weight) for n in layers)
-        raise RuntimeError("stop")
+
+    def stopped() -> None:
+        with instead(layers, made):
+            assert any(not torch.equal(before[n], layers[n].weight) for n in layers)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
     assert all(torch.equal(before[n], layers[n].weight) for n in layers)
 
 
-@given(
-    st.dictionaries(
-        st.text("abc", min_size=1), st.tuples(st.floats(1e-6, 1), st.integers(1, 99)), min_size=1
-    ),
-    st.floats(0, 500),
-)
-def test_a_list_never_takes_more_than_there_is_room(
-    layers: dict[str, tuple[float, int]], most: float
+@given(st.integers(0, 1000), st.floats(0, 40))
+def test_a_list_never_takes_more_than_there_is_room_and_never_makes_it_worse(
+    seed: int, most: float
 ) -> None:
-    scores = {name: score for name, (score, _) in layers.items()}
-    sizes = {name: size for name, (_, size) in layers.items()}
-    kept = within(scores, sizes, most)
+    dice = torch.Generator().manual_seed(seed)
+    ends = {str(i): torch.randn(6, generator=dice, dtype=torch.float64) for i in range(8)}
+    sizes = {name: 1 + i for i, name in enumerate(ends)}
+    whole = sum(ends.values(), torch.zeros(6, dtype=torch.float64))
+    kept = worth_keeping(whole, ends, sizes, most)
     assert sum(sizes[name] for name in kept) <= most
-    room = most - sum(sizes[name] for name in kept)
-    assert all(sizes[name] > room for name in scores.keys() - kept)
-    assert by_worth(scores, sizes)[0] == max(scores, key=lambda n: scores[n] ** 2 / sizes[n])
+    left = whole - sum((ends[name] for name in kept), torch.zeros(6, dtype=torch.float64))
+    assert float(left.norm()) <= float(whole.norm()) + 1e-9
+
+
+def test_layers_that_cancel_are_not_kept() -> None:
+    one = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    other = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    ends = {"a": 5 * one, "b": -5 * one, "c": other}
+    assert worth_keeping(other, ends, {"a": 1, "b": 1, "c": 1}, 1.0) == {"c"}
+    assert worth_keeping(other, {"a": 5 * one}, {"a": 1}, 1.0) == frozenset()
+
+
+def test_the_foremost_are_the_sensitive_and_those_that_are_small() -> None:
+    scores = {"large": 1.0, "small": 0.5, "rest": 0.1}
+    sizes = {"large": 1000, "small": 1, "rest": 1000}
+    assert foremost(scores, sizes, 2) == ["small", "large"]
+    assert foremost(scores, sizes, 0) == []
 
 
 def test_a_score_is_of_all_steps() -> None:
-    assert score_of((0.1, 0.2), (1.0, 0.5), 2) == pytest.approx(math.hypot(0.1, 0.1))
-    assert score_of((0.1,), (1.0,), 4) == pytest.approx(0.2)
+    assert score_of((0.1, 0.2), (1.0, 0.5), 2) == pytest.approx(0.2)
+    assert score_of((0.1,), (1.0,), 4) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("name", ["keep.json", "keep.toml"])
-def test_the_list_is_written_for_other_tools(
-    exact: Sensitivity, tmp_path: Path, name: str
-) -> None:
+def test_the_list_is_written_for_other_tools(exact: Sensitivity, tmp_path: Path, name: str) -> None:
     write_list(exact, tmp_path / name)
     text = (tmp_path / name).read_text()
     found = tomllib.loads(text) if name.endswith("toml") else json.loads(text)

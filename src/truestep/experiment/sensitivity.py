@@ -1,11 +1,12 @@
 """Which layers a change of weights (quantisation) costs most in, and which to leave as they are.
 
-What a layer costs is the error that its change makes in the guided prediction, times what the rest
-of the run makes of it. The first is estimated for all layers at once: the derivative of the
-prediction along a random direction, taken back through the model, gives the share of every weight's
-change in that direction; the mean square over directions is that of the whole error (Hutchinson
-1989). The foremost are then measured, each changed on its own. What the run makes of an error is
-measured by one run from that step on, and what a list of layers buys by running it.
+What a layer costs is what its change moves the end of a run by. All layers are first estimated at
+once: the derivative of the guided prediction along a random direction, taken back through the
+model, gives the share of every weight's change in that direction, whose mean square over directions
+is that of the whole error (Hutchinson 1989); what the run makes of an error is measured by one run
+from that step on. The foremost are then run, each changed alone, to the end of a run of few steps.
+How these ends add up, and which cancel, says which to leave as they are; that is verified by
+running it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ PROBES = 8
 """Random directions at a step: an error is then known to a quarter of itself."""
 
 REFINED = 24
-"""Layers of the largest estimates for their bytes that are measured, each changed on its own."""
+"""Layers of the largest estimates that are run, each changed alone."""
+
+SHORT = 8
+"""Steps of these runs."""
 
 
 @taking_turns()
@@ -80,12 +84,8 @@ def sensitivity(
     layers = layers_of(pipe)
     changed, left_out = _changed(case, layers, pipe, change)
     nothing, gains = _nothing_kept(run, layers, changed, chosen, progress)
-    sizes = {name: layers[name].bytes for name in changed}
     looked = _Looked(chosen, gains, 0 if exact else probes)
-    told = _ranked(run, layers, changed, looked, progress)
-    scores = {layer.name: layer.score for layer in told}
-    total = sum(sizes.values())
-    kept = within(scores, sizes, budget * total)
+    told, kept = _ranked(run, layers, changed, looked, budget, progress)
     progress("what the list buys", 0, 1)
     rest = {name: tensor for name, tensor in changed.items() if name not in kept}
     bought = _measured(run, layers, rest, chosen)
@@ -97,11 +97,11 @@ def sensitivity(
         change=change if isinstance(change, str) else getattr(change, "__name__", "change"),
         steps=chosen,
         gains=gains,
-        layers=tuple(e.model_copy(update={"kept": e.name in kept}) for e in told),
+        layers=tuple(told),
         budget=budget,
         kept=tuple(layer.name for layer in told if layer.name in kept),
         kept_bytes=sum(layers[name].bytes for name in kept),
-        total_bytes=total,
+        total_bytes=sum(layers[name].bytes for name in changed),
         nothing_kept=nothing,
         list_kept=bought,
         method="exact" if exact else "estimate",
@@ -142,28 +142,61 @@ def _ranked(
     layers: Mapping[str, Layer],
     changed: Mapping[str, Tensor],
     looked: _Looked,
+    budget: float,
     progress: Progress,
-) -> list[LayerSensitivity]:
-    """The layers, the most sensitive first."""
-    measured, errors = set(changed), dict[str, tuple[float, ...]]()
+) -> tuple[list[LayerSensitivity], frozenset[str]]:
+    """The layers, the most sensitive first, and those to keep."""
+    sizes = {name: layers[name].bytes for name in changed}
     if looked.probes:
         errors = _estimated(run, layers, changed, looked.steps, looked.probes, progress)
-        roughly = {name: score_of(own, looked.gains, run.total) for name, own in errors.items()}
-        worth = by_worth(roughly, {name: layers[name].bytes for name in changed})
-        measured = set(worth[:REFINED])
-    these = {name: tensor for name, tensor in changed.items() if name in measured}
-    errors |= _exact(run, layers, these, looked.steps, progress)
+    else:
+        errors = _exact(run, layers, changed, looked.steps, progress)
+    scores = {name: score_of(own, looked.gains, run.total) for name, own in errors.items()}
+    names = foremost(scores, sizes, REFINED) if looked.probes else [*changed]
+    ends, whole, length_of_end = _ends(run, layers, changed, names, progress)
+    scores |= {name: float(end.norm()) / length_of_end for name, end in ends.items()}
+    kept = worth_keeping(whole, ends, sizes, budget * sum(sizes.values()))
     told = [
         LayerSensitivity(
             name=name,
-            bytes=layers[name].bytes,
+            bytes=sizes[name],
             errors=own,
-            score=score_of(own, looked.gains, run.total),
-            exact=name in measured,
+            score=scores[name],
+            exact=name in ends,
+            kept=name in kept,
         )
         for name, own in errors.items()
     ]
-    return sorted(told, key=lambda layer: -layer.score)
+    return sorted(told, key=lambda layer: -layer.score), kept
+
+
+def _ends(
+    run: Trajectory,
+    layers: Mapping[str, Layer],
+    changed: Mapping[str, Tensor],
+    names: Sequence[str],
+    progress: Progress,
+) -> tuple[dict[str, Tensor], Tensor, float]:
+    """Where the end of a short run moves: with each of some layers changed, and with all of them.
+
+    Returns:
+        By layer, of all layers, and how long the trusted end is.
+    """
+    short = run.shortened(SHORT)
+
+    def end() -> Tensor:
+        parts = [part.double().cpu().flatten() for part in tensors_of(short.latent())]
+        return torch.cat(parts)
+
+    trusted, moved = end(), dict[str, Tensor]()
+    with instead(layers, changed):
+        whole = end() - trusted
+    for done, name in enumerate(names):
+        progress("layers", done, len(names))
+        with instead(layers, {name: changed[name]}):
+            moved[name] = end() - trusted
+    run.spent += short.spent
+    return moved, whole, float(trusted.norm()) or 1.0
 
 
 def _refuse(change: str | Apply, budget: float, probes: int) -> None:
@@ -352,33 +385,68 @@ def _measured(
 
 
 def score_of(errors: Sequence[float], gains: Sequence[float], total: int) -> float:
-    """What a layer costs at the end: errors times gains, of all steps as of those looked at."""
-    each_step = (error * gain for error, gain in zip(errors, gains, strict=True))
-    return math.sqrt(sum(value**2 for value in each_step) * total / len(errors))
+    """What a layer is estimated to cost at the end: errors times gains, of all steps as of those.
 
-
-def within(scores: Mapping[str, float], sizes: Mapping[str, int], most: float) -> frozenset[str]:
-    """Layers to keep: those of the largest squares for their bytes, as long as there is room.
-
-    Errors of layers are all but independent of one another: their squares add up.
+    The change of a weight is the same at every step: what it does adds up.
     """
-    kept, room = set[str](), most
-    for name in by_worth(scores, sizes):
-        if sizes[name] <= room:
-            kept.add(name)
-            room -= sizes[name]
-    return frozenset(kept)
+    each_step = [error * gain for error, gain in zip(errors, gains, strict=True)]
+    return sum(each_step) * total / len(errors)
 
 
-def by_worth(scores: Mapping[str, float], sizes: Mapping[str, int]) -> list[str]:
-    """Layers by what a byte of them takes of the square of the error, the most first."""
-    return sorted(scores, key=lambda name: -(scores[name] ** 2) / sizes[name])
+def foremost(scores: Mapping[str, float], sizes: Mapping[str, int], most: int) -> list[str]:
+    """Layers that may be worth keeping: the most sensitive, and the most so for their bytes."""
+    for_bytes = sorted(scores, key=lambda name: -(scores[name] ** 2) / sizes[name])
+    at_all = sorted(scores, key=lambda name: -scores[name])
+    turns = (name for pair in zip(for_bytes, at_all, strict=True) for name in pair)
+    return list(dict.fromkeys(turns))[:most]
+
+
+def worth_keeping(
+    whole: Tensor, ends: Mapping[str, Tensor], sizes: Mapping[str, int], most: float
+) -> frozenset[str]:
+    """Layers without whose changes the end is nearest, as their ends add up.
+
+    Args:
+        whole: Where the end moves with all layers changed. ends: with each alone.
+        sizes: Bytes of each. most: Bytes that may be kept.
+
+    Returns:
+        Those taken one after another by what is nearer for their bytes, or by what is nearer at
+        all: whichever is nearer in the end.
+    """
+    found = [_taken(whole, ends, sizes, most, for_bytes) for for_bytes in (True, False)]
+    return min(found, key=lambda pair: pair[1])[0]
+
+
+def _taken(
+    whole: Tensor,
+    ends: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    most: float,
+    for_bytes: bool,
+) -> tuple[frozenset[str], float]:
+    """Layers taken one after another, and how far the end is with them."""
+    kept, room, left = set[str](), most, whole
+    while True:
+        gains = {}
+        for name, end in ends.items():
+            if name in kept or sizes[name] > room:
+                continue
+            nearer = float(2 * left @ end - end @ end)
+            if nearer > 0:
+                gains[name] = nearer / (sizes[name] if for_bytes else 1)
+        if not gains:
+            return frozenset(kept), float(left.norm())
+        best = max(gains, key=lambda name: gains[name])
+        kept.add(best)
+        room -= sizes[best]
+        left = left - ends[best]
 
 
 def _sentence(count: int, nothing: MeasuredError, bought: MeasuredError) -> str:
     """What a person would repeat."""
     if not count:
-        return "no layer is small enough for the share that may be kept"
+        return "no layer makes the end nearer within the share that may be kept"
     if not bought.final < nothing.final:
         return (
             f"keeping {count} layers buys nothing here: the final latent is {bought.final:.2g} "

@@ -17,8 +17,8 @@ class LayerSensitivity(Record):
         name: Of the layer, its model before it.
         bytes: Of its weight, as it is kept in high precision.
         errors: Of the guided prediction at each step that was looked at, relative to it.
-        score: Of the final latent, over all steps, relative to it.
-        exact: Whether the errors were measured with this layer changed, not estimated.
+        score: Of the final latent, relative to it.
+        exact: Whether the score was measured with this layer changed, not estimated.
         kept: Whether it is on the list.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -84,14 +84,26 @@ class Trajectory:
                 latent = self.pipe.update(self.pipe, self.step(at), taken, latent)
         return latent
 
-    def free(self) -> tuple[Value, Value]:
-        """Final latent and frames of a free run."""
+    def latent(self) -> Value:
+        """Final latent of a free run."""
         before = self.pipe.forwards
         with torch.no_grad():
             latent = generate(self.pipe)
-            frames = self.pipe.decode(self.pipe, latent)
         self.spent += self.pipe.forwards - before
-        return latent, frames
+        return latent
+
+    def shortened(self, most: int) -> Trajectory:
+        """The same models at no more than so many steps; nothing of it is recorded."""
+        if self.total <= most:
+            return Trajectory(self.pipe, self.tensors)
+        settings = self.pipe.settings.model_copy(update={"steps": most})
+        return Trajectory(replace(self.pipe, settings=settings), {})
+
+    def free(self) -> tuple[Value, Value]:
+        """Final latent and frames of a free run."""
+        latent = self.latent()
+        with torch.no_grad():
+            return latent, self.pipe.decode(self.pipe, latent)
 
 
 def apart(actual: Value, reference: Value) -> float:

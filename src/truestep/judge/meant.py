@@ -152,9 +152,13 @@ def _limit(values: Sequence[float]) -> float:
     share = 0.9 if len(logs) >= _MANY else 0.75
     upwards = (float(logs.quantile(share)) - middle) / float(stats.norm.ppf(share))
     spread = max(1.4826 * float((logs - middle).abs().median()), upwards, SPREAD)
-    score = float(stats.t.isf(LEVEL / (2 * len(values)), len(values) - 1))
+    freedom = min(len(values) - 1, _FREEDOM)
+    score = float(stats.t.isf(LEVEL / (2 * len(values)), freedom))
     return math.exp(min(middle + score * spread, 700.0))
 
+
+_FREEDOM = 10
+"""Degrees of freedom of the tails, at most: what clips has heavier ones than a normal spread."""
 
 _MANY = 12
 """Layers of which the upper tenth is not one alone."""

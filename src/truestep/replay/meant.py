@@ -323,7 +323,7 @@ def as_meant(
     result: Comparison,
     name: str,
     *,
-    check: Check,
+    check: Callable[..., Comparison],
 ) -> Comparison:
     """What `with_meant` says, beside the reference's model, which is loaded here."""
     with in_files():
@@ -333,7 +333,7 @@ def as_meant(
         pipe,
         trusted,
         name,
-        check=check,
+        check=lambda candidate: check(candidate, recording, case=case),
         locate=lambda rest: locate_module(pipe, trusted, recording, rest),
     )
 
