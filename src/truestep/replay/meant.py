@@ -70,7 +70,7 @@ def require_name(name: str) -> None:
             f"--meant {name!r} is no change that is known",
             measured=f"known are {', '.join(NAMES)}",
             likely=nearest(name, NAMES),
-            hint="--meant auto finds out which quantiser explains the weights",
+            hint="give --meant auto: it finds out which quantiser explains the weights",
         )
 
 
