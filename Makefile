@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help engines bench-engines bench-ports bench-sharding demo package docs docs-outputs test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-causes bench-next bench-families bench-accelerator bench-bisect bench-quality bench-training bench-shift coverage schema kills clean
+.PHONY: help engines bench-engines bench-ports bench-sharding demo package docs docs-outputs test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-causes bench-next bench-families bench-accelerator bench-bisect bench-meant bench-quality bench-training bench-shift coverage schema kills clean
 
 help:
 	@echo "make demo   run the main job on the builtin model, in a light environment (a minute)"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-causes  which cause is named for each fault; make bench-next  where following next leads: bench/results (10 and 2 minutes)"
 	@echo "make bench-training  faults of a training step, most of its backward alone, and harmless twins: bench/results (3 minutes; goes on where it stopped)"
 	@echo "make bench-quality  ab --quality: wrong passes and power in simulation, ranks against the truth: bench/results (an hour; goes on where it stopped)"
+	@echo "make bench-meant  quantised models, healthy and with one damaged tensor, and lists of layers to keep: bench/results (half an hour; goes on where it stopped)"
 	@echo "make coverage  every pipeline class of diffusers, built tiny, recorded and replayed: docs/families.md (10 minutes)"
 	@echo "make bench-bisect  which commit is named in 50 histories, 15 with hidden state: bench/results (10 minutes; goes on where it stopped)"
 	@echo "make bench-shift  ends of harmless arithmetic, and of faults that move the end as far: bench/results (an hour; goes on where it stopped)"
@@ -130,6 +131,9 @@ bench-training: $(STAMP)
 
 bench-quality: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_quality
+
+bench-meant: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_meant
 
 bench-families: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_families

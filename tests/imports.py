@@ -29,6 +29,7 @@ VOCABULARY = frozenset(
         "keys",
         "magic",
         "many",
+        "meant_records",
         "nests",
         "progress",
         "randomness",

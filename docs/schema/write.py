@@ -13,6 +13,7 @@ from truestep.experiment.perf_importing import PerfImport
 from truestep.experiment.perf_records import PerfResults
 from truestep.experiment.quality.records import Quality
 from truestep.experiment.records import Experiment
+from truestep.experiment.sensitivity_records import Sensitivity
 from truestep.gates.thresholds.linting import Lint
 from truestep.report.brief import Brief
 from truestep.report.trend import Trend
@@ -32,11 +33,12 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "bisect-1": Bisection,
     "log-probability-1": LogProbabilityGap,
     "quality-1": Quality,
+    "sensitivity-1": Sensitivity,
     "brief-1": Brief,
 }
 """File to model: of one comparison, of `check`, `ab`, `perf record` and `check`, `perf show`,
 `perf import`, `thresholds lint`, `ablate`, `ablate --all`, `ab --quality`, `bisect`,
-`training gap`; of what `--brief` gives."""
+`training gap`, `sensitivity`; of what `--brief` gives."""
 
 
 def main() -> None:

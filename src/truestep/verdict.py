@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from truestep.many import Column, Many, Numbers, Split, Texts
+from truestep.meant_records import Meant as Meant
 from truestep.records import Cause as Cause
 from truestep.records import Cost as Cost
 from truestep.records import Float as Float
@@ -83,7 +84,8 @@ _EXIT = {
     Verdict.INCOMPARABLE: 3,
     Verdict.INCONCLUSIVE: 4,
 }
-_PASSED = tuple(verdict for verdict, code in _EXIT.items() if code == 0)
+_PASSED = (Verdict.IDENTICAL, Verdict.EQUIVALENT)
+_MEANT = (Verdict.DRIFTED, Verdict.INCONCLUSIVE)
 _FAILING = tuple(verdict for verdict, code in _EXIT.items() if code != 0)
 _SEVERITY = (
     Verdict.INVALID,
@@ -147,7 +149,7 @@ class FloorUsed(Light):
 class Statistic(Light):
     """One structure statistic of a residual, over the reference's rms (see `truestep.judge.rule`).
 
-    `floor` is its largest benign value, `bound` the multiple of it above which it is drifted.
+    `floor` is its largest benign value, `bound` the multiple above which it is drifted.
     """
 
     name: str
@@ -241,10 +243,9 @@ def detectable(rows: Iterable[Row]) -> float | None:
 class Divergence(Record):
     """The first place whose output differs beyond the floor while its input does not.
 
-    `kind` is what the residual looks like; `operator` the call and the line of code inside the
-    module where the two sides part, and which of its weights differ. `file` and `line` say that
-    line again where it is below the folder that the check ran in. `cause` is what explains it,
-    where that was found; `profile` is where along an axis the residual lies.
+    `kind` is what the residual looks like; `operator` the call and line of code inside the module
+    where the two sides part, and which weights differ; `file` and `line` that line again, below the
+    folder of the check. `cause` explains it; `profile` is where along an axis the residual lies.
     """
 
     name: str
@@ -271,8 +272,7 @@ class Divergence(Record):
 class Modality(Record):
     """What became of the tensors of one modality, where there are several.
 
-    `worst` is the tensor of the largest ratio to its floor, or the first failing one where no
-    failing tensor has a ratio.
+    `worst` is the tensor of the largest ratio to its floor, or the first failing one without.
     """
 
     name: str
@@ -308,6 +308,7 @@ class Comparison(Record):
         evidence: What was seen where the two sides are finished media.
         shift: Of a free run whose end differs: whether a stage made that, or rounding that grew.
         expect: What the change was for; `drifted` has exit code 0 where that is `different`.
+        meant: What a declared change explains; it has the exit code, but for what is `invalid`.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -339,6 +340,7 @@ class Comparison(Record):
     media: tuple[Media, ...] = ()
     evidence: MediaEvidence | None = None
     shift: Shift | None = None
+    meant: Meant | None = None
     notes: tuple[str, ...] = ()
     hint: str = ""
     repeat: str = Field(default="", description="the command that repeats this comparison")
@@ -350,8 +352,7 @@ class Comparison(Record):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able dictionary; NaN and infinities are strings."""
-        result: dict[str, Any] = json.loads(self.to_json())
-        return result
+        return dict(json.loads(self.to_json()))
 
     def to_json(self, *, indent: int | None = None) -> str:
         """Strict JSON (no NaN literals) that `docs/schema/comparison-1.json` describes."""
@@ -359,8 +360,10 @@ class Comparison(Record):
 
     @property
     def exit_code(self) -> int:
-        """The verdict's exit code, or what a ledger entry makes of it: 0 as stated, else 1; 0 for
-        `drifted` where the change was to be different."""
+        """The verdict's exit code, or what a declared change, a ledger entry (0 as stated, else 1)
+        or `expect` makes of it."""
+        if self.meant is not None and self.verdict in (*_PASSED, *_MEANT):
+            return self.meant.exit_code
         if self.expect == "different" and self.verdict is Verdict.DRIFTED:
             return 0
         if self.known is None or self.known.outcome == "not judged":

@@ -295,6 +295,10 @@ TABLE: Mapping[str, tuple[Screen, ...]] = {
         at("trained.safetensors", "sampled.safetensors", code=1),
         at("plain.npy", "sampled.safetensors", code=2),
     ),
+    "sensitivity": (
+        at("a", "--change", "gguf:Q4_0", "--keep", "30%", "--probes", "2"),
+        at("a", "--change", "int9", code=2),
+    ),
     "bundle": (at("a.safetensors", "--output", "bundle.safetensors"), at("plain.npy", code=2)),
     "serve-check": (
         at(SERVER, "--dry-run"),

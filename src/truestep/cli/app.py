@@ -33,6 +33,7 @@ FURTHER = {
     "run": "Generate a case and save its latent and video.",
     "perf": "Keep a history of what a case costs, and say whether it costs more now.",
     "training": "Check a training step: forward, loss, backward, optimiser, LoRA merge.",
+    "sensitivity": "Rank layers by what quantising each costs, and say which to leave as they are.",
     "bundle": "Make a file under 1 MB of a recording, for an issue thread.",
     "serve-check": "Ask a server of pictures or videos whether it does what it is asked for.",
     "comment": "Render results for a pull request: comment, summary, annotations, SARIF, JUnit.",

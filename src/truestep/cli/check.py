@@ -84,6 +84,12 @@ if TYPE_CHECKING:
     help="different: the change is for something; `unmet` (exit 1) where the model stays the same.",
 )
 @click.option(
+    "--meant",
+    metavar="CHANGE",
+    help="The change is declared: int8, fp8, gguf:Q4_K, ...; auto finds out which. Exit 0 where it "
+    "explains every layer; what is broken underneath is named.",
+)
+@click.option(
     "--thresholds",
     metavar="FILE",
     type=click.Path(path_type=Path),
@@ -145,6 +151,7 @@ def command(  # 31 parameters, long: the options of the verb
     rename: Path | None,
     accept: tuple[str, ...],
     expect: str | None,
+    meant: str | None,
     thresholds: Path | None,
     platform: str | None,
     known: Path | None,
@@ -179,7 +186,7 @@ def command(  # 31 parameters, long: the options of the verb
     settings = {name: values_of(case, under_test) for name, case in cases.items()}
     for name, case in cases.items():  # every option is validated before any forward
         settings[name] |= {} if model is None else {"model": model}
-        _refuse(case.replace(**settings[name]), depth, accept, thresholds)
+        _refuse(case.replace(**settings[name]), depth, accept, thresholds, meant)
     load_change(change)  # a change that cannot be read is refused before any forward
     if dry_run:
         changed = {name: case.replace(**settings[name]) for name, case in cases.items()}
@@ -194,6 +201,7 @@ def command(  # 31 parameters, long: the options of the verb
         "rename": _rename(rename, depth),
         "accept": accept,
         "expect": expect,
+        "meant": meant,
         "from_disk": from_disk,
         "remade": remade,
     }
@@ -252,17 +260,20 @@ def _refuse(
     depth: str,
     accept: tuple[str, ...],
     thresholds: Path | None,
+    meant: str | None,
 ) -> None:
     """Refuse options and arguments that a case cannot have, before any forward."""
     from truestep.call_case import CallCase
     from truestep.errors import UsageError
+    from truestep.replay.meant import refuse_meant
 
+    refuse_meant(meant, depth)
     if not isinstance(case, CallCase):
         return
     from truestep.engines.diffusers import refuse
     from truestep.engines.subjects import refuse_checking
 
-    refuse_checking(depth, accept=accept)
+    refuse_checking(depth, accept=accept, meant=meant)
     if thresholds is not None:
         raise UsageError(
             "--thresholds needs a free run in truestep's own stages; this is a plain pipeline",

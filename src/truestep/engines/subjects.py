@@ -134,7 +134,7 @@ def _recorded(
     return type(recording).open(path)
 
 
-def check(  # 15 parameters: the public check, whose options are keywords
+def check(  # 16 parameters: the public check, whose options are keywords
     subject: Case | CallCase | Any,
     reference: Recording | str | Path,
     *,
@@ -148,6 +148,7 @@ def check(  # 15 parameters: the public check, whose options are keywords
     accept: Collection[str] = (),
     trusted: Any = None,
     expect: Expect | None = None,
+    meant: str | None = None,
     from_disk: bool = False,
     remade: bool = False,
     progress: Progress | None = None,
@@ -175,6 +176,8 @@ def check(  # 15 parameters: the public check, whose options are keywords
         trusted: At `modules`, of a pipeline object: the trusted pipeline, another object. A case
             loads its own.
         expect: `different` where the change is for something: `unmet` if nothing changes.
+        meant: Of a case of the runtime: what the change is declared to be (`int8`, `fp8`,
+            `gguf:Q4_K`, ..., `auto`, `siblings`): a layer that it does not explain is named.
         from_disk: Of a case: leave weights above 1 MiB in their safetensors files, and read each
             whenever it is used, so that a model can be judged that is larger than the memory.
         remade: Of a case: the reference was recorded just now, by other code, so that files which
@@ -203,13 +206,13 @@ def check(  # 15 parameters: the public check, whose options are keywords
         _refuse_call(call)
         _refuse_trusted(trusted)
         if isinstance(subject, CallCase):
-            refuse_checking(depth, rename, accept)
+            refuse_checking(depth, rename, accept, meant)
             options["remade"] = remade
         options["progress"] = progress
-        stages = {"accept": accept, "expect": expect}
+        stages = {"accept": accept, "expect": expect, "meant": meant}
         result = _check_case(subject, reference, options, stages, from_disk=from_disk)
         return result if isinstance(subject, Case) else expected(result, expect)
-    refuse_checking(depth, rename, accept)
+    refuse_checking(depth, rename, accept, meant)
     from truestep.engines.pipelines import Judging, opened
     from truestep.replay.check import OPENS
 
@@ -291,7 +294,10 @@ def _check_object(
 
 
 def refuse_checking(
-    depth: str, rename: Mapping[str, str] | None = None, accept: Collection[str] = ()
+    depth: str,
+    rename: Mapping[str, str] | None = None,
+    accept: Collection[str] = (),
+    meant: str | None = None,
 ) -> None:
     """Refuse what a check of calls cannot do.
 
@@ -301,6 +307,12 @@ def refuse_checking(
     from truestep.replay.check import refuse_rename
 
     refuse_rename(rename, depth)
+    if meant is not None:
+        raise UsageError(
+            "a declared change is judged in truestep's own stages; this is a plain pipeline",
+            measured="--meant",
+            hint="leave --meant out; truestep weights compares its files with the trusted ones",
+        )
     if accept:
         raise UsageError(
             "a reference of a plain pipeline is taken as it is: there is nothing to accept",

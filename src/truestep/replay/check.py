@@ -45,7 +45,7 @@ Expect = Literal["same", "different"]
 
 @taking_turns()
 @own_randomness()
-def check(  # 11 parameters: those of `truestep.check`, without what is of pipeline objects
+def check(  # 12 parameters: those of `truestep.check`, without what is of pipeline objects
     case: Case,
     reference: Recording | str | Path,
     *,
@@ -57,6 +57,7 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
     rename: Mapping[str, str] | None = None,
     accept: Collection[str] = (),
     expect: Expect | None = None,
+    meant: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Say whether a candidate is still the same model as a recorded reference.
@@ -78,6 +79,8 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
             of a dotted name. It goes before the pairs that equal names or weights give.
         accept: What a reference may be that was made by a quantised or patched implementation: each
             a part of what it is said to be (`float8_e4m3fn`, `stage combine`).
+        meant: What the change is declared to be, one of `replay.meant.NAMES`: what it explains is
+            told from what is broken underneath.
         progress: Told (what, done, total).
 
     Returns:
@@ -89,16 +92,17 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
             names modules that there are not, or is given at another depth.
     """
     from truestep.recording.format import Recording
+    from truestep.replay.meant import as_meant
     from truestep.replay.touched import snapshot
     from truestep.runtime.applying import apply_change
     from truestep.runtime.loading import load
     from truestep.runtime.stored import beside, in_files, refuse_compiled
 
-    refuse_rename(rename, depth)
+    _refuse_options(rename, meant, depth)
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
     candidate = case.replace(**dict(settings or {}))
-    refused = _refuse(case, recording, accept)
-    if refused is not None:
+    label = label_of(case, candidate, apply)
+    if (refused := _refuse(case, recording, accept)) is not None:
         return refused
     before: Mapping[str, object] = {}
     try:
@@ -109,7 +113,6 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
             pipe = apply_change(pipe, apply)
         refuse_compiled(vars(pipe).values())
     except ProcessEndedError as error:
-        label = label_of(case, candidate, apply)
         return _invalid(case, recording, label, f"{error.what}, {error.where}")
     idle = _idle(pipe, case, candidate, recording, before) if apply or settings else False
     if rename:
@@ -123,13 +126,15 @@ def check(  # 11 parameters: those of `truestep.check`, without what is of pipel
         depth=depth,
         steps=steps,
         tolerance=tolerance,
-        label=label_of(case, candidate, apply),
+        label=label,
         progress=progress,
     )
     result = expected(said_idle(result) if idle else result, expect)
-    if depth not in OPENS or result.verdict in _NOTHING_TO_OPEN:
-        return result
     with beside(vars(pipe).values()):
+        if meant is not None:
+            return as_meant(pipe, case, recording, result, meant, check=check_pipeline)
+        if depth not in OPENS or result.verdict in _NOTHING_TO_OPEN:
+            return result
         return _opened(pipe, case, recording, result, rename, explain=depth == "cause")
 
 
@@ -183,6 +188,13 @@ def expected(result: Comparison, expect: Expect | None) -> Comparison:
     if result.verdict is Verdict.DRIFTED:
         sentence += "; as expected"
     return result.model_copy(update={"expect": expect, "sentence": sentence})
+
+
+def _refuse_options(rename: Mapping[str, str] | None, meant: str | None, depth: str) -> None:
+    from truestep.replay.meant import refuse_meant
+
+    refuse_rename(rename, depth)
+    refuse_meant(meant, depth)
 
 
 def refuse_rename(rename: Mapping[str, str] | None, depth: str) -> None:

@@ -61,7 +61,7 @@ def converted(model: Any, dtype: torch.dtype) -> Iterator[None]:
             for name, tensor in held.items():
                 if tensor is None or not tensor.is_floating_point():
                     continue
-                if _is_packed(tensor):
+                if is_packed(tensor):
                     if type(module).__module__.startswith("torch.nn."):
                         packed.append((held, name, tensor))
                     continue
@@ -112,7 +112,7 @@ def _lent(lender: Lender, data: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return lender.lend(cast(lent or data, dtype, data.device, lender.buffers))
 
 
-def _is_packed(tensor: torch.Tensor) -> bool:
+def is_packed(tensor: torch.Tensor) -> bool:
     """Whether a weight is quantised by a class of its own, which says what its numbers are."""
     return is_wrapped(tensor) and type(tensor).dequantize is not torch.Tensor.dequantize
 

@@ -1,0 +1,235 @@
+"""Weights that were changed on purpose: is each as far off as its change explains? Pure: no I/O.
+
+A quantiser may move a number by half a step, or by as much as it clips. What a weight is off is
+set against that, number by number and by rows, columns and blocks; then the layers are set against
+one another, for a quantiser that is made otherwise (its scales in another precision, searched or
+clipped) is off by as much more in all of them. One that is further off than the others is broken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+
+from truestep.measure.quantisers import QUANTISERS, Quantised, Quantiser, rms
+
+Tensor = torch.Tensor
+
+LEVEL = 1e-3
+"""Chance that a healthy model is accused, over all of its layers, by the spread of its layers."""
+
+SPREAD = 0.05
+"""Least spread of the logarithms: a quantiser that explains all layers leaves none."""
+
+SLACK = 1.05
+"""So many times as far off as is explained, nothing is unexplained: codes at the very middle."""
+
+WHOLE_STEP = 2.05
+"""Half-steps within which a known quantiser explains all: whoever rounds down, or by chance, is."""
+
+WHOLE_STEPS = 2.5
+"""Likewise of 32 numbers together, over rounding to the nearest."""
+
+LEAST = 4
+"""Layers that must be there for a spread to say anything."""
+
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How far one weight is off, over what a quantiser explains.
+
+    Attributes:
+        peak: Of its numbers the furthest, over its reach.
+        over: Of its rows, columns and blocks of 32 the furthest, over rounding to the nearest.
+        size: Root mean square of the reaches, relative to that of the weight.
+        inside: Share of its numbers within their reach.
+    """
+
+    peak: float
+    over: float
+    size: float
+    inside: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Above which a layer is broken, of `Fit`'s peak and over."""
+
+    peak: float
+    over: float
+
+
+def reach_of(trusted: Tensor, candidate: Tensor, quantised: Quantised | None, eps: float) -> Tensor:
+    """How far each number of a weight may be off.
+
+    Args:
+        trusted, candidate: float32.
+        quantised: What the quantiser makes of the trusted one; None of what it leaves as it is.
+        eps: Of the precision that both are kept in.
+    """
+    stored = eps * (trusted.abs() + candidate.abs().nan_to_num(0.0, 0.0, 0.0))
+    least = 1e-6 * float(trusted.abs().max()) if trusted.numel() else 0.0
+    return (stored if quantised is None else quantised.reach + stored) + max(least, 1e-30)
+
+
+def fit(trusted: Tensor, candidate: Tensor, quantiser: Quantiser | None, *, eps: float) -> Fit:
+    """How far a weight is off.
+
+    Args:
+        trusted, candidate: Of one shape, any float dtype.
+        quantiser: What is to explain it; None where nothing but storing does.
+        eps: See `reach_of`.
+    """
+    trusted, candidate = trusted.detach().float(), candidate.detach().float()
+    quantised = quantiser(trusted) if quantiser is not None else None
+    if not bool(candidate.isfinite().all()):
+        return Fit(math.inf, math.inf, math.nan, 0.0)
+    reach = reach_of(trusted, candidate, quantised, eps)
+    off = (candidate - trusted).abs()
+    if not off.numel():
+        return Fit(0.0, 0.0, 0.0, 1.0)
+    shares = off / reach
+    peak, inside = float(shares.max()), float((shares <= SLACK).double().mean())
+    over = max(float(r.max()) for r in unit_ratios(off, reach).values())
+    return Fit(peak, over, rms(reach) / (rms(trusted) or 1.0), inside)
+
+
+def unit_ratios(off: Tensor, reach: Tensor) -> dict[str, Tensor]:
+    """Of every row, column and block, how far it is off over rounding to the nearest.
+
+    An error that is spread evenly over a step has a third of the square of its half.
+    """
+    taken, given = off.double().square(), reach.double().square() / 3
+    if off.ndim < 2:
+        return {"number": (taken / given).sqrt()}
+    taken, given = taken.flatten(1), given.flatten(1)
+    found = {
+        "row": (taken.sum(1) / given.sum(1)).sqrt(),
+        "column": (taken.sum(0) / given.sum(0)).sqrt(),
+    }
+    if off.numel() % BLOCK == 0:
+        sums = [each.reshape(-1, BLOCK).sum(1) for each in (taken, given)]
+        found["block"] = (sums[0] / sums[1]).sqrt()
+    return found
+
+
+def limits(fits: Iterable[Fit], *, known: bool) -> Limits | None:
+    """Above what a layer is broken, by the spread of all of them.
+
+    Args:
+        fits: Of all layers that were changed.
+        known: Whether the quantiser is one that explains them: its reach is then a limit of itself.
+
+    Returns:
+        The limits; None where there are too few layers to tell.
+    """
+    every = list(fits)
+    if len(every) < LEAST:
+        return Limits(WHOLE_STEP, WHOLE_STEPS) if known else None
+    return Limits(
+        max(_limit([each.peak for each in every]), WHOLE_STEP if known else 0.0),
+        max(_limit([each.over for each in every]), WHOLE_STEPS if known else 0.0),
+    )
+
+
+def _limit(values: Sequence[float]) -> float:
+    """The value that one of as many would exceed once in 1 / `LEVEL` models.
+
+    By the median of the logarithms and their spread, which one broken layer in ten does not move,
+    with the tails of Student's distribution: a spread of few layers is itself uncertain. Makers
+    that clip do so in some layers and not in others: the spread upwards counts.
+    """
+    logs = torch.tensor([math.log(max(value, 1e-9)) for value in values if math.isfinite(value)])
+    if not len(logs):
+        return math.inf
+    middle = float(logs.median())
+    share = 0.9 if len(logs) >= _MANY else 0.75
+    upwards = (float(logs.quantile(share)) - middle) / float(stats.norm.ppf(share))
+    spread = max(1.4826 * float((logs - middle).abs().median()), upwards, SPREAD)
+    freedom = min(len(values) - 1, _FREEDOM)
+    score = float(stats.t.isf(LEVEL / (2 * len(values)), freedom))
+    return math.exp(min(middle + score * spread, 700.0))
+
+
+_FREEDOM = 10
+"""Degrees of freedom of the tails, at most: what clips has heavier ones than a normal spread."""
+
+_MANY = 12
+"""Layers of which the upper tenth is not one alone."""
+
+
+def of_another_kind(fits: Iterable[Fit]) -> float | None:
+    """How far off most layers are where a quantiser does not explain them; None where it does."""
+    every = list(fits)
+    peak = _middle(each.peak for each in every) if every else 0.0
+    explained = not every or _middle(each.inside for each in every) >= _INSIDE
+    return None if explained or peak <= _MADE_OTHERWISE else peak
+
+
+def broken(found: Fit, limit: Limits) -> float | None:
+    """How many times as far off as is explained a layer is; None of one that is not broken."""
+    if found.peak <= limit.peak and found.over <= limit.over:
+        return None
+    return max(found.peak, found.over)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A weight of both sides; float32, of one shape."""
+
+    trusted: Tensor
+    candidate: Tensor
+
+
+_ENOUGH = 12
+"""Layers that a quantiser is inferred from."""
+
+_INSIDE = 0.99
+"""Share of the numbers of a weight that its quantiser explains: what is clipped are few."""
+
+_ALIKE = 1.05
+"""Steps this near to the smallest are as small."""
+
+_MADE_OTHERWISE = 3.0
+"""So far beyond its reach, in most layers, is what another maker of the same format makes."""
+
+
+def infer(pairs: Mapping[str, Pair], *, eps: float) -> Quantiser | None:
+    """The quantiser with the smallest steps that explains most of the weights.
+
+    Args:
+        pairs: Weights that differ.
+        eps: See `reach_of`.
+
+    Returns:
+        None where there is none.
+    """
+    names = list(pairs)
+    names = names[:: max(len(names) // _ENOUGH, 1)][: _ENOUGH + 1]
+    seen: dict[str, list[Fit]] = {}
+    for name, quantiser in QUANTISERS.items():
+        fits = [fit(pairs[n].trusted, pairs[n].candidate, quantiser, eps=eps) for n in names]
+        fits = [each for each in fits if math.isfinite(each.peak)]
+        if fits:
+            seen[name] = fits
+    explains = [n for n, fits in seen.items() if _middle(f.inside for f in fits) >= _INSIDE]
+    explains = explains or [
+        n for n, fits in seen.items() if _middle(f.peak for f in fits) <= _MADE_OTHERWISE
+    ]
+    if not explains:
+        return None
+    sizes = {name: _middle(f.size for f in seen[name]) for name in explains}
+    alike = [name for name in explains if sizes[name] <= _ALIKE * min(sizes.values())]
+    # Of steps as small, those that explain most: a row of 32 is a block of 32, and a longer is not.
+    return QUANTISERS[max(alike, key=lambda name: sum(f.inside for f in seen[name]))]
+
+
+def _middle(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]

@@ -1,0 +1,219 @@
+"""`check --meant`: a fault under a quantisation is named, a healthy quantisation is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.commands import Run, runner
+from truestep.case import Case
+from truestep.errors import UsageError
+from truestep.meant_records import Meant
+from truestep.measure.quantisers import QUANTISERS
+from truestep.recording.format import Recording
+from truestep.replay.check import check
+from truestep.replay.record import record_pipeline
+from truestep.runtime.loading import load
+from truestep.runtime.quantising import layers_of, quantise
+from truestep.verdict import Comparison, Verdict
+
+LAYER = "transformer.blocks.1.ffn.net.2"
+
+Change = Callable[[Any], None]
+
+
+@pytest.fixture(scope="module")
+def case(tiny_wan: dict[str, Path], tiny_case: dict[str, Any]) -> Case:
+    return Case(model=str(tiny_wan["wan21"]), **{**tiny_case, "steps": 2})
+
+
+@pytest.fixture(scope="module")
+def recording(case: Case) -> Recording:
+    return record_pipeline(load(case), case=case, floor="steps")
+
+
+def judged(case: Case, recording: Recording, change: Change, name: str) -> tuple[Comparison, Meant]:
+    result = check(case, recording, apply=change, meant=name, steps=(0,))
+    assert result.meant is not None
+    return result, result.meant
+
+
+def int8(pipe: Any) -> None:
+    quantise(pipe, "int8")
+
+
+def test_a_healthy_quantisation_is_explained(case: Case, recording: Recording) -> None:
+    result, meant = judged(case, recording, int8, "auto")
+    assert result.verdict is Verdict.DRIFTED
+    assert (meant.outcome, meant.change, meant.faults) == ("explained", "int8", ())
+    assert meant.layers > 10
+    assert result.exit_code == 0
+    assert result.sentence.startswith("drifted, as meant: each of ")
+    assert "no fault underneath" in result.sentence
+
+
+@pytest.mark.parametrize("name", ["int8", "auto"])
+def test_two_rows_exchanged_are_named(case: Case, recording: Recording, name: str) -> None:
+    def broken(pipe: Any) -> None:
+        int8(pipe)
+        weight = layers_of(pipe)[LAYER].weight.data
+        weight[[2, 5]] = weight[[5, 2]].clone()
+
+    result, meant = judged(case, recording, broken, name)
+    assert meant.outcome == "fault"
+    assert [fault.module for fault in meant.faults] == [LAYER]
+    assert meant.faults[0].kind == "rows 2, 5: 2 is row 5, 5 is row 2"
+    assert meant.faults[0].ratio > 10
+    assert result.first_divergence is not None
+    assert result.first_divergence.fqn == LAYER
+    assert result.exit_code == 1
+    assert LAYER in result.sentence
+
+
+def test_a_stale_bias_is_named(case: Case, recording: Recording) -> None:
+    def broken(pipe: Any) -> None:
+        int8(pipe)
+        pipe.transformer.blocks[0].attn1.to_q.bias.data += 0.3
+
+    _, meant = judged(case, recording, broken, "int8")
+    fault = meant.faults[0]
+    assert (fault.module, fault.tensor) == ("transformer.blocks.0.attn1.to_q", "bias")
+
+
+def test_a_cast_of_biases_is_no_fault(case: Case, recording: Recording) -> None:
+    def cast(pipe: Any) -> None:
+        int8(pipe)
+        for parameter in pipe.transformer.parameters():
+            if parameter.ndim == 1:
+                parameter.data = parameter.data.bfloat16().float()
+
+    _, meant = judged(case, recording, cast, "int8")
+    assert not meant.faults
+    assert meant.outcome == "explained"
+
+
+def test_code_that_is_wrong_beside_it_is_found_with_the_weights_put_back(
+    case: Case, recording: Recording
+) -> None:
+    def wrong(pipe: Any) -> None:
+        int8(pipe)
+        pipe.transformer.blocks[1].ffn.net[0].approximate = "none"
+
+    result, meant = judged(case, recording, wrong, "int8")
+    assert (meant.outcome, meant.faults) == ("fault", ())
+    assert result.first_divergence is not None
+    assert (result.first_divergence.fqn or "").startswith("blocks.1.ffn.net.0")
+    assert result.exit_code == 1
+
+
+def test_a_weight_that_is_no_number_is_named(case: Case, recording: Recording) -> None:
+    def nan(pipe: Any) -> None:
+        int8(pipe)
+        layers_of(pipe)[LAYER].weight.data[0, 0] = float("nan")
+
+    result, meant = judged(case, recording, nan, "int8")
+    assert meant.faults[0].module == LAYER
+    assert result.verdict is Verdict.INVALID
+    assert result.exit_code == 1
+
+
+def test_another_quantiser_than_the_declared_one_is_undecided(
+    case: Case, recording: Recording
+) -> None:
+    result, meant = judged(case, recording, lambda p: quantise(p, "gguf:Q4_0") and None, "int8")
+    assert (meant.outcome, meant.faults) == ("undecided", ())
+    assert "another change" in meant.text
+    assert result.exit_code == 4
+
+
+def test_a_change_that_changed_no_weight_is_undecided(case: Case, recording: Recording) -> None:
+    result, meant = judged(case, recording, lambda pipe: None, "int8")
+    assert (meant.outcome, meant.layers) == ("undecided", 0)
+    assert result.exit_code == 4
+
+
+class Quantised(torch.nn.Module):
+    """A layer that keeps codes and scales, and quantises each token that it is given."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.data
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        step = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
+        x = (x / step).round() * step
+        return torch.nn.functional.linear(x, self.codes.to(x.dtype) * self.scale, self.bias)
+
+
+def wrapped(pipe: Any) -> None:
+    for name, module in [*pipe.transformer.named_modules()]:
+        if isinstance(module, torch.nn.Linear) and "blocks" in name:
+            holder, _, key = name.rpartition(".")
+            setattr(pipe.transformer.get_submodule(holder), key, Quantised(module))
+
+
+def test_layers_of_another_class_are_judged_by_what_they_do(
+    case: Case, recording: Recording
+) -> None:
+    _, meant = judged(case, recording, wrapped, "auto")
+    assert (meant.outcome, meant.change, meant.unjudged) == ("explained", "int8", ())
+
+    def broken(pipe: Any) -> None:
+        wrapped(pipe)
+        pipe.transformer.blocks[1].ffn.net[2].scale[3] *= 2
+
+    _, meant = judged(case, recording, broken, "auto")
+    assert [fault.module for fault in meant.faults] == [LAYER]
+    assert meant.faults[0].kind == "row 3: scaled by 2"
+
+
+def test_what_cannot_be_judged_is_refused(case: Case, recording: Recording) -> None:
+    with pytest.raises(UsageError, match="'int9' is no change that is known"):
+        check(case, recording, meant="int9")
+    with pytest.raises(UsageError, match="not at depth 'final'"):
+        check(case, recording, meant="int8", depth="final")
+
+
+@pytest.mark.parametrize("name", sorted(QUANTISERS))
+def test_every_quantiser_is_applied_in_place(case: Case, name: str) -> None:
+    pipe, trusted = load(case), load(case)
+    quantise(pipe, name)
+    own, was = layers_of(pipe), layers_of(trusted)
+    assert sum(not torch.equal(own[k].weight, was[k].weight) for k in own) > 10
+    with pytest.raises(UsageError, match="no quantiser"):
+        quantise(pipe, "int9")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    monkeypatch.chdir(tmp_path)
+    return runner(monkeypatch, capsys, "check")
+
+
+def test_the_command_line_says_it(
+    case: Case, recording: Recording, run: Run, tmp_path: Path
+) -> None:
+    recording.save(tmp_path / "a.safetensors")
+    (tmp_path / "quant.py").write_text(
+        "from truestep.runtime.quantising import quantise\n\n\n"
+        "def int8(pipe):\n    quantise(pipe, 'int8')\n"
+    )
+    words = ("--reference", "a.safetensors", "--apply", "quant.py:int8", "--steps", "0")
+    code, out, err = run(*words, "--meant", "int8", "--json", "result.json")
+    assert code == 0, (out, err)
+    assert out.startswith("PASSED drifted, as meant")
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["exit_code"] == 0
+    assert found["comparisons"][0]["meant"]["outcome"] == "explained"
+    code, out, err = run(*words, "--meant", "int7")
+    assert code == 2
+    assert "is no change that is known" in err
