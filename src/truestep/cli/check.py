@@ -130,7 +130,7 @@ if TYPE_CHECKING:
     "without it, one CPU.",
 )
 @output_options
-def command(  # 31 parameters, long: the options of the verb
+def command(  # 32 parameters, long: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
