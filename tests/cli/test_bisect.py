@@ -129,12 +129,13 @@ def test_ends_that_are_exchanged_are_told_with_the_command(
 BUSY = """
 import pathlib, time
 with open({runs!r}, "a") as file: file.write("x")
-if len(open({runs!r}).read()) == 5: time.sleep(60)
+if len(open({runs!r}).read()) == 7: time.sleep(60)
 """
 
 
 def test_a_bisect_that_was_killed_goes_on_where_it_stood(tmp_path: Path) -> None:
-    """SIGKILL in the fifth probe: the four before it are not run again, and nothing is left."""
+    """SIGKILL in the seventh probe: of the six before it only the repeats of the ends are run
+    again, and nothing is left."""
     runs = tmp_path / "runs"
     repo = tmp_path / "repo"
     shas = repository(repo, [0] * 5 + [1] * 4, more=BUSY.format(runs=str(runs)))
@@ -146,12 +147,12 @@ def test_a_bisect_that_was_killed_goes_on_where_it_stood(tmp_path: Path) -> None
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(words, cwd=repo, env=variables, start_new_session=True, **pipes)
     for _ in range(600):
-        if runs.exists() and len(runs.read_text()) >= 5:
+        if runs.exists() and len(runs.read_text()) >= 7:
             break
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert len(runs.read_text()) == 5
+    assert len(runs.read_text()) == 7
     assert list(temporary.glob("truestep-bisect-*"))
     done = subprocess.run(
         words, cwd=repo, env=variables, capture_output=True, text=True, check=False
@@ -160,7 +161,7 @@ def test_a_bisect_that_was_killed_goes_on_where_it_stood(tmp_path: Path) -> None
     assert result["culprits"][0]["name"] == shas[5], done.stderr
     assert result["notes"][0] == "4 answers are of an earlier start, which was stopped"
     assert [attempt["resumed"] for attempt in result["attempts"]].count(True) == 4
-    assert len(runs.read_text()) == result["probes"] + 1, "the one that was killed ran twice"
+    assert len(runs.read_text()) == result["probes"] + 3, "the killed one, two repeats: run twice"
     assert not list(temporary.glob("truestep-bisect-*"))
     assert git(repo, "worktree", "list").count("\n") == 0
 

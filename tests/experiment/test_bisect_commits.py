@@ -291,6 +291,52 @@ def test_verdicts_are_kept_by_content_and_confirmed_anew(tmp_path: Path, bisect:
     assert all(attempt.ran for attempt in bisect(shas[0], shas[-1], again=True).attempts)
 
 
+JUDGE = "import helper, sys; sys.exit(int(open('value.py').read().split()[2]) >= helper.FIRST)"
+
+
+def judge(tmp_path: Path, first: int) -> list[str]:
+    """A command that imports a helper, which no word of it names."""
+    folder = tmp_path / "judge"
+    folder.mkdir(exist_ok=True)
+    (folder / "judge.py").write_text(JUDGE)
+    (folder / "helper.py").write_text(f"FIRST = {first}")
+    return [sys.executable, str(folder / "judge.py")]
+
+
+def stopped_after(probes: int) -> Callable[[str, int, int], None]:
+    def progress(_: str, done: int, most: int) -> None:
+        if done >= probes:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [6, 9])
+def test_an_answer_of_before_it_was_stopped_is_not_trusted_alone(
+    tmp_path: Path, bisect: Bisect, after: int
+) -> None:
+    """A helper of the command is mended in between: its repeats of before say the old outcome."""
+    shas = repository(tmp_path / "repo", [*range(16)])
+    with pytest.raises(KeyboardInterrupt):
+        bisect(shas[0], shas[-1], *judge(tmp_path, 4), progress=stopped_after(after))
+    found = bisect(shas[0], shas[-1], *judge(tmp_path, 11))
+    assert [culprit.name for culprit in found.culprits] in ([], [shas[11]])
+    repeats = [a for a in found.attempts if a.why in ("again", "confirm")]
+    assert not any(attempt.resumed for attempt in repeats)
+
+
+@pytest.mark.slow
+def test_what_was_stopped_and_is_unchanged_goes_on(tmp_path: Path, bisect: Bisect) -> None:
+    shas = repository(tmp_path / "repo", [*range(16)])
+    with pytest.raises(KeyboardInterrupt):
+        bisect(shas[0], shas[-1], *judge(tmp_path, 4), progress=stopped_after(9))
+    found = bisect(shas[0], shas[-1], *judge(tmp_path, 4))
+    assert found.culprits[0].name == shas[4]
+    assert sum(attempt.resumed for attempt in found.attempts) >= 5
+    assert found.probes <= found.limit
+
+
 @pytest.mark.slow
 def test_what_is_kept_is_not_used_for_another_command_or_variable(
     tmp_path: Path, bisect: Bisect, monkeypatch: pytest.MonkeyPatch

@@ -83,7 +83,8 @@ def probed(
     store = Store(root)
     store.prepare()
     base = key_of([base, library_version("truestep") or "", *sorted(options.asked.kept)])
-    key = key_of([base, str(limit), *(point.key for point in points)])
+    patience = str(options.asked.timeout_s)
+    key = key_of([base, str(limit), patience, *(point.key for point in points)])
     with store.locked(), commits.scratch_folder(root) as scratch:
         prober = Prober(store, key, base, scratch, options.asked, limit, options.progress)
         prober.begin()

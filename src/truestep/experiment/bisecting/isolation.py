@@ -38,7 +38,7 @@ FRESH = {
 ROOT = "TRUESTEP_BISECT_ROOT"
 """Variable with the folder that the bisect was started in; of commits the repository's."""
 
-_GIT = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
+GIT = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
 """Of a git that started us (a hook): they would lead a probe to the repository's own files."""
 
 MOST_KEPT = 1 << 16
@@ -105,7 +105,7 @@ def environment(
         more: What the probe sets or, by None, takes away; it wins.
     """
     kept = set(kept)
-    variables = {key: value for key, value in os.environ.items() if key not in _GIT}
+    variables = {key: value for key, value in os.environ.items() if key not in GIT}
     home = Path(os.path.expanduser("~"))
     settings = home / ".config"
     cache = Path(variables.get("XDG_CACHE_HOME") or home / ".cache")

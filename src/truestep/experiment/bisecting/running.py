@@ -99,27 +99,39 @@ class Prober:
             return conclusion
 
     def _answer(self, question: Question[P], setting: Setting) -> Answer:
-        attempt = self._logged(question.why, setting)
+        attempt = self._logged(question, setting)
         if attempt is None:
             attempt = self._kept(question, setting) or self._run(question.why, setting)
-            self.store.append(self.key, attempt)
+            self._note(attempt)
         self.attempts.append(attempt)
         if question.why == "bad end" and attempt.outcome is Outcome.BAD:
             self._failure = attempt.failure
         self.told("probes", self.probes, self.limit)
         return Answer(attempt.outcome, attempt.ran)
 
-    def _logged(self, why: Why, setting: Setting) -> Attempt | None:
-        """The next line of the log, where it answers this question; else the log ends here."""
+    def _logged(self, question: Question[P], setting: Setting) -> Attempt | None:
+        """The next line of the log, where it answers this question; else the log ends here.
+
+        What asks for the same again is run: what the command hangs on may have changed since then.
+        """
         at = len(self.attempts)
         if at >= len(self._log):
             return None
         line = self._log[at]
-        if (line.why, line.key) == (why, self._key(setting)):
-            return line.model_copy(update={"resumed": True})
+        if (line.why, line.key) == (question.why, self._key(setting)):
+            return None if question.fresh else line.model_copy(update={"resumed": True})
         self._log = self._log[:at]
         self.store.keep_log(self.key, self._log)
         return None
+
+    def _note(self, attempt: Attempt) -> None:
+        """Write an answer to the log; a repeat takes the place of that of an earlier start."""
+        at = len(self.attempts)
+        if at >= len(self._log):
+            self.store.append(self.key, attempt)
+            return
+        self._log[at] = attempt
+        self.store.keep_log(self.key, self._log)
 
     def _kept(self, question: Question[P], setting: Setting) -> Attempt | None:
         """A verdict that lasted in an earlier bisect. What asks for the same again is run."""
