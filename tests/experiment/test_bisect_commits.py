@@ -321,9 +321,35 @@ def test_an_answer_of_before_it_was_stopped_is_not_trusted_alone(
     with pytest.raises(KeyboardInterrupt):
         bisect(shas[0], shas[-1], *judge(tmp_path, 4), progress=stopped_after(after))
     found = bisect(shas[0], shas[-1], *judge(tmp_path, 11))
-    assert [culprit.name for culprit in found.culprits] in ([], [shas[11]])
+    assert [culprit.name for culprit in found.culprits] == [shas[11]]
     repeats = [a for a in found.attempts if a.why in ("again", "confirm")]
     assert not any(attempt.resumed for attempt in repeats)
+
+
+@pytest.mark.slow
+def test_kept_verdicts_that_no_longer_hold_are_dropped(tmp_path: Path, bisect: Bisect) -> None:
+    """An unnamed helper of the command is changed between two bisects."""
+    shas = repository(tmp_path / "repo", [*range(16)])
+    for _ in range(2):
+        bisect(shas[0], shas[-1], *judge(tmp_path, 4))
+    for first in (5, 11, 3):
+        found = bisect(shas[0], shas[-1], *judge(tmp_path, first))
+        assert [culprit.name for culprit in found.culprits] == [shas[first]], found.sentence
+        if any("no longer hold" in note for note in found.notes):
+            assert all(attempt.ran for attempt in found.attempts)
+        assert found.probes <= found.limit
+    again = bisect(shas[0], shas[-1], *judge(tmp_path, 3))
+    assert not any("no longer hold" in note for note in again.notes)
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_not_used_for_other_imports(tmp_path: Path, bisect: Bisect) -> None:
+    shas = repository(tmp_path / "repo", [0, 0, 1, 1])
+    bisect(shas[0], shas[-1])
+    bisect(shas[0], shas[-1])
+    assert not all(attempt.ran for attempt in bisect(shas[0], shas[-1]).attempts)
+    named = bisect(shas[0], shas[-1], imports=["value"])
+    assert all(attempt.ran for attempt in named.attempts)
 
 
 @pytest.mark.slow

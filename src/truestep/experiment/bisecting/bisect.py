@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from truestep.environment import library_version
@@ -82,23 +82,38 @@ def probed(
     """
     store = Store(root)
     store.prepare()
-    base = key_of([base, library_version("truestep") or "", *sorted(options.asked.kept)])
+    version, imports = library_version("truestep") or "", ",".join(sorted(options.imports))
+    base = key_of([base, version, imports, *sorted(options.asked.kept)])
     patience = str(options.asked.timeout_s)
     key = key_of([base, str(limit), patience, *(point.key for point in points)])
     with store.locked(), commits.scratch_folder(root) as scratch:
         prober = Prober(store, key, base, scratch, options.asked, limit, options.progress)
         prober.begin()
         result = answer(prober)
+        notes = [*result.notes]
+        if prober.outdated:
+            spent = prober.probes
+            store.drop(base)
+            asked = replace(options.asked, again=True)
+            prober = Prober(store, key, base, scratch, asked, limit, options.progress)
+            prober.begin()
+            result = answer(prober)
+            notes = [_outdated(spent), *result.notes]
         prober.end()
-    notes = list(result.notes)
     if prober.resumed:
         notes.insert(0, f"{prober.resumed} answers are of an earlier start, which was stopped")
     kept = sum(not a.ran and a.exit_code is not None for a in prober.attempts)
     if kept:
         many = "verdicts were" if kept > 1 else "verdict was"
         notes.append(f"{kept} {many} kept, of the same content (--again runs them)")
-    version = library_version("truestep") or ""
     return result.model_copy(update={"notes": tuple(notes), "tool_version": version})
+
+
+def _outdated(spent: int) -> str:
+    return (
+        "answers of an earlier start or bisect no longer hold (something changed that is not "
+        f"recorded): all were dropped after {spent} runs, and the search was begun again"
+    )
 
 
 def _of_commits(
