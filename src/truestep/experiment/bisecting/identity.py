@@ -68,7 +68,7 @@ def fingerprint(command: Sequence[str], folder: Path) -> str:
     interpreter = interpreter_of(command, folder)
     program = shutil.which(command[0]) or command[0]
     parts = [*command, str(folder), os.path.realpath(program), _packages(interpreter)]
-    parts += [f"{path}={_content(path)}" for path in _files(command, folder)]
+    parts += [f"{path}={content(path)}" for path in _files(command, folder)]
     parts += [f"{key}={value}" for key, value in sorted(os.environ.items()) if _told(key)]
     return key_of(parts)
 
@@ -102,7 +102,7 @@ def _files(command: Sequence[str], folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _content(path: Path) -> str:
+def content(path: Path) -> str:
     """A digest of a file, or of the files of a folder."""
     if path.is_dir():
         files = sorted(each for each in islice(path.rglob("*"), _MOST_FILES) if each.is_file())
