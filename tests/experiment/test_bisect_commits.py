@@ -12,6 +12,7 @@ import pytest
 
 from truestep.errors import UsageError
 from truestep.experiment.bisecting.bisect import Options, bisect_commits
+from truestep.experiment.bisecting.commits import line_of
 from truestep.experiment.bisecting.records import Bisection
 from truestep.experiment.bisecting.running import Asked
 from truestep.experiment.bisecting.store import Store
@@ -88,6 +89,25 @@ def test_the_commit_is_named_with_its_files(tmp_path: Path, bisect: Bisect) -> N
     assert found.next == f"git show {shas[6][:12]}"
     assert found.suspects == 9
     assert found.probes <= found.limit == 10
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x0c", "\x1c", "\x85", "\r"])
+def test_a_subject_may_hold_whatever_breaks_a_line(tmp_path: Path, mark: str) -> None:
+    shas = repository(tmp_path / "repo", [0, 0])
+    commit(tmp_path / "repo", "X = 1", f"one{mark}two")
+    shas.append(git(tmp_path / "repo", "rev-parse", "HEAD"))
+    commit(tmp_path / "repo", "X = 2", "three")
+    found = line_of(tmp_path / "repo", shas[0], "HEAD")
+    assert [point.sha for point in found.points[:3]] == shas
+    assert found.points[2].subject == f"one{mark}two"
+    assert found.points[3].subject == "three"
+    assert mark not in found.points[2].label
+
+
+@pytest.mark.parametrize("name", ["a b", " a ", "é "])
+def test_a_repository_may_have_any_name(tmp_path: Path, name: str) -> None:
+    repository(tmp_path / name, [0, 1])
+    assert line_of(tmp_path / name, "HEAD~1", "HEAD").repository == tmp_path / name
 
 
 def test_nothing_is_left_in_the_repository_or_beside_it(tmp_path: Path, bisect: Bisect) -> None:

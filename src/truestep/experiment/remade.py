@@ -290,7 +290,7 @@ def _changed(repository: Path, sha: str) -> list[str]:
 
 def _repository(folder: Path) -> Path | None:
     try:
-        return Path(git(folder, "rev-parse", "--show-toplevel").strip())
+        return Path(git(folder, "rev-parse", "--show-toplevel").removesuffix("\n"))
     except UsageError:
         return None
 

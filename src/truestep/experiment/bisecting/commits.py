@@ -74,20 +74,18 @@ def git(repository: Path, *words: str) -> str:
             ["git", "-C", str(repository), *words],
             env={**variables, "LC_ALL": "C.UTF-8", "GIT_OPTIONAL_LOCKS": "0"},
             capture_output=True,
-            text=True,
-            errors="replace",
             check=False,
         )
     except FileNotFoundError:
         raise UsageError("commits need git, which is not installed") from None
     if done.returncode:
-        told = done.stderr.strip().splitlines()
+        told = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise UsageError(
             "git could not do what the bisect needs",
             where=pasteable(["git", *words[:4]]),
             measured=told[-1] if told else f"exit {done.returncode}",
         )
-    return done.stdout
+    return done.stdout.decode("utf-8", "replace")  # as it is: a subject may hold any line break
 
 
 _KEPT = ("GIT_SSH", "GIT_SSH_COMMAND", "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_EXEC_PATH")
@@ -102,7 +100,7 @@ def line_of(folder: Path, good: str, bad: str) -> Line:
     Raises:
         UsageError: There is no repository, no such revision, or no suspect between the two.
     """
-    repository = Path(git(folder, "rev-parse", "--show-toplevel").strip())
+    repository = Path(git(folder, "rev-parse", "--show-toplevel").removesuffix("\n"))
     first, last = (_commit(repository, name, end) for name, end in ((good, "good"), (bad, "bad")))
     if first == last:
         raise UsageError(
@@ -126,7 +124,7 @@ def line_of(folder: Path, good: str, bad: str) -> Line:
     form = "--format=%H%x00%T%x00%P%x00%s"
     lines = git(repository, "log", "--first-parent", "--reverse", form, f"{base}..{last}")
     start = git(repository, "log", "--max-count=1", form, base)
-    points = tuple(map(_parsed, [*start.splitlines(), *lines.splitlines()]))
+    points = tuple(_parsed(line) for line in f"{start}{lines}".split("\n") if line)
     if points[1].parents[:1] != (base,):
         notes.append(
             f"the good end came in by the merge {points[1].short}: other commits of that merge are "

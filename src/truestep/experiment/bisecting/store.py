@@ -4,7 +4,7 @@
 
     .truestep/.gitignore                   nothing here belongs into a commit
     .truestep/bisect/runs/KEY.jsonl        answers of a bisect that has not ended, a line each
-    .truestep/bisect/verdicts/KEY.json     verdicts by content: seen at least twice, always the same;
+    .truestep/bisect/verdicts/KEY.json     verdicts by content: seen twice at least, always alike;
                                            KEY begins with that of what they depend on
     .truestep/bisect/overlays/KEY/         packages of one version, for any probe
 """
