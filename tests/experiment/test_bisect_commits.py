@@ -298,6 +298,35 @@ def test_a_bisect_that_would_be_blind_says_so(tmp_path: Path, bisect: Bisect) ->
     assert "no_such_package cannot be found" in missing.sentence
 
 
+def test_ends_that_do_not_differ_as_the_package_is_imported_from_elsewhere(
+    tmp_path: Path, bisect: Bisect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The project is in a folder that no probe puts on the path: --import is proposed, and says
+    so; where the package is found in the worktree it is not."""
+    repo = tmp_path / "repo"
+    shas = repository(repo, [0, 0, 0], name="kit", file="python/kit/__init__.py")
+    monkeypatch.setenv("PYTHONPATH", str(repo / "python"))
+    found = bisect(shas[0], shas[-1])
+    origin = repo / "python" / "kit" / "__init__.py"
+    assert found.sentence.startswith("the ends do not differ")
+    note = f"if the command imports kit, that is {origin}, not the probed commit's"
+    assert found.notes[0] == note
+    assert found.next.startswith(f"truestep bisect --import kit --good {shas[0]} --bad ")
+    named = bisect(shas[0], shas[-1], imports=["kit"])
+    assert f"kit would be imported from {origin}, not from the worktree" in named.sentence
+    assert not named.next
+
+
+def test_ends_that_do_not_differ_of_a_package_in_the_worktree_propose_no_import(
+    tmp_path: Path, bisect: Bisect
+) -> None:
+    shas = repository(tmp_path / "repo", [0, 0, 0], name="kit", file="kit/__init__.py")
+    found = bisect(shas[0], shas[-1])
+    assert found.sentence.startswith("the ends do not differ")
+    assert not found.next
+    assert not any("imports kit" in note for note in found.notes)
+
+
 @pytest.mark.slow
 def test_verdicts_are_kept_by_content_and_confirmed_anew(tmp_path: Path, bisect: Bisect) -> None:
     shas = repository(tmp_path / "repo", [0] * 9 + [1] * 8)

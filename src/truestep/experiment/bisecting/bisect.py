@@ -58,7 +58,9 @@ def bisect_commits(folder: Path, good: str, bad: str, options: Options) -> Bisec
 
     def answer(prober: Prober) -> Bisection:
         conclusion = prober.drive(search(ends.suspects, limit=limit), points.__getitem__)
-        return _of_commits(line, conclusion, prober, ends)
+        result = _of_commits(line, conclusion, prober, ends)
+        blind = conclusion.kind == "ends" and not options.imports
+        return _perhaps_blind(result, line, good, bad, asked) if blind else result
 
     with_root = [word.replace("{repo}", str(line.repository)) for word in asked.command]
     base = fingerprint(with_root, folder)
@@ -154,6 +156,21 @@ def _of_commits(
         ends, prober.attempts, prober.limit, culprits, keys, line.notes, pasteable(command)
     )
     return told(answered, sentence, found=False)
+
+
+def _perhaps_blind(
+    result: Bisection, line: commits.Line, good: str, bad: str, asked: Asked
+) -> Bisection:
+    """Of ends that do not differ: the same with --import, where that may be why."""
+    found = commits.blind(line.repository, asked.command)
+    if not found:
+        return result
+    name, origin = next(iter(found.items()))
+    note = f"if the command imports {name}, that is {origin}, not the probed commit's"
+    words = ["truestep", "bisect", "--import", name, "--good", good, "--bad", bad, "--"]
+    return result.model_copy(
+        update={"notes": (note, *result.notes), "next": pasteable([*words, *asked.command])}
+    )
 
 
 def _further(conclusion: Conclusion[int], points: Sequence[commits.Commit], prober: Prober) -> str:

@@ -64,7 +64,7 @@ def variables(specs: Sequence[str]) -> list[Change]:
 
 def _range(first: str, last: str, spec: str) -> tuple[str, ...]:
     """Whole numbers from one to the other; just the two where they are none."""
-    if not all(re.fullmatch(r"-?(0|[1-9]\d*)", text) for text in (first, last)):
+    if not all(re.fullmatch(r"-?(0|[1-9]\d{0,999})", text) for text in (first, last)):
         return first, last
     low, high = int(first), int(last)
     count = abs(high - low) + 1

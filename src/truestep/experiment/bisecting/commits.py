@@ -19,6 +19,8 @@ from truestep.experiment.bisecting.isolation import Place, Setting, environment
 from truestep.reading import parse_toml, read
 from truestep.text import pasteable, quoted
 
+_MOST_NAMES = 200
+
 _HASH = 12
 """Letters of a commit's hash that are printed."""
 
@@ -257,6 +259,21 @@ def package_names(tree: Path) -> list[str]:
     name = re.sub(r"[-.]+", "_", name)
     names = dict.fromkeys((name, name.lower()))
     return [each for each in names if _held(source, each)][:1]
+
+
+def blind(repository: Path, command: Sequence[str]) -> dict[str, str]:
+    """Packages of a repository that the command would import from its working tree, not from a
+    worktree, with their file: those in a folder that is not put on PYTHONPATH."""
+    listed = git(repository, "ls-files", "-z").split("\0")
+    files = [Path(name) for name in listed if Path(name).name == "__init__.py"]
+    folders = {file.parent for file in files}
+    names = sorted({f.name for f in folders if f.name.isidentifier() and f.parent not in folders})
+    made = _place(repository, Path(), repository)
+    inside = Path("src") if (repository / "src").is_dir() else Path()
+    variables = {**os.environ, "PYTHONPATH": str(made.variables["PYTHONPATH"])}
+    found = imported_from(names[:_MOST_NAMES], command, repository, variables)
+    of_tree = {(repository / file).resolve() for file in files if file.parent.parent != inside}
+    return {name: at for name, at in found.items() if at and Path(at).resolve() in of_tree}
 
 
 def _held(source: Path, name: str) -> bool:
