@@ -442,6 +442,38 @@ def test_a_probe_that_runs_too_long_is_skipped_with_what_it_started(
     assert found.sentence.endswith("it ran longer than 0.5 s")
 
 
+DETACHED = """
+import os, subprocess, sys, time
+words = [sys.executable, "-c", "import time; time.sleep(60)"]
+child = subprocess.Popen(words, start_new_session=True)
+open({pids!r}, "a").write(f"{{child.pid}}\\n")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other processes are known of on Linux alone")
+def test_what_a_probe_started_in_a_session_of_its_own_is_ended_with_it(
+    tmp_path: Path, bisect: Bisect
+) -> None:
+    shas = repository(tmp_path / "repo", [0, 1], more=DETACHED.format(pids=str(tmp_path / "pids")))
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        assert bisect(shas[0], shas[1]).verdict == "found"
+        numbers = (tmp_path / "pids").read_text().split()
+        assert len(numbers) == 4
+        assert not any(_alive(number) for number in numbers)
+        assert other.poll() is None, "no probe started it"
+    finally:
+        other.kill()
+        other.wait()
+
+
+def _alive(number: str) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
 def test_what_a_killed_bisect_left_is_cleared(tmp_path: Path, bisect: Bisect) -> None:
     """A worktree that git still knows of, and nothing of another repository's."""
     shas = repository(tmp_path / "repo", [0, 1])

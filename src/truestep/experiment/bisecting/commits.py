@@ -15,7 +15,7 @@ from pathlib import Path
 
 from truestep.errors import FileFormatError, UsageError
 from truestep.experiment.bisecting.identity import imported_from
-from truestep.experiment.bisecting.isolation import Place, Setting, environment
+from truestep.experiment.bisecting.isolation import Place, Setting, environment, kill_of
 from truestep.reading import parse_toml, read
 from truestep.text import pasteable, quoted
 
@@ -307,6 +307,8 @@ def scratch_folder(repository: Path) -> Iterator[Path]:
     mark = hashlib.sha256(str(repository).encode()).hexdigest()[:8]
     parent = Path(tempfile.gettempdir())
     for left in parent.glob(f"truestep-bisect-{mark}-*"):
+        for probe in left.glob("*"):
+            kill_of(probe)
         for tree in left.glob("*/tree"):
             _forget(repository, tree)
         shutil.rmtree(left, ignore_errors=True)
