@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from tests.commands import Captured, Run, flat, runner
 from tests.experiment.test_bisect_commits import git, repository
+from truestep.experiment.bisecting.packages import local_files
 from truestep.report.bisect import _telling
 
 PYTHON = sys.executable
@@ -129,12 +130,13 @@ def test_ends_that_are_exchanged_are_told_with_the_command(
 BUSY = """
 import pathlib, time
 with open({runs!r}, "a") as file: file.write("x")
-if len(open({runs!r}).read()) == 5: time.sleep(60)
+if len(open({runs!r}).read()) == 7: time.sleep(60)
 """
 
 
 def test_a_bisect_that_was_killed_goes_on_where_it_stood(tmp_path: Path) -> None:
-    """SIGKILL in the fifth probe: the four before it are not run again, and nothing is left."""
+    """SIGKILL in the seventh probe: of the six before it only the repeats of the ends are run
+    again, and nothing is left."""
     runs = tmp_path / "runs"
     repo = tmp_path / "repo"
     shas = repository(repo, [0] * 5 + [1] * 4, more=BUSY.format(runs=str(runs)))
@@ -146,12 +148,12 @@ def test_a_bisect_that_was_killed_goes_on_where_it_stood(tmp_path: Path) -> None
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(words, cwd=repo, env=variables, start_new_session=True, **pipes)
     for _ in range(600):
-        if runs.exists() and len(runs.read_text()) >= 5:
+        if runs.exists() and len(runs.read_text()) >= 7:
             break
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert len(runs.read_text()) == 5
+    assert len(runs.read_text()) == 7
     assert list(temporary.glob("truestep-bisect-*"))
     done = subprocess.run(
         words, cwd=repo, env=variables, capture_output=True, text=True, check=False
@@ -160,7 +162,7 @@ def test_a_bisect_that_was_killed_goes_on_where_it_stood(tmp_path: Path) -> None
     assert result["culprits"][0]["name"] == shas[5], done.stderr
     assert result["notes"][0] == "4 answers are of an earlier start, which was stopped"
     assert [attempt["resumed"] for attempt in result["attempts"]].count(True) == 4
-    assert len(runs.read_text()) == result["probes"] + 1, "the one that was killed ran twice"
+    assert len(runs.read_text()) == result["probes"] + 3, "the killed one, two repeats: run twice"
     assert not list(temporary.glob("truestep-bisect-*"))
     assert git(repo, "worktree", "list").count("\n") == 0
 
@@ -214,6 +216,52 @@ def test_the_version_that_does_it_is_named(
     assert out.startswith("FOUND tinylib 0.44.0 did it; 0.43.0 is good\n")
     gone = subprocess.run([PYTHON, "-c", "import tinylib"], capture_output=True, check=False)
     assert gone.returncode == 1
+
+
+@pytest.mark.slow
+def test_a_version_that_was_built_again_is_installed_again(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that stands for the index by its content; elsewhere where --again is said."""
+    for number in range(4):
+        wheel(tmp_path, f"{number}.0", f"X = {number}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", tmp_path.as_uri())
+    program = "import tinylib, sys; sys.exit(tinylib.X > 2)"
+    words = ("--packages", "tinylib==0.0,1.0,2.0,3.0", "--", PYTHON, "-c", program)
+    for _ in range(2):
+        assert run(*words)[1].startswith("FOUND tinylib 3.0 did it; 2.0 is good\n")
+    overlays = tmp_path / ".truestep" / "bisect" / "overlays"
+    before = {path: path.stat().st_ino for path in overlays.iterdir()}
+    assert run(*words)[0] == 0
+    assert {path: path.stat().st_ino for path in overlays.iterdir()} == before
+    wheel(tmp_path, "2.0", "X = 9")
+    assert run(*words)[1].startswith("FOUND tinylib 2.0 did it; 1.0 is good\n")
+    made = {path.name for path in overlays.iterdir()}
+    assert made > {path.name for path in before}
+    for path in overlays.glob("*/tinylib.py"):
+        path.write_text("X = 0")
+    assert run("--again", *words)[1].startswith("FOUND tinylib 2.0 did it; 1.0 is good\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "is_of"),
+    [
+        ("Tiny_Lib-1.0-py3-none-any.whl", True),
+        ("tiny_lib-1.0+cpu-py3-none-any.whl", True),
+        ("tiny-lib-1.0.0.tar.gz", True),
+        ("tiny_lib-1.0.1-py3-none-any.whl", False),
+        ("tiny_lib_more-1.0-py3-none-any.whl", False),
+        ("tiny-lib-1.0.txt", False),
+    ],
+)
+def test_the_files_of_a_version_in_a_local_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, is_of: bool
+) -> None:
+    (tmp_path / file).touch()
+    assert local_files("tiny-lib", "1.0") == []
+    monkeypatch.setenv("PIP_FIND_LINKS", f"https://x.y/z {tmp_path}")
+    assert local_files("tiny-lib", "1.0") == ([tmp_path / file] if is_of else [])
 
 
 def wheel(folder: Path, version: str, code: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from truestep.errors import UsageError
 from truestep.experiment.bisecting.bisect import Options, bisect_commits
+from truestep.experiment.bisecting.commits import line_of
 from truestep.experiment.bisecting.records import Bisection
 from truestep.experiment.bisecting.running import Asked
 from truestep.experiment.bisecting.store import Store
@@ -88,6 +89,25 @@ def test_the_commit_is_named_with_its_files(tmp_path: Path, bisect: Bisect) -> N
     assert found.next == f"git show {shas[6][:12]}"
     assert found.suspects == 9
     assert found.probes <= found.limit == 10
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x0c", "\x1c", "\x85", "\r"])
+def test_a_subject_may_hold_whatever_breaks_a_line(tmp_path: Path, mark: str) -> None:
+    shas = repository(tmp_path / "repo", [0, 0])
+    commit(tmp_path / "repo", "X = 1", f"one{mark}two")
+    shas.append(git(tmp_path / "repo", "rev-parse", "HEAD"))
+    commit(tmp_path / "repo", "X = 2", "three")
+    found = line_of(tmp_path / "repo", shas[0], "HEAD")
+    assert [point.sha for point in found.points[:3]] == shas
+    assert found.points[2].subject == f"one{mark}two"
+    assert found.points[3].subject == "three"
+    assert mark not in found.points[2].label
+
+
+@pytest.mark.parametrize("name", ["a b", " a ", "é "])
+def test_a_repository_may_have_any_name(tmp_path: Path, name: str) -> None:
+    repository(tmp_path / name, [0, 1])
+    assert line_of(tmp_path / name, "HEAD~1", "HEAD").repository == tmp_path / name
 
 
 def test_nothing_is_left_in_the_repository_or_beside_it(tmp_path: Path, bisect: Bisect) -> None:
@@ -278,6 +298,35 @@ def test_a_bisect_that_would_be_blind_says_so(tmp_path: Path, bisect: Bisect) ->
     assert "no_such_package cannot be found" in missing.sentence
 
 
+def test_ends_that_do_not_differ_as_the_package_is_imported_from_elsewhere(
+    tmp_path: Path, bisect: Bisect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The project is in a folder that no probe puts on the path: --import is proposed, and says
+    so; where the package is found in the worktree it is not."""
+    repo = tmp_path / "repo"
+    shas = repository(repo, [0, 0, 0], name="kit", file="python/kit/__init__.py")
+    monkeypatch.setenv("PYTHONPATH", str(repo / "python"))
+    found = bisect(shas[0], shas[-1])
+    origin = repo / "python" / "kit" / "__init__.py"
+    assert found.sentence.startswith("the ends do not differ")
+    note = f"if the command imports kit, that is {origin}, not the probed commit's"
+    assert found.notes[0] == note
+    assert found.next.startswith(f"truestep bisect --import kit --good {shas[0]} --bad ")
+    named = bisect(shas[0], shas[-1], imports=["kit"])
+    assert f"kit would be imported from {origin}, not from the worktree" in named.sentence
+    assert not named.next
+
+
+def test_ends_that_do_not_differ_of_a_package_in_the_worktree_propose_no_import(
+    tmp_path: Path, bisect: Bisect
+) -> None:
+    shas = repository(tmp_path / "repo", [0, 0, 0], name="kit", file="kit/__init__.py")
+    found = bisect(shas[0], shas[-1])
+    assert found.sentence.startswith("the ends do not differ")
+    assert not found.next
+    assert not any("imports kit" in note for note in found.notes)
+
+
 @pytest.mark.slow
 def test_verdicts_are_kept_by_content_and_confirmed_anew(tmp_path: Path, bisect: Bisect) -> None:
     shas = repository(tmp_path / "repo", [0] * 9 + [1] * 8)
@@ -289,6 +338,78 @@ def test_verdicts_are_kept_by_content_and_confirmed_anew(tmp_path: Path, bisect:
     assert all(attempt.why in ("good end", "bad end", "search", "around") for attempt in kept)
     assert any("kept, of the same content" in note for note in second.notes)
     assert all(attempt.ran for attempt in bisect(shas[0], shas[-1], again=True).attempts)
+
+
+JUDGE = "import helper, sys; sys.exit(int(open('value.py').read().split()[2]) >= helper.FIRST)"
+
+
+def judge(tmp_path: Path, first: int) -> list[str]:
+    """A command that imports a helper, which no word of it names."""
+    folder = tmp_path / "judge"
+    folder.mkdir(exist_ok=True)
+    (folder / "judge.py").write_text(JUDGE)
+    (folder / "helper.py").write_text(f"FIRST = {first}")
+    return [sys.executable, str(folder / "judge.py")]
+
+
+def stopped_after(probes: int) -> Callable[[str, int, int], None]:
+    def progress(_: str, done: int, most: int) -> None:
+        if done >= probes:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [6, 9])
+def test_an_answer_of_before_it_was_stopped_is_not_trusted_alone(
+    tmp_path: Path, bisect: Bisect, after: int
+) -> None:
+    """A helper of the command is mended in between: its repeats of before say the old outcome."""
+    shas = repository(tmp_path / "repo", [*range(16)])
+    with pytest.raises(KeyboardInterrupt):
+        bisect(shas[0], shas[-1], *judge(tmp_path, 4), progress=stopped_after(after))
+    found = bisect(shas[0], shas[-1], *judge(tmp_path, 11))
+    assert [culprit.name for culprit in found.culprits] == [shas[11]]
+    repeats = [a for a in found.attempts if a.why in ("again", "confirm")]
+    assert not any(attempt.resumed for attempt in repeats)
+
+
+@pytest.mark.slow
+def test_kept_verdicts_that_no_longer_hold_are_dropped(tmp_path: Path, bisect: Bisect) -> None:
+    """An unnamed helper of the command is changed between two bisects."""
+    shas = repository(tmp_path / "repo", [*range(16)])
+    for _ in range(2):
+        bisect(shas[0], shas[-1], *judge(tmp_path, 4))
+    for first in (5, 11, 3):
+        found = bisect(shas[0], shas[-1], *judge(tmp_path, first))
+        assert [culprit.name for culprit in found.culprits] == [shas[first]], found.sentence
+        if any("no longer hold" in note for note in found.notes):
+            assert all(attempt.ran for attempt in found.attempts)
+        assert found.probes <= found.limit
+    again = bisect(shas[0], shas[-1], *judge(tmp_path, 3))
+    assert not any("no longer hold" in note for note in again.notes)
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_not_used_for_other_imports(tmp_path: Path, bisect: Bisect) -> None:
+    shas = repository(tmp_path / "repo", [0, 0, 1, 1])
+    bisect(shas[0], shas[-1])
+    bisect(shas[0], shas[-1])
+    assert not all(attempt.ran for attempt in bisect(shas[0], shas[-1]).attempts)
+    named = bisect(shas[0], shas[-1], imports=["value"])
+    assert all(attempt.ran for attempt in named.attempts)
+
+
+@pytest.mark.slow
+def test_what_was_stopped_and_is_unchanged_goes_on(tmp_path: Path, bisect: Bisect) -> None:
+    shas = repository(tmp_path / "repo", [*range(16)])
+    with pytest.raises(KeyboardInterrupt):
+        bisect(shas[0], shas[-1], *judge(tmp_path, 4), progress=stopped_after(9))
+    found = bisect(shas[0], shas[-1], *judge(tmp_path, 4))
+    assert found.culprits[0].name == shas[4]
+    assert sum(attempt.resumed for attempt in found.attempts) >= 5
+    assert found.probes <= found.limit
 
 
 @pytest.mark.slow
@@ -319,6 +440,38 @@ def test_a_probe_that_runs_too_long_is_skipped_with_what_it_started(
     monkeypatch.chdir(tmp_path / "repo")
     found = bisect_commits(Path.cwd(), shas[0], shas[1], Options(asked))
     assert found.sentence.endswith("it ran longer than 0.5 s")
+
+
+DETACHED = """
+import os, subprocess, sys, time
+words = [sys.executable, "-c", "import time; time.sleep(60)"]
+child = subprocess.Popen(words, start_new_session=True)
+open({pids!r}, "a").write(f"{{child.pid}}\\n")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other processes are known of on Linux alone")
+def test_what_a_probe_started_in_a_session_of_its_own_is_ended_with_it(
+    tmp_path: Path, bisect: Bisect
+) -> None:
+    shas = repository(tmp_path / "repo", [0, 1], more=DETACHED.format(pids=str(tmp_path / "pids")))
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        assert bisect(shas[0], shas[1]).verdict == "found"
+        numbers = (tmp_path / "pids").read_text().split()
+        assert len(numbers) == 4
+        assert not any(_alive(number) for number in numbers)
+        assert other.poll() is None, "no probe started it"
+    finally:
+        other.kill()
+        other.wait()
+
+
+def _alive(number: str) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
 
 
 def test_what_a_killed_bisect_left_is_cleared(tmp_path: Path, bisect: Bisect) -> None:

@@ -68,12 +68,22 @@ def test_the_answer_is_read_from_what_was_printed() -> None:
 
 
 def test_variables_are_two_values_or_a_range() -> None:
-    found = variables(["N=1..4", "DOWN=3..1", "F=..1", "P=a:b", "M=1:9", "BIG=0..999999"])
+    found = variables(["N=1..4", "DOWN=3..1", "F=..1", "P=a:b", "M=1:9", "BIG=0:999999"])
     assert [change.values for change in found] == [
         ("1", "2", "3", "4"), ("3", "2", "1"), ("", "1"), ("a", "b"), ("1", "9"), ("0", "999999"),
     ]  # fmt: skip
     assert values_of(found[:3], [0, 2]) == {"N": "4", "DOWN": "3", "F": "1"}
     assert found[2].text == "(unset) to 1"
+
+
+@pytest.mark.parametrize("last", ["4097", "999999", "-9999", "1" + "0" * 30])
+def test_more_values_than_can_be_searched_are_refused(last: str) -> None:
+    """They are not taken for two values in silence: what is between them would be no suspect."""
+    with pytest.raises(UsageError, match="more values than can be searched") as refused:
+        variables([f"N=1..{last}"])
+    assert refused.value.hint == f"write it as N=1:{last} for the two values alone"
+    assert variables([f"N=1:{last}"])[0].values == ("1", last)
+    assert len(variables(["N=1..4096"])[0].values) == 4096
 
 
 @pytest.mark.parametrize("spec", ["N", "N=1", "=1..2", "N=1..1", "1N=1..2", "N=1..2..3", "N=a:b:c"])

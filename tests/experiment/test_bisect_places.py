@@ -77,6 +77,17 @@ def test_a_verdict_depends_on_files_that_the_command_names(
     assert len({first, second, third, fourth, fingerprint([*command, "-v"], tmp_path)}) == 5
 
 
+def test_a_verdict_depends_on_every_variable_but_those_of_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = fingerprint([sys.executable], tmp_path)
+    for name in ("SHLVL", "OLDPWD", "TERM", "TERM_PROGRAM", "COLUMNS", "SSH_TTY", "TMPDIR"):
+        monkeypatch.setenv(name, "7")
+    assert fingerprint([sys.executable], tmp_path) == first
+    monkeypatch.setenv("LIMIT_OF_MY_JUDGE", "7")
+    assert fingerprint([sys.executable], tmp_path) != first
+
+
 def attempt(outcome: Outcome, why: str = "search", code: int = 0) -> Attempt:
     return Attempt(point="p", key="k", why=why, outcome=outcome, exit_code=code)
 

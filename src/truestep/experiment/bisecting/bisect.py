@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from truestep.environment import library_version
@@ -58,7 +58,9 @@ def bisect_commits(folder: Path, good: str, bad: str, options: Options) -> Bisec
 
     def answer(prober: Prober) -> Bisection:
         conclusion = prober.drive(search(ends.suspects, limit=limit), points.__getitem__)
-        return _of_commits(line, conclusion, prober, ends)
+        result = _of_commits(line, conclusion, prober, ends)
+        blind = conclusion.kind == "ends" and not options.imports
+        return _perhaps_blind(result, line, good, bad, asked) if blind else result
 
     with_root = [word.replace("{repo}", str(line.repository)) for word in asked.command]
     base = fingerprint(with_root, folder)
@@ -82,22 +84,38 @@ def probed(
     """
     store = Store(root)
     store.prepare()
-    base = key_of([base, library_version("truestep") or "", *sorted(options.asked.kept)])
-    key = key_of([base, str(limit), *(point.key for point in points)])
+    version, imports = library_version("truestep") or "", ",".join(sorted(options.imports))
+    base = key_of([base, version, imports, *sorted(options.asked.kept)])
+    patience = str(options.asked.timeout_s)
+    key = key_of([base, str(limit), patience, *(point.key for point in points)])
     with store.locked(), commits.scratch_folder(root) as scratch:
         prober = Prober(store, key, base, scratch, options.asked, limit, options.progress)
         prober.begin()
         result = answer(prober)
+        notes = [*result.notes]
+        if prober.outdated:
+            spent = prober.probes
+            store.drop(base)
+            asked = replace(options.asked, again=True)
+            prober = Prober(store, key, base, scratch, asked, limit, options.progress)
+            prober.begin()
+            result = answer(prober)
+            notes = [_outdated(spent), *result.notes]
         prober.end()
-    notes = list(result.notes)
     if prober.resumed:
         notes.insert(0, f"{prober.resumed} answers are of an earlier start, which was stopped")
     kept = sum(not a.ran and a.exit_code is not None for a in prober.attempts)
     if kept:
         many = "verdicts were" if kept > 1 else "verdict was"
         notes.append(f"{kept} {many} kept, of the same content (--again runs them)")
-    version = library_version("truestep") or ""
     return result.model_copy(update={"notes": tuple(notes), "tool_version": version})
+
+
+def _outdated(spent: int) -> str:
+    return (
+        "answers of an earlier start or bisect no longer hold (something changed that is not "
+        f"recorded): all were dropped after {spent} runs, and the search was begun again"
+    )
 
 
 def _of_commits(
@@ -138,6 +156,21 @@ def _of_commits(
         ends, prober.attempts, prober.limit, culprits, keys, line.notes, pasteable(command)
     )
     return told(answered, sentence, found=False)
+
+
+def _perhaps_blind(
+    result: Bisection, line: commits.Line, good: str, bad: str, asked: Asked
+) -> Bisection:
+    """Of ends that do not differ: the same with --import, where that may be why."""
+    found = commits.blind(line.repository, asked.command)
+    if not found:
+        return result
+    name, origin = next(iter(found.items()))
+    note = f"if the command imports {name}, that is {origin}, not the probed commit's"
+    words = ["truestep", "bisect", "--import", name, "--good", good, "--bad", bad, "--"]
+    return result.model_copy(
+        update={"notes": (note, *result.notes), "next": pasteable([*words, *asked.command])}
+    )
 
 
 def _further(conclusion: Conclusion[int], points: Sequence[commits.Commit], prober: Prober) -> str:

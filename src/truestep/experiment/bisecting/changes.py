@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from truestep.errors import UsageError
 
 MOST_VALUES = 4096
-"""Whole numbers that are taken for a range."""
+"""Whole numbers of a range, at most."""
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _PACKAGE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -58,17 +58,23 @@ def variables(specs: Sequence[str]) -> list[Change]:
                 where=f"--env {spec}",
                 hint="write it as NAME=GOOD..BAD, or NAME=GOOD:BAD for two values alone",
             )
-        changes.append(Change(name, _range(*ends) if ".." in rest else (ends[0], ends[1])))
+        changes.append(Change(name, _range(*ends, spec) if ".." in rest else (ends[0], ends[1])))
     return _named_once(changes, "--env")
 
 
-def _range(first: str, last: str) -> tuple[str, ...]:
+def _range(first: str, last: str, spec: str) -> tuple[str, ...]:
     """Whole numbers from one to the other; just the two where they are none."""
-    if not all(re.fullmatch(r"-?(0|[1-9]\d{0,8})", text) for text in (first, last)):
+    if not all(re.fullmatch(r"-?(0|[1-9]\d{0,999})", text) for text in (first, last)):
         return first, last
     low, high = int(first), int(last)
-    if abs(high - low) > MOST_VALUES:
-        return first, last
+    count = abs(high - low) + 1
+    if count > MOST_VALUES:
+        raise UsageError(
+            "--env has more values than can be searched",
+            where=f"--env {spec}",
+            measured=f"{count} whole numbers, of at most {MOST_VALUES}",
+            hint=f"write it as {spec.partition('=')[0]}={first}:{last} for the two values alone",
+        )
     step = 1 if high > low else -1
     return tuple(map(str, range(low, high + step, step)))
 

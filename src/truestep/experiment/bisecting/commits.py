@@ -15,9 +15,11 @@ from pathlib import Path
 
 from truestep.errors import FileFormatError, UsageError
 from truestep.experiment.bisecting.identity import imported_from
-from truestep.experiment.bisecting.isolation import Place, Setting, environment
+from truestep.experiment.bisecting.isolation import Place, Setting, environment, kill_of
 from truestep.reading import parse_toml, read
 from truestep.text import pasteable, quoted
+
+_MOST_NAMES = 200
 
 _HASH = 12
 """Letters of a commit's hash that are printed."""
@@ -74,20 +76,18 @@ def git(repository: Path, *words: str) -> str:
             ["git", "-C", str(repository), *words],
             env={**variables, "LC_ALL": "C.UTF-8", "GIT_OPTIONAL_LOCKS": "0"},
             capture_output=True,
-            text=True,
-            errors="replace",
             check=False,
         )
     except FileNotFoundError:
         raise UsageError("commits need git, which is not installed") from None
     if done.returncode:
-        told = done.stderr.strip().splitlines()
+        told = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise UsageError(
             "git could not do what the bisect needs",
             where=pasteable(["git", *words[:4]]),
             measured=told[-1] if told else f"exit {done.returncode}",
         )
-    return done.stdout
+    return done.stdout.decode("utf-8", "replace")  # as it is: a subject may hold any line break
 
 
 _KEPT = ("GIT_SSH", "GIT_SSH_COMMAND", "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_EXEC_PATH")
@@ -102,7 +102,7 @@ def line_of(folder: Path, good: str, bad: str) -> Line:
     Raises:
         UsageError: There is no repository, no such revision, or no suspect between the two.
     """
-    repository = Path(git(folder, "rev-parse", "--show-toplevel").strip())
+    repository = Path(git(folder, "rev-parse", "--show-toplevel").removesuffix("\n"))
     first, last = (_commit(repository, name, end) for name, end in ((good, "good"), (bad, "bad")))
     if first == last:
         raise UsageError(
@@ -126,7 +126,7 @@ def line_of(folder: Path, good: str, bad: str) -> Line:
     form = "--format=%H%x00%T%x00%P%x00%s"
     lines = git(repository, "log", "--first-parent", "--reverse", form, f"{base}..{last}")
     start = git(repository, "log", "--max-count=1", form, base)
-    points = tuple(map(_parsed, [*start.splitlines(), *lines.splitlines()]))
+    points = tuple(_parsed(line) for line in f"{start}{lines}".split("\n") if line)
     if points[1].parents[:1] != (base,):
         notes.append(
             f"the good end came in by the merge {points[1].short}: other commits of that merge are "
@@ -261,6 +261,21 @@ def package_names(tree: Path) -> list[str]:
     return [each for each in names if _held(source, each)][:1]
 
 
+def blind(repository: Path, command: Sequence[str]) -> dict[str, str]:
+    """Packages of a repository that the command would import from its working tree, not from a
+    worktree, with their file: those in a folder that is not put on PYTHONPATH."""
+    listed = git(repository, "ls-files", "-z").split("\0")
+    files = [Path(name) for name in listed if Path(name).name == "__init__.py"]
+    folders = {file.parent for file in files}
+    names = sorted({f.name for f in folders if f.name.isidentifier() and f.parent not in folders})
+    made = _place(repository, Path(), repository)
+    inside = Path("src") if (repository / "src").is_dir() else Path()
+    variables = {**os.environ, "PYTHONPATH": str(made.variables["PYTHONPATH"])}
+    found = imported_from(names[:_MOST_NAMES], command, repository, variables)
+    of_tree = {(repository / file).resolve() for file in files if file.parent.parent != inside}
+    return {name: at for name, at in found.items() if at and Path(at).resolve() in of_tree}
+
+
 def _held(source: Path, name: str) -> bool:
     return (source / name).is_dir() or (source / f"{name}.py").is_file()
 
@@ -292,6 +307,8 @@ def scratch_folder(repository: Path) -> Iterator[Path]:
     mark = hashlib.sha256(str(repository).encode()).hexdigest()[:8]
     parent = Path(tempfile.gettempdir())
     for left in parent.glob(f"truestep-bisect-{mark}-*"):
+        for probe in left.glob("*"):
+            kill_of(probe)
         for tree in left.glob("*/tree"):
             _forget(repository, tree)
         shutil.rmtree(left, ignore_errors=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from truestep.experiment.bisecting.isolation import FRESH
+from truestep.experiment.bisecting.isolation import FRESH, GIT
 from truestep.experiment.bisecting.store import key_of
 
 _PYTHON = re.compile(r"(?:python|pypy)[\d.]*t?")
@@ -23,11 +23,14 @@ names = sorted({f"{d.metadata['Name']}=={d.version}" for d in m.distributions()}
 print(sys.version, sys.prefix, *names, sep="\\n")
 """
 
-_MATTERS = re.compile(
-    r"(?:TRUESTEP|TORCH|PYTORCH|CUDA|CUBLAS|CUDNN|NVIDIA|NCCL|ROCM|HIP|HSA|OMP|MKL|OPENBLAS|KMP"
-    r"|TRITON|XLA|ATEN|DIFFUSERS|TRANSFORMERS|HF|ACCELERATE|SGLANG|VLLM|PYTHON|LD|OPENMP)(?:_|$)"
+_OF_THE_SESSION = re.compile(
+    r"_|PWD|OLDPWD|SHLVL|COLUMNS|LINES|LS_COLORS|PS1|WINDOWID|DISPLAY|WAYLAND_DISPLAY|XAUTHORITY"
+    r"|INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|DBUS_SESSION_BUS_ADDRESS|STY|(?:"
+    r"TERM\w*|SSH|XDG_SESSION|TMUX|VTE|ITERM|KITTY|WEZTERM|KONSOLE|GNOME_TERMINAL|VSCODE|SLURM|PBS"
+    r"|PYTEST)(?:_.*)?"
 )
-"""Beginnings of variables that may move a number."""
+"""Variables of the shell, terminal, login or job that a bisect is started from: the same bisect has
+others each time. A verdict depends on all others."""
 
 _LARGEST = 64 * 2**20
 """Bytes of a file above which its size and time stand for its content: weights are renamed, not
@@ -65,13 +68,13 @@ def fingerprint(command: Sequence[str], folder: Path) -> str:
     interpreter = interpreter_of(command, folder)
     program = shutil.which(command[0]) or command[0]
     parts = [*command, str(folder), os.path.realpath(program), _packages(interpreter)]
-    parts += [f"{path}={_content(path)}" for path in _files(command, folder)]
+    parts += [f"{path}={content(path)}" for path in _files(command, folder)]
     parts += [f"{key}={value}" for key, value in sorted(os.environ.items()) if _told(key)]
     return key_of(parts)
 
 
 def _told(name: str) -> bool:
-    return bool(_MATTERS.match(name)) and name not in FRESH
+    return not (name in FRESH or name in GIT or _OF_THE_SESSION.fullmatch(name))
 
 
 def _packages(interpreter: str) -> str:
@@ -99,7 +102,7 @@ def _files(command: Sequence[str], folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _content(path: Path) -> str:
+def content(path: Path) -> str:
     """A digest of a file, or of the files of a folder."""
     if path.is_dir():
         files = sorted(each for each in islice(path.rglob("*"), _MOST_FILES) if each.is_file())

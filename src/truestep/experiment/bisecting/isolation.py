@@ -38,7 +38,7 @@ FRESH = {
 ROOT = "TRUESTEP_BISECT_ROOT"
 """Variable with the folder that the bisect was started in; of commits the repository's."""
 
-_GIT = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
+GIT = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
 """Of a git that started us (a hook): they would lead a probe to the repository's own files."""
 
 MOST_KEPT = 1 << 16
@@ -47,6 +47,8 @@ MOST_KEPT = 1 << 16
 _SIGNALLED = 128
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _PATIENCE_S = 5.0
+_MOST_ROUNDS = 20
+_PAUSE_S = 0.01
 _LIBRARY = ctypes.CDLL(None)
 """Loaded here: after a fork it might wait for a lock that another thread holds."""
 
@@ -105,7 +107,7 @@ def environment(
         more: What the probe sets or, by None, takes away; it wins.
     """
     kept = set(kept)
-    variables = {key: value for key, value in os.environ.items() if key not in _GIT}
+    variables = {key: value for key, value in os.environ.items() if key not in GIT}
     home = Path(os.path.expanduser("~"))
     settings = home / ".config"
     cache = Path(variables.get("XDG_CACHE_HOME") or home / ".cache")
@@ -180,8 +182,10 @@ def run(
             code = _end(process)
         except BaseException:
             _end(process)
+            kill_of(scratch)
             raise
     _kill_group(process.pid)  # what it left behind would run beside the next probe
+    kill_of(scratch)
     code = code if code >= 0 else _SIGNALLED - code
     return Ran(code, time.monotonic() - began, _tail(out), _tail(err), timed_out)
 
@@ -204,6 +208,34 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 def _kill_group(number: int) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(number, signal.SIGKILL)
+
+
+def kill_of(scratch: Path) -> None:
+    """Kill whatever was started with a variable in a probe's folder, as its TMPDIR is: what left
+    the command's session, too (Linux; elsewhere nothing is known of other processes)."""
+    mark = b"=" + os.fsencode(scratch) + b"/"
+    for _ in range(_MOST_ROUNDS):  # one that is found may have started another meanwhile
+        found = [number for number in _processes() if mark in _variables_of(number)]
+        for number in found:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(number, signal.SIGKILL)
+        if not found:
+            return
+        time.sleep(_PAUSE_S)
+
+
+def _processes() -> list[int]:
+    with suppress(OSError):
+        numbers = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+        return [number for number in numbers if number != os.getpid()]
+    return []
+
+
+def _variables_of(number: int) -> bytes:
+    """Of a process; empty where it has ended, or is another user's."""
+    with suppress(OSError):
+        return Path(f"/proc/{number}/environ").read_bytes()
+    return b""
 
 
 def _tail(path: Path) -> str:

@@ -14,15 +14,25 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from truestep.errors import UsageError
-from truestep.experiment.bisecting.identity import interpreter_of
+from truestep.experiment.bisecting.changes import same_version
+from truestep.experiment.bisecting.identity import content, interpreter_of
 from truestep.experiment.bisecting.isolation import Place, Setting, environment
 from truestep.experiment.bisecting.store import Store, key_of
 from truestep.files import beside
 
 _PATIENCE_S = 1800.0
+
+_INDEXES = (
+    "PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL",
+    "UV_FIND_LINKS", "UV_INDEX", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL",
+)  # fmt: skip
+"""Variables that may name a folder as the package index."""
 
 _WHERE = """
 import importlib.metadata as m, json, sys
@@ -77,12 +87,71 @@ def _last(text: str) -> str:
     return (errors or lines or ["no word of why"])[-1][:200]
 
 
+@dataclass
+class Overlays:
+    """Folders of one version each, for the interpreter of a command.
+
+    Attributes:
+        again: Whether each is installed anew, the first time that it is needed.
+    """
+
+    store: Store
+    interpreter: str
+    again: bool = False
+    _made: set[Path] = field(default_factory=set)
+
+    def key(self, name: str, version: str) -> str:
+        """Of a version by its content, as far as its files are on this machine."""
+        files = [f"{path} {content(path)}" for path in local_files(name, version)]
+        requirement = f"{name}=={version}"
+        return key_of([os.path.realpath(self.interpreter), requirement, *files])
+
+    def of(self, name: str, version: str) -> tuple[Path, str]:
+        """The folder of a version, and why it could not be made."""
+        path = self.store.folder / "overlays" / self.key(name, version)
+        if path.is_dir() and (path in self._made or not self.again):
+            return path, ""
+        with beside(path, "the folder of a package") as temporary:
+            fresh = self.again or bool(local_files(name, version))
+            done = _installed(f"{name}=={version}", self.interpreter, temporary, fresh=fresh)
+            if done.returncode:
+                return path, f"{name}=={version} does not install: {_last(done.stderr)}"
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+        self._made.add(path)
+        return path, ""
+
+
+def local_files(name: str, version: str) -> list[Path]:
+    """Wheels and archives of a version in folders that stand for the package index."""
+    told = " ".join(os.environ.get(variable, "") for variable in _INDEXES)
+    found = set()
+    for word in re.split(r"[\s,]+", told):
+        root = Path(url2pathname(urlsplit(word).path)) if word.startswith("file:") else Path(word)
+        if word and "://" not in word.removeprefix("file://") and root.is_dir():
+            places = (root, root / name, root / _plain(name))
+            found.update(path for place in places if place.is_dir() for path in place.iterdir())
+    return sorted(path for path in found if path.is_file() and _is_of(path.name, name, version))
+
+
+def _is_of(file: str, name: str, version: str) -> bool:
+    stem = re.sub(r"\.(?:whl|tar\.\w+|tgz|zip)$", "", file)
+    parts = stem.split("-")[:2] if file.endswith(".whl") else stem.rsplit("-", 1)
+    if stem == file or len(parts) != 2 or _plain(parts[0]) != _plain(name):
+        return False
+    return same_version(re.split(r"[+_]", parts[1])[0], version.partition("+")[0])
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def setting(
     chosen: Mapping[str, str],
     command: Sequence[str],
     folder: Path,
     *,
-    store: Store,
+    overlays: Overlays,
     kept: Sequence[str],
 ) -> Setting:
     """A point: these versions of these packages, before all others."""
@@ -91,8 +160,8 @@ def setting(
     @contextmanager
     def place(scratch: Path) -> Iterator[Place]:
         folders, problem = [], ""
-        for name in names:
-            path, problem = _overlay(name, command, folder, store)
+        for name, version in chosen.items():
+            path, problem = overlays.of(name, version)
             folders.append(str(path))
             if problem:
                 break
@@ -107,36 +176,26 @@ def setting(
             problem = _elsewhere(chosen, folders, command, folder, given)
         yield Place(folder, variables, {"repo": str(folder)}, problem)
 
-    return Setting(key=key_of(names), label=", ".join(names), place=place)
-
-
-def _overlay(
-    requirement: str, command: Sequence[str], folder: Path, store: Store
-) -> tuple[Path, str]:
-    """The folder of one version, and why it could not be made."""
-    interpreter = interpreter_of(command, folder)
-    path = store.folder / "overlays" / key_of([os.path.realpath(interpreter), requirement])
-    if path.is_dir():
-        return path, ""
-    with beside(path, "the folder of a package") as temporary:
-        done = _installed(requirement, interpreter, temporary)
-        if done.returncode:
-            return path, f"{requirement} does not install: {_last(done.stderr)}"
-        os.replace(temporary, path)
-    return path, ""
+    key = key_of(overlays.key(name, version) for name, version in chosen.items())
+    return Setting(key=key, label=", ".join(names), place=place)
 
 
 def _installed(
-    requirement: str, interpreter: str, target: Path
+    requirement: str, interpreter: str, target: Path, *, fresh: bool
 ) -> subprocess.CompletedProcess[str]:
-    """Install one version alone, by uv where it is on PATH, else by pip."""
+    """Install one version alone, by uv where it is on PATH, else by pip.
+
+    Args:
+        fresh: Whether what the installer itself keeps of it may be of another build.
+    """
     uv = shutil.which("uv")
     how = ("--no-deps", "--target", str(target), requirement)
     words = (
-        [uv, "pip", "install", "--quiet", "--python", interpreter, *how]
+        [uv, "pip", "install", "--quiet", "--python", interpreter,
+         *(["--refresh"] if fresh else []), *how]
         if uv
         else [interpreter, "-m", "pip", "install", "--quiet", "--no-input",
-              "--disable-pip-version-check", *how]
+              *(["--no-cache-dir"] if fresh else []), "--disable-pip-version-check", *how]
     )  # fmt: skip
     return _done(words)
 

@@ -65,6 +65,7 @@ class Prober:
     attempts: list[Attempt] = field(default_factory=list)
     _log: list[Attempt] = field(default_factory=list)
     _failure: str | None = None
+    _hearsay: bool = False
 
     def begin(self) -> None:
         """Read what an earlier start of the same bisect answered."""
@@ -87,6 +88,14 @@ class Prober:
         """Answers of an earlier start."""
         return sum(attempt.resumed for attempt in self.attempts)
 
+    @property
+    def outdated(self) -> bool:
+        """Whether what an earlier start or bisect answered is contradicted by another answer, or
+        alone says that the line turns."""
+        told = {attempt.key for attempt in self.attempts if _of_before(attempt)}
+        seen = {(attempt.key, attempt.outcome) for attempt in self.attempts}
+        return self._hearsay or any(sum(key == k for k, _ in seen) > 1 for key in told)
+
     def drive(self, search: Search[P], setting_of: Callable[[P], Setting]) -> Conclusion[P]:
         """Answer a search to its end."""
         try:
@@ -96,36 +105,53 @@ class Prober:
                 question = search.send(answer)
         except StopIteration as end:
             conclusion: Conclusion[P] = end.value
+            self._hearsay = conclusion.kind == "turns" and any(
+                all(_of_before(a) for a in self.attempts if a.key == self._key(setting_of(point)))
+                for point in (conclusion.point, conclusion.before)
+                if point is not None
+            )
             return conclusion
 
     def _answer(self, question: Question[P], setting: Setting) -> Answer:
-        attempt = self._logged(question.why, setting)
+        attempt = self._logged(question, setting)
         if attempt is None:
             attempt = self._kept(question, setting) or self._run(question.why, setting)
-            self.store.append(self.key, attempt)
+            self._note(attempt)
         self.attempts.append(attempt)
         if question.why == "bad end" and attempt.outcome is Outcome.BAD:
             self._failure = attempt.failure
         self.told("probes", self.probes, self.limit)
         return Answer(attempt.outcome, attempt.ran)
 
-    def _logged(self, why: Why, setting: Setting) -> Attempt | None:
-        """The next line of the log, where it answers this question; else the log ends here."""
+    def _logged(self, question: Question[P], setting: Setting) -> Attempt | None:
+        """The next line of the log, where it answers this question; else the log ends here.
+
+        What asks for the same again is run: what the command hangs on may have changed since then.
+        """
         at = len(self.attempts)
         if at >= len(self._log):
             return None
         line = self._log[at]
-        if (line.why, line.key) == (why, self._key(setting)):
-            return line.model_copy(update={"resumed": True})
+        if (line.why, line.key) == (question.why, self._key(setting)):
+            return None if question.fresh else line.model_copy(update={"resumed": True})
         self._log = self._log[:at]
         self.store.keep_log(self.key, self._log)
         return None
+
+    def _note(self, attempt: Attempt) -> None:
+        """Write an answer to the log; a repeat takes the place of that of an earlier start."""
+        at = len(self.attempts)
+        if at >= len(self._log):
+            self.store.append(self.key, attempt)
+            return
+        self._log[at] = attempt
+        self.store.keep_log(self.key, self._log)
 
     def _kept(self, question: Question[P], setting: Setting) -> Attempt | None:
         """A verdict that lasted in an earlier bisect. What asks for the same again is run."""
         if question.fresh or self.asked.again:
             return None
-        kept = self.store.verdict(self._key(setting))
+        kept = self.store.verdict(self._kept_as(self._key(setting)))
         if kept is None:
             return None
         last = kept.runs[-1]
@@ -144,6 +170,9 @@ class Prober:
     def key_of_point(self, content: str) -> str:
         """Of a point's content: the key of its answers."""
         return key_of([self.base, content])
+
+    def _kept_as(self, key: str) -> str:
+        return f"{self.base}-{key}"
 
     def _key(self, setting: Setting) -> str:
         return self.key_of_point(setting.key)
@@ -199,6 +228,11 @@ class Prober:
     def _keep(self, attempt: Attempt) -> None:
         before = [a.outcome for a in self.attempts if a.key == attempt.key]
         if before and attempt.outcome is not before[-1]:
-            self.store.contradict(attempt.key)
+            self.store.contradict(self._kept_as(attempt.key))
         else:
-            self.store.add(attempt.key, attempt)
+            self.store.add(self._kept_as(attempt.key), attempt)
+
+
+def _of_before(attempt: Attempt) -> bool:
+    """Whether an answer was given before this start: by the log, or as a verdict that was kept."""
+    return attempt.resumed or (not attempt.ran and attempt.exit_code is not None)

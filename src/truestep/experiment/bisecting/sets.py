@@ -115,7 +115,7 @@ def _one_minimal(
         outcome = memory.known(without)
         if outcome is None:
             memory.limit += bool(more)
-            outcome = yield from memory.ask(without, "around")
+            outcome = yield from memory.ask(without, "confirm")
         if outcome is Outcome.BAD:
             needed = without
     return needed

@@ -10,7 +10,7 @@ from truestep.experiment.bisecting import changes as forms
 from truestep.experiment.bisecting import checkpoints, packages
 from truestep.experiment.bisecting.bisect import Options, probed
 from truestep.experiment.bisecting.changes import Change, values_of
-from truestep.experiment.bisecting.identity import fingerprint
+from truestep.experiment.bisecting.identity import fingerprint, interpreter_of
 from truestep.experiment.bisecting.isolation import Place, Setting
 from truestep.experiment.bisecting.records import Axis, Bisection, Culprit
 from truestep.experiment.bisecting.running import Prober
@@ -58,10 +58,11 @@ def bisect_packages(folder: Path, specs: Sequence[str], options: Options) -> Bis
         forms.between(said, packages.versions(said.name, command, folder) if said.ends_only else ())
         for said in forms.packages(specs)
     ]
-    store = Store(folder)
+    interpreter = interpreter_of(command, folder)
+    overlays = packages.Overlays(Store(folder), interpreter, options.asked.again)
 
     def setting(values: Mapping[str, str]) -> Setting:
-        return packages.setting(values, command, folder, store=store, kept=options.asked.kept)
+        return packages.setting(values, command, folder, overlays=overlays, kept=options.asked.kept)
 
     return _bisect(folder, "packages", changes, setting, options, (_ALONE, _HERE))
 

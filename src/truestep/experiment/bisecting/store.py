@@ -4,7 +4,8 @@
 
     .truestep/.gitignore                   nothing here belongs into a commit
     .truestep/bisect/runs/KEY.jsonl        answers of a bisect that has not ended, a line each
-    .truestep/bisect/verdicts/KEY.json     verdicts by content: seen at least twice, always the same
+    .truestep/bisect/verdicts/KEY.json     verdicts by content: seen twice at least, always alike;
+                                           KEY begins with that of what they depend on
     .truestep/bisect/overlays/KEY/         packages of one version, for any probe
 """
 
@@ -150,6 +151,11 @@ class Store:
     def contradict(self, key: str) -> None:
         """Two runs of this content had two outcomes: none of them is worth to be kept."""
         self._verdict(key).unlink(missing_ok=True)
+
+    def drop(self, base: str) -> None:
+        """Forget all verdicts whose key begins so: one of them was wrong."""
+        for path in self._verdict("").parent.glob(f"{base}-*.json"):
+            path.unlink(missing_ok=True)
 
     def _kept(self, key: str) -> Kept | None:
         with suppress(FileFormatError):  # absent, or damaged: it is asked again
