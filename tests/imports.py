@@ -35,7 +35,6 @@ VOCABULARY = frozenset(
         "randomness",
         "reading",
         "records",
-        "reduced",
         "screen",
         "text",
         "turns",

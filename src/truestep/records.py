@@ -39,6 +39,13 @@ _WORD = 60
 """Letters of a text in a `repr`; a sentence has as many as there is room for."""
 
 
+STATS = ("count", "nonfinite", "mean", "abs_mean", "std", "rms", "min", "max")
+"""Order of the moments in a `stats/<name>` tensor (float64). `std` is the population's."""
+
+SKETCH_SIZE = 1024
+"""Floats in a `sketch/<name>` tensor (float32; see `truestep.measure.sketch`)."""
+
+
 class Shown:
     """An object of which a notebook shows more than its `repr`.
 

@@ -338,7 +338,7 @@ def _manifest_lines(manifest: object) -> list[tuple[str, str]]:
     """What is to be said of a recording, labelled."""
     from truestep.cli.contents import call_lines
     from truestep.recording.manifest import Manifest
-    from truestep.reduced import SKETCH_SIZE, STATS
+    from truestep.records import SKETCH_SIZE, STATS
 
     assert isinstance(manifest, Manifest)
     kept = {

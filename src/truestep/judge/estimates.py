@@ -33,7 +33,7 @@ from truestep.measure.moments import moments
 from truestep.measure.sketch import Estimate, estimate, sketch
 from truestep.recording.columns import Table
 from truestep.recording.readers import Source
-from truestep.reduced import SKETCH_SIZE, STATS
+from truestep.records import SKETCH_SIZE, STATS
 from truestep.verdict import Metrics, Row, Rows, Rule, Verdict
 
 _SUMMATION = 1e-12

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from truestep.reduced import STATS
+from truestep.records import STATS
 
 _CHUNK = 1 << 20
 

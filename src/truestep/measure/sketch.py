@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from truestep.reduced import SKETCH_SIZE
+from truestep.records import SKETCH_SIZE
 
 SIZE = SKETCH_SIZE
 """Floats a sketch. The standard error of an estimated distance is sqrt(1 / (2 SIZE)) = 2.2 %."""

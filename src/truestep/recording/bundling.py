@@ -12,7 +12,7 @@ from truestep.files import beside, settle
 from truestep.recording.format import Recording
 from truestep.recording.keyframes import Frames, KeyFrames, key_frames
 from truestep.recording.manifest import KEY_FRAMES, LEFT_OUT, Manifest, TensorEntry
-from truestep.reduced import SKETCH_SIZE
+from truestep.records import SKETCH_SIZE
 
 LIMIT = 1_000_000
 """Bytes of a bundle."""

@@ -23,7 +23,7 @@ from truestep.reading import reason
 from truestep.recording.manifest import (
     METADATA_KEY,
 )
-from truestep.reduced import SKETCH_SIZE, STATS
+from truestep.records import SKETCH_SIZE, STATS
 from truestep.text import quoted
 
 MAX_HEADER = 100_000_000

@@ -41,7 +41,7 @@ from truestep.recording.manifest import (
     Manifest,
     TensorEntry,
 )
-from truestep.reduced import SKETCH_SIZE, STATS
+from truestep.records import SKETCH_SIZE, STATS
 
 if TYPE_CHECKING:
     from truestep.recording import columns

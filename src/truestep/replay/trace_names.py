@@ -26,7 +26,7 @@ from truestep.pairing.naming import listed
 from truestep.pairing.rename import closed, numbered, renamed
 from truestep.recording.columns import Table
 from truestep.recording.readers import Source
-from truestep.reduced import STATS
+from truestep.records import STATS
 from truestep.replay.isolation import alike, matched_slots
 from truestep.verdict import Rows
 

@@ -23,7 +23,7 @@ from truestep.recording.format import bytes_of
 from truestep.recording.header import bad_name
 from truestep.recording.manifest import Level
 from truestep.recording.spool import Blob, Memory, Spool, storable
-from truestep.reduced import STATS
+from truestep.records import STATS
 
 Leaves = Iterable[tuple[str, torch.Tensor]]
 

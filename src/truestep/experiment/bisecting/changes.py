@@ -58,7 +58,8 @@ def variables(specs: Sequence[str]) -> list[Change]:
                 where=f"--env {spec}",
                 hint="write it as NAME=GOOD..BAD, or NAME=GOOD:BAD for two values alone",
             )
-        changes.append(Change(name, _range(*ends, spec) if ".." in rest else (ends[0], ends[1])))
+        first, last = ends
+        changes.append(Change(name, _range(first, last, spec) if ".." in rest else (first, last)))
     return _named_once(changes, "--env")
 
 
