@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -235,12 +236,8 @@ def update(scene: Scene) -> Iterator[Guess]:
 
 def _latent_before(scene: Scene, name: str) -> torch.Tensor | None:
     """The latent that a step was given, by the name of what it gave."""
-    from truestep.replay.stages import steps_recorded
-
     step = address(name).step
-    if name.endswith("latent/final"):
-        last = steps_recorded(scene.recording) - 1
-        return scene.recorded(name.replace("latent/final", f"step/{last:04d}/latent"))
-    if not step:
+    if step is None:
         return None
-    return scene.recorded(name.replace(f"{step:04d}", f"{step - 1:04d}", 1))
+    plain = name.replace("latent/final", "step/0000/latent")
+    return scene.recorded(re.sub(r"step/\d{4}", f"step/{step:04d}", plain))
