@@ -58,7 +58,9 @@ def variables(specs: Sequence[str]) -> list[Change]:
                 where=f"--env {spec}",
                 hint="write it as NAME=GOOD..BAD, or NAME=GOOD:BAD for two values alone",
             )
-        changes.append(Change(name, _range(*ends, spec) if ".." in rest else (ends[0], ends[1])))
+        first, last = ends
+        values = _range(first, last, spec) if ".." in rest else (first, last)
+        changes.append(Change(name, values))
     return _named_once(changes, "--env")
 
 

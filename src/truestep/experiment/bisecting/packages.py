@@ -125,7 +125,7 @@ class Overlays:
 def local_files(name: str, version: str) -> list[Path]:
     """Wheels and archives of a version in folders that stand for the package index."""
     told = " ".join(os.environ.get(variable, "") for variable in _INDEXES)
-    found = set()
+    found: set[Path] = set()
     for word in re.split(r"[\s,]+", told):
         root = Path(url2pathname(urlsplit(word).path)) if word.startswith("file:") else Path(word)
         if word and "://" not in word.removeprefix("file://") and root.is_dir():
