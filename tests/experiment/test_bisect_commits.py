@@ -392,6 +392,25 @@ def test_kept_verdicts_that_no_longer_hold_are_dropped(tmp_path: Path, bisect: B
 
 
 @pytest.mark.slow
+def test_a_line_turns_by_what_was_seen_now_alone(tmp_path: Path, bisect: Bisect) -> None:
+    """A point beside the pair was good twice, and is bad since a helper was mended."""
+    shas = repository(tmp_path / "repo", [*range(16)])
+    command = judge(tmp_path, 4)
+    helper = tmp_path / "judge" / "helper.py"
+    helper.write_text(
+        "class First:\n    def __le__(self, n): return n > 3 and n != 11\nFIRST = First()"
+    )
+    for _ in range(3):
+        found = bisect(shas[0], shas[-1], *command, most=20)
+        assert found.sentence.startswith("not one commit: bad at ")
+        assert not any("no longer hold" in note for note in found.notes)
+    judge(tmp_path, 4)
+    found = bisect(shas[0], shas[-1], *command, most=20)
+    assert [culprit.name for culprit in found.culprits] == [shas[4]], found.sentence
+    assert "no longer hold" in found.notes[0]
+
+
+@pytest.mark.slow
 def test_what_is_kept_is_not_used_for_other_imports(tmp_path: Path, bisect: Bisect) -> None:
     shas = repository(tmp_path / "repo", [0, 0, 1, 1])
     bisect(shas[0], shas[-1])

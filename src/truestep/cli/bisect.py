@@ -59,7 +59,8 @@ _AXES = ("--good and --bad", "--packages", "--env", "--weights")
     metavar="N",
     help="Runs of the command at most; by default 2 log2 n + 4 for n suspects.",
 )
-@click.option("--again", is_flag=True, help="Take no verdict that an earlier bisect has kept.")
+@click.option("--again", is_flag=True,
+              help="Take no verdict that an earlier bisect has kept; install anew.")  # fmt: skip
 @verbose_option
 @brief_option
 @click.option(

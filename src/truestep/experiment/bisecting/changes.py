@@ -59,7 +59,8 @@ def variables(specs: Sequence[str]) -> list[Change]:
                 hint="write it as NAME=GOOD..BAD, or NAME=GOOD:BAD for two values alone",
             )
         first, last = ends
-        changes.append(Change(name, _range(first, last, spec) if ".." in rest else (first, last)))
+        values = _range(first, last, spec) if ".." in rest else (first, last)
+        changes.append(Change(name, values))
     return _named_once(changes, "--env")
 
 

@@ -65,7 +65,6 @@ class Prober:
     attempts: list[Attempt] = field(default_factory=list)
     _log: list[Attempt] = field(default_factory=list)
     _failure: str | None = None
-    _hearsay: bool = False
 
     def begin(self) -> None:
         """Read what an earlier start of the same bisect answered."""
@@ -90,11 +89,10 @@ class Prober:
 
     @property
     def outdated(self) -> bool:
-        """Whether what an earlier start or bisect answered is contradicted by another answer, or
-        alone says that the line turns."""
+        """Whether another answer contradicts one of an earlier start or bisect."""
         told = {attempt.key for attempt in self.attempts if _of_before(attempt)}
         seen = {(attempt.key, attempt.outcome) for attempt in self.attempts}
-        return self._hearsay or any(sum(key == k for k, _ in seen) > 1 for key in told)
+        return any(sum(key == k for k, _ in seen) > 1 for key in told)
 
     def drive(self, search: Search[P], setting_of: Callable[[P], Setting]) -> Conclusion[P]:
         """Answer a search to its end."""
@@ -105,11 +103,6 @@ class Prober:
                 question = search.send(answer)
         except StopIteration as end:
             conclusion: Conclusion[P] = end.value
-            self._hearsay = conclusion.kind == "turns" and any(
-                all(_of_before(a) for a in self.attempts if a.key == self._key(setting_of(point)))
-                for point in (conclusion.point, conclusion.before)
-                if point is not None
-            )
             return conclusion
 
     def _answer(self, question: Question[P], setting: Setting) -> Answer:

@@ -275,10 +275,11 @@ def _look_around(
         if point is None:
             return
         outcome = yield from memory.ask(point, "around")
-        if outcome is Outcome.GOOD and point > high:
-            raise Stop(Conclusion("turns", high, point))
-        if outcome is Outcome.BAD and point < low:
-            raise Stop(Conclusion("turns", point, low))
+        behind = outcome is Outcome.GOOD and point > high
+        if behind or (outcome is Outcome.BAD and point < low):
+            if memory.left:  # by chance, as it once was, or always?
+                yield from memory.ask(point, "confirm")
+            raise Stop(Conclusion("turns", *((high, point) if behind else (point, low))))
 
 
 def _telling(unknown: Sequence[int], seen: Sequence[int], low: int, high: int) -> int | None:
