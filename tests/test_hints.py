@@ -75,6 +75,9 @@ def hints() -> set[str]:
 
 
 ADVICE = {
+    "name folders of packages relative to the folder that it runs in",
+    "name it from the folder of the case file",
+    "write it as {}={}:{} for the two values alone",
     "install the project in this environment in editable mode: pip install -e .",
     "give --set KEY=VALUE or --apply FILE.py:FUNCTION",
     "give --prompts FILE, one a line",
@@ -275,6 +278,11 @@ ADVICE = {
 """What no command can do for the reader."""
 
 ELSEWHERE = {
+    "truestep {} --dry-run": "tests/experiment/test_remade.py",
+    "truestep {}  # in the baseline": "tests/experiment/test_remade.py",
+    "git diff {}": "tests/experiment/test_remade.py",
+    "git status": "needs a folder outside of any repository",
+    "git ls-files --stage  # mode 120000 is a link": "tests/experiment/test_remade.py",
     "pip install 'truestep[{}]'": "installs a package",
     "pip install --upgrade truestep": "installs a package",
     "pip install torchvision": "installs a package",

@@ -285,7 +285,6 @@ def _require_own_code(baseline: Baseline, scratch: Path) -> None:
             "the baseline did not say what it imported: it may not be its own code",
             where=baseline.label,
             likely="it was ended while it ran",
-            hint="truestep record CASE",
         )
     root, tree = baseline.repository.resolve(), (scratch / "commit" / "tree").resolve()
     told = git(baseline.repository, "ls-files", "--recurse-submodules", "-z")
@@ -298,7 +297,7 @@ def _require_own_code(baseline: Baseline, scratch: Path) -> None:
             "the baseline would not run its own code",
             where=baseline.label,
             measured=f"it imported {own[0]} of the working tree",
-            hint="put the worktree's packages first: PYTHONPATH names folders relative to it",
+            hint="name folders of packages relative to the folder that it runs in",
         )
 
 
