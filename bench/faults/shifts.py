@@ -212,20 +212,19 @@ def residual_sums(pipe: Any, dice: random.Random) -> None:
 def projections(pipe: Any, dice: random.Random) -> None:
     """Query, key and value of self-attention from one product of stacked weights."""
 
-    def forward(fused: nn.Linear, at: int, size: int, x: Tensor) -> Tensor:
-        return functional.linear(x, fused.weight, fused.bias)[..., at : at + size]
+    def forward(layers: list[nn.Linear], at: int, size: int, x: Tensor) -> Tensor:
+        weight = torch.cat([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        return functional.linear(x, weight, bias)[..., at : at + size]
 
     for block in _some(list(blocks(pipe)), dice):
         attention = self_attention(block)
         layers = [attention.to_q, attention.to_k, attention.to_v]
         dice.shuffle(layers)
-        fused = nn.Linear(layers[0].in_features, 1, bias=False)
-        fused.weight = nn.Parameter(torch.cat([layer.weight.data for layer in layers]), False)
-        if layers[0].bias is not None:
-            fused.bias = nn.Parameter(torch.cat([layer.bias.data for layer in layers]), False)
         at = 0
         for layer in layers:
-            layer.forward = _bound(forward, fused, at, layer.out_features)
+            layer.forward = _bound(forward, layers, at, layer.out_features)
             at += layer.out_features
 
 
