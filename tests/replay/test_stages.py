@@ -541,3 +541,28 @@ def test_what_is_no_tensor_is_the_outcome_of_its_stage(
     result = check(case, reference, apply=change)
     assert result.verdict is Verdict.INVALID
     assert f"the stage raised TypeError: {text}" in " ".join(row.note for row in result.rows)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.5])
+def test_what_runs_in_its_own_precision_alone_is_judged_there(
+    size: float, case: Case, reference_16: Recording
+) -> None:
+    """A kernel with 16-bit constants of its own cannot be raised: that is no fault of it."""
+
+    def fused(pipe: Pipeline) -> None:
+        layer = pipe.transformer.blocks[0].attn1.to_q
+        weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone() + size
+        half = layer.in_features // 2
+
+        def forward(x: torch.Tensor) -> torch.Tensor:  # in two parts, as a split-K kernel
+            first = torch.nn.functional.linear(x[..., :half], weight[:, :half])
+            return first + torch.nn.functional.linear(x[..., half:], weight[:, half:], bias)
+
+        layer.forward = forward
+
+    result = check(case.replace(dtype="bfloat16"), reference_16, apply=fused)
+    assert result.verdict is (Verdict.DRIFTED if size else Verdict.EQUIVALENT), result
+    assert any(
+        text.startswith("float32 replay of prediction (the candidate raised RuntimeError")
+        for text in result.not_looked_at
+    )

@@ -93,6 +93,9 @@ def run_stages(
     wanted = answered_names(recording, predicted)
     if not any(key_of(name).precision for name in replayed.outputs):
         wanted = tuple(name for name in wanted if not key_of(name).precision)
+    elif unseen:
+        made = replayed.outputs
+        wanted = tuple(name for name in wanted if not key_of(name).precision or name in made)
     return Answers("steps", replayed, wanted, unseen, second, notes)
 
 
@@ -191,11 +194,22 @@ def _with_raised(
     failed = [text for text in more.failures.values() if text]
     if failed and not answered:
         return replayed, f"{precision} replay (the candidate {failed[0]})"
+    # What runs in its own precision alone has constants of it: that is no fault.
+    alone = {
+        name: text
+        for name, text in more.failures.items()
+        if text and not replayed.failures.get(str(key_of(name).working))
+    }
+    unseen = ""
+    if alone:
+        name, text = next(iter(alone.items()))
+        unseen = f"{precision} replay of {address(name).stage} (the candidate {text})"
+    failures = {name: text for name, text in more.failures.items() if name not in alone}
     return Replay(
         outputs={**replayed.outputs, **more.outputs},
-        failures={**replayed.failures, **more.failures},
+        failures={**replayed.failures, **failures},
         effects={**replayed.effects, **more.effects},
-    ), ""
+    ), unseen
 
 
 def answered_names(
