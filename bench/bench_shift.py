@@ -25,14 +25,14 @@ from bench.faults.draws import DRAWS, Draw
 from bench.faults.shifts import FAULTS, SHIFTS
 from bench.faults.subjects import Wan, subjects
 from truestep.errors import TruestepError
-from truestep.judge.shift import Ends, explained
+from truestep.judge.shift import FAULTS as FAULTY
 from truestep.measure.distance import distance
 from truestep.recording.format import Recording
 from truestep.replay.check import check_pipeline
 from truestep.replay.raised import raised
 from truestep.replay.record import record_pipeline
 from truestep.runtime.pipeline import generate
-from truestep.verdict import Comparison, detectable
+from truestep.verdict import Comparison, Verdict, detectable
 
 SUBJECTS = ("digits", "tiny-wan2.1", "tiny-wan2.2", "tiny-cosmos")
 DTYPES = ("float32", "bfloat16")
@@ -124,8 +124,14 @@ def judged(
     change(pipe)
     end = check_pipeline(pipe, recording, case=case, depth="final")
     stages = check_pipeline(pipe, recording, case=case, steps=tuple(range(STEPS)))
-    found = explained(Ends(rows=list(end.rows)[:1]), stages)
-    return Judged(end, stages, end.shift.outcome if end.shift else found.outcome)
+    return Judged(end, stages, end.shift.outcome if end.shift else by_stages(stages.verdict))
+
+
+def by_stages(verdict: Verdict) -> str:
+    """The outcome of an end that is within its floor."""
+    if verdict in FAULTY:
+        return "fault"
+    return "benign shift" if verdict.passed else "undecided"
 
 
 def told(name: str, found: Judged, **fields: Any) -> Row:
