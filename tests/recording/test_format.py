@@ -22,7 +22,7 @@ from truestep.recording.format import Recording, sha256_of
 from truestep.recording.header import read_header
 from truestep.recording.manifest import Level, Manifest
 from truestep.recording.table import tensor_table
-from truestep.reduced import STATS
+from truestep.records import STATS
 
 DTYPES = (
     torch.float64,

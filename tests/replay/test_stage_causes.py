@@ -176,3 +176,12 @@ def test_what_comes_next_of_such_a_stage_is_its_cause(reference: Recording) -> N
     repeat = "truestep check a --set guidance_scale=3.1"
     told = next_command(result.model_copy(update={"repeat": repeat, "hint": ""}))
     assert told == f"{repeat} --depth cause"
+
+
+def test_in_16_bits_the_cause_is_looked_for_where_the_stage_is_raised() -> None:
+    half = CASE.replace(dtype="bfloat16")
+    result = check(half, record(half), depth="cause", settings={"guidance_scale": 3.1})
+    assert result.first_divergence is not None
+    cause = result.first_divergence.cause
+    assert cause is not None
+    assert cause.text == f"the guidance scale is 3.1, the reference's {CASE.guidance_scale:g}"

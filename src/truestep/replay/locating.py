@@ -16,10 +16,10 @@ from truestep.keys import key_of, step_name
 from truestep.pairing.naming import ROOT
 from truestep.pairing.partners import Partners, partners_of
 from truestep.replay.causes.stages import STAGES as WITHOUT_MODEL
-from truestep.replay.causes.stages import stage_cause
+from truestep.replay.causes.stages import raised_precision_of, stage_cause
 from truestep.replay.drill import Drilled, Known, Subject, drill
 from truestep.replay.isolation import Forward
-from truestep.replay.raised import raised
+from truestep.replay.raised import raised, raised_stages
 from truestep.replay.stages import (
     default_steps,
     given,
@@ -112,6 +112,17 @@ def _explained(
     """The comparison with why a stage without a model is wrong, or a note that nothing explains
     it."""
     outputs = replay(pipe, recording, only=(stage,)).outputs
+    precision = raised_precision_of(stage, comparison.rows)
+    if precision:
+        steps = {row.step for row in comparison.rows if key_of(row.name).precision == precision}
+        with raised(pipe, precision) as lifted:
+            outputs |= raised_stages(
+                lifted,
+                recording,
+                steps=[step for step in steps if step is not None],
+                precision=precision,
+                only=(stage,),
+            ).outputs
     cause, tried = stage_cause(stage, comparison.rows, outputs, recording, trusted)
     first = comparison.first_divergence
     if cause is None or first is None:

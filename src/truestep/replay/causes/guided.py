@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from truestep.keys import address
+from truestep.keys import address, key_of
 from truestep.replay.causes.guesses import LEAST, Guess, Scene, apart, number, rounded_to, scaled
 
 
@@ -42,7 +42,7 @@ def guidance(scene: Scene) -> Iterator[Guess]:
     passes: list[_Passes] = []
     for one in scene.failing:
         cond, uncond = (
-            scene.recorded(one.name.replace("/guided", f"/{branch}"))
+            scene.recorded(str(key_of(one.name).working).replace("/guided", f"/{branch}"))
             for branch in ("cond", "uncond")
         )
         step = address(one.name).step
@@ -57,7 +57,9 @@ def guidance(scene: Scene) -> Iterator[Guess]:
     yield from _rescaled(passes)
     if not all(affine):
         return
-    everywhere = sum(name.endswith("/guided") for name in scene.recording) == len(passes)
+    precision = key_of(scene.failing[0].name).precision
+    names = (name for name in scene.recording if name.endswith("/guided"))
+    everywhere = sum(key_of(name).precision == precision for name in names) == len(passes)
     yield from _by_scale(passes, scales, everywhere=everywhere)
     yield from _by_channels(passes, scales)
     yield from _late(scene, passes, scales)
@@ -152,7 +154,8 @@ def _late(scene: Scene, passes: Sequence[_Passes], scales: Sequence[float]) -> I
         for one, each, scale in zip(scene.failing, passes, scales, strict=True):
             number = f"{each.step:04d}"
             other = one.name.replace(number, f"{each.step + offset:04d}", 1)
-            uncond = scene.recorded(other.replace("/guided", "/uncond"))
+            working = str(key_of(other).working)
+            uncond = scene.recorded(working.replace("/guided", "/uncond"))
             if uncond is None or uncond.shape != each.cond.shape:
                 break
             made.append(each.guided(scale, uncond))

@@ -27,6 +27,13 @@ GAIN = 10.0
 """A hypothesis must bring the candidate nearer by this factor."""
 
 
+def raised_precision_of(stage: str, rows: Sequence[Row]) -> str:
+    """The precision that a stage fails in when it is raised; empty where it does not: 16 bits are
+    too coarse to tell hypotheses apart."""
+    failing = (row for row in rows if row.stage == stage and row.verdict is Verdict.DRIFTED)
+    return next((found for row in failing if (found := key_of(row.name).precision)), "")
+
+
 def stage_cause(
     stage: str,
     rows: Sequence[Row],
@@ -43,6 +50,7 @@ def stage_cause(
         recording: The reference.
         trusted: The reference's pipeline.
     """
+    precision = raised_precision_of(stage, rows)
     failing = [
         Failing(
             row.name,
@@ -53,7 +61,7 @@ def stage_cause(
         for row in rows
         if row.stage == stage
         and row.verdict is Verdict.DRIFTED
-        and not key_of(row.name).precision
+        and key_of(row.name).precision == precision
         and row.name in outputs
         and outputs[row.name].shape == recording[row.name].shape
     ]
