@@ -19,7 +19,7 @@ import torch
 
 from bench.bench_location import SAME, Bench, globals_restored
 from bench.common import RESULTS, read
-from bench.faults.causes import LABELS
+from bench.faults.causes import LABELS, OF_STAGES
 from bench.faults.draws import DRAWS
 from bench.faults.entry import Fault, NotApplicable
 from bench.faults.port import PORTED
@@ -29,6 +29,7 @@ from truestep.replay.locating import locate_module
 
 SUBJECTS = ("tiny-wan2.1", "tiny-wan2.2-5b", "digits", "tiny-wan2.2", "tiny-cosmos")
 PORT = "renamed, fused"
+ALL = {**LABELS, **OF_STAGES}
 RIGHT, WRONG, ABSTAINS = "right", "wrong", "abstains"
 
 
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def _entries(names: Iterable[str]) -> list[tuple[str, Fault]]:
-    every = [(SAME, FAULTS[name]) for name in LABELS]
+    every = [(SAME, FAULTS[name]) for name in ALL]
     every += [(PORT, PORTED[name]) for name in LABELS if name in PORTED]
     return [(port, entry) for port, entry in every if not names or entry.name in names]
 
@@ -97,7 +98,7 @@ def outcome(entry: str, kind: str | None, named: str) -> str:
         kind = "order"
     if kind is None:
         return ABSTAINS
-    return RIGHT if kind in LABELS[entry] else WRONG
+    return RIGHT if kind in ALL[entry] else WRONG
 
 
 def report(rows: list[dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ that of what it does there.
 
 from __future__ import annotations
 
-__all__ = ["LABELS"]
+__all__ = ["LABELS", "OF_STAGES"]
 
 LABELS: dict[str, frozenset[str]] = {
     name: frozenset(kinds.split(", "))
@@ -73,6 +73,15 @@ LABELS: dict[str, frozenset[str]] = {
         "tensor-left-at-initialisation": "not loaded, norm without weights",
         "layers-of-two-blocks-exchanged": "exchanged",
         "input-kernel-transposed": "transposed",
+        "branches-share-residual": "state",
+        "attention-buffer-reused": "state",
+    }.items()
+}
+"""Fault to the kinds that name its cause; `state`, `cache`, ... name what is not looked for yet."""
+
+OF_STAGES: dict[str, frozenset[str]] = {
+    name: frozenset(kinds.split(", "))
+    for name, kinds in {
         "guidance-tenth-more": "guidance scale",
         "guidance-hundredth-more": "guidance scale",
         "guidance-from-cond": "guidance formula",
@@ -101,8 +110,6 @@ LABELS: dict[str, frozenset[str]] = {
         "noise-scaled": "scaled",
         "seed-off-by-one": "seed",
         "latent-kept-in-bfloat16": "precision",
-        "branches-share-residual": "state",
-        "attention-buffer-reused": "state",
     }.items()
 }
-"""Fault to the kinds that name its cause; `state`, `cache`, ... name what is not looked for yet."""
+"""The same of faults in stages without a model: guidance, schedule, noise, the update."""

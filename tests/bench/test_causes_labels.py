@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.bench_causes import ABSTAINS, RIGHT, WRONG, outcome, report
-from bench.faults.causes import LABELS
+from bench.faults.causes import LABELS, OF_STAGES
 from bench.faults.registry import FAULTS
 
 
@@ -26,3 +26,10 @@ def test_the_report_counts_what_was_named() -> None:
     assert "Of 4 faults planted inside models, the cause was named rightly for 2 (50.0%)" in text
     assert "| s | p | 4 | 2 | 1 | 1 |" in text
     assert "a \\| b" in text
+
+
+def test_faults_of_stages_have_labels_of_their_own() -> None:
+    assert set(OF_STAGES) <= set(FAULTS)
+    assert not set(OF_STAGES) & set(LABELS)
+    assert len(OF_STAGES) + len(LABELS) >= 80
+    assert outcome("guidance-tenth-more", "guidance scale", "") == RIGHT

@@ -61,7 +61,8 @@ def test_a_failure_has_its_cause_place_evidence_cost_and_what_is_next(drifted: C
     number = int(first["id"].removeprefix("c0.r"))
     row = drifted.rows[number]
     assert first["text"].startswith(f"{row.name} drifted, rel_l2 ")
-    assert data["next"] == drifted.repeat  # guidance is at fault: there is no model to open
+    # guidance is at fault: there is no model to open, but a cause to look for
+    assert data["next"] == f"{drifted.repeat} --depth cause"
     assert data["details"] == "truestep show r.json ID"
     assert "whether this difference is wanted" in data["decide"]
     assert data["seconds"] == 0.1
