@@ -36,7 +36,7 @@ def test_a_row_is_the_one_at_its_place(drifted: Comparison) -> None:
 def test_a_part_is_told_without_its_rows_and_pictures(drifted: Comparison) -> None:
     found = detail(Results.of([drifted]), "c0")
     assert found["rows"] == f"{len(drifted.rows)}: r0 to r{len(drifted.rows) - 1}"
-    assert found["next"] == "truestep check three --set guidance_scale=3.1"
+    assert found["next"] == "truestep check three --set guidance_scale=3.1 --depth cause"
     media = "\n".join(lines(detail(Results.of([drifted]), "x0")))
     assert "data:image/png;base64, " in media
     assert len(media) < 3000
