@@ -41,7 +41,6 @@ PURE = (
     "judge.rule",
     "judge.tail",
     "verdict",
-    "reduced",
     "measure.distance",
     "measure.sketch",
     "measure.structure",
