@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,10 +17,12 @@ from truestep.cli.cases import choose_cases, parse_changes
 from truestep.cli.common import (
     GroupWithDefault,
     case_options,
+    change_digest,
     end,
     give,
     load_change,
     output_options,
+    own_version,
     progress_bar,
     set_option,
     verbose,
@@ -287,13 +288,13 @@ def _planned(
     )
     apply = load_change(change)
     plan = Plan(
-        tool_version=_version(),
+        tool_version=own_version(),
         cases=chosen,
         cells=tuple(cells),
         baseline=baseline,
         candidate=candidate,
         apply=change or "",
-        apply_digest=_digest(change),
+        apply_digest=change_digest(change),
         expect=expect,
         **length,
     )
@@ -367,16 +368,3 @@ def _show(
         show=partial(print_experiment, experiment, folder=folder, report=name, verbose=verbose()),
     )
     return experiment.exit_code
-
-
-def _digest(change: str | None) -> str:
-    """Of the file of --apply, so that a resumed experiment runs the same change."""
-    if change is None:
-        return ""
-    return hashlib.sha256(Path(change.rpartition(":")[0]).read_bytes()).hexdigest()[:16]
-
-
-def _version() -> str:
-    from truestep.environment import library_version
-
-    return library_version("truestep") or ""

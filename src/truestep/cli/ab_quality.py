@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,10 +12,12 @@ import click
 from truestep.cli.cases import choose_cases, parse_changes
 from truestep.cli.common import (
     case_options,
+    change_digest,
     end,
     give,
     load_change,
     output_options,
+    own_version,
     progress_bar,
     set_option,
     verbose,
@@ -187,13 +188,13 @@ def quality(  # 22 parameters: the options of the verb
     _known_margins(margin[1], metrics)
     apply = load_change(change)
     plan = QualityPlan(
-        tool_version=_version(),
+        tool_version=own_version(),
         cases=cases,
         cells=(),
         seeds=seeds,
         baseline=parse_changes(against),
         apply=change or "",
-        apply_digest=_digest(change),
+        apply_digest=change_digest(change),
         mechanisms=mechanisms,
         metrics={metric.name: metric.digest for metric in metrics},
         margin=margin[0] or MARGIN_SHARE,
@@ -337,16 +338,3 @@ def _show(
     )
     give(found, json_path=json_path, show=show)
     return found.exit_code
-
-
-def _digest(change: str | None) -> str:
-    """Of the file of --apply, so that a resumed experiment runs the same change."""
-    if change is None:
-        return ""
-    return hashlib.sha256(Path(change.rpartition(":")[0]).read_bytes()).hexdigest()[:16]
-
-
-def _version() -> str:
-    from truestep.environment import library_version
-
-    return library_version("truestep") or ""

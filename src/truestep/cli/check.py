@@ -23,6 +23,7 @@ from truestep.cli.cases import (
 from truestep.cli.common import (
     case_options,
     end,
+    expect_option,
     finish,
     from_disk_option,
     load_change,
@@ -78,11 +79,7 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Judge by a reference that is quantised or patched in what has this in its name.",
 )
-@click.option(
-    "--expect",
-    type=click.Choice(["same", "different"]),
-    help="different: the change is for something; `unmet` (exit 1) where the model stays the same.",
-)
+@expect_option
 @click.option(
     "--meant",
     metavar="CHANGE",

@@ -206,6 +206,13 @@ set_option = click.option(
 )
 
 
+expect_option = click.option(
+    "--expect",
+    type=click.Choice(["same", "different"]),
+    help="different: the change is for something; `unmet` (exit 1) where the model stays the same.",
+)
+
+
 from_disk_option = click.option(
     "--from-disk",
     is_flag=True,
@@ -227,6 +234,22 @@ def load_change(spec: str | None) -> Callable[[Any], Any] | None:
         return None
     file, name = parts_of(spec, "--apply")
     return function_of(Path(file), name, "--apply")
+
+
+def change_digest(spec: str | None) -> str:
+    """Of the file of --apply, so that a resumed experiment runs the same change."""
+    import hashlib
+
+    if spec is None:
+        return ""
+    return hashlib.sha256(Path(spec.rpartition(":")[0]).read_bytes()).hexdigest()[:16]
+
+
+def own_version() -> str:
+    """truestep's own, for a plan; empty where it is not installed."""
+    from truestep.environment import library_version
+
+    return library_version("truestep") or ""
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

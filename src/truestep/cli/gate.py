@@ -12,6 +12,7 @@ from truestep.cli.common import (
     GroupWithDefault,
     case_options,
     end,
+    expect_option,
     finish,
     output_options,
     progress_bar,
@@ -52,11 +53,7 @@ def command() -> None:
     show_default=True,
     help="Replay each stage on recorded inputs, or generate freely and compare latents.",
 )
-@click.option(
-    "--expect",
-    type=click.Choice(["same", "different"]),
-    help="different: the change is for something; `unmet` (exit 1) where the model stays the same.",
-)
+@expect_option
 @output_options
 def against(
     baseline: str,

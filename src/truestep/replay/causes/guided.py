@@ -21,10 +21,6 @@ class _Passes:
     actual: torch.Tensor
     reference: torch.Tensor
 
-    @property
-    def apart(self) -> torch.Tensor:
-        return self.cond - self.uncond
-
     def scale(self, guided: torch.Tensor, uncond: torch.Tensor | None = None) -> float:
         """The scale of `uncond + scale (cond - uncond)` that fits best."""
         base = self.uncond if uncond is None else uncond
@@ -77,10 +73,10 @@ def _by_scale(
     if all(abs(mine - 1) < 1e-4 for mine in own):
         steps = ", ".join(str(each.step) for each in passes[:5])
         more = f" and {len(passes) - 5} more" if len(passes) > 5 else ""
-        text = f"the conditional pass alone, without guidance, at steps {steps}{more}"
-        text = (
-            text if len(passes) > 1 else f"step {steps} is not guided: the conditional pass alone"
-        )
+        if len(passes) == 1:
+            text = f"step {steps} is not guided: the conditional pass alone"
+        else:
+            text = f"the conditional pass alone, without guidance, at steps {steps}{more}"
         yield Guess("guidance missing", text, made)
     elif everywhere and all(abs(mine - theirs - 1) < 1e-4 for mine, theirs in pairs):
         text = "guidance starts from the conditional pass: cond + scale * (cond - uncond)"
@@ -152,8 +148,7 @@ def _late(scene: Scene, passes: Sequence[_Passes], scales: Sequence[float]) -> I
     for offset, word in ((-1, "before"), (1, "after")):
         made = []
         for one, each, scale in zip(scene.failing, passes, scales, strict=True):
-            number = f"{each.step:04d}"
-            other = one.name.replace(number, f"{each.step + offset:04d}", 1)
+            other = one.name.replace(f"{each.step:04d}", f"{each.step + offset:04d}", 1)
             working = str(key_of(other).working)
             uncond = scene.recorded(working.replace("/guided", "/uncond"))
             if uncond is None or uncond.shape != each.cond.shape:
