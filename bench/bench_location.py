@@ -35,8 +35,8 @@ from truestep.pairing.naming import ROOT
 from truestep.pairing.partners import partners_of
 from truestep.recording.format import Recording
 from truestep.replay.check import check_pipeline
-from truestep.replay.drill import Known
 from truestep.replay.isolation import flow
+from truestep.replay.levels import Known
 from truestep.replay.locating import Place, drill_stage, locate_module, prediction
 from truestep.replay.record import record_pipeline
 from truestep.verdict import Verdict

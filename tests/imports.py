@@ -29,7 +29,7 @@ VOCABULARY = frozenset(
         "keys",
         "magic",
         "many",
-        "meant_records",
+        "explanations",
         "nests",
         "progress",
         "randomness",

@@ -178,28 +178,6 @@ class KnownFailure(Record):
         return self.outcome == "known"
 
 
-class Cause(Record):
-    """What makes a module wrong: so changed, the trusted one gives what the candidate gave.
-
-    Attributes:
-        kind: Of what sort, in few words: `epsilon`.
-        text: What is wrong with the candidate, with its values.
-        patch: What mends it, where that is one line.
-        line: Of the trusted code, `file:line`, where the cause is about one.
-        error_before, error_after: Relative distance of the candidate's outputs from those of the
-            trusted module, as it is and so changed; the second is at the noise floor.
-        tried: Hypotheses until this one.
-    """
-
-    kind: str
-    text: str
-    patch: str = ""
-    line: str = ""
-    error_before: Float
-    error_after: Float
-    tried: int
-
-
 RuleKind = Literal["known failure", "threshold", "reference", "case", "test"]
 
 
@@ -232,22 +210,6 @@ class Cost(Record):
     def share(self) -> float:
         """Forwards of the check as a share of a full generation."""
         return self.forwards / self.forwards_generation if self.forwards_generation else math.nan
-
-
-class Profile(Record):
-    """A statistic of one tensor along an axis, where only its largest value is judged.
-
-    Attributes:
-        axis: `channel`, `frame`, `row`, `column` or `token`.
-        statistic: What each value is, over the reference's rms; see `truestep.measure.profile`.
-        values: One a place; of many places, the largest of as many consecutive ones.
-        places: How many places there are.
-    """
-
-    axis: str
-    statistic: str
-    values: tuple[Float, ...]
-    places: int
 
 
 class FrameTriple(Record):

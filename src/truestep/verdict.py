@@ -11,9 +11,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from truestep.explanations import Cause as Cause
+from truestep.explanations import Divergence as Divergence
+from truestep.explanations import Elsewhere as Elsewhere
+from truestep.explanations import Meant as Meant
+from truestep.explanations import Profile as Profile
+from truestep.explanations import Recheck as Recheck
 from truestep.many import Column, Many, Numbers, Split, Texts
-from truestep.meant_records import Meant as Meant
-from truestep.records import Cause as Cause
 from truestep.records import Cost as Cost
 from truestep.records import Float as Float
 from truestep.records import FrameTriple as FrameTriple
@@ -22,7 +26,6 @@ from truestep.records import KnownFailure as KnownFailure
 from truestep.records import Light as Light
 from truestep.records import Media as Media
 from truestep.records import MediaEvidence as MediaEvidence
-from truestep.records import Profile as Profile
 from truestep.records import Record as Record
 from truestep.records import Rule as Rule
 from truestep.records import RuleChange as RuleChange
@@ -238,35 +241,6 @@ def detectable(rows: Iterable[Row]) -> float | None:
         if floor and (stage not in raised or name.startswith(high))
     )
     return max(seen, default=None)
-
-
-class Divergence(Record):
-    """The first place whose output differs beyond the floor while its input does not.
-
-    `kind` is what the residual looks like; `operator` the call and line of code inside the module
-    where the two sides part, and which weights differ; `file` and `line` that line again, below the
-    folder of the check. `cause` explains it; `profile` is where along an axis the residual lies.
-    """
-
-    name: str
-    stage: str = ""
-    step: int | None = None
-    branch: str | None = None
-    fqn: str | None = None
-    modality: str | None = None
-    kind: str | None = None
-    operator: str | None = None
-    file: str | None = None
-    line: int | None = None
-    cause: Cause | None = None
-    profile: Profile | None = None
-
-    def __str__(self) -> str:
-        parts = [f"`{self.fqn or self.name}`"]
-        parts += [f"{self.stage} ({self.modality})"] if self.modality else []
-        parts += [f"step {self.step}"] if self.step is not None else []
-        parts += [self.branch] if self.branch else []
-        return ", ".join(parts) + (f": {self.kind}" if self.kind else "")
 
 
 class Modality(Record):

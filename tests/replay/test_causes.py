@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from truestep.records import Cause
+from truestep.explanations import Cause
 from truestep.replay.causes import weights
-from truestep.replay.causes.finding import MOST_TRIED, cause_of, most_tried
+from truestep.replay.causes.finding import MOST_TRIED, causes_of, most_tried
 from truestep.replay.causes.weights import NARROWER, relation
 from truestep.replay.drill import Subject, drill
+from truestep.replay.further import Sides
 from truestep.verdict import Divergence
 
 Tensor = torch.Tensor
@@ -263,9 +264,8 @@ _SCALED = weights.Relation("scaled", "is another")
 
 
 def test_a_place_without_a_module_has_no_cause(trusted: Model) -> None:
-    divergence = Divergence(name="x")
     side = Subject(trusted, lambda: None)
-    assert cause_of(divergence, side, side, None) == (None, 0)
+    assert causes_of(["nowhere"], Sides(side, side, None, (0, "main"))) == [(None, 0)]
 
 
 def related(change: Callable[[Tensor], Tensor], *, shape: tuple[int, ...] = (16, 16)) -> str:
@@ -287,6 +287,15 @@ def related(change: Callable[[Tensor], Tensor], *, shape: tuple[int, ...] = (16,
         (lambda w: NARROWER["int8, one scale a row"](w.double()).float(), "quantised"),
         (lambda w: torch.randn(16, 16, generator=torch.Generator().manual_seed(3)), "exchanged"),
         (lambda w: w + torch.outer(w[0], w[:, 1]), "low rank"),
+        (lambda w: w.flip(1), "flipped"),
+        (lambda w: w.flip(0, 1), "flipped"),
+        (lambda w: w * (w.abs() > w.abs().median()), "zeroed"),
+        (
+            lambda w: (
+                0.5 * w + 0.5 * torch.randn(16, 16, generator=torch.Generator().manual_seed(3))
+            ),
+            "blended",
+        ),
         (lambda w: w + 0.02 * w.sin() * w.flip(0), "another state"),
         (lambda w: w.flip(0).sin() * w.flip(1), "another tensor"),
     ],
@@ -345,5 +354,5 @@ def test_code_that_nobody_knows_ends_no_check(trusted: Model) -> None:
         def forward(self) -> None:
             raise RuntimeError("odd")
 
-    divergence = Divergence(name="x", fqn="blocks.0")
-    assert cause_of(divergence, Odd(), Odd(), None) == (None, 0)
+    sides: Any = Sides(Odd(), Odd(), None, (0, "main"))  # type: ignore[arg-type]
+    assert causes_of(["blocks.0"], sides) == [(None, 0)]

@@ -13,7 +13,7 @@ import torch
 from tests.commands import Run, runner
 from truestep.case import Case
 from truestep.errors import UsageError
-from truestep.meant_records import Meant
+from truestep.explanations import Meant
 from truestep.measure.quantisers import QUANTISERS
 from truestep.recording.format import Recording
 from truestep.replay.check import check

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truestep.records import Cause
+from truestep.explanations import Cause, Elsewhere, Recheck
 from truestep.report.answer import LINES, answer, answers, headline, next_line, word_of
+from truestep.report.words import also_lines, recheck_line
 from truestep.text import command_lines, wrapped
 from truestep.verdict import (
     Comparison,
@@ -181,3 +182,47 @@ def test_text_that_is_cut_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrapped("note", "word " * 30, most=1)[0].endswith(" ...")
     assert len(wrapped("note", "word " * 30)) > 4
     assert wrapped("note", "\x1b[31m", most=1) == ["  note         \\x1b[31m"]
+
+
+def test_what_is_wrong_beside_the_first_module_is_told_in_groups() -> None:
+    def cause(name: str, text: str = "is 1") -> Cause:
+        said = f"`{name}.eps` {text}"
+        return Cause(kind="epsilon", text=said, error_before=1.0, error_after=0.0, tried=1)
+
+    same = tuple(
+        Elsewhere(fqn=f"transformer.b.{at}.n", cause=cause(f"b.{at}.n")) for at in range(1, 6)
+    )
+    other = Elsewhere(fqn="transformer.out", cause=cause("out", "is 2"))
+    first = Divergence(
+        name="m",
+        stage="module",
+        fqn="transformer.b.0.n",
+        cause=cause("b.0.n"),
+        also=(Elsewhere(fqn="transformer.b.9"), other, *same),
+        recheck=Recheck(modules=8, error_before=0.5, error_after=0.25, ratio=3e4, passed=False),
+    )
+    assert also_lines(first) == [
+        "the same in `transformer.b.1.n`, `transformer.b.2.n`, `transformer.b.3.n` and 2 more",
+        "wrong by itself, too: `transformer.b.9`",
+        "`out.eps` is 2",
+    ]
+    drifted = compared(Verdict.DRIFTED, (row("t", Verdict.DRIFTED),))
+    told = " ".join(
+        " ".join(answer(drifted.model_copy(update={"first_divergence": first}))).split()
+    )
+    assert "also the same in `transformer.b.1.n`" in told
+    assert (
+        "recheck with these 8 modules as the reference has them, 2.5e-01 of 5.0e-01 is left "
+        "(3e+04 x the floor): something else is wrong, too"
+    ) in told
+
+
+def test_a_recheck_that_passes_says_so() -> None:
+    fields = {"error_before": 0.5, "ratio": 0.5, "passed": True}
+    assert recheck_line(Recheck(modules=1, error_after=0.0, **fields)) == (
+        "with this module as the reference has it, the model agrees bit for bit"
+    )
+    assert recheck_line(Recheck(modules=2, error_after=1e-7, **fields)) == (
+        "with these 2 modules as the reference has them, 1.0e-07 of 5.0e-01 is left, within the "
+        "model's floor"
+    )

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from tests.report.results_to_show import fault, row
-from truestep.records import FrameTriple, Media, Profile
+from truestep.explanations import Profile
+from truestep.records import FrameTriple, Media
 from truestep.report.failing import along, bars, failing
 from truestep.report.html import render
 from truestep.verdict import Comparison, Divergence, Statistic, Verdict

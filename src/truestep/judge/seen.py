@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from truestep.explanations import Profile
 from truestep.judge.media import uris
 from truestep.keys import key_of
 from truestep.measure.profile import profile
-from truestep.records import Profile
 from truestep.verdict import Comparison, Divergence, FrameTriple, Media, Row, Rows
 
 STEPS = 9

@@ -176,7 +176,7 @@ class _Recorder:
             for label in labels:
                 for tensor, theirs in self._received(label, received):
                     swaps.setdefault(id(tensor), self._replacing(tensor, theirs))
-            return (_swapped(args, swaps), _swapped(kwargs, swaps)) if swaps else None
+            return (replaced(args, swaps), replaced(kwargs, swaps)) if swaps else None
 
         def leave(module: Any, args: Any, output: Any) -> None:
             if not heard():
@@ -293,7 +293,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return plain(tensor).to("cpu", copy=True).contiguous()
 
 
-def _swapped(nest: Any, swaps: Mapping[int, Tensor]) -> Any:
+def replaced(nest: Any, swaps: Mapping[int, Tensor]) -> Any:
     """The nest with tensors replaced by identity; what is no tuple, list or dict stays as it is.
 
     Lists and dicts are changed in place: a module may write into them for its caller (a cache).
@@ -301,13 +301,13 @@ def _swapped(nest: Any, swaps: Mapping[int, Tensor]) -> Any:
     if isinstance(nest, torch.Tensor):
         return swaps.get(id(nest), nest)
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
-        return type(nest)(*(_swapped(part, swaps) for part in nest))
+        return type(nest)(*(replaced(part, swaps) for part in nest))
     if isinstance(nest, tuple):
-        return type(nest)(_swapped(part, swaps) for part in nest)
+        return type(nest)(replaced(part, swaps) for part in nest)
     if isinstance(nest, list):
-        nest[:] = [_swapped(part, swaps) for part in nest]
+        nest[:] = [replaced(part, swaps) for part in nest]
     if type(nest) is dict:
-        nest.update({key: _swapped(part, swaps) for key, part in nest.items()})
+        nest.update({key: replaced(part, swaps) for key, part in nest.items()})
     return nest
 
 

@@ -17,8 +17,9 @@ from truestep.pairing.naming import ROOT
 from truestep.pairing.partners import Partners, partners_of
 from truestep.replay.causes.stages import STAGES as WITHOUT_MODEL
 from truestep.replay.causes.stages import raised_precision_of, stage_cause
-from truestep.replay.drill import Drilled, Known, Subject, drill
+from truestep.replay.drill import Drilled, Subject, drill
 from truestep.replay.isolation import Forward
+from truestep.replay.levels import Known
 from truestep.replay.raised import raised, raised_stages
 from truestep.replay.stages import (
     default_steps,
@@ -223,7 +224,10 @@ def opened(
         text = unexplained(drilled.tried)
         comparison = noted(comparison, text)
     fqn = into.named(drilled.divergence.fqn or ROOT)
-    divergence = drilled.divergence.model_copy(update={"fqn": fqn, **into.changes})
+    also = tuple(
+        each.model_copy(update={"fqn": into.named(each.fqn)}) for each in drilled.divergence.also
+    )
+    divergence = drilled.divergence.model_copy(update={"fqn": fqn, "also": also, **into.changes})
     placed = {k: v for k, v in into.changes.items() if k in ("step", "branch")}
     rows = tuple(
         row.model_copy(

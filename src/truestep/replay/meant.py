@@ -16,6 +16,7 @@ import torch
 
 from truestep.case import Case
 from truestep.errors import FOREIGN, UsageError
+from truestep.explanations import Meant, MeantFault
 from truestep.judge.meant import (
     SLACK,
     WHOLE_STEPS,
@@ -29,7 +30,6 @@ from truestep.judge.meant import (
     of_another_kind,
 )
 from truestep.judge.meant_kinds import what_is_wrong
-from truestep.meant_records import Meant, MeantFault
 from truestep.measure.distance import same_bits
 from truestep.measure.plain import is_wrapped
 from truestep.measure.quantisers import QUANTISERS, Quantiser

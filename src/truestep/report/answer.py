@@ -10,7 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from truestep.records import MediaEvidence
-from truestep.report.words import change_text, command_in, next_command, said, stage_label
+from truestep.report.words import (
+    also_lines,
+    change_text,
+    command_in,
+    next_command,
+    recheck_line,
+    said,
+    stage_label,
+)
 from truestep.screen import LINES, aligned
 from truestep.text import command_lines, visible, wrapped
 from truestep.verdict import Comparison, Results, Row, Rows, Verdict
@@ -24,6 +32,7 @@ _WEAK = 0.1
 
 _FINDINGS = 4
 _NOTES = 3
+_ALSO = 3
 _CHANGES = 2
 _WORDS = {
     "missing": "MISSING",
@@ -196,6 +205,11 @@ def _cause(comparison: Comparison, causes: Rows) -> Iterator[Block]:
         yield _block(1, "cause", first.cause.text, most=3)
         if first.cause.patch:
             yield _block(2, "mend", first.cause.patch, most=2)
+    if first is not None:
+        for line in also_lines(first)[:_ALSO]:
+            yield _block(2, "also", line, most=2)
+        if first.recheck is not None:
+            yield _block(2, "recheck", recheck_line(first.recheck), most=2)
     if first is not None and first.operator:
         yield _block(1, "at", first.operator, most=3)
         return

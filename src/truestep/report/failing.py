@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from truestep.records import Profile
+from truestep.explanations import Profile
 from truestep.report.curves import Curve, curve, number
 from truestep.verdict import Comparison, FloorUsed, Row
 

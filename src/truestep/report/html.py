@@ -14,7 +14,7 @@ from truestep.files import write_text
 from truestep.report.curves import curve, number, scored
 from truestep.report.failing import failing
 from truestep.report.sounds import PLAYED, outlines
-from truestep.report.words import said
+from truestep.report.words import also_lines, recheck_line, said
 from truestep.verdict import Comparison, Media, Results, Verdict
 
 LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
@@ -91,6 +91,8 @@ def render(comparisons: Sequence[Comparison]) -> str:
         label=label,
         effect=lambda finding: label(Verdict(finding.effect)),
         said=said,
+        also=also_lines,
+        recheck=recheck_line,
         scored=scored,
         broken=failing,
         outlines=outlines,

@@ -13,7 +13,7 @@ from truestep.experiment.perf_records import PerfResult, PerfResults
 from truestep.experiment.quality.records import Quality, QualityCell
 from truestep.experiment.records import CellResult, Experiment
 from truestep.report.results_file import AnyResult
-from truestep.report.words import command_in, next_command
+from truestep.report.words import also_lines, command_in, next_command, recheck_line
 from truestep.verdict import Comparison, Divergence, Record, Results, Row, Rows, Verdict
 
 _MOST_ROWS = 8
@@ -170,6 +170,9 @@ def is_below(file: str) -> bool:
 def _cause(comparison: Comparison) -> str:
     first = comparison.first_divergence
     explained = [first.cause.text] if first and first.cause else []
+    explained += also_lines(first) if first else []
+    if first and first.recheck and not first.recheck.passed:
+        explained.append(recheck_line(first.recheck))
     parts = [part for part in (*explained, first.kind, first.operator) if part] if first else []
     if not parts and comparison.evidence is not None:
         parts = [finding.text for finding in comparison.evidence.findings[:2]]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from truestep.keys import key_of
 from truestep.records import MediaEvidence
 from truestep.report.answer import answer, answers, case_of, headline, next_line, summary
-from truestep.report.words import change_text, said, stage_label
+from truestep.report.words import also_lines, change_text, recheck_line, said, stage_label
 from truestep.screen import print_lines
 from truestep.text import wrapped
 from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Rows, Shift, Verdict
@@ -78,6 +78,11 @@ def lines(comparison: Comparison) -> Iterable[str]:
         yield from wrapped("", f"the trusted module so changed gives the same: {apart}")
         if cause.patch:
             yield from wrapped("mend", cause.patch)
+    if comparison.first_divergence:
+        for line in also_lines(comparison.first_divergence):
+            yield from wrapped("also", line)
+        if comparison.first_divergence.recheck:
+            yield from wrapped("recheck", recheck_line(comparison.first_divergence.recheck))
     if comparison.first_divergence and comparison.first_divergence.operator:
         yield from wrapped("at", comparison.first_divergence.operator)
     yield from _growth(comparison)

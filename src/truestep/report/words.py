@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from truestep.records import MediaFacts, RuleChange
-from truestep.verdict import Comparison, Verdict
+from truestep.verdict import Cause, Comparison, Divergence, Elsewhere, Recheck, Verdict
 
 _COMMAND = re.compile(r"(truestep|pip|grep|ls|df|git) ")
 """How a hint begins that a shell can run."""
@@ -84,3 +85,61 @@ def command_in(hint: str) -> str:
     command = hint.partition("  # ")[0]
     advice = any(word in command for word in (" CASE", " FILE", " KEY=", "("))
     return command if _COMMAND.match(command) and not advice else ""
+
+
+def also_lines(first: Divergence) -> list[str]:
+    """What else is wrong beside the first module: what has its cause, other causes, what has
+    none."""
+    own = _without_name(first.cause, first.fqn)
+    groups: dict[tuple[str, str] | None, list[Elsewhere]] = {}
+    for each in first.also:
+        groups.setdefault(_without_name(each.cause, each.fqn), []).append(each)
+    lines = []
+    for what, modules in groups.items():
+        names = [f"`{each.fqn}`" for each in modules]
+        cause = modules[0].cause
+        if what is None or cause is None:
+            lines.append(f"wrong by {_selves(names)}, too: {_some(names)}")
+        elif what == own:
+            lines.append(f"the same in {_some(names)}")
+        else:
+            more = f"; the same in {_some(names[1:])}" if names[1:] else ""
+            lines.append(f"{cause.text}{more}")
+    return sorted(lines, key=lambda line: not line.startswith("the same in"))
+
+
+def _selves(names: Sequence[str]) -> str:
+    return "itself" if len(names) == 1 else "themselves"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
+
+
+def _without_name(cause: Cause | None, fqn: str | None) -> tuple[str, str] | None:
+    """What a cause says of any module."""
+    if cause is None:
+        return None
+    text, names = cause.text, (fqn or "", (fqn or "").partition(".")[2])  # of a component, or not
+    for name in names:
+        text = text.replace(name, "") if name else text
+    return cause.kind, text
+
+
+_NAMED = 3
+"""Modules that are named of many alike."""
+
+
+def recheck_line(recheck: Recheck) -> str:
+    """What is left once every module that is named gives what it should."""
+    count = recheck.modules
+    these = "this module" if count == 1 else f"these {count} modules"
+    start = f"with {these} as the reference has {'it' if count == 1 else 'them'},"
+    left = f"{recheck.error_after:.1e} of {recheck.error_before:.1e}"
+    if recheck.passed and not recheck.error_after:
+        return f"{start} the model agrees bit for bit"
+    if recheck.passed:
+        return f"{start} {left} is left, within the model's floor"
+    times = f" ({recheck.ratio:.3g} x the floor)" if recheck.ratio is not None else ""
+    return f"{start} {left} is left{times}: something else is wrong, too"

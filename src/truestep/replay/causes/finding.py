@@ -3,45 +3,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from truestep.pairing.partners import Partners
 from truestep.replay.causes import modules, operators, outputs, weights
-from truestep.replay.causes.scene import Hypothesis, Scene, outcome, scene_of
-from truestep.verdict import Cause, Divergence
+from truestep.replay.causes.scene import Hypothesis, Scene, outcome, scenes_of
+from truestep.verdict import Cause
 
 MOST_TRIED = 1_500
 """Hypotheses after which a module is left unexplained."""
+
+MOST_OTHERS = 4
+"""Modules beside the first about which everything is tried."""
 
 MOST_SECONDS = 600.0
 """Likewise, by what one run of the module takes: a whole model is not run a thousand times."""
 
 
-def cause_of(
-    found: Divergence, candidate: Any, trusted: Any, partners: Partners | None
-) -> tuple[Cause | None, int]:
-    """Why a module is wrong, and how much was tried; None where nothing of it explains it.
+def causes_of(
+    fqns: Sequence[str], sides: Any, *, first: str | None = None
+) -> list[tuple[Cause | None, int]]:
+    """Why modules are wrong, and how much was tried about each; None where nothing explains one.
 
     Args:
-        found: What a drill named.
-        candidate, trusted: The two `drill.Subject`s.
-        partners: Which modules answer to which.
+        fqns: What a drill named.
+        sides: The `further.Sides` of that drill.
+        first: A kind of cause: tried before all others, which are tried about few modules only.
     """
-    if found.fqn is None:
-        return None, 0
-    place = (found.fqn, found.step or 0, found.branch or "main")
-    scene: Scene | None = None
+    scenes: dict[str, Scene] = {}
     with suppress(Exception):  # of code that nobody knows; what is named already stays named
-        scene = scene_of(place, candidate, trusted, partners)
-        if scene is not None:
-            return explained(scene), scene.tried
-    return None, 0 if scene is None else scene.tried
+        found = scenes_of(fqns, sides.place, sides.candidate, sides.trusted, sides.partners)
+        scenes.update({scene.fqn: scene for scene in found})
+    told, others = list[tuple[Cause | None, int]](), 0
+    for fqn in fqns:
+        scene, cause = scenes.get(fqn), None
+        with suppress(Exception):
+            if scene is not None and first is not None:
+                cause = explained(scene, only=first)
+            if scene is not None and cause is None and (first is None or others < MOST_OTHERS):
+                others += 1
+                cause = explained(scene)
+        told.append((cause, scene.tried if scene is not None else 0))
+    return told
 
 
-def explained(scene: Scene) -> Cause | None:
-    """The first hypothesis under which the trusted module gives what the candidate gave."""
+def explained(scene: Scene, *, only: str | None = None) -> Cause | None:
+    """The first hypothesis under which the trusted module gives what the candidate gave.
+
+    Args:
+        only: Of one kind.
+    """
     start = time.perf_counter()
     plain = scene.run()
     most = most_tried(time.perf_counter() - start)
@@ -49,6 +61,8 @@ def explained(scene: Scene) -> Cause | None:
     if scene.agrees(plain) or before == float("inf"):
         return None
     for hypothesis in _in_turn(scene):
+        if only is not None and hypothesis.kind != only:
+            continue
         if scene.tried >= most:
             break
         made = outcome(scene, hypothesis)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -195,41 +195,54 @@ def attribute(holder: object, name: str, value: object) -> Iterator[None]:
         setattr(holder, name, before)
 
 
-def scene_of(
-    found: tuple[str, int, str],
+def scenes_of(
+    fqns: Sequence[str],
+    place: tuple[int, str],
     candidate: Any,
     trusted: Any,
     partners: Partners | None,
-) -> Scene | None:
-    """The call of a module that a drill named; None where it cannot be looked at alone.
+) -> Iterator[Scene]:
+    """The first calls of modules that a drill named, without those that cannot be looked at alone.
 
     Args:
-        found: The module, step and branch.
-        candidate, trusted: The two `drill.Subject`s.
+        fqns: The modules, as the trusted model names them; both sides run once for all of them.
+        place: Step and branch.
+        candidate, trusted: The two `levels.Subject`s.
         partners: Which modules answer to which.
     """
-    fqn, step, branch = found
-    place = (step, branch)
-    theirs = named_modules(trusted.model).modules.get(fqn)
-    if theirs is None:
-        return None
-    given, (args, kwargs) = _trusted_call(trusted.model, trusted.forward, fqn, theirs, place)
-    if args is None:
-        return None
+    modules = named_modules(trusted.model).modules
+    theirs = {fqn: modules[fqn] for fqn in fqns if fqn in modules}
+    if not theirs:
+        return
+    given, calls = _trusted_calls(trusted.model, trusted.forward, theirs, place)
     names: Names = namesake if partners is None else partners.candidate
     if candidate.before is not None:
         candidate.before()
     made = flow(
-        candidate.model, candidate.forward, place=place, given=given, select={fqn}, parts=names
+        candidate.model, candidate.forward, place=place, given=given, select=theirs, parts=names
     )
-    outs = [
-        {key_of(n).name: t for n, t in side.tensors.items() if _is_output(n, fqn)}
-        for side in (made, given)
-    ]
     working = str(working_dtype(trusted.model) or torch.float32).removeprefix("torch.")
-    runs = benign_flows(
-        trusted.model, trusted.forward, given, place=place, select={fqn}, working=working
+    benign = benign_flows(
+        trusted.model, trusted.forward, given, place=place, select=theirs, working=working
     )
+    limits = Limits(NoiseFloor(runs=tuple(benign)), pair_of(working, working))
+    for fqn, (args, kwargs) in calls.items():
+        yield _scene(fqn, (args, kwargs), (made, given), (candidate, trusted), names, limits)
+
+
+def _scene(
+    fqn: str,
+    call: tuple[tuple[Any, ...], Mapping[str, Any]],
+    flows: tuple[Flow, Flow],
+    sides: tuple[Any, Any],
+    names: Names,
+    limits: Limits,
+) -> Scene:
+    """The scene of one module, of flows and limits of several."""
+    outs = [
+        {key_of(n).name: t for n, t in side.tensors.items() if _is_output(n, fqn)} for side in flows
+    ]
+    candidate, trusted = sides
     ours = named_modules(candidate.model).modules
     parts = [(n, part) for n in ours for part in names(n) if part.fqn == fqn]
     own, part = parts[0] if len(parts) == 1 else (None, None)
@@ -237,12 +250,12 @@ def scene_of(
         fqn=fqn,
         own=None if own is None else ours[own],
         part=part,
-        theirs=theirs,
-        args=args,
-        kwargs=kwargs,
+        theirs=named_modules(trusted.model).modules[fqn],
+        args=call[0],
+        kwargs=call[1],
         actual=outs[0],
         expected=outs[1],
-        limits=Limits(_of_outputs(NoiseFloor(runs=tuple(runs)), fqn), pair_of(working, working)),
+        limits=replace(limits, floor=_of_outputs(limits.floor or NoiseFloor(), fqn)),
         state={n: t for n, t in trusted.model.state_dict().items() if isinstance(t, Tensor)},
     )
 
@@ -262,26 +275,24 @@ def _is_output(name: str, fqn: str) -> bool:
     return key.label == fqn and key.name.partition(".")[0] == "out"
 
 
-def _trusted_call(
+def _trusted_calls(
     model: torch.nn.Module,
     forward: Forward,
-    fqn: str,
-    module: torch.nn.Module,
+    modules: Mapping[str, torch.nn.Module],
     place: tuple[int, str],
-) -> tuple[Flow, tuple[Any, Any]]:
-    """The flow of a trusted forward, and the arguments of the first call of one module."""
-    kept: list[tuple[Any, Any]] = []
+) -> tuple[Flow, dict[str, tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The flow of a trusted forward, and the arguments of the first call of each module."""
+    kept: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    with ExitStack() as stack:
+        for fqn, module in modules.items():
 
-    def keep(_: Any, args: Any, kwargs: Any) -> None:
-        if heard() and not kept:
-            kept.append(copied((args, kwargs)))
+            def keep(_: Any, args: Any, kwargs: Any, fqn: str = fqn) -> None:
+                if heard() and fqn not in kept:
+                    kept[fqn] = copied((args, kwargs))
 
-    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        given = flow(model, forward, place=place, select={fqn})
-    finally:
-        handle.remove()
-    return given, kept[0] if kept else (None, None)
+            stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        given = flow(model, forward, place=place, select=modules)
+    return given, kept
 
 
 def outcome(scene: Scene, hypothesis: Hypothesis) -> Outputs | None:

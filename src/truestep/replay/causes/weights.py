@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 
@@ -123,11 +124,11 @@ def relation(name: str, own: Tensor, reference: Tensor, state: Mapping[str, Tens
         state: All tensors of the reference, in whose place it could be.
     """
     actual, wanted = own.double(), reference.double()
-    for test in (_constant, _multiple, _offset, _offset_slices, _turned, _reordered, _rounded):
+    for test in _EXACTLY:
         found = test(actual, wanted)
         if found is not None:
             return found
-    other = _elsewhere(own, state)
+    other = _elsewhere(own, state) or _blended(actual, wanted, state)
     if other is not None:
         return other
     of_weights = own.ndim > 1 and _LEARNED.search(name)
@@ -201,6 +202,33 @@ def _turned(actual: Tensor, wanted: Tensor) -> Relation | None:
             if actual.shape[i] == actual.shape[j] and torch.equal(actual, wanted.transpose(i, j)):
                 return Relation("transposed", f"has its axes {i} and {j} exchanged")
     return None
+
+
+def _flipped(actual: Tensor, wanted: Tensor) -> Relation | None:
+    """Turned round along one axis or several: a kernel that correlates for one that convolves."""
+    axes = [axis for axis in range(actual.ndim) if actual.shape[axis] > 1]
+    for count in range(1, len(axes) + 1):
+        for some in combinations(axes, count):
+            if torch.equal(actual, wanted.flip(some)):
+                return Relation("flipped", f"runs backwards along {_axes(some)}")
+    return None
+
+
+def _axes(axes: Sequence[int]) -> str:
+    listed = ", ".join(map(str, axes))
+    return f"axis {listed}" if len(axes) == 1 else f"axes {listed}"
+
+
+def _zeroed(actual: Tensor, wanted: Tensor) -> Relation | None:
+    """Some values are 0, and the others those of the reference."""
+    gone = (actual == 0) & (wanted != 0)
+    if not gone.any() or not torch.equal(actual[~gone], wanted[~gone]):
+        return None
+    share, kept = gone.double().mean().item(), wanted[~gone].abs().min()
+    small = " (the smallest)" if wanted[gone].abs().max() <= kept else ""
+    return Relation(
+        "zeroed", f"is 0 in {share:.1%} of its values{small}, the reference's elsewhere"
+    )
 
 
 def _reordered(actual: Tensor, wanted: Tensor) -> Relation | None:
@@ -281,6 +309,29 @@ def _elsewhere(own: Tensor, state: Mapping[str, Tensor]) -> Relation | None:
     return None
 
 
+def _blended(actual: Tensor, wanted: Tensor, state: Mapping[str, Tensor]) -> Relation | None:
+    """A sum of the reference's and of another tensor of it, each times a number."""
+    if actual.numel() < _LEAST_BLENDED:
+        return None
+    for name, tensor in state.items():
+        if tensor.shape != wanted.shape:
+            continue
+        other = tensor.detach().cpu().double()
+        basis = torch.stack([wanted.flatten(), other.flatten()], 1)
+        products = basis.T @ basis
+        if torch.linalg.matrix_rank(products) < 2:
+            continue
+        own, foreign = torch.linalg.solve(products, basis.T @ actual.flatten()).tolist()
+        if abs(foreign) > _EXACT and _close(actual, own * wanted + foreign * other):
+            text = f"is {own:.4g} times the reference's plus {foreign:.4g} times its `{name}`"
+            return Relation("blended", text)
+    return None
+
+
+_LEAST_BLENDED = 16
+"""Values from which on two numbers that fit them all are no accident."""
+
+
 def _low_rank(actual: Tensor, wanted: Tensor) -> Relation | None:
     if actual.ndim < 2 or min(actual.flatten(1).shape) < 8:
         return None
@@ -297,5 +348,21 @@ def _related(actual: Tensor, wanted: Tensor) -> Relation:
     size = centred[0].norm() * centred[1].norm()
     alike = ((centred[0] * centred[1]).sum() / size).item() if size else 0.0
     if alike >= _RELATED:
-        return Relation("another state", f"is {apart:.1%} from the reference's: another checkpoint")
-    return Relation("another tensor", f"has nothing of the reference's (correlation {alike:.2f})")
+        text = f"is {apart:.1%} from the reference's, in no way that is known"
+        return Relation("another state", text)
+    text = f"is not the reference's in any way that is known (correlation {alike:.2f})"
+    return Relation("another tensor", text)
+
+
+_EXACTLY = (
+    _constant,
+    _multiple,
+    _offset,
+    _offset_slices,
+    _turned,
+    _flipped,
+    _reordered,
+    _zeroed,
+    _rounded,
+)
+"""Relations of a tensor to the reference's alone, the plainest first."""
