@@ -5,7 +5,6 @@ The faults and what is true of them were written down before any of them was run
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import sys
@@ -81,7 +80,7 @@ def _plain(subject: str) -> Explain:
     def explain(plant: Plant) -> Comparison:
         pipe = family.build(DRAW)
         pipe = plant(pipe) or pipe
-        return check(pipe, recording, depth="cause", trusted=functools.partial(family.build, DRAW))
+        return check(pipe, recording, depth="cause", trusted=family.build(DRAW))
 
     return explain
 
