@@ -33,7 +33,7 @@ PLAIN = ("flux", "sd3", "sdxl", "pixart", "ltx-i2v", "kontext")
 
 NO_CAUSE = "no cause is true"
 
-RESIDUAL = "residual, residual missing, term missing, left out"
+RESIDUAL = "residual, residual missing, term missing, left out, addend missing"
 ORDER = "order, permuted"
 TABLE = "computed table, positions, attribute"
 
@@ -344,7 +344,7 @@ def wan_scale_left_out(pipe: Any) -> None:
     with_attention(_blocks(pipe)[1].attn2, attend)
 
 
-@held("ltx-i2v", "attention", "mask")
+@held("ltx-i2v", "attention", "mask, mask missing")
 def ltx_text_mask_lost(pipe: Any) -> None:
     """One block's cross-attention is not given the text's mask."""
     given = "attention_mask=encoder_attention_mask"
@@ -369,7 +369,7 @@ def wan_self_causal(pipe: Any) -> None:
     with_attention(_blocks(pipe)[1].attn1, _causal)
 
 
-@held("sdxl", "attention", "mask, causal")
+@held("sdxl", "attention", "mask, causal, mask missing")
 def sdxl_text_not_causal(pipe: Any) -> None:
     """One layer of the first text encoder attends to later tokens."""
 
@@ -379,7 +379,7 @@ def sdxl_text_not_causal(pipe: Any) -> None:
     with_attention(pipe.text_encoder.encoder.layers[0].self_attn, attend)
 
 
-@held("pixart", "attention", "mask")
+@held("pixart", "attention", "mask, mask missing")
 def pixart_text_mask_lost(pipe: Any) -> None:
     """One block's cross-attention is not given the text's mask."""
     attention = _blocks(pipe)[0].attn2
