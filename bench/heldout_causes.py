@@ -19,6 +19,7 @@ from bench.bench_location import Bench, globals_restored
 from bench.common import quiet, read
 from bench.faults.draws import DRAWS
 from bench.faults.heldout_stages import HELD, NO_CAUSE, PLAIN, STAGED, Held
+from bench.faults.heldout_why import WHY
 from truestep import check, record
 from truestep.replay.check import check_pipeline
 from truestep.replay.locating import locate_module
@@ -121,8 +122,9 @@ def outcome(entry: Held, kind: str | None) -> str:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """The table as Markdown."""
-    counted = [row for row in rows if row["outcome"] in COUNTED]
+    """The table as Markdown; rows are judged by the labels of now."""
+    ran = [row for row in rows if row["outcome"] in COUNTED]
+    counted = [{**row, "outcome": outcome(HELD[row["entry"]], row["kind"])} for row in ran]
     named = [row for row in counted if row["group"] != NO_CAUSE]
     other = [row for row in counted if row["group"] == NO_CAUSE]
     silent = [row["entry"] for row in rows if row["outcome"] == "without effect"]
@@ -136,37 +138,78 @@ def report(rows: list[dict[str, Any]]) -> str:
         "written before the first of them was run, without a look at the causes. Written by "
         "`python -m bench.bench_causes --held-out`.",
         "",
+        *_corrected(ran, counted),
+        *_places(named),
         f"Without effect on the check, and not counted: {', '.join(silent) or 'none'}.",
         "",
+        *_counts("class", "group", list(dict.fromkeys(e.group for e in HELD.values())), counted),
+        *_counts("model", "subject", [*STAGED, *PLAIN], counted),
     ]
-    for title, key in (("class", "group"), ("model", "subject")):
-        lines += [f"| {title} | faults | right | wrong | abstains |", "|---|---|---|---|---|"]
-        for value in (
-            dict.fromkeys(entry.group for entry in HELD.values())
-            if key == "group"
-            else (
-                *STAGED,
-                *PLAIN,
-            )
-        ):
-            own = [row["outcome"] for row in counted if row[key] == value]
-            if own:
-                cells = " | ".join(str(own.count(name)) for name in COUNTED)
-                lines.append(f"| {value} | {len(own)} | {cells} |")
-        lines.append("")
-    for title, name in (("Wrong", WRONG), ("Nothing named", ABSTAINS), ("Right", RIGHT)):
-        lines += [f"## {title}", "", *_told(counted, name), ""]
+    unnamed = [row for row in named if row["outcome"] == ABSTAINS]
+    for title, picked in (
+        ("Wrong", [row for row in counted if row["outcome"] == WRONG]),
+        ("Nothing named", unnamed),
+        ("Right", [row for row in counted if row["outcome"] == RIGHT]),
+        ("No cause is true, and none was named", [r for r in other if r["outcome"] == ABSTAINS]),
+    ):
+        lines += [f"## {title}", "", *_told(picked), ""]
     return "\n".join(lines)
 
 
-def _told(rows: list[dict[str, Any]], wanted: str) -> list[str]:
-    """Every row of one outcome: what is true, and what was said."""
-    picked = [row for row in rows if row["outcome"] == wanted]
-    if not picked:
+def _corrected(ran: list[dict[str, Any]], counted: list[dict[str, Any]]) -> list[str]:
+    """Which labels were mended after the run, and what the count was before."""
+    pairs = list(zip(ran, counted, strict=True))
+    mended = [was["entry"] for was, now in pairs if was["outcome"] != now["outcome"]]
+    if not mended:
+        return []
+    before = [row for row in ran if row["group"] != NO_CAUSE]
+    return [
+        f"The labels of {len(mended)} faults lacked the kind that says their own words, since the "
+        "names of kinds were not read beforehand (`addend missing`, `mask missing`): "
+        f"{', '.join(mended)}. By the labels as they were frozen {_share(before, RIGHT)} are right "
+        f"and {_share(before, WRONG)} wrong.",
+        "",
+    ]
+
+
+def _places(named: list[dict[str, Any]]) -> list[str]:
+    """The same by where a fault acts: causes are looked for in the first two alone."""
+    inside, staged, plain = [], [], []
+    for row in named:
+        around = HELD[row["entry"]].apply.__module__.endswith("heldout_stages")
+        (inside if not around else staged if row["subject"] in STAGED else plain).append(row)
+    lines = ["| where it acts | faults | right | wrong | abstains |", "|---|---|---|---|---|"]
+    for text, rows in (
+        ("inside a model", inside),
+        ("around it, in truestep's own runtime", staged),
+        ("around it, in a plain pipeline", plain),
+    ):
+        cells = [str(sum(row["outcome"] == name for row in rows)) for name in COUNTED]
+        lines.append(f"| {text} | {len(rows)} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _counts(title: str, key: str, values: list[str], rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"| {title} | faults | right | wrong | abstains |", "|---|---|---|---|---|"]
+    for value in values:
+        own = [row["outcome"] for row in rows if row[key] == value]
+        if own:
+            cells = " | ".join(str(own.count(name)) for name in COUNTED)
+            lines.append(f"| {value} | {len(own)} | {cells} |")
+    return [*lines, ""]
+
+
+def _told(rows: list[dict[str, Any]]) -> list[str]:
+    """Each row: what is true, what was said, and a remark where that is not plainly right."""
+    if not rows:
         return ["None."]
-    lines = ["| fault | class | what is true | module | what was said |", "|---|---|---|---|---|"]
-    for row in picked:
-        cells = [row["entry"], row["group"], HELD[row["entry"]].truth, row["module"], row["text"]]
+    told = any(row["entry"] in WHY for row in rows)
+    heads = ["fault", "class", "what is true", "module", "what was said", *["remark"] * told]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in rows:
+        entry = HELD[row["entry"]]
+        cells = [entry.name, entry.group, entry.truth, row["module"], row["text"]]
+        cells += [WHY.get(entry.name, "")] * told
         texts = (" ".join(str(cell or "").split()).replace("|", "\\|") for cell in cells)
         lines.append(f"| {' | '.join(texts)} |")
     return lines
