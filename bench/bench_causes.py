@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 
+from bench import heldout_causes
 from bench.bench_location import SAME, Bench, globals_restored
 from bench.common import RESULTS, read
 from bench.faults.causes import LABELS, OF_STAGES
 from bench.faults.draws import DRAWS
 from bench.faults.entry import Fault, NotApplicable
+from bench.faults.heldout_stages import PLAIN, STAGED
 from bench.faults.port import PORTED
 from bench.faults.registry import FAULTS
 from truestep.replay.check import check_pipeline
@@ -34,13 +36,18 @@ RIGHT, WRONG, ABSTAINS = "right", "wrong", "abstains"
 
 
 def main() -> None:
-    """Fill `causes.jsonl`, and write `causes.md`."""
+    """Fill `causes.jsonl`, and write `causes.md`; those held out have files of their own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--subject", action="append", default=[], choices=SUBJECTS)
+    choices = dict.fromkeys((*SUBJECTS, *STAGED, *PLAIN))
+    parser.add_argument("--subject", action="append", default=[], choices=choices)
     parser.add_argument("--entry", action="append", default=[])
+    parser.add_argument("--held-out", action="store_true", help="faults no cause was made for")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.held_out:
+        _held_out(options)
+        return
     path = options.output / "causes.jsonl"
     rows = read(path)
     done = {(row["subject"], row["port"], row["entry"]) for row in rows}
@@ -56,6 +63,14 @@ def main() -> None:
             print(_line(row), file=sys.stderr, flush=True)
             gc.collect()
     (options.output / "causes.md").write_text(report(read(path)), "utf-8")
+
+
+def _held_out(options: argparse.Namespace) -> None:
+    """Fill `causes-heldout.jsonl`, and write `causes-heldout.md`."""
+    path = options.output / "causes-heldout.jsonl"
+    heldout_causes.fill(path, options.subject, options.entry)
+    text = heldout_causes.report(read(path))
+    (options.output / "causes-heldout.md").write_text(text, "utf-8")
 
 
 def _entries(names: Iterable[str]) -> list[tuple[str, Fault]]:
