@@ -19,6 +19,7 @@ from truestep.judge.meant import (
     infer,
     limits,
     of_another_kind,
+    on_grids,
 )
 from truestep.judge.meant_kinds import what_is_wrong
 from truestep.measure.quantisers import QUANTISERS
@@ -163,3 +164,43 @@ def test_a_bias_is_named_by_its_numbers() -> None:
 def told(source: torch.Tensor, candidate: torch.Tensor, **others: torch.Tensor) -> str:
     quantised = QUANTISERS["int8"](source)
     return what_is_wrong(source, candidate, quantised, limit=LIMIT, eps=2**-24, others=others)
+
+
+def clipped(source: torch.Tensor) -> torch.Tensor:
+    step = source.abs().quantile(0.995, dim=1, keepdim=True) / 127
+    return (source / step).round().clamp(-127, 127) * step
+
+
+def test_among_layers_that_clip_one_that_is_scaled_is_told() -> None:
+    originals = [weight(64, 512, seed=seed) for seed in range(12)]
+    made = [clipped(each) for each in originals]
+    made[5] = made[5] * 1.1
+    fits = [
+        fit(own, candidate, QUANTISERS["int8"], eps=1e-7)
+        for own, candidate in zip(originals, made, strict=True)
+    ]
+    limit = limits(fits, known=True)
+    assert limit is not None
+    assert [broken(each, limit) is not None for each in fits] == [at == 5 for at in range(12)]
+
+
+@pytest.mark.parametrize("name", sorted(QUANTISERS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantiser_puts_numbers_on_a_grid(name: str, dtype: torch.dtype) -> None:
+    source = weight(64, 256, seed=1)
+    made = QUANTISERS[name](source)
+    assert made is not None
+    own, reference = made.values.to(dtype), source.to(dtype)
+    assert on_grids([Pair(reference, own)])
+    assert not on_grids([Pair(reference, (1.01 * source).to(dtype))])
+    assert not on_grids([Pair(reference, (source + 0.6 * weight(64, 256, seed=2)).to(dtype))])
+
+
+def test_rows_that_are_shifted_by_a_step_are_another_change_and_rounding_down_is_not() -> None:
+    source = weight(64, 256, seed=3)
+    step = source.abs().amax(1, keepdim=True) / 127
+    codes = source / step
+    shifted, down = (codes.round() + 1) * step, codes.floor() * step
+    fits = [[fit(source, made, QUANTISERS["int8"], eps=1e-7)] * 6 for made in (shifted, down)]
+    assert of_another_kind(fits[0]) is not None
+    assert of_another_kind(fits[1]) is None

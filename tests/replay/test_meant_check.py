@@ -176,6 +176,171 @@ def test_layers_of_another_class_are_judged_by_what_they_do(
     assert meant.faults[0].kind == "row 3: scaled by 2"
 
 
+class Backwards(Quantised):
+    """Its tokens in the other order."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = super().forward(x)
+        return made.flip(-2) if x.ndim > 2 else made
+
+
+def test_a_layer_of_another_class_is_given_tokens_too(case: Case, recording: Recording) -> None:
+    def broken(pipe: Any) -> None:
+        wrapped(pipe)
+        net = pipe.transformer.blocks[1].ffn.net
+        net[2].__class__ = Backwards
+
+    _, meant = judged(case, recording, broken, "int8")
+    assert [fault.module for fault in meant.faults] == [LAYER]
+    assert meant.faults[0].kind.startswith("what it makes of the tokens it is given: ")
+
+
+class Halved(torch.nn.Conv3d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0.5
+
+
+def layer_of(pipe: Any) -> Any:
+    return pipe.transformer.get_submodule(LAYER.partition(".")[2])
+
+
+def relu(pipe: Any) -> None:
+    pipe.transformer.condition_embedder.time_embedder.act = torch.nn.ReLU()
+
+
+def hooked(pipe: Any) -> None:
+    layer_of(pipe).register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def patched(pipe: Any) -> None:
+    layer = layer_of(pipe)
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) * 1.5  # type: ignore[method-assign]
+
+
+def subclassed(pipe: Any) -> None:
+    pipe.transformer.patch_embedding.__class__ = Halved
+
+
+@pytest.mark.parametrize("wrong", [relu, hooked, patched, subclassed], ids=lambda f: f.__name__)
+def test_code_is_not_put_back_with_the_weights(
+    case: Case, recording: Recording, wrong: Change
+) -> None:
+    def broken(pipe: Any) -> None:
+        int8(pipe)
+        wrong(pipe)
+
+    result, meant = judged(case, recording, broken, "int8")
+    assert meant.outcome == "fault"
+    assert meant.text.startswith("with the trusted weights put back it still differs")
+    assert result.exit_code == 1
+
+
+def each(pipe: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    for layer in layers_of(pipe).values():
+        layer.weight.data = change(layer.weight.data)
+
+
+def adapted(pipe: Any) -> None:
+    def low_rank(w: torch.Tensor) -> torch.Tensor:
+        flat = w.flatten(1)
+        delta = flat[:, :1] @ flat[:1]
+        return w + (0.05 * flat.norm() / delta.norm() * delta).reshape(w.shape)
+
+    each(pipe, low_rank)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        adapted,
+        lambda pipe: each(pipe, lambda w: 1.01 * w),
+        lambda pipe: each(pipe, lambda w: w + 0.03 * w.std() * w.sin().roll(7)),
+    ],
+    ids=["an adapter", "a factor", "noise"],
+)
+@pytest.mark.parametrize("name", ["auto", "int4"])
+def test_what_is_on_no_grid_is_no_quantisation(
+    case: Case, recording: Recording, change: Change, name: str
+) -> None:
+    result, meant = judged(case, recording, change, name)
+    assert (meant.outcome, meant.faults) == ("undecided", ())
+    assert "lie on no grid" in meant.text
+    assert result.exit_code == 4
+
+
+def test_a_zero_point_that_is_off_in_all_layers_is_not_explained(
+    case: Case, recording: Recording
+) -> None:
+    def shifted(pipe: Any) -> None:
+        def one_more(w: torch.Tensor) -> torch.Tensor:
+            flat = w.flatten(1)
+            step = flat.abs().amax(1, keepdim=True) / 127
+            return (((flat / step).round() + 1) * step).reshape(w.shape)
+
+        each(pipe, one_more)
+
+    result, meant = judged(case, recording, shifted, "int8")
+    assert meant.outcome == "undecided"
+    assert result.exit_code == 4
+
+
+def test_two_quantisers_beside_each_other(case: Case, recording: Recording) -> None:
+    def mixed(pipe: Any) -> None:
+        for at, layer in enumerate(layers_of(pipe).values()):
+            made = QUANTISERS["fp8" if at % 3 == 0 else "int8"](layer.weight.data)
+            assert made is not None
+            layer.weight.data = made.values
+
+    _, meant = judged(case, recording, mixed, "int8")
+    assert (meant.outcome, meant.faults) == ("explained", ())
+    assert "what another quantiser makes of it" in meant.text
+    assert meant.layers == len(layers_of(load(case)))
+
+
+def test_norms_that_are_a_little_larger_are_no_cast(case: Case, recording: Recording) -> None:
+    def larger(pipe: Any) -> None:
+        int8(pipe)
+        for name, parameter in pipe.transformer.named_parameters():
+            if parameter.ndim == 1 and "norm" in name and "weight" in name:
+                parameter.data = (parameter.data + 0.5 * (parameter.data == 0)) * 1.0075
+
+    _, meant = judged(case, recording, larger, "int8")
+    assert meant.outcome == "fault"
+    assert all("norm" in fault.module for fault in meant.faults)
+    assert meant.faults
+
+
+def test_a_bias_that_is_gone_is_missing(case: Case, recording: Recording) -> None:
+    def dropped(pipe: Any) -> None:
+        int8(pipe)
+        layer_of(pipe).bias = None
+
+    _, meant = judged(case, recording, dropped, "int8")
+    assert (meant.faults[0].module, meant.faults[0].tensor) == (LAYER, "bias")
+    assert meant.faults[0].kind == "it is missing"
+    assert meant.outcome == "fault"
+
+
+def test_the_candidate_is_afterwards_what_it_was(case: Case, recording: Recording) -> None:
+    from truestep.replay.meant_weights import compared, put_back
+
+    pipe, trusted = load(case), load(case)
+    wrapped(pipe)
+    layers_of(trusted)  # what is put back is taken away again
+    pipe.transformer.blocks[0].attn1.norm_q.weight.data += 1
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    modules = [*pipe.transformer.modules()]
+    with put_back(pipe, trusted, compared(pipe, trusted)) as acted:
+        assert len(acted) > 10
+        assert isinstance(pipe.transformer.blocks[1].ffn.net[2], torch.nn.Linear)
+    assert [*pipe.transformer.modules()] == modules
+    after = pipe.transformer.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert not any(m._forward_hooks for m in trusted.transformer.modules())
+
+
 def test_what_cannot_be_judged_is_refused(case: Case, recording: Recording) -> None:
     with pytest.raises(UsageError, match="'int9' is no change that is known"):
         check(case, recording, meant="int9")

@@ -27,7 +27,7 @@ from truestep.joint import Value, each, tensors_of
 from truestep.measure.quantisers import QUANTISERS
 from truestep.progress import Progress, silent
 from truestep.randomness import own_randomness
-from truestep.replay.meant import compared
+from truestep.replay.meant_weights import compared
 from truestep.replay.record import record_pipeline
 from truestep.replay.stages import floor_steps
 from truestep.runtime.applying import Apply, apply_change

@@ -49,20 +49,23 @@ class Fit:
         over: Of its rows, columns and blocks of 32 the furthest, over rounding to the nearest.
         size: Root mean square of the reaches, relative to that of the weight.
         inside: Share of its numbers within their reach.
+        shifted: Of its rows the middle one: how far all of it is shifted one way, over its reach.
     """
 
     peak: float
     over: float
     size: float
     inside: float
+    shifted: float = 0.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Above which a layer is broken, of `Fit`'s peak and over."""
+    """Above which a layer is broken, of `Fit`'s peak and over, and of the share outside."""
 
     peak: float
     over: float
+    outside: float = 1.0
 
 
 def reach_of(trusted: Tensor, candidate: Tensor, quantised: Quantised | None, eps: float) -> Tensor:
@@ -97,7 +100,10 @@ def fit(trusted: Tensor, candidate: Tensor, quantiser: Quantiser | None, *, eps:
     shares = off / reach
     peak, inside = float(shares.max()), float((shares <= SLACK).double().mean())
     over = max(float(r.max()) for r in unit_ratios(off, reach).values())
-    return Fit(peak, over, rms(reach) / (rms(trusted) or 1.0), inside)
+    rows = [side.reshape(side.shape[0] if side.ndim > 1 else 1, -1) for side in (trusted, reach)]
+    moved = candidate.reshape(rows[0].shape) - rows[0]
+    shifted = float((moved.mean(1).abs() / rows[1].mean(1)).median())
+    return Fit(peak, over, rms(reach) / (rms(trusted) or 1.0), inside, shifted)
 
 
 def unit_ratios(off: Tensor, reach: Tensor) -> dict[str, Tensor]:
@@ -135,6 +141,7 @@ def limits(fits: Iterable[Fit], *, known: bool) -> Limits | None:
     return Limits(
         max(_limit([each.peak for each in every]), WHOLE_STEP if known else 0.0),
         max(_limit([each.over for each in every]), WHOLE_STEPS if known else 0.0),
+        max(_limit([max(1 - each.inside, _CLIPPED) for each in every]), _OUTSIDE) if known else 1.0,
     )
 
 
@@ -164,19 +171,70 @@ _MANY = 12
 """Layers of which the upper tenth is not one alone."""
 
 
+_CLIPPED = 1e-3
+"""Share of the numbers of a weight that makers who clip do clip."""
+
+_OUTSIDE = 0.05
+"""Least share outside of their reach by which a layer is told from the others."""
+
+
+def on_grids(pairs: Iterable[Pair]) -> bool:
+    """Whether the candidate's weights are rounded to a grid that the trusted ones are not on.
+
+    Of 32 consecutive numbers the smallest third lies on few levels of any quantiser, so that some
+    are equal; of a floating dtype's own numbers, which are the denser the smaller they are, hardly
+    any are.
+    """
+    equal = [0, 0]
+    total = 0
+    for pair in pairs:
+        for at, side in enumerate((pair.trusted, pair.candidate)):
+            found, count = _equal(side)
+            equal[at] += found
+            total += count if at else 0
+    return not total or (equal[1] - 2 * equal[0]) / total >= _GRIDDED
+
+
+_GRIDDED = 0.04
+"""Share of the small numbers that are equal to others, from which on there is a grid."""
+
+_FINE = 1 << 14
+"""Levels to the largest number of a group within which two numbers are equal."""
+
+
+def _equal(weight: Tensor) -> tuple[int, int]:
+    """How many of the small numbers are equal to another in their group, and of how many."""
+    flat = weight.detach().float().flatten()
+    flat = flat[: len(flat) // BLOCK * BLOCK]
+    if not len(flat):
+        return 0, 0
+    groups = flat.reshape(-1, BLOCK)
+    peak = groups.abs().amax(1, keepdim=True)
+    small = groups.gather(1, groups.abs().argsort(1)[:, : BLOCK // 3])
+    levels = (small / peak.clamp_min(1e-30) * _FINE).round().sort(1).values
+    same = levels[:, 1:] == levels[:, :-1]
+    return int(same.sum()), levels.numel()
+
+
 def of_another_kind(fits: Iterable[Fit]) -> float | None:
     """How far off most layers are where a quantiser does not explain them; None where it does."""
     every = list(fits)
     peak = _middle(each.peak for each in every) if every else 0.0
     explained = not every or _middle(each.inside for each in every) >= _INSIDE
+    if every and _middle(each.shifted for each in every) > _SHIFTED:
+        return peak
     return None if explained or peak <= _MADE_OTHERWISE else peak
 
 
 def broken(found: Fit, limit: Limits) -> float | None:
     """How many times as far off as is explained a layer is; None of one that is not broken."""
-    if found.peak <= limit.peak and found.over <= limit.over:
+    if found.peak <= limit.peak and found.over <= limit.over and 1 - found.inside <= limit.outside:
         return None
     return max(found.peak, found.over)
+
+
+_SHIFTED = 1.5
+"""Half-steps by which whole rows are shifted one way: who rounds down shifts them by one."""
 
 
 @dataclass(frozen=True)

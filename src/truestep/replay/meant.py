@@ -1,44 +1,42 @@
 """A candidate that is meant to differ (quantised): is anything broken underneath?
 
-Its weights are read, or found out by what its layers make of unit vectors, and set against what the
-declared change explains of them (`judge.meant`). Then the trusted layers are put in their place,
-and all else is checked as ever: what still drifts was not made by the change.
+Its weights (`meant_weights`) are set against what the declared change explains of them
+(`judge.meant`). Then the trusted ones are put in their place, and all else is checked as ever: what
+still drifts was not made by the change.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from truestep.case import Case
-from truestep.errors import FOREIGN, UsageError
+from truestep.errors import UsageError
 from truestep.explanations import Meant, MeantFault
 from truestep.judge.meant import (
     SLACK,
+    WHOLE_STEP,
     WHOLE_STEPS,
     Fit,
     Limits,
-    Pair,
     broken,
     fit,
     infer,
     limits,
     of_another_kind,
+    on_grids,
 )
 from truestep.judge.meant_kinds import what_is_wrong
-from truestep.measure.distance import same_bits
-from truestep.measure.plain import is_wrapped
 from truestep.measure.quantisers import QUANTISERS, Quantiser
-from truestep.pairing.naming import ROOT, named_modules
+from truestep.pairing.naming import ROOT
 from truestep.recording.format import Recording
 from truestep.replay.locating import locate_module
+from truestep.replay.meant_weights import Acted, Changed, Weights, compared, put_back
 from truestep.runtime.loading import load
-from truestep.runtime.pipeline import MODELS, Pipeline
-from truestep.runtime.precision import is_packed
+from truestep.runtime.pipeline import Pipeline
 from truestep.runtime.stored import in_files
 from truestep.text import nearest
 from truestep.verdict import Comparison, Divergence, Verdict
@@ -49,11 +47,9 @@ AUTO, SIBLINGS = "auto", "siblings"
 NAMES = (AUTO, SIBLINGS, *QUANTISERS)
 """What a change may be declared as."""
 
-_CAST = 2.0**-8
-"""Of numbers that no quantiser takes (biases, norms): a cast to bfloat16 is no fault."""
-
-_AT_ONCE = 256
-"""Unit vectors that a layer is given at once."""
+_ACTED = 0.05
+"""Share of what a layer gives by which its tokens' own quantisation may move it: 8 bits of floating
+point move each number by 1/16 at most."""
 
 _UNIT = QUANTISERS["int8"]
 """What layers are measured by where nothing explains them: they are set against one another."""
@@ -74,121 +70,6 @@ def require_name(name: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Changed:
-    """A parameter that is not what it was.
-
-    Attributes:
-        module, key: Where it is; the module with its model before it.
-        pair: Both sides.
-        eps: Of the precision that the candidate keeps it in.
-    """
-
-    module: str
-    key: str
-    pair: Pair
-    eps: float
-
-    @property
-    def name(self) -> str:
-        """Of the parameter."""
-        return f"{self.module}.{self.key}"
-
-
-@dataclass
-class Weights:
-    """What became of a pipeline's parameters.
-
-    Attributes:
-        changed: Those that are not what they were.
-        same: How many weights of two axes and more are.
-        unjudged: Modules whose weights cannot be read.
-        touched: Modules to put back, by model and fqn.
-    """
-
-    changed: list[Changed]
-    same: int
-    unjudged: list[str]
-    touched: list[tuple[str, str]]
-
-
-def compared(pipe: Pipeline, trusted: Pipeline) -> Weights:
-    """Every parameter of the trusted models beside the candidate's."""
-    found = Weights([], 0, [], [])
-    for model in MODELS:
-        own, theirs = getattr(pipe, model), getattr(trusted, model)
-        if not isinstance(own, torch.nn.Module) or not isinstance(theirs, torch.nn.Module):
-            continue
-        ours = named_modules(own).modules
-        for fqn, module in named_modules(theirs).modules.items():
-            _compare(found, model, fqn, ours.get(fqn), module)
-    return found
-
-
-def _compare(
-    found: Weights,
-    model: str,
-    fqn: str,
-    own: torch.nn.Module | None,
-    theirs: torch.nn.Module,
-) -> None:
-    """Add what became of one module's own parameters."""
-    parameters = {k: p for k, p in theirs._parameters.items() if p is not None}
-    name = model if fqn == ROOT else f"{model}.{fqn}"
-    touched = own is not None and type(own) is not type(theirs) and not theirs._modules
-    read = _probed(own, theirs) if touched and own is not None else {}
-    for key, parameter in parameters.items():
-        reference = parameter.detach()
-        actual = read.get(key) if key in read else _readable(own, key)
-        if actual is None or actual.shape != reference.shape:
-            found.unjudged.append(f"{name}.{key}")
-            continue
-        if same_bits(actual, reference):
-            found.same += reference.ndim > 1
-            continue
-        touched = True
-        eps = max(torch.finfo(side.dtype).eps for side in (actual, reference)) / 2
-        pair = Pair(reference.float().cpu(), actual.float().cpu())
-        found.changed.append(Changed(name, key, pair, eps))
-    if touched:
-        found.touched.append((model, fqn))
-
-
-def _readable(module: torch.nn.Module | None, key: str) -> Tensor | None:
-    """A parameter as plain numbers; None where there is none of that name, or of numbers."""
-    if module is None:
-        return None
-    tensor: Tensor | None = module._parameters.get(key)
-    if tensor is None:
-        tensor = module._buffers.get(key)
-    if tensor is None or tensor.is_meta:
-        return None
-    if is_packed(tensor):
-        plain: Tensor = tensor.dequantize()
-        return plain.detach()
-    return tensor.detach() if tensor.is_floating_point() and not is_wrapped(tensor) else None
-
-
-def _probed(own: torch.nn.Module, theirs: torch.nn.Module) -> dict[str, Tensor]:
-    """Weight and bias that a layer of another class works with, by what it makes of unit vectors.
-
-    Of layers that quantise what they are given, too: one number of a vector is a whole step.
-    """
-    if not isinstance(theirs, torch.nn.Linear):
-        return {}
-    units = torch.eye(theirs.in_features).to(theirs.weight)
-    try:
-        with torch.no_grad():
-            nothing = own(torch.zeros_like(units[:1]))
-            columns = [
-                own(units[at : at + _AT_ONCE]) - nothing for at in range(0, len(units), _AT_ONCE)
-            ]
-    except FOREIGN:  # it takes something else: what it holds may still be read
-        return {}
-    made = {"weight": torch.cat(columns).T.contiguous()}
-    return made if theirs.bias is None else {**made, "bias": nothing[0]}
-
-
 _STORED = Limits(SLACK, WHOLE_STEPS)
 """Of numbers that no quantiser takes."""
 
@@ -198,11 +79,13 @@ class Judged:
     """What the weights say.
 
     Attributes:
-        other: How far off most layers are, where the declared change does not explain them.
         change: Name of what explains them.
         fits: Of each changed weight of two axes and more.
         limit: None where too few layers were changed to tell.
         faults: The furthest first.
+        other: How far off most layers are, where the declared change does not explain them.
+        free: Whether the values lie on no grid, so that nothing says they are quantised.
+        choices: Layers that are to the last number what another quantiser makes of them.
     """
 
     change: str
@@ -210,6 +93,23 @@ class Judged:
     limit: Limits | None
     faults: tuple[MeantFault, ...]
     other: float | None = None
+    free: bool = False
+    choices: int = 0
+
+
+def _stored_in(each: Changed) -> float:
+    """Relative rounding of numbers that no quantiser takes (biases, norms): of the coarsest dtype
+    that holds them as they are, for a cast is no fault."""
+    for dtype in (torch.bfloat16, torch.float16):
+        candidate = each.pair.candidate
+        if torch.equal(candidate.to(dtype).float(), candidate):
+            return _CAST * torch.finfo(dtype).eps
+    return each.eps
+
+
+_CAST = 0.375
+"""Of a dtype's eps: half of it is the rounding of one number, which `reach_of` takes twice, and a
+cast through another 16 bits adds half as much."""
 
 
 def judge_weights(found: Weights, name: str) -> Judged:
@@ -220,30 +120,45 @@ def judge_weights(found: Weights, name: str) -> Judged:
     """
     layers = [each for each in found.changed if each.pair.trusted.ndim > 1]
     quantiser = QUANTISERS.get(name)
-    if name == AUTO:
+    pairs = {each.name: each.pair for each in layers}
+    free = name != SIBLINGS and bool(layers) and not on_grids(pairs.values())
+    if name == AUTO and not free:
         eps = max((each.eps for each in layers), default=0.0)
-        quantiser = infer({each.name: each.pair for each in layers}, eps=eps)
+        quantiser = infer(pairs, eps=eps)
     known = quantiser is not None
     unit = quantiser or _UNIT
-    fits = {e.name: fit(e.pair.trusted, e.pair.candidate, unit, eps=e.eps) for e in layers}
+    choices = {each.name for each in layers if known and _of_another(each, quantiser)}
+    choices = set() if len(choices) == len(layers) else choices
+    fits = {
+        e.name: fit(e.pair.trusted, e.pair.candidate, unit, eps=e.eps)
+        for e in layers
+        if e.name not in choices
+    }
     change = quantiser.name if quantiser is not None else SIBLINGS
     limit = limits(fits.values(), known=known)
     other = of_another_kind(fits.values()) if known else None
+    if free:
+        return Judged(change, fits, limit, (), free=True)
     if other is not None:
         return Judged(change, fits, limit, (), other)
-    faults: list[MeantFault] = []
+    faults = [
+        MeantFault(module=module, tensor=key, kind="it is missing", ratio=math.inf)
+        for module, key in found.missing
+    ]
     others = {each.module: each.pair.trusted for each in layers}
     for each in found.changed:
+        if each.name in choices:
+            continue
         is_layer = each.name in fits
         here = limit if is_layer else _STORED
-        eps = each.eps if is_layer else _CAST
+        eps = each.eps if is_layer else _stored_in(each)
         own = (
             fits[each.name]
             if is_layer
             else fit(each.pair.trusted, each.pair.candidate, None, eps=eps)
         )
         ratio = broken(own, here) if here is not None else None
-        if ratio is None or here is None or (is_layer and _of_another(each, quantiser)):
+        if ratio is None or here is None:
             continue
         kind = what_is_wrong(
             each.pair.trusted,
@@ -255,7 +170,7 @@ def judge_weights(found: Weights, name: str) -> Judged:
         )
         faults.append(MeantFault(module=each.module, tensor=each.key, kind=kind, ratio=ratio))
     faults.sort(key=lambda fault: -fault.ratio)
-    return Judged(change, fits, limit, tuple(faults))
+    return Judged(change, fits, limit, tuple(faults), choices=len(choices))
 
 
 def _of_another(each: Changed, quantiser: Quantiser | None) -> bool:
@@ -266,35 +181,6 @@ def _of_another(each: Changed, quantiser: Quantiser | None) -> bool:
         if made is not None and torch.allclose(made.values, candidate, rtol=2 * each.eps, atol=0):
             return True
     return False
-
-
-@contextmanager
-def put_back(pipe: Pipeline, trusted: Pipeline, touched: list[tuple[str, str]]) -> Iterator[None]:
-    """The candidate with the trusted model's layers in the place of its own."""
-    undone: list[tuple[torch.nn.Module, str, torch.nn.Module | None]] = []
-    tensors: list[tuple[torch.nn.Module, str, torch.nn.Parameter | None]] = []
-    try:
-        for model, fqn in touched:
-            own, theirs = (named_modules(getattr(side, model)).modules for side in (pipe, trusted))
-            if fqn not in own:
-                continue
-            module, other = own[fqn], theirs[fqn]
-            if other._modules:  # with others in it: its own parameters alone
-                for key, parameter in other._parameters.items():
-                    tensors.append((module, key, module._parameters.get(key)))
-                    module._parameters[key] = parameter
-                continue
-            for holder in getattr(pipe, model).modules():
-                for key, child in holder._modules.items():
-                    if child is module:
-                        undone.append((holder, key, child))
-                        holder._modules[key] = other
-        yield
-    finally:
-        for holder, key, child in undone:
-            holder._modules[key] = child
-        for holder, key, parameter in tensors:
-            holder._parameters[key] = parameter
 
 
 def refuse_meant(name: str | None, depth: str) -> None:
@@ -358,11 +244,14 @@ def with_meant(
     """
     found = compared(pipe, trusted)
     judged = judge_weights(found, name)
-    with put_back(pipe, trusted, found.touched):
+    with put_back(pipe, trusted, found) as acted:
         rest = check(pipe)
         if not rest.verdict.passed:
             rest = locate(rest)
-    layers = len(judged.fits)
+    named = {fault.module for fault in judged.faults}
+    acting = [fault for fault in _acting(acted) if fault.module not in named]
+    judged = replace(judged, faults=(*judged.faults, *acting))
+    layers = len(judged.fits) + judged.choices
     worst = max(judged.fits, key=lambda k: judged.fits[k].peak, default="")
     meant = Meant(
         change=judged.change,
@@ -378,18 +267,20 @@ def with_meant(
         rest=rest.sentence,
         unjudged=tuple(found.unjudged),
     )
-    text = _text(meant, rest, judged.other)
+    text = _text(meant, rest, judged)
     meant = meant.model_copy(update={"text": text})
     return _told(result, meant, rest)
 
 
 def _outcome(judged: Judged, found: Weights, rest: Comparison) -> str:
-    if judged.faults or rest.verdict in (Verdict.DRIFTED, Verdict.INVALID):
+    drifted = rest.verdict in (Verdict.DRIFTED, Verdict.INVALID)
+    if judged.faults or (drifted and not found.unjudged):
         return "fault"
     if (
         not judged.fits
         or judged.limit is None
         or judged.other is not None
+        or judged.free
         or found.unjudged
         or not rest.verdict.passed
     ):
@@ -397,7 +288,20 @@ def _outcome(judged: Judged, found: Weights, rest: Comparison) -> str:
     return "explained"
 
 
-def _text(meant: Meant, rest: Comparison, other: float | None) -> str:
+def _acting(acted: Mapping[tuple[str, str], Acted]) -> list[MeantFault]:
+    """Layers that make something else of their tokens than their own weights do."""
+    faults = []
+    for (model, fqn), each in acted.items():
+        if each.apart > _ACTED:
+            told = each.raised or f"{each.apart:.2g} from what its own weights make of them"
+            kind = f"what it makes of the tokens it is given: {told}"
+            module = model if fqn == ROOT else f"{model}.{fqn}"
+            ratio = each.apart / _ACTED
+            faults.append(MeantFault(module=module, tensor="", kind=kind, ratio=ratio))
+    return sorted(faults, key=lambda fault: -fault.ratio)
+
+
+def _text(meant: Meant, rest: Comparison, judged: Judged) -> str:
     """What is to be said, in a sentence."""
     own = "its siblings explain" if meant.change == SIBLINGS else f"its {meant.change} explains"
     if meant.faults:
@@ -406,15 +310,22 @@ def _text(meant: Meant, rest: Comparison, other: float | None) -> str:
         far = f"{first.ratio:.3g} x as far off as {own}" if math.isfinite(first.ratio) else "broken"
         if first.tensor and f"{first.module}.{first.tensor}" != first.module and first.kind:
             far += f": {first.tensor}, {first.kind}"
+        elif first.kind:
+            far += f": {first.kind}"
         return f"`{first.module}` is {far}{more}"
     if meant.outcome == "fault":
         return f"with the trusted weights put back it still differs: {rest.sentence}"
     if not meant.layers:
         return "no weight differs from the trusted one: there is nothing that a change explains"
-    if other is not None:
+    if judged.free:
         return (
-            f"most of {meant.layers} changed weights are {other:.3g} x as far off as {own}: it is "
-            "another change (--meant auto), or all of them are broken"
+            f"the values of {meant.layers} changed weights lie on no grid: nothing says that they "
+            "are quantised (an adapter fused in, another checkpoint)"
+        )
+    if judged.other is not None:
+        return (
+            f"most of {meant.layers} changed weights are {judged.other:.3g} x as far off as {own}: "
+            "it is another change (--meant auto), or all of them are broken"
         )
     if meant.unjudged:
         names = ", ".join(meant.unjudged[:2])
@@ -424,6 +335,13 @@ def _text(meant: Meant, rest: Comparison, other: float | None) -> str:
     if meant.outcome == "undecided":
         return f"with the trusted weights put back it is {rest.sentence}"
     each = f"each of {meant.layers} changed weights is as far off as {own}"
+    if meant.change != SIBLINGS and (meant.worst or 0.0) > WHOLE_STEP:
+        each = (
+            f"each of {meant.layers} changed weights is within a step of {meant.change} in most "
+            "numbers, and clipped in others"
+        )
+    if judged.choices:
+        each += f", or ({judged.choices}) what another quantiser makes of it"
     return f"{each} ({meant.worst:.2g} x its reach at most); no fault underneath"
 
 

@@ -1,0 +1,252 @@
+"""The weights of a candidate that is meant to differ, beside the trusted ones; and those put back.
+
+Weights are read, or found out by what a layer makes of unit vectors. What is put back is numbers:
+a class, a forward, a hook of the candidate's stay where they are, and are checked with all else. A
+linear layer of another class, whose numbers cannot be exchanged, is replaced as a whole; what it
+makes of the tokens that it is given is then set against what its own weights make of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from truestep.errors import FOREIGN
+from truestep.judge.meant import Pair
+from truestep.measure.distance import same_bits
+from truestep.measure.plain import is_wrapped
+from truestep.pairing.naming import ROOT, named_modules
+from truestep.runtime.pipeline import MODELS, Pipeline
+from truestep.runtime.precision import is_packed
+
+Tensor = torch.Tensor
+
+_AT_ONCE = 256
+"""Unit vectors that a layer is given at once."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A parameter that is not what it was.
+
+    Attributes:
+        module, key: Where it is; the module with its model before it.
+        pair: Both sides.
+        eps: Of the precision that the candidate keeps it in.
+    """
+
+    module: str
+    key: str
+    pair: Pair
+    eps: float
+
+    @property
+    def name(self) -> str:
+        """Of the parameter."""
+        return f"{self.module}.{self.key}"
+
+
+@dataclass
+class Weights:
+    """What became of a pipeline's parameters.
+
+    Attributes:
+        changed: Those that are not what they were.
+        same: How many weights of two axes and more are.
+        unjudged: Parameters that cannot be read. missing: those that are not there.
+        numbers: Modules whose own parameters are put back, by model and fqn.
+        exchanged: Linear layers of another class, to be replaced as a whole, with the weight and
+            bias that they work with.
+    """
+
+    changed: list[Changed] = field(default_factory=list)
+    same: int = 0
+    unjudged: list[str] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    numbers: list[tuple[str, str]] = field(default_factory=list)
+    exchanged: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict)
+
+
+def compared(pipe: Pipeline, trusted: Pipeline) -> Weights:
+    """Every parameter of the trusted models beside the candidate's."""
+    found = Weights()
+    for model in MODELS:
+        own, theirs = getattr(pipe, model), getattr(trusted, model)
+        if not isinstance(own, torch.nn.Module) or not isinstance(theirs, torch.nn.Module):
+            continue
+        ours = named_modules(own).modules
+        for fqn, module in named_modules(theirs).modules.items():
+            _compare(found, model, fqn, ours.get(fqn), module)
+    return found
+
+
+def _compare(
+    found: Weights,
+    model: str,
+    fqn: str,
+    own: torch.nn.Module | None,
+    theirs: torch.nn.Module,
+) -> None:
+    """Add what became of one module's own parameters."""
+    parameters = {k: p for k, p in theirs._parameters.items() if p is not None}
+    name = model if fqn == ROOT else f"{model}.{fqn}"
+    other = own is not None and type(own) is not type(theirs) and not theirs._modules
+    read = _probed(own, theirs) if other and own is not None else {}
+    if read:
+        found.exchanged[model, fqn] = read
+    differing = False
+    for key, parameter in parameters.items():
+        reference = parameter.detach()
+        if own is not None and not read and _is_gone(own, key, other=other):
+            found.missing.append((name, key))
+            differing = True
+            continue
+        actual = read.get(key) if read else _readable(own, key)
+        if actual is None or actual.shape != reference.shape:
+            found.unjudged.append(f"{name}.{key}")
+            continue
+        if same_bits(actual, reference):
+            found.same += reference.ndim > 1
+            continue
+        differing = True
+        eps = max(torch.finfo(side.dtype).eps for side in (actual, reference)) / 2
+        pair = Pair(reference.float().cpu(), actual.float().cpu())
+        found.changed.append(Changed(name, key, pair, eps))
+    if differing and not read:
+        found.numbers.append((model, fqn))
+
+
+def _is_gone(own: torch.nn.Module, key: str, *, other: bool) -> bool:
+    """Whether a module holds nothing of a name: not as a buffer either; of another class, whether
+    it holds nothing at all."""
+    if other:
+        return not own.state_dict()
+    return own._parameters.get(key) is None and own._buffers.get(key) is None
+
+
+def _readable(module: torch.nn.Module | None, key: str) -> Tensor | None:
+    """A parameter as plain numbers; None where there is none of that name, or of numbers."""
+    if module is None:
+        return None
+    tensor: Tensor | None = module._parameters.get(key)
+    if tensor is None:
+        tensor = module._buffers.get(key)
+    if tensor is None or tensor.is_meta:
+        return None
+    if is_packed(tensor):
+        plain: Tensor = tensor.dequantize()
+        return plain.detach()
+    return tensor.detach() if tensor.is_floating_point() and not is_wrapped(tensor) else None
+
+
+def _probed(own: torch.nn.Module, theirs: torch.nn.Module) -> dict[str, Tensor]:
+    """Weight and bias that a layer of another class works with, by what it makes of unit vectors.
+
+    Of layers that quantise what they are given, too: one number of a vector is a whole step.
+    """
+    if not isinstance(theirs, torch.nn.Linear):
+        return {}
+    units = torch.eye(theirs.in_features).to(theirs.weight)
+    try:
+        with torch.no_grad():
+            nothing = own(torch.zeros_like(units[:1]))
+            columns = [
+                own(units[at : at + _AT_ONCE]) - nothing for at in range(0, len(units), _AT_ONCE)
+            ]
+    except FOREIGN:  # it takes something else: what it holds may still be read
+        return {}
+    made = {"weight": torch.cat(columns).T.contiguous()}
+    keyed = theirs.bias is not None or bool(nothing.any())
+    return {**made, "bias": nothing[0]} if keyed else made
+
+
+@dataclass
+class Acted:
+    """What a layer of another class made of its tokens.
+
+    Attributes:
+        error, size: Sums of squares: of its distance from what its own weights make of them, and of
+            that itself.
+        raised: What it raised; empty where it ran.
+    """
+
+    error: float = 0.0
+    size: float = 0.0
+    raised: str = ""
+
+    @property
+    def apart(self) -> float:
+        """Relative distance; infinite where it raised or gave what is no number."""
+        if self.raised or self.error != self.error:
+            return float("inf")
+        return (self.error / self.size) ** 0.5 if self.size else float(self.error > 0)
+
+
+@contextmanager
+def put_back(
+    pipe: Pipeline, trusted: Pipeline, found: Weights
+) -> Iterator[dict[tuple[str, str], Acted]]:
+    """The candidate with the trusted weights in the place of its own.
+
+    Yields:
+        Of the layers that were exchanged as a whole, what they made of the tokens that came.
+    """
+    acted: dict[tuple[str, str], Acted] = {}
+    with ExitStack() as stack:
+        for model, fqn in found.numbers:
+            own, theirs = _both(pipe, trusted, model, fqn)
+            for key, parameter in theirs._parameters.items():
+                stack.callback(_set, own._parameters, key, own._parameters.get(key))
+                stack.callback(_set, own._buffers, key, own._buffers.pop(key, None))
+                own._parameters[key] = parameter
+        for (model, fqn), weights in found.exchanged.items():
+            own, theirs = _both(pipe, trusted, model, fqn)
+            acted[model, fqn] = Acted()
+            hook = _beside(own, weights, acted[model, fqn])
+            stack.callback(theirs.register_forward_hook(hook).remove)
+            for holder in getattr(pipe, model).modules():
+                for key, child in holder._modules.items():
+                    if child is own:
+                        stack.callback(holder._modules.__setitem__, key, own)
+                        holder._modules[key] = theirs
+        yield acted
+
+
+def _both(
+    pipe: Pipeline, trusted: Pipeline, model: str, fqn: str
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    own, theirs = (named_modules(getattr(side, model)).modules[fqn] for side in (pipe, trusted))
+    return own, theirs
+
+
+def _set(holder: dict[str, Any], key: str, value: Any) -> None:
+    if value is None and key in holder:
+        del holder[key]
+    elif value is not None:
+        holder[key] = value
+
+
+def _beside(own: torch.nn.Module, weights: dict[str, Tensor], acted: Acted) -> Any:
+    """A hook of the trusted layer that runs the candidate's on the same tokens."""
+
+    def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        if len(args) != 1 or args[0].dtype != weights["weight"].dtype:
+            return  # raised to another precision: the layer keeps its own
+        bias = weights.get("bias")
+        wanted = torch.nn.functional.linear(args[0], weights["weight"], bias).float()
+        try:
+            made = own(args[0].clone())
+        except FOREIGN as error:
+            acted.raised = acted.raised or f"{type(error).__name__}: {error}"
+            return
+        if made.shape != wanted.shape:
+            acted.raised = acted.raised or f"it returns {tuple(made.shape)}"
+            return
+        acted.error += float((made.float() - wanted).square().sum())
+        acted.size += float(wanted.square().sum())
+
+    return hook
