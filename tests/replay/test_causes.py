@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from truestep.explanations import Cause
+from truestep.measure.quantisers import QUANTISERS
 from truestep.replay.causes import weights
 from truestep.replay.causes.finding import MOST_TRIED, causes_of, most_tried
-from truestep.replay.causes.weights import NARROWER, relation
+from truestep.replay.causes.weights import relation
 from truestep.replay.drill import Subject, drill
 from truestep.replay.further import Sides
 from truestep.verdict import Divergence
@@ -284,9 +285,13 @@ def related(change: Callable[[Tensor], Tensor], *, shape: tuple[int, ...] = (16,
         (lambda w: w.T.clone(), "transposed"),
         (lambda w: w[torch.randperm(16, generator=torch.Generator().manual_seed(0))], "permuted"),
         (lambda w: w.bfloat16().float(), "precision"),
-        (lambda w: NARROWER["int8, one scale a row"](w.double()).float(), "quantised"),
+        (lambda w: QUANTISERS["int8"](w).values, "quantised"),
         (lambda w: torch.randn(16, 16, generator=torch.Generator().manual_seed(3)), "exchanged"),
         (lambda w: w + torch.outer(w[0], w[:, 1]), "low rank"),
+        (lambda w: QUANTISERS["gguf:Q4_0"](w.reshape(-1, 32)).values.reshape(w.shape), "quantised"),
+        (lambda w: w * (torch.arange(16) != 3)[:, None], "some slices"),
+        (lambda w: torch.cat([w[:12], w[:4]]), "some slices"),
+        (lambda w: torch.cat([w[:, :14], 0.5 * w[:, 14:]], 1), "some slices"),
         (lambda w: w.flip(1), "flipped"),
         (lambda w: w.flip(0, 1), "flipped"),
         (lambda w: w * (w.abs() > w.abs().median()), "zeroed"),

@@ -227,3 +227,42 @@ def test_a_module_that_is_not_called_has_no_recheck() -> None:
     place = found(skipped)
     assert place.recheck is None
     assert place.also == ()
+
+
+class Timed(nn.Module):
+    """Adds waves of a time to what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        waves = t * (torch.arange(8.0) + 1)
+        return self.up(x + waves.sin())
+
+
+class Quartered(Timed):
+    """A port that quarters the time: of a time of 4, that is as if there were none."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, t / 4)
+
+
+def test_a_cause_has_to_hold_at_another_step_too() -> None:
+    ours, theirs = Quartered(), Timed()
+
+    def sides(t: float) -> tuple[Subject, Subject]:
+        time = torch.tensor(t)
+        return Subject(ours, lambda: ours(X, time)), Subject(theirs, lambda: theirs(X, time))
+
+    def told(other: float | None) -> str:
+        again = (lambda: (*sides(other), (1, "main"))) if other is not None else None
+        drilled = drill(*sides(4.0), place=(0, "main"), explain=True, again=again)
+        assert drilled.divergence is not None
+        cause = drilled.divergence.cause
+        return cause.text if cause is not None else ""
+
+    assert told(None).startswith("the first factor is left out: `waves = t")
+    assert told(4.0) == told(None)
+    assert told(3.0) == ""

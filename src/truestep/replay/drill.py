@@ -6,8 +6,8 @@ other parts that are wrong by themselves are opened, too (`further`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -61,6 +61,7 @@ def drill(
     partners: Partners | None = None,
     known: Known | None = None,
     explain: bool = False,
+    again: Callable[[], tuple[Subject, Subject, tuple[int, str]] | None] | None = None,
 ) -> Drilled:
     """Find the module in which a candidate departs from a trusted model.
 
@@ -71,6 +72,7 @@ def drill(
         partners: Which trusted module a candidate's module answers to; None by name.
         known: What earlier drills of the same trusted subject and partners measured; added to.
         explain: Try hypotheses until one explains what is wrong; not of a recorded candidate.
+        again: Gives the two sides and their place at another step, where a cause has to hold too.
 
     Returns:
         The deepest module that is wrong on right inputs.
@@ -106,7 +108,10 @@ def drill(
         if explain and not isinstance(candidate, Recorded):
             from truestep.replay.further import Sides, explained
 
+            later = again() if again is not None else None
             sides = Sides(candidate, trusted, partners, place)
+            if later is not None:
+                sides = replace(sides, again=Sides(later[0], later[1], partners, later[2]))
             found, tried = explained(found, levels, path, sides)
     rows = [
         row for level in levels for row in level.rows if row.fqn != level.here or row.fqn == ROOT

@@ -8,6 +8,8 @@ within its floor, nothing else is wrong.
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,7 +38,7 @@ from truestep.replay.levels import (
     level_of,
     working_precision,
 )
-from truestep.verdict import GIVEN, Divergence, Elsewhere, Recheck, Row
+from truestep.verdict import GIVEN, Cause, Divergence, Elsewhere, Recheck, Row
 
 Tensor = torch.Tensor
 
@@ -57,12 +59,15 @@ class Sides:
         candidate, trusted: Their models and forwards.
         partners: Which of their modules answer to which; None by name.
         place: Step and branch of the forwards.
+        again: The same at another step, where a cause has to hold too: at the first one t may be
+            what it is divided by.
     """
 
     candidate: Subject
     trusted: Subject
     partners: Partners | None
     place: tuple[int, str]
+    again: Sides | None = None
 
 
 @dataclass
@@ -100,7 +105,7 @@ def explained(
     Returns:
         It, and how many hypotheses were tried about the first module.
     """
-    [(cause, tried)] = causes_of([found.fqn or ROOT], sides)
+    cause, tried = _cause(found.fqn or ROOT, sides)
     found = found.model_copy(update={"cause": cause})
     final = (found.kind or "").startswith((*FINAL, GIVEN))
     if final or found.fqn in (None, ROOT):
@@ -120,6 +125,34 @@ def explained(
     also = tuple(Elsewhere(fqn=name, cause=causes.get(name)) for name in (*names, *closed))
     recheck = _recheck([found.fqn or ROOT, *(each.fqn for each in also)], tree, sides, seen)
     return found.model_copy(update={"also": also, "recheck": recheck}), tried
+
+
+def _cause(fqn: str, sides: Sides) -> tuple[Cause | None, int]:
+    """Why a module is wrong, at both steps; and how much was tried."""
+    [(cause, tried)] = causes_of([fqn], sides)
+    if sides.again is None or cause is None:
+        return cause, tried
+    [(later, more)] = causes_of([fqn], sides.again, first=cause.kind)
+    if later is None or _alike(cause, later):
+        return cause if later is not None else None, tried + more
+    [(cause, most)] = causes_of([fqn], sides, first=later.kind)
+    return cause if cause is not None and _alike(cause, later) else None, tried + more + most
+
+
+def _alike(one: Cause, other: Cause) -> bool:
+    """Whether two causes say the same; what was fitted may differ in its last figures."""
+    texts = [_NUMBER.sub("#", each.text) for each in (one, other)]
+    values = [[float(v) for v in _NUMBER.findall(each.text)] for each in (one, other)]
+    return (
+        one.kind == other.kind
+        and texts[0] == texts[1]
+        and all(
+            math.isclose(mine, theirs, rel_tol=1e-2) for mine, theirs in zip(*values, strict=True)
+        )
+    )
+
+
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.])")
 
 
 def _wrong(rows: Sequence[Row], found: Divergence, path: Sequence[str]) -> list[str]:

@@ -263,15 +263,40 @@ def drill_stage(
     """Drill into one model call of a stage, on recorded inputs; see `drill`."""
     models = [_model(side, place, recording) for side in (pipe, trusted)]
     with _same_precision(pipe, trusted) as (ours, theirs):
-        before = _before(ours, place, recording)
+        other = _later(recording, place)
+
+        def at(place: Place) -> tuple[Subject, Subject, tuple[int, str]]:
+            before = _before(ours, place, recording)
+            sides = (
+                Subject(models[0], _forward(ours, place, recording), before),
+                Subject(models[1], _forward(theirs, place, recording)),
+            )
+            return *sides, (place.step, place.branch)
+
+        subjects = at(place)
         return drill(
-            Subject(models[0], _forward(ours, place, recording), before),
-            Subject(models[1], _forward(theirs, place, recording)),
-            place=(place.step, place.branch),
+            subjects[0],
+            subjects[1],
+            place=subjects[2],
             partners=partners,
             known=known,
             explain=explain,
+            again=(lambda: at(other)) if other is not None else None,
         )
+
+
+def _later(recording: Mapping[str, torch.Tensor], place: Place) -> Place | None:
+    """The same pass at the last recorded step that the same model makes; None where there is no
+    other."""
+    if place.stage != "prediction":
+        return None
+    experts = recorded_schedule(recording).experts
+    steps = [
+        step
+        for step in default_steps(recording)
+        if experts[step] == experts[place.step] and step_name(step, place.branch) in recording
+    ]
+    return replace(place, step=steps[-1]) if steps and steps[-1] != place.step else None
 
 
 def failing_place(rows: Sequence[Row]) -> Place | None:

@@ -123,7 +123,9 @@ def open_call(
         return opened(
             comparison,
             (ours.module, theirs.module),
-            lambda partners: _drilled(ours, theirs, failing, partners, explain=explain),
+            lambda partners: _drilled(
+                ours, theirs, failing, partners, chosen=chosen if explain else None
+            ),
             _into(call),
             rename=rename,
         )
@@ -249,17 +251,53 @@ def _raised(precision: str | None, *runs: Run) -> Iterator[None]:
 
 
 def _drilled(
-    ours: Side, theirs: Side, failing: Failing, partners: Partners | None, *, explain: bool
+    ours: Side,
+    theirs: Side,
+    failing: Failing,
+    partners: Partners | None,
+    *,
+    chosen: frozenset[int] | None,
 ) -> Drilled:
-    """Drill into a call on both sides, in a precision that hides no fault."""
+    """Drill into a call on both sides, in a precision that hides no fault.
+
+    Args:
+        chosen: The steps at which models were run, where the cause is looked for, too.
+    """
+    later = _later(failing, chosen) if chosen else None
+
+    def again() -> tuple[Subject, Subject, tuple[int, str]] | None:
+        if later is None:
+            return None
+        mine = _side(ours.run, later, _before(ours.run, later, chosen or frozenset()))
+        other = _side(theirs.run, later, _before(theirs.run, later, frozenset()))
+        return (
+            Subject(mine.module, _forward(mine, later)),
+            Subject(other.module, _forward(other, later)),
+            later.place,
+        )
+
     with _raised(narrow(failing.reference), ours.run, theirs.run):
         return drill(
             Subject(ours.module, _forward(ours, failing)),
             Subject(theirs.module, _forward(theirs, failing)),
             place=failing.place,
             partners=partners,
-            explain=explain,
+            explain=chosen is not None,
+            again=again,
         )
+
+
+def _later(failing: Failing, chosen: frozenset[int]) -> Failing | None:
+    """The same call at the last step at which models were run; None where there is no other."""
+    call = failing.call
+    alike = [
+        each
+        for each in failing.reference.by_method[call.component, call.method]
+        if each.stage == call.stage and each.context == call.context and each.step in chosen
+    ]
+    if call.step is None or not alike or alike[-1].step == call.step:
+        return None
+    return Failing(failing.reference, alike[-1])
 
 
 def _into(call: CallEntry) -> Into:

@@ -17,7 +17,7 @@ from truestep.replay.causes.scene import (
     mapped,
     parameters,
 )
-from truestep.replay.causes.weights import NARROWER
+from truestep.replay.causes.weights import CASTS, NARROWER
 
 Tensor = torch.Tensor
 
@@ -169,7 +169,7 @@ def whole(scene: Scene) -> Iterator[Hypothesis]:
         ):
             yield Hypothesis("precision", what, change)
     for name, narrower in NARROWER.items():
-        kind = "quantised" if "8" in name else "precision"
+        kind = "precision" if name in CASTS else "quantised"
         what = f"the weights of {text} are in {name}"
         yield Hypothesis(kind, what, _weights_in(narrower))
 

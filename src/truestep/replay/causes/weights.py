@@ -10,6 +10,7 @@ from itertools import combinations
 import torch
 
 from truestep.measure.distance import same_bits
+from truestep.measure.quantisers import QUANTISERS, Quantiser
 from truestep.pairing.partners import Part
 from truestep.replay.causes.scene import Hypothesis, Scene, parameters
 
@@ -266,7 +267,7 @@ def _row_order(rows: Tensor) -> Tensor:
 def _rounded(actual: Tensor, wanted: Tensor) -> Relation | None:
     for name, function in NARROWER.items():
         if _close(actual, function(wanted), 1e-6):
-            kind = "quantised" if "8" in name else "precision"
+            kind = "precision" if name in CASTS else "quantised"
             return Relation(kind, f"is the reference's in {name}")
     return None
 
@@ -275,29 +276,23 @@ def _cast(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.float().to(dtype).double()
 
 
-def _scaled_cast(dtype: torch.dtype, most: float, axis: int | None) -> Callable[[Tensor], Tensor]:
+def _as_quantised(quantiser: Quantiser) -> Callable[[Tensor], Tensor]:
     def change(tensor: Tensor) -> Tensor:
-        if axis is not None and tensor.ndim < 2:
-            return tensor
-        peak = tensor.abs().max() if axis is None else tensor.abs().flatten(1).amax(1)
-        step = (peak / most).clamp_min(1e-12)
-        step = step if axis is None else step.reshape(-1, *([1] * (tensor.ndim - 1)))
-        ratio = (tensor / step).float()
-        lowered = ratio.round().clamp(-most, most) if dtype == torch.int8 else ratio.to(dtype)
-        return lowered.double() * step
+        made = quantiser(tensor)
+        return tensor if made is None else made.values.double()
 
     return change
 
+
+CASTS = ("bfloat16", "float16")
+"""Precisions of floating point that weights are computed in."""
 
 NARROWER: dict[str, Callable[[Tensor], Tensor]] = {
     "bfloat16": _cast(torch.bfloat16),
     "float16": _cast(torch.float16),
     "float8 e4m3 without a scale": _cast(torch.float8_e4m3fn),
     "float8 e5m2 without a scale": _cast(torch.float8_e5m2),
-    "float8 e4m3, one scale a tensor": _scaled_cast(torch.float8_e4m3fn, 448.0, None),
-    "float8 e4m3, one scale a row": _scaled_cast(torch.float8_e4m3fn, 448.0, 0),
-    "int8, one scale a tensor": _scaled_cast(torch.int8, 127.0, None),
-    "int8, one scale a row": _scaled_cast(torch.int8, 127.0, 0),
+    **{f"{each.name} ({each.text})": _as_quantised(each) for each in QUANTISERS.values()},
 }
 """Precisions that weights go through, with a tensor as it comes out of them."""
 
@@ -332,6 +327,38 @@ _LEAST_BLENDED = 16
 """Values from which on two numbers that fit them all are no accident."""
 
 
+def _some_slices(actual: Tensor, wanted: Tensor) -> Relation | None:
+    """Few rows, or columns, hold something else, and all others what the reference's do."""
+    for axis in range(min(actual.ndim, 2)):
+        rows, were = (s.movedim(axis, 0).reshape(s.shape[axis], -1) for s in (actual, wanted))
+        at = (rows != were).any(1).nonzero().flatten()
+        if not 0 < len(at) <= max(1, len(rows) // 4):
+            continue
+        shown = ", ".join(map(str, at[:4].tolist())) + (f" and {len(at) - 4} more" * (len(at) > 4))
+        what = f"{_became(rows[at], were, at)} in {shown} of axis {axis}"
+        return Relation("some slices", f"{what}, the reference's elsewhere")
+    return None
+
+
+def _became(rows: Tensor, were: Tensor, at: Tensor) -> str:
+    """What rows hold, where it is the same of all of them."""
+    if not rows.any():
+        return "is 0"
+    factor = _multiple(rows, were[at])
+    if factor is not None:
+        return factor.text
+    order, firsts = _row_order(were), _row_order(rows)
+    known = {tuple(were[i].tolist()): int(i) for i in order} if were.numel() <= _FEW else {}
+    others = [known.get(tuple(rows[i].tolist())) for i in sorted(firsts.tolist())]
+    if others and all(other is not None for other in others):
+        return f"holds rows {', '.join(map(str, others[:4]))}" + (" ..." * (len(others) > 4))
+    return "holds other values"
+
+
+_FEW = 1 << 22
+"""Values of a weight whose rows are looked up by what they hold."""
+
+
 def _low_rank(actual: Tensor, wanted: Tensor) -> Relation | None:
     if actual.ndim < 2 or min(actual.flatten(1).shape) < 8:
         return None
@@ -362,6 +389,7 @@ _EXACTLY = (
     _turned,
     _flipped,
     _reordered,
+    _some_slices,
     _zeroed,
     _rounded,
 )
