@@ -71,11 +71,11 @@ def command(output: Path) -> None:
     accepted = sum(o.comparison.verdict.passed for o in fine)
     missed = sum(o.gate.passed is True for o in bugs)
     costs = [o.comparison.cost.share for o in outcomes if o.comparison.cost]
-    head = ("change", "truestep", "seen in", "x floor", "cosine gate")
+    head = ("change", "truestep", "seen in", "x floor", "cosine")
     print_screen(
         f"truestep caught {caught} of {len(bugs)} port bugs and accepted {accepted} of {len(fine)} "
         f"harmless changes; the cosine gate (5e-3, 1e-2) let {missed} of {len(bugs)} bugs pass",
-        rows(aligned([head, *map(_cells, outcomes)], left=(0, 1, 2, 4))),
+        rows(aligned([head, *map(_summed, outcomes)], left=(0, 1, 2, 4))),
         facts([("cost", f"{min(costs):.0%} to {max(costs):.0%} of a generation's forwards each")]),
         ending=[f"report: {report}", f"repeat: truestep demo --output {quoted(str(output))}"],
     )
@@ -86,6 +86,12 @@ def command(output: Path) -> None:
 def _tell(line: str) -> None:
     """What is being done, while one waits."""
     say(line, err=True)
+
+
+def _summed(outcome: Outcome) -> tuple[str, ...]:
+    """A row as short as the names of the changes let it be; what is left out was told above."""
+    *told, gate = _cells(outcome)
+    return (*told, gate.partition(" ")[0])
 
 
 def _cells(outcome: Outcome) -> tuple[str, ...]:
