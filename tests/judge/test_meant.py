@@ -204,3 +204,14 @@ def test_rows_that_are_shifted_by_a_step_are_another_change_and_rounding_down_is
     fits = [[fit(source, made, QUANTISERS["int8"], eps=1e-7)] * 6 for made in (shifted, down)]
     assert of_another_kind(fits[0]) is not None
     assert of_another_kind(fits[1]) is None
+
+
+def test_where_all_others_are_tight_less_than_a_step_is_told() -> None:
+    tight = [Fit(1.0, 1.0, 0.01, 1.0)] * 12
+    limit = limits([*tight, Fit(1.7, 1.2, 0.01, 0.9)], known=True)
+    assert limit is not None
+    assert broken(Fit(1.7, 1.2, 0.01, 0.9), limit) == 1.7
+    by_chance = [Fit(1.9 + 0.01 * i, 1.2, 0.01, 0.6) for i in range(12)]
+    limit = limits(by_chance, known=True)
+    assert limit is not None
+    assert not [each for each in by_chance if broken(each, limit) is not None]

@@ -285,6 +285,22 @@ def test_a_zero_point_that_is_off_in_all_layers_is_not_explained(
     assert result.exit_code == 4
 
 
+def test_a_layer_that_alone_is_not_what_the_quantiser_makes_is_named(
+    case: Case, recording: Recording
+) -> None:
+    def nudged(pipe: Any) -> None:
+        int8(pipe)
+        weight = layer_of(pipe).weight.data
+        codes = (weight[3] / (weight[3].abs().amax() / 127)).round()
+        weight[3] = codes * (weight[3].abs().amax() / 127 * 1.004)
+
+    result, meant = judged(case, recording, nudged, "int8")
+    assert [fault.module for fault in meant.faults] == [LAYER]
+    assert meant.faults[0].kind == ("not what int8 makes of it, as all other layers are: rows 3")
+    assert f"`{LAYER}.weight` is not what int8 makes of it" in result.sentence
+    assert result.exit_code == 1
+
+
 def test_two_quantisers_beside_each_other(case: Case, recording: Recording) -> None:
     def mixed(pipe: Any) -> None:
         for at, layer in enumerate(layers_of(pipe).values()):

@@ -31,7 +31,7 @@ NAMED = 5
 
 _INTERPRETER = re.compile(r"(?:python|pypy)[\d.]*t?(?:\.exe)?")
 _PYTHON = ("bin/python", "Scripts/python.exe")
-_ERROR = re.compile(r"\w*Error: ")
+_ERROR = re.compile(r"\b\w*Error: ")
 _PARTS = re.compile(r"[:=]")
 
 
@@ -178,6 +178,8 @@ def _recorded(baseline: Baseline, asked: Asked, scratch: Path) -> list[str]:
             )
         ran = _run(baseline.python, words, place, scratch / "baseline")
         _require_own_code(baseline, scratch)
+    if ran.exit_code and any((scratch / "references").rglob("*.safetensors")):
+        return [*shared, f"of the baseline not all could be recorded: {_last(ran)}"]
     if ran.exit_code:
         raise ReferenceNotFoundError(
             "the baseline could not be recorded",
@@ -304,7 +306,7 @@ def _require_own_code(baseline: Baseline, scratch: Path) -> None:
 def _last(ran: Ran) -> str:
     """What a command said of why it failed."""
     lines = [line.strip() for line in (ran.stderr or ran.stdout).splitlines() if line.strip()]
-    said = [line for line in lines if _ERROR.match(line)] or lines[-1:]
+    said = [line for line in lines if _ERROR.search(line)] or lines[-1:]
     return said[0][:300] if said else f"exit code {ran.exit_code}"
 
 

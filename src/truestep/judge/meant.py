@@ -138,8 +138,11 @@ def limits(fits: Iterable[Fit], *, known: bool) -> Limits | None:
     every = list(fits)
     if len(every) < LEAST:
         return Limits(WHOLE_STEP, WHOLE_STEPS) if known else None
+    ordered = sorted(each.peak for each in every)
+    tight = len(every) >= _MANY and ordered[int(0.9 * len(ordered))] <= _TIGHT
+    least = _BESIDE_TIGHT if tight else WHOLE_STEP
     return Limits(
-        max(_limit([each.peak for each in every]), WHOLE_STEP if known else 0.0),
+        max(_limit(ordered), least if known else 0.0),
         max(_limit([each.over for each in every]), WHOLE_STEPS if known else 0.0),
         max(_limit([max(1 - each.inside, _CLIPPED) for each in every]), _OUTSIDE) if known else 1.0,
     )
@@ -170,6 +173,12 @@ _FREEDOM = 10
 _MANY = 12
 """Layers of which the upper tenth is not one alone."""
 
+
+_TIGHT = 1.1
+"""So near to their reach nine layers in ten are where a quantiser rounds all to the nearest."""
+
+_BESIDE_TIGHT = 1.4
+"""Then this is what one of them may be off: a whole step is what who rounds otherwise takes."""
 
 _CLIPPED = 1e-3
 """Share of the numbers of a weight that makers who clip do clip."""

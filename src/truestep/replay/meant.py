@@ -8,7 +8,7 @@ still drifts was not made by the change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,7 +136,8 @@ def judge_weights(found: Weights, name: str) -> Judged:
     }
     change = quantiser.name if quantiser is not None else SIBLINGS
     limit = limits(fits.values(), known=known)
-    other = of_another_kind(fits.values()) if known else None
+    explained = [Fit(1.0, 1.0, 0.0, 1.0)] * len(choices)
+    other = of_another_kind([*fits.values(), *explained]) if known else None
     if free:
         return Judged(change, fits, limit, (), free=True)
     if other is not None:
@@ -145,6 +146,7 @@ def judge_weights(found: Weights, name: str) -> Judged:
         MeantFault(module=module, tensor=key, kind="it is missing", ratio=math.inf)
         for module, key in found.missing
     ]
+    unlike = _unlike_all_others(layers, quantiser, choices)
     others = {each.module: each.pair.trusted for each in layers}
     for each in found.changed:
         if each.name in choices:
@@ -158,6 +160,8 @@ def judge_weights(found: Weights, name: str) -> Judged:
             else fit(each.pair.trusted, each.pair.candidate, None, eps=eps)
         )
         ratio = broken(own, here) if here is not None else None
+        if unlike is each and ratio is None:
+            faults.append(_inexact(each, own, unit))
         if ratio is None or here is None:
             continue
         kind = what_is_wrong(
@@ -173,14 +177,43 @@ def judge_weights(found: Weights, name: str) -> Judged:
     return Judged(change, fits, limit, tuple(faults), choices=len(choices))
 
 
+def _is_exactly(each: Changed, quantiser: Quantiser) -> bool:
+    """Whether a layer is to the last number what a quantiser makes of it."""
+    made = quantiser(each.pair.trusted)
+    return made is not None and torch.allclose(
+        made.values, each.pair.candidate, rtol=2 * each.eps, atol=0
+    )
+
+
+def _unlike_all_others(
+    layers: Sequence[Changed], quantiser: Quantiser | None, choices: set[str]
+) -> Changed | None:
+    """The one layer that is not exactly what the quantiser makes of it, where all others are."""
+    if quantiser is None or choices:
+        return None
+    inexact = [each for each in layers if not _is_exactly(each, quantiser)]
+    return inexact[0] if len(inexact) == 1 and len(layers) > _ALL_OTHERS else None
+
+
+_INEXACT = "not what"
+_ALL_OTHERS = 8
+"""Layers that say who the maker is."""
+
+
+def _inexact(each: Changed, own: Fit, unit: Quantiser) -> MeantFault:
+    """What is said of a layer that is within its reach and yet not what all others are."""
+    made = unit(each.pair.trusted)
+    values = each.pair.trusted if made is None else made.values
+    off = (each.pair.candidate - values).abs() > 2 * each.eps * values.abs()
+    rows = torch.nonzero(off.flatten(1).any(1)).flatten().tolist()
+    shown = ", ".join(map(str, rows[:3])) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+    kind = f"{_INEXACT} {unit.name} makes of it, as all other layers are: rows {shown}"
+    return MeantFault(module=each.module, tensor=each.key, kind=kind, ratio=own.peak)
+
+
 def _of_another(each: Changed, quantiser: Quantiser | None) -> bool:
     """Whether a layer is to the last number what another quantiser makes of it: a choice."""
-    trusted, candidate = each.pair.trusted, each.pair.candidate
-    for other in QUANTISERS.values():
-        made = other(trusted) if other is not quantiser else None
-        if made is not None and torch.allclose(made.values, candidate, rtol=2 * each.eps, atol=0):
-            return True
-    return False
+    return any(_is_exactly(each, other) for other in QUANTISERS.values() if other is not quantiser)
 
 
 def refuse_meant(name: str | None, depth: str) -> None:
@@ -307,6 +340,8 @@ def _text(meant: Meant, rest: Comparison, judged: Judged) -> str:
     if meant.faults:
         first = meant.faults[0]
         more = f"; {len(meant.faults) - 1} more" if len(meant.faults) > 1 else ""
+        if first.kind.startswith(_INEXACT):
+            return f"`{first.module}.{first.tensor}` is {first.kind}{more}"
         far = f"{first.ratio:.3g} x as far off as {own}" if math.isfinite(first.ratio) else "broken"
         if first.tensor and f"{first.module}.{first.tensor}" != first.module and first.kind:
             far += f": {first.tensor}, {first.kind}"
