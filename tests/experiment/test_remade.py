@@ -194,3 +194,19 @@ def test_weights_that_a_commit_lacks_are_shared_file_by_file(tmp_path: Path) -> 
     assert (tree / "flux" / "model.safetensors").read_text() == "weights"
     assert not (tree / "flux" / "config.json").is_symlink()
     assert told == ["flux is in no commit, or not whole: both sides have this one"]
+
+
+@pytest.mark.slow
+def test_a_case_that_cannot_be_recorded_leaves_the_others_judged(tmp_path: Path) -> None:
+    (tmp_path / "truestep.toml").write_text(
+        '[case.a]\nmodel = "builtin:digits"\nprompt = "a red three moving left"\nsteps = 1\n'
+        '[case.b]\nmodel = "./gone"\nprompt = "x"\nsteps = 1\n'
+    )
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message", "one")
+    results = judged(baseline_of("HEAD", tmp_path), asked(tmp_path, floor="none"))
+    assert sorted(result.verdict for result in results) == [Verdict.IDENTICAL, Verdict.MISSING]
+    assert any(
+        "not all could be recorded: BROKEN b: ModelLoadError" in note for note in results[0].notes
+    )
