@@ -20,6 +20,7 @@ _MOST_QUALITY, _LEAST_QUALITY = 2.0, -6.0
 STYLE = """
 text{font:12px system-ui,sans-serif;fill:#333}.grid{stroke:#8884}.axis{stroke:#888}
 .margin{stroke:#c60;stroke-dasharray:5 4}.bar{stroke:#447;stroke-width:1.2;opacity:.7}
+.lead{stroke:#8888;fill:none}
 .good{fill:#1a7f4b}.bad{fill:#c0392b}.open{fill:#b8860b}.dominated{fill-opacity:0}
 .mark{stroke:#222;stroke-width:1.2}.good.dominated{stroke:#1a7f4b}.bad.dominated{stroke:#c0392b}
 .open.dominated{stroke:#b8860b}
@@ -142,12 +143,56 @@ def _panel(
         else:
             shape = f'<circle class="mark {kind}" cx="{x}" cy="{y}" r="5.5">'
             found.append(f"{shape}{title}</circle>")
-        near_edge = x > right - 90
-        at, anchor = (x - 8, "end") if near_edge else (x + 8, "start")
-        found.append(
-            f'<text x="{at}" y="{y - 7}" text-anchor="{anchor}">{escape(point.name[:28])}</text>'
-        )
+    marks = [(x_of(point.speed), y_of(getattr(point, axis))) for point in points]
+    return [*found, *_names([point.name[:28] for point in points], marks, (left, right))]
+
+
+def _names(
+    names: Sequence[str], marks: Sequence[tuple[float, float]], sides: tuple[float, float]
+) -> list[str]:
+    """The name of each mark beside it, or as near as no other name or mark is in the way; one that
+    is further off has a line to its mark."""
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in marks]
+    found = []
+    for name, (x, y) in sorted(zip(names, marks, strict=True), key=lambda each: each[1]):
+        at, box = _placed(name, x, y, sides, taken)
+        taken.append(box)
+        if abs(at - (y - 3)) > _LINE:
+            end = box[0] if box[0] > x else box[2]
+            found.append(f'<path class="lead" d="M{x} {y}L{round(end, 1)} {round(at - 4, 1)}"/>')
+        text = f'<text x="{round(box[0], 1)}" y="{round(at, 1)}">{escape(name)}</text>'
+        found.append(text)
     return found
+
+
+_LETTER, _LINE = 6.6, 14
+"""Of a name: the width of a letter, and the height of a line."""
+
+Box = tuple[float, float, float, float]
+
+
+def _placed(
+    name: str, x: float, y: float, sides: tuple[float, float], taken: Sequence[Box]
+) -> tuple[float, Box]:
+    """Where the line of a name stands, and its box; beside its mark where there is no room at
+    all."""
+    wide = _LETTER * len(name)
+    first: tuple[float, Box] | None = None
+    for step in range(24):
+        away = _LINE * ((step + 1) // 2) * (-1 if step % 2 else 1)
+        for start in (x + 9, x - 9 - wide):
+            at = y - 3 + away
+            box = (start, at - _LINE + 2, start + wide, at + 2)
+            first = first or (at, box)
+            inside = sides[0] <= box[0] and box[2] <= sides[1] and box[1] >= _TOP - 14
+            if inside and box[3] <= _BOTTOM and not any(_meet(box, other) for other in taken):
+                return at, box
+    assert first is not None
+    return first
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _says(point: Point) -> str:
