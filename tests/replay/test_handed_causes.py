@@ -54,10 +54,11 @@ class Shelf:
         arguments: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
         components: Mapping[str, Any] | None = None,
+        configs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.tensors, self.arguments = dict(tensors or {}), dict(arguments or {})
         self.components, self._config = dict(components or {}), dict(config or {})
-        self.reference = None
+        self._configs = dict(configs or {})
 
     def before(self, call: Any) -> Iterator[Piece]:
         for name in reversed(self.tensors):
@@ -72,7 +73,10 @@ class Shelf:
         return tuple(self.tensors[piece.stored].shape)
 
     def config(self, component: str) -> Mapping[str, Any]:
-        return self._config
+        return self._configs.get(component, self._config)
+
+    def of_step(self, key: Key, offset: int) -> Tensor | None:
+        return None
 
 
 def place(name: str) -> Key:
@@ -82,8 +86,7 @@ def place(name: str) -> Key:
 
 def scene(actual: Tensor, reference: Tensor, name: str, shelf: Shelf | None = None) -> Handed:
     one = Failing(name, actual.double(), reference.double(), 1e-6)
-    calls: Any = [None]
-    return Handed([one], [place(name)], calls, shelf or Shelf())  # type: ignore[arg-type]
+    return Handed([one], [place(name)], [None], shelf or Shelf())
 
 
 def found(of: Handed, *relations: Relation) -> Guess | None:
@@ -279,6 +282,29 @@ def test_one_change_of_a_tensor_is_named(
     assert guess is not None
     assert guess.kind == kind
     assert words in guess.text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: 14.6 * x, "scheduler.init_noise_sigma"),
+        (lambda x: x / 0.25, "divided by vae.scaling_factor"),
+        (lambda x: x + 0.1 * 0.25, "vae.shift_factor times the scaling factor"),
+    ],
+)
+def test_a_factor_of_a_component_is_named_by_it(
+    change: Callable[[Tensor], Tensor], words: str
+) -> None:
+    class Scheduler:
+        init_noise_sigma = property(lambda self: 14.6)
+
+    x = noise(1, 3, 8, 8)
+    configs = {"vae": VAE}
+    shelf = Shelf(components={"vae": None, "scheduler": Scheduler()}, configs=configs)
+    guess = found(scene(change(x), x, "transformer.forward.hidden_states", shelf), fits)
+    assert guess is not None
+    assert words in guess.text
+    assert guess.numbers == 0
 
 
 def test_clips_normalisation_is_named() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from truestep.replay.causes.remade import (
     Setting,
     Values,
     answered,
+    lacks_tensors,
+    other_settings,
+    read_settings,
     run_with,
-    settings,
     values_of,
 )
 from truestep.replay.causes.times import setting, times
@@ -76,22 +79,22 @@ def handed_cause(
         arguments: What the reference was called with.
     """
     place = key_of(name)
-    with raised(candidate, place.precision, _silent) if place.precision else nullcontext():
-        result = answered(candidate, reference, place.precision)
-    came = values_of(result)
-    tried = 0
+    sides, tried = (candidate, trusted), 0
     if not place.precision:
-        for guess in _by_settings(candidate, trusted, reference, came, name):
+        for guess in _by_settings(sides, reference, name):
             tried += 1
             if isinstance(guess, Cause):
                 return guess.model_copy(update={"tried": tried}), tried
+    with raised(candidate, place.precision, _silent) if place.precision else nullcontext():
+        seen = answered(candidate, reference, place.precision, whole=True).seen
     rows = {row.name: row for row in comparison.rows}
-    unkept: dict[str, torch.Tensor] = {}
-    answered(trusted, reference, unkept=unkept)
-    material = Material(reference, trusted.components, arguments, unkept)
-    scene = _scene(material, result.seen, rows, place)
+    scene = _scene(Material(reference, trusted.components, arguments), seen, rows, place)
     if scene is None:
-        return _not_given(result.seen, place, tried), tried
+        return _not_given(seen, place, tried), tried
+    if scene.failing[0].actual.dim() > 2 and place.side == "in":  # embeddings: of which layer
+        unkept: dict[str, torch.Tensor] = {}
+        answered(trusted, reference, whole=True, unkept=unkept)
+        scene = replace(scene, material=Material(reference, trusted.components, arguments, unkept))
     for relation in _RELATIONS:
         for one in relation(scene):
             tried += 1
@@ -173,26 +176,18 @@ def _recorded(reference: CallRecording, seen: Seen) -> torch.Tensor | None:
 
 
 def _by_settings(
-    candidate: Subject,
-    trusted: Subject,
-    reference: CallRecording,
-    came: Values,
-    name: str,
+    sides: tuple[Subject, Subject], reference: CallRecording, name: str
 ) -> Iterator[Cause | Setting]:
     """Each setting that is tried, and the cause where one gives what the candidate gave."""
-    plain = run_with(trusted, reference, None)
-    wrong = [key for key in came if not _alike(came[key], plain.get(key))]
-    place = key_of(name)
-    group = [key for key in wrong if _same_place(key_of(key), place)]
-    if not group or name not in group:
+    candidate, trusted = sides
+    came, plain = values_of(answered(candidate, reference)), run_with(trusted, reference, None)
+    group = _group(came, plain, name)
+    if not group or _needs_models(candidate, reference, came, group):
         return
-    call = (place.component, place.method, place.step, place.call)
-    group = [
-        key
-        for key in wrong
-        if key in group or (lambda k: (k.component, k.method, k.step, k.call) == call)(key_of(key))
-    ]
-    for tried in settings(candidate.components, trusted.components):
+    wanted = list(read_settings(candidate.components, trusted.components))
+    if key_of(name).stage == "schedule" or _of_scheduler(trusted, key_of(name)):
+        wanted += other_settings(trusted.components)
+    for tried in wanted:
         made = run_with(trusted, reference, tried)
         if all(key in made and _alike(came[key], made[key]) for key in group):
             kind, text, mend = tried.said(_own(trusted, tried))
@@ -206,6 +201,38 @@ def _by_settings(
             )
             return
         yield tried
+
+
+def _group(came: Values, plain: Values, name: str) -> list[str]:
+    """Keys of all that a setting has to give: the failing place at every step, and all else that
+    differs in its call."""
+    place = key_of(name)
+    wrong = [key_of(key) for key in came if not _alike(came[key], plain.get(key))]
+    if place not in wrong:
+        return []
+    call = (place.component, place.method, place.step, place.call)
+    return [
+        str(key)
+        for key in wrong
+        if _same_place(key, place) or (key.component, key.method, key.step, key.call) == call
+    ]
+
+
+def _needs_models(
+    candidate: Subject, reference: CallRecording, came: Values, group: Sequence[str]
+) -> bool:
+    """Whether the failing place is of something that models gave and that was not kept."""
+    if not lacks_tensors(reference):
+        return False
+    whole = values_of(answered(candidate, reference, whole=True))
+    return not all(key in whole and _alike(came[key], whole[key]) for key in group)
+
+
+def _of_scheduler(trusted: Subject, place: Key) -> bool:
+    """Whether a place is a scheduler's call, or a number that one makes."""
+    part = trusted.components.get(place.component)
+    named = any(word in ".".join(place.path) for word in ("time", "sigma"))
+    return hasattr(part, "set_timesteps") or named
 
 
 def _own(trusted: Subject, tried: Setting) -> Mapping[str, Any]:

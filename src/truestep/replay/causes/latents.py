@@ -178,7 +178,11 @@ def _numbers(scene: Handed, like: Tensor) -> Numbers | None:
         if value is None or not count:
             return None
         flat = torch.as_tensor(value).detach().double().cpu().flatten()
-        return flat.view(1, -1, *[1] * (like.dim() - 2)) if len(flat) == count else None
+        if len(flat) == count:
+            return flat.view(1, -1, *[1] * (like.dim() - 2))
+        if like.dim() != 5 or len(flat) % count or len(flat) < count * like.shape[2]:
+            return None
+        return flat.view(1, count, -1, 1, 1)[:, :, : like.shape[2]]  # by latent frame, too
 
     mean, deviation = by_channel("latents_mean"), by_channel("latents_std")
     both = mean is not None and deviation is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -44,6 +44,33 @@ class Piece:
     def said(self) -> str:
         """It, for people."""
         return place_of(self.key, self.context).removeprefix("code before ")
+
+
+class Shelf(Protocol):
+    """What a place may be made of: see `Material`."""
+
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """The trusted side's parts."""
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """What the pipeline was called with."""
+
+    def before(self, call: Any) -> Iterator[Piece]:
+        """Tensors before a call."""
+
+    def read(self, piece: Piece) -> torch.Tensor | None:
+        """One of them."""
+
+    def shape(self, piece: Piece) -> tuple[int, ...]:
+        """Its shape."""
+
+    def config(self, component: str) -> Mapping[str, Any]:
+        """What a part is configured as."""
+
+    def of_step(self, key: Key, offset: int) -> torch.Tensor | None:
+        """The same argument of the same call at another step."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +130,19 @@ class Material:
         """What a component of the trusted side is configured as."""
         return config_of(self.components.get(component))
 
+    def of_step(self, key: Key, offset: int) -> torch.Tensor | None:
+        """The same argument of the same call at another step, in float64."""
+        for call in self.reference.by_method.get((key.component, key.method), ()):
+            if key.step is None or call.step != key.step + offset or call.call != key.call:
+                continue
+            tree = call.arguments.get(key.path[0])
+            for path, name in tensors(tree):
+                if (key.path[0], *path) == key.path:
+                    return self.reference.recording[name].double()
+            if isinstance(tree, int | float) and len(key.path) == 1:
+                return torch.tensor(float(tree), dtype=torch.float64)
+        return None
+
 
 @dataclass(frozen=True)
 class Handed:
@@ -112,12 +152,14 @@ class Handed:
         failing: Its tensors, in order of the run.
         keys, calls: Where each is, and of which call.
         material: What it may be made of.
+        label: The place in words, where its keys do not say it.
     """
 
     failing: Sequence[Failing]
     keys: Sequence[Key]
-    calls: Sequence[CallEntry]
-    material: Material
+    calls: Sequence[Any]
+    material: Shelf
+    label: str = ""
 
     @property
     def what(self) -> str:
@@ -128,7 +170,10 @@ class Handed:
     def argument(self) -> str:
         """The same for people: `scheduler.step's model_output`."""
         first = self.keys[0]
-        return f"`{'.'.join(first.path) or 'what is given'}` of {first.component}.{first.method}"
+        return (
+            self.label
+            or f"`{'.'.join(first.path) or 'what is given'}` of {first.component}.{first.method}"
+        )
 
     @cached_property
     def same_sizes(self) -> bool:

@@ -37,6 +37,8 @@ def casts(scene: Handed) -> Iterator[Guess]:
         ("image range", "brought to -1 to 1 once more", lambda x: x * 2 - 1),
         ("clamped", "clamped to -1 to 1", lambda x: x.clamp(-1, 1)),
         ("clamped", "clamped to 0 to 1", lambda x: x.clamp(0, 1)),
+        ("constant", "0 everywhere", torch.zeros_like),
+        ("constant", "1 everywhere", torch.ones_like),
         ("sign", "the reference's with the other sign", torch.neg),
     )
     for kind, text, change in ranges:
@@ -139,6 +141,7 @@ def fits(scene: Handed) -> Iterator[Guess]:
     if not scene.same_sizes:
         return
     one, what = scene.failing[0], scene.argument
+    yield from _named_fits(scene)
     factor = _least(one.reference, one.actual)
     text = f"{what} is {number(factor)} times the reference's"
     yield _fitted("scaled", text, scene, lambda x: factor * x, 1)
@@ -151,6 +154,57 @@ def fits(scene: Handed) -> Iterator[Guess]:
     for axis in dict.fromkeys((1, one.reference.dim() - 1)):
         if one.reference.dim() >= 2 and 1 < one.reference.shape[axis] <= 512:
             yield from _by_channel(scene, axis)
+
+
+_NUMBERS = ("scaling_factor", "shift_factor", "init_noise_sigma", "sigma_data", "sigma_max")
+"""Numbers of components that code between calls multiplies by, or adds."""
+
+
+def _named_fits(scene: Handed) -> Iterator[Guess]:
+    """By a number of a component, its inverse or square; plus one, or what two of them make."""
+    known = dict(_numbers(scene))
+    for name, value in known.items():
+        for text, factor in (
+            (f"multiplied by {name} once more, or not divided by it", value),
+            (f"divided by {name} once more, or not multiplied by it", 1 / value),
+            (f"multiplied by {name} where the reference's is divided", value**2),
+            (f"divided by {name} where the reference's is multiplied", value**-2),
+        ):
+            said = f"{scene.argument} is {text}: {number(factor)} times the reference's"
+            yield _fitted("scaling factor", said, scene, _times(factor), 0)
+    offsets = {name: value for name, value in known.items() if name.endswith("shift_factor")}
+    for name, value in offsets.items():
+        scale = known.get(name.replace("shift_factor", "scaling_factor"), 1.0)
+        for of, size in ((name, value), (f"{name} times the scaling factor", value * scale)):
+            for text, moved in (
+                (f"is without {of}, which the reference adds", -size),
+                (f"is without {of}, which the reference takes off", size),
+                (f"takes {of} off, which the reference adds", -2 * size),
+                (f"adds {of}, which the reference takes off", 2 * size),
+            ):
+                said = f"{scene.argument} {text}"
+                yield _fitted("shift factor", said, scene, _plus(moved), 0)
+
+
+def _times(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: factor * x
+
+
+def _plus(moved: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x + moved
+
+
+def _numbers(scene: Handed) -> Iterator[tuple[str, float]]:
+    for name, part in scene.material.components.items():
+        config, held = scene.material.config(name), getattr(part, "__dict__", {})
+        for field in _NUMBERS:
+            value = config.get(field, held.get(field))
+            if value is None and isinstance(getattr(type(part), field, None), property):
+                value = getattr(part, field)
+            if isinstance(value, torch.Tensor) and value.numel() == 1:
+                value = float(value)
+            if isinstance(value, int | float) and float(value) not in (0.0, 1.0):
+                yield f"{name}.{field}", float(value)
 
 
 def _by_channel(scene: Handed, axis: int) -> Iterator[Guess]:

@@ -116,16 +116,20 @@ class Setting:
         return kind, as_if + "; ".join(parts), mend if self.read and len(self.values) == 1 else ""
 
 
-def settings(candidate: Mapping[str, Any], trusted: Mapping[str, Any]) -> Iterator[Setting]:
-    """Settings that the trusted side may be run with: those that differ in the candidate, one by
-    one and together, then what schedulers can be set to."""
+def read_settings(candidate: Mapping[str, Any], trusted: Mapping[str, Any]) -> Iterator[Setting]:
+    """Settings that the candidate's parts have and the trusted ones have not: each, and all of a
+    part together."""
     for name, part in trusted.items():
         mine, theirs = (_settings_of(side) for side in (candidate.get(name), part))
         values = {k: mine[k] for k in theirs if k in mine and not _same(mine[k], theirs[k])}
-        single = [{key: value} for key, value in values.items()]
+        single = [{field: value} for field, value in values.items()]
         for some in [*single, *([values] if len(values) > 1 else [])]:
             for anew in (True, False) if hasattr(part, "set_timesteps") else (False,):
                 yield Setting(name, some, read=True, anew=anew)
+
+
+def other_settings(trusted: Mapping[str, Any]) -> Iterator[Setting]:
+    """What the trusted schedulers can be set to, as if the candidate's code had it so."""
     for name, part in trusted.items():
         if not hasattr(part, "set_timesteps"):
             continue
@@ -138,7 +142,7 @@ def settings(candidate: Mapping[str, Any], trusted: Mapping[str, Any]) -> Iterat
             if one in config and other in config:
                 yield Setting(name, {one: config[other], other: config[one]})
         for together in _TOGETHER:
-            if all(key in config for key in together):
+            if all(field in config for field in together):
                 yield Setting(name, together)
 
 
@@ -158,20 +162,23 @@ def answered(
     reference: CallRecording,
     precision: str = "",
     *,
+    whole: bool = False,
     unkept: dict[str, torch.Tensor] | None = None,
 ) -> Forced:
-    """A forced run in which no model is made but those that gave what was not kept.
+    """A forced run in which no model is made.
 
     Args:
         run: Either side.
         reference: The recording.
         precision: To raise what is given to.
-        unkept: Filled with what those models gave there, by key.
+        whole: Make those models that gave what was not kept: they would hand on zeros there.
+        unkept: Filled with what those models gave there, and with what layers of text encoders
+            did, by key.
     """
     dtype = getattr(torch, precision) if precision else None
 
     def made(call: CallEntry) -> bool:
-        return bool(_unkept(call)) or (unkept is not None and _has_layers(call))
+        return (whole and bool(_unkept(call))) or (unkept is not None and _has_layers(call))
 
     def by(call: CallEntry, proceed: Proceed) -> Proceed:
         if unkept is None or not made(call):
@@ -221,6 +228,11 @@ def _telling(call: CallEntry, proceed: Proceed, unkept: dict[str, torch.Tensor])
 def values_of(result: Forced) -> Values:
     """What was seen, by key."""
     return {str(seen.key): seen.actual for seen in result.seen}
+
+
+def lacks_tensors(reference: CallRecording) -> bool:
+    """Whether a recording leaves out something that its models gave."""
+    return any(_unkept(call) for call in reference.calls if call.kind == "model")
 
 
 @contextmanager

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from truestep.calls.keys import dotted
-from truestep.calls.values import tensors
 from truestep.replay.causes.guesses import Guess, number
 from truestep.replay.causes.material import Handed
 
@@ -37,8 +35,12 @@ def times(scene: Handed) -> Iterator[Guess]:
         made = [change(one.reference) for one in scene.failing]
         yield Guess(kind, f"{scene.argument} is {text}", made)
     for offset, word in ((1, "after"), (-1, "before")):
-        others = [_of_step(scene, at, offset) for at in range(len(scene.failing))]
-        made = [other for other in others if other is not None]
+        others = [scene.material.of_step(key, offset) for key in scene.keys]
+        made = [
+            other.expand(one.reference.shape)
+            for other, one in zip(others, scene.failing, strict=True)
+            if other is not None and other.numel() in (1, one.reference.numel())
+        ]
         if len(made) == len(scene.failing):
             yield Guess("off by one", f"{scene.argument} is that of the step {word}", made)
 
@@ -83,18 +85,3 @@ def _named(scene: Handed, value: float) -> str:
 def _is_time(scene: Handed) -> bool:
     names = " ".join(scene.keys[0].path).lower()
     return "time" in names or "sigma" in names or names == "t"
-
-
-def _of_step(scene: Handed, at: int, offset: int) -> Tensor | None:
-    """The same argument of the same call at another step."""
-    key, recording = scene.keys[at], scene.material.reference
-    for call in recording.by_method.get((key.component, key.method), ()):
-        if key.step is None or call.step != key.step + offset or call.call != key.call:
-            continue
-        tree = call.arguments.get(key.path[0])
-        for path, name in tensors(tree):
-            if dotted((key.path[0], *path)) == dotted(key.path):
-                return recording.recording[name].double()
-        if isinstance(tree, int | float) and len(key.path) == 1:
-            return torch.full_like(scene.failing[at].reference, float(tree))
-    return None
