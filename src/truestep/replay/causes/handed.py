@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from truestep.calls.judging import Recorded
 from truestep.calls.keys import Key, key_of
 from truestep.calls.precision import raised
 from truestep.calls.recording import CallRecording
 from truestep.calls.seen import Seen, number
 from truestep.calls.subject import Subject
+from truestep.keys import PRECISIONS
 from truestep.recording.manifest import CallEntry
 from truestep.replay.causes.combined import combination
 from truestep.replay.causes.exchanged import exchanged
@@ -78,16 +80,15 @@ def handed_cause(
         name: Of the place's row.
         arguments: What the reference was called with.
     """
-    place = key_of(name)
+    rows = {row.name: row for row in comparison.rows}
+    place = _sharpest(key_of(name), rows)
     sides, tried = (candidate, trusted), 0
-    if not place.precision:
-        for guess in _by_settings(sides, reference, name):
-            tried += 1
-            if isinstance(guess, Cause):
-                return guess.model_copy(update={"tried": tried}), tried
+    for guess in _by_settings(sides, reference, str(replace(place, precision=""))):
+        tried += 1
+        if isinstance(guess, Cause):
+            return guess.model_copy(update={"tried": tried}), tried
     with raised(candidate, place.precision, _silent) if place.precision else nullcontext():
         seen = answered(candidate, reference, place.precision, whole=True).seen
-    rows = {row.name: row for row in comparison.rows}
     scene = _scene(Material(reference, trusted.components, arguments), seen, rows, place)
     if scene is None:
         return _not_given(seen, place, tried), tried
@@ -101,6 +102,15 @@ def handed_cause(
             if explains(one, scene.failing):
                 return cause_of(one, scene.failing, tried), tried
     return None, tried
+
+
+def _sharpest(place: Key, rows: Mapping[str, Row]) -> Key:
+    """The place raised to a precision that tells hypotheses apart, where it fails there as well."""
+    for precision in PRECISIONS if not place.precision else ():
+        row = rows.get(str(replace(place, precision=precision)))
+        if row is not None and row.verdict in _WRONG:
+            return replace(place, precision=precision)
+    return place
 
 
 def _not_given(seen: Sequence[Seen], place: Key, tried: int) -> Cause | None:
@@ -165,6 +175,10 @@ def _call_of(reference: CallRecording, key: Key) -> CallEntry | None:
 
 
 def _recorded(reference: CallRecording, seen: Seen) -> torch.Tensor | None:
+    """What was recorded there, in the precision that it was raised to, if to any."""
+    raised = Recorded(reference, [seen])
+    if str(seen.key) in raised:
+        return raised[str(seen.key)].double()
     if seen.recorded is None:
         return None
     if isinstance(seen.recorded, str):
