@@ -16,10 +16,11 @@ from truestep.calls.keys import Key
 from truestep.replay.causes.combined import combination
 from truestep.replay.causes.exchanged import exchanged
 from truestep.replay.causes.guesses import Failing, Guess, explains
-from truestep.replay.causes.latents import statistics
+from truestep.replay.causes.latents import normalised, statistics
 from truestep.replay.causes.material import Handed, Piece
+from truestep.replay.causes.parts import part_of
 from truestep.replay.causes.pictures import pictures
-from truestep.replay.causes.relations import casts, fits, orders
+from truestep.replay.causes.relations import casts, fits, named_fits, orders
 from truestep.replay.causes.times import setting, times
 from truestep.replay.causes.tokens import masks, tokens
 from truestep.report.words import next_command
@@ -39,7 +40,9 @@ EVERY: tuple[Relation, ...] = (
     pictures,
     orders,
     casts,
+    named_fits,
     exchanged,
+    normalised,
     fits,
 )
 
@@ -63,7 +66,8 @@ class Shelf:
     def before(self, call: Any) -> Iterator[Piece]:
         for name in reversed(self.tensors):
             stage, _, what = name.partition("/")
-            key = Key(stage, what or stage, "forward", 0, "out", (what,), 0)
+            component, _, path = what.partition(".")
+            key = Key(stage, component, "forward", 0, "out", (path or component,), 0)
             yield Piece(key, None, "model", name)
 
     def read(self, piece: Piece) -> Tensor:
@@ -230,14 +234,14 @@ def test_guidance_with_another_tensor_in_it_is_not_explained() -> None:
 
 
 def test_another_layer_of_an_encoder_is_named() -> None:
-    layers = {f"text/hidden_states{i}": noise(1, 7, 8, seed=i) for i in range(6)}
-    last, before, other = (layers[f"text/hidden_states{i}"] for i in (0, 1, 2))
+    layers = {f"text/encoder.hidden_states{i}": noise(1, 7, 8, seed=i) for i in range(6)}
+    last, before, other = (layers[f"text/encoder.hidden_states{i}"] for i in (0, 1, 2))
     reference, actual = torch.cat([last, before], -1), torch.cat([last, other], -1)
     guess = found(scene(actual, reference, "unet.forward.states", Shelf(layers)))
     assert guess is not None
     assert guess.kind == "text layer"
     assert "hidden_states2" in guess.text
-    assert "the reference's of hidden_states1" in guess.text
+    assert "the reference's of encoder.forward at step 0: output hidden_states1" in guess.text
 
 
 @pytest.mark.parametrize(
@@ -301,7 +305,7 @@ def test_a_factor_of_a_component_is_named_by_it(
     x = noise(1, 3, 8, 8)
     configs = {"vae": VAE}
     shelf = Shelf(components={"vae": None, "scheduler": Scheduler()}, configs=configs)
-    guess = found(scene(change(x), x, "transformer.forward.hidden_states", shelf), fits)
+    guess = found(scene(change(x), x, "transformer.forward.hidden_states", shelf))
     assert guess is not None
     assert words in guess.text
     assert guess.numbers == 0
@@ -337,6 +341,28 @@ def test_another_filter_is_named() -> None:
     assert "PIL's bilinear" in guess.text
     assert "PIL's lanczos" in guess.text
     assert found(scene(*sides, "vae.encode.x")) is None
+
+
+def test_patches_that_are_put_together_otherwise_are_named() -> None:
+    packed = noise(1, 4, 6, 2, 6, 2)
+    sides = packed.permute(0, 1, 4, 3, 2, 5), packed
+    guess = found(scene(*(x.reshape(1, 4, 12, 12) for x in sides), "vae.decode.z"))
+    assert guess is not None
+    assert guess.kind == "packing order"
+    assert "columns of patches, rows in one, rows of patches, columns in one" in guess.text
+
+
+def test_of_a_part_that_alone_differs_the_cause_is_named() -> None:
+    x = noise(1, 12, 8)
+    actual = x.clone()
+    actual[:, 4:9] += 0.1 * 0.25
+    shelf = Shelf(components={"vae": None}, configs={"vae": VAE})
+    (part,) = part_of(scene(actual, x, "transformer.forward.hidden_states", shelf))
+    guess = found(part)
+    assert guess is not None
+    assert guess.kind == "shift factor"
+    assert "places 4 to 8 of axis 1" in guess.text
+    assert not list(part_of(scene(-x, x, "transformer.forward.hidden_states", shelf)))
 
 
 # Ids, masks, numbers
@@ -496,6 +522,21 @@ def test_code_between_calls_of_a_pipeline_is_explained(
     assert first.cause.kind == kind
     assert words in first.cause.text
     assert first.cause.error_after * 10 < first.cause.error_before
+
+
+def test_in_sixteen_bits_the_numbers_are_those_of_the_code() -> None:
+    def built() -> Any:
+        pipe = tiny.pipeline("FluxPipeline").to(torch.bfloat16)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    call = {k: v for k, v in tiny.example_call("FluxPipeline").items() if k != "generator"}
+    reference, candidate = truestep.record(built(), call=call), built()
+    edit(candidate, "__call__", ("/ self.vae.config.scaling_factor", "/ 0.18215"))
+    first = truestep.check(candidate, reference, depth="cause", trusted=built()).first_divergence
+    assert first is not None
+    assert first.cause is not None
+    assert "latents are divided by 0.18215, the reference's" in first.cause.text
 
 
 def test_what_nothing_explains_is_not_explained() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,16 +43,15 @@ def combination(scene: Handed) -> Iterator[Guess]:
         return
     steps: list[Step] = []
     for at, one in enumerate(scene.failing):
-        passes = _passes(scene, at, one.reference)
-        if not passes:
+        found = [way for way in _WAYS if _passes(scene, at, one.reference, way)]
+        if not found:
             return
-        trusted = _weights(passes, one.reference)
-        if apart(_sum(passes, trusted), one.reference) > 10 * LEAST:
+        step = next((s for way in found if (s := _step(scene, at, way)) is not None), None)
+        if step is None:
             yield from _rescaled_alone(scene, one)
             return
-        steps.append(
-            Step(scene.keys[at].step or 0, passes, one, _weights(passes, one.actual), trusted)
-        )
+        steps.append(step)
+    yield from _of_variance(scene, steps)
     if len(steps[0].passes) == 2:
         yield from _of_two(steps)
     yield from _rescaled(steps)
@@ -61,7 +60,21 @@ def combination(scene: Handed) -> Iterator[Guess]:
         yield _weighed(steps)
 
 
-def _passes(scene: Handed, at: int, like: torch.Tensor) -> list[torch.Tensor]:
+Way = Callable[[torch.Tensor, torch.Size], torch.Tensor | None]
+"""Brings a prediction's rows to the form of what a scheduler is given; None where it cannot."""
+
+
+def _step(scene: Handed, at: int, way: Way) -> Step | None:
+    """A step whose trusted guidance is a sum of its passes."""
+    one = scene.failing[at]
+    passes = _passes(scene, at, one.reference, way)
+    trusted = _weights(passes, one.reference)
+    if apart(_sum(passes, trusted), one.reference) > 10 * LEAST:
+        return None
+    return Step(scene.keys[at].step or 0, passes, one, _weights(passes, one.actual), trusted)
+
+
+def _passes(scene: Handed, at: int, like: torch.Tensor, way: Way) -> list[torch.Tensor]:
     """Predictions of the failing tensor's step, a tensor for each pass."""
     step = scene.keys[at].step
     found: list[torch.Tensor] = []
@@ -70,22 +83,55 @@ def _passes(scene: Handed, at: int, like: torch.Tensor) -> list[torch.Tensor]:
         if key.step != step or key.side != "out" or piece.kind != "model":
             continue
         tensor = scene.material.read(piece)
-        if tensor is None or key.stage != "prediction":
+        if tensor is None or key.stage != "prediction" or tensor.shape[0] % like.shape[0]:
             continue
-        for part in _rows(tensor, like.shape):
-            found.append(part)
+        made = way(tensor, like.shape)
+        found += [] if made is None else list(made.split(like.shape[0]))
     return found if 0 < len(found) <= PASSES else []
 
 
-def _rows(tensor: torch.Tensor, shape: torch.Size) -> list[torch.Tensor]:
-    """A prediction's passes: rows of a batch, without channels of a learned variance."""
-    if tensor.dim() != len(shape) or tensor.shape[0] % max(shape[0], 1):
-        return []
-    if tensor.dim() > 2 and tensor.shape[1] == 2 * shape[1] and tensor.shape[2:] == shape[2:]:
-        tensor = tensor[:, : shape[1]]
-    if tensor.shape[1:] != shape[1:]:
-        return []
-    return list(tensor.split(shape[0]))
+def _as_it_is(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    return tensor if tensor.shape[1:] == shape[1:] else None
+
+
+def _first_half(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    """Without the channels of a learned variance."""
+    return tensor[:, : shape[1]] if _has_variance(tensor, shape) else None
+
+
+def _second_half(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    return tensor[:, shape[1] :] if _has_variance(tensor, shape) else None
+
+
+def _has_variance(tensor: torch.Tensor, shape: torch.Size) -> bool:
+    same = tensor.dim() == len(shape) > 2 and tensor.shape[2:] == shape[2:]
+    return same and tensor.shape[1] == 2 * shape[1]
+
+
+def _of_tokens(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    """Tokens laid out as frames, rows and columns; the last of them where there are more."""
+    count = shape[2:].numel()
+    if tensor.dim() != 3 or len(shape) < 4 or tensor.shape[2] != shape[1]:
+        return None
+    if tensor.shape[1] < count:
+        return None
+    turned = tensor.transpose(1, 2)[:, :, tensor.shape[1] - count :]
+    return turned.reshape(tensor.shape[0], *shape[1:])
+
+
+_WAYS: Sequence[Way] = (_as_it_is, _first_half, _of_tokens)
+
+
+def _of_variance(scene: Handed, steps: Sequence[Step]) -> Iterator[Guess]:
+    """The same sum of the channels that a learned variance has."""
+    made = []
+    for at, each in enumerate(steps):
+        others = _passes(scene, at, each.one.reference, _second_half)
+        if len(others) != len(each.passes):
+            return
+        made.append(_sum(others, each.trusted))
+    text = f"{scene.argument} is of the channels of the learned variance, not of the prediction's"
+    yield Guess("another tensor", text, made)
 
 
 def _weights(passes: Sequence[torch.Tensor], target: torch.Tensor) -> list[float]:
@@ -172,12 +218,12 @@ def _moved_by(
 
 def _rescaled_alone(scene: Handed, one: Failing) -> Iterator[Guess]:
     """The reference is rescaled and the candidate is not: a plain combination of the passes."""
-    passes = _passes(scene, 0, one.reference)
-    if len(passes) != 2:
+    way = next((w for w in _WAYS if len(_passes(scene, 0, one.reference, w)) == 2), None)
+    if way is None:
         return
     made, own = [], []
     for at, each in enumerate(scene.failing):
-        parts = _passes(scene, at, each.reference)
+        parts = _passes(scene, at, each.reference, way)
         if len(parts) != 2:
             return
         own.append(_weights(parts, each.actual))

@@ -67,7 +67,7 @@ def _said(mine: Sequence[Part], theirs: Sequence[Part]) -> tuple[str, str]:
         return "order", f"the same parts in another order: {_few(ours)}; first is {others[0]}"
     if len(ours) == len(others):
         pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.said != b.said]
-        layers = all("hidden_state" in a.said and "hidden_state" in b.said for a, b in pairs)
+        layers = all(_is_layer(a, b) for a, b in pairs)
         listed = [f"{a.said}, the reference's of {b.said}" for a, b in pairs]
         return "text layer" if layers else "another tensor", _few(listed)
     if not others:
@@ -76,6 +76,13 @@ def _said(mine: Sequence[Part], theirs: Sequence[Part]) -> tuple[str, str]:
     kind = "part missing" if len(ours) < len(others) else "another tensor"
     lacks = f", without {_few(left)}" if left else ""
     return kind, f"{_few(ours)}{lacks}"
+
+
+def _is_layer(mine: Part, theirs: Part) -> bool:
+    """Whether both are of one encoder, of other layers."""
+    pieces = (mine.piece, theirs.piece)
+    of = {piece.key.component for piece in pieces if piece is not None}
+    return len(of) == 1 and all("hidden_state" in part.said for part in (mine, theirs))
 
 
 def _few(names: Sequence[str]) -> str:

@@ -25,10 +25,11 @@ from truestep.recording.manifest import CallEntry
 from truestep.replay.causes.combined import combination
 from truestep.replay.causes.exchanged import exchanged
 from truestep.replay.causes.guesses import LEAST, Failing, Guess, apart, cause_of, explains
-from truestep.replay.causes.latents import statistics
+from truestep.replay.causes.latents import normalised, statistics
 from truestep.replay.causes.material import Handed, Material
+from truestep.replay.causes.parts import part_of
 from truestep.replay.causes.pictures import pictures
-from truestep.replay.causes.relations import casts, fits, orders
+from truestep.replay.causes.relations import casts, fits, named_fits, orders
 from truestep.replay.causes.remade import (
     Setting,
     Values,
@@ -53,10 +54,22 @@ _RELATIONS: Sequence[Callable[[Handed], Iterator[Guess]]] = (
     pictures,
     orders,
     casts,
+    named_fits,
     exchanged,
+    normalised,
     fits,
 )
 """From what leaves no number open to what does."""
+
+_OF_PARTS: Sequence[Callable[[Handed], Iterator[Guess]]] = (
+    orders,
+    casts,
+    named_fits,
+    exchanged,
+    normalised,
+    fits,
+)
+"""Of a part: what does not ask where in the whole it stands."""
 
 _WRONG = (Verdict.DRIFTED, Verdict.INVALID)
 
@@ -96,11 +109,12 @@ def handed_cause(
         unkept: dict[str, torch.Tensor] = {}
         answered(trusted, reference, whole=True, unkept=unkept)
         scene = replace(scene, material=Material(reference, trusted.components, arguments, unkept))
-    for relation in _RELATIONS:
-        for one in relation(scene):
-            tried += 1
-            if explains(one, scene.failing):
-                return cause_of(one, scene.failing, tried), tried
+    for of, relations in ((scene, _RELATIONS), *((part, _OF_PARTS) for part in part_of(scene))):
+        for relation in relations:
+            for one in relation(of):
+                tried += 1
+                if explains(one, of.failing):
+                    return cause_of(one, of.failing, tried), tried
     return None, tried
 
 

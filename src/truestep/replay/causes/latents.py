@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ def statistics(scene: Handed) -> Iterator[Guess]:
     if first.side != "in" or first.method != "decode" or not scene.same_sizes:
         return
     (one, *others) = scene.failing
-    numbers = _numbers(scene, one.reference)
+    numbers = _numbers(scene, one.reference, first.component)
     if others or numbers is None:
         return
     owner = f"{first.component}.config"
@@ -90,6 +91,48 @@ def statistics(scene: Handed) -> Iterator[Guess]:
                 made = [other(latents, numbers)]
                 yield Guess(_kind(known, text), f"{said} ({owner})", made, known)
         yield from _refitted(scene, latents, known, form, numbers)
+
+
+def normalised(scene: Handed) -> Iterator[Guess]:
+    """Latents of a picture, as a VAE gave them, that are normalised otherwise for a model.
+
+    Tokens or a grid, of the VAE's channels: those of patches are of no one channel.
+    """
+    first = scene.keys[0]
+    if first.side != "in" or first.stage != "prediction" or not scene.same_sizes:
+        return
+    for name in scene.material.components:
+        config = scene.material.config(name)
+        for axis in _axes(tuple(scene.failing[0].reference.shape), _channels(config)):
+            yield from _normalised(scene, name, axis)
+
+
+def _channels(config: Mapping[str, Any]) -> int:
+    return int(config.get("latent_channels") or 0)
+
+
+def _normalised(scene: Handed, name: str, axis: int) -> Iterator[Guess]:
+    turned = [one.reference.movedim(axis, 1) for one in scene.failing]
+    numbers = _numbers(scene, turned[0], name)
+    if numbers is None or numbers.mean is None or numbers.deviation is None:
+        return
+    mean, deviation, factor = numbers.mean, numbers.deviation, numbers.factor
+    ways: Mapping[str, Callable[[Tensor], Tensor]] = {
+        "latents": lambda x: x,
+        "latents - latents_mean": lambda x: x - mean,
+        "latents / latents_std": lambda x: x * factor / deviation,
+        "latents * latents_std + latents_mean": lambda x: x * deviation / factor + mean,
+        "(latents + latents_mean) / latents_std": lambda x: (x + mean) * factor / deviation,
+        "(latents - latents_mean) * latents_std": lambda x: (x - mean) * deviation * factor,
+        "(latents - latents_mean) / latents_std ** 2": lambda x: (x - mean) / deviation**2,
+    }
+    for text, change in ways.items():
+        made = []
+        for each in turned:
+            latents = each * deviation / factor + mean
+            made.append(change(latents).movedim(1, axis))
+        said = f"{scene.argument} is {text}, the reference's (latents - latents_mean) / latents_std"
+        yield Guess("latent statistics", f"{said} ({name}.config)", made)
 
 
 def _kind(known: str, text: str) -> str:
@@ -165,8 +208,7 @@ def _there(value: Tensor | None) -> Tensor:
     return value
 
 
-def _numbers(scene: Handed, like: Tensor) -> Numbers | None:
-    name = scene.keys[0].component
+def _numbers(scene: Handed, like: Tensor, name: str) -> Numbers | None:
     owner, config = scene.material.components.get(name), scene.material.config(name)
     factor, offset = config.get("scaling_factor"), config.get("shift_factor")
     count = like.shape[1] if like.dim() > 2 else 0

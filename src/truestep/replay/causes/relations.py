@@ -72,14 +72,15 @@ def orders(scene: Handed) -> Iterator[Guess]:
             continue
         what = _axis(scene, axis)
         yield _each("order", f"{scene.argument} is turned round along {what}", scene, _flip(axis))
-        for places in sorted({1, -1, size // 2} - {0, size}):
+        for places in _places(scene, axis):
             said = f"rolled by {places} along {what}"
             yield _each("order", f"{scene.argument} is {said}", scene, _roll(places, axis))
-        if size % 2 == 0 and size > 2:
-            text = f"{scene.argument} has pairs along {what} in another order: "
-            text += "the first halves, then the second"
-            yield _each("packing order", text, scene, _paired(axis, back=False))
-            yield _each("packing order", text, scene, _paired(axis, back=True))
+        for parts in (2, 4):
+            if size % parts == 0 and size > parts:
+                text = f"{scene.argument} has groups of {parts} along {what} in another order: "
+                text += f"{size // parts} by {parts}, the reference's {parts} by {size // parts}"
+                yield _each("packing order", text, scene, _grouped(axis, parts, size // parts))
+                yield _each("packing order", text, scene, _grouped(axis, size // parts, parts))
         if 2 < size <= 4:
             for order in itertools.permutations(range(size)):
                 listed = ", ".join(map(str, order))
@@ -91,6 +92,33 @@ def orders(scene: Handed) -> Iterator[Guess]:
         text = f"{scene.argument} has axes {one} and {other} exchanged"
         for like in (True, False):
             yield _each("axes exchanged", text, scene, _exchanged(one, other, like=like))
+    yield from _patches(scene)
+
+
+def _patches(scene: Handed) -> Iterator[Guess]:
+    """Patches of 2 by 2, put together in another order."""
+    shape = scene.failing[0].reference.shape
+    if len(shape) < 4 or shape[-1] % 2 or shape[-2] % 2:
+        return
+    names = ("rows of patches", "rows in one", "columns of patches", "columns in one")
+    for order in itertools.permutations(range(4)):
+        if order != (0, 1, 2, 3):
+            listed = ", ".join(names[place] for place in order)
+            text = f"{scene.argument} has as its rows and columns {listed}; "
+            text += f"the reference's {', '.join(names)}"
+            yield _each("packing order", text, scene, _repacked(order))
+
+
+def _places(scene: Handed, axis: int) -> list[int]:
+    """By how much the candidate's is rolled, where its first part is one of the reference's."""
+    one = scene.failing[0]
+    if one.actual.shape != one.reference.shape:
+        return []
+    sides = [side.movedim(axis, 0).flatten(1) for side in (one.actual, one.reference)]
+    apart_ = (sides[1] - sides[0][:1]).abs().amax(1)
+    at = int(apart_.argmin())
+    size = len(apart_)
+    return [min(-at, size - at, key=abs)] if at and float(apart_[at]) <= 1e-5 else []
 
 
 def _axis(scene: Handed, axis: int) -> str:
@@ -112,12 +140,20 @@ def _picked(axis: int, order: Sequence[int]) -> Callable[[Tensor], Tensor]:
     return lambda x: x.index_select(axis, torch.tensor(order))
 
 
-def _paired(axis: int, *, back: bool) -> Callable[[Tensor], Tensor]:
+def _grouped(axis: int, one: int, other: int) -> Callable[[Tensor], Tensor]:
     def change(x: Tensor) -> Tensor:
-        half = x.shape[axis] // 2
-        sizes = (half, 2) if back else (2, half)
-        split = x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+        split = x.reshape(*x.shape[:axis], one, other, *x.shape[axis + 1 :])
         return split.transpose(axis, axis + 1).reshape(x.shape)
+
+    return change
+
+
+def _repacked(order: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    def change(x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        lead = x.dim() - 2
+        split = x.reshape(*x.shape[:-2], height // 2, 2, width // 2, 2)
+        return split.permute(*range(lead), *(lead + place for place in order)).reshape(x.shape)
 
     return change
 
@@ -141,7 +177,6 @@ def fits(scene: Handed) -> Iterator[Guess]:
     if not scene.same_sizes:
         return
     one, what = scene.failing[0], scene.argument
-    yield from _named_fits(scene)
     factor = _least(one.reference, one.actual)
     text = f"{what} is {number(factor)} times the reference's"
     yield _fitted("scaled", text, scene, lambda x: factor * x, 1)
@@ -160,8 +195,10 @@ _NUMBERS = ("scaling_factor", "shift_factor", "init_noise_sigma", "sigma_data", 
 """Numbers of components that code between calls multiplies by, or adds."""
 
 
-def _named_fits(scene: Handed) -> Iterator[Guess]:
+def named_fits(scene: Handed) -> Iterator[Guess]:
     """By a number of a component, its inverse or square; plus one, or what two of them make."""
+    if not scene.same_sizes:
+        return
     known = dict(_numbers(scene))
     for name, value in known.items():
         for text, factor in (

@@ -23,6 +23,8 @@ _CHANGES: Sequence[tuple[str, str, Callable[[Tensor], Tensor]]] = (
     ("off by one", "one less than the reference's", lambda t: t - 1),
     ("truncated", "cut off to a whole number", torch.floor),
     ("truncated", "rounded to a whole number", torch.round),
+    ("truncated", "cut off to a whole thousandth", lambda t: (t * 1000 + 1e-4).floor() / 1000),
+    ("truncated", "rounded to a whole thousandth", lambda t: (t * 1000).round() / 1000),
     ("truncated", "rounded up to a whole number", torch.ceil),
 )
 
