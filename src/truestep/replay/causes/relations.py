@@ -186,8 +186,9 @@ def fits(scene: Handed) -> Iterator[Guess]:
     slope, base = _line(one.reference.flatten()[None], one.actual.flatten()[None])
     text = f"{what} is {number(float(slope))} times the reference's plus {number(float(base))}"
     yield _fitted("scaled", text, scene, lambda x: float(slope) * x + float(base), 2)
-    for axis in dict.fromkeys((1, one.reference.dim() - 1)):
-        if one.reference.dim() >= 2 and 1 < one.reference.shape[axis] <= 512:
+    dims = one.reference.dim()
+    for axis in {2: (1,), 3: (1, 2)}.get(dims, (1,) if dims > 3 else ()):
+        if 1 < one.reference.shape[axis] <= 512:
             yield from _by_channel(scene, axis)
 
 
