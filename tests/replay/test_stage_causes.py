@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from truestep.case import Case
 from truestep.recording.format import Recording
+from truestep.replay.causes.guesses import Failing, Scene, explains
+from truestep.replay.causes.scheduled import schedule
 from truestep.replay.check import check
 from truestep.replay.record import record
 from truestep.report.words import next_command
@@ -185,3 +188,109 @@ def test_in_16_bits_the_cause_is_looked_for_where_the_stage_is_raised() -> None:
     cause = result.first_divergence.cause
     assert cause is not None
     assert cause.text == f"the guidance scale is 3.1, the reference's {CASE.guidance_scale:g}"
+
+
+# Around a model
+
+
+def given_to(pipe: Any, stage: str, change: Callable[..., Any]) -> None:
+    """Run a stage on other inputs."""
+    original = getattr(pipe, stage)
+    setattr(pipe, stage, lambda inner, *args: original(inner, *change(*args)))
+
+
+def made_by(pipe: Any, stage: str, change: Callable[[Any], Any]) -> None:
+    """Change what a stage gives."""
+    original = getattr(pipe, stage)
+    setattr(pipe, stage, lambda inner, *args: change(original(inner, *args)))
+
+
+def before_the_vae(pipe: Any, change: Callable[..., torch.Tensor]) -> None:
+    def decode(inner: Any, latent: torch.Tensor) -> Any:
+        config = inner.vae.config
+        mean, deviation = (
+            torch.tensor(values).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return inner.vae.decode(change(latent, mean, deviation), return_dict=False)[0]
+
+    pipe.decode = decode
+
+
+def reversed_time(latent: Any, step: Any, *rest: Any) -> tuple[Any, ...]:
+    return latent, replace(step, timestep=1000 - step.timestep), *rest
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "change"),
+    [
+        (
+            "text template",
+            "`a` (1 tokens) before",
+            lambda pipe: given_to(
+                pipe, "encode_text", lambda ps: ([f"a {p}".strip() for p in ps],)
+            ),
+        ),
+        ("time convention", "1000 minus", lambda pipe: given_to(pipe, "predict", reversed_time)),
+        ("sign", "the other sign", lambda pipe: made_by(pipe, "predict", torch.neg)),
+        ("order", "turned round", lambda pipe: made_by(pipe, "decode", lambda x: x.flip(1))),
+        ("image range", "from 0 to 1", lambda pipe: made_by(pipe, "decode", lambda x: x / 2 + 0.5)),
+        (
+            "latent statistics",
+            "latents * latents_std - latents_mean",
+            lambda pipe: before_the_vae(pipe, lambda x, mean, std: x * std - mean),
+        ),
+        ("", "", lambda pipe: made_by(pipe, "decode", lambda x: x + 0.2 * x.roll(1, -1))),
+        ("", "", lambda pipe: made_by(pipe, "predict", lambda x: x + 0.2 * x.roll(1, -1))),
+    ],
+)
+def test_code_around_a_model(
+    reference: Recording, kind: str, said: str, change: Callable[[Any], None]
+) -> None:
+    result = check(CASE, reference, depth="cause", apply=change)
+    first = result.first_divergence
+    assert first is not None
+    if not kind:
+        assert first.cause is None
+        return
+    assert first.cause is not None
+    assert first.cause.kind == kind
+    assert said in first.cause.text
+    assert not any(note.startswith("no cause named:") for note in result.notes)
+
+
+def test_a_rescale_to_the_unconditional_pass(reference: Recording) -> None:
+    def change(pipe: Any) -> None:
+        original = pipe.combine
+
+        def rescaled(inner: Any, step: Any, cond: torch.Tensor, uncond: torch.Tensor) -> Any:
+            guided = original(inner, step, cond, uncond)
+            return guided * uncond.std() / guided.std()
+
+        pipe.combine = rescaled
+
+    found, text, _ = explained(reference, change)
+    assert found == "guidance rescale"
+    assert "to the deviation of the unconditional pass, phi 1" in text
+
+
+def test_the_ends_of_a_schedule() -> None:
+    def curve(most: float, least: float, rho: float) -> torch.Tensor:
+        ramp = torch.linspace(0, 1, 8, dtype=torch.float64)
+        high, low = most ** (1 / rho), least ** (1 / rho)
+        sigmas = (high + ramp * (low - high)) ** rho
+        return torch.cat([sigmas, sigmas[-1:]])
+
+    config = {"sigma_max": 80.0, "sigma_min": 0.002, "rho": 7.0}
+    trusted: Any = SimpleNamespace(scheduler=SimpleNamespace(config=config), settings=None)
+    for kind, ends, said in (
+        ("sigma max", (70.0, 0.002, 7.0), "sigma_max of the schedule is 70, the reference's 80"),
+        ("sigma min", (80.0, 0.02, 7.0), "sigma_min of the schedule is 0.02"),
+        ("rho", (80.0, 0.002, 5.0), "rho of the schedule is 5, the reference's 7"),
+        ("", (70.0, 0.002, 5.0), ""),
+    ):
+        one = Failing("schedule/sigmas", curve(*ends), curve(80.0, 0.002, 7.0), 1e-6)
+        guesses = schedule(Scene([one], {}, trusted))
+        found = next((guess for guess in guesses if explains(guess, [one])), None)
+        assert (found.kind if found else "") == kind
+        assert said in (found.text if found else "")

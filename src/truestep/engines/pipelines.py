@@ -294,7 +294,16 @@ def _opened(
             steps=judging.steps,
             rename=judging.rename,
             explain=judging.depth == "cause",
+            arguments=_known_arguments(reference),
         )
+
+
+def _known_arguments(reference: CallRecording) -> dict[str, Any]:
+    """What a recorded pipeline was called with; nothing where that was not kept."""
+    try:
+        return recorded_arguments(reference)
+    except UsageError:
+        return {}
 
 
 def _trusted(

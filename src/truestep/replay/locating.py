@@ -15,6 +15,7 @@ from truestep.judge.sentence import with_divergence
 from truestep.keys import key_of, step_name
 from truestep.pairing.naming import ROOT
 from truestep.pairing.partners import Partners, partners_of
+from truestep.replay.causes.around import Around, around_cause
 from truestep.replay.causes.stages import STAGES as WITHOUT_MODEL
 from truestep.replay.causes.stages import raised_precision_of, stage_cause
 from truestep.replay.drill import Drilled, Subject, drill
@@ -38,6 +39,9 @@ STAGES = ("text", "connector", "prediction", "decoding")
 
 BRANCHES: tuple[Branch, ...] = ("cond", "uncond", "perturbed", "modality")
 """Passes of a step, in the order of a run."""
+
+UNEXPLAINED = "no cause named:"
+"""How the note begins that says that nothing explains a fault."""
 
 _SOUND = ("audio_vae", "vocoder")
 """Models of a decoded sound, in the order of a run."""
@@ -160,7 +164,56 @@ def _located(
             pipe, trusted, recording, place, partners=partners, known=measured, explain=explain
         )
 
-    return opened(comparison, models, drilled, into, rename=rename)
+    found = opened(comparison, models, drilled, into, rename=rename)
+    first = found.first_divergence
+    if not explain or first is None or first.cause is not None:
+        return found
+    return _around(pipe, trusted, recording, found, place)
+
+
+def _around(
+    pipe: Pipeline,
+    trusted: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    comparison: Comparison,
+    place: Place,
+) -> Comparison:
+    """The comparison with why the code around a stage's model is wrong, where that explains it."""
+    name = {"text": "text_encoder", "prediction": "transformer"}.get(place.stage, "vae")
+    first = comparison.first_divergence
+    if first is None or place.model or place.stage not in ("text", "prediction", "decoding"):
+        return comparison
+    method = "decode" if place.stage == "decoding" else "forward"
+    places = _alike(place, recording)
+    with _same_precision(pipe, trusted) as sides:
+        ours, theirs = (
+            Around(
+                _model(side, place, recording),
+                method,
+                [_forward(side, each, recording) for each in places],
+            )
+            for side in sides
+        )
+        parts = {each: getattr(trusted, each) for each in ("tokenizer", "scheduler", name)}
+        cause, _ = around_cause(place.stage, name, ours, theirs, parts)
+    if cause is None:
+        return comparison
+    notes = tuple(note for note in comparison.notes if not note.startswith(UNEXPLAINED))
+    found = first.model_copy(update={"cause": cause})
+    return comparison.model_copy(update={"first_divergence": found, "notes": notes})
+
+
+def _alike(place: Place, recording: Mapping[str, torch.Tensor]) -> list[Place]:
+    """The place, and those that the same code is run at: other prompts, other steps of the
+    expert."""
+    if place.stage == "text":
+        return [replace(place, branch=b) for b in ("cond", "uncond") if f"text/{b}" in recording]
+    if place.stage != "prediction":
+        return [place]
+    experts = recorded_schedule(recording).experts
+    steps = [s for s in default_steps(recording) if experts[s] == experts[place.step]]
+    others = [s for s in steps if s != place.step and step_name(s, place.branch) in recording]
+    return [place, *(replace(place, step=s) for s in others[:3])]
 
 
 @dataclass(frozen=True)
@@ -319,7 +372,7 @@ def _left_out(names: Sequence[str]) -> str:
 
 def unexplained(tried: int) -> str:
     """Why no cause is named."""
-    return f"no cause named: none of {tried} hypotheses gives what the candidate gave"
+    return f"{UNEXPLAINED} none of {tried} hypotheses gives what the candidate gave"
 
 
 def noted(comparison: Comparison, note: str) -> Comparison:

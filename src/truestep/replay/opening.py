@@ -31,10 +31,11 @@ from truestep.judge.sentence import with_divergence
 from truestep.pairing.naming import ROOT, named_modules, unwrapped
 from truestep.pairing.partners import Partners
 from truestep.recording.manifest import CallEntry
+from truestep.replay.causes.handed import handed_cause
 from truestep.replay.drill import Drilled, Subject, drill
 from truestep.replay.isolation import Forward, hearing
 from truestep.replay.lines import raising_line
-from truestep.replay.locating import Into, noted, opened
+from truestep.replay.locating import Into, noted, opened, unexplained
 from truestep.runtime.precision import working_dtype
 from truestep.verdict import Comparison, Divergence, Verdict
 
@@ -82,6 +83,7 @@ def open_call(
     steps: Sequence[int] | None = None,
     rename: Mapping[str, str] | None = None,
     explain: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Add where inside the component of the first failing call the candidate departs.
 
@@ -93,6 +95,7 @@ def open_call(
         steps: At which models were run in it.
         rename: Names of the candidate's modules to the trusted one's, `*` for one part.
         explain: Look for the cause, too; see `replay.causes`.
+        arguments: What the reference was called with, as far as it is known.
 
     Returns:
         The comparison with rows of modules and a first divergence down to the module and its
@@ -110,10 +113,19 @@ def open_call(
     call = _failing(reference, keys.key_of(first.name))
     told = _closed(candidate, call, first)
     if call is None or told:
+        if explain:
+            sides = (candidate, trusted())
+            return _handed(sides, reference, comparison, first.name, arguments or {})
         return noted(comparison, f"no module named: {told}")
     failing = Failing(reference, call)
     ours = _side(candidate, failing, _before(candidate, failing, chosen))
     other = trusted()
+    inherited = _made_of(comparison, first) if explain else ""
+    if inherited:
+        sides = (candidate, other)
+        handed = _handed(sides, reference, comparison, inherited, arguments or {})
+        if handed.first_divergence != first:
+            return handed
     theirs = _side(other, failing, _before(other, failing, frozenset()))
     try:
         unlike = _unlike(theirs, failing)
@@ -131,6 +143,34 @@ def open_call(
         )
     except RunRaisedError as error:
         return noted(comparison, f"no module named: looked into once more, a run {error}")
+
+
+def _handed(
+    sides: tuple[Run, Run],
+    reference: CallRecording,
+    comparison: Comparison,
+    name: str,
+    arguments: Mapping[str, Any],
+) -> Comparison:
+    """The comparison with why what is handed from call to call is wrong, or a note that nothing
+    explains it."""
+    cause, tried = handed_cause(*sides, reference, comparison, name=name, arguments=arguments)
+    first = comparison.first_divergence
+    if cause is None or first is None:
+        return noted(comparison, unexplained(tried))
+    found = first.model_copy(update={"cause": cause})
+    return comparison.model_copy(update={"first_divergence": found})
+
+
+def _made_of(comparison: Comparison, first: Divergence) -> str:
+    """The row of what was made of a call's output that the reference has not, by which that was
+    judged; empty of any other failing place."""
+    rows = [row for row in comparison.rows if not row.verdict.passed]
+    odd = [row for row in rows if row.name == first.name and row.origin != "inherited"]
+    if not odd or "was not given; judged by its effect on" not in odd[0].note:
+        return ""
+    made = (row.name for row in rows if row.origin == "inherited")
+    return next((name for name in made if keys.key_of(name).side == "in"), "")
 
 
 def _failing(reference: CallRecording, place: keys.Key) -> CallEntry | None:

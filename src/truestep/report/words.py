@@ -17,6 +17,11 @@ _OPENED = ("text", "connector", "prediction", "decoding")
 _EXPLAINED = re.compile(r"(audio/)?(step/\d+/(guided|latent)|latent/\w+|schedule/\w+)")
 """What stages without one give, whose causes `--depth cause` looks for."""
 
+_HANDED = re.compile(
+    r"(\w+/)?(step/\d+/)?(\w+/[^/]+/[^/]+/\d+/in/.+|(schedule|update)/[^/]+/[^/]+/\d+/out/?.*)"
+)
+"""What a plain pipeline hands to a call, or its scheduler gives: no module holds that code."""
+
 
 def stage_label(stage: str, modality: str | None) -> str:
     """A stage as it is printed: `tensors` where files have none, with its modality if of one."""
@@ -58,10 +63,11 @@ def next_command(comparison: Comparison) -> str:
     depth = _DEPTH.findall(repeat)
     if depth and depth[-1] == "modules":
         named = first is not None and first.stage == "module" and first.fqn and not first.cause
+        named = named or (first is not None and bool(_HANDED.fullmatch(first.name)))
         return _deeper(repeat, "cause") if named else ""
     if depth:  # the end of a free run says nothing of where
         return _deeper(repeat, "modules") if depth[-1] == "final" else ""
-    if first is not None and _EXPLAINED.fullmatch(first.name):
+    if first is not None and (_EXPLAINED.fullmatch(first.name) or _HANDED.fullmatch(first.name)):
         return f"{repeat} --depth cause"
     return f"{repeat} --depth modules" if first is None or first.stage in _OPENED else ""
 

@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from truestep.verdict import Cause
+
 if TYPE_CHECKING:
     from truestep.runtime.pipeline import Pipeline
 
 LEAST = 1e-6
 """Relative distance that is the floor where less was measured: fits are of rounded numbers."""
+
+GAIN = 10.0
+"""A hypothesis must bring the candidate nearer by this factor."""
+
+VALUES = 16
+"""Different values that each fitted number of a hypothesis has to explain."""
 
 PRECISIONS = (torch.bfloat16, torch.float16)
 """What a stage may be computed or kept in by mistake."""
@@ -59,16 +67,49 @@ class Guess:
 
     Attributes:
         made: What it makes of each failing tensor, in their order.
+        numbers: How many numbers of it were fitted to the candidate's tensors.
     """
 
     kind: str
     text: str
     made: Sequence[torch.Tensor]
     patch: str = ""
+    numbers: int = 0
+
+
+def explains(guess: Guess, failing: Sequence[Failing]) -> bool:
+    """Whether a hypothesis gives every failing tensor, to its floor and much nearer than without.
+
+    What has as many numbers to choose as there are values to explain explains nothing.
+    """
+    for made, one in zip(guess.made, failing, strict=True):
+        after, before = apart(made, one.actual), apart(one.reference, one.actual)
+        if not (after <= one.limit and after * GAIN <= before):
+            return False
+    if not guess.numbers:
+        return True
+    values = torch.cat([one.actual.flatten() for one in failing]).unique()
+    return len(values) >= VALUES * guess.numbers
+
+
+def cause_of(guess: Guess, failing: Sequence[Failing], tried: int) -> Cause:
+    """The cause that an accepted hypothesis is, with its error at the first failing tensor."""
+    first = failing[0]
+    return Cause(
+        kind=guess.kind,
+        text=guess.text,
+        patch=guess.patch,
+        error_before=apart(first.reference, first.actual),
+        error_after=apart(guess.made[0], first.actual),
+        tried=tried,
+    )
 
 
 def apart(made: torch.Tensor, actual: torch.Tensor) -> float:
-    """rel_l2 of what was made from what the candidate gave."""
+    """rel_l2 of what was made from what the candidate gave; infinite where they are of other
+    sizes."""
+    if made.shape != actual.shape:
+        return float("inf")
     size = float(actual.norm())
     return float((made - actual).norm()) / size if size else float(made.norm())
 

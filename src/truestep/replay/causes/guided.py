@@ -117,26 +117,31 @@ def _by_channels(passes: Sequence[_Passes], scales: Sequence[float]) -> Iterator
 
 
 def _rescaled(passes: Sequence[_Passes]) -> Iterator[Guess]:
-    """Rescaled to the deviation of the conditional pass, over the sample or by channel.
+    """Rescaled to the deviation of one pass, over the sample or by channel.
 
     Source:
         arXiv:2305.08891, equations 15 and 16.
     """
-    for what, first in (("over the sample", 1), ("by channel", 2)):
-        dims = tuple(range(first, passes[0].cond.dim()))
-        if not dims:
-            continue
-        moved = [
-            each.reference * (each.cond.std(dims, keepdim=True) / _deviation(each, dims) - 1)
-            for each in passes
-        ]
-        size = float(moved[0].square().sum())
-        if not size:
-            continue
-        phi = float(((passes[0].actual - passes[0].reference) * moved[0]).sum()) / size
-        made = [each.reference + phi * move for each, move in zip(passes, moved, strict=True)]
-        text = f"guidance is rescaled {what}, phi {number(phi)}; the reference's is not"
-        yield Guess("guidance rescale", text, made, "guidance_rescale = 0")
+    for whose in ("conditional", "unconditional"):
+        for what, first in (("over the sample", 1), ("by channel", 2)):
+            dims = tuple(range(first, passes[0].cond.dim()))
+            if not dims:
+                continue
+            moved = [_moved(each, dims, whose=whose) for each in passes]
+            size = float(moved[0].square().sum())
+            if not size:
+                continue
+            phi = float(((passes[0].actual - passes[0].reference) * moved[0]).sum()) / size
+            made = [each.reference + phi * move for each, move in zip(passes, moved, strict=True)]
+            like = "" if whose == "conditional" else " to the deviation of the unconditional pass"
+            text = f"guidance is rescaled {what}{like}, phi {number(phi)}; the reference's is not"
+            yield Guess("guidance rescale", text, made, "guidance_rescale = 0")
+
+
+def _moved(each: _Passes, dims: tuple[int, ...], *, whose: str) -> torch.Tensor:
+    """How far a rescale by a share of 1 moves what guidance gives."""
+    one = each.cond if whose == "conditional" else each.uncond
+    return each.reference * (one.std(dims, keepdim=True) / _deviation(each, dims) - 1)
 
 
 def _deviation(each: _Passes, dims: tuple[int, ...]) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,7 @@ def schedule(scene: Scene) -> Iterator[Guess]:
     yield from rounded_to(scene, f"the {what} are")
     if what == "sigmas":
         yield from _by_own_schedule(scene, actual)
+        yield from _between_ends(scene, actual)
         yield from _shifted(scene, actual, reference)
     truncated = reference.floor()
     yield Guess("truncated", f"the {what} are cut off to whole numbers", [truncated])
@@ -101,6 +102,45 @@ def _by_own_schedule(scene: Scene, actual: torch.Tensor) -> Iterator[Guess]:
             yield Guess("flow shift", text, [sigmas(chosen)], f"flow_shift = {number(shift)}")
     finally:
         trusted.make_schedule(trusted)
+
+
+def _between_ends(scene: Scene, actual: torch.Tensor) -> Iterator[Guess]:
+    """Another largest or smallest sigma, or another curve between them.
+
+    Source:
+        arXiv:2206.00364, equation 5.
+    """
+    config: Any = getattr(scene.trusted.scheduler, "config", {})
+    ends = [config.get(name) for name in ("sigma_max", "sigma_min", "rho")]
+    if not all(isinstance(value, int | float) and value > 0 for value in ends) or len(actual) < 5:
+        return
+    inner, tail = actual[:-1], actual[-1:]
+
+    def curve(most: float, least: float, rho: float) -> torch.Tensor:
+        ramp = torch.linspace(0, 1, len(inner), dtype=torch.float64)
+        high, low = most ** (1 / rho), least ** (1 / rho)
+        return torch.cat([(high + ramp * (low - high)) ** rho, tail])
+
+    most, least, rho = (float(value) for value in ends)
+    own = {"sigma_max": float(inner[0]), "sigma_min": float(inner[-1])}
+    fitted = _exponent(lambda value: curve(most, least, value), inner)
+    for name, value, made in (
+        ("sigma_max", own["sigma_max"], curve(own["sigma_max"], least, rho)),
+        ("sigma_min", own["sigma_min"], curve(most, own["sigma_min"], rho)),
+        ("rho", fitted, curve(most, least, fitted)),
+    ):
+        theirs = number(float(config[name]))
+        text = f"{name} of the schedule is {number(value)}, the reference's {theirs}"
+        yield Guess(name.replace("_", " "), text, [made], f"{name} = {theirs}")
+
+
+def _exponent(curve: Callable[[float], torch.Tensor], actual: torch.Tensor) -> float:
+    """The exponent of a curve through the candidate's middle sigma: that falls as it grows."""
+    low, high, middle = 0.5, 50.0, len(actual) // 2
+    for _ in range(HALVINGS):
+        value = (low + high) / 2
+        low, high = (value, high) if curve(value)[middle] > actual[middle] else (low, value)
+    return float(number((low + high) / 2))
 
 
 def _shifted(scene: Scene, actual: torch.Tensor, reference: torch.Tensor) -> Iterator[Guess]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from truestep.keys import key_of
-from truestep.replay.causes.guesses import LEAST, Failing, Guess, Scene, apart
+from truestep.replay.causes.guesses import LEAST, Failing, Guess, Scene, cause_of, explains
 from truestep.replay.causes.guided import guidance
 from truestep.replay.causes.scheduled import latent, schedule, update
 from truestep.verdict import Cause, Row, Verdict
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 STAGES = ("schedule", "latent", "guidance", "update")
 """Stages whose causes are looked for here."""
-
-GAIN = 10.0
-"""A hypothesis must bring the candidate nearer by this factor."""
 
 
 def raised_precision_of(stage: str, rows: Sequence[Row]) -> str:
@@ -72,28 +69,9 @@ def stage_cause(
     scene, tried = Scene(failing, recording, trusted), 0
     for guess in _GUESSES[stage](scene):
         tried += 1
-        if _explains(guess, failing):
-            first = failing[0]
-            cause = Cause(
-                kind=guess.kind,
-                text=guess.text,
-                patch=guess.patch,
-                error_before=apart(first.reference, first.actual),
-                error_after=apart(guess.made[0], first.actual),
-                tried=tried,
-            )
-            return cause, tried
+        if explains(guess, failing):
+            return cause_of(guess, failing, tried), tried
     return None, tried
-
-
-def _explains(guess: Guess, failing: Sequence[Failing]) -> bool:
-    for made, one in zip(guess.made, failing, strict=True):
-        if made.shape != one.actual.shape:
-            return False
-        after, before = apart(made, one.actual), apart(one.reference, one.actual)
-        if not (after <= one.limit and after * GAIN <= before):
-            return False
-    return True
 
 
 _GUESSES: Mapping[str, Callable[[Scene], Iterator[Guess]]] = {
