@@ -14,6 +14,7 @@ from truestep.judge.meant import (
     Fit,
     Limits,
     Pair,
+    beside,
     broken,
     fit,
     infer,
@@ -206,12 +207,14 @@ def test_rows_that_are_shifted_by_a_step_are_another_change_and_rounding_down_is
     assert of_another_kind(fits[1]) is None
 
 
-def test_where_all_others_are_tight_less_than_a_step_is_told() -> None:
-    tight = [Fit(1.0, 1.0, 0.01, 1.0)] * 12
-    limit = limits([*tight, Fit(1.7, 1.2, 0.01, 0.9)], known=True)
+def test_where_its_siblings_are_tight_less_than_a_step_is_told() -> None:
+    tight, off = [Fit(1.0, 1.0, 0.01, 1.0)] * 12, Fit(1.7, 1.2, 0.01, 0.9)
+    limit = limits([*tight, off], known=True)
     assert limit is not None
-    assert broken(Fit(1.7, 1.2, 0.01, 0.9), limit) == 1.7
+    assert broken(off, limit) is None
+    assert broken(off, beside(limit, tight)) == 1.7
+    assert broken(off, beside(limit, tight[:3])) is None
     by_chance = [Fit(1.9 + 0.01 * i, 1.2, 0.01, 0.6) for i in range(12)]
     limit = limits(by_chance, known=True)
     assert limit is not None
-    assert not [each for each in by_chance if broken(each, limit) is not None]
+    assert not [f for f in by_chance if broken(f, beside(limit, by_chance)) is not None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy import stats
@@ -61,11 +61,16 @@ class Fit:
 
 @dataclass(frozen=True)
 class Limits:
-    """Above which a layer is broken, of `Fit`'s peak and over, and of the share outside."""
+    """Above which a layer is broken, of `Fit`'s peak and over, and of the share outside.
+
+    Attributes:
+        spread: The peak by the spread of all layers alone.
+    """
 
     peak: float
     over: float
     outside: float = 1.0
+    spread: float = math.inf
 
 
 def reach_of(trusted: Tensor, candidate: Tensor, quantised: Quantised | None, eps: float) -> Tensor:
@@ -138,14 +143,27 @@ def limits(fits: Iterable[Fit], *, known: bool) -> Limits | None:
     every = list(fits)
     if len(every) < LEAST:
         return Limits(WHOLE_STEP, WHOLE_STEPS) if known else None
-    ordered = sorted(each.peak for each in every)
-    tight = len(every) >= _MANY and ordered[int(0.9 * len(ordered))] <= _TIGHT
-    least = _BESIDE_TIGHT if tight else WHOLE_STEP
+    spread = _limit([each.peak for each in every])
     return Limits(
-        max(_limit(ordered), least if known else 0.0),
+        max(spread, WHOLE_STEP if known else 0.0),
         max(_limit([each.over for each in every]), WHOLE_STEPS if known else 0.0),
         max(_limit([max(1 - each.inside, _CLIPPED) for each in every]), _OUTSIDE) if known else 1.0,
+        spread,
     )
+
+
+def beside(limit: Limits, siblings: Sequence[Fit]) -> Limits:
+    """The limits of a layer whose siblings are all rounded to the nearest: a whole step is what who
+    rounds otherwise takes.
+
+    Args:
+        limit: Of all layers, for a quantiser that is known.
+        siblings: The other layers with rows as long, whose groups are the same.
+    """
+    ordered = sorted(each.peak for each in siblings)
+    if len(ordered) < LEAST or ordered[int(0.9 * len(ordered))] > _TIGHT:
+        return limit
+    return replace(limit, peak=min(limit.peak, max(limit.spread, _BESIDE_TIGHT)))
 
 
 def _limit(values: Sequence[float]) -> float:
@@ -178,7 +196,7 @@ _TIGHT = 1.1
 """So near to their reach nine layers in ten are where a quantiser rounds all to the nearest."""
 
 _BESIDE_TIGHT = 1.4
-"""Then this is what one of them may be off: a whole step is what who rounds otherwise takes."""
+"""Then so much is what one of them may be off."""
 
 _CLIPPED = 1e-3
 """Share of the numbers of a weight that makers who clip do clip."""

@@ -22,6 +22,7 @@ from truestep.judge.meant import (
     WHOLE_STEPS,
     Fit,
     Limits,
+    beside,
     broken,
     fit,
     infer,
@@ -153,6 +154,8 @@ def judge_weights(found: Weights, name: str) -> Judged:
             continue
         is_layer = each.name in fits
         here = limit if is_layer else _STORED
+        if is_layer and limit is not None and known:
+            here = beside(limit, _siblings(each, layers, fits))
         eps = each.eps if is_layer else _stored_in(each)
         own = (
             fits[each.name]
@@ -175,6 +178,13 @@ def judge_weights(found: Weights, name: str) -> Judged:
         faults.append(MeantFault(module=each.module, tensor=each.key, kind=kind, ratio=ratio))
     faults.sort(key=lambda fault: -fault.ratio)
     return Judged(change, fits, limit, tuple(faults), choices=len(choices))
+
+
+def _siblings(each: Changed, layers: Sequence[Changed], fits: Mapping[str, Fit]) -> list[Fit]:
+    """The other layers with rows as long."""
+    wide = each.pair.trusted[0].numel()
+    alike = (e for e in layers if e is not each and e.pair.trusted[0].numel() == wide)
+    return [fits[e.name] for e in alike if e.name in fits]
 
 
 def _is_exactly(each: Changed, quantiser: Quantiser) -> bool:
