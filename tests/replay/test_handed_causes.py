@@ -554,6 +554,21 @@ def test_the_trusted_side_is_as_it_was() -> None:
     assert truestep.check(pipe, reference).verdict.passed
 
 
+@pytest.mark.parametrize("name", ["padding_side", "pad_token"])
+def test_a_tokenizer_that_is_set_otherwise_is_read_and_put_back(name: str) -> None:
+    pipe, _ = trusted()
+    part = pipe.tokenizer_2
+    other = "left" if name == "padding_side" else part.eos_token
+    before = getattr(part, name)
+    assert before != other
+    first = caused(lambda candidate: setattr(candidate.tokenizer_2, name, other)).first_divergence
+    assert getattr(part, name) == before
+    assert first is not None
+    assert first.cause is not None
+    assert first.cause.kind == "text padding"
+    assert f"tokenizer_2.{name} is {other}, the reference's {before}" in first.cause.text
+
+
 def test_what_comes_next_is_the_cause() -> None:
     for depth in ("steps", "modules"):
         told = caused(other_factor, depth)  # type: ignore[arg-type]

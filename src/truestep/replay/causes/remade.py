@@ -239,11 +239,17 @@ def lacks_tensors(reference: CallRecording) -> bool:
 def changed(part: Any, setting: Setting | None) -> Iterator[None]:
     """A part with other settings, until the block ends."""
     kept = dict(vars(part)) if part is not None else {}
+    plain = setting is not None and not config_of(part)
+    before = (
+        {name: getattr(part, name, None) for name in setting.values} if setting and plain else {}
+    )
     try:
         if setting is not None:
             _change(part, setting)
         yield
     finally:
+        for name, value in before.items():  # a tokenizer keeps its tokens where it writes them
+            setattr(part, name, value)
         if part is not None:
             vars(part).clear()
             vars(part).update(kept)
