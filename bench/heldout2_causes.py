@@ -21,6 +21,7 @@ from bench.bench_location import Bench, globals_restored
 from bench.common import RESULTS, quiet, read
 from bench.faults.draws import DRAWS
 from bench.faults.heldout2_stages import HELD2, NO_CAUSE, PLAIN2, STAGED, Held2, judged
+from bench.faults.heldout2_why import READ
 from truestep import check, record
 from truestep.replay.check import check_pipeline
 from truestep.replay.locating import locate_module
@@ -147,6 +148,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         "expressions that its text must hold. Written by `python -m bench.heldout2_causes`.",
         "",
         *_places(named),
+        *_by_reading(named, other),
     ]
     for outcome in ("without effect", "failed"):
         silent = [row["entry"] for row in rows if row["outcome"] == outcome]
@@ -182,6 +184,26 @@ def _places(named: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def _by_reading(named: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[str]:
+    """The counts once more, where a reader's judgement replaces the frozen rule's."""
+    read_named = [{**row, "outcome": _read(row)} for row in named]
+    given = [row for row in other if row["outcome"] == "wrong"]
+    false = [row for row in given if _read(row) == "wrong"]
+    return [
+        "Read against what is true, after the run, the texts of "
+        f"{sum(_read(row) != row['outcome'] for row in named)} of these faults are judged otherwise"
+        f" (remarks below): right {_share(read_named, 'right')}, wrong "
+        f"{_share(read_named, 'wrong')}. Of the {len(given)} causes given where none is true "
+        f"{len(false)} say something false.",
+        "",
+    ]
+
+
+def _read(row: dict[str, Any]) -> str:
+    outcome: str = READ.get(row["entry"], (row["outcome"], ""))[0]
+    return outcome
+
+
 def _counts(title: str, key: str, values: list[str], rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"| {title} | faults | right | wrong | abstains |", "|---|---|---|---|---|"]
     for value in values:
@@ -196,13 +218,14 @@ def _told(rows: list[dict[str, Any]]) -> list[str]:
     """Each row: what is true, and what was said."""
     if not rows:
         return ["None."]
-    heads = ["fault", "class", "what is true", "place", "kind", "what was said"]
+    heads = ["fault", "class", "what is true", "place", "kind", "what was said", "read"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         entry = HELD2[row["entry"]]
         place = row["module"] or row["stage"]
         said = f"{row['text'] or ''} {row.get('mend') or ''}"
         cells = [entry.name, entry.group, entry.truth, place, row["kind"], said]
+        cells.append(": ".join(READ.get(entry.name, ("",))))
         texts = (" ".join(str(cell or "").split()).replace("|", "\\|") for cell in cells)
         lines.append(f"| {' | '.join(texts)} |")
     return lines
