@@ -183,7 +183,7 @@ MAKERS: Mapping[str, Maker] = {
     "int8, steps of powers of two": Maker(
         _int8(lambda rows: torch.exp2(_amax(rows).clamp_min(1e-12).log2().ceil())), "auto", True
     ),
-    "int8 in groups of 16, steps in float16": Maker(_groups_of_16, "int8", True),
+    "int8 in groups of 16, steps in float16": Maker(_groups_of_16, "int8"),
     "int8, rounded by chance": Maker(_by_chance, "int8", True),
     "e4m3 with a tenth of room": Maker(_e4m3_with_room, "fp8-channel", True),
     "NF4 with scales in bfloat16": Maker(_nf4_bfloat16, "nf4", True),
@@ -350,8 +350,8 @@ DAMAGES: Mapping[str, Damage] = {
     "nibbles of a block exchanged": Damage(_nibbles, held_out=True),
     "a row's zero point one step off": Damage(_zero_point, held_out=True),
     "clipped at half the range": Damage(_clipped, held_out=True),
-    "a block with the next block's scale": Damage(_block_with_the_next_scale, held_out=True),
-    "scales kept in e5m2": Damage(_scale_in_8_bits, held_out=True),
+    "a block with the next block's scale": Damage(_block_with_the_next_scale),
+    "scales kept in e5m2": Damage(_scale_in_8_bits),
     "bias of another layer": Damage(lambda weight, context: None, held_out=True),
 }
 

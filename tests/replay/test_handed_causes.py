@@ -145,7 +145,9 @@ def test_the_factor_and_the_offset_of_latents_are_named(
         (lambda x, m, s: x * s - m, "latents * latents_std - latents_mean"),
         (lambda x, m, s: x * s**2 + m, "latents * latents_std ** 2 + latents_mean"),
         (lambda x, m, s: (x + m) * s, "(latents + latents_mean) * latents_std"),
-        (lambda x, m, s: x * s + m.roll(1, 1), "latents_mean of the next channel"),
+        (lambda x, m, s: x * s + m.roll(-1, 1), "latents_mean of the next channel"),
+        (lambda x, m, s: x * s.roll(1, 1) + m, "latents_std of the channel before"),
+        (lambda x, m, s: x * s + 2 * m, "latents * latents_std + 2 * latents_mean"),
         (lambda x, m, s: x, "given latents * 1, the reference's"),
     ],
 )
@@ -387,6 +389,22 @@ def test_what_happened_to_ids_is_named(ids: list[int], kind: str, words: str) ->
     assert guess is not None
     assert guess.kind == kind
     assert words in guess.text
+
+
+def test_a_text_that_was_cut_off_and_is_not_has_no_template() -> None:
+    full, longer = [9, 8, 7, 6, 5, 1], [9, 8, 7, 6, 5, 4, 3, 1, 0, 0]
+    at = scene(torch.tensor([longer]), torch.tensor([full]), "text_encoder.forward.input_ids")
+    assert found(at) is None
+
+
+def test_tokens_that_are_0_are_named_by_their_place() -> None:
+    reference = noise(1, 24, 16).double()
+    actual = reference.clone()
+    actual[:, 0] = 0
+    guess = found(scene(actual, reference, "transformer.forward.hidden_states"))
+    assert guess is not None
+    assert guess.kind == "zeroed"
+    assert "is 0 in 0 of axis 1" in guess.text
 
 
 def test_a_template_longer_than_the_prompt_and_other_ids_are_not_explained() -> None:

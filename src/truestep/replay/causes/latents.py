@@ -58,16 +58,17 @@ _DEVIATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sqrt(latents_std)": lambda s: s.sqrt(),
     "1 / latents_std": lambda s: 1 / s,
     "1": torch.ones_like,
-    "latents_std of the next channel": lambda s: s.roll(1, 1),
-    "latents_std of the channel before": lambda s: s.roll(-1, 1),
+    "latents_std of the next channel": lambda s: s.roll(-1, 1),
+    "latents_std of the channel before": lambda s: s.roll(1, 1),
 }
 
 _MEANS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "+ latents_mean": lambda m: m,
     "- latents_mean": lambda m: -m,
     "": torch.zeros_like,
-    "+ latents_mean of the next channel": lambda m: m.roll(1, 1),
-    "+ latents_mean of the channel before": lambda m: m.roll(-1, 1),
+    "+ 2 * latents_mean": lambda m: 2 * m,
+    "+ latents_mean of the next channel": lambda m: m.roll(-1, 1),
+    "+ latents_mean of the channel before": lambda m: m.roll(1, 1),
 }
 
 
@@ -83,6 +84,8 @@ def statistics(scene: Handed) -> Iterator[Guess]:
     owner = f"{first.component}.config"
     trusted = list(_trusted_forms(numbers))
     seen = [way for way in trusted if _is_recorded(scene, _undone(one.reference, way[1], numbers))]
+    if numbers.mean is not None:  # what has statistics is given latents with them, or as seen
+        trusted = [way for way in trusted if "latents_mean" in way[0]]
     for known, form in seen or trusted:  # of unknown latents each form says what else is made
         latents = _undone(one.reference, form, numbers)
         for text, other in _forms(numbers):
@@ -153,7 +156,7 @@ def _trusted_forms(numbers: Numbers) -> Iterator[Form]:
         "latents * latents_std / scaling_factor + latents_mean",
         "latents * latents_std + latents_mean",
         "latents / scaling_factor + shift_factor",
-        "latents / scaling_factor",
+        "latents / scaling_factor" if numbers.factor != 1 else "latents",
     )
     yield from ((name, every[name]) for name in names if name in every)
 
@@ -162,6 +165,8 @@ def _forms(numbers: Numbers) -> Iterator[Form]:
     if numbers.mean is not None:
         yield from _statistical(numbers)
     for name, scale in _SCALES.items():
+        if numbers.factor == 1 and name != "latents":
+            continue
         for offset, shift in _OFFSETS.items():
             if offset == "{}" or numbers.offset:
                 yield offset.format(name), _then(scale, shift)

@@ -255,12 +255,20 @@ def _by_channel(scene: Handed, axis: int) -> Iterator[Guess]:
     def change(x: Tensor) -> Tensor:
         return x * slopes.view(shape) + bases.view(shape)
 
+    gone = (slopes.abs() < 1e-9) & (bases.abs() < 1e-9)
+    kept = ((slopes - 1).abs() < 1e-9) & (bases.abs() < 1e-9)
+    if bool(gone.any()) and bool((gone | kept).all()):
+        places = gone.nonzero().flatten().tolist()
+        listed = ", ".join(map(str, places[:6])) + (", ..." if len(places) > 6 else "")
+        text = f"{scene.argument} is 0 in {listed} of axis {axis}"
+        yield _fitted("zeroed", text, scene, lambda x: x * kept.view(shape), len(places))
     count = len(slopes)
     shown = [", ".join(map(number, values[:4].tolist())) for values in (slopes, bases)]
     more = ", ..." if count > 4 else ""
-    text = f"{scene.argument} is scaled by channel ({shown[0]}{more}) and moved "
+    along = "token" if one.reference.dim() == 3 and axis == 1 else "channel"
+    text = f"{scene.argument} is scaled by {along} ({shown[0]}{more}) and moved "
     text += f"({shown[1]}{more}) from the reference's"
-    yield _fitted("scaled by channel", text, scene, change, 2 * count)
+    yield _fitted(f"scaled by {along}", text, scene, change, 2 * count)
 
 
 def _least(reference: Tensor, actual: Tensor) -> float:

@@ -212,6 +212,8 @@ def _templates(rows: Sequence[_Ids], guess: _Make, scene: Handed) -> Iterator[Gu
             if found is None:
                 continue
             before, behind = found
+            if behind and len(rows[0].content(rows[0].reference)) == len(rows[0].reference):
+                continue  # the reference's is full: what is behind may have been cut off
             total = sum(len(one.content(one.reference)) for one in rows)
             if total < MATCHED * (len(before) + len(behind)):
                 continue

@@ -200,8 +200,13 @@ def _offset_slices(actual: Tensor, wanted: Tensor) -> Relation | None:
 def _turned(actual: Tensor, wanted: Tensor) -> Relation | None:
     for i in range(actual.ndim):
         for j in range(i + 1, actual.ndim):
-            if actual.shape[i] == actual.shape[j] and torch.equal(actual, wanted.transpose(i, j)):
+            if actual.shape[i] != actual.shape[j]:
+                continue
+            turned = wanted.transpose(i, j)
+            if torch.equal(actual, turned):
                 return Relation("transposed", f"has its axes {i} and {j} exchanged")
+            if any(torch.equal(actual, turned.flip(axis)) for axis in (i, j)):
+                return Relation("turned", f"is turned by a quarter in its axes {i} and {j}")
     return None
 
 
