@@ -34,6 +34,9 @@ _GIVEN = frozenset({"given", "returned", "pulled", "random"})
 
 _OWN_CODE = frozenset({"input", "loss", "optimizer", "merge"})
 _NO_GRADIENT = "no gradient: frozen, or cut off from the loss (detached)"
+_CHANGED = "the step changes it, and the reference's does not"
+_OLD_END = "the weights at the end of the step: the recording holds none; record it again"
+_UNPROBED = "{}: steps after the first; what the optimiser holds in its place cannot be told"
 _A_GRADIENT = "it has a gradient, and the reference's has none: it is frozen there"
 
 
@@ -47,6 +50,7 @@ class Made:
         pulled: Of each module's call.
         failed: Calls that raised, and what.
         raised: What the trainer's own code raised when it was forced.
+        unprobed: Parameters whose later steps cannot be made; see `Stepped`.
         notes: What went otherwise.
     """
 
@@ -55,6 +59,7 @@ class Made:
     pulled: Mapping[Key, Pulled] = field(default_factory=dict)
     failed: dict[Key, str] = field(default_factory=dict)
     raised: str = ""
+    unprobed: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
 
@@ -177,6 +182,7 @@ def _made(
         made.raised = f"the trainer's own code raised {one_line(error)} on recorded predictions"
         stepped.notes.append(made.raised)
     made.notes += stepped.notes
+    made.unprobed = stepped.unprobed
     made.tensors |= {k: v for k, v in whole.tensors.items() if k not in stepped.tensors}
     for key, own in made.pulled.items():
         made.tensors |= own.named(key)
@@ -216,6 +222,9 @@ def _rows(
             unread[f"{place.fqn}: the candidate does not call it"] = None
             continue
         expected[name] = recording[name]
+    if not any(name.startswith("after/") for name in expected):
+        unread[_OLD_END] = None
+    unread |= dict.fromkeys(_UNPROBED.format(name) for name in sorted(made.unprobed))
     actual = {name: tensor for name, tensor in made.tensors.items() if _is_asked(name, expected)}
     anchors: Mapping[str, float] = settings["anchors"]
     mine, theirs = (anchored(side, expected, anchors) for side in (actual, expected))
@@ -226,7 +235,10 @@ def _rows(
 
 
 def _is_asked(name: str, expected: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a tensor of the candidate is judged: of what it alone has, gradients are."""
+    """Whether a tensor of the candidate is judged: of what it alone has, gradients are, and what
+    the step adds to a weight."""
+    if name.startswith("after/"):
+        return any(other.startswith("after/") for other in expected)
     return name in expected or describe(name).stage in ("gradient", "loss") or "/w." in name
 
 
@@ -245,6 +257,9 @@ def _whole_row(
         )
     if made.raised and row.verdict is Verdict.MISSING and place.stage in _OWN_CODE:
         return row.model_copy(update={"verdict": Verdict.INVALID, "note": made.raised})
+    if row.verdict is Verdict.MISSING and row.name.startswith("probe/"):
+        if place.fqn in made.unprobed:
+            return None  # what the step makes of it is judged, and its later steps are not
     if row.verdict is Verdict.MISSING and place.stage in (BACKWARD, "gradient", "optimizer"):
         if not bool(expected[row.name].any()):
             return None  # zero, and none: nothing is trained either way
@@ -254,7 +269,8 @@ def _whole_row(
     if alone and place.stage in (BACKWARD, "gradient", "optimizer"):
         if not bool(actual[row.name].any()) or _inner_only(row, expected):
             return None
-        return row.model_copy(update={"verdict": Verdict.INVALID, "note": _A_GRADIENT})
+        note = _CHANGED if row.name.startswith("after/") else _A_GRADIENT
+        return row.model_copy(update={"verdict": Verdict.INVALID, "note": note})
     own, theirs = actual.get(row.name), expected.get(row.name)
     told: dict[str, Any] = {"actual": tensor_info(own), "reference": tensor_info(theirs)}
     if own is not None and theirs is not None and not row.verdict.passed:

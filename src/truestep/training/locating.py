@@ -11,6 +11,7 @@ import torch
 
 from truestep.judge.divergence import ROOT, failed, kind_of
 from truestep.judge.sentence import sentence_of
+from truestep.training.afterwards import done_after
 from truestep.training.derivative import Slope, slope
 from truestep.training.optimizers import explained
 from truestep.training.pulling import BACKWARD, FORWARD, Recorded, pull
@@ -148,6 +149,8 @@ def _looks(row: Row, evidence: Evidence) -> str:
     actual, reference = evidence.actual.get(row.name), evidence.reference.get(row.name)
     if actual is None or reference is None or row.metrics is None:
         return row.note
+    if reference.numel() == 1 or row.name.startswith("after/"):
+        return ""  # of one number every change is a factor; what was added is told by the weights
     return kind_of(actual, reference) or ""
 
 
@@ -189,6 +192,9 @@ def _of_optimizer(row: Row, wrong: Sequence[Row], evidence: Evidence) -> list[st
     head = row.name.partition("/")[0]
     if head == "clipped":
         return ["what the optimiser is given of right gradients: clipping, or a scale"]
+    if head == "after":
+        ends = [other.fqn or "" for other in wrong if other.name.startswith("after/")]
+        return done_after(ends, evidence.actual, evidence.reference)
     if head == "ema":
         return ["what is added to the averaged model: its decay"]
     said = {
