@@ -19,6 +19,7 @@ from truestep.recording.format import Recording
 from truestep.replay.check import build_side
 from truestep.training.anchors import anchored
 from truestep.training.forced import Stepped, script_of
+from truestep.training.incoming import silent
 from truestep.training.locating import Evidence, located
 from truestep.training.names import ORDER, call_name, describe, recorded_calls
 from truestep.training.pulling import BACKWARD, Pulled, Recorded
@@ -34,6 +35,8 @@ _GIVEN = frozenset({"given", "returned", "pulled", "random"})
 
 _OWN_CODE = frozenset({"input", "loss", "optimizer", "merge"})
 _NO_GRADIENT = "no gradient: frozen, or cut off from the loss (detached)"
+_NAMED = 3
+_AGAIN = "recorded again, they get a drawn one, but for the outermost"
 _CHANGED = "the step changes it, and the reference's does not"
 _OLD_END = "the weights at the end of the step: the recording holds none; record it again"
 _UNPROBED = "{}: steps after the first; what the optimiser holds in its place cannot be told"
@@ -112,7 +115,7 @@ def check_training(
         actual=side,
         reference=build_side(recording),
         looked_at=_looked_at(made, calls),
-        not_looked_at=unread,
+        not_looked_at=(*unread, *_silent(calls)),
         notes=tuple(dict.fromkeys(made.notes)),
     )
     evidence = Evidence(
@@ -250,17 +253,17 @@ def _whole_row(
 ) -> Row | None:
     """A row of one side alone: a gradient that does not come is a fault, not only missing."""
     place = describe(row.name)
+    missing = row.verdict is Verdict.MISSING
     failed = made.failed.get((place.fqn or "", place.step or 0))
     if failed and row.name.startswith("module/"):
         return row.model_copy(
             update={"verdict": Verdict.INVALID, "note": f"the module raised {failed}"}
         )
-    if made.raised and row.verdict is Verdict.MISSING and place.stage in _OWN_CODE:
+    if made.raised and missing and place.stage in _OWN_CODE:
         return row.model_copy(update={"verdict": Verdict.INVALID, "note": made.raised})
-    if row.verdict is Verdict.MISSING and row.name.startswith("probe/"):
-        if place.fqn in made.unprobed:
-            return None  # what the step makes of it is judged, and its later steps are not
-    if row.verdict is Verdict.MISSING and place.stage in (BACKWARD, "gradient", "optimizer"):
+    if missing and row.name.startswith("probe/") and place.fqn in made.unprobed:
+        return None  # what the step makes of it is judged, and its later steps are not
+    if missing and place.stage in (BACKWARD, "gradient", "optimizer"):
         if not bool(expected[row.name].any()):
             return None  # zero, and none: nothing is trained either way
         note = _NO_GRADIENT if place.stage != "optimizer" else "it is not trained"
@@ -305,6 +308,15 @@ def _last_first(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         groups.setdefault((row.fqn, row.step), []).append(row)
     return [row for group in reversed(list(groups.values())) for row in group]
+
+
+def _silent(calls: Mapping[Key, Recorded]) -> tuple[str, ...]:
+    """Calls whose recorded gradient is 0: whatever a backward makes of that is 0."""
+    found = [f"{fqn} (call {number})" for (fqn, number), own in calls.items() if silent(own)]
+    if not found:
+        return ()
+    named = ", ".join(found[:_NAMED]) + (" and more" if len(found) > _NAMED else "")
+    return (f"backward of {len(found)} calls that a gradient of 0 came to: {named}; {_AGAIN}",)
 
 
 def _looked_at(made: Made, calls: Mapping[Key, Recorded]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import torch
 from truestep.judge.divergence import ROOT, failed, kind_of
 from truestep.judge.sentence import sentence_of
 from truestep.training.afterwards import done_after
-from truestep.training.derivative import Slope, slope
+from truestep.training.derivative import Slope, of_other_function, slope
 from truestep.training.optimizers import explained
 from truestep.training.pulling import BACKWARD, FORWARD, Recorded, pull
 from truestep.training.running import Whole, run_whole
@@ -59,7 +59,8 @@ def located(comparison: Comparison, evidence: Evidence) -> Comparison:
     place = _place(wrong)
     origin = [_with_origin(row, place, wrong) if failed(row) else row for row in rows]
     row = place
-    kind = _kind(row, wrong, evidence)
+    elsewhere = _is_of_forward(row, evidence)
+    kind = _kind(row, wrong, evidence, elsewhere=elsewhere)
     found = Divergence(
         name=row.name,
         stage=row.stage,
@@ -68,7 +69,7 @@ def located(comparison: Comparison, evidence: Evidence) -> Comparison:
         operator=_operator(row, evidence) or None,
     )
     judged = Rows.of(origin)
-    told = _sentence(comparison, judged, found, wrong)
+    told = _sentence(comparison, judged, found, wrong, elsewhere=elsewhere)
     return comparison.model_copy(
         update={"rows": judged, "first_divergence": found, "sentence": told}
     )
@@ -119,7 +120,7 @@ def _with_origin(row: Row, place: Row, wrong: Sequence[Row]) -> Row:
     return row.model_copy(update={"origin": "introduced" if own else "inherited"})
 
 
-def _kind(row: Row, wrong: Sequence[Row], evidence: Evidence) -> str:
+def _kind(row: Row, wrong: Sequence[Row], evidence: Evidence, *, elsewhere: bool) -> str:
     """What is wrong, in words."""
     parts = []
     key = row.fqn or "", row.step or 0
@@ -128,7 +129,10 @@ def _kind(row: Row, wrong: Sequence[Row], evidence: Evidence) -> str:
     looks = _looks(row, evidence)
     if looks:
         parts.append(looks)
-    if row.stage == BACKWARD and key in evidence.calls:
+    if elsewhere:
+        parts += ["so is the derivative of its own forward, by differences"]
+        parts += _hidden(row, evidence)
+    elif row.stage == BACKWARD and key in evidence.calls:
         found = slope(evidence.whole, key, evidence.calls[key])
         parts += [_said_slope(found)] if found is not None else []
         parts += _checkpointed(row, evidence)
@@ -152,6 +156,29 @@ def _looks(row: Row, evidence: Evidence) -> str:
     if reference.numel() == 1 or row.name.startswith("after/"):
         return ""  # of one number every change is a factor; what was added is told by the weights
     return kind_of(actual, reference) or ""
+
+
+def _is_of_forward(row: Row, evidence: Evidence) -> bool:
+    """Whether a wrong gradient is right of the module's own forward."""
+    key = row.fqn or "", row.step or 0
+    reference = evidence.reference.get(row.name)
+    if row.stage != BACKWARD or row.metrics is None or reference is None:
+        return False
+    if key not in evidence.calls or evidence.calls[key].random is not None:
+        return False
+    slot = row.name.rpartition("/")[2]
+    recorded = evidence.calls[key]
+    return of_other_function(evidence.whole, key, recorded, slot=slot, reference=reference)
+
+
+def _hidden(row: Row, evidence: Evidence) -> list[str]:
+    """A parameter that is 0 hides what the forward does with it."""
+    head, _, name = row.name.rpartition("/")[2].partition(".")
+    fqn = name if row.fqn == ROOT else f"{row.fqn}.{name}"
+    weight = evidence.reference.get(f"weight/{fqn}") if head == "w" else None
+    if weight is None or bool(weight.any()):
+        return []
+    return [f"while {name} is 0 no output shows what the forward does with it"]
 
 
 def _said_slope(found: Slope) -> str:
@@ -242,10 +269,17 @@ def _mended(name: str, tensors: Mapping[str, torch.Tensor], evidence: Evidence) 
     return left < _MENDED * was
 
 
-def _sentence(comparison: Comparison, rows: Rows, found: Divergence, wrong: Sequence[Row]) -> str:
+def _sentence(
+    comparison: Comparison,
+    rows: Rows,
+    found: Divergence,
+    wrong: Sequence[Row],
+    *,
+    elsewhere: bool,
+) -> str:
     text = sentence_of(comparison.verdict, rows, found, {})
     word = f"{comparison.verdict.value}: "
-    said = _SAID.get(found.stage, "")
+    said = _OTHER_FUNCTION if elsewhere else _SAID.get(found.stage, "")
     if found.stage == "loss":
         value = any(row.name.startswith("loss/") for row in wrong)
         said = _LOSS if value else _LOSS_GRADIENT
@@ -263,6 +297,7 @@ _SAID = {
     "optimizer": "gradients are right, and what is made of them is not",
     "merge": "the merged model is not the trainer's",
 }
+_OTHER_FUNCTION = "the forward is another function, which agrees on what was recorded"
 _LOSS = "the loss is wrong on right predictions"
 _LOSS_GRADIENT = "the loss agrees, and its gradient does not"
 _CHECKPOINTING = "without activation checkpointing the gradient is right"

@@ -27,6 +27,7 @@ from truestep.runtime.precision import working_dtype
 from truestep.training.anchors import anchored, anchors_of
 from truestep.training.benign import AS_IT_IS, Change, changes
 from truestep.training.forced import Stepped, script_of
+from truestep.training.incoming import with_drawn
 from truestep.training.names import call_name, recorded_calls
 from truestep.training.pulling import Pulled, Recorded
 from truestep.training.running import Whole, run_forced, run_modules, run_whole
@@ -93,6 +94,7 @@ def record_training(
             where=type(whole.step.model).__name__,
             likely="run() calls no backward, or the model runs without gradients",
         )
+    calls, drawn = with_drawn(calls, whole.outermost)
     tensors = _inputs(whole, calls)
     wants = {f"{fqn}/{number}": sorted(own.wants) for (fqn, number), own in calls.items()}
     trained = trained_step(build, whole, calls, tensors)
@@ -102,6 +104,7 @@ def record_training(
     settings: dict[str, Any] = {
         "wants": wants,
         "outermost": [list(key) for key in whole.outermost],
+        "drawn": [list(key) for key in drawn],
         "nodes": {f"{f}/{n}": dict(p.nodes) for (f, n), p in trained.pulled.items()},
         "size": trained.stepped.size,
         "optimizer": hyperparameters(whole.step.optimizer),
