@@ -11,6 +11,7 @@ import torch
 
 from truestep.environment import Environment
 from truestep.errors import FOREIGN, TruestepError, UsageError, one_line, surviving
+from truestep.judge.divergence import ROOT
 from truestep.judge.floor import Limits
 from truestep.judge.rows import build_comparison, compare_tensors, row_fields, tensor_info
 from truestep.progress import Progress
@@ -18,6 +19,7 @@ from truestep.randomness import own_randomness
 from truestep.recording.format import Recording
 from truestep.replay.check import build_side
 from truestep.training.anchors import anchored
+from truestep.training.comparable import called_otherwise, names_apart, of_total
 from truestep.training.forced import Stepped, script_of
 from truestep.training.incoming import silent
 from truestep.training.locating import Evidence, located
@@ -39,6 +41,7 @@ _NAMED = 3
 _AGAIN = "recorded again, they get a drawn one, but for the outermost"
 _CHANGED = "the step changes it, and the reference's does not"
 _OLD_END = "the weights at the end of the step: the recording holds none; record it again"
+_EXTRA = "{}: the recording has no parameter of this name"
 _UNPROBED = "{}: steps after the first; what the optimiser holds in its place cannot be told"
 _A_GRADIENT = "it has a gradient, and the reference's has none: it is frozen there"
 
@@ -53,6 +56,7 @@ class Made:
         pulled: Of each module's call.
         failed: Calls that raised, and what.
         raised: What the trainer's own code raised when it was forced.
+        apart: Name of a row and what it says, where the parts cannot be set against each other.
         unprobed: Parameters whose later steps cannot be made; see `Stepped`.
         notes: What went otherwise.
     """
@@ -62,6 +66,7 @@ class Made:
     pulled: Mapping[Key, Pulled] = field(default_factory=dict)
     failed: dict[Key, str] = field(default_factory=dict)
     raised: str = ""
+    apart: tuple[str, str] = ("", "")
     unprobed: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
@@ -109,7 +114,8 @@ def check_training(
     except FOREIGN as error:  # whatever a candidate raises is its outcome
         return _raised(error, recording, side)
     limits = Limits(floor=recording.manifest.noise_floor, pair=pair, tolerance=tolerance)
-    rows, unread = _rows(made, recording, settings, limits)
+    judged = _rows_apart if made.apart[1] else _rows
+    rows, unread = judged(made, recording, settings, limits)
     comparison = build_comparison(
         rows,
         actual=side,
@@ -161,11 +167,19 @@ def _made(
     calls: Mapping[Key, Recorded],
     told: Progress,
 ) -> Made:
-    """The candidate by itself, module by module, and forced."""
+    """The candidate by itself, module by module, and forced; by itself alone where its calls have
+    no partners."""
     told("training step", 0, 3)
     whole = run_whole(build)
     told("modules", 1, 3)
     made = Made(whole, {f"weight/{n}": p for n, p in _weights(whole).items()})
+    outermost = [(fqn, number) for fqn, number in settings["outermost"]]
+    made.apart = ("", names_apart(_weights(whole), settings["parameters"]))
+    if not made.apart[1]:
+        made.apart = called_otherwise(whole, calls, outermost)
+    if made.apart[1]:
+        made.tensors |= whole.tensors
+        return made
     made.pulled = run_modules(whole, calls, failed=made.failed)
     told("trainer", 2, 3)
     backward: dict[Key, dict[str, torch.Tensor]] = {}
@@ -174,7 +188,6 @@ def _made(
         if place.stage == BACKWARD:
             slot = name.rpartition("/")[2]
             backward.setdefault((place.fqn or "", place.step or 0), {})[slot] = recording[name]
-    outermost = [(fqn, number) for fqn, number in settings["outermost"]]
     script = script_of(recording, whole.calls, backward, outermost=outermost, size=settings["size"])
     stepped = Stepped()
     try:
@@ -199,15 +212,36 @@ def _weights(whole: Whole) -> dict[str, torch.Tensor]:
 
 def _raised(error: BaseException, recording: Recording, side: Side) -> Comparison:
     text = f"the training step raised {one_line(error)}"
-    name = next(name for name in recording if name.startswith("gradient/"))
-    row = Row(
-        **{
-            **row_fields(name, None, recording[name], describe(name)),
-            "verdict": Verdict.INVALID,
-            "note": text,
-        }
-    )
+    row = _alone(_any_gradient(recording), recording, Verdict.INVALID, text)
     return build_comparison([row], actual=side, reference=build_side(recording), notes=(text,))
+
+
+def _any_gradient(recording: Recording) -> str:
+    return next(name for name in recording if name.startswith("gradient/"))
+
+
+def _alone(name: str, recording: Recording, verdict: Verdict, note: str) -> Row:
+    """A row that stands for what was recorded, and that the candidate has no partner of."""
+    fields = row_fields(name, None, recording.get(name), describe(name))
+    return Row(**{**fields, "verdict": verdict, "note": note})
+
+
+def _rows_apart(
+    made: Made, recording: Recording, settings: Mapping[str, Any], limits: Limits
+) -> tuple[list[Row], tuple[str, ...]]:
+    """Weights, and why nothing else is judged."""
+    name, text = made.apart
+    if not name:
+        return [_alone(_any_gradient(recording), recording, Verdict.INCOMPARABLE, text)], ()
+    sides = []
+    for head in ("weight/", "gradient/"):
+        expected = {n: recording[n] for n in recording if n.startswith(head)}
+        own = {n: tensor for n, tensor in made.tensors.items() if n in expected}
+        mine, theirs = (anchored(side, expected, settings["anchors"]) for side in (own, expected))
+        sides.append(compare_tensors(mine, theirs, limits=limits, describe=describe))
+    weights, gradients = sides
+    text = f"{text}: the parts have no partners; {of_total(gradients)}"
+    return [*weights, _alone(name, recording, Verdict.INCOMPARABLE, text)], ()
 
 
 def _rows(
@@ -227,6 +261,8 @@ def _rows(
         expected[name] = recording[name]
     if not any(name.startswith("after/") for name in expected):
         unread[_OLD_END] = None
+    extra = [name for name in made.tensors if name.startswith("weight/") and name not in expected]
+    unread |= dict.fromkeys(_EXTRA.format(name.removeprefix("weight/")) for name in extra)
     unread |= dict.fromkeys(_UNPROBED.format(name) for name in sorted(made.unprobed))
     actual = {name: tensor for name, tensor in made.tensors.items() if _is_asked(name, expected)}
     anchors: Mapping[str, float] = settings["anchors"]
@@ -263,6 +299,8 @@ def _whole_row(
         return row.model_copy(update={"verdict": Verdict.INVALID, "note": made.raised})
     if missing and row.name.startswith("probe/") and place.fqn in made.unprobed:
         return None  # what the step makes of it is judged, and its later steps are not
+    if missing and _nameless(row, made):
+        return row.model_copy(update={"note": "the candidate has no parameter of this name"})
     if missing and place.stage in (BACKWARD, "gradient", "optimizer"):
         if not bool(expected[row.name].any()):
             return None  # zero, and none: nothing is trained either way
@@ -282,15 +320,31 @@ def _whole_row(
     return row.model_copy(update=told)
 
 
-def _inner_only(row: Row, expected: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a gradient is of a module that the reference does not have, or of a part of one."""
+def _nameless(row: Row, made: Made) -> bool:
+    """Whether a row is of a parameter that the candidate does not have by this name."""
     place = describe(row.name)
+    head, _, name = row.name.rpartition("/")[2].partition(".")
     if place.stage == BACKWARD:
-        return not any(
-            name.startswith(call_name("module", (place.fqn or "", place.step or 0)))
-            for name in expected
-        )
-    return f"weight/{place.fqn}" not in expected
+        if head != "w" or (place.fqn, place.step) not in made.pulled:
+            return False
+        own = made.whole.modules[place.fqn or ""]
+        return name not in dict(parameters(own))
+    if row.name.partition("/")[0] not in ("gradient", "clipped", "update", "after", "probe"):
+        return False
+    return f"weight/{place.fqn}" not in made.tensors
+
+
+def _inner_only(row: Row, expected: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a gradient is of a module or parameter that the reference does not have."""
+    place = describe(row.name)
+    if place.stage != BACKWARD:
+        return f"weight/{place.fqn}" not in expected
+    head, _, name = row.name.rpartition("/")[2].partition(".")
+    whole = name if place.fqn == ROOT else f"{place.fqn}.{name}"
+    if head == "w" and f"weight/{whole}" not in expected:
+        return True
+    call = call_name("module", (place.fqn or "", place.step or 0))
+    return not any(other.startswith(f"{call}/") for other in expected)
 
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:

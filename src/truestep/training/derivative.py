@@ -13,6 +13,7 @@ import torch
 from truestep.errors import FOREIGN
 from truestep.training.pulling import Pulled, Recorded, pull
 from truestep.training.running import Whole
+from truestep.training.step import parameters
 
 STEPS = (1e-2, 3e-3)
 """Lengths of the difference, beside the size of what is moved. Two of them: where they do not agree
@@ -101,7 +102,7 @@ def _directions(
     generator = torch.Generator("cpu").manual_seed(0)
     own = pull(module, whole.calls[key], recorded).backward
     tensors = {path: recorded.given[path] for path in sorted(recorded.wants)}
-    tensors |= {f"w.{name}": p.detach() for name, p in module.named_parameters()}
+    tensors |= {f"w.{name}": p.detach() for name, p in parameters(module)}
     found = {
         slot: _direction(tensor, generator)
         for slot, tensor in tensors.items()
@@ -147,7 +148,7 @@ def _value(
     sign: float,
 ) -> float:
     module = whole.modules[key[0]]
-    held = dict(module.named_parameters())
+    held = dict(parameters(module))
     kept = {slot: held[slot.removeprefix("w.")].detach().clone() for slot in moved}
     try:
         with torch.no_grad():
