@@ -19,15 +19,16 @@ from truestep.randomness import own_randomness
 from truestep.recording.format import Recording
 from truestep.replay.check import build_side
 from truestep.training.anchors import anchored
-from truestep.training.comparable import called_otherwise, names_apart, of_total
+from truestep.training.comparable import called_otherwise, names_apart, of_total, with_losses
 from truestep.training.forced import Stepped, script_of
 from truestep.training.incoming import silent
 from truestep.training.locating import Evidence, located
 from truestep.training.names import ORDER, call_name, describe, recorded_calls
 from truestep.training.pulling import BACKWARD, Pulled, Recorded
-from truestep.training.recording import KIND
+from truestep.training.recording import KIND, LOST
 from truestep.training.running import Whole, run_forced, run_modules, run_whole
 from truestep.training.step import Build, hyperparameters, parameters
+from truestep.training.stepping import Optimizers, groups_of, noted
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Row, Side, Verdict
 
@@ -58,7 +59,7 @@ class Made:
         raised: What the trainer's own code raised when it was forced.
         apart: Name of a row and what it says, where the parts cannot be set against each other.
         unprobed: Parameters whose later steps cannot be made; see `Stepped`.
-        notes: What went otherwise.
+        notes: What went otherwise. unread: what is not looked at.
     """
 
     whole: Whole
@@ -69,6 +70,7 @@ class Made:
     apart: tuple[str, str] = ("", "")
     unprobed: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
 
 @taking_turns()
@@ -116,13 +118,14 @@ def check_training(
     limits = Limits(floor=recording.manifest.noise_floor, pair=pair, tolerance=tolerance)
     judged = _rows_apart if made.apart[1] else _rows
     rows, unread = judged(made, recording, settings, limits)
+    optimizers = _optimizers(made.whole, settings)
     comparison = build_comparison(
         rows,
         actual=side,
         reference=build_side(recording),
         looked_at=_looked_at(made, calls),
-        not_looked_at=(*unread, *_silent(calls)),
-        notes=tuple(dict.fromkeys(made.notes)),
+        not_looked_at=(*unread, *made.unread, *_silent(calls), *_lost(recording)),
+        notes=tuple(dict.fromkeys([*made.notes, *noted(optimizers)])),
     )
     evidence = Evidence(
         actual=made.tensors,
@@ -130,12 +133,24 @@ def check_training(
         nodes={key: own.nodes for key, own in made.pulled.items()},
         custom={key: own.custom for key, own in made.pulled.items()},
         recorded_nodes={_key(k): v for k, v in settings["nodes"].items()},
-        optimizers=(hyperparameters(made.whole.step.optimizer), settings["optimizer"]),
+        optimizers=optimizers,
         whole=made.whole,
         calls=calls,
         build=build,
     )
     return located(comparison, evidence)
+
+
+def _optimizers(whole: Whole, settings: Mapping[str, Any]) -> Optimizers:
+    step = whole.step
+    return Optimizers(
+        own=hyperparameters(step.optimizer),
+        recorded=settings["optimizer"],
+        own_groups=groups_of(step.optimizer, step.model),
+        recorded_groups=settings.get("groups", {}),
+        size=settings["size"],
+        model=step.model,
+    )
 
 
 def settings_of(recording: Recording) -> dict[str, Any]:
@@ -203,6 +218,7 @@ def _made(
     for key, own in made.pulled.items():
         made.tensors |= own.named(key)
     made.tensors |= {k: v for k, v in stepped.tensors.items() if not k.startswith("unmerged/")}
+    made.tensors, made.unread = with_losses(made.tensors, recording)
     return made
 
 
@@ -299,6 +315,8 @@ def _whole_row(
         return row.model_copy(update={"verdict": Verdict.INVALID, "note": made.raised})
     if missing and row.name.startswith("probe/") and place.fqn in made.unprobed:
         return None  # what the step makes of it is judged, and its later steps are not
+    if missing and row.name.startswith("loss/") and made.unread:
+        return None  # run() returns none: its gradient is judged
     if missing and _nameless(row, made):
         return row.model_copy(update={"note": "the candidate has no parameter of this name"})
     if missing and place.stage in (BACKWARD, "gradient", "optimizer"):
@@ -362,6 +380,11 @@ def _last_first(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         groups.setdefault((row.fqn, row.step), []).append(row)
     return [row for group in reversed(list(groups.values())) for row in group]
+
+
+def _lost(recording: Recording) -> list[str]:
+    """Harmless changes that the floor does not hold."""
+    return [note for note in recording.manifest.notes if note.startswith(LOST)]
 
 
 def _silent(calls: Mapping[Key, Recorded]) -> tuple[str, ...]:

@@ -75,3 +75,32 @@ def of_total(rows: Sequence[Row]) -> str:
         return f"the total gradient agrees (the worst at {worst:.2g} x its floor)"
     apart = max((row.metrics.rel_l2 for row in wrong if row.metrics), default=float("inf"))
     return f"{len(wrong)} of {len(rows)} total gradients differ, by up to rel_l2 {apart:.1e}"
+
+
+_TOTAL = ("out", "loss", "total", "total_loss")
+"""Names of a loss that is returned alone, or as the first part of a mapping."""
+
+
+def with_losses(
+    tensors: Mapping[str, torch.Tensor], recorded: Iterable[str]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """A candidate's tensors, its losses by their recorded names, however `run` returns them.
+
+    Returns:
+        The tensors, and what is not looked at: losses that one side does not return.
+    """
+    theirs = [name for name in recorded if name.startswith("loss/")]
+    mine = [name for name in tensors if name.startswith("loss/")]
+    if not mine:
+        return dict(tensors), [f"{name}: run() returns no loss" for name in theirs]
+    if not theirs:
+        kept = {name: tensor for name, tensor in tensors.items() if name not in mine}
+        return kept, [f"{name}: no loss was recorded" for name in mine]
+    left = [name for name in mine if name not in theirs]
+    without = [name for name in theirs if name not in mine]
+    pairs = dict(zip(left, without, strict=True)) if len(left) == len(without) == 1 else {}
+    if len(mine) != len(theirs):
+        first = [name for name in left if name.removeprefix("loss/") in _TOTAL]
+        other = [name for name in without if name.removeprefix("loss/") in _TOTAL]
+        pairs = dict(zip(first, other, strict=False)) if len(other) == len(first) == 1 else {}
+    return {pairs.get(name, name): tensor for name, tensor in tensors.items()}, []

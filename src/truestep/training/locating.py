@@ -3,6 +3,7 @@ optimiser, the merge; or what lies between the modules."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,17 @@ from truestep.judge.divergence import ROOT, failed, kind_of
 from truestep.judge.sentence import sentence_of
 from truestep.training.afterwards import done_after
 from truestep.training.derivative import Slope, of_other_function, slope
-from truestep.training.optimizers import explained
 from truestep.training.pulling import BACKWARD, FORWARD, Recorded, pull
 from truestep.training.running import Whole, run_whole
-from truestep.training.step import Build, said_otherwise
+from truestep.training.step import Build
+from truestep.training.stepping import Optimizers, causes, of_given
 from truestep.training.unchecked import without_checkpointing
 from truestep.verdict import Comparison, Divergence, Row, Rows
 
 Key = tuple[str, int]
 _LISTED = 3
+_SCALER = 4
+"""Least power of two that is taken for a GradScaler's factor; its default begins at 2 ** 16."""
 _MENDED = 0.1
 """Share of an error that may be left where something mends it."""
 
@@ -34,7 +37,7 @@ class Evidence:
         actual, reference: Tensors by the names of rows.
         nodes, recorded_nodes: Of each module's call, kinds of nodes of its graph.
         custom: Of each, where somebody's own kinds of node are written.
-        optimizers: What both optimisers say of themselves.
+        optimizers: Both of them.
         whole: How the candidate calls its modules. calls: what was recorded of each.
         build: Makes the candidate's step.
     """
@@ -44,7 +47,7 @@ class Evidence:
     nodes: Mapping[Key, Counter[str]]
     recorded_nodes: Mapping[Key, Mapping[str, int]]
     custom: Mapping[Key, Mapping[str, str]]
-    optimizers: tuple[list[dict[str, str]], list[Mapping[str, str]]]
+    optimizers: Optimizers
     whole: Whole
     calls: Mapping[Key, Recorded]
     build: Build
@@ -128,7 +131,7 @@ def _kind(row: Row, wrong: Sequence[Row], evidence: Evidence, *, elsewhere: bool
         parts.append(f"the gradient of {_slot(row)}")
     looks = _looks(row, evidence)
     if looks:
-        parts.append(looks)
+        parts += [looks, *_scaler(row, evidence)]
     if elsewhere:
         parts += ["so is the derivative of its own forward, by differences"]
         parts += _hidden(row, evidence)
@@ -141,6 +144,21 @@ def _kind(row: Row, wrong: Sequence[Row], evidence: Evidence, *, elsewhere: bool
     if row.stage == "gradient":
         parts += _between(row, evidence)
     return "; ".join(part for part in parts if part)
+
+
+def _scaler(row: Row, evidence: Evidence) -> list[str]:
+    """A gradient that is a large power of two times the recorded one."""
+    actual, reference = evidence.actual.get(row.name), evidence.reference.get(row.name)
+    if row.stage not in ("loss", "gradient", "optimizer") or actual is None or reference is None:
+        return []
+    if row.name.partition("/")[0] not in ("prediction", "gradient", "clipped"):
+        return []
+    square = float(reference.double().square().sum())
+    gain = float((actual.double() * reference.double()).sum()) / square if square else 0.0
+    power = abs(math.log2(gain)) if gain > 0 else 0.0
+    if power < _SCALER or abs(power - round(power)) > 1e-4:
+        return []
+    return ["a power of two: a GradScaler's factor? Record with the same one"]
 
 
 def _slot(row: Row) -> str:
@@ -217,21 +235,19 @@ def _operator(row: Row, evidence: Evidence) -> str:
 def _of_optimizer(row: Row, wrong: Sequence[Row], evidence: Evidence) -> list[str]:
     """What the two optimisers say of themselves, or what explains their steps."""
     head = row.name.partition("/")[0]
+    name = row.fqn or ""
     if head == "clipped":
-        return ["what the optimiser is given of right gradients: clipping, or a scale"]
+        added = of_given(name, evidence.actual, evidence.reference)
+        return [added or "what the optimiser is given of right gradients: clipping, or a scale"]
     if head == "after":
         ends = [other.fqn or "" for other in wrong if other.name.startswith("after/")]
         return done_after(ends, evidence.actual, evidence.reference)
     if head == "ema":
         return ["what is added to the averaged model: its decay"]
-    said = {
-        key: f"{key} {own} (was {theirs})"
-        for key, own, theirs in said_otherwise(*evidence.optimizers)
-    }
-    found = [*said.values()][:_LISTED]
-    if set(said) <= {"optimizer"}:
-        found += explained(evidence.actual, evidence.reference, evidence.optimizers)
-    return found
+    heads = ("update", "probe")
+    names = [other.fqn or "" for other in wrong if other.name.partition("/")[0] in heads]
+    moved = list(dict.fromkeys(names))
+    return causes(moved, evidence.optimizers, evidence.actual, evidence.reference)
 
 
 def _between(row: Row, evidence: Evidence) -> list[str]:

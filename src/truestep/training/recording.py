@@ -32,10 +32,14 @@ from truestep.training.names import call_name, recorded_calls
 from truestep.training.pulling import Pulled, Recorded
 from truestep.training.running import Whole, run_forced, run_modules, run_whole
 from truestep.training.step import Build, hyperparameters
+from truestep.training.stepping import groups_of
 from truestep.turns import taking_turns
 
 KIND = "training"
 """Setting of a recording that is one of a training step: what was found of it beside tensors."""
+
+LOST = "noise floor without"
+"""Begins the note of a harmless change that the step could not be run under."""
 
 Key = tuple[str, int]
 
@@ -108,6 +112,7 @@ def record_training(
         "nodes": {f"{f}/{n}": dict(p.nodes) for (f, n), p in trained.pulled.items()},
         "size": trained.stepped.size,
         "optimizer": hyperparameters(whole.step.optimizer),
+        "groups": groups_of(whole.step.optimizer, whole.step.model),
         "parameters": sorted(whole.weights),
     }
     if floor:
@@ -218,7 +223,7 @@ def _measure(
         except TruestepError:
             raise
         except FOREIGN as error:
-            notes.append(f"noise floor without {change.kind} ({change.detail}): {one_line(error)}")
+            notes.append(f"{LOST} {change.kind} ({change.detail}): {one_line(error)}")
             continue
         values = _as_recorded(again, trained)
         made.append((change, values))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,7 +182,7 @@ _HOW = frozenset(
 
 
 def said_otherwise(
-    actual: list[dict[str, str]], reference: list[Mapping[str, str]]
+    actual: Sequence[Mapping[str, str]], reference: Sequence[Mapping[str, str]]
 ) -> Iterator[tuple[str, str, str]]:
     """Hyper-parameters that both have and that differ: which, and their values on both sides."""
     if len(actual) != len(reference):
