@@ -152,17 +152,37 @@ def _of_user(name: str, function: Callable[..., Any]) -> Callable[[Frames, str],
     def read(frames: Frames, prompt: str) -> tuple[float, ...]:
         try:
             value = function(frames.copy(), prompt)
-            number = float(value)
         except Exception as error:  # the user's own code may raise anything
             raise UsageError(
                 f"the metric {name} raised {type(error).__name__}: {error}",
-                where=last_frame(error),
-                hint="it is called with frames `f h w c` (float32 in [0, 1]) and the prompt, and "
-                "returns a number, higher is better",
+                where=_where(function, error),
+                hint=_AS_CALLED,
             ) from error
-        return (number,)
+        try:
+            return (float(value),)
+        except Exception as error:  # a value of the user's may raise anything, too
+            raise UsageError(
+                f"the metric {name} returned {type(value).__name__}, not a number",
+                where=_where(function, error),
+                hint=_AS_CALLED,
+            ) from error
 
     return read
+
+
+_AS_CALLED = (
+    "it is called with frames `f h w c` (float32 in [0, 1]) and the prompt, and returns a number, "
+    "higher is better"
+)
+
+
+def _where(function: Callable[..., Any], error: BaseException) -> str:
+    """Where the user's code raised; where it is written, if it did not get that far."""
+    place = last_frame(error)
+    code = getattr(function, "__code__", None)
+    if code is None or not place.startswith(f"{__file__}:"):
+        return place
+    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def clip(folder: Path) -> Metric:
