@@ -27,7 +27,7 @@ def refuse_not_finite(changed: Mapping[str, Tensor]) -> None:
     named = [name for name, count in bad.items() if count]
     if named:
         raise UsageError(
-            f"the change makes {len(named)} layers hold values that are not finite",
+            "the change makes layers hold values that are not finite",
             where=_listed(named),
             measured=f"{bad[named[0]]} of {changed[named[0]].numel()} numbers of the first",
             likely="a scale of 0 or an overflow in the quantiser",

@@ -153,27 +153,24 @@ def _of_user(name: str, function: Callable[..., Any]) -> Callable[[Frames, str],
         try:
             value = function(frames.copy(), prompt)
         except Exception as error:  # the user's own code may raise anything
-            raise UsageError(
-                f"the metric {name} raised {type(error).__name__}: {error}",
-                where=_where(function, error),
-                hint=_AS_CALLED,
-            ) from error
+            text = f"the metric {name} raised {type(error).__name__}: {error}"
+            raise _misused(text, function, error) from error
         try:
             return (float(value),)
-        except Exception as error:  # a value of the user's may raise anything, too
-            raise UsageError(
-                f"the metric {name} returned {type(value).__name__}, not a number",
-                where=_where(function, error),
-                hint=_AS_CALLED,
-            ) from error
+        except Exception as error:  # and so may what it returns
+            text = f"the metric {name} returned {type(value).__name__}, not a number"
+            raise _misused(text, function, error) from error
 
     return read
 
 
-_AS_CALLED = (
-    "it is called with frames `f h w c` (float32 in [0, 1]) and the prompt, and returns a number, "
-    "higher is better"
-)
+def _misused(text: str, function: Callable[..., Any], error: BaseException) -> UsageError:
+    return UsageError(
+        text,
+        where=_where(function, error),
+        hint="it is called with frames `f h w c` (float32 in [0, 1]) and the prompt, and "
+        "returns a number, higher is better",
+    )
 
 
 def _where(function: Callable[..., Any], error: BaseException) -> str:
