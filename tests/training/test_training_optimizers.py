@@ -70,6 +70,20 @@ def test_no_decay_of_biases_is_named_with_those_that_lack_it(reference: Recordin
     assert "Silent" not in silent.sentence
 
 
+def test_a_class_that_stands_for_another_decay_is_said_with_it(reference: Recording) -> None:
+    coupled = WITH.but(optimizer=lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=DECAY))
+    found = check_training(coupled, reference)
+    assert "optimizer Adam (was AdamW); decoupled_weight_decay False (was True)" in found.sentence
+    plain = WITH.but(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0))
+    other = WITH.but(optimizer=lambda p: torch.optim.Adam(p, lr=2e-3))
+    recording = record_training(plain, floor=False)
+    told = check_training(other, recording)
+    assert "lr 0.002 (was 0.001)" in told.sentence
+    assert "decoupled" not in told.sentence
+    same = plain.but(optimizer=lambda p: torch.optim.Adam(p, lr=1e-3))
+    assert check_training(same, recording).verdict.passed
+
+
 def test_a_weight_in_the_gradient_is_found_under_a_clip() -> None:
     weight, gradient = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     reference = {"weight/w": weight, "clipped/0/w": gradient}

@@ -16,6 +16,7 @@ Said = Sequence[Mapping[str, str]]
 _LISTED = 3
 _ENOUGH = 16
 """Numbers of which two factors are no coincidence."""
+_DECOUPLED = "decoupled_weight_decay"
 _NO_CAUSE = frozenset({"optimizer", "parameter groups"})
 """What may differ without anything being wrong: the name of a class, how parameters are grouped."""
 
@@ -55,7 +56,7 @@ def groups_of(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -
 def noted(optimizers: Optimizers) -> list[str]:
     """What the two say otherwise, and what is no cause."""
     both = said_otherwise(optimizers.own, optimizers.recorded)
-    return [f"{key} {own} (was {theirs})" for key, own, theirs in both if key in _NO_CAUSE]
+    return [_text(*said) for said in both if said[0] in _NO_CAUSE]
 
 
 def causes(
@@ -85,21 +86,37 @@ def _said(wrong: Sequence[str], optimizers: Optimizers) -> list[str]:
     """Hyper-parameters of wrong parameters that both sides say, and say otherwise."""
     if not optimizers.own_groups or not optimizers.recorded_groups:
         both = said_otherwise(optimizers.own, optimizers.recorded)
-        return [f"{key} {own} (was {theirs})" for key, own, theirs in both if key not in _NO_CAUSE]
+        return [_text(*said) for said in both if said[0] not in _NO_CAUSE]
     held: dict[str, list[str]] = defaultdict(list)
     for name in wrong:
         if name not in optimizers.own_groups or name not in optimizers.recorded_groups:
             continue
         own = optimizers.own[optimizers.own_groups[name]]
         theirs = optimizers.recorded[optimizers.recorded_groups[name]]
-        for key, mine, other in said_otherwise([own], [theirs]):
-            if key not in _NO_CAUSE:
-                held[f"{key} {mine} (was {other})"].append(name)
+        for text in _between(own, theirs):
+            held[text].append(name)
     everything = len(optimizers.recorded_groups)
     return [
         text if len(names) == everything else f"{text} of {_listed(names)}"
         for text, names in held.items()
     ]
+
+
+def _between(own: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """What of two groups may make their steps others.
+
+    Where a decay goes counts only where there is one; then the class that stands for it is said.
+    """
+    said = {key: (key, mine, other) for key, mine, other in said_otherwise([own], [theirs])}
+    decays = [float(group.get("weight_decay", 0)) for group in (own, theirs)]
+    if not any(decays):
+        said.pop(_DECOUPLED, None)
+    texts = [_text(*said["optimizer"])] if _DECOUPLED in said and "optimizer" in said else []
+    return texts + [_text(*each) for key, each in said.items() if key not in _NO_CAUSE]
+
+
+def _text(key: str, own: str, theirs: str) -> str:
+    return f"{key} {own} (was {theirs})"
 
 
 def _listed(names: Sequence[str]) -> str:
