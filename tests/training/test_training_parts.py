@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def stepped(seed: int, step: Callable[..., Any], count: int = 4) -> Steps:
         step: Called with a weight, a gradient, a state and the step's number; changes the weight.
     """
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(8, 8, generator=generator).double()
     sizes = 10.0 ** (-6 * torch.rand(count, 8, 8, generator=generator, dtype=torch.float64))
     gradients = [*(torch.randn(8, 8, generator=generator, dtype=torch.float64) * s for s in sizes)]
     sides = []
@@ -230,6 +230,25 @@ def test_what_an_optimiser_does_not_say_is_found_in_its_steps(
     changes: dict[str, Any], text: str, seed: int
 ) -> None:
     assert explained({"w": stepped(seed, adam(**changes))}, SAID) == [text]
+
+
+def test_a_change_as_small_as_rounding_is_explained_where_the_formula_is_as_near() -> None:
+    def rounded(step: Callable[..., Any]) -> Callable[..., Any]:
+        def kept(w: Tensor, g: Tensor, state: dict[str, Tensor], number: int) -> None:
+            narrow = w.float()
+            step(narrow, g, state, number)
+            w.copy_(narrow)
+
+        return kept
+
+    def planted(**changes: Any) -> Steps:
+        own = stepped(1, rounded(adam(**changes)))
+        right = stepped(1, rounded(adam()))
+        return replace(own, recorded=right.own, dtype=torch.float32)
+
+    late = explained({"w": planted(late=1)}, SAID)
+    assert late == ["weight decay is of the weight after the step"]
+    assert explained({"w": planted()}, SAID) == [], "rounding alone is no cause"
 
 
 def test_steps_that_nothing_explains_are_not_explained() -> None:

@@ -12,11 +12,19 @@ import torch
 EXPLAINS = 0.05
 """A hypothesis explains a step if it leaves less than this share of the error."""
 
+AS_NEAR, NEARER = 1.25, 2.0
+"""So does one that is as near to the candidate's steps as the trusted formula is to the trusted
+ones, which are rounded otherwise than here; and that formula is this many times further off."""
+
+KNOWN = 0.01
+"""Share of the trusted steps that may be left of them for the formula to be theirs."""
+
 ALIKE = 3.0
 """Hypotheses that leave no more than this times what the best one leaves are told with it: from an
 empty state Adam's step is nearly the sign of the gradient, so that a decay that goes through the
 moments and none at all are all but the same step."""
 
+_FITTED = "learning rate"
 MOST = 3
 """Parameters of many dimensions, and of one, whose steps are computed anew: the largest."""
 
@@ -28,12 +36,14 @@ class Steps:
     Attributes:
         weight: Before the first. gradients: what each was given.
         own, recorded: What each added, by the candidate and by the trusted side.
+        dtype: That the parameter is kept in: each change of it is rounded to that.
     """
 
     weight: torch.Tensor
     gradients: Sequence[torch.Tensor]
     own: Sequence[torch.Tensor]
     recorded: Sequence[torch.Tensor]
+    dtype: torch.dtype = torch.float64
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,18 @@ def explained(parameters: Mapping[str, Steps], group: Mapping[str, str] | None) 
     if trusted is None or not chosen:
         return []
     error = _total(_apart(steps.own, steps.recorded) for steps in chosen)
-    if _left(trusted, chosen, recorded=True) > EXPLAINS * max(error, 1e-12):
+    floor = _left(trusted, chosen, recorded=True)
+    if floor > KNOWN * _total(_size(steps.recorded) for steps in chosen):
+        return []
+    if floor > EXPLAINS * error and _left(trusted, chosen) < NEARER * floor:
         return []
     left = {text: _left(other, chosen) for text, other in _hypotheses(trusted, chosen)}
     best = min(left.values())
-    if not best < EXPLAINS * error:
+    if not best <= max(EXPLAINS * error, AS_NEAR * floor):
         return []
-    return [" or ".join(text for text, size in left.items() if size <= ALIKE * best)]
+    alike = [text for text, size in left.items() if size <= ALIKE * best]
+    unfitted = [text for text in alike if not text.startswith(_FITTED)]  # a fit has a free number
+    return [" or ".join(unfitted or alike)]
 
 
 def _adam(group: Mapping[str, str] | None) -> Adam | None:
@@ -136,7 +151,8 @@ def _hypotheses(trusted: Adam, chosen: Sequence[Steps]) -> Iterator[tuple[str, A
             yield f"epsilon {eps:g} (was {trusted.eps:g})", replace(trusted, eps=eps)
     lr = trusted.lr * _factor(trusted, chosen)
     if lr > 1e-6 * trusted.lr:
-        yield f"learning rate {lr:.4g} (was {trusted.lr:g})", replace(trusted, lr=lr)
+        if f"{lr:.4g}" != f"{trusted.lr:.4g}":
+            yield f"{_FITTED} {lr:.4g} (was {trusted.lr:g})", replace(trusted, lr=lr)
     else:
         yield "no step", replace(trusted, lr=0.0, decay=0.0)
 
@@ -158,7 +174,7 @@ def _factor(trusted: Adam, chosen: Sequence[Steps]) -> float:
     """How many times the trusted first step the candidate's is."""
     product = square = 0.0
     for steps in chosen:
-        expected = _steps(trusted, steps.weight, steps.gradients[:1])[0]
+        expected = _steps(trusted, replace(steps, gradients=steps.gradients[:1]))[0]
         product += float((expected * steps.own[0]).sum())
         square += float(expected.square().sum())
     return product / square if square else 1.0
@@ -167,30 +183,32 @@ def _factor(trusted: Adam, chosen: Sequence[Steps]) -> float:
 def _left(how: Adam, chosen: Sequence[Steps], *, recorded: bool = False) -> float:
     """How far steps are from those that were made."""
     return _total(
-        _apart(
-            _steps(how, steps.weight, steps.gradients), steps.recorded if recorded else steps.own
-        )
-        for steps in chosen
+        _apart(_steps(how, steps), steps.recorded if recorded else steps.own) for steps in chosen
     )
 
 
-def _steps(
-    how: Adam, weight: torch.Tensor, gradients: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def _steps(how: Adam, steps: Steps) -> list[torch.Tensor]:
     """What each step adds, from an empty state."""
+    weight = steps.weight
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)
     found = []
-    for number, given in enumerate(gradients, start=1 + how.ahead):
+    for number, given in enumerate(steps.gradients, start=1 + how.ahead):
         gradient = given + how.decay * weight if how.coupled else given
         first = how.betas[0] * first + (1 - how.betas[0]) * gradient
         second = how.betas[1] * second + (1 - how.betas[1]) * gradient.square()
         first, second = (moment.to(how.state).double() for moment in (first, second))
         step = -how.lr * _direction(how, first, second, gradient, number)
-        decay = 0.0 if how.coupled else how.decay * (1.0 if how.unscaled else how.lr)
-        step = step - decay * (weight + step if how.late else weight)
-        found.append(step)
-        weight = weight + step
+        left = 1.0 if how.coupled else 1.0 - how.decay * (1.0 if how.unscaled else how.lr)
+        factors = (1.0, left) if how.late else (left, 1.0)
+        before = _kept(weight * factors[0], steps.dtype)
+        after = _kept(_kept(before + step, steps.dtype) * factors[1], steps.dtype)
+        found.append(after - weight)
+        weight = after
     return found
+
+
+def _kept(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight.to(dtype).double()
 
 
 def _direction(
@@ -212,6 +230,10 @@ def _direction(
 
 def _apart(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
     return _total(float((a - b).norm()) for a, b in zip(first, second, strict=True))
+
+
+def _size(steps: Sequence[torch.Tensor]) -> float:
+    return _total(float(step.norm()) for step in steps)
 
 
 def _total(sizes: Iterator[float]) -> float:

@@ -155,6 +155,7 @@ def _steps(
             [first.double(), *(gradient.to(first.dtype).double() for gradient in gradients)],
             [actual[key].double().cpu() for key in keys],
             [reference[key].double() for key in keys],
+            first.dtype,
         )
     return found
 
