@@ -131,6 +131,36 @@ def test_nan_is_degraded_and_named_and_of_the_baseline_invalid() -> None:
     assert judged(silent).standing is Standing.DEGRADED
 
 
+def test_numbers_too_large_to_be_compared_have_no_vote_and_no_pass() -> None:
+    def times(found: list[Clip], factor: float, cell: str | None = None) -> list[Clip]:
+        def scaled(clip: Clip) -> Clip:
+            if cell is not None and clip.cell != cell:
+                return clip
+            up = {n: tuple(factor * v for v in values) for n, values in clip.readings.items()}
+            down = {
+                mutation: {n: tuple(factor * v for v in values) for n, values in each.items()}
+                for mutation, each in clip.mutated.items()
+            }
+            return clip.model_copy(update={"readings": up, "mutated": down})
+
+        return [scaled(clip) for clip in found]
+
+    for gap in (0.0, 1.5):
+        huge = judged(times(clips(gap=gap), 1e307))
+        assert [vote.votes for vote in huge.votes] == [False]
+        assert "too large to be compared" in huge.votes[0].reason
+        assert huge.standing is Standing.INCONCLUSIVE
+        large = judged(times(clips(gap=gap), 1e60))
+        assert large.votes[0].votes
+        assert large.standing is judged(clips(gap=gap)).standing
+    candidate = judged(times(clips(), 1e307, cell="x"))
+    assert candidate.standing is Standing.DEGRADED
+    assert "too large to be compared" in candidate.sentence
+    endless = judged(clips(gap=1.5), margins={"sharp": float("inf")})
+    assert not endless.votes[0].votes
+    assert endless.standing is Standing.INCONCLUSIVE
+
+
 def test_a_mechanism_that_did_nothing_is_unmet_and_nothing_else_is_claimed() -> None:
     idle = clips(gap=2.0, each=lambda case, seed: {"acted": Acted()})
     found = judged(idle, mechanisms=("skip",))

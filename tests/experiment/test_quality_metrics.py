@@ -141,6 +141,12 @@ def raises(frames, prompt):
 
 def digit(frames, prompt):
     return 1.0
+
+def word(frames, prompt):
+    return "good"
+
+def alone(frames):
+    return 1.0
 """
 
 
@@ -153,6 +159,11 @@ def test_a_metric_of_the_user_is_read_and_its_faults_are_named(tmp_path: Path) -
     assert bright.digest
     with pytest.raises(UsageError, match="metric raises raised RuntimeError"):
         chosen("other", [f"{file}:raises"])[-1].read(frames, "")
+    for name, said in (("word", "returned str, not a number"), ("alone", "raised TypeError")):
+        with pytest.raises(UsageError, match=said) as raised:
+            chosen("other", [f"{file}:{name}"])[-1].read(frames, "")
+        line = 1 + METRICS[: METRICS.index(f"def {name}(")].count("\n")
+        assert f"{file}:{line}" in str(raised.value), "where is the user's file"
     with pytest.raises(UsageError, match="two metrics are called digit"):
         chosen("builtin:digits", [f"{file}:digit"])
     with pytest.raises(UsageError, match="CLIP model cannot be loaded"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,89 @@ def test_a_function_is_a_change_too_and_what_else_it_does_is_told(case: Case) ->
         "transformer.proj_out",
     }
     assert found.left_out == ("transformer.proj_out.bias: of no layer of a denoiser",)
+
+
+def quantised_with(what: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A change of one layer's weight, and something else."""
+
+    def change(pipe: Any) -> None:
+        pipe.transformer.blocks[0].attn1.to_q.weight.data *= 1.01
+        what(pipe)
+
+    return change
+
+
+def of_class(module: Any, forward: Callable[..., Any]) -> None:
+    module.__class__ = type("Other", (type(module),), {"forward": forward})
+
+
+CODE: dict[str, Callable[[Any], None]] = {
+    "a class": lambda pipe: of_class(
+        pipe.transformer.patch_embedding, lambda self, x: 1.3 * torch.nn.Conv3d.forward(self, x)
+    ),
+    "a hook": lambda pipe: pipe.transformer.blocks[0].attn1.to_v.register_forward_hook(
+        lambda module, given, made: 1.5 * made
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_that_a_change_alters_beside_weights_is_told(name: str, case: Case) -> None:
+    change = quantised_with(CODE[name])
+    found = sensitivity(case, change=change, steps=(0,), budget=0.5, probes=1)
+    assert len(found.left_out) == 1
+    assert found.left_out[0].startswith("with every weight put back the end is still")
+    twin = quantised_with(lambda pipe: None)
+    assert sensitivity(case, change=twin, steps=(0,), budget=0.5, probes=1).left_out == ()
+
+
+def test_a_layer_of_another_make_is_put_back_too(case: Case) -> None:
+    class Packed(torch.nn.Module):
+        def __init__(self, of: Any) -> None:
+            super().__init__()
+            self.register_buffer("packed", (of.weight.detach() * 64).round().clamp(-127, 127))
+            self.bias = of.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.packed / 64, self.bias)
+
+    def change(pipe: Any) -> None:
+        attention = pipe.transformer.blocks[0].attn1
+        attention.to_q = Packed(attention.to_q)
+
+    found = sensitivity(case, change=change, steps=(0,), budget=0.5, probes=1)
+    assert [layer.name for layer in found.layers] == ["transformer.blocks.0.attn1.to_q"]
+    assert found.left_out == ()
+
+
+def test_a_change_of_code_that_all_models_share_is_refused(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shared(pipe: Any) -> None:
+        kind = type(pipe.transformer.blocks[0].attn1.norm_q)
+        own = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda self, x: 1.1 * own(self, x))
+
+    with pytest.raises(UsageError, match="reaches the trusted model, too"):
+        sensitivity(case, change=quantised_with(shared), steps=(0,), budget=0.5, probes=1)
+
+
+def test_a_layer_of_values_that_are_not_finite_is_named(case: Case) -> None:
+    def nan(pipe: Any) -> None:
+        pipe.transformer.proj_out.weight.data[0] = float("nan")
+
+    with pytest.raises(UsageError, match="not finite") as raised:
+        sensitivity(case, change=quantised_with(nan), steps=(0,), budget=0.5, probes=1)
+    assert "transformer.proj_out" in str(raised.value)
+    assert "to_q" not in str(raised.value)
+
+    def huge(pipe: Any) -> None:
+        pipe.transformer.proj_out.weight.data.fill_(3e38)
+
+    with pytest.raises(UsageError, match="ends in values that are not finite") as raised:
+        sensitivity(case, change=quantised_with(huge), steps=(0,), budget=0.5, probes=1)
+    assert "transformer.proj_out" in str(raised.value)
+    assert "to_q" not in str(raised.value)
 
 
 def test_what_cannot_be_ranked_is_refused(case: Case) -> None:

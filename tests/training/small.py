@@ -74,6 +74,8 @@ class Made:
     clip: float = 0.5
     again: Callable[[Model], Any] = lambda model: None
     merge: Callable[[Model], torch.nn.Module] | None = None
+    after: Callable[[Model], Any] = lambda model: None
+    masters: torch.dtype | None = None
 
     def but(self, **changes: Any) -> Made:
         return replace(self, **changes)
@@ -86,7 +88,10 @@ class Made:
             parameter.data.add_(0.1)
         self.change(model)
         make = self.optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-3))
-        optimizer = make([p for p in model.parameters() if p.requires_grad])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        kept = self.masters is not None
+        held = [torch.nn.Parameter(p.detach().to(self.masters)) for p in trained] if kept else []
+        optimizer = make(held or trained)
 
         def run() -> dict[str, Tensor]:
             total = torch.zeros(())
@@ -97,8 +102,13 @@ class Made:
                 value.backward()
                 total = total + value.detach()
             torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+            for copied, parameter in zip(held, trained, strict=False):
+                copied.grad = None if parameter.grad is None else parameter.grad.to(self.masters)
             optimizer.step()
             with torch.no_grad():
+                for copied, parameter in zip(held, trained, strict=False):
+                    parameter.copy_(copied)
+                self.after(model)
                 for own, new in zip(ema.parameters(), model.parameters(), strict=True):
                     own.lerp_(new, 1 - self.decay)
             return {"total": total}

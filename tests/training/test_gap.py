@@ -63,6 +63,47 @@ def test_what_is_not_finite_is_invalid() -> None:
     assert log_probability_gap(engine(), broken).verdict is Verdict.INVALID
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gap", [3e-4, 7.8e-3])
+def test_sixteen_bits_hide_no_gap(dtype: torch.dtype, gap: float) -> None:
+    sampled = torch.zeros(5, 8, dtype=dtype)
+    trained = torch.full((5, 8), gap, dtype=dtype)
+    for benign in ([sampled.clone()], []):
+        found = log_probability_gap(trained, sampled, benign=benign)
+        assert found.verdict is Verdict.DRIFTED, found.sentence
+    again = log_probability_gap(sampled.clone(), sampled, benign=[sampled.clone()])
+    assert again.verdict is Verdict.IDENTICAL
+    spread = [near(sampled.float(), seed, 2e-3).to(dtype) for seed in (1, 2, 3)]
+    within = near(sampled.float(), 9, 2e-3).to(dtype)
+    assert log_probability_gap(within, sampled, benign=spread).verdict is Verdict.EQUIVALENT
+
+
+def test_what_sixteen_bits_may_have_rounded_is_undecided_without_a_benign_run() -> None:
+    exact = -1.4 + 0.01 * engine()
+    rounded = exact.bfloat16()
+    found = log_probability_gap(near(exact, 2, 1e-3).bfloat16(), rounded)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "within the rounding of bfloat16" in found.sentence
+    far = log_probability_gap((exact + 0.1).bfloat16(), rounded)
+    assert far.verdict is Verdict.DRIFTED
+
+
+def test_a_gap_below_the_numbers_beside_it_is_not_called_identical() -> None:
+    found = log_probability_gap(engine() * (1 + 2e-7), engine(), benign=BENIGN)
+    assert found.verdict is Verdict.EQUIVALENT
+    small = torch.full((2, 4), 1e-9)
+    assert log_probability_gap(small, torch.zeros(2, 4)).verdict is Verdict.EQUIVALENT
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_benign_run_that_is_not_finite_is_refused(value: float) -> None:
+    broken = BENIGN[1].clone()
+    broken[0, 0] = value
+    with pytest.raises(UsageError, match="measures no floor") as raised:
+        log_probability_gap(engine(), engine(), benign=[BENIGN[0], broken])
+    assert "run 2" in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("trainer", "sampled", "options", "text"),
     [

@@ -216,6 +216,7 @@ def run(  # 22 parameters, long: the options of the verb
     """
     from truestep.experiment.cluster import connected
     from truestep.experiment.running import run_experiment, run_on_cluster
+    from truestep.experiment.sources import Sources
     from truestep.experiment.store import Store
 
     if accelerator is not None and ray is None:
@@ -241,7 +242,7 @@ def run(  # 22 parameters, long: the options of the verb
         expect=expect,
         seed=seed,
     )
-    store = Store(output)
+    store = Store(output, sources=Sources([change or ""]))
     connection = connected(ray, accelerator=accelerator) if ray is not None else nullcontext()
     with connection, store.locked():
         store.begin(plan, resume=resume)

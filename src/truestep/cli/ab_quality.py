@@ -178,6 +178,7 @@ def quality(  # 22 parameters: the options of the verb
     from truestep.experiment.quality.records import QualityPlan
     from truestep.experiment.quality.statistics import MARGIN_SHARE
     from truestep.experiment.quality.store import QualityStore
+    from truestep.experiment.sources import Sources
 
     if names[:1] == ("recover",):
         _recover(names[1:], named, json_path=json_path, report=report)
@@ -205,7 +206,7 @@ def quality(  # 22 parameters: the options of the verb
         seed=seed,
     )
     plan = _with_cells(plan, parse_changes(changes), matrix)
-    store = QualityStore(output)
+    store = QualityStore(output, sources=Sources([change or "", *named]))
     found = _run(plan, store, metrics, apply, resume=resume)
     end(_show(found, store, json_path=json_path, report=report))
 

@@ -21,6 +21,7 @@ import torch
 from truestep.case import Case
 from truestep.environment import library_version
 from truestep.errors import UsageError, surviving
+from truestep.experiment.remains import beside, refuse_endless, refuse_not_finite
 from truestep.experiment.sensitivity_records import LayerSensitivity, MeasuredError, Sensitivity
 from truestep.experiment.trajectory import Trajectory, apart, length
 from truestep.joint import Value, each, tensors_of
@@ -73,7 +74,8 @@ def sensitivity(
 
     Raises:
         CaseError, ModelLoadError: The case cannot be run.
-        UsageError: The change is not known, or changes no weight of a layer.
+        UsageError: The change is not known, changes no weight of a layer, reaches the trusted model
+            too, or makes values that are not finite.
     """
     _refuse(change, budget, probes)
     pipe = load(case)
@@ -82,7 +84,8 @@ def sensitivity(
     run = Trajectory(pipe, dict(recording))
     chosen = _chosen(run, steps)
     layers = layers_of(pipe)
-    changed, left_out = _changed(case, layers, pipe, change)
+    changed, left_out = _changed(case, layers, run, change)
+    refuse_not_finite(changed)
     nothing, gains = _nothing_kept(run, layers, changed, chosen, progress)
     looked = _Looked(chosen, gains, 0 if exact else probes)
     told, kept = _ranked(run, layers, changed, looked, budget, progress)
@@ -152,8 +155,10 @@ def _ranked(
     else:
         errors = _exact(run, layers, changed, looked.steps, progress)
     scores = {name: score_of(own, looked.gains, run.total) for name, own in errors.items()}
+    endless = [name for name, score in scores.items() if not math.isfinite(score)]
     names = foremost(scores, sizes, REFINED) if looked.probes else [*changed]
     ends, whole, length_of_end = _ends(run, layers, changed, names, progress)
+    refuse_endless(ends, whole, endless)
     scores |= {name: float(end.norm()) / length_of_end for name, end in ends.items()}
     kept = worth_keeping(whole, ends, sizes, budget * sum(sizes.values()))
     told = [
@@ -213,7 +218,7 @@ def _refuse(change: str | Apply, budget: float, probes: int) -> None:
 
 
 def _changed(
-    case: Case, layers: Mapping[str, Layer], pipe: object, change: str | Apply
+    case: Case, layers: Mapping[str, Layer], run: Trajectory, change: str | Apply
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The numbers that a change gives each layer, and what else it does."""
     if isinstance(change, str):
@@ -226,9 +231,12 @@ def _changed(
         for each_changed in found.changed:
             if each_changed.key == "weight" and each_changed.module in layers:
                 like = layers[each_changed.module].weight
-                made[each_changed.module] = each_changed.pair.candidate.to(like.dtype)
+                made[each_changed.module] = each_changed.pair.candidate.to(like.dtype, copy=True)
             else:
                 left.append(f"{each_changed.name}: of no layer of a denoiser")
+        if made:
+            weights = [(each_changed.module, each_changed.key) for each_changed in found.changed]
+            left = [*beside(run, other, weights, SHORT), *left]
     made = {n: t for n, t in made.items() if not torch.equal(t.cpu(), layers[n].weight.cpu())}
     if not made:
         raise UsageError(

@@ -4,6 +4,7 @@
 
     DIR/plan.json                                what was asked
     DIR/environment.json                         where it ran
+    DIR/sources.json                             digests of the user's files that were run
     DIR/<mode>/<cell>/samples.jsonl              one line a generation, flushed
     DIR/<mode>/<cell>/<arm>/<case>.safetensors   final latent and frames
     DIR/recordings/<cell>/<case>.safetensors     the baseline's, uncompiled, with its noise floor
@@ -35,6 +36,7 @@ from truestep.experiment.records import (
     Sameness,
     Sample,
 )
+from truestep.experiment.sources import Sources
 from truestep.files import replacing, write_text
 from truestep.reading import parse_json, read
 from truestep.text import quoted
@@ -46,10 +48,14 @@ _LINE: TypeAdapter[Sample | Failure | Remark | Repeat] = TypeAdapter(Line)
 
 
 class Store:
-    """The folder of one experiment."""
+    """The folder of one experiment.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    Args:
+        sources: The user's files that are run, which are kept with what they made.
+    """
+
+    def __init__(self, folder: str | Path, *, sources: Sources | None = None) -> None:
+        self.folder, self.sources = Path(folder), sources
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -101,6 +107,7 @@ class Store:
                     hint="leave out --resume to begin one",
                 )
             write_text(path, plan.model_dump_json(indent=1), "the plan")
+            self._keep_sources()
             return
         if not resume:
             raise UsageError(
@@ -118,7 +125,14 @@ class Store:
                 where=str(path),
                 hint="give another --output",
             )
+        if self.sources is not None:
+            self.sources.check(self.folder)
         write_text(path, plan.model_dump_json(indent=1), "the plan")
+        self._keep_sources()
+
+    def _keep_sources(self) -> None:
+        if self.sources is not None:
+            self.sources.keep(self.folder)
 
     def plan(self) -> Plan:
         """What was asked.
@@ -154,6 +168,7 @@ class Store:
         Raises:
             WriteError: It could not be written; the lines before it are untouched.
         """
+        self._keep_sources()
         append_line(self._samples(cell), line.model_dump_json(), "the samples")
 
     def lines(

@@ -13,6 +13,7 @@ import torch
 from truestep.errors import FOREIGN
 from truestep.training.pulling import Pulled, Recorded, pull
 from truestep.training.running import Whole
+from truestep.training.step import parameters
 
 STEPS = (1e-2, 3e-3)
 """Lengths of the difference, beside the size of what is moved. Two of them: where they do not agree
@@ -36,8 +37,14 @@ class Slope:
         return _same(self.pulled, self.numeric)
 
 
-def slope(whole: Whole, key: tuple[str, int], recorded: Recorded) -> Slope | None:
+def slope(
+    whole: Whole, key: tuple[str, int], recorded: Recorded, *, only: str = ""
+) -> Slope | None:
     """The derivative of a module along a drawn direction of its inputs and parameters.
+
+    Args:
+        whole: Whose module. key: of the call. recorded: what it is given.
+        only: Slot that is moved alone, if so: `in.x` or `w.NAME`.
 
     Returns:
         None where it cannot be told: the module raises, or differences of two lengths disagree.
@@ -45,29 +52,63 @@ def slope(whole: Whole, key: tuple[str, int], recorded: Recorded) -> Slope | Non
     call, module = whole.calls.get(key), whole.modules.get(key[0])
     if call is None or module is None or not recorded.pulled:
         return None
-    generator = torch.Generator("cpu").manual_seed(0)
     try:
-        own = pull(module, call, recorded)
-        directions = {
-            path: _direction(recorded.given[path], generator)
-            for path in sorted(recorded.wants)
-            if recorded.given[path].is_floating_point() and path in own.backward
-        }
-        moved = {
-            f"w.{name}": _direction(parameter.detach(), generator)
-            for name, parameter in module.named_parameters()
-            if f"w.{name}" in own.backward
-        }
+        found, own = _directions(whole, key, recorded, only=only)
         pulled = sum(
-            float((own.backward[slot].double().cpu() * d.double().cpu()).sum())
-            for slot, d in {**directions, **moved}.items()
+            float((own[slot].double().cpu() * d.double().cpu()).sum()) for slot, d in found.items()
         )
+        directions = {slot: d for slot, d in found.items() if slot in recorded.given}
+        moved = {slot: d for slot, d in found.items() if slot not in directions}
         numeric = [_difference(whole, key, recorded, directions, moved, length) for length in STEPS]
     except FOREIGN:
         return None
-    if not (directions or moved) or not _same(*numeric):
+    if not found or not _same(*numeric):
         return None
     return Slope(pulled, numeric[1])
+
+
+def of_other_function(
+    whole: Whole,
+    key: tuple[str, int],
+    recorded: Recorded,
+    *,
+    slot: str,
+    reference: torch.Tensor,
+) -> bool:
+    """Whether a gradient that is not the recorded one is that of the module's own forward.
+
+    Then its backward is right, and its forward is another function, which agrees where it was
+    looked at: a LoRA's scale moves nothing while its second factor is zero.
+
+    Args:
+        slot: Of the gradient: `in.x` or `w.NAME`. reference: the recorded one.
+    """
+    found = slope(whole, key, recorded, only=slot)
+    if found is None or not found.agrees:
+        return False
+    moved, _ = _directions(whole, key, recorded, only=slot)
+    direction = moved.get(slot)
+    if direction is None or direction.shape != reference.shape:
+        return False
+    expected = float((reference.double().cpu() * direction.double().cpu()).sum())
+    return not _same(expected, found.numeric)
+
+
+def _directions(
+    whole: Whole, key: tuple[str, int], recorded: Recorded, *, only: str = ""
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Slot to its drawn direction and to its gradient."""
+    module = whole.modules[key[0]]
+    generator = torch.Generator("cpu").manual_seed(0)
+    own = pull(module, whole.calls[key], recorded).backward
+    tensors = {path: recorded.given[path] for path in sorted(recorded.wants)}
+    tensors |= {f"w.{name}": p.detach() for name, p in parameters(module)}
+    found = {
+        slot: _direction(tensor, generator)
+        for slot, tensor in tensors.items()
+        if slot in own and only in ("", slot) and tensor.is_floating_point()
+    }
+    return found, own
 
 
 def _same(first: float, second: float) -> bool:
@@ -107,7 +148,7 @@ def _value(
     sign: float,
 ) -> float:
     module = whole.modules[key[0]]
-    held = dict(module.named_parameters())
+    held = dict(parameters(module))
     kept = {slot: held[slot.removeprefix("w.")].detach().clone() for slot in moved}
     try:
         with torch.no_grad():

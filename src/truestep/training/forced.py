@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from truestep.nests import flatten
+from truestep.training.masters import stepped_for
 from truestep.training.names import call_name
 from truestep.training.nests import Arguments, exchanged, matched, outputs
 from truestep.training.step import TrainingStep, parameters, seeded
@@ -75,11 +76,13 @@ class Stepped:
         tensors: By the names of rows.
         notes: What went otherwise than it was recorded.
         size: Root mean square of what the optimiser was given.
+        unprobed: Parameters that the step moves, by what the optimiser holds in their place.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     size: float = 0.0
+    unprobed: set[str] = field(default_factory=set)
 
 
 class _Stub(torch.autograd.Function):
@@ -142,6 +145,8 @@ class Forcing:
         self._depth, self._steps = 0, 0
         self._handing: list[tuple[tuple[str, int], list[str], _Handing]] = []
         self._before: dict[str, torch.Tensor] = {}
+        self._stepped: dict[str, torch.Tensor] = {}
+        self._late: dict[str, str] = {}  # name of a row to that of a parameter that moves later
 
     def run(self, modules: Mapping[str, torch.nn.Module]) -> Stepped:
         """Run the step, then the optimiser on drawn gradients.
@@ -150,17 +155,19 @@ class Forcing:
             modules: Those that are outermost somewhere.
         """
         step = self.step
-        averaged = _values(step.ema)
+        averaged, begun = _values(step.ema), _values(step.model)
         with ExitStack() as stack:
             stack.enter_context(wrapped(modules, self._call))
             self._hooks(stack)
             seeded(step.seed)
             self._said(step.run())
         self._count()
+        self._moved_late()
         for key, paths, handing in self._handing:
             for at, gradient in handing.came.items():
                 name = call_name("prediction", key, paths[at])
                 self.done.tensors[name] = self._scaled(gradient)
+        self._after(begun)
         for name, value in _values(step.ema).items():
             self.done.tensors[f"ema/{name}"] = self._held(value) - averaged[name]
         if step.merge is not None:
@@ -168,6 +175,15 @@ class Forcing:
         if step.optimizer is not None and self._steps:
             self._probe(step.optimizer)
         return self.done
+
+    def _after(self, begun: Mapping[str, torch.Tensor]) -> None:
+        """What the whole step adds to each parameter, whoever adds it."""
+        for name, parameter in self._named.items():
+            moved = self._held(parameter.detach()) - begun[name]
+            if parameter.requires_grad or not torch.equal(parameter, begun[name]):
+                self.done.tensors[f"after/{name}"] = moved
+            if name not in self._stepped and not torch.equal(parameter, begun[name]):
+                self.done.unprobed.add(name)
 
     def _held(self, value: torch.Tensor) -> torch.Tensor:
         """What a parameter holds, of a benign run rounded once more: another way to compute the
@@ -276,46 +292,69 @@ class Forcing:
             return
         for handle in (
             optimizer.register_step_pre_hook(lambda *_: self._begin()),
-            optimizer.register_step_post_hook(lambda *_: self._end("update")),
+            optimizer.register_step_post_hook(lambda *_: self._end()),
         ):
             stack.callback(handle.remove)
 
     def _begin(self) -> None:
         """The optimiser is about to step: what it was given is kept, and replaced."""
+        self._moved_late()
+        if not self._steps and self.step.optimizer is not None:
+            self._stepped = stepped_for(self.step.optimizer, self._named)
         squares, count = 0.0, 0
         largest = max(parameter.numel() for parameter in self._named.values())
         for name, parameter in self._named.items():
             self._before[name] = parameter.detach().clone()
-            if parameter.grad is None:
+            stepped = self._stepped.get(name, parameter)
+            gradient = parameter.grad if stepped.grad is None else stepped.grad
+            if gradient is None:
                 continue
             key = f"{self._steps}/{name}"
-            self.done.tensors[f"clipped/{key}"] = self._scaled(parameter.grad.detach(), largest)
-            squares += float(parameter.grad.detach().double().square().sum())
-            count += parameter.grad.numel()
-            recorded = self._as(self.script.clipped.get(key), parameter)
+            self.done.tensors[f"clipped/{key}"] = self._scaled(gradient.detach(), largest)
+            squares += float(gradient.detach().double().square().sum())
+            count += gradient.numel()
+            recorded = self._as(self.script.clipped.get(key), stepped)
             if recorded is not None:
-                parameter.grad = recorded
+                stepped.grad = recorded
         self.done.size = (squares / max(count, 1)) ** 0.5
 
-    def _end(self, what: str) -> None:
+    def _end(self) -> None:
+        """The optimiser has stepped. A parameter that it does not hold moves when the trainer
+        copies its master back: until the next step, or the end."""
         for name, parameter in self._named.items():
-            if parameter.requires_grad:
-                moved = self._held(parameter.detach()) - self._before[name]
-                self.done.tensors[f"{what}/{self._steps}/{name}"] = moved
+            if not parameter.requires_grad:
+                continue
+            key = f"update/{self._steps}/{name}"
+            self.done.tensors[key] = self._held(parameter.detach()) - self._before[name]
+            if self._stepped.get(name) is not parameter:
+                self._late[key] = name
         self._steps += 1
+
+    def _moved_late(self) -> None:
+        for key, name in self._late.items():
+            moved = self._held(self._named[name].detach()) - self._before[name]
+            self.done.tensors[key] = moved
+        self._late = {}
 
     def _probe(self, optimizer: torch.optim.Optimizer) -> None:
         """Step on gradients that are drawn, of many sizes."""
-        self._steps = 0
         size = self.script.size or self.done.size
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for number in range(PROBES):
+            probed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
             for at, (name, parameter) in enumerate(self._named.items()):
-                self._before[name] = parameter.detach().clone()
-                if parameter.requires_grad and id(parameter) in held:
-                    parameter.grad = self._moved(drawn(parameter, size, at, number), parameter)
+                if not parameter.requires_grad:
+                    continue
+                stepped = self._stepped.get(name, parameter)
+                before = stepped.detach().to(parameter.dtype, copy=True)
+                stepped.data.copy_(before)  # a master in a higher precision begins where others do
+                probed[name] = stepped, before
+                if name in self._stepped:
+                    stepped.grad = self._moved(drawn(parameter, size, at, number), stepped)
             optimizer.step()
-            self._end("probe")
+            for name, (stepped, before) in probed.items():
+                if name not in self.done.unprobed:
+                    moved = self._held(stepped.detach().to(before.dtype)) - before
+                    self.done.tensors[f"probe/{number}/{name}"] = moved
 
     def _merge(self) -> None:
         """What the merged model holds and makes, beside the trainer's own model."""

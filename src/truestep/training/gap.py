@@ -15,8 +15,8 @@ from pydantic import Field
 
 from truestep.environment import library_version
 from truestep.errors import UsageError
-from truestep.floors import NoiseFloor
-from truestep.judge.floor import Limits, pair_of
+from truestep.floors import EPSILON, NoiseFloor, NoiseRun
+from truestep.judge.floor import Limits, coarser, pair_of
 from truestep.judge.rows import compare_tensors, dtype_name, measured_run
 from truestep.keys import Address
 from truestep.verdict import Float, Record, Row, Verdict
@@ -142,13 +142,15 @@ def log_probability_gap(
         trainer: Log-probabilities of the sampled steps by the trainer's model, `t b`.
         engine: By the engine that sampled them, `t b`; see `gaussian_log_probability`.
         benign: The engine's own, of harmless changes (run again, other batch, other kernels): they
-            measure the floor. Without them the rounding of the dtype is assumed.
+            measure the floor. Without them the rounding of float32 is assumed; what is kept in 16
+            bits and may be their rounding is then undecided.
         timesteps: Of the steps, `t`.
         clip: Half-width of the range of the ratio.
         tolerance: Judge the rms of the gap by this limit, in nats, in the place of a floor.
 
     Raises:
-        UsageError: Shapes differ, are not `t b`, or `clip` cannot be a width.
+        UsageError: Shapes differ, are not `t b`, a benign run is not finite, or `clip` cannot be a
+            width.
     """
     _refuse(trainer, engine, benign, timesteps, clip)
     names = [_name(step) for step in range(len(engine))]
@@ -192,6 +194,15 @@ def _refuse(
                 "the log-probabilities are of other steps or samples",
                 measured=f"the {what} have shape {list(other.shape)}, the engine's {shape}",
             )
+    for number, run in enumerate(benign, start=1):
+        count = int((~run.double().isfinite()).sum())
+        if count:
+            raise UsageError(
+                "a benign run holds values that are not finite: it measures no floor",
+                where=f"run {number}",
+                measured=f"{count} of {run.numel()} log-probabilities",
+                likely="it is no harmless change, or its file is not what it was meant to be",
+            )
     if timesteps is not None and timesteps.numel() != shape[0]:
         raise UsageError(
             "there is one timestep a step",
@@ -216,22 +227,52 @@ def _judged(
     level of a log-probability, which differs by the step's spread, says nothing."""
     sides = [
         {
-            name: _at_unit_scale(own - theirs)
+            name: _at_unit_scale(own.double() - theirs.double())
             for name, own, theirs in zip(names, run, engine, strict=True)
         }
         for run in (trainer, engine, *benign)
     ]
-    pair = pair_of(dtype_name(engine), dtype_name(engine))
+    computed = "float64" if dtype_name(engine) == dtype_name(trainer) == "float64" else "float32"
+    pair = pair_of(computed, computed)
     runs = [
-        measured_run("benign", f"run {number}", pair, {n: (run[n], sides[1][n]) for n in names})
-        for number, run in enumerate(sides[2:], start=1)
+        _kept_in(
+            computed,
+            measured_run("benign", f"run {at}", pair, {n: (run[n], sides[1][n]) for n in names}),
+        )
+        for at, run in enumerate(sides[2:], start=1)
     ]
-    limits = Limits(floor=NoiseFloor(runs=tuple(runs)) if runs else None, tolerance=tolerance)
-    return compare_tensors(sides[0], sides[1], limits=limits, describe=_place)
+    floor = NoiseFloor(runs=tuple(runs)) if runs else None
+    limits = Limits(floor=floor, pair=pair, tolerance=tolerance)
+    rows = compare_tensors(sides[0], sides[1], limits=limits, describe=_place)
+    if runs or tolerance is not None:
+        return rows
+    kept = coarser(dtype_name(trainer), dtype_name(engine))
+    return [
+        _undecided(row, own, theirs, kept)
+        for row, own, theirs in zip(rows, trainer.double(), engine.double(), strict=True)
+    ]
+
+
+def _kept_in(dtype: str, run: NoiseRun) -> NoiseRun:
+    """A run whose numbers are at least rounded as a dtype rounds, whatever they are measured in."""
+    tensors = tuple(metrics.model_copy(update={"dtype": dtype}) for metrics in run.tensors)
+    return run.model_copy(update={"tensors": tensors})
+
+
+def _undecided(row: Row, own: torch.Tensor, theirs: torch.Tensor, kept: str) -> Row:
+    """A gap of which each number may be the rounding of the 16 bits that it is kept in, half a unit
+    of each side: nobody can say what it was before."""
+    if row.verdict is not Verdict.DRIFTED or EPSILON.get(kept, 0.0) <= EPSILON["float32"]:
+        return row
+    most = EPSILON[kept] * torch.maximum(own.abs(), theirs.abs())
+    if not bool(((own - theirs).abs() <= most).all()):
+        return row
+    note = f"within the rounding of {kept}: keep log-probabilities in float32"
+    return row.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "note": note})
 
 
 def _at_unit_scale(gap: torch.Tensor) -> torch.Tensor:
-    """A gap around values of 1 and -1, so that its size beside theirs is its rms."""
+    """A gap in float64 around values of 1 and -1, so that its size beside theirs is its rms."""
     signs = torch.ones_like(gap)
     signs[1::2] = -1
     return torch.cat([signs + gap, -signs + gap])
@@ -287,4 +328,5 @@ def _sentence(
     at = f"step {worst.step}"
     at += f" (timestep {worst.timestep:g})" if worst.timestep is not None else ""
     text = f"the worst at {at}: rms {worst.rms:.1e} nats; {share}"
+    text += f"; {bad[0].note}" if verdict is Verdict.INCONCLUSIVE and bad[0].note else ""
     return f"{verdict.value}: {len(bad)} of {len(steps)} steps, {text}"

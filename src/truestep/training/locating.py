@@ -3,6 +3,7 @@ optimiser, the merge; or what lies between the modules."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +12,19 @@ import torch
 
 from truestep.judge.divergence import ROOT, failed, kind_of
 from truestep.judge.sentence import sentence_of
-from truestep.training.derivative import Slope, slope
-from truestep.training.optimizers import explained
+from truestep.training.afterwards import done_after
+from truestep.training.derivative import Slope, of_other_function, slope
 from truestep.training.pulling import BACKWARD, FORWARD, Recorded, pull
 from truestep.training.running import Whole, run_whole
-from truestep.training.step import Build, said_otherwise
+from truestep.training.step import Build
+from truestep.training.stepping import Optimizers, causes, of_given
 from truestep.training.unchecked import without_checkpointing
 from truestep.verdict import Comparison, Divergence, Row, Rows
 
 Key = tuple[str, int]
 _LISTED = 3
+_SCALER = 4
+"""Least power of two that is taken for a GradScaler's factor; its default begins at 2 ** 16."""
 _MENDED = 0.1
 """Share of an error that may be left where something mends it."""
 
@@ -33,7 +37,7 @@ class Evidence:
         actual, reference: Tensors by the names of rows.
         nodes, recorded_nodes: Of each module's call, kinds of nodes of its graph.
         custom: Of each, where somebody's own kinds of node are written.
-        optimizers: What both optimisers say of themselves.
+        optimizers: Both of them.
         whole: How the candidate calls its modules. calls: what was recorded of each.
         build: Makes the candidate's step.
     """
@@ -43,7 +47,7 @@ class Evidence:
     nodes: Mapping[Key, Counter[str]]
     recorded_nodes: Mapping[Key, Mapping[str, int]]
     custom: Mapping[Key, Mapping[str, str]]
-    optimizers: tuple[list[dict[str, str]], list[Mapping[str, str]]]
+    optimizers: Optimizers
     whole: Whole
     calls: Mapping[Key, Recorded]
     build: Build
@@ -58,7 +62,8 @@ def located(comparison: Comparison, evidence: Evidence) -> Comparison:
     place = _place(wrong)
     origin = [_with_origin(row, place, wrong) if failed(row) else row for row in rows]
     row = place
-    kind = _kind(row, wrong, evidence)
+    elsewhere = _is_of_forward(row, evidence)
+    kind = _kind(row, wrong, evidence, elsewhere=elsewhere)
     found = Divergence(
         name=row.name,
         stage=row.stage,
@@ -67,7 +72,7 @@ def located(comparison: Comparison, evidence: Evidence) -> Comparison:
         operator=_operator(row, evidence) or None,
     )
     judged = Rows.of(origin)
-    told = _sentence(comparison, judged, found, wrong)
+    told = _sentence(comparison, judged, found, wrong, elsewhere=elsewhere)
     return comparison.model_copy(
         update={"rows": judged, "first_divergence": found, "sentence": told}
     )
@@ -118,7 +123,7 @@ def _with_origin(row: Row, place: Row, wrong: Sequence[Row]) -> Row:
     return row.model_copy(update={"origin": "introduced" if own else "inherited"})
 
 
-def _kind(row: Row, wrong: Sequence[Row], evidence: Evidence) -> str:
+def _kind(row: Row, wrong: Sequence[Row], evidence: Evidence, *, elsewhere: bool) -> str:
     """What is wrong, in words."""
     parts = []
     key = row.fqn or "", row.step or 0
@@ -126,8 +131,11 @@ def _kind(row: Row, wrong: Sequence[Row], evidence: Evidence) -> str:
         parts.append(f"the gradient of {_slot(row)}")
     looks = _looks(row, evidence)
     if looks:
-        parts.append(looks)
-    if row.stage == BACKWARD and key in evidence.calls:
+        parts += [looks, *_scaler(row, evidence)]
+    if elsewhere:
+        parts += ["so is the derivative of its own forward, by differences"]
+        parts += _hidden(row, evidence)
+    elif row.stage == BACKWARD and key in evidence.calls:
         found = slope(evidence.whole, key, evidence.calls[key])
         parts += [_said_slope(found)] if found is not None else []
         parts += _checkpointed(row, evidence)
@@ -136,6 +144,21 @@ def _kind(row: Row, wrong: Sequence[Row], evidence: Evidence) -> str:
     if row.stage == "gradient":
         parts += _between(row, evidence)
     return "; ".join(part for part in parts if part)
+
+
+def _scaler(row: Row, evidence: Evidence) -> list[str]:
+    """A gradient that is a large power of two times the recorded one."""
+    actual, reference = evidence.actual.get(row.name), evidence.reference.get(row.name)
+    if row.stage not in ("loss", "gradient", "optimizer") or actual is None or reference is None:
+        return []
+    if row.name.partition("/")[0] not in ("prediction", "gradient", "clipped"):
+        return []
+    square = float(reference.double().square().sum())
+    gain = float((actual.double() * reference.double()).sum()) / square if square else 0.0
+    power = abs(math.log2(gain)) if gain > 0 else 0.0
+    if power < _SCALER or abs(power - round(power)) > 1e-4:
+        return []
+    return ["a power of two: a GradScaler's factor? Record with the same one"]
 
 
 def _slot(row: Row) -> str:
@@ -148,7 +171,32 @@ def _looks(row: Row, evidence: Evidence) -> str:
     actual, reference = evidence.actual.get(row.name), evidence.reference.get(row.name)
     if actual is None or reference is None or row.metrics is None:
         return row.note
+    if reference.numel() == 1 or row.name.startswith("after/"):
+        return ""  # of one number every change is a factor; what was added is told by the weights
     return kind_of(actual, reference) or ""
+
+
+def _is_of_forward(row: Row, evidence: Evidence) -> bool:
+    """Whether a wrong gradient is right of the module's own forward."""
+    key = row.fqn or "", row.step or 0
+    reference = evidence.reference.get(row.name)
+    if row.stage != BACKWARD or row.metrics is None or reference is None:
+        return False
+    if key not in evidence.calls or evidence.calls[key].random is not None:
+        return False
+    slot = row.name.rpartition("/")[2]
+    recorded = evidence.calls[key]
+    return of_other_function(evidence.whole, key, recorded, slot=slot, reference=reference)
+
+
+def _hidden(row: Row, evidence: Evidence) -> list[str]:
+    """A parameter that is 0 hides what the forward does with it."""
+    head, _, name = row.name.rpartition("/")[2].partition(".")
+    fqn = name if row.fqn == ROOT else f"{row.fqn}.{name}"
+    weight = evidence.reference.get(f"weight/{fqn}") if head == "w" else None
+    if weight is None or bool(weight.any()):
+        return []
+    return [f"while {name} is 0 no output shows what the forward does with it"]
 
 
 def _said_slope(found: Slope) -> str:
@@ -187,18 +235,19 @@ def _operator(row: Row, evidence: Evidence) -> str:
 def _of_optimizer(row: Row, wrong: Sequence[Row], evidence: Evidence) -> list[str]:
     """What the two optimisers say of themselves, or what explains their steps."""
     head = row.name.partition("/")[0]
+    name = row.fqn or ""
     if head == "clipped":
-        return ["what the optimiser is given of right gradients: clipping, or a scale"]
+        added = of_given(name, evidence.actual, evidence.reference)
+        return [added or "what the optimiser is given of right gradients: clipping, or a scale"]
+    if head == "after":
+        ends = [other.fqn or "" for other in wrong if other.name.startswith("after/")]
+        return done_after(ends, evidence.actual, evidence.reference)
     if head == "ema":
         return ["what is added to the averaged model: its decay"]
-    said = {
-        key: f"{key} {own} (was {theirs})"
-        for key, own, theirs in said_otherwise(*evidence.optimizers)
-    }
-    found = [*said.values()][:_LISTED]
-    if set(said) <= {"optimizer"}:
-        found += explained(evidence.actual, evidence.reference, evidence.optimizers)
-    return found
+    heads = ("update", "probe")
+    names = [other.fqn or "" for other in wrong if other.name.partition("/")[0] in heads]
+    moved = list(dict.fromkeys(names))
+    return causes(moved, evidence.optimizers, evidence.actual, evidence.reference)
 
 
 def _between(row: Row, evidence: Evidence) -> list[str]:
@@ -236,10 +285,17 @@ def _mended(name: str, tensors: Mapping[str, torch.Tensor], evidence: Evidence) 
     return left < _MENDED * was
 
 
-def _sentence(comparison: Comparison, rows: Rows, found: Divergence, wrong: Sequence[Row]) -> str:
+def _sentence(
+    comparison: Comparison,
+    rows: Rows,
+    found: Divergence,
+    wrong: Sequence[Row],
+    *,
+    elsewhere: bool,
+) -> str:
     text = sentence_of(comparison.verdict, rows, found, {})
     word = f"{comparison.verdict.value}: "
-    said = _SAID.get(found.stage, "")
+    said = _OTHER_FUNCTION if elsewhere else _SAID.get(found.stage, "")
     if found.stage == "loss":
         value = any(row.name.startswith("loss/") for row in wrong)
         said = _LOSS if value else _LOSS_GRADIENT
@@ -257,6 +313,7 @@ _SAID = {
     "optimizer": "gradients are right, and what is made of them is not",
     "merge": "the merged model is not the trainer's",
 }
+_OTHER_FUNCTION = "the forward is another function, which agrees on what was recorded"
 _LOSS = "the loss is wrong on right predictions"
 _LOSS_GRADIENT = "the loss agrees, and its gradient does not"
 _CHECKPOINTING = "without activation checkpointing the gradient is right"

@@ -17,8 +17,9 @@ name                           stage      what
 `gradient/NAME`                gradient   a parameter's gradient, nothing forced
 `clipped/0/NAME`               optimizer  what the optimiser is given, of recorded gradients
 `update/0/NAME`                optimizer  what it adds to a parameter, of recorded gradients
-`probe/2/NAME`                 optimizer  likewise, of gradients that are drawn, after that
+`after/NAME`                   optimizer  what the whole step adds to it, the optimiser and all else
 `ema/NAME`                     optimizer  what is added to the averaged model
+`probe/2/NAME`                 optimizer  what the optimiser adds, of drawn gradients, after that
 `merged/w/NAME`                merge      a parameter of the merged model
 `merged/out/out.0`             merge      what it makes; recorded is what the trainer's model makes
 =============================  =========  ==========================================================
@@ -41,6 +42,7 @@ STAGES = {
     "gradient": "gradient",
     "clipped": "optimizer",
     "update": "optimizer",
+    "after": "optimizer",
     "probe": "optimizer",
     "ema": "optimizer",
     "merged": "merge",

@@ -27,14 +27,19 @@ from truestep.runtime.precision import working_dtype
 from truestep.training.anchors import anchored, anchors_of
 from truestep.training.benign import AS_IT_IS, Change, changes
 from truestep.training.forced import Stepped, script_of
+from truestep.training.incoming import with_drawn
 from truestep.training.names import call_name, recorded_calls
 from truestep.training.pulling import Pulled, Recorded
 from truestep.training.running import Whole, run_forced, run_modules, run_whole
 from truestep.training.step import Build, hyperparameters
+from truestep.training.stepping import groups_of
 from truestep.turns import taking_turns
 
 KIND = "training"
 """Setting of a recording that is one of a training step: what was found of it beside tensors."""
+
+LOST = "noise floor without"
+"""Begins the note of a harmless change that the step could not be run under."""
 
 Key = tuple[str, int]
 
@@ -93,6 +98,7 @@ def record_training(
             where=type(whole.step.model).__name__,
             likely="run() calls no backward, or the model runs without gradients",
         )
+    calls, drawn = with_drawn(calls, whole.outermost)
     tensors = _inputs(whole, calls)
     wants = {f"{fqn}/{number}": sorted(own.wants) for (fqn, number), own in calls.items()}
     trained = trained_step(build, whole, calls, tensors)
@@ -102,9 +108,11 @@ def record_training(
     settings: dict[str, Any] = {
         "wants": wants,
         "outermost": [list(key) for key in whole.outermost],
+        "drawn": [list(key) for key in drawn],
         "nodes": {f"{f}/{n}": dict(p.nodes) for (f, n), p in trained.pulled.items()},
         "size": trained.stepped.size,
         "optimizer": hyperparameters(whole.step.optimizer),
+        "groups": groups_of(whole.step.optimizer, whole.step.model),
         "parameters": sorted(whole.weights),
     }
     if floor:
@@ -215,7 +223,7 @@ def _measure(
         except TruestepError:
             raise
         except FOREIGN as error:
-            notes.append(f"noise floor without {change.kind} ({change.detail}): {one_line(error)}")
+            notes.append(f"{LOST} {change.kind} ({change.detail}): {one_line(error)}")
             continue
         values = _as_recorded(again, trained)
         made.append((change, values))

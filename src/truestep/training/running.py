@@ -55,7 +55,7 @@ def run_whole(
     with ExitStack() as stack:
         stack.enter_context(change.around())
         if change.dtype is not None:
-            stack.enter_context(converted(step.model, change.dtype))
+            _convert(stack, step, change.dtype)
         named = list(parameters(step.model))
         weights = {name: p.detach().clone() for name, p in named} if copies else {}
         restore = snapshot(step.model)
@@ -72,6 +72,13 @@ def run_whole(
         found |= {f"loss/{n}": v.detach().reshape(-1) for n, v in flatten(loss).items()}
     calls = {c.key: c for c in watch.calls if c.fqn in chosen or c.outermost}
     return Whole(step, modules, calls, found, weights)
+
+
+def _convert(stack: ExitStack, step: TrainingStep, dtype: torch.dtype) -> None:
+    """Have a step's models in another dtype, the averaged one with the trained one."""
+    stack.enter_context(converted(step.model, dtype))
+    if step.ema is not None:
+        stack.enter_context(converted(step.ema, dtype))
 
 
 def run_modules(
@@ -119,7 +126,7 @@ def run_forced(
     with ExitStack() as stack:
         stack.enter_context(change.around())
         if change.dtype is not None:
-            stack.enter_context(converted(step.model, change.dtype))
+            _convert(stack, step, change.dtype)
         names = {fqn for fqn, _ in script.calls}
         modules = {fqn: m for fqn, m in modules_of(step.model).items() if fqn in names}
         forcing = Forcing(step, script, rounded=change.rounding(), dtype=change.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,10 +104,41 @@ def built(build: Build) -> TrainingStep:
     return step
 
 
+_WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model"}
+)
+"""Names of what a wrapper holds: data parallelism, compilation, sharding, checkpointing, peft."""
+
+_INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""Wrappers of modules inside a model."""
+
+
+def inside(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """A model and what its wrappers hold: with the prefix of its names, outermost first.
+
+    A wrapper holds one module, and no weight of its own.
+    """
+    found = [("", model)]
+    last = ""
+    while True:
+        prefix, module = found[-1]
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        bare = not module._parameters and not module._buffers and len(children) == 1
+        name, child = next(iter(children.items())) if bare else ("", module)
+        if name not in _WRAPPERS and not (name == "model" and last == "base_model"):
+            return found
+        found.append((f"{prefix}{name}.", child))
+        last = name
+
+
 def parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters by the names that rows have: without the wrappers of compilation."""
+    """Parameters by the names that rows have: without those of wrappers."""
+    prefix = inside(model)[-1][0]
     for name, parameter in model.named_parameters():
-        yield safe_fqn(name.replace("_orig_mod.", "")), parameter
+        name = name.removeprefix(prefix)
+        for wrapper in _INSIDE:
+            name = name.replace(wrapper, "")
+        yield safe_fqn(name), parameter
 
 
 def snapshot(model: torch.nn.Module) -> Callable[[], None]:
@@ -151,7 +182,7 @@ _HOW = frozenset(
 
 
 def said_otherwise(
-    actual: list[dict[str, str]], reference: list[Mapping[str, str]]
+    actual: Sequence[Mapping[str, str]], reference: Sequence[Mapping[str, str]]
 ) -> Iterator[tuple[str, str, str]]:
     """Hyper-parameters that both have and that differ: which, and their values on both sides."""
     if len(actual) != len(reference):

@@ -18,6 +18,7 @@ import torch
 
 from truestep.pairing.naming import callable_module, compiled, matching, named_modules
 from truestep.training.nests import Arguments, exchanged, outputs
+from truestep.training.step import inside
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 
@@ -64,8 +65,11 @@ def in_backward() -> bool:
 
 
 def modules_of(model: torch.nn.Module, select: str = "*") -> dict[str, torch.nn.Module]:
-    """The modules that are looked at, by name."""
-    named = named_modules(model)
+    """The modules that are looked at, by name; of wrappers what they hold, unless it is compiled:
+    then the wrapper's call is all that Python runs."""
+    layers = [module for _, module in inside(model)]
+    whole = next((module for module in layers if compiled(module)), layers[-1])
+    named = named_modules(whole)
     called = {fqn: m for fqn, m in named.modules.items() if callable_module(m)}
     chosen = set(matching(called, select))
     return {fqn: module for fqn, module in called.items() if fqn in chosen}

@@ -27,11 +27,13 @@ from truestep.experiment.quality.records import (
     Vote,
 )
 from truestep.experiment.quality.statistics import (
+    LARGEST,
     Margin,
     Paired,
     Rate,
     compare,
     holm,
+    measurable,
     prompts_for_rate,
     rate_of,
     tail_of,
@@ -246,10 +248,12 @@ def _row(
 ) -> tuple[MetricRow | str, Paired, tuple[Flags, Flags]]:
     """One metric of a candidate, in words where it gives no number; and which clips lost it."""
     baseline, candidate = (readings_of(rows, metric.name) for rows in arms)
-    if not np.isfinite(candidate).all():
-        at = int(np.argwhere(~np.isfinite(candidate))[0][0])
+    if not measurable(candidate):
+        place = tuple(np.argwhere(~(np.abs(candidate) <= LARGEST))[0])
         nothing = np.zeros(candidate.shape[:2], dtype=bool)
-        said = f"{metric.name} gives no number for {_name(plan, arms[1], at)}"
+        given = float(candidate[place])
+        what = f"{given:.1e}, too large to be compared," if np.isfinite(given) else "no number"
+        said = f"{metric.name} gives {what} for {_name(plan, arms[1], int(place[0]))}"
         return said, Paired(0, 0, 0, 1, 1, 1, 0), (nothing, nothing)
     scorer = Scorer(baseline, metric.kind)
     theirs = scorer.scores(candidate)

@@ -152,17 +152,34 @@ def _of_user(name: str, function: Callable[..., Any]) -> Callable[[Frames, str],
     def read(frames: Frames, prompt: str) -> tuple[float, ...]:
         try:
             value = function(frames.copy(), prompt)
-            number = float(value)
         except Exception as error:  # the user's own code may raise anything
-            raise UsageError(
-                f"the metric {name} raised {type(error).__name__}: {error}",
-                where=last_frame(error),
-                hint="it is called with frames `f h w c` (float32 in [0, 1]) and the prompt, and "
-                "returns a number, higher is better",
-            ) from error
-        return (number,)
+            text = f"the metric {name} raised {type(error).__name__}: {error}"
+            raise _misused(text, function, error) from error
+        try:
+            return (float(value),)
+        except Exception as error:  # and so may what it returns
+            text = f"the metric {name} returned {type(value).__name__}, not a number"
+            raise _misused(text, function, error) from error
 
     return read
+
+
+def _misused(text: str, function: Callable[..., Any], error: BaseException) -> UsageError:
+    return UsageError(
+        text,
+        where=_where(function, error),
+        hint="it is called with frames `f h w c` (float32 in [0, 1]) and the prompt, and "
+        "returns a number, higher is better",
+    )
+
+
+def _where(function: Callable[..., Any], error: BaseException) -> str:
+    """Where the user's code raised; where it is written, if it did not get that far."""
+    place = last_frame(error)
+    code = getattr(function, "__code__", None)
+    if code is None or not place.startswith(f"{__file__}:"):
+        return place
+    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def clip(folder: Path) -> Metric:

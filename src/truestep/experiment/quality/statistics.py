@@ -53,6 +53,9 @@ any difference pass from 11 on, never sooner."""
 DRAWS = 10_000
 """Weights drawn: the 5 % quantile of a bound is then known to 0.2 % of the probability."""
 
+LARGEST = 1e100
+"""Of the numbers that are compared: sums and squares of larger ones may be no numbers any more."""
+
 LEAST_PROMPTS = 3
 MOST_PROMPTS = 100_000
 """More prompts than this would decide nothing in practice."""
@@ -154,6 +157,11 @@ def _variances(scores: Array) -> Array:
     return found
 
 
+def measurable(scores: Array) -> bool:
+    """Whether every number is one, and none so large that its square is not."""
+    return bool((np.abs(scores) <= LARGEST).all())
+
+
 def compare(baseline: Array, candidate: Array, margin: Margin) -> Paired:
     """Set two arms side by side, prompt by prompt.
 
@@ -165,8 +173,10 @@ def compare(baseline: Array, candidate: Array, margin: Margin) -> Paired:
         raise ValueError(f"shapes {baseline.shape} and {candidate.shape}: both are prompt x seed")
     if len(baseline) < LEAST_PROMPTS:
         raise ValueError(f"{len(baseline)} prompts, {LEAST_PROMPTS} are the least")
-    if not (np.isfinite(baseline).all() and np.isfinite(candidate).all()):
-        raise ValueError("a score is not finite")
+    if not (measurable(baseline) and measurable(candidate)):
+        raise ValueError("a score is not finite, or too large to be compared")
+    if not 0 <= margin.value <= LARGEST:
+        raise ValueError(f"a margin of {margin.value} judges nothing")
     differences = (candidate - baseline).mean(axis=1)
     allowed = _allowances(baseline, margin)
     assumed = margin.unseen

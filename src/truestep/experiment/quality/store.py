@@ -3,6 +3,7 @@
 ::
 
     DIR/plan.json                    what was asked
+    DIR/sources.json                 digests of the user's files that were run
     DIR/clips.jsonl                  one line a generation: numbers of every metric, no frames
     DIR/latents/N-S.safetensors      the baseline's final latent of prompt N, seed S
     DIR/result.json, table.md        what came out
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from truestep.errors import FileFormatError, UsageError
 from truestep.experiment.quality.records import Clip, QualityPlan
+from truestep.experiment.sources import Sources
 from truestep.experiment.store import append_line
 from truestep.files import replacing, write_text
 from truestep.reading import parse_json, read
@@ -30,10 +32,14 @@ _FREE = ("tool_version", "margin", "margins", "broken", "two_sided", "mechanisms
 
 
 class QualityStore:
-    """The folder of one experiment."""
+    """The folder of one experiment.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    Args:
+        sources: The user's files that are run, which are kept with what they made.
+    """
+
+    def __init__(self, folder: str | Path, *, sources: Sources | None = None) -> None:
+        self.folder, self.sources = Path(folder), sources
 
     def begin(self, plan: QualityPlan, *, resume: bool) -> None:
         """Write the plan, or make sure that the one that is there is the same.
@@ -62,7 +68,14 @@ class QualityStore:
                     where=str(path),
                     hint="give another --output",
                 )
+            if self.sources is not None:
+                self.sources.check(self.folder)
         write_text(path, plan.model_dump_json(indent=1), "the plan")
+        self._keep_sources()
+
+    def _keep_sources(self) -> None:
+        if self.sources is not None:
+            self.sources.keep(self.folder)
 
     def plan(self) -> QualityPlan:
         """What was asked.
@@ -82,6 +95,7 @@ class QualityStore:
         Raises:
             WriteError: It could not be written; those before it are untouched.
         """
+        self._keep_sources()
         append_line(self.folder / "clips.jsonl", clip.model_dump_json(), "the clips")
 
     def clips(self) -> tuple[list[Clip], list[str]]:

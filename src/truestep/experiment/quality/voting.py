@@ -18,7 +18,14 @@ from truestep.experiment.quality.detectors import DETECTORS
 from truestep.experiment.quality.metrics import Kind, nearness, scale_of
 from truestep.experiment.quality.mutations import ALWAYS, WRONG_PROMPT, expected
 from truestep.experiment.quality.records import Clip, Vote
-from truestep.experiment.quality.statistics import ALPHA, Margin, compare, margin_of
+from truestep.experiment.quality.statistics import (
+    ALPHA,
+    LARGEST,
+    Margin,
+    compare,
+    margin_of,
+    measurable,
+)
 
 Array = NDArray[np.float64]
 
@@ -90,12 +97,17 @@ def vote(
     readings = readings_of(rows, metric)
     if not np.isfinite(readings).all():
         return Vote(metric=metric, reason="it gives no number for a clip of the baseline")
+    if not measurable(readings):
+        most = float(np.abs(readings).max())
+        return Vote(metric=metric, reason=f"its numbers are too large to be compared: {most:.1e}")
     scorer = Scorer(readings, kind)
     required = (*ALWAYS, *((WRONG_PROMPT,) if prompted else ()))
     drop = _least_drop(rows, metric, scorer, required)
     least = LEAST_SHARE * max(0.0, drop) if kind == "score" else 0.0
     margin = margin_of(scorer.baseline, share=share, declared=declared, least=least)
     known: dict[str, Any] = {"margin": margin.value, "spread": margin.spread, "share": margin.share}
+    if not margin.value <= LARGEST:
+        return Vote(metric=metric, reason=f"its margin is {margin.value:g}: nothing exceeds it")
     if margin.value <= 0:
         return Vote(
             metric=metric,
@@ -126,12 +138,17 @@ def _least_drop(
     rows: Sequence[Sequence[Clip]], metric: str, scorer: Scorer, required: Sequence[str]
 ) -> float:
     """What a clip that shows nothing of what was asked for loses, on average, at least."""
-    drops = [
-        float((scorer.baseline - scorer.scores(readings_of(rows, metric, name))).mean())
+    damaged = [
+        readings_of(rows, metric, name)
         for name in required
         if all(name in clip.mutated for row in rows for clip in row)
     ]
-    return min((drop for drop in drops if np.isfinite(drop)), default=0.0)
+    drops = [
+        float((scorer.baseline - scorer.scores(readings)).mean())
+        for readings in damaged
+        if measurable(readings)
+    ]
+    return min(drops, default=0.0)
 
 
 def _lost_below(scorer: Scorer, drop: float) -> float | None:
@@ -142,8 +159,8 @@ def _lost_below(scorer: Scorer, drop: float) -> float | None:
 
 def killed(scorer: Scorer, readings: Array, margin: Margin) -> bool:
     """Whether damaged clips are shown to be worse than the baseline by more than the margin."""
-    if not np.isfinite(readings).all():
-        return True  # a number that is none is named as such
+    if not measurable(readings):
+        return True  # a number that is none, or none that can be compared, is named as such
     found = compare(scorer.baseline, scorer.scores(readings), margin)
     return found.p_degraded <= ALPHA
 
