@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from itertools import combinations
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truestep.experiment.quality.records import Point, Standing
+from truestep.experiment.quality.records import Point, Quality, Standing
 from truestep.report.frontier import svg
+from truestep.report.quality import frontier_rows
 
 TEXT = re.compile(r'<text x="([\d.-]+)" y="([\d.-]+)">([^<]*)</text>')
 
@@ -47,3 +49,16 @@ def test_no_name_lies_on_another(places: list[tuple[float, float, float]]) -> No
 
 def test_a_name_is_escaped() -> None:
     assert "a &lt;b&gt; &amp; c" in svg([point("a <b> & c", 2.0, 0.1, 0.0)])
+
+
+RANKS = Path(__file__).parents[2] / "bench" / "results" / "quality-ranks.json"
+
+
+def test_a_candidate_without_a_place_has_a_row_too() -> None:
+    found = Quality.model_validate_json(RANKS.read_text())
+    placed, *rest = found.candidates
+    update = {"point": None, "standing": Standing.UNMET}
+    found = found.model_copy(update={"candidates": (placed.model_copy(update=update), *rest)})
+    rows = frontier_rows(found)
+    assert len(rows) == len(found.candidates)
+    assert rows[-1] == (placed.cell.name, "-", "-", "-", "unmet", "-")

@@ -33,9 +33,10 @@ def cells_of(cell: QualityCell) -> list[tuple[str, ...]]:
 
 
 def frontier_rows(found: Quality) -> list[tuple[str, ...]]:
-    """A row a candidate, fastest first, in the order of `FRONTIER`."""
+    """A row a candidate, fastest first, in the order of `FRONTIER`; those that have no place on the
+    frontier (unmet, invalid, raised) come last."""
     points = sorted(points_of(found), key=lambda point: -point.speed)
-    return [
+    placed = [
         (
             point.name,
             f"{point.speed:.2f} ({point.speed_low:.2f} to {point.speed_high:.2f})",
@@ -46,6 +47,11 @@ def frontier_rows(found: Quality) -> list[tuple[str, ...]]:
             point.dominated or "-",
         )
         for point in points
+    ]
+    others = [cell for cell in found.candidates if cell.point is None]
+    return [
+        *placed,
+        *((cell.cell.name, "-", "-", "-", cell.standing.value, "-") for cell in others),
     ]
 
 
