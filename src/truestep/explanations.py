@@ -69,7 +69,9 @@ class Recheck(Record):
         modules: How many modules those are.
         error_before, error_after: Relative distance of what the model gives, as it is and so.
         ratio: How many times its floor the second is; None where a bound, not a floor, judged it.
-        passed: Whether that is within the floor: then nothing else in the model is wrong.
+        passed: Whether that is within the floor, at the first step and at the last one that was
+            looked at: then nothing else in the model is wrong there.
+        whole: Of the modules those that have others in them: all of each was replaced.
     """
 
     modules: int
@@ -77,6 +79,7 @@ class Recheck(Record):
     error_after: Float
     ratio: Float | None = None
     passed: bool
+    whole: tuple[str, ...] = ()
 
 
 class Divergence(Record):

@@ -266,3 +266,73 @@ def test_a_cause_has_to_hold_at_another_step_too() -> None:
     assert told(None).startswith("the first factor is left out: `waves = t")
     assert told(4.0) == told(None)
     assert told(3.0) == ""
+
+
+def test_a_leaf_inside_of_a_block_whose_own_code_is_wrong_is_told_too() -> None:
+    class Other(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(torch.relu(self.up(self.norm(x))))
+
+    def both(net: Net) -> None:
+        net.blocks[2].__class__ = Other
+        net.blocks[2].up.bias.data += 0.3  # type: ignore[union-attr, operator]
+
+    place = found(both)
+    assert "blocks.2" in (place.fqn or "")
+    names = {place.fqn, *(each.fqn for each in place.also)}
+    assert "blocks.2.up" in names
+    if place.fqn == "blocks.2":
+        assert place.recheck is not None
+        assert place.recheck.whole == ("blocks.2",)
+
+
+def test_a_fault_of_a_later_step_alone_is_not_rechecked_away() -> None:
+    class Late(Net):
+        late = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (1.1 if self.late else 1.0)
+
+    ours, theirs = Late(), Net()
+    ours.blocks[1].up.weight.data.mul_(1.5)
+
+    def sides(late: bool) -> tuple[Subject, Subject]:
+        def run() -> None:
+            ours.late = late
+            ours(X)
+
+        return Subject(ours, run), Subject(theirs, lambda: theirs(X))
+
+    drilled = drill(
+        *sides(False),
+        place=(0, "main"),
+        explain=True,
+        again=lambda: (*sides(True), (1, "main")),
+    )
+    assert drilled.divergence is not None
+    assert drilled.divergence.recheck is not None
+    assert not drilled.divergence.recheck.passed
+
+
+def test_what_hangs_on_the_forward_before_is_not_rechecked() -> None:
+    class Cached(nn.Linear):
+        kept: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made = super().forward(x)
+            before, self.kept = self.kept, made
+            return made if before is None else before
+
+    def cached(net: Net) -> None:
+        net.blocks[1].up.__class__ = Cached  # type: ignore[union-attr]
+
+    ours, theirs = Net(), Net()
+    cached(ours)
+    drilled = drill(
+        Subject(ours, lambda: ours(X)),
+        Subject(theirs, lambda: theirs(X)),
+        place=(0, "main"),
+        explain=True,
+    )
+    recheck = drilled.divergence.recheck if drilled.divergence is not None else None
+    assert recheck is None or recheck.error_before > 0

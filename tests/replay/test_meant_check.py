@@ -195,6 +195,81 @@ def test_a_layer_of_another_class_is_given_tokens_too(case: Case, recording: Rec
     assert meant.faults[0].kind.startswith("what it makes of the tokens it is given: ")
 
 
+class InBfloat16(Quantised):
+    """It computes, and returns, in 16 bits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).bfloat16()
+
+
+class BackwardsInBfloat16(InBfloat16):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = super().forward(x)
+        return made.flip(-2) if x.ndim > 2 else made
+
+
+def test_a_layer_that_returns_another_precision_is_given_tokens_too(
+    case: Case, recording: Recording
+) -> None:
+    def packed(pipe: Any, cls: type) -> None:
+        wrapped(pipe)
+        pipe.transformer.blocks[1].ffn.net[2].__class__ = cls
+
+    _, meant = judged(case, recording, lambda pipe: packed(pipe, InBfloat16), "int8")
+    assert not [fault for fault in meant.faults if "tokens" in fault.kind]
+    _, meant = judged(case, recording, lambda pipe: packed(pipe, BackwardsInBfloat16), "int8")
+    assert [f.module for f in meant.faults if "tokens" in f.kind] == [LAYER]
+
+
+class Static(Quantised):
+    """Its tokens are quantised by one scale, that was calibrated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x / 0.004).round().clamp(-127, 127) * 0.004
+        return torch.nn.functional.linear(x, self.codes.to(x.dtype) * self.scale, self.bias)
+
+
+def test_a_range_of_tokens_that_was_calibrated_is_no_fault(
+    case: Case, recording: Recording
+) -> None:
+    layer = layer_of(load(case))
+    static = Static(layer)
+    from truestep.replay.meant_weights import _probed
+
+    read = _probed(static, layer)["weight"]
+    weight = layer.weight.detach()
+    assert torch.allclose(read, weight, atol=0.03 * float(weight.abs().max()))
+
+
+def test_a_bias_that_the_trusted_layer_lacks_is_a_fault(case: Case, recording: Recording) -> None:
+    layer = torch.nn.Linear(16, 16, bias=False)
+    own = Quantised(layer)
+    own.bias = torch.nn.Parameter(torch.full((16,), 0.3))
+    from truestep.replay.meant_weights import Weights, _compare
+
+    found = Weights()
+    _compare(found, "transformer", "x", own, layer)
+    assert found.added == [("transformer.x", "bias")]
+    found = Weights()
+    _compare(found, "transformer", "x", Quantised(layer), layer)
+    assert found.added == []
+
+
+@pytest.mark.parametrize("coarse", [1, 16])
+def test_a_declared_quantiser_excuses_no_coarser_one(
+    case: Case, recording: Recording, coarse: int
+) -> None:
+    def mixed(pipe: Any) -> None:
+        for at, layer in enumerate(layers_of(pipe).values()):
+            made = QUANTISERS["int4" if 5 <= at < 5 + coarse else "int8"](layer.weight.data)
+            assert made is not None
+            layer.weight.data = made.values
+
+    result, meant = judged(case, recording, mixed, "int8")
+    assert meant.outcome == ("fault" if coarse == 1 else "undecided")
+    assert result.exit_code != 0
+
+
 class Halved(torch.nn.Conv3d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 0.5

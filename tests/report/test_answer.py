@@ -222,6 +222,8 @@ def test_a_recheck_that_passes_says_so() -> None:
     assert recheck_line(Recheck(modules=1, error_after=0.0, **fields)) == (
         "with this module as the reference has it, the model agrees bit for bit"
     )
+    whole = Recheck(modules=1, error_after=0.0, whole=("blocks.2",), **fields)
+    assert recheck_line(whole).endswith("the model agrees bit for bit; with all inside `blocks.2`")
     assert recheck_line(Recheck(modules=2, error_after=1e-7, **fields)) == (
         "with these 2 modules as the reference has them, 1.0e-07 of 5.0e-01 is left, within the "
         "model's floor"

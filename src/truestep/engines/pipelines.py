@@ -285,7 +285,7 @@ def _opened(
     others = [str(layout) for layout in layouts.values() if not layout.same_sizes]
     if others:
         return noted(result, f"no module named: its batches are others ({'; '.join(others)})")
-    with beside(candidate.components.values()):
+    with beside(candidate.components.values()), own_randomness():
         return open_call(
             candidate,
             trusted,

@@ -72,18 +72,9 @@ class Sides:
 
 @dataclass
 class _Seen:
-    """What trusted modules return, by label and slot, and the modules that are wrong inside of
-    one."""
+    """The modules that are wrong inside of one."""
 
-    outputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     inside: dict[str, list[str]] = field(default_factory=dict)
-
-    def keep(self, reference: Flow) -> None:
-        """Take what the modules of a trusted flow return."""
-        for name, tensor in reference.tensors.items():
-            key = key_of(name)
-            if key.outward:
-                self.outputs.setdefault(key.label, {})[key.name] = tensor
 
     def deepest(self, fqn: str) -> Iterator[str]:
         """The modules that are wrong inside of one: itself where none is."""
@@ -112,8 +103,6 @@ def explained(
         return found, tried
     tree = Tree.of(sides.trusted.model, sides.partners)
     seen = _Seen()
-    for level in levels:
-        seen.keep(level.expected.flow)
     rows = [row for level in levels for row in level.rows]
     wrong = _wrong(rows, found, path)
     opened, closed = wrong[:MOST_OPENED], wrong[MOST_OPENED:]
@@ -123,7 +112,7 @@ def explained(
     told = causes_of(names[:MOST_OPENED], sides, first=only) if names else []
     causes = dict(zip(names, (each for each, _ in told), strict=False))
     also = tuple(Elsewhere(fqn=name, cause=causes.get(name)) for name in (*names, *closed))
-    recheck = _recheck([found.fqn or ROOT, *(each.fqn for each in also)], tree, sides, seen)
+    recheck = _rechecked([found.fqn or ROOT, *(each.fqn for each in also)], tree, sides)
     return found.model_copy(update={"also": also, "recheck": recheck}), tried
 
 
@@ -163,8 +152,7 @@ def _wrong(rows: Sequence[Row], found: Divergence, path: Sequence[str]) -> list[
         if row.origin == "introduced" and key_of(row.name).outward
     }
     around = {*path, found.fqn, ROOT}
-    inside = f"{found.fqn}."
-    return [name for name in own if name not in around and not name.startswith(inside)]
+    return [name for name in own if name not in around]
 
 
 def _open(wrong: Sequence[str], tree: Tree, sides: Sides, seen: _Seen) -> None:
@@ -176,7 +164,6 @@ def _open(wrong: Sequence[str], tree: Tree, sides: Sides, seen: _Seen) -> None:
         for group in _groups({name: own for name, own in parts.items() if own}):
             select = frozenset(group).union(*(parts[name] for name in group))
             expected = expected_of(sides.trusted, select, tree, sides.place, {}, None)
-            seen.keep(expected.flow)
             level = level_of(
                 ROOT, sides.candidate, sides.trusted, expected, select, tree, sides.place
             )
@@ -204,9 +191,22 @@ def _groups(parts: Mapping[str, set[str]]) -> Iterator[list[str]]:
         yield group
 
 
-def _recheck(names: Sequence[str], tree: Tree, sides: Sides, seen: _Seen) -> Recheck | None:
-    """What is left once the modules give what they should; None where that cannot be put in."""
+def _rechecked(names: Sequence[str], tree: Tree, sides: Sides) -> Recheck | None:
+    """The recheck at both steps: the worse of the two; None where one of them says nothing."""
+    first = _recheck(names, tree, sides)
+    if first is None or sides.again is None:
+        return first
+    later = _recheck(names, tree, sides.again)
+    if later is None:  # not wrong there, or nothing to put in: the first says what it says
+        return first
+    return min((first, later), key=lambda each: (each.passed, -(each.ratio or 0.0)))
+
+
+def _recheck(names: Sequence[str], tree: Tree, sides: Sides) -> Recheck | None:
+    """What is left once the modules give what they should; None where that cannot be put in, or
+    where the model is not wrong in this forward: what is wrong then hangs on those before it."""
     place, nothing = sides.place, frozenset[str]()
+    outputs = _outputs(names, tree, sides)
     reference = flow(sides.trusted.model, sides.trusted.forward, place=place, select=nothing)
     given = Flow(
         tensors={n: t for n, t in reference.tensors.items() if not key_of(n).outward},
@@ -223,24 +223,42 @@ def _recheck(names: Sequence[str], tree: Tree, sides: Sides, seen: _Seen) -> Rec
     )
     limits = Limits(NoiseFloor(runs=tuple(runs)), pair_of(working, working))
     before = _free(sides.candidate, given, place)
-    answers = _Answers(set(names), tree, seen.outputs, place)
+    theirs = {n: t for n, t in reference.tensors.items() if key_of(n).outward}
+    own = {n: t for n, t in before.tensors.items() if key_of(n).outward}
+    if all(row.verdict.passed for row in compare_tensors(own, theirs, limits=limits)):
+        return None
+    answers = _Answers(set(names), tree, outputs, place)
     with ExitStack() as stack:
         answers.enter(stack, sides.candidate.model)
         after = _free(sides.candidate, given, place)
     if answers.missed or answers.given != set(names):
         return None
-    theirs = {n: t for n, t in reference.tensors.items() if key_of(n).outward}
     ours = {n: t for n, t in after.tensors.items() if key_of(n).outward}
     rows = compare_tensors(ours, theirs, limits=limits)
     if not rows or not theirs:
         return None
     return Recheck(
         modules=len(names),
-        error_before=_apart(before.tensors, theirs),
+        error_before=_apart(own, theirs),
         error_after=_apart(ours, theirs),
         ratio=max((row.ratio for row in rows if row.ratio is not None), default=None),
         passed=all(row.verdict.passed for row in rows),
+        whole=tuple(name for name in names if tree.parts(name)),
     )
+
+
+def _outputs(names: Sequence[str], tree: Tree, sides: Sides) -> dict[str, dict[str, Tensor]]:
+    """What trusted modules return in a free forward, by label and slot."""
+    trusted = sides.trusted
+    reference = flow(
+        trusted.model, trusted.forward, place=sides.place, select=set(names), parts=tree.trusted
+    )
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in reference.tensors.items():
+        key = key_of(name)
+        if key.outward:
+            found.setdefault(key.label, {})[key.name] = tensor
+    return found
 
 
 def _free(candidate: Subject, given: Flow, place: tuple[int, str]) -> Flow:

@@ -31,7 +31,7 @@ from truestep.judge.meant import (
     on_grids,
 )
 from truestep.judge.meant_kinds import what_is_wrong
-from truestep.measure.quantisers import QUANTISERS, Quantiser
+from truestep.measure.quantisers import QUANTISERS, Quantiser, rms
 from truestep.pairing.naming import ROOT
 from truestep.recording.format import Recording
 from truestep.replay.locating import locate_module
@@ -128,8 +128,10 @@ def judge_weights(found: Weights, name: str) -> Judged:
         quantiser = infer(pairs, eps=eps)
     known = quantiser is not None
     unit = quantiser or _UNIT
-    choices = {each.name for each in layers if known and _of_another(each, quantiser)}
-    choices = set() if len(choices) == len(layers) else choices
+    coarser = _coarser_ones(layers, quantiser)
+    choices = {each.name for each in layers if quantiser and _of_another(each, quantiser)}
+    if 2 * len(choices) > len(layers):  # then it is they that were declared by another name
+        choices = set()
     fits = {
         e.name: fit(e.pair.trusted, e.pair.candidate, unit, eps=e.eps)
         for e in layers
@@ -143,14 +145,11 @@ def judge_weights(found: Weights, name: str) -> Judged:
         return Judged(change, fits, limit, (), free=True)
     if other is not None:
         return Judged(change, fits, limit, (), other)
-    faults = [
-        MeantFault(module=module, tensor=key, kind="it is missing", ratio=math.inf)
-        for module, key in found.missing
-    ]
+    faults = [*_there_or_not(found), *coarser.values()]
     unlike = _unlike_all_others(layers, quantiser, choices)
     others = {each.module: each.pair.trusted for each in layers}
     for each in found.changed:
-        if each.name in choices:
+        if each.name in choices or each.name in coarser:
             continue
         is_layer = each.name in fits
         here = limit if is_layer else _STORED
@@ -180,6 +179,34 @@ def judge_weights(found: Weights, name: str) -> Judged:
     return Judged(change, fits, limit, tuple(faults), choices=len(choices))
 
 
+def _coarser_ones(layers: Sequence[Changed], quantiser: Quantiser | None) -> dict[str, MeantFault]:
+    """Layers that are to the last number what a much coarser quantiser makes of them."""
+    found = {}
+    for each in layers if quantiser is not None else ():
+        own = quantiser(each.pair.trusted) if quantiser is not None else None
+        for other in QUANTISERS.values():
+            made = other(each.pair.trusted) if other is not quantiser else None
+            if own is None or made is None or not _same(each, made.values, each.pair.candidate):
+                continue
+            ratio = rms(made.reach) / rms(own.reach)
+            if ratio > _COARSER:
+                kind = f"it is what {other.name} makes of it"
+                found[each.name] = MeantFault(
+                    module=each.module, tensor=each.key, kind=kind, ratio=ratio
+                )
+    return found
+
+
+def _there_or_not(found: Weights) -> list[MeantFault]:
+    """Parameters that one side alone has."""
+    sides = ((found.missing, "it is missing"), (found.added, "the trusted layer has none"))
+    return [
+        MeantFault(module=module, tensor=key, kind=kind, ratio=math.inf)
+        for names, kind in sides
+        for module, key in names
+    ]
+
+
 def _siblings(each: Changed, layers: Sequence[Changed], fits: Mapping[str, Fit]) -> list[Fit]:
     """The other layers with rows as long."""
     wide = each.pair.trusted[0].numel()
@@ -190,9 +217,11 @@ def _siblings(each: Changed, layers: Sequence[Changed], fits: Mapping[str, Fit])
 def _is_exactly(each: Changed, quantiser: Quantiser) -> bool:
     """Whether a layer is to the last number what a quantiser makes of it."""
     made = quantiser(each.pair.trusted)
-    return made is not None and torch.allclose(
-        made.values, each.pair.candidate, rtol=2 * each.eps, atol=0
-    )
+    return made is not None and _same(each, made.values, each.pair.candidate)
+
+
+def _same(each: Changed, values: torch.Tensor, candidate: torch.Tensor) -> bool:
+    return torch.allclose(values, candidate, rtol=2 * each.eps, atol=each.slack)
 
 
 def _unlike_all_others(
@@ -202,7 +231,18 @@ def _unlike_all_others(
     if quantiser is None or choices:
         return None
     inexact = [each for each in layers if not _is_exactly(each, quantiser)]
-    return inexact[0] if len(inexact) == 1 and len(layers) > _ALL_OTHERS else None
+    if len(inexact) != 1 or len(layers) <= _ALL_OTHERS:
+        return None
+    rows = _inexact_rows(inexact[0], quantiser)
+    return inexact[0] if 2 * len(rows) < inexact[0].pair.trusted.shape[0] else None
+
+
+def _inexact_rows(each: Changed, quantiser: Quantiser) -> list[int]:
+    """Rows that are not what the quantiser makes of them: of a layer made otherwise all are not."""
+    made = quantiser(each.pair.trusted)
+    values = each.pair.trusted if made is None else made.values
+    off = (each.pair.candidate - values).abs() > 2 * each.eps * values.abs() + each.slack
+    return [int(row) for row in torch.nonzero(off.flatten(1).any(1)).flatten()]
 
 
 _INEXACT = "not what"
@@ -212,18 +252,31 @@ _ALL_OTHERS = 8
 
 def _inexact(each: Changed, own: Fit, unit: Quantiser) -> MeantFault:
     """What is said of a layer that is within its reach and yet not what all others are."""
-    made = unit(each.pair.trusted)
-    values = each.pair.trusted if made is None else made.values
-    off = (each.pair.candidate - values).abs() > 2 * each.eps * values.abs()
-    rows = torch.nonzero(off.flatten(1).any(1)).flatten().tolist()
+    rows = _inexact_rows(each, unit)
     shown = ", ".join(map(str, rows[:3])) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
     kind = f"{_INEXACT} {unit.name} makes of it, as all other layers are: rows {shown}"
     return MeantFault(module=each.module, tensor=each.key, kind=kind, ratio=own.peak)
 
 
-def _of_another(each: Changed, quantiser: Quantiser | None) -> bool:
-    """Whether a layer is to the last number what another quantiser makes of it: a choice."""
-    return any(_is_exactly(each, other) for other in QUANTISERS.values() if other is not quantiser)
+def _of_another(each: Changed, quantiser: Quantiser) -> bool:
+    """Whether a layer is to the last number what another quantiser, not much coarser, or a cast
+    makes of it: a choice."""
+    trusted, candidate = each.pair.trusted, each.pair.candidate
+    for dtype in (torch.bfloat16, torch.float16):
+        if _same(each, trusted.to(dtype).float(), candidate):
+            return True
+    own = quantiser(trusted)
+    for other in QUANTISERS.values():
+        made = other(trusted) if other is not quantiser else None
+        if made is None or not _same(each, made.values, candidate):
+            continue
+        return own is None or rms(made.reach) <= _COARSER * rms(own.reach)
+    return False
+
+
+_COARSER = 10.0
+"""So many times as coarse as what was declared a layer's own choice may be: 8 bits of floating
+point for 8 whole ones, and not 4 bits."""
 
 
 def refuse_meant(name: str | None, depth: str) -> None:
@@ -294,6 +347,11 @@ def with_meant(
     named = {fault.module for fault in judged.faults}
     acting = [fault for fault in _acting(acted) if fault.module not in named]
     judged = replace(judged, faults=(*judged.faults, *acting))
+    found.unjudged += [
+        f"{model}.{fqn} (it was given no tokens)"
+        for (model, fqn), each in acted.items()
+        if not each.calls
+    ]
     layers = len(judged.fits) + judged.choices
     worst = max(judged.fits, key=lambda k: judged.fits[k].peak, default="")
     meant = Meant(

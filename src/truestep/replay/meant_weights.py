@@ -37,12 +37,14 @@ class Changed:
         module, key: Where it is; the module with its model before it.
         pair: Both sides.
         eps: Of the precision that the candidate keeps it in.
+        slack: How far off each of its numbers was found out, where it could not be read.
     """
 
     module: str
     key: str
     pair: Pair
     eps: float
+    slack: float = 0.0
 
     @property
     def name(self) -> str:
@@ -57,7 +59,8 @@ class Weights:
     Attributes:
         changed: Those that are not what they were.
         same: How many weights of two axes and more are.
-        unjudged: Parameters that cannot be read. missing: those that are not there.
+        unjudged: Parameters that cannot be read. missing: those that are not there. added: those
+            that the trusted side does not have.
         numbers: Modules whose own parameters are put back, by model and fqn.
         exchanged: Linear layers of another class, to be replaced as a whole, with the weight and
             bias that they work with.
@@ -67,6 +70,7 @@ class Weights:
     same: int = 0
     unjudged: list[str] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
+    added: list[tuple[str, str]] = field(default_factory=list)
     numbers: list[tuple[str, str]] = field(default_factory=list)
     exchanged: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict)
 
@@ -98,6 +102,8 @@ def _compare(
     read = _probed(own, theirs) if other and own is not None else {}
     if read:
         found.exchanged[model, fqn] = read
+    if "bias" in read and "bias" not in parameters:
+        found.added.append((name, "bias"))
     differing = False
     for key, parameter in parameters.items():
         reference = parameter.detach()
@@ -113,11 +119,22 @@ def _compare(
             found.same += reference.ndim > 1
             continue
         differing = True
-        eps = max(torch.finfo(side.dtype).eps for side in (actual, reference)) / 2
+        dtypes = (actual.dtype, reference.dtype, *_held_in(actual))
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes) / 2
         pair = Pair(reference.float().cpu(), actual.float().cpu())
-        found.changed.append(Changed(name, key, pair, eps))
+        slack = 8 * eps * max(float(t.abs().max()) for t in read.values()) if read else 0.0
+        found.changed.append(Changed(name, key, pair, eps, slack))
     if differing and not read:
         found.numbers.append((model, fqn))
+
+
+def _held_in(actual: Tensor) -> list[torch.dtype]:
+    """16-bit precisions that hold all values of a weight as they are: it was kept in one."""
+    return [
+        dtype
+        for dtype in (torch.bfloat16, torch.float16)
+        if actual.ndim > 1 and torch.equal(actual.to(dtype).to(actual.dtype), actual)
+    ]
 
 
 def _is_gone(own: torch.nn.Module, key: str, *, other: bool) -> bool:
@@ -146,22 +163,39 @@ def _readable(module: torch.nn.Module | None, key: str) -> Tensor | None:
 def _probed(own: torch.nn.Module, theirs: torch.nn.Module) -> dict[str, Tensor]:
     """Weight and bias that a layer of another class works with, by what it makes of unit vectors.
 
-    Of layers that quantise what they are given, too: one number of a vector is a whole step.
+    Of layers that quantise what they are given, too: one number of a vector is a whole step. Those
+    that clip it to a range that was calibrated are given smaller ones, too: the size counts that
+    brings the weights nearest to the trusted ones, for what is wrong with weights is so at any.
     """
     if not isinstance(theirs, torch.nn.Linear):
         return {}
     units = torch.eye(theirs.in_features).to(theirs.weight)
+    found: list[tuple[float, Tensor]] = []
     try:
         with torch.no_grad():
-            nothing = own(torch.zeros_like(units[:1]))
-            columns = [
-                own(units[at : at + _AT_ONCE]) - nothing for at in range(0, len(units), _AT_ONCE)
-            ]
+            nothing = own(torch.zeros_like(units[:1])).to(units.dtype)
+            for size in _SIZES:
+                columns = [
+                    (own(size * units[at : at + _AT_ONCE]).to(units.dtype) - nothing) / size
+                    for at in range(0, len(units), _AT_ONCE)
+                ]
+                weight = torch.cat(columns).T.contiguous()
+                apart = float((weight - theirs.weight).float().norm())
+                found.append((apart if apart == apart else float("inf"), weight))
     except FOREIGN:  # it takes something else: what it holds may still be read
         return {}
-    made = {"weight": torch.cat(columns).T.contiguous()}
-    keyed = theirs.bias is not None or bool(nothing.any())
-    return {**made, "bias": nothing[0]} if keyed else made
+    weight = min(found, key=lambda each: each[0])[1]
+    keyed = theirs.bias is not None or float(nothing.abs().max()) > _NONE * float(
+        weight.abs().max()
+    )
+    return {"weight": weight, "bias": nothing[0]} if keyed else {"weight": weight}
+
+
+_SIZES = (1.0, 0.5, 0.25, 0.125, 4.0)
+"""Of the unit vectors, the plainest first."""
+
+_NONE = 1e-3
+"""Share of the largest weight that a layer without a bias may give for nothing."""
 
 
 @dataclass
@@ -172,11 +206,13 @@ class Acted:
         error, size: Sums of squares: of its distance from what its own weights make of them, and of
             that itself.
         raised: What it raised; empty where it ran.
+        calls: How many it was given.
     """
 
     error: float = 0.0
     size: float = 0.0
     raised: str = ""
+    calls: int = 0
 
     @property
     def apart(self) -> float:
@@ -236,6 +272,7 @@ def _beside(own: torch.nn.Module, weights: dict[str, Tensor], acted: Acted) -> A
     def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
         if len(args) != 1 or args[0].dtype != weights["weight"].dtype:
             return  # raised to another precision: the layer keeps its own
+        acted.calls += 1
         bias = weights.get("bias")
         wanted = torch.nn.functional.linear(args[0], weights["weight"], bias).float()
         try:

@@ -143,9 +143,11 @@ def recheck_line(recheck: Recheck) -> str:
     these = "this module" if count == 1 else f"these {count} modules"
     start = f"with {these} as the reference has {'it' if count == 1 else 'them'},"
     left = f"{recheck.error_after:.1e} of {recheck.error_before:.1e}"
+    with_all = f"; with all inside {_some([f'`{name}`' for name in recheck.whole])}"
+    with_all = with_all if recheck.whole else ""
     if recheck.passed and not recheck.error_after:
-        return f"{start} the model agrees bit for bit"
+        return f"{start} the model agrees bit for bit{with_all}"
     if recheck.passed:
-        return f"{start} {left} is left, within the model's floor"
+        return f"{start} {left} is left, within the model's floor{with_all}"
     times = f" ({recheck.ratio:.3g} x the floor)" if recheck.ratio is not None else ""
     return f"{start} {left} is left{times}: something else is wrong, too"

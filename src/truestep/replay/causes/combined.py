@@ -162,7 +162,8 @@ def _of_two(steps: Sequence[Step]) -> Iterator[Guess]:
     elif all(abs(mine) < 1e-4 for mine in own):
         yield Guess("guidance missing", f"the unconditional pass alone; {scale}", made, patch)
     elif all(abs(mine - theirs - 1) < 1e-4 for mine, theirs in pairs):
-        text = "guidance starts from the conditional pass: cond + scale * (cond - uncond)"
+        text = "guidance starts from the conditional pass: cond + scale * (cond - uncond), or "
+        text += f"the guidance scale is {number(own[0])}, {scale}"
         yield Guess("guidance formula", text, made, patch)
     elif all(abs(mine - theirs + 1) < 1e-4 for mine, theirs in pairs):
         text = f"the guidance scale is taken less one: {number(own[0])}, {scale}"

@@ -79,7 +79,8 @@ def _by_scale(
             text = f"the conditional pass alone, without guidance, at steps {steps}{more}"
         yield Guess("guidance missing", text, made)
     elif everywhere and all(abs(mine - theirs - 1) < 1e-4 for mine, theirs in pairs):
-        text = "guidance starts from the conditional pass: cond + scale * (cond - uncond)"
+        text = "guidance starts from the conditional pass: cond + scale * (cond - uncond), or "
+        text += f"the guidance scale is {number(own[0])}, the reference's {number(scales[0])}"
         patch = "guided = uncond + scale * (cond - uncond)"
         yield Guess("guidance formula", text, made, patch)
     elif everywhere and all(abs(mine - 1 + theirs) < 1e-4 for mine, theirs in pairs):
