@@ -301,3 +301,11 @@ def test_names_of_a_rename_map_are_checked_before_any_forward() -> None:
     pipe, reference = trusted("FluxPipeline")
     with pytest.raises(UsageError, match="a rename map is of no use at depth 'steps'"):
         truestep.check(pipe, reference, rename={"proj_out": "proj_out"})
+
+
+def test_the_callers_randomness_is_left_as_it_is() -> None:
+    torch.manual_seed(1234)
+    before = torch.random.get_rng_state()
+    result = opened("FluxPipeline", without_bias("transformer.proj_out"))
+    assert result.verdict is Verdict.DRIFTED
+    assert torch.equal(torch.random.get_rng_state(), before)
