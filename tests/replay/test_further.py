@@ -336,3 +336,24 @@ def test_what_hangs_on_the_forward_before_is_not_rechecked() -> None:
     )
     recheck = drilled.divergence.recheck if drilled.divergence is not None else None
     assert recheck is None or recheck.error_before > 0
+
+
+def test_a_weight_that_is_wrong_at_both_steps_is_told_as_at_one() -> None:
+    def zeroed(net: Net) -> None:
+        net.blocks[1].down.bias.data.zero_()  # type: ignore[union-attr, operator]
+
+    ours, theirs = Net(), Net()
+    zeroed(ours)
+
+    def sides(x: torch.Tensor) -> tuple[Subject, Subject]:
+        return Subject(ours, lambda: ours(x)), Subject(theirs, lambda: theirs(x))
+
+    def told(again: bool) -> str:
+        other = (lambda: (*sides(2 * X), (1, "main"))) if again else None
+        drilled = drill(*sides(X), place=(0, "main"), explain=True, again=other)
+        assert drilled.divergence is not None
+        assert drilled.divergence.cause is not None
+        return drilled.divergence.cause.text
+
+    assert "is 0 everywhere" in told(False)
+    assert told(True) == told(False)

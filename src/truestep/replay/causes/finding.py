@@ -61,8 +61,8 @@ def explained(scene: Scene, *, only: str | None = None) -> Cause | None:
     if scene.agrees(plain) or before == float("inf"):
         return None
     for hypothesis in _in_turn(scene):
-        if only is not None and hypothesis.kind != only:
-            continue
+        if only is not None and hypothesis.kind != only and hypothesis.said is None:
+            continue  # one that says its kind once it is accepted is tried in any case
         if scene.tried >= most:
             break
         made = outcome(scene, hypothesis)
