@@ -11,29 +11,21 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.bench_location import Bench, globals_restored
+from bench.bench_location import globals_restored
 from bench.common import RESULTS, quiet, read
-from bench.faults.draws import DRAWS
 from bench.faults.heldout2_stages import HELD2, NO_CAUSE, PLAIN2, STAGED, Held2, judged
 from bench.faults.heldout2_why import READ
-from truestep import check, record
-from truestep.replay.check import check_pipeline
-from truestep.replay.locating import locate_module
-from truestep.testing.corpus.subjects import SUBJECTS
-from truestep.verdict import Comparison
+from bench.heldout_causes import Explain, counts, explainer, share
 
 COUNTED = ("right", "wrong", "abstains")
 DRAW = 4
 """Of the plain pipelines' weights and inputs; no other benchmark uses it."""
-
-Plant = Callable[[Any], Any]
-Explain = Callable[[Plant], Comparison]
 
 
 def main() -> None:
@@ -59,7 +51,7 @@ def fill(path: Path, subjects: Iterable[str]) -> None:
         left = [e for e in HELD2.values() if e.subject == subject and e.name not in done]
         if not left:
             continue
-        explain = _staged(subject) if subject in STAGED else _plain(subject)
+        explain = explainer(subject, DRAW)
         for entry in left:
             row = run(explain, entry)
             with path.open("a", encoding="utf-8") as file:
@@ -67,33 +59,6 @@ def fill(path: Path, subjects: Iterable[str]) -> None:
             said = f"{row['outcome']:10s} {row.get('kind') or '-'}: {row.get('text') or '-'}"
             print(f"{entry.name:42s} {said} {row['seconds']}s", file=sys.stderr, flush=True)
             gc.collect()
-
-
-def _staged(subject: str) -> Explain:
-    bench = Bench.of(STAGED[subject], "float32")
-    case = bench.subject.case(DRAWS[0], bench.dtype)
-
-    def explain(plant: Plant) -> Comparison:
-        pipe = bench.subject.load(DRAWS[0], bench.dtype)
-        pipe = plant(pipe) or pipe
-        checked = check_pipeline(pipe, bench.recording, case=case)
-        if checked.verdict.passed:
-            return checked
-        return locate_module(pipe, bench.trusted, bench.recording, checked, explain=True)
-
-    return explain
-
-
-def _plain(subject: str) -> Explain:
-    family = SUBJECTS[subject]
-    recording = record(family.build(DRAW), call=family.inputs(DRAW))
-
-    def explain(plant: Plant) -> Comparison:
-        pipe = family.build(DRAW)
-        pipe = plant(pipe) or pipe
-        return check(pipe, recording, depth="cause", trusted=family.build(DRAW))
-
-    return explain
 
 
 def run(explain: Explain, entry: Held2) -> dict[str, Any]:
@@ -140,9 +105,9 @@ def report(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# What is wrong, of a second set of faults that were held out",
         "",
-        f"Of {len(named)} faults the first cause named was right for {_share(named, 'right')} and "
-        f"wrong for {_share(named, 'wrong')}; for {_share(named, 'abstains')} nothing was named. "
-        f"Of {len(other)} of which no cause is true, {_share(other, 'wrong')} were given one. The "
+        f"Of {len(named)} faults the first cause named was right for {share(named, 'right')} and "
+        f"wrong for {share(named, 'wrong')}; for {share(named, 'abstains')} nothing was named. "
+        f"Of {len(other)} of which no cause is true, {share(other, 'wrong')} were given one. The "
         "faults, and how what is said of them is judged, were written before the first was run, "
         "without a look at the causes: inside a model by the kind of cause, around it by regular "
         "expressions that its text must hold. Written by `python -m bench.heldout2_causes`.",
@@ -154,8 +119,8 @@ def report(rows: list[dict[str, Any]]) -> str:
         silent = [row["entry"] for row in rows if row["outcome"] == outcome]
         lines += [f"Not counted, {outcome}: {', '.join(silent) or 'none'}.", ""]
     groups = list(dict.fromkeys(entry.group for entry in HELD2.values()))
-    lines += _counts("class", "group", groups, counted)
-    lines += _counts("model", "subject", [*STAGED, *PLAIN2], counted)
+    lines += counts("class", "group", groups, counted)
+    lines += counts("model", "subject", [*STAGED, *PLAIN2], counted)
     for title, picked in (
         ("Wrong", [row for row in counted if row["outcome"] == "wrong"]),
         ("Nothing named", [row for row in named if row["outcome"] == "abstains"]),
@@ -192,8 +157,8 @@ def _by_reading(named: list[dict[str, Any]], other: list[dict[str, Any]]) -> lis
     return [
         "Read against what is true, after the run, the texts of "
         f"{sum(_read(row) != row['outcome'] for row in named)} of these faults are judged otherwise"
-        f" (remarks below): right {_share(read_named, 'right')}, wrong "
-        f"{_share(read_named, 'wrong')}. Of the {len(given)} causes given where none is true "
+        f" (remarks below): right {share(read_named, 'right')}, wrong "
+        f"{share(read_named, 'wrong')}. Of the {len(given)} causes given where none is true "
         f"{len(false)} say something false.",
         "",
     ]
@@ -202,16 +167,6 @@ def _by_reading(named: list[dict[str, Any]], other: list[dict[str, Any]]) -> lis
 def _read(row: dict[str, Any]) -> str:
     outcome: str = READ.get(row["entry"], (row["outcome"], ""))[0]
     return outcome
-
-
-def _counts(title: str, key: str, values: list[str], rows: list[dict[str, Any]]) -> list[str]:
-    lines = [f"| {title} | faults | right | wrong | abstains |", "|---|---|---|---|---|"]
-    for value in values:
-        own = [row["outcome"] for row in rows if row[key] == value]
-        if own:
-            cells = " | ".join(str(own.count(name)) for name in COUNTED)
-            lines.append(f"| {value} | {len(own)} | {cells} |")
-    return [*lines, ""]
 
 
 def _told(rows: list[dict[str, Any]]) -> list[str]:
@@ -229,11 +184,6 @@ def _told(rows: list[dict[str, Any]]) -> list[str]:
         texts = (" ".join(str(cell or "").split()).replace("|", "\\|") for cell in cells)
         lines.append(f"| {' | '.join(texts)} |")
     return lines
-
-
-def _share(rows: list[dict[str, Any]], wanted: str) -> str:
-    count = sum(row["outcome"] == wanted for row in rows)
-    return f"{count} ({count / max(len(rows), 1):.1%})"
 
 
 if __name__ == "__main__":

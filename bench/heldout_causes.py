@@ -50,13 +50,22 @@ def fill(path: Path, subjects: Iterable[str], names: Iterable[str]) -> None:
         left = [e for e in left if not names or e.name in names]
         if not left or (subjects and subject not in subjects):
             continue
-        explain = _staged(subject) if subject in STAGED else _plain(subject)
+        explain = explainer(subject, DRAW)
         for entry in left:
             row = run(explain, entry)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(_line(row), file=sys.stderr, flush=True)
             gc.collect()
+
+
+def explainer(subject: str, draw: int) -> Explain:
+    """Gives the check of a subject with a fault in it, at depth `cause`.
+
+    Args:
+        draw: Of a plain pipeline's weights and inputs.
+    """
+    return _staged(subject) if subject in STAGED else _plain(subject, draw)
 
 
 def _staged(subject: str) -> Explain:
@@ -74,14 +83,14 @@ def _staged(subject: str) -> Explain:
     return explain
 
 
-def _plain(subject: str) -> Explain:
+def _plain(subject: str, draw: int) -> Explain:
     family = SUBJECTS[subject]
-    recording = record(family.build(DRAW), call=family.inputs(DRAW))
+    recording = record(family.build(draw), call=family.inputs(draw))
 
     def explain(plant: Plant) -> Comparison:
-        pipe = family.build(DRAW)
+        pipe = family.build(draw)
         pipe = plant(pipe) or pipe
-        return check(pipe, recording, depth="cause", trusted=family.build(DRAW))
+        return check(pipe, recording, depth="cause", trusted=family.build(draw))
 
     return explain
 
@@ -132,9 +141,9 @@ def report(rows: list[dict[str, Any]]) -> str:
         "# What is wrong, of faults that were held out",
         "",
         f"Of {len(named)} faults with a cause of the classes that are looked for, the first cause "
-        f"named was right for {_share(named, RIGHT)} and wrong for {_share(named, WRONG)}; for "
-        f"{_share(named, ABSTAINS)} nothing was named. Of {len(other)} faults of which no such "
-        f"cause is true, {_share(other, WRONG)} were given one. The faults and their labels were "
+        f"named was right for {share(named, RIGHT)} and wrong for {share(named, WRONG)}; for "
+        f"{share(named, ABSTAINS)} nothing was named. Of {len(other)} faults of which no such "
+        f"cause is true, {share(other, WRONG)} were given one. The faults and their labels were "
         "written before the first of them was run, without a look at the causes. Written by "
         "`python -m bench.bench_causes --held-out`.",
         "",
@@ -142,8 +151,8 @@ def report(rows: list[dict[str, Any]]) -> str:
         *_places(named),
         f"Without effect on the check, and not counted: {', '.join(silent) or 'none'}.",
         "",
-        *_counts("class", "group", list(dict.fromkeys(e.group for e in HELD.values())), counted),
-        *_counts("model", "subject", [*STAGED, *PLAIN], counted),
+        *counts("class", "group", list(dict.fromkeys(e.group for e in HELD.values())), counted),
+        *counts("model", "subject", [*STAGED, *PLAIN], counted),
     ]
     unnamed = [row for row in named if row["outcome"] == ABSTAINS]
     for title, picked in (
@@ -166,8 +175,8 @@ def _corrected(ran: list[dict[str, Any]], counted: list[dict[str, Any]]) -> list
     return [
         f"The labels of {len(mended)} faults lacked the kind that says their own words, since the "
         "names of kinds were not read beforehand (`addend missing`, `mask missing`): "
-        f"{', '.join(mended)}. By the labels as they were frozen {_share(before, RIGHT)} are right "
-        f"and {_share(before, WRONG)} wrong.",
+        f"{', '.join(mended)}. By the labels as they were frozen {share(before, RIGHT)} are right "
+        f"and {share(before, WRONG)} wrong.",
         "",
     ]
 
@@ -189,7 +198,7 @@ def _places(named: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def _counts(title: str, key: str, values: list[str], rows: list[dict[str, Any]]) -> list[str]:
+def counts(title: str, key: str, values: list[str], rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"| {title} | faults | right | wrong | abstains |", "|---|---|---|---|---|"]
     for value in values:
         own = [row["outcome"] for row in rows if row[key] == value]
@@ -215,7 +224,7 @@ def _told(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _share(rows: list[dict[str, Any]], wanted: str) -> str:
+def share(rows: list[dict[str, Any]], wanted: str) -> str:
     count = sum(row["outcome"] == wanted for row in rows)
     return f"{count} ({count / max(len(rows), 1):.1%})"
 

@@ -18,7 +18,16 @@ from truestep.pairing.naming import ROOT, named_modules
 from truestep.pairing.partners import Partners, namesake
 from truestep.replay.forms import holds_the_same
 from truestep.replay.isolation import flow, rounding
-from truestep.replay.levels import FINAL, Known, Level, Tree, expected_of, label_and_slot, level_of
+from truestep.replay.levels import (
+    FINAL,
+    MAX_LEVELS,
+    Known,
+    Level,
+    Tree,
+    expected_of,
+    label_and_slot,
+    level_of,
+)
 from truestep.replay.levels import Subject as Subject
 from truestep.replay.recorded import Recorded
 from truestep.replay.statements import (
@@ -31,7 +40,6 @@ from truestep.replay.statements import (
 from truestep.verdict import GIVEN, Divergence, Row
 
 Tensor = torch.Tensor
-MAX_LEVELS = 12
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from truestep.replay.causes.finding import causes_of
 from truestep.replay.isolation import Flow, benign_flows, flow, laid_out, replaced
 from truestep.replay.levels import (
     FINAL,
+    MAX_LEVELS,
     Level,
     Subject,
     Tree,
@@ -47,8 +48,6 @@ MOST_OPENED = 16
 
 MOST_AT_ONCE = 64
 """Modules that are looked at in one forward: all that they are given and return is kept."""
-
-MAX_LEVELS = 12
 
 
 @dataclass(frozen=True)
@@ -206,12 +205,17 @@ def _recheck(names: Sequence[str], tree: Tree, sides: Sides) -> Recheck | None:
     """What is left once the modules give what they should; None where that cannot be put in, or
     where the model is not wrong in this forward: what is wrong then hangs on those before it."""
     place, nothing = sides.place, frozenset[str]()
-    outputs = _outputs(names, tree, sides)
-    reference = flow(sides.trusted.model, sides.trusted.forward, place=place, select=nothing)
-    given = Flow(
-        tensors={n: t for n, t in reference.tensors.items() if not key_of(n).outward},
-        classes=reference.classes,
+    whole = flow(
+        sides.trusted.model,
+        sides.trusted.forward,
+        place=place,
+        select=set(names),
+        parts=tree.trusted,
     )
+    root = {n: t for n, t in whole.tensors.items() if key_of(n).fqn == ROOT}
+    reference = Flow(tensors=root, classes=whole.classes)
+    theirs = {n: t for n, t in root.items() if key_of(n).outward}
+    given = Flow(tensors={n: t for n, t in root.items() if n not in theirs}, classes=whole.classes)
     working = working_precision(sides.trusted.model)
     runs = benign_flows(
         sides.trusted.model,
@@ -223,11 +227,10 @@ def _recheck(names: Sequence[str], tree: Tree, sides: Sides) -> Recheck | None:
     )
     limits = Limits(NoiseFloor(runs=tuple(runs)), pair_of(working, working))
     before = _free(sides.candidate, given, place)
-    theirs = {n: t for n, t in reference.tensors.items() if key_of(n).outward}
     own = {n: t for n, t in before.tensors.items() if key_of(n).outward}
     if all(row.verdict.passed for row in compare_tensors(own, theirs, limits=limits)):
         return None
-    answers = _Answers(set(names), tree, outputs, place)
+    answers = _Answers(set(names), tree, _outputs(whole), place)
     with ExitStack() as stack:
         answers.enter(stack, sides.candidate.model)
         after = _free(sides.candidate, given, place)
@@ -247,12 +250,8 @@ def _recheck(names: Sequence[str], tree: Tree, sides: Sides) -> Recheck | None:
     )
 
 
-def _outputs(names: Sequence[str], tree: Tree, sides: Sides) -> dict[str, dict[str, Tensor]]:
-    """What trusted modules return in a free forward, by label and slot."""
-    trusted = sides.trusted
-    reference = flow(
-        trusted.model, trusted.forward, place=sides.place, select=set(names), parts=tree.trusted
-    )
+def _outputs(reference: Flow) -> dict[str, dict[str, Tensor]]:
+    """What modules return in a forward, by label and slot."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in reference.tensors.items():
         key = key_of(name)

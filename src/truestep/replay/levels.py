@@ -27,6 +27,8 @@ from truestep.verdict import Divergence, Row
 
 Tensor = torch.Tensor
 
+MAX_LEVELS = 12
+
 FINAL = ("not called", "called once more", "called in another order")
 """Kinds that say enough: what is inside need not be opened."""
 

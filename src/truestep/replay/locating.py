@@ -210,9 +210,7 @@ def _alike(place: Place, recording: Mapping[str, torch.Tensor]) -> list[Place]:
         return [replace(place, branch=b) for b in ("cond", "uncond") if f"text/{b}" in recording]
     if place.stage != "prediction":
         return [place]
-    experts = recorded_schedule(recording).experts
-    steps = [s for s in default_steps(recording) if experts[s] == experts[place.step]]
-    others = [s for s in steps if s != place.step and step_name(s, place.branch) in recording]
+    others = [step for step in _steps_of_expert(recording, place) if step != place.step]
     return [place, *(replace(place, step=s) for s in others[:3])]
 
 
@@ -343,13 +341,15 @@ def _later(recording: Mapping[str, torch.Tensor], place: Place) -> Place | None:
     other."""
     if place.stage != "prediction":
         return None
-    experts = recorded_schedule(recording).experts
-    steps = [
-        step
-        for step in default_steps(recording)
-        if experts[step] == experts[place.step] and step_name(step, place.branch) in recording
-    ]
+    steps = _steps_of_expert(recording, place)
     return replace(place, step=steps[-1]) if steps and steps[-1] != place.step else None
+
+
+def _steps_of_expert(recording: Mapping[str, torch.Tensor], place: Place) -> list[int]:
+    """Default steps at which the same model makes the same pass."""
+    experts = recorded_schedule(recording).experts
+    steps = [step for step in default_steps(recording) if experts[step] == experts[place.step]]
+    return [step for step in steps if step_name(step, place.branch) in recording]
 
 
 def failing_place(rows: Sequence[Row]) -> Place | None:

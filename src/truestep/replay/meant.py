@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -128,8 +128,8 @@ def judge_weights(found: Weights, name: str) -> Judged:
         quantiser = infer(pairs, eps=eps)
     known = quantiser is not None
     unit = quantiser or _UNIT
-    coarser = _coarser_ones(layers, quantiser)
-    choices = {each.name for each in layers if quantiser and _of_another(each, quantiser)}
+    makers = _makers(layers, quantiser)
+    choices, coarser = makers.choices, makers.coarser
     if 2 * len(choices) > len(layers):  # then it is they that were declared by another name
         choices = set()
     fits = {
@@ -146,7 +146,8 @@ def judge_weights(found: Weights, name: str) -> Judged:
     if other is not None:
         return Judged(change, fits, limit, (), other)
     faults = [*_there_or_not(found), *coarser.values()]
-    unlike = _unlike_all_others(layers, quantiser, choices)
+    alone = known and not choices and len(layers) > _ALL_OTHERS
+    unlike = _unlike_all_others(makers.inexact, unit) if alone else None
     others = {each.module: each.pair.trusted for each in layers}
     for each in found.changed:
         if each.name in choices or each.name in coarser:
@@ -179,24 +180,6 @@ def judge_weights(found: Weights, name: str) -> Judged:
     return Judged(change, fits, limit, tuple(faults), choices=len(choices))
 
 
-def _coarser_ones(layers: Sequence[Changed], quantiser: Quantiser | None) -> dict[str, MeantFault]:
-    """Layers that are to the last number what a much coarser quantiser makes of them."""
-    found = {}
-    for each in layers if quantiser is not None else ():
-        own = quantiser(each.pair.trusted) if quantiser is not None else None
-        for other in QUANTISERS.values():
-            made = other(each.pair.trusted) if other is not quantiser else None
-            if own is None or made is None or not _same(each, made.values, each.pair.candidate):
-                continue
-            ratio = rms(made.reach) / rms(own.reach)
-            if ratio > _COARSER:
-                kind = f"it is what {other.name} makes of it"
-                found[each.name] = MeantFault(
-                    module=each.module, tensor=each.key, kind=kind, ratio=ratio
-                )
-    return found
-
-
 def _there_or_not(found: Weights) -> list[MeantFault]:
     """Parameters that one side alone has."""
     sides = ((found.missing, "it is missing"), (found.added, "the trusted layer has none"))
@@ -214,24 +197,13 @@ def _siblings(each: Changed, layers: Sequence[Changed], fits: Mapping[str, Fit])
     return [fits[e.name] for e in alike if e.name in fits]
 
 
-def _is_exactly(each: Changed, quantiser: Quantiser) -> bool:
-    """Whether a layer is to the last number what a quantiser makes of it."""
-    made = quantiser(each.pair.trusted)
-    return made is not None and _same(each, made.values, each.pair.candidate)
-
-
 def _same(each: Changed, values: torch.Tensor, candidate: torch.Tensor) -> bool:
     return torch.allclose(values, candidate, rtol=2 * each.eps, atol=each.slack)
 
 
-def _unlike_all_others(
-    layers: Sequence[Changed], quantiser: Quantiser | None, choices: set[str]
-) -> Changed | None:
+def _unlike_all_others(inexact: Sequence[Changed], quantiser: Quantiser) -> Changed | None:
     """The one layer that is not exactly what the quantiser makes of it, where all others are."""
-    if quantiser is None or choices:
-        return None
-    inexact = [each for each in layers if not _is_exactly(each, quantiser)]
-    if len(inexact) != 1 or len(layers) <= _ALL_OTHERS:
+    if len(inexact) != 1:
         return None
     rows = _inexact_rows(inexact[0], quantiser)
     return inexact[0] if 2 * len(rows) < inexact[0].pair.trusted.shape[0] else None
@@ -258,20 +230,47 @@ def _inexact(each: Changed, own: Fit, unit: Quantiser) -> MeantFault:
     return MeantFault(module=each.module, tensor=each.key, kind=kind, ratio=own.peak)
 
 
-def _of_another(each: Changed, quantiser: Quantiser) -> bool:
-    """Whether a layer is to the last number what another quantiser, not much coarser, or a cast
-    makes of it: a choice."""
-    trusted, candidate = each.pair.trusted, each.pair.candidate
-    for dtype in (torch.bfloat16, torch.float16):
-        if _same(each, trusted.to(dtype).float(), candidate):
-            return True
-    own = quantiser(trusted)
-    for other in QUANTISERS.values():
-        made = other(trusted) if other is not quantiser else None
-        if made is None or not _same(each, made.values, candidate):
+@dataclass
+class _Makers:
+    """Which layers are to the last number what some quantiser makes of them.
+
+    Attributes:
+        choices: Of another than the declared one, not much coarser, or a cast.
+        coarser: Of a much coarser one, with what is said of that.
+        inexact: Those that the declared one does not make so.
+    """
+
+    choices: set[str] = field(default_factory=set)
+    coarser: dict[str, MeantFault] = field(default_factory=dict)
+    inexact: list[Changed] = field(default_factory=list)
+
+
+def _makers(layers: Sequence[Changed], quantiser: Quantiser | None) -> _Makers:
+    """Who made each layer; nobody else is asked of one that is as declared."""
+    found = _Makers()
+    for each in layers if quantiser is not None else ():
+        trusted, candidate = each.pair.trusted, each.pair.candidate
+        own = quantiser(trusted) if quantiser is not None else None
+        if own is not None and _same(each, own.values, candidate):
             continue
-        return own is None or rms(made.reach) <= _COARSER * rms(own.reach)
-    return False
+        found.inexact.append(each)
+        casts = (trusted.to(dtype).float() for dtype in (torch.bfloat16, torch.float16))
+        if any(_same(each, cast, candidate) for cast in casts):
+            found.choices.add(each.name)
+        for other in QUANTISERS.values():
+            made = other(trusted) if other is not quantiser else None
+            if made is None or not _same(each, made.values, candidate):
+                continue
+            ratio = rms(made.reach) / rms(own.reach) if own is not None else 0.0
+            if ratio <= _COARSER:
+                found.choices.add(each.name)
+            else:
+                kind = f"it is what {other.name} makes of it"
+                found.coarser[each.name] = MeantFault(
+                    module=each.module, tensor=each.key, kind=kind, ratio=ratio
+                )
+            break
+    return found
 
 
 _COARSER = 10.0

@@ -126,10 +126,14 @@ def rounded_to(scene: Scene, what: str) -> Iterator[Guess]:
         yield Guess("precision", f"{what} in {name}, the reference's not", made)
 
 
+def least_squares(reference: torch.Tensor, actual: torch.Tensor) -> float:
+    """The factor by which a reference comes nearest; 1 of one that is 0."""
+    size = float(reference.square().sum())
+    return float((actual * reference).sum()) / size if size else 1.0
+
+
 def scaled(scene: Scene, what: str) -> Iterator[Guess]:
     """All failing tensors by one factor."""
-    one = scene.failing[0]
-    size = float(one.reference.square().sum())
-    factor = float((one.actual * one.reference).sum()) / size if size else 1.0
+    factor = least_squares(scene.failing[0].reference, scene.failing[0].actual)
     made = [factor * other.reference for other in scene.failing]
     yield Guess("scaled", f"{what} {number(factor)} times the reference's", made)

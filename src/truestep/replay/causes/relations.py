@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from truestep.replay.causes.guesses import PRECISIONS, Guess, apart, number
+from truestep.replay.causes.guesses import PRECISIONS, Guess, apart, least_squares, number
 from truestep.replay.causes.material import Handed
 
 Tensor = torch.Tensor
@@ -177,7 +177,7 @@ def fits(scene: Handed) -> Iterator[Guess]:
     if not scene.same_sizes:
         return
     one, what = scene.failing[0], scene.argument
-    factor = _least(one.reference, one.actual)
+    factor = least_squares(one.reference, one.actual)
     text = f"{what} is {number(factor)} times the reference's"
     yield _fitted("scaled", text, scene, lambda x: factor * x, 1)
     moved = float((one.actual - one.reference).mean())
@@ -269,11 +269,6 @@ def _by_channel(scene: Handed, axis: int) -> Iterator[Guess]:
     text = f"{scene.argument} is scaled by {along} ({shown[0]}{more}) and moved "
     text += f"({shown[1]}{more}) from the reference's"
     yield _fitted(f"scaled by {along}", text, scene, change, 2 * count)
-
-
-def _least(reference: Tensor, actual: Tensor) -> float:
-    size = float(reference.square().sum())
-    return float((actual * reference).sum()) / size if size else 1.0
 
 
 def _line(reference: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
