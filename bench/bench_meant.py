@@ -29,6 +29,7 @@ from truestep.recording.format import Recording
 from truestep.replay.check import check_pipeline
 from truestep.replay.meant import with_meant
 from truestep.replay.record import record_pipeline
+from truestep.runtime.pipeline import models_of
 from truestep.runtime.quantising import Layer, instead, layers_of, quantised
 from truestep.verdict import Comparison
 
@@ -87,8 +88,9 @@ def judged(bench: Bench, place: Place, pipe: Any, trusted: Any, name: str) -> Co
     """What `check --meant` says of a loaded candidate."""
     subject, draw, dtype = place
     recording, case = bench.recording(place), subject.case(draw, dtype)
-    check = partial(check_pipeline, recording=recording, case=case, steps=(0,))
-    return with_meant(check(pipe), pipe, trusted, name, check=check, locate=lambda rest: rest)
+    check = partial(check_pipeline, pipe, recording, case=case, steps=(0,))
+    sides = models_of(pipe), models_of(trusted)
+    return with_meant(check(), *sides, name, check=check, locate=lambda rest: rest)
 
 
 def run_healthy(bench: Bench, number: int, place: Place) -> None:

@@ -415,6 +415,7 @@ def test_a_bias_that_is_gone_is_missing(case: Case, recording: Recording) -> Non
 
 def test_the_candidate_is_afterwards_what_it_was(case: Case, recording: Recording) -> None:
     from truestep.replay.meant_weights import compared, put_back
+    from truestep.runtime.pipeline import models_of
 
     pipe, trusted = load(case), load(case)
     wrapped(pipe)
@@ -422,7 +423,8 @@ def test_the_candidate_is_afterwards_what_it_was(case: Case, recording: Recordin
     pipe.transformer.blocks[0].attn1.norm_q.weight.data += 1
     before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
     modules = [*pipe.transformer.modules()]
-    with put_back(pipe, trusted, compared(pipe, trusted)) as acted:
+    models, trusted_models = models_of(pipe), models_of(trusted)
+    with put_back(models, trusted_models, compared(models, trusted_models)) as acted:
         assert len(acted) > 10
         assert isinstance(pipe.transformer.blocks[1].ffn.net[2], torch.nn.Linear)
     assert [*pipe.transformer.modules()] == modules

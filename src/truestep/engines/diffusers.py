@@ -124,7 +124,7 @@ def record(
 
 
 @taking_turns()
-def check(  # 10 parameters: those of `truestep.check` that a case of calls has
+def check(  # 11 parameters: those of `truestep.check` that a case of calls has
     case: CallCase,
     reference: Recording | str | Path,
     *,
@@ -134,6 +134,7 @@ def check(  # 10 parameters: those of `truestep.check` that a case of calls has
     tolerance: float | None = None,
     depth: Depth = "steps",
     rename: Mapping[str, str] | None = None,
+    meant: str | None = None,
     remade: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -149,6 +150,7 @@ def check(  # 10 parameters: those of `truestep.check` that a case of calls has
         depth: `modules` also opens the component of the first call that fails, beside the case's
             own model loaded here, and names the module; `final` judges the end of a free run.
         rename: At `modules`, names of the candidate's modules to the case's, `*` for one part.
+        meant: What the change is declared to be; see `truestep.check`.
         remade: The reference was recorded just now, by other code: files of the case that are
             others are part of the change.
         progress: Told (what, done, total) while it runs.
@@ -169,9 +171,7 @@ def check(  # 10 parameters: those of `truestep.check` that a case of calls has
     notes += others
     if differences:
         side = Side(label=manifest.case_id or "", path=where)
-        other = any(difference.key.startswith(_FILES) for difference in differences)
-        hint = "truestep record CASE --update  # takes the files as they are now" if other else ""
-        result = of_another_case(case, differences, label=label, reference=side, hint=hint)
+        result = _of_another_case(case, differences, label, side)
         return result.model_copy(update={"notes": tuple(notes)})
     model = _looked_at(candidate)
     call = _called(case, candidate, recorded_arguments(recording))
@@ -184,7 +184,8 @@ def check(  # 10 parameters: those of `truestep.check` that a case of calls has
         depth=depth,
         rename=rename,
         progress=progress,
-        trusted=(lambda: _in_files(case, _looked_at(case))) if depth in OPENS else None,
+        meant=meant,
+        trusted=(lambda: _in_files(case, _looked_at(case))) if depth in OPENS or meant else None,
     )
     try:
         with surviving("the model's code"):
@@ -246,6 +247,15 @@ def _differences(
     others = [d.key.removeprefix(_FILES) for d in differences if d.key.startswith(_FILES)]
     notes = [f"changed in the case: {', '.join(others)}"] if others else []
     return tuple(d for d in differences if not d.key.startswith(_FILES)), notes
+
+
+def _of_another_case(
+    case: CallCase, differences: tuple[Difference, ...], label: str, reference: Side
+) -> Comparison:
+    """What is said where the recorded case is another, or its files were."""
+    other = any(difference.key.startswith(_FILES) for difference in differences)
+    hint = "truestep record CASE --update  # takes the files as they are now" if other else ""
+    return of_another_case(case, differences, label=label, reference=reference, hint=hint)
 
 
 def _called(case: CallCase, candidate: CallCase, recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from truestep.recording.partial import NOWHERE, Partial
 from truestep.recording.table import table_entry
 from truestep.replay.check import Depth
 from truestep.replay.locating import noted
+from truestep.replay.meant import with_meant
 from truestep.replay.opening import open_call
 from truestep.replay.record import FloorChoice
 from truestep.runtime.applying import call_change, not_a_pipeline
@@ -204,7 +205,9 @@ class Judging:
     """How a candidate is judged: see `truestep.check`.
 
     Attributes:
-        trusted: Makes the trusted pipeline, where the component that fails is to be opened.
+        trusted: Makes the trusted pipeline, where the component that fails is to be opened, or a
+            declared change judged.
+        meant: What the change is declared to be.
         progress: Told (what, done, total) while it runs.
     """
 
@@ -216,6 +219,7 @@ class Judging:
     depth: Depth = "steps"
     rename: Mapping[str, str] | None = None
     trusted: Callable[[], Any] | None = None
+    meant: str | None = None
     progress: Progress | None = None
 
 
@@ -227,18 +231,10 @@ def check_pipeline(
     subject = _subject(pipe, reference, call)
     trusted = _trusted(subject, reference, judging)
     named = replace(subject, label=judging.label)
-    if judging.depth == "final":
-        result = check_end(named, reference, tolerance=judging.tolerance, pair=judging.pair)
-    else:
-        result = check(
-            named,
-            reference,
-            steps=judging.steps,
-            tolerance=judging.tolerance,
-            pair=judging.pair,
-            progress=judging.progress,
-        )
-    if trusted is not None and not result.verdict.passed:
+    result = _judged(named, reference, judging)
+    if trusted is not None and judging.meant is not None:
+        result = _as_meant(named, trusted, reference, result, judging)
+    elif trusted is not None and not result.verdict.passed:
         result = _opened(subject, trusted, reference, result, judging)
     environment = Environment({**result.actual.environment, **(judging.environment or {})})
     known = {k: v for k, v in manifest.environment.items() if k in environment}
@@ -252,6 +248,49 @@ def check_pipeline(
             ),
         }
     )
+
+
+def _judged(candidate: Subject, reference: CallRecording, judging: Judging) -> Comparison:
+    """The check itself."""
+    if judging.depth == "final":
+        return check_end(candidate, reference, tolerance=judging.tolerance, pair=judging.pair)
+    return check(
+        candidate,
+        reference,
+        steps=judging.steps,
+        tolerance=judging.tolerance,
+        pair=judging.pair,
+        progress=judging.progress,
+    )
+
+
+def _as_meant(
+    candidate: Subject,
+    trusted: Callable[[], Subject],
+    reference: CallRecording,
+    result: Comparison,
+    judging: Judging,
+) -> Comparison:
+    """What a declared change explains of it, beside the trusted pipeline."""
+    with beside(candidate.components.values()), own_randomness():
+        other = trusted()
+        return with_meant(
+            result,
+            _models(candidate),
+            _models(other),
+            judging.meant or "",
+            check=lambda: _judged(candidate, reference, judging),
+            locate=lambda rest: _opened(candidate, lambda: other, reference, rest, judging),
+        )
+
+
+def _models(subject: Subject) -> dict[str, torch.nn.Module]:
+    """The components that are models, each once."""
+    models: dict[str, torch.nn.Module] = {}
+    for name, part in subject.components.items():
+        if isinstance(part, torch.nn.Module) and part not in models.values():
+            models[name] = part
+    return models
 
 
 def more_runs(

@@ -173,11 +173,11 @@ def check(  # 16 parameters: the public check, whose options are keywords
             of a dotted name. It goes before the pairs that equal names or weights give.
         accept: Of a case of the runtime: what a reference may be that was made by a quantised or
             patched implementation: each a part of what it is said to be (`float8_e4m3fn`).
-        trusted: At `modules`, of a pipeline object: the trusted pipeline, another object. A case
-            loads its own.
+        trusted: At `modules` and with `meant`, of a pipeline object: the trusted pipeline, another
+            object. A case loads its own.
         expect: `different` where the change is for something: `unmet` if nothing changes.
-        meant: Of a case of the runtime: what the change is declared to be (`int8`, `fp8`,
-            `gguf:Q4_K`, ..., `auto`, `siblings`): a layer that it does not explain is named.
+        meant: What the change is declared to be (`int8`, `fp8`, `gguf:Q4_K`, ..., `auto`,
+            `siblings`): a layer that it does not explain is named.
         from_disk: Of a case: leave weights above 1 MiB in their safetensors files, and read each
             whenever it is used, so that a model can be judged that is larger than the memory.
         remade: Of a case: the reference was recorded just now, by other code, so that files which
@@ -209,7 +209,8 @@ def check(  # 16 parameters: the public check, whose options are keywords
             refuse_checking(depth, rename, accept, meant)
             options["remade"] = remade
         options["progress"] = progress
-        stages = {"accept": accept, "expect": expect, "meant": meant}
+        options["meant"] = meant
+        stages = {"accept": accept, "expect": expect}
         result = _check_case(subject, reference, options, stages, from_disk=from_disk)
         return result if isinstance(subject, Case) else expected(result, expect)
     refuse_checking(depth, rename, accept, meant)
@@ -218,14 +219,15 @@ def check(  # 16 parameters: the public check, whose options are keywords
 
     _refuse_of_cases(settings, from_disk, "check")
     recording = opened(reference)
-    _refuse_alone(subject, trusted, depth)
-    opened_beside = (lambda: trusted) if depth in OPENS else None
+    _refuse_alone(subject, trusted, depth, meant)
+    opened_beside = (lambda: trusted) if depth in OPENS or meant else None
     judging = Judging(
         steps=steps,
         tolerance=tolerance,
         depth=depth,
         rename=rename,
         trusted=opened_beside,
+        meant=meant,
         progress=progress,
     )
     return expected(_check_object(subject, recording, call, apply, judging), expect)
@@ -302,17 +304,11 @@ def refuse_checking(
     """Refuse what a check of calls cannot do.
 
     Raises:
-        UsageError: An option of another depth, or of cases of the runtime.
+        UsageError: An option of another depth, of cases of the runtime, or not known.
     """
-    from truestep.replay.check import refuse_rename
+    from truestep.replay.check import refuse_options
 
-    refuse_rename(rename, depth)
-    if meant is not None:
-        raise UsageError(
-            "a declared change is judged in truestep's own stages; this is a plain pipeline",
-            measured="--meant",
-            hint="leave --meant out; truestep weights compares its files with the trusted ones",
-        )
+    refuse_options(rename, meant, depth)
     if accept:
         raise UsageError(
             "a reference of a plain pipeline is taken as it is: there is nothing to accept",
@@ -320,26 +316,29 @@ def refuse_checking(
         )
 
 
-def _refuse_alone(subject: Any, trusted: Any, depth: str) -> None:
+def _refuse_alone(subject: Any, trusted: Any, depth: str, meant: str | None) -> None:
     """Refuse to open a pipeline object without a trusted one beside it."""
     from truestep.replay.check import OPENS
 
-    if depth not in OPENS:
+    if depth not in OPENS and meant is None:
         _refuse_trusted(trusted)
         return
     if trusted is None or trusted is subject:
+        what, said = ("a declared change is judged", f"meant={meant!r}")
+        if meant is None:
+            what, said = ("depth 'modules' opens the model", "depth='modules'")
         raise UsageError(
-            "depth 'modules' opens the model beside the trusted one, and an object cannot be "
-            "loaded again as it was",
+            f"{what} beside the trusted one, and an object cannot be loaded again as it was",
             measured="a truestep.CallCase loads its own",
-            hint="check(pipeline, reference, depth='modules', trusted=another_pipeline)",
+            hint=f"check(pipeline, reference, {said}, trusted=another_pipeline)",
         )
 
 
 def _refuse_trusted(trusted: Any) -> None:
     if trusted is not None:
         raise UsageError(
-            "trusted is of a pipeline object at depth 'modules': a case loads its own",
+            "trusted is of a pipeline object at depth 'modules', or with meant: a case loads its "
+            "own",
             hint="leave trusted out",
         )
 

@@ -33,6 +33,7 @@ from truestep.replay.record import record_pipeline
 from truestep.replay.stages import floor_steps
 from truestep.runtime.applying import Apply, apply_change
 from truestep.runtime.loading import load
+from truestep.runtime.pipeline import models_of
 from truestep.runtime.quantising import Layer, instead, layers_of, quantised
 from truestep.turns import taking_turns
 
@@ -226,7 +227,7 @@ def _changed(
         left = [f"{name}: its shape does not suit" for name in layers if name not in made]
     else:
         other = apply_change(load(case), change)
-        found = compared(other, load(case))
+        found = compared(models_of(other), models_of(load(case)))
         made, left = {}, [f"{name}: cannot be read" for name in found.unjudged]
         for each_changed in found.changed:
             if each_changed.key == "weight" and each_changed.module in layers:

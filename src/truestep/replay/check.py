@@ -98,7 +98,7 @@ def check(  # 12 parameters: those of `truestep.check`, without what is of pipel
     from truestep.runtime.loading import load
     from truestep.runtime.stored import beside, in_files, refuse_compiled
 
-    _refuse_options(rename, meant, depth)
+    refuse_options(rename, meant, depth)
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
     candidate = case.replace(**dict(settings or {}))
     label = label_of(case, candidate, apply)
@@ -190,7 +190,12 @@ def expected(result: Comparison, expect: Expect | None) -> Comparison:
     return result.model_copy(update={"expect": expect, "sentence": sentence})
 
 
-def _refuse_options(rename: Mapping[str, str] | None, meant: str | None, depth: str) -> None:
+def refuse_options(rename: Mapping[str, str] | None, meant: str | None, depth: str) -> None:
+    """Refuse options that another depth has, or that are not known.
+
+    Raises:
+        UsageError: See above.
+    """
     from truestep.replay.meant import refuse_meant
 
     refuse_rename(rename, depth)
@@ -216,9 +221,9 @@ _NOTHING_TO_OPEN = (Verdict.IDENTICAL, Verdict.EQUIVALENT, Verdict.UNMET)
 def _check_rename(rename: Mapping[str, str], pipe: Pipeline, trusted: Pipeline) -> None:
     """Refuse a map that names what none of the models has, before any forward."""
     from truestep.pairing.partners import check_rename
-    from truestep.runtime.pipeline import MODELS
+    from truestep.runtime.pipeline import models_of
 
-    sides = [[getattr(side, name) for name in MODELS] for side in (pipe, trusted)]
+    sides = [models_of(side).values() for side in (pipe, trusted)]
     check_rename(rename, candidate=sides[0], trusted=sides[1])
 
 

@@ -35,9 +35,9 @@ from truestep.measure.quantisers import QUANTISERS, Quantiser, rms
 from truestep.pairing.naming import ROOT
 from truestep.recording.format import Recording
 from truestep.replay.locating import locate_module
-from truestep.replay.meant_weights import Acted, Changed, Weights, compared, put_back
+from truestep.replay.meant_weights import Acted, Changed, Models, Weights, compared, put_back
 from truestep.runtime.loading import load
-from truestep.runtime.pipeline import Pipeline
+from truestep.runtime.pipeline import Pipeline, models_of
 from truestep.runtime.stored import in_files
 from truestep.text import nearest
 from truestep.verdict import Comparison, Divergence, Verdict
@@ -294,9 +294,6 @@ def refuse_meant(name: str | None, depth: str) -> None:
         )
 
 
-Check = Callable[[Pipeline], Comparison]
-
-
 def as_meant(
     pipe: Pipeline,
     case: Case,
@@ -311,36 +308,36 @@ def as_meant(
         trusted = load(case)
     return with_meant(
         result,
-        pipe,
-        trusted,
+        models_of(pipe),
+        models_of(trusted),
         name,
-        check=lambda candidate: check(candidate, recording, case=case),
+        check=lambda: check(pipe, recording, case=case),
         locate=lambda rest: locate_module(pipe, trusted, recording, rest),
     )
 
 
 def with_meant(
     result: Comparison,
-    pipe: Pipeline,
-    trusted: Pipeline,
+    models: Models,
+    trusted: Models,
     name: str,
     *,
-    check: Check,
+    check: Callable[[], Comparison],
     locate: Callable[[Comparison], Comparison],
 ) -> Comparison:
     """A check's result with what the declared change explains of it.
 
     Args:
         result: Of the candidate, at depth `steps`.
-        pipe, trusted: Candidate, and the reference's model loaded here.
+        models, trusted: The candidate's, and those of the reference, loaded here.
         name: One of `NAMES`.
-        check: Checks a pipeline against the reference.
+        check: Checks the candidate, as its models then are, against the reference.
         locate: Opens the models where a check failed.
     """
-    found = compared(pipe, trusted)
+    found = compared(models, trusted)
     judged = judge_weights(found, name)
-    with put_back(pipe, trusted, found) as acted:
-        rest = check(pipe)
+    with put_back(models, trusted, found) as acted:
+        rest = check()
         if not rest.verdict.passed:
             rest = locate(rest)
     named = {fault.module for fault in judged.faults}

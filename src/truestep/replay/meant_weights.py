@@ -8,7 +8,7 @@ makes of the tokens that it is given is then set against what its own weights ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +20,11 @@ from truestep.judge.meant import Pair
 from truestep.measure.distance import same_bits
 from truestep.measure.plain import is_wrapped
 from truestep.pairing.naming import ROOT, named_modules
-from truestep.runtime.pipeline import MODELS, Pipeline
 from truestep.runtime.precision import is_packed
 
 Tensor = torch.Tensor
+Models = Mapping[str, torch.nn.Module]
+"""What a pipeline runs, by component."""
 
 _AT_ONCE = 256
 """Unit vectors that a layer is given at once."""
@@ -54,7 +55,7 @@ class Changed:
 
 @dataclass
 class Weights:
-    """What became of a pipeline's parameters.
+    """What became of the parameters of a pipeline's models.
 
     Attributes:
         changed: Those that are not what they were.
@@ -75,16 +76,15 @@ class Weights:
     exchanged: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict)
 
 
-def compared(pipe: Pipeline, trusted: Pipeline) -> Weights:
+def compared(models: Models, trusted: Models) -> Weights:
     """Every parameter of the trusted models beside the candidate's."""
     found = Weights()
-    for model in MODELS:
-        own, theirs = getattr(pipe, model), getattr(trusted, model)
-        if not isinstance(own, torch.nn.Module) or not isinstance(theirs, torch.nn.Module):
+    for name, theirs in trusted.items():
+        if name not in models:
             continue
-        ours = named_modules(own).modules
+        own = named_modules(models[name]).modules
         for fqn, module in named_modules(theirs).modules.items():
-            _compare(found, model, fqn, ours.get(fqn), module)
+            _compare(found, name, fqn, own.get(fqn), module)
     return found
 
 
@@ -224,7 +224,7 @@ class Acted:
 
 @contextmanager
 def put_back(
-    pipe: Pipeline, trusted: Pipeline, found: Weights
+    models: Models, trusted: Models, found: Weights
 ) -> Iterator[dict[tuple[str, str], Acted]]:
     """The candidate with the trusted weights in the place of its own.
 
@@ -234,17 +234,17 @@ def put_back(
     acted: dict[tuple[str, str], Acted] = {}
     with ExitStack() as stack:
         for model, fqn in found.numbers:
-            own, theirs = _both(pipe, trusted, model, fqn)
+            own, theirs = _both(models, trusted, model, fqn)
             for key, parameter in theirs._parameters.items():
                 stack.callback(_set, own._parameters, key, own._parameters.get(key))
                 stack.callback(_set, own._buffers, key, own._buffers.pop(key, None))
                 own._parameters[key] = parameter
         for (model, fqn), weights in found.exchanged.items():
-            own, theirs = _both(pipe, trusted, model, fqn)
+            own, theirs = _both(models, trusted, model, fqn)
             acted[model, fqn] = Acted()
             hook = _beside(own, weights, acted[model, fqn])
             stack.callback(theirs.register_forward_hook(hook).remove)
-            for holder in getattr(pipe, model).modules():
+            for holder in models[model].modules():
                 for key, child in holder._modules.items():
                     if child is own:
                         stack.callback(holder._modules.__setitem__, key, own)
@@ -253,9 +253,9 @@ def put_back(
 
 
 def _both(
-    pipe: Pipeline, trusted: Pipeline, model: str, fqn: str
+    models: Models, trusted: Models, model: str, fqn: str
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
-    own, theirs = (named_modules(getattr(side, model)).modules[fqn] for side in (pipe, trusted))
+    own, theirs = (named_modules(side[model]).modules[fqn] for side in (models, trusted))
     return own, theirs
 
 

@@ -169,15 +169,14 @@ def _identity(pipe: Pipeline, case: Case, implementation: Implementation) -> dic
     """All that the numbers of a recording depend on."""
     from truestep.replay.capture import recorded_settings, run_environment
     from truestep.runtime.identity import content_of, weights_of
-    from truestep.runtime.pipeline import MODELS
+    from truestep.runtime.pipeline import models_of
 
-    models = {name: getattr(pipe, name) for name in MODELS if getattr(pipe, name) is not None}
     return {
         **content_of(case.model_dump(mode="json"), "case"),
         **run_environment(pipe, attention=None),
         **content_of(recorded_settings(pipe), "settings"),
         "implementation": implementation.model_dump_json(),
-        **weights_of(models),
+        **weights_of(models_of(pipe)),
     }
 
 

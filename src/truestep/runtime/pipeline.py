@@ -144,6 +144,12 @@ MODELS = (
 """Attributes of a pipeline that hold its models, in the order in which a run needs them."""
 
 
+def models_of(pipe: Pipeline) -> dict[str, torch.nn.Module]:
+    """The models that a pipeline has, by attribute."""
+    held = {name: getattr(pipe, name) for name in MODELS}
+    return {name: model for name, model in held.items() if model is not None}
+
+
 def _one(step: Step) -> float:
     return 1.0
 
