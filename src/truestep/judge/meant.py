@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from scipy import stats
+from scipy.special import ndtri, stdtrit
 
 from truestep.measure.quantisers import QUANTISERS, Quantised, Quantiser, rms
 
@@ -178,10 +178,10 @@ def _limit(values: Sequence[float]) -> float:
         return math.inf
     middle = float(logs.median())
     share = 0.9 if len(logs) >= _MANY else 0.75
-    upwards = (float(logs.quantile(share)) - middle) / float(stats.norm.ppf(share))
+    upwards = (float(logs.quantile(share)) - middle) / float(ndtri(share))
     spread = max(1.4826 * float((logs - middle).abs().median()), upwards, SPREAD)
     freedom = min(len(values) - 1, _FREEDOM)
-    score = float(stats.t.isf(LEVEL / (2 * len(values)), freedom))
+    score = -float(stdtrit(freedom, LEVEL / (2 * len(values))))
     return math.exp(min(middle + score * spread, 700.0))
 
 
