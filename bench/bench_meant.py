@@ -24,13 +24,12 @@ from bench.faults.quantised import DAMAGES, MAKERS, damaged, made
 from bench.faults.subjects import Wan, subjects
 from truestep.experiment.sensitivity import sensitivity
 from truestep.experiment.trajectory import Trajectory, apart
-from truestep.joint import gather
 from truestep.recording.format import Recording
 from truestep.replay.check import check_pipeline
 from truestep.replay.meant import with_meant
 from truestep.replay.record import record_pipeline
 from truestep.runtime.pipeline import models_of
-from truestep.runtime.quantising import Layer, instead, layers_of, quantised
+from truestep.runtime.quantising import Layer, instead, layers_in, quantised
 from truestep.verdict import Comparison
 
 SUBJECTS = ("digits", "tiny-wan2.1", "tiny-wan2.2")
@@ -162,9 +161,8 @@ def run_list(bench: Bench, change: str, draw: Draw) -> None:
     found = sensitivity(case, change=change)
     ranked = draw is DRAWS[0] and change == CHANGES[0]  # every layer alone takes its time
     exact = sensitivity(case, change=change, exact=True) if ranked else None
-    pipe = subject.load(draw, "float32")
-    layers = layers_of(pipe)
-    run = Trajectory(pipe, dict(record_pipeline(pipe, case=case, floor="none")))
+    run = Trajectory.recorded(case)
+    layers = layers_in(run.denoisers)
     changed = quantised(layers.values(), change)
     room = found.budget * found.total_bytes
     dice = random.Random(draw.seed)
@@ -233,9 +231,7 @@ def measured(
     kept: set[str],
 ) -> list[float]:
     """rel_l2 of the final latent and of the frames, with some layers left as they are."""
-    final = gather(run.tensors, "latent/final")
-    with torch.no_grad():
-        frames = run.pipe.decode(run.pipe, final.clone())
+    final, frames = run.final(), run.frames()
     with instead(layers, {name: t for name, t in changed.items() if name not in kept}):
         latent, decoded = run.free()
     return [apart(latent, final), apart(decoded, frames)]

@@ -46,6 +46,21 @@ class Alone(Forcing):
         Raises:
             CannotBuildError: It was given what only a live run can give.
         """
+        output, given = self.made(owner, call)
+        self.result = Forced(made=1)
+        self._keep(call, "out", matched(output, call.output, self._shapes.__getitem__))
+        for name, tree in call.written.items():
+            place = (WRITTEN, name)
+            inner = matched(given.get(name), tree, self._shapes.__getitem__, place)
+            self._keep(call, "out", inner)
+        return self.result
+
+    def made(self, owner: Any, call: CallEntry) -> tuple[Any, dict[str, Any]]:
+        """What a call gives that is made as it was recorded, and what it was given.
+
+        Raises:
+            CannotBuildError: See `make`.
+        """
         method = owner if call.method == FORWARD else getattr(owner, call.method)
         signature = signature_of(owner, call.method, method)
         arrival = Arrival(call.component, call.method, Kind.MODEL, owner, (), {}, method, signature)
@@ -55,14 +70,7 @@ class Alone(Forcing):
         unnamed = max((i + 1 for i, name in enumerate(given) if name.startswith("*")), default=0)
         values = list(given.values())[:unnamed]
         named = {_present(name, call, arrival): given[name] for name in list(given)[unnamed:]}
-        self.result = Forced(made=1)
-        output = method(*values, **named)
-        self._keep(call, "out", matched(output, call.output, self._shapes.__getitem__))
-        for name, tree in call.written.items():
-            place = (WRITTEN, name)
-            inner = matched(given.get(name), tree, self._shapes.__getitem__, place)
-            self._keep(call, "out", inner)
-        return self.result
+        return method(*values, **named), given
 
 
 def _present(name: str, call: CallEntry, arrival: Arrival) -> str:

@@ -33,7 +33,11 @@ def run_freely(subject: Subject, reference: CallRecording, plan: Plan | None = N
         plan: Of a benign run: random numbers are the recorded ones, in its precision, changed by
             what it hands on.
     """
-    ends = _Ends(reference, plan)
+    return run_watched(subject, reference, Ends(reference, plan))
+
+
+def run_watched(subject: Subject, reference: CallRecording, ends: Ends) -> Forced:
+    """Run a subject freely, its calls told to an observer that keeps what it ends with."""
     result = Forced()
     try:
         with watching(subject, ends, reference.methods):
@@ -90,7 +94,7 @@ def end_calls(reference: CallRecording) -> list[CallEntry]:
     return steps or [reference.calls[-1]]
 
 
-class _Ends:
+class Ends:
     """An observer that lets every call be and keeps what the last one of a method gave."""
 
     def __init__(self, reference: CallRecording, plan: Plan | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.cli.cases import choose_cases, parse_changes
+from truestep.cli.cases import Words, changed_cases, choose_any
 from truestep.cli.common import (
     case_options,
     end,
@@ -16,16 +16,18 @@ from truestep.cli.common import (
     numbers,
     progress_bar,
     set_option,
+    subject_options,
     verbose,
     verbose_option,
 )
 
 if TYPE_CHECKING:
-    from truestep.case import Case
+    from truestep.case import AnyCase
 
 
 @click.command("sensitivity")
 @case_options
+@subject_options
 @set_option
 @click.option(
     "--change",
@@ -68,11 +70,16 @@ if TYPE_CHECKING:
     help="Write the result as JSON; without a path, or with -, to stdout alone.",
 )
 @verbose_option
-def command(  # 12 parameters: the options of the verb
+def command(  # 17 parameters: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
     tier: str,
+    inputs: tuple[str, ...],
+    loras: tuple[str, ...],
+    prepare: str | None,
+    pipeline: str | None,
+    subject: str | None,
     changes: tuple[str, ...],
     change: str,
     keep: str,
@@ -97,8 +104,8 @@ def command(  # 12 parameters: the options of the verb
     for path, called in ((output, "the list"), (json_path, "the result")):
         if path is not None and path != "-":
             require_room(Path(path), called)
-    case = _case(names, case_file=case_file, prompt=prompt, tier=tier)
-    case = case.replace(**parse_changes(changes))
+    said = (prompt, pipeline, subject, inputs, None, loras, prepare)
+    case = _case(Words(names, case_file, tier, *said), changes)
     with progress_bar() as progress:
         result = sensitivity(
             case,
@@ -150,10 +157,10 @@ def _change(spec: str) -> Any:
     )
 
 
-def _case(names: tuple[str, ...], *, case_file: Path, prompt: str | None, tier: str) -> Case:
+def _case(words: Words, changes: tuple[str, ...]) -> AnyCase:
     from truestep.errors import UsageError
 
-    cases = choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
+    cases = changed_cases(choose_any(words), changes)
     if len(cases) != 1:
         raise UsageError(
             f"sensitivity takes one case, {len(cases)} were chosen",

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from truestep.errors import UsageError
-from truestep.experiment.trajectory import Trajectory, apart
+from truestep.experiment.trajectory import Generation, Models, apart
 from truestep.judge.floor import pair_of, repeat_limit
-from truestep.runtime.pipeline import Pipeline
 from truestep.runtime.precision import working_dtype
 
 Tensor = torch.Tensor
@@ -55,20 +54,21 @@ def refuse_endless(ends: Mapping[str, Tensor], whole: Tensor, estimated: Iterabl
 
 
 def beside(
-    run: Trajectory, other: Pipeline, weights: Iterable[tuple[str, str]], most: int
+    run: Generation, other: Generation, weights: Iterable[tuple[str, str]], most: int
 ) -> list[str]:
     """What is left of a change when all the weights that it changes are put back, in words.
 
     Args:
         run: The trusted one.
-        other: The changed pipeline; its weights are put back.
+        other: The changed one; its weights are put back.
         weights: Module, its model before it, and key of each.
         most: Steps of the runs.
 
     Raises:
         UsageError: The change reaches the trusted pipeline, too: code that both share.
     """
-    working = str(working_dtype(run.pipe.transformer) or torch.float32).removeprefix("torch.")
+    denoiser = next(iter(run.denoisers.values()))
+    working = str(working_dtype(denoiser) or torch.float32).removeprefix("torch.")
     limit = repeat_limit(pair_of(working, working))
     with torch.no_grad():
         run.begin()
@@ -81,8 +81,8 @@ def beside(
             hint="change the pipeline in place and return nothing, or return a Pipeline",
         )
     for name, key in weights:
-        _put_back(other, run.pipe, name, key)
-    trusted, changed = run.shortened(most), Trajectory(other, run.tensors).shortened(most)
+        _put_back(other.models, run.models, name, key)
+    trusted, changed = run.shortened(most), other.shortened(most)
     left = apart(changed.latent(), trusted.latent())
     run.spent += trusted.spent + changed.spent
     if left <= limit:
@@ -90,11 +90,11 @@ def beside(
     return [f"with every weight put back the end is still {left:.2g} off: it changes code, too"]
 
 
-def _put_back(other: Pipeline, trusted: Pipeline, name: str, key: str) -> None:
+def _put_back(other: Models, trusted: Models, name: str, key: str) -> None:
     """Give a module its trusted weight; where it is of another make, the trusted one stands in."""
     part, _, fqn = name.partition(".")
-    model, module = getattr(other, part), _inside(getattr(other, part), fqn)
-    right = _inside(getattr(trusted, part), fqn)
+    model, module = other[part], _inside(other[part], fqn)
+    right = _inside(trusted[part], fqn)
     if module is None or right is None:
         return  # there is none of this name: what is left tells it
     weight, like = module._parameters.get(key), right._parameters[key]

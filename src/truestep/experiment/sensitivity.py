@@ -18,23 +18,20 @@ from dataclasses import dataclass
 
 import torch
 
+from truestep.call_case import CallCase
 from truestep.case import Case
 from truestep.environment import library_version
 from truestep.errors import UsageError, surviving
 from truestep.experiment.remains import beside, refuse_endless, refuse_not_finite
 from truestep.experiment.sensitivity_records import LayerSensitivity, MeasuredError, Sensitivity
-from truestep.experiment.trajectory import Trajectory, apart, length
-from truestep.joint import Value, each, tensors_of
+from truestep.experiment.trajectory import Generation, Trajectory, apart, length
+from truestep.joint import each, tensors_of
 from truestep.measure.quantisers import QUANTISERS
 from truestep.progress import Progress, silent
 from truestep.randomness import own_randomness
 from truestep.replay.meant_weights import compared
-from truestep.replay.record import record_pipeline
-from truestep.replay.stages import floor_steps
-from truestep.runtime.applying import Apply, apply_change
-from truestep.runtime.loading import load
-from truestep.runtime.pipeline import models_of
-from truestep.runtime.quantising import Layer, instead, layers_of, quantised
+from truestep.runtime.applying import Apply
+from truestep.runtime.quantising import Layer, instead, layers_in, quantised
 from truestep.turns import taking_turns
 
 Tensor = torch.Tensor
@@ -53,7 +50,7 @@ SHORT = 8
 @surviving("the model")
 @own_randomness()
 def sensitivity(
-    case: Case,
+    case: Case | CallCase,
     *,
     change: str | Apply,
     budget: float = 0.1,
@@ -79,13 +76,11 @@ def sensitivity(
             too, or makes values that are not finite.
     """
     _refuse(change, budget, probes)
-    pipe = load(case)
     progress("generation", 0, 1)
-    recording = record_pipeline(pipe, case=case, floor="none")
-    run = Trajectory(pipe, dict(recording))
+    run = _recorded(case)
     chosen = _chosen(run, steps)
-    layers = layers_of(pipe)
-    changed, left_out = _changed(case, layers, run, change)
+    layers = layers_in(run.denoisers)
+    changed, left_out = _changed(layers, run, change)
     refuse_not_finite(changed)
     nothing, gains = _nothing_kept(run, layers, changed, chosen, progress)
     looked = _Looked(chosen, gains, 0 if exact else probes)
@@ -110,10 +105,19 @@ def sensitivity(
         list_kept=bought,
         method="exact" if exact else "estimate",
         probes=0 if exact else probes,
-        forwards=run.spent + recording.manifest.forwards,
-        forwards_generation=recording.manifest.forwards,
+        forwards=run.spent,
+        forwards_generation=run.forwards,
         left_out=left_out,
     )
+
+
+def _recorded(case: Case | CallCase) -> Generation:
+    """The case's generation, recorded."""
+    if isinstance(case, Case):
+        return Trajectory.recorded(case)
+    from truestep.experiment.call_trajectory import CallTrajectory
+
+    return CallTrajectory.recorded(case)
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,13 @@ class _Looked:
     probes: int
 
 
-def _chosen(run: Trajectory, steps: Sequence[int] | None) -> tuple[int, ...]:
+def _chosen(run: Generation, steps: Sequence[int] | None) -> tuple[int, ...]:
     """Steps to look at.
 
     Raises:
         UsageError: There are none such.
     """
-    chosen = tuple(floor_steps(run.tensors) if steps is None else sorted(set(steps)))
+    chosen = run.some_steps() if steps is None else tuple(sorted(set(steps)))
     bad = [step for step in chosen if not 0 <= step < run.total]
     if bad or not chosen:
         raise UsageError(
@@ -142,7 +146,7 @@ def _chosen(run: Trajectory, steps: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _ranked(
-    run: Trajectory,
+    run: Generation,
     layers: Mapping[str, Layer],
     changed: Mapping[str, Tensor],
     looked: _Looked,
@@ -177,7 +181,7 @@ def _ranked(
 
 
 def _ends(
-    run: Trajectory,
+    run: Generation,
     layers: Mapping[str, Layer],
     changed: Mapping[str, Tensor],
     names: Sequence[str],
@@ -219,15 +223,15 @@ def _refuse(change: str | Apply, budget: float, probes: int) -> None:
 
 
 def _changed(
-    case: Case, layers: Mapping[str, Layer], run: Trajectory, change: str | Apply
+    layers: Mapping[str, Layer], run: Generation, change: str | Apply
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The numbers that a change gives each layer, and what else it does."""
     if isinstance(change, str):
         made = quantised(layers.values(), change)
         left = [f"{name}: its shape does not suit" for name in layers if name not in made]
     else:
-        other = apply_change(load(case), change)
-        found = compared(models_of(other), models_of(load(case)))
+        other = run.loaded(change)
+        found = compared(other.models, run.loaded(None).models)
         made, left = {}, [f"{name}: cannot be read" for name in found.unjudged]
         for each_changed in found.changed:
             if each_changed.key == "weight" and each_changed.module in layers:
@@ -235,8 +239,10 @@ def _changed(
                 made[each_changed.module] = each_changed.pair.candidate.to(like.dtype, copy=True)
             else:
                 left.append(f"{each_changed.name}: of no layer of a denoiser")
+        left += [f"{name}.{key}: it is gone" for name, key in found.missing]
         if made:
-            weights = [(each_changed.module, each_changed.key) for each_changed in found.changed]
+            changed = [(each_changed.module, each_changed.key) for each_changed in found.changed]
+            weights = [*changed, *found.missing]
             left = [*beside(run, other, weights, SHORT), *left]
     made = {n: t for n, t in made.items() if not torch.equal(t.cpu(), layers[n].weight.cpu())}
     if not made:
@@ -263,7 +269,7 @@ def _learning(layers: Mapping[str, Layer]) -> Iterator[None]:
 
 
 def _estimated(
-    run: Trajectory,
+    run: Generation,
     layers: Mapping[str, Layer],
     changed: Mapping[str, Tensor],
     steps: Sequence[int],
@@ -323,7 +329,7 @@ def _hook(
 
 
 def _exact(
-    run: Trajectory,
+    run: Generation,
     layers: Mapping[str, Layer],
     changed: Mapping[str, Tensor],
     steps: Sequence[int],
@@ -338,7 +344,7 @@ def _exact(
     return found
 
 
-def _errors(run: Trajectory, steps: Sequence[int]) -> tuple[float, ...]:
+def _errors(run: Generation, steps: Sequence[int]) -> tuple[float, ...]:
     """Of the guided prediction at steps, on the recorded latents."""
     with torch.no_grad():
         run.begin()
@@ -346,7 +352,7 @@ def _errors(run: Trajectory, steps: Sequence[int]) -> tuple[float, ...]:
 
 
 def _nothing_kept(
-    run: Trajectory,
+    run: Generation,
     layers: Mapping[str, Layer],
     changed: Mapping[str, Tensor],
     steps: Sequence[int],
@@ -356,35 +362,24 @@ def _nothing_kept(
 
     A gain is the relative distance of the ends over that of the predictions.
     """
-    made: list[Value] = []
-    with instead(layers, changed), torch.no_grad():
-        run.begin()
-        made = [run.guided(step) for step in steps]
     gains = []
-    for done, (step, value) in enumerate(zip(steps, made, strict=True)):
+    with instead(layers, changed):
+        errors = _errors(run, steps)
+    for done, (step, off) in enumerate(zip(steps, errors, strict=True)):
         progress("gains", done, len(steps))
-        off = apart(value, run.trusted(step))
-        moved = apart(run.end(step, value), _final(run))
+        moved = apart(run.end(step, lambda: instead(layers, changed)), run.final())
         gains.append(moved / off if off else 0.0)
     return _measured(run, layers, changed, steps), tuple(gains)
 
 
-def _final(run: Trajectory) -> Value:
-    from truestep.joint import gather
-
-    return each(lambda tensor: tensor.to(run.pipe.device), gather(run.tensors, "latent/final"))
-
-
 def _measured(
-    run: Trajectory,
+    run: Generation,
     layers: Mapping[str, Layer],
     changed: Mapping[str, Tensor],
     steps: Sequence[int],
 ) -> MeasuredError:
     """What a change of some layers costs, by running it."""
-    final = _final(run)
-    with torch.no_grad():
-        frames = run.pipe.decode(run.pipe, each(torch.clone, final))
+    final, frames = run.final(), run.frames()
     with instead(layers, changed):
         predictions = _errors(run, steps)
         latent, decoded = run.free()

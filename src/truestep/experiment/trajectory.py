@@ -1,40 +1,145 @@
-"""A trusted generation that was kept, and what becomes of it where one thing is changed."""
+"""A trusted generation that was kept, and what becomes of it where its models are changed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
-from truestep.joint import Value, each, tensors_of
+from truestep.case import Case
+from truestep.joint import Value, each, gather, tensors_of
 from truestep.keys import step_name
-from truestep.replay.stages import given, recorded_schedule, recorded_step, recorded_texts
+from truestep.replay.record import record_pipeline
+from truestep.replay.stages import (
+    floor_steps,
+    given,
+    recorded_schedule,
+    recorded_step,
+    recorded_texts,
+)
+from truestep.runtime.applying import Apply, apply_change
 from truestep.runtime.guidance import Adaptive
-from truestep.runtime.pipeline import Pipeline, Step, Texts, forget, generate, guide
+from truestep.runtime.loading import load
+from truestep.runtime.pipeline import Pipeline, Step, Texts, forget, generate, guide, models_of
+from truestep.runtime.quantising import denoisers_of
 
 Tensor = torch.Tensor
+Models = Mapping[str, torch.nn.Module]
+During = Callable[[], AbstractContextManager[None]]
+"""Makes the block in which models are changed."""
+
+
+class Generation(Protocol):
+    """A generation of any kind.
+
+    Attributes:
+        spent: Forwards of denoisers so far; a backward counts as two.
+    """
+
+    spent: int
+
+    @property
+    def forwards(self) -> int:
+        """Of one generation."""
+
+    @property
+    def models(self) -> Models:
+        """All models, by name; their weights may be changed meanwhile."""
+
+    @property
+    def denoisers(self) -> Models:
+        """Those of them that run at every step."""
+
+    @property
+    def total(self) -> int:
+        """Denoise steps."""
+
+    def some_steps(self) -> tuple[int, ...]:
+        """First, middle and last step."""
+
+    def begin(self) -> None:
+        """As a run begins."""
+
+    def guided(self, index: int) -> Value:
+        """The guided prediction at a step, on the recorded latent; it can be differentiated."""
+
+    def trusted(self, index: int) -> Value:
+        """The recorded guided prediction."""
+
+    def end(self, index: int, during: During) -> Value:
+        """The final latent of a run in which models are changed during one step."""
+
+    def final(self) -> Value:
+        """The recorded final latent."""
+
+    def frames(self) -> Value:
+        """What is decoded from it."""
+
+    def latent(self) -> Value:
+        """Final latent of a free run."""
+
+    def free(self) -> tuple[Value, Value]:
+        """Final latent and frames of a free run."""
+
+    def shortened(self, most: int) -> Generation:
+        """The same models at no more than so many steps; nothing of it is recorded."""
+
+    def loaded(self, change: Apply | None) -> Generation:
+        """The same case with models of its own, as a change makes them."""
 
 
 @dataclass
 class Trajectory:
-    """A trusted pipeline and a recording of its generation.
+    """A trusted pipeline of truestep's own stages, and a recording of its generation.
 
     Attributes:
+        case: Of it.
         pipe: Its weights may be changed meanwhile.
         tensors: What was recorded.
+        forwards: Of the recorded generation.
         spent: Forwards so far; a backward counts as two.
     """
 
+    case: Case
     pipe: Pipeline
     tensors: Mapping[str, Tensor]
+    forwards: int = 0
     spent: int = field(default=0)
+
+    @classmethod
+    def recorded(cls, case: Case) -> Trajectory:
+        """Load a case and record it.
+
+        Raises:
+            CaseError, ModelLoadError: The case cannot be run.
+        """
+        pipe = load(case)
+        recording = record_pipeline(pipe, case=case, floor="none")
+        forwards = recording.manifest.forwards
+        return cls(case, pipe, dict(recording), forwards, spent=forwards)
+
+    @property
+    def models(self) -> Models:
+        """All models, by attribute of the pipeline."""
+        return models_of(self.pipe)
+
+    @property
+    def denoisers(self) -> Models:
+        """Its transformers."""
+        return denoisers_of(self.pipe)
 
     @property
     def total(self) -> int:
         """Denoise steps."""
         return len(recorded_schedule(self.tensors).timesteps)
+
+    def some_steps(self) -> tuple[int, ...]:
+        """First, middle and last step."""
+        return tuple(floor_steps(self.tensors))
 
     def step(self, index: int) -> Step:
         """A recorded step."""
@@ -66,13 +171,16 @@ class Trajectory:
         """The recorded guided prediction."""
         return given(self.pipe, self.tensors, step_name(index, "guided"))
 
-    def end(self, index: int, guided: Value) -> Value:
-        """The final latent where the guided prediction of one step is another.
+    def end(self, index: int, during: During) -> Value:
+        """The final latent of a run in which models are changed during one step.
 
         Steps before are driven on what was recorded, for schedulers that remember them; those after
         run.
         """
         with torch.no_grad():
+            self.begin()
+            with during():
+                guided = self.guided(index)
             self.begin()
             for at in range(index + 1):
                 latent = given(self.pipe, self.tensors, step_name(at, "latent"))
@@ -83,6 +191,15 @@ class Trajectory:
                     taken = self.guided(at, latent)
                 latent = self.pipe.update(self.pipe, self.step(at), taken, latent)
         return latent
+
+    def final(self) -> Value:
+        """The recorded final latent."""
+        return each(lambda t: t.to(self.pipe.device), gather(self.tensors, "latent/final"))
+
+    def frames(self) -> Value:
+        """What is decoded from it."""
+        with torch.no_grad():
+            return self.pipe.decode(self.pipe, each(torch.clone, self.final()))
 
     def latent(self) -> Value:
         """Final latent of a free run."""
@@ -95,9 +212,13 @@ class Trajectory:
     def shortened(self, most: int) -> Trajectory:
         """The same models at no more than so many steps; nothing of it is recorded."""
         if self.total <= most:
-            return Trajectory(self.pipe, self.tensors)
+            return Trajectory(self.case, self.pipe, self.tensors)
         settings = self.pipe.settings.model_copy(update={"steps": most})
-        return Trajectory(replace(self.pipe, settings=settings), {})
+        return Trajectory(self.case, replace(self.pipe, settings=settings), {})
+
+    def loaded(self, change: Apply | None) -> Trajectory:
+        """The same case with models of its own, as a change makes them."""
+        return Trajectory(self.case, apply_change(load(self.case), change), self.tensors)
 
     def free(self) -> tuple[Value, Value]:
         """Final latent and frames of a free run."""

@@ -11,7 +11,7 @@ import torch
 from truestep.errors import UsageError
 from truestep.measure.quantisers import QUANTISERS
 from truestep.pairing.naming import named_modules
-from truestep.runtime.pipeline import Pipeline
+from truestep.runtime.pipeline import Pipeline, models_of
 
 Tensor = torch.Tensor
 
@@ -39,14 +39,22 @@ class Layer:
         return self.weight.numel() * self.weight.element_size()
 
 
+def denoisers_of(pipe: Pipeline) -> dict[str, torch.nn.Module]:
+    """The models of a pipeline whose layers are quantised, by attribute."""
+    return {name: model for name, model in models_of(pipe).items() if name in DENOISERS}
+
+
 def layers_of(pipe: Pipeline) -> dict[str, Layer]:
-    """The linear and convolutional layers of a pipeline's denoisers, by name; none twice."""
+    """The layers of a pipeline's denoisers; see `layers_in`."""
+    return layers_in(denoisers_of(pipe))
+
+
+def layers_in(models: Mapping[str, torch.nn.Module]) -> dict[str, Layer]:
+    """The linear and convolutional layers of models, by name; none twice."""
     found: dict[str, Layer] = {}
     seen: set[int] = set()
-    for model in DENOISERS:
-        part = getattr(pipe, model)
-        modules = named_modules(part).modules if isinstance(part, torch.nn.Module) else {}
-        for fqn, module in modules.items():
+    for model, part in models.items():
+        for fqn, module in named_modules(part).modules.items():
             weight = module._parameters.get("weight") if isinstance(module, _TAKEN) else None
             if weight is not None and id(weight) not in seen:
                 seen.add(id(weight))
