@@ -281,3 +281,16 @@ def test_a_pass_over_a_gain_is_one_pass() -> None:
     for actual in (reference * 1.01, reference * 1.01 + 1e-4 * torch.randn(16 * CHUNK), -reference):
         assert calls_of(lambda a=actual: distance(a, reference), "_fast") == 16
         assert calls_of(lambda a=actual: distance(a, reference), "_exact") == 0
+
+
+def test_views_that_are_lazily_conjugated_or_negated_are_what_they_show() -> None:
+    z = torch.complex(torch.arange(4.0), torch.arange(1.0, 5.0))
+    lazy, plain = z.conj().imag, -z.imag.clone()
+    assert lazy.is_neg()
+    assert same_bits(lazy, plain)
+    assert same_bits(plain, lazy)
+    assert not same_bits(lazy, z.imag)
+    assert same_bits(z.conj(), torch.complex(z.real, -z.imag))
+    assert not same_bits(z.conj(), z)
+    assert distance(lazy, plain).rel_l2 == 0.0
+    assert distance(lazy, z.imag).rel_l2 == 2.0

@@ -18,7 +18,7 @@ from tests.counting import calls, calls_of
 from truestep.errors import FileFormatError, UsageError, WriteError
 from truestep.measure.moments import moments
 from truestep.measure.sketch import sketch
-from truestep.recording.format import Recording, sha256_of
+from truestep.recording.format import Recording, bytes_of, sha256_of
 from truestep.recording.header import read_header
 from truestep.recording.manifest import Level, Manifest
 from truestep.recording.table import tensor_table
@@ -373,3 +373,9 @@ def test_a_change_in_memory_is_seen_where_the_tensor_is_next_used(
     if on_disk:
         rec.release("x")
         assert torch.equal(rec["x"], before)
+
+
+def test_bytes_of_a_view_that_is_lazily_negated_are_those_of_what_it_shows() -> None:
+    lazy = torch.complex(torch.zeros(3), torch.ones(3)).conj().imag
+    assert lazy.is_neg()
+    assert bytes(bytes_of(lazy)) == bytes(bytes_of(torch.full((3,), -1.0)))

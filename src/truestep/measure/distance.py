@@ -450,7 +450,9 @@ def same_bits(actual: torch.Tensor, reference: torch.Tensor, *, pages: Pages = N
         return True
     if actual.dtype != reference.dtype or actual.shape != reference.shape:
         return False
-    first, second = actual.detach().contiguous(), reference.detach().contiguous()
+    # A view that is lazily conjugated or negated has other bytes than its memory.
+    both = (t.detach().resolve_conj().resolve_neg().contiguous() for t in (actual, reference))
+    first, second = both
     if first.device != second.device:
         first = first.to(second.device)
     if not first.numel():

@@ -79,4 +79,7 @@ def content_hash(tensors: Tensors) -> str:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's bytes."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
+    if not tensor.numel():
+        return tensor
+    kept = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return kept.reshape(-1).view(torch.uint8)

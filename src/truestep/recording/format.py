@@ -290,7 +290,7 @@ def read_plain(path: str | Path) -> Plain:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Bytes of a host tensor in C order; a view of its memory where that is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     if flat.stride(0) != 1:  # a single element is contiguous whatever its stride
         flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).numpy().data
