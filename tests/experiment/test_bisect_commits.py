@@ -120,6 +120,46 @@ def test_nothing_is_left_in_the_repository_or_beside_it(tmp_path: Path, bisect: 
     assert not (repo / "left").exists()
 
 
+def with_submodule(folder: Path) -> list[str]:
+    """A history in which a submodule is moved on: its value is the exit code."""
+    kernels = folder / "kernels"
+    repository(kernels, [0, 0, 1, 1], name="value")
+    points = git(kernels, "rev-list", "--reverse", "HEAD").splitlines()
+    repo = folder / "repo"
+    repo.mkdir()
+    git(repo, "init", "--quiet")
+    allowed = ("-c", "protocol.file.allow=always")
+    git(repo, *allowed, "submodule", "add", "--quiet", str(kernels), "kernels")
+    (repo / "check.py").write_text(
+        "import sys; sys.path.insert(0, 'kernels'); import value; sys.exit(value.X)"
+    )
+    shas = []
+    for point in points:
+        git(repo / "kernels", "checkout", "--quiet", point)
+        shas.append(commit(repo, point, f"kernels {point[:8]}", file="pin"))
+    return shas
+
+
+def test_a_submodule_is_there_as_each_commit_has_it(tmp_path: Path, bisect: Bisect) -> None:
+    shas = with_submodule(tmp_path)
+    found = bisect(shas[0], "HEAD")
+    assert found.verdict == "found"
+    assert found.culprits[0].name == shas[2]
+    assert not any("submodule" in note for note in found.notes)
+    for repo in (tmp_path / "repo", tmp_path / "repo" / "kernels"):
+        assert git(repo, "worktree", "list").count("\n") == 0
+        assert git(repo, "status", "--porcelain") == ""
+
+
+def test_a_submodule_that_is_not_cloned_is_said_to_be_empty(tmp_path: Path, bisect: Bisect) -> None:
+    shas = with_submodule(tmp_path)
+    git(tmp_path / "repo", "submodule", "deinit", "--all", "--force")
+    found = bisect(shas[0], "HEAD")
+    assert found.verdict != "found"
+    note = "empty in probes, as here: submodule kernels (git submodule update --init)"
+    assert note in found.notes
+
+
 HIDDEN = {
     "a cache in HOME": "home = pathlib.Path.home()",
     "a compile cache": "home = pathlib.Path(os.environ.get('TORCHINDUCTOR_CACHE_DIR', '/none'))",

@@ -450,9 +450,7 @@ def same_bits(actual: torch.Tensor, reference: torch.Tensor, *, pages: Pages = N
         return True
     if actual.dtype != reference.dtype or actual.shape != reference.shape:
         return False
-    # A view that is lazily conjugated or negated has other bytes than its memory.
-    both = (t.detach().resolve_conj().resolve_neg().contiguous() for t in (actual, reference))
-    first, second = both
+    first, second = actual.detach().contiguous(), reference.detach().contiguous()
     if first.device != second.device:
         first = first.to(second.device)
     if not first.numel():
@@ -475,7 +473,7 @@ _SAME = 1 << 18
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.reshape(-1)
+    flat = tensor.resolve_conj().resolve_neg().reshape(-1)  # what it shows, not its memory
     if flat.stride(0) != 1:  # one element that was expanded counts as contiguous
         flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
     return flat.view(torch.uint8)

@@ -172,8 +172,12 @@ SHARED = "shared by all probes: weights (HF_HOME, TORCH_HOME), settings of progr
 def _notes(repository: Path) -> Iterator[str]:
     if git(repository, "status", "--porcelain", "--untracked-files=no").strip():
         yield "what is not committed is in no probe"
-    if (repository / ".gitmodules").exists():
-        yield "submodules are not checked out in the worktrees of probes"
+    empty = [
+        name for name, _ in _submodules(repository, "HEAD") if not _is_there(repository / name)
+    ]
+    if empty:
+        names = ", ".join(empty)
+        yield f"empty in probes, as here: submodule {names} (git submodule update --init)"
     yield SHARED
 
 
@@ -229,13 +233,34 @@ def _place(tree: Path, inside: Path, repository: Path) -> Place:
 
 @contextmanager
 def _worktree(repository: Path, sha: str, path: Path) -> Iterator[Path]:
-    """A commit, checked out without hooks into a folder of its own."""
+    """A commit, checked out without hooks into a folder of its own, and its submodules in it."""
     hooks = ("-c", "core.hooksPath=/dev/null")
     git(repository, *hooks, "worktree", "add", "--detach", "--force", "--quiet", str(path), sha)
     try:
-        yield path
+        with ExitStack() as stack:
+            for name, commit in _submodules(repository, sha):
+                if _is_there(repository / name):
+                    stack.enter_context(_worktree(repository / name, commit, path / name))
+            yield path
     finally:
         _forget(repository, path)
+
+
+def _submodules(repository: Path, sha: str) -> Iterator[tuple[str, str]]:
+    """Folder and commit of each submodule of a commit."""
+    for entry in git(repository, "ls-tree", "-r", "-z", "--full-tree", sha).split("\0"):
+        kind, _, name = entry.partition("\t")
+        if kind.startswith(_SUBMODULE):
+            yield name, kind.split()[2]
+
+
+_SUBMODULE = "160000 "
+"""Mode of an entry of a tree that is a commit of another repository."""
+
+
+def _is_there(submodule: Path) -> bool:
+    """Whether a submodule was cloned: without its own `.git`, git would take the one around it."""
+    return (submodule / ".git").exists()
 
 
 def _forget(repository: Path, path: Path) -> None:
