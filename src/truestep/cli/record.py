@@ -35,10 +35,10 @@ from truestep.cli.words import case_words, spelled
 from truestep.text import pasteable, say, visible
 
 if TYPE_CHECKING:
-    from truestep.calls.thinning import Keep
     from truestep.case import AnyCase
     from truestep.errors import TruestepError
     from truestep.recording.format import Recording
+    from truestep.recording.manifest import Keep
     from truestep.recording.store import Place, Store
 
 
@@ -71,8 +71,7 @@ if TYPE_CHECKING:
     "--keep",
     metavar="all|I,J,...",
     default="",
-    help="Of a plain pipeline, keep every step, or these beside those that a check reads: first, "
-    "three in a row, last.",
+    help="Keep every step, or these beside those that a check reads: first, three in a row, last.",
 )
 @click.option(
     "--dry-run",

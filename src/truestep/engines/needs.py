@@ -33,9 +33,12 @@ from truestep.case import AnyCase, Case
 from truestep.environment import usable_device
 from truestep.files import nearest_folder
 from truestep.floors import EPSILON
+from truestep.keys import key_of
 from truestep.progress import resident_peak, told_by_linux
 from truestep.recording.format import Recording
 from truestep.recording.manifest import CALLS, CallEntry, Manifest
+from truestep.replay.steps import floor_steps
+from truestep.replay.thinning import kept_names
 from truestep.replay.variations import Variation, variations
 from truestep.runtime.lent import lending
 from truestep.runtime.loading import load
@@ -233,20 +236,21 @@ class _Sum:
     def _bytes(self) -> tuple[int, int]:
         """Bytes that a recording holds: of what is kept by default, and of everything."""
         if self.told.sizes is not None:
-            own = sum(self.told.sizes.values())
-            total = self.run.steps
-            some = {f"{step:04d}" for step in (0, total // 2, total - 1)}
-            parts = {name: name.split("/") for name in self.told.sizes}
-            raised = sum(
-                2 * size
-                for name, size in self.told.sizes.items()
-                if parts[name][0] != "step" or parts[name][1] in some
-            )
-            return (own + raised * self._narrow,) * 2
+            sizes, total = self.told.sizes, self.run.steps
+            chosen = default_steps(self._reference) | set(floor_steps(total))
+            return self._shown(kept_names(sizes, chosen)), self._shown(sizes)
         chosen = default_steps(self._reference)
         windows = chosen | {step - 1 for step in chosen}
         every = frozenset(range(self.run.steps))
         return self._kept(chosen, windows), self._kept(every, every)
+
+    def _shown(self, names: Iterable[str]) -> int:
+        """Bytes of what the runtime's stages showed, and of what is raised of it."""
+        sizes, floor = self.told.sizes or {}, floor_steps(self.run.steps)
+        own = sum(sizes[name] for name in names)
+        places = {name: key_of(name) for name in sizes}
+        raised = (n for n, key in places.items() if key.head != "step" or key.number in floor)
+        return own + 2 * sum(sizes[name] for name in raised) * self._narrow
 
     def _kept(self, chosen: frozenset[int], windows: frozenset[int]) -> int:
         names: set[str] = set()

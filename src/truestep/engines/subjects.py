@@ -13,11 +13,10 @@ from truestep.errors import UsageError
 
 if TYPE_CHECKING:
     from truestep.calls.recording import CallRecording
-    from truestep.calls.thinning import Keep
     from truestep.engines.pipelines import Judging
     from truestep.progress import Progress
     from truestep.recording.format import Recording
-    from truestep.recording.manifest import Level
+    from truestep.recording.manifest import Keep, Level
     from truestep.recording.partial import Partial
     from truestep.replay.check import Depth, Expect
     from truestep.replay.record import FloorChoice
@@ -51,9 +50,9 @@ def record(  # 10 parameters: the public record, whose options are keywords
             any two are told apart by `compare`.
         floor: `steps` measures the noise floor of every stage, or call of a pipeline, in
             isolation; `none` none; `final` also that of the final latent of a free run.
-        keep: Of a pipeline's calls: what checks read at their default steps, and at these further
-            ones; or `all` (about five times as much at 50 steps). A case of truestep's runtime
-            keeps all.
+        keep: What checks read at their default steps, and at these further ones; or `all` (five
+            to ten times as much at 50 steps). Levels below `full` keep every step, and so does
+            `floor="final"` of a case of truestep's runtime where no steps are named.
         apply: A change to the pipeline before it runs.
         from_disk: Of a case: leave weights above 1 MiB in their safetensors files; see `check`.
         progress: Told (what, done, total).
@@ -115,7 +114,8 @@ def _recorded(
         from truestep.replay import record as stages
 
         _refuse_call(call)
-        _refuse_keep(options.pop("keep"))
+        if not options["keep"] and options["floor"] == "final":
+            options["keep"] = "all"  # a free run is judged by its stages at every step
         return stages.record(subject, path=path, level=level, **options)
     if isinstance(subject, CallCase):
         from truestep.engines import diffusers
@@ -341,15 +341,6 @@ def _refuse_trusted(trusted: Any) -> None:
         raise UsageError(
             "trusted is of a pipeline object at depth 'modules': a case loads its own",
             hint="leave trusted out",
-        )
-
-
-def _refuse_keep(keep: Keep) -> None:
-    if keep not in ((), "all"):
-        raise UsageError(
-            "a case of truestep's own stages keeps every step as it is",
-            likely="steps are left out of recordings of plain pipelines",
-            hint="leave --keep out",
         )
 
 

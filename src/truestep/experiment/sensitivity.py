@@ -30,7 +30,7 @@ from truestep.progress import Progress, silent
 from truestep.randomness import own_randomness
 from truestep.replay.meant_weights import compared
 from truestep.replay.record import record_pipeline
-from truestep.replay.stages import floor_steps
+from truestep.replay.steps import floor_steps
 from truestep.runtime.applying import Apply, apply_change
 from truestep.runtime.loading import load
 from truestep.runtime.quantising import Layer, instead, layers_of, quantised

@@ -10,7 +10,8 @@ import torch
 
 from truestep.joint import Value, each, tensors_of
 from truestep.keys import step_name
-from truestep.replay.stages import given, recorded_schedule, recorded_step, recorded_texts
+from truestep.replay.stages import recorded_step, recorded_texts
+from truestep.replay.steps import given, recorded_schedule
 from truestep.runtime.guidance import Adaptive
 from truestep.runtime.pipeline import Pipeline, Step, Texts, forget, generate, guide
 
