@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -88,12 +89,17 @@ class Estimate:
     whole: int
 
 
-def estimate(case: AnyCase, *, from_disk: bool = False) -> Estimate:
+_Held = Literal["all", "one model", "files"]
+"""Weights in memory: all, those of the model that runs, or what is used now."""
+
+
+def estimate(case: AnyCase, *, from_disk: bool = False, low_memory: bool = False) -> Estimate:
     """Tell what a case takes; its weights are not read, but for those below 1 MiB.
 
     Args:
         case: What would be recorded or checked.
         from_disk: Whether weights would stay in their files.
+        low_memory: Whether those of the model that runs alone would be in memory.
 
     Raises:
         CaseError, ModelLoadError: The case cannot be run.
@@ -103,7 +109,8 @@ def estimate(case: AnyCase, *, from_disk: bool = False) -> Estimate:
         told = _of_calls(case) if isinstance(case, CallCase) else _of_stages(case)
     base = resident_peak() or 0
     run = foretold(told.subject)
-    return _Sum(told, run, base, _Clock(told.device), from_disk).estimate()
+    held: _Held = "files" if from_disk else "one model" if low_memory else "all"
+    return _Sum(told, run, base, _Clock(told.device), held).estimate()
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ class _Sum:
     run: Foretold
     base: int
     clock: _Clock
-    from_disk: bool
+    held: _Held
 
     def estimate(self) -> Estimate:
         run, narrow = self.run, self._narrow
@@ -187,8 +194,12 @@ class _Sum:
 
     def _needs(self, beside: int, activations: int, seconds: float) -> Needs:
         sizes = self.run.weights.values()
-        held = max(most for _, most in sizes) if self.from_disk and sizes else self._weights
-        own = held + activations
+        held = {
+            "all": self._weights,
+            "one model": max((size for size, _ in sizes), default=0),
+            "files": max((most for _, most in sizes), default=0),
+        }
+        own = held[self.held] + activations
         here = self.told.device == "cpu"
         return Needs(self.base + beside + own * here, own * (not here), seconds)
 
@@ -208,7 +219,7 @@ class _Sum:
     @cached_property
     def _child(self) -> bool:
         """Whether a process of its own plays the run by other instructions."""
-        there = 0 < self._weights <= MOST_BYTES and not self.from_disk
+        there = 0 < self._weights <= MOST_BYTES and self.held == "all"
         return there and self.told.device == "cpu"
 
     @cached_property
