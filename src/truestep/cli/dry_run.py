@@ -179,8 +179,7 @@ def _problems(told: Estimate, verb: Verb, written: Written | None) -> list[str]:
     there = free_memory()
     if there is not None and needs.memory > there:
         text = f"{verb} takes {amount(needs.memory)} of memory, {amount(there)} are free"
-        text += "; --low-memory keeps one model there at a time"
-        found.append(f"{text}, --from-disk leaves weights in their files")
+        found.append(f"{text}; --from-disk leaves weights in their files")
     device = free_device_memory("cuda") if needs.device else None
     if device is not None and needs.device > device:
         found.append(
