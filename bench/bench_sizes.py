@@ -3,6 +3,7 @@ a checkpoint that is larger than the memory it may have.
 
 python -m bench.bench_sizes              330 M parameters, two dtypes, both ways to run Wan
 python -m bench.bench_sizes --from-disk  a checkpoint of 6.7 GB in a process limited to 2.5 GB
+python -m bench.bench_sizes --low-memory a text encoder as large as the denoiser, 150 M each
 
 Every number is the peak of all resident memory of a process of its own, mapped pages of files
 included (VmHWM); `child_mb` is that of the largest process that it started, beside it.
@@ -23,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import emit
+
+WIDTH = 1024
+"""Of the text encoder and the denoiser that are as large as each other."""
 
 BARS = {"record": 1.25, "check": 1.1, "modules": 1.4}
 """Peaks as ratios to that of plain generation."""
@@ -45,7 +49,8 @@ def build(folder: Path, dtype: str, *, layers: int, heads: int, ffn_dim: int) ->
 
     from truestep.testing import tiny
 
-    tiny.save("WanPipeline", folder, dtype=dtype)
+    if not folder.exists():
+        tiny.save("WanPipeline", folder, dtype=dtype)
     part = folder / "transformer"
     config = json.loads((part / "config.json").read_text())
     config |= {"num_layers": layers, "num_attention_heads": heads}
@@ -69,6 +74,28 @@ def build(folder: Path, dtype: str, *, layers: int, heads: int, ffn_dim: int) ->
     return sum(weight.numel() for weight in model.parameters())
 
 
+def build_encoder(folder: Path, *, layers: int) -> int:
+    """Give a pipeline another text encoder, and its transformer texts of that width.
+
+    Returns:
+        Number of its parameters.
+    """
+    import torch
+    import transformers
+
+    part = folder / "text_encoder"
+    config = transformers.AutoConfig.from_pretrained(part)
+    own = {"d_model": WIDTH, "d_kv": 64, "num_heads": 16, "d_ff": 4096, "num_layers": layers}
+    config.update(own)
+    shutil.rmtree(part)
+    torch.manual_seed(0)
+    model = transformers.UMT5EncoderModel(config).eval()
+    model.save_pretrained(part)
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "text_dim": WIDTH}))
+    return sum(weight.numel() for weight in model.parameters())
+
+
 def fault(pipe: Any) -> None:
     """One projection's weight, 2 % off."""
     import torch
@@ -77,7 +104,9 @@ def fault(pipe: Any) -> None:
         pipe.transformer.blocks[len(pipe.transformer.blocks) // 2].attn1.to_q.weight.mul_(1.02)
 
 
-def run(folder: Path, dtype: str, runtime: bool, what: str, *, steps: int, disk: bool) -> None:
+def run(  # 7 parameters: what is asked of a process of its own
+    folder: Path, dtype: str, runtime: bool, what: str, *, steps: int, disk: bool, low: bool = False
+) -> None:
     """Do one thing in this process, and print what it took."""
     import diffusers
     import torch
@@ -103,11 +132,12 @@ def run(folder: Path, dtype: str, runtime: bool, what: str, *, steps: int, disk:
         with torch.no_grad():
             pipe(**call, generator=torch.Generator().manual_seed(0), output_type="pt")
     elif what == "record":
-        truestep.record(case, path=path)
+        truestep.record(case, path=path, low_memory=low)
         said["bytes"] = path.stat().st_size
     else:
         change, depth = (None, "steps") if what == "check" else (fault, "modules")
-        result = truestep.check(case, path, apply=change, depth=depth, from_disk=disk)
+        how: dict[str, Any] = {"from_disk": disk, "low_memory": low}
+        result = truestep.check(case, path, apply=change, depth=depth, **how)
         first = result.first_divergence
         said |= {"verdict": result.verdict.value, "at": first and first.fqn}
     children = [peak(pid) for task in Path("/proc/self/task").iterdir() for pid in _children(task)]
@@ -191,9 +221,29 @@ def from_disk(folder: Path) -> None:
         )
 
 
+def low_memory(folder: Path) -> None:
+    """Peaks with one model in memory at a time, where two are as large as each other."""
+    from truestep.testing import tiny
+
+    part = folder / "low"
+    tiny.save("WanPipeline", part, dtype="float32")
+    counts = {"text_encoder": build_encoder(part, layers=9)}
+    counts["transformer"] = build(part, "float32", layers=9, heads=8, ffn_dim=4096)
+    for runtime in (True, False):
+        plain = asked(part, "float32", runtime, "plain", steps=4, disk=False)
+        for low in (False, True):
+            for what in BARS:
+                one = asked(part, "float32", runtime, what, steps=4, disk=False, low=low)
+                ratio = round(one["mb"] / plain["mb"], 3)
+                way = "stages" if runtime else "calls"
+                told = {"way": way, "what": what, "low_memory": low, **one, "ratio": ratio}
+                emit("sizes_low_memory", parameters=counts, plain_mb=plain["mb"], **told)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--from-disk", action="store_true")
+    parser.add_argument("--low-memory", action="store_true")
     parser.add_argument("--folder", type=Path, help="Where models are written; default temporary.")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -202,7 +252,8 @@ def main() -> None:
         run(Path(folder), dtype, runtime, what, **named)
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        (from_disk if options.from_disk else memory)(Path(folder))
+        way = low_memory if options.low_memory else from_disk if options.from_disk else memory
+        way(Path(folder))
 
 
 if __name__ == "__main__":

@@ -251,12 +251,12 @@ ADVICE = {
     "leave trusted out",
     "leave --accept out",
     "leave --from-disk out",
+    "leave --low-memory out",
     "leave --post out",
     "leave --dry-run out",
-    "leave --keep out",
     "give --references a folder on a larger disk",
     "leave --resume out",
-    "give the case: {}(case, ..., from_disk=True)",
+    "give the case: {}(case, ..., {}=True)",
     "run the check again",
     "case.replace(prompt='a cat') gives it others",
     "save the final latents of both sides, and compare those",
@@ -720,6 +720,14 @@ def of_files(folder: Path) -> str:
     return "my file"
 
 
+def left_out(folder: Path) -> tuple[str, ...]:
+    """A reference of more steps than it keeps."""
+    path = folder / "truestep.toml"
+    path.write_text(re.sub(r"(?m)^steps = .*$", "steps = 8", path.read_text()))
+    twice("record", "a", "--floor", "none")(folder)
+    return ("check", "a", "--steps", "1")
+
+
 SCENARIOS: dict[str, Scenario] = {
     "--force  # replaces it; or edit it": (
         twice("parity", "new", "acme", "mixer", "--kind", "generic"), (0,)),
@@ -752,6 +760,7 @@ SCENARIOS: dict[str, Scenario] = {
     "--subject diffusers": (given("record", *RUNTIME, "--prepare", "change.py:same"), (0,)),
     "ls {}": (given("record", *PLAIN, "--prepare", "none.py:same"), (0,)),
     "truestep record CASE --update  # takes the files as they are now": (other_files, (0,)),
+    "truestep record CASE --update --keep {}": (left_out, (0,)),
     "truestep check --reference {}  # takes its own case": (
         lambda folder: ("check", "--reference", of_files(folder), "--prompt", "a cat"), (0,)),
     "--update  # replaces it; with --output it stays": (

@@ -117,9 +117,14 @@ def test_kept_steps_are_said_and_chosen(run: Run, tmp_path: Path) -> None:
     assert "kept:" not in out
     assert "no step 9 in the reference" in run("record", *words, "--keep", "9")[2]
     assert "--keep needs numbers like 0,10,19" in run("record", *words, "--keep", "most")[2]
-    code, _, err = run("record", "--prompt", "a red three", "--keep", "1")
-    assert code == 2
-    assert "keeps every step as it is" in err
+    digits = ("record", "--prompt", "a red three", "--set", "steps=9", "--floor", "none")
+    code, out, _ = run(*digits, "--keep", "1")
+    assert code == 0
+    assert "kept: what checks read, models at steps 0, 1, 3, 4, 5, 8 of 9" in out
+    path = next(line for line in out.splitlines() if line.startswith("reference: "))
+    _, shown, _ = run("show", path.partition(": ")[2])
+    assert "models at steps 0, 1, 3, 4, 5, 8 of 9\n" in shown
+    assert "no step 9 in the reference" in run(*digits, "--keep", "9", "--update")[2]
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def _judged(actual: object, reference: object) -> None:
 
 
 def _use_recording(path: Path, good: Path) -> None:
-    from truestep.replay.stages import require_run
+    from truestep.replay.steps import require_run
 
     recording = Recording.open(path)
     for name in recording:

@@ -15,7 +15,8 @@ from truestep.calls.instructions import other_sets
 from truestep.case import Case
 from truestep.errors import FileFormatError, UsageError
 from truestep.replay.raised import raised
-from truestep.replay.stages import default_steps, replay
+from truestep.replay.stages import replay
+from truestep.replay.steps import default_steps
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Pipeline
 from truestep.verdict import Verdict

@@ -14,7 +14,7 @@ from truestep.judge.repeats import UNSTEADY
 from truestep.recording.format import Recording
 from truestep.replay.check import check, check_pipeline
 from truestep.replay.record import record
-from truestep.replay.stages import default_steps
+from truestep.replay.steps import default_steps
 from truestep.runtime.applying import Apply
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Branch, Pipeline, Step

@@ -18,8 +18,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from truestep.calls.tape import Tape
 from truestep.runtime import lent
 from truestep.runtime.buffers import Buffers
-from truestep.runtime.lent import Lender, active, cast, content_of, lending
+from truestep.runtime.lent import Lender, active, content_of, lending
 from truestep.runtime.precision import converted
+from truestep.runtime.weight import cast
 
 F = nn.functional
 CPU = torch.device("cpu")

@@ -16,12 +16,13 @@ from truestep.calls.recorder import recorded
 from truestep.calls.recording import CallRecording, holds_tensors, host_copy, trees_of
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject
-from truestep.calls.thinning import Keep, answerable, thinned
+from truestep.calls.thinning import answerable, thinned
 from truestep.calls.values import tensors
 from truestep.judge.refusals import refuse_empty_content
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.format import Recording
+from truestep.recording.manifest import Keep
 from truestep.recording.partial import NOWHERE, RUN, Partial
 
 Note = Callable[[str], None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -30,9 +30,6 @@ from truestep.calls.values import Tree, dropped, tensors
 from truestep.keys import PRECISIONS
 from truestep.measure.distance import same_bits
 from truestep.recording.manifest import LEFT_OUT, CallEntry
-
-Keep = tuple[int, ...] | Literal["all"]
-"""What a recording keeps: everything, or what checks read at default steps and at these."""
 
 _BACK = (1, 2, 3, 4, 8)
 """Steps before a chosen one that are tried as what its scheduler needs; solvers go back by 4."""

@@ -27,6 +27,7 @@ from truestep.cli.common import (
     finish,
     from_disk_option,
     load_change,
+    low_memory_option,
     numbers,
     output_options,
     progress_bar,
@@ -109,6 +110,7 @@ if TYPE_CHECKING:
 )
 @click.option("--remade", is_flag=True, hidden=True, help="The reference was recorded just now.")
 @from_disk_option
+@low_memory_option
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -127,7 +129,7 @@ if TYPE_CHECKING:
     "without it, one CPU.",
 )
 @output_options
-def command(  # 32 parameters, long: the options of the verb
+def command(  # 33 parameters, long: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -155,6 +157,7 @@ def command(  # 32 parameters, long: the options of the verb
     locked: str | None,
     remade: bool,
     from_disk: bool,
+    low_memory: bool,
     dry_run: bool,
     ray: str | None,
     accelerator: str | None,
@@ -187,7 +190,7 @@ def command(  # 32 parameters, long: the options of the verb
     load_change(change)  # a change that cannot be read is refused before any forward
     if dry_run:
         changed = {name: case.replace(**settings[name]) for name, case in cases.items()}
-        end(tell(changed, "check", from_disk=from_disk, change=change))
+        end(tell(changed, "check", from_disk=from_disk, low_memory=low_memory, change=change))
     ledger = _ledger(known, cases, case_file=case_file, tier=tier)
     decides = (case_file, known, thresholds, references or DEFAULT_ROOT)
     rules = Rules.of(*decides, reference=reference, locked=locked)
@@ -200,6 +203,7 @@ def command(  # 32 parameters, long: the options of the verb
         "expect": expect,
         "meant": meant,
         "from_disk": from_disk,
+        "low_memory": low_memory,
         "remade": remade,
     }
     options = {name: {**common, "settings": settings[name]} for name in cases}

@@ -220,6 +220,13 @@ from_disk_option = click.option(
     "not fit into memory.",
 )
 
+low_memory_option = click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Keep one model of the pipeline in memory at a time: what is not running is dropped, and "
+    "read again when it runs.",
+)
+
 
 def load_change(spec: str | None) -> Callable[[Any], Any] | None:
     """The function that `--apply file.py:function` names.

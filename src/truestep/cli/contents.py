@@ -272,9 +272,10 @@ def call_lines(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def kept_text(manifest: Manifest) -> str:
-    """What a recording of calls keeps of its steps, where that is not everything."""
-    steps = manifest.settings.get("steps") if manifest.calls else None
-    total = 1 + max((call.step or 0 for call in manifest.calls), default=0)
+    """What a recording keeps of its steps, where that is not everything."""
+    steps = manifest.settings.get("steps" if manifest.calls else "kept_steps")
+    total = 1 + max((entry.step or 0 for entry in manifest.tensors), default=0)
+    total = 1 + max((call.step or 0 for call in manifest.calls), default=total - 1)
     if not isinstance(steps, list) or len(steps) >= total:
         return ""
     return f"what checks read, models at steps {', '.join(map(str, steps))} of {total}"

@@ -50,13 +50,14 @@ def dry_run(
     written: Written | None = None,
     *,
     from_disk: bool,
+    low_memory: bool,
     change: str | None,
 ) -> int:
     """Say what cases take.
 
     Args:
         cases: By name.
-        from_disk: Whether weights would stay in their files.
+        from_disk, low_memory: Where weights would be.
         verb: Whose needs are held against what is there.
         written: The recording that would be.
         change: What is applied to the pipeline; it is not run.
@@ -69,7 +70,7 @@ def dry_run(
     entries: list[list[str]] = []
     lacks = False
     for name, case in cases.items():
-        told = estimate(case, from_disk=from_disk)
+        told = estimate(case, from_disk=from_disk, low_memory=low_memory)
         problems = [f"PROBLEM   {problem}" for problem in _problems(told, verb, written)]
         lacks = lacks or bool(problems)
         if len(cases) == 1:
@@ -84,7 +85,9 @@ def dry_run(
     return 2 if lacks else 0
 
 
-def foresee(name: str, case: AnyCase, written: Written, *, from_disk: bool) -> None:
+def foresee(
+    name: str, case: AnyCase, written: Written, *, from_disk: bool, low_memory: bool
+) -> None:
     """Before a large model is recorded: say what it takes, and refuse what finds no room.
 
     Raises:
@@ -97,7 +100,7 @@ def foresee(name: str, case: AnyCase, written: Written, *, from_disk: bool) -> N
     if sum(file.stat().st_size for file in folder_of(case).rglob("*.safetensors")) < LARGE:
         return
     try:
-        told = estimate(case, from_disk=from_disk)
+        told = estimate(case, from_disk=from_disk, low_memory=low_memory)
     except UsageError:  # it cannot be foretold; it may well be recorded
         return
     say(f"{visible(name)}: {_needs(told.record)}{_written(told)}", err=True)

@@ -24,6 +24,7 @@ from truestep.cli.common import (
     end,
     from_disk_option,
     load_change,
+    low_memory_option,
     numbers,
     progress_bar,
     set_option,
@@ -35,10 +36,10 @@ from truestep.cli.words import case_words, spelled
 from truestep.text import pasteable, say, visible
 
 if TYPE_CHECKING:
-    from truestep.calls.thinning import Keep
     from truestep.case import AnyCase
     from truestep.errors import TruestepError
     from truestep.recording.format import Recording
+    from truestep.recording.manifest import Keep
     from truestep.recording.store import Place, Store
 
 
@@ -71,8 +72,7 @@ if TYPE_CHECKING:
     "--keep",
     metavar="all|I,J,...",
     default="",
-    help="Of a plain pipeline, keep every step, or these beside those that a check reads: first, "
-    "three in a row, last.",
+    help="Keep every step, or these beside those that a check reads: first, three in a row, last.",
 )
 @click.option(
     "--dry-run",
@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     help="Only say what it would take: memory, time and bytes; nothing is computed.",
 )
 @from_disk_option
+@low_memory_option
 @click.option(
     "--resume/--no-resume",
     help="Go on from the last benign run that a record which was stopped has finished.",
@@ -94,7 +95,7 @@ if TYPE_CHECKING:
 @set_option
 @click.option("--apply", "change", metavar="FILE.py:FUNCTION", help="Change the pipeline first.")
 @verbose_option
-def command(  # 22 parameters: the options of the verb
+def command(  # 23 parameters, long: the options of the verb
     names: tuple[str, ...],
     case_file: Path,
     prompt: str | None,
@@ -113,6 +114,7 @@ def command(  # 22 parameters: the options of the verb
     keep: str,
     dry_run: bool,
     from_disk: bool,
+    low_memory: bool,
     resume: bool,
     runs: int | None,
     changes: tuple[str, ...],
@@ -136,19 +138,19 @@ def command(  # 22 parameters: the options of the verb
     root = references or DEFAULT_ROOT
     words = Words(names, case_file, tier, prompt, pipeline, subject, inputs, root, loras, prepare)
     cases, output = _chosen(words, changes, reference, output, update=update)
-    options = _options(level=level, floor=floor, keep=keep, from_disk=from_disk, apply=change)
+    weights = {"from_disk": from_disk, "low_memory": low_memory}
+    options = _options(level=level, floor=floor, keep=keep, apply=change, **weights)
     written = Written(output or root, every=keep == "all", tensors=level == "full")
     if dry_run:
-        end(tell(cases, "record", written, from_disk=from_disk, change=change))
+        end(tell(cases, "record", written, change=change, **weights))
     require_room(output or root / "reference", WHAT)  # before any compute is spent
     kept = {} if output or update else _existing(Store(root), cases, tier, refuse=runs is None)
     saving, broken = _Saving(Store(root), output, tier, update, resume, told := Told()), 0
     for name, case in cases.items():
-        if name in kept:
-            saving.keep(name, case, kept[name], runs)
+        if saving.keeps(name, case, kept, runs):
             continue
         try:
-            foresee(name, case, written, from_disk=from_disk)
+            foresee(name, case, written, **weights)
             recording, path = saving.recorded(case, **options)
         except TruestepError as error:
             if len(cases) == 1:
@@ -277,11 +279,14 @@ class _Saving:
     resume: bool
     told: Told
 
-    def keep(self, name: str, case: AnyCase, place: Place, runs: int | None) -> None:
-        """Leave the reference that is there; see `add`."""
-        where = self.store.root / place.name
+    def keeps(self, name: str, case: AnyCase, kept: Mapping[str, Place], runs: int | None) -> bool:
+        """Whether a case keeps the reference that is there; see `add`."""
+        if name not in kept:
+            return False
+        where = self.store.root / kept[name].name
         self.told.say([f"KEPT {name}: it has a reference"], ending=[f"reference: {where}"])
         self.add(runs, name, case)
+        return True
 
     def add(self, runs: int | None, name: str, case: AnyCase) -> None:
         """Add benign runs to a reference that is there now, if that was asked for."""

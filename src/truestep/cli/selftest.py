@@ -151,7 +151,7 @@ def _tensors(name: str, recording: Recording) -> dict[str, torch.Tensor]:
     """Final latent, the middle step's prediction and, where they were recorded, the frames."""
     from truestep.errors import UsageError
     from truestep.keys import step_name
-    from truestep.replay.stages import steps_recorded
+    from truestep.replay.steps import steps_recorded
 
     if recording.manifest.level != "full":
         raise UsageError(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from truestep.call_case import CallCase
-from truestep.calls.thinning import Keep
 from truestep.engines.arguments import (
     named_missing,
     other_defaults,
@@ -48,7 +47,7 @@ from truestep.floors import NoiseRun
 from truestep.judge.floor import pair_of
 from truestep.progress import Progress
 from truestep.recording.format import Recording
-from truestep.recording.manifest import Manifest
+from truestep.recording.manifest import Keep, Manifest
 from truestep.recording.media import read_input
 from truestep.recording.partial import NOWHERE, Partial
 from truestep.replay.check import (

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -33,9 +34,12 @@ from truestep.case import AnyCase, Case
 from truestep.environment import usable_device
 from truestep.files import nearest_folder
 from truestep.floors import EPSILON
+from truestep.keys import key_of
 from truestep.progress import resident_peak, told_by_linux
 from truestep.recording.format import Recording
 from truestep.recording.manifest import CALLS, CallEntry, Manifest
+from truestep.replay.steps import floor_steps
+from truestep.replay.thinning import kept_names
 from truestep.replay.variations import Variation, variations
 from truestep.runtime.lent import lending
 from truestep.runtime.loading import load
@@ -85,12 +89,17 @@ class Estimate:
     whole: int
 
 
-def estimate(case: AnyCase, *, from_disk: bool = False) -> Estimate:
+_Held = Literal["all", "one model", "files"]
+"""Weights in memory: all, those of the model that runs, or what is used now."""
+
+
+def estimate(case: AnyCase, *, from_disk: bool = False, low_memory: bool = False) -> Estimate:
     """Tell what a case takes; its weights are not read, but for those below 1 MiB.
 
     Args:
         case: What would be recorded or checked.
         from_disk: Whether weights would stay in their files.
+        low_memory: Whether those of the model that runs alone would be in memory.
 
     Raises:
         CaseError, ModelLoadError: The case cannot be run.
@@ -100,7 +109,8 @@ def estimate(case: AnyCase, *, from_disk: bool = False) -> Estimate:
         told = _of_calls(case) if isinstance(case, CallCase) else _of_stages(case)
     base = resident_peak() or 0
     run = foretold(told.subject)
-    return _Sum(told, run, base, _Clock(told.device), from_disk).estimate()
+    held: _Held = "files" if from_disk else "one model" if low_memory else "all"
+    return _Sum(told, run, base, _Clock(told.device), held).estimate()
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,7 @@ class _Sum:
     run: Foretold
     base: int
     clock: _Clock
-    from_disk: bool
+    held: _Held
 
     def estimate(self) -> Estimate:
         run, narrow = self.run, self._narrow
@@ -184,8 +194,12 @@ class _Sum:
 
     def _needs(self, beside: int, activations: int, seconds: float) -> Needs:
         sizes = self.run.weights.values()
-        held = max(most for _, most in sizes) if self.from_disk and sizes else self._weights
-        own = held + activations
+        held = {
+            "all": self._weights,
+            "one model": max((size for size, _ in sizes), default=0),
+            "files": max((most for _, most in sizes), default=0),
+        }
+        own = held[self.held] + activations
         here = self.told.device == "cpu"
         return Needs(self.base + beside + own * here, own * (not here), seconds)
 
@@ -205,7 +219,7 @@ class _Sum:
     @cached_property
     def _child(self) -> bool:
         """Whether a process of its own plays the run by other instructions."""
-        there = 0 < self._weights <= MOST_BYTES and not self.from_disk
+        there = 0 < self._weights <= MOST_BYTES and self.held == "all"
         return there and self.told.device == "cpu"
 
     @cached_property
@@ -233,20 +247,21 @@ class _Sum:
     def _bytes(self) -> tuple[int, int]:
         """Bytes that a recording holds: of what is kept by default, and of everything."""
         if self.told.sizes is not None:
-            own = sum(self.told.sizes.values())
-            total = self.run.steps
-            some = {f"{step:04d}" for step in (0, total // 2, total - 1)}
-            parts = {name: name.split("/") for name in self.told.sizes}
-            raised = sum(
-                2 * size
-                for name, size in self.told.sizes.items()
-                if parts[name][0] != "step" or parts[name][1] in some
-            )
-            return (own + raised * self._narrow,) * 2
+            sizes, total = self.told.sizes, self.run.steps
+            chosen = default_steps(self._reference) | set(floor_steps(total))
+            return self._shown(kept_names(sizes, chosen)), self._shown(sizes)
         chosen = default_steps(self._reference)
         windows = chosen | {step - 1 for step in chosen}
         every = frozenset(range(self.run.steps))
         return self._kept(chosen, windows), self._kept(every, every)
+
+    def _shown(self, names: Iterable[str]) -> int:
+        """Bytes of what the runtime's stages showed, and of what is raised of it."""
+        sizes, floor = self.told.sizes or {}, floor_steps(self.run.steps)
+        own = sum(sizes[name] for name in names)
+        places = {name: key_of(name) for name in sizes}
+        raised = (n for n, key in places.items() if key.head != "step" or key.number in floor)
+        return own + 2 * sum(sizes[name] for name in raised) * self._narrow
 
     def _kept(self, chosen: frozenset[int], windows: frozenset[int]) -> int:
         names: set[str] = set()

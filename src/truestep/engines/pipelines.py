@@ -29,7 +29,6 @@ from truestep.calls.recording import (
 from truestep.calls.scouting import found_layouts
 from truestep.calls.seen import Plan
 from truestep.calls.subject import Subject, subject_of
-from truestep.calls.thinning import Keep
 from truestep.calls.trees import check_tree
 from truestep.calls.values import Path as Place
 from truestep.calls.values import encode, qualified
@@ -40,6 +39,7 @@ from truestep.pairing.partners import check_rename
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.format import Recording
+from truestep.recording.manifest import Keep
 from truestep.recording.partial import NOWHERE, Partial
 from truestep.recording.table import table_entry
 from truestep.replay.check import Depth

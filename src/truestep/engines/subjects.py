@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +12,18 @@ from truestep.errors import UsageError
 
 if TYPE_CHECKING:
     from truestep.calls.recording import CallRecording
-    from truestep.calls.thinning import Keep
     from truestep.engines.pipelines import Judging
     from truestep.progress import Progress
     from truestep.recording.format import Recording
-    from truestep.recording.manifest import Level
+    from truestep.recording.manifest import Keep, Level
     from truestep.recording.partial import Partial
     from truestep.replay.check import Depth, Expect
     from truestep.replay.record import FloorChoice
     from truestep.runtime.applying import Apply
-    from truestep.runtime.lent import Lender
     from truestep.verdict import Comparison
 
 
-def record(  # 10 parameters: the public record, whose options are keywords
+def record(  # 11 parameters: the public record, whose options are keywords
     subject: Case | CallCase | Any,
     *,
     call: Mapping[str, Any] | None = None,
@@ -36,6 +33,7 @@ def record(  # 10 parameters: the public record, whose options are keywords
     keep: Keep = (),
     apply: Apply | None = None,
     from_disk: bool = False,
+    low_memory: bool = False,
     progress: Progress | None = None,
     resume: bool | Partial = False,
 ) -> Recording:
@@ -51,11 +49,12 @@ def record(  # 10 parameters: the public record, whose options are keywords
             any two are told apart by `compare`.
         floor: `steps` measures the noise floor of every stage, or call of a pipeline, in
             isolation; `none` none; `final` also that of the final latent of a free run.
-        keep: Of a pipeline's calls: what checks read at their default steps, and at these further
-            ones; or `all` (about five times as much at 50 steps). A case of truestep's runtime
-            keeps all.
+        keep: What checks read at their default steps, and at these further ones; or `all` (five
+            to ten times as much at 50 steps). Levels below `full` keep every step, and so does
+            `floor="final"` of a case of truestep's runtime where no steps are named.
         apply: A change to the pipeline before it runs.
         from_disk: Of a case: leave weights above 1 MiB in their safetensors files; see `check`.
+        low_memory: Of a case: keep one model in memory at a time; see `check`.
         progress: Told (what, done, total).
         resume: Go on from the last benign run that a record of the same, which was stopped, has
             finished in `PATH.partial`; from the beginning where there is none.
@@ -72,35 +71,24 @@ def record(  # 10 parameters: the public record, whose options are keywords
     """
     from truestep.recording.partial import Partial, beside
     from truestep.runtime.identity import source_of
+    from truestep.runtime.stored import apart
 
     if not isinstance(subject, Case | CallCase):
-        _refuse_of_cases(None, from_disk, "record")
+        _refuse_of_cases(None, "record", from_disk=from_disk, low_memory=low_memory)
     options = {"floor": floor, "keep": keep, "apply": apply, "progress": progress}
     known = {"floor": floor, **source_of(apply)}
     if keep and keep != "all":  # in 16 bits, they are run in a higher precision, too
         known["keep"] = ", ".join(map(str, sorted(set(keep))))
     if isinstance(resume, Partial):
         resume.know(known)
-        with _apart(from_disk):
+        with apart(from_disk=from_disk, low_memory=low_memory):
             return _recorded(subject, call, path, level, {**options, "kept": resume})
-    with beside(path, resume=resume) as kept, _apart(from_disk):
+    weights = apart(from_disk=from_disk, low_memory=low_memory)
+    with beside(path, resume=resume) as kept, weights:
         kept.know(known)
         recording = _recorded(subject, call, path, level, {**options, "kept": kept})
         kept.remove()
     return recording
-
-
-@contextmanager
-def _apart(from_disk: bool) -> Iterator[Lender | None]:
-    """While weights stay in their files, if that was asked for."""
-    if not from_disk:
-        yield None
-        return
-    from truestep.runtime.lent import lending
-    from truestep.runtime.stored import large_apart
-
-    with large_apart(), lending() as lender:
-        yield lender
 
 
 def _recorded(
@@ -115,7 +103,8 @@ def _recorded(
         from truestep.replay import record as stages
 
         _refuse_call(call)
-        _refuse_keep(options.pop("keep"))
+        if not options["keep"] and options["floor"] == "final":
+            options["keep"] = "all"  # a free run is judged by its stages at every step
         return stages.record(subject, path=path, level=level, **options)
     if isinstance(subject, CallCase):
         from truestep.engines import diffusers
@@ -134,7 +123,7 @@ def _recorded(
     return type(recording).open(path)
 
 
-def check(  # 16 parameters: the public check, whose options are keywords
+def check(  # 17 parameters: the public check, whose options are keywords
     subject: Case | CallCase | Any,
     reference: Recording | str | Path,
     *,
@@ -150,6 +139,7 @@ def check(  # 16 parameters: the public check, whose options are keywords
     expect: Expect | None = None,
     meant: str | None = None,
     from_disk: bool = False,
+    low_memory: bool = False,
     remade: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -180,6 +170,8 @@ def check(  # 16 parameters: the public check, whose options are keywords
             `siblings`): a layer that it does not explain is named.
         from_disk: Of a case: leave weights above 1 MiB in their safetensors files, and read each
             whenever it is used, so that a model can be judged that is larger than the memory.
+        low_memory: Of a case: leave them there, too, until their model runs, and drop them when the
+            next one does: one model of the pipeline is in memory at a time.
         remade: Of a case: the reference was recorded just now, by other code, so that files which
             the case names are part of what is judged.
         progress: Told (what, done, total).
@@ -211,26 +203,51 @@ def check(  # 16 parameters: the public check, whose options are keywords
         options["progress"] = progress
         options["meant"] = meant
         stages = {"accept": accept, "expect": expect}
-        result = _check_case(subject, reference, options, stages, from_disk=from_disk)
+        result = _check_apart(
+            subject, reference, options, stages, from_disk=from_disk, low_memory=low_memory
+        )
         return result if isinstance(subject, Case) else expected(result, expect)
     refuse_checking(depth, rename, accept, meant)
     from truestep.engines.pipelines import Judging, opened
     from truestep.replay.check import OPENS
 
-    _refuse_of_cases(settings, from_disk, "check")
+    _refuse_of_cases(settings, "check", from_disk=from_disk, low_memory=low_memory)
     recording = opened(reference)
     _refuse_alone(subject, trusted, depth, meant)
-    opened_beside = (lambda: trusted) if depth in OPENS or meant else None
     judging = Judging(
         steps=steps,
         tolerance=tolerance,
         depth=depth,
         rename=rename,
-        trusted=opened_beside,
+        trusted=(lambda: trusted) if depth in OPENS or meant else None,
         meant=meant,
         progress=progress,
     )
     return expected(_check_object(subject, recording, call, apply, judging), expect)
+
+
+def _check_apart(
+    case: Case | CallCase,
+    reference: Recording | str | Path,
+    options: dict[str, Any],
+    stages: dict[str, Any],
+    *,
+    from_disk: bool,
+    low_memory: bool,
+) -> Comparison:
+    """Check a case whose weights stay in their files, if that was asked for, and say so."""
+    from truestep.runtime.stored import apart
+
+    with apart(from_disk=from_disk, low_memory=low_memory) as lender:
+        result = _check_case(case, reference, options, stages)
+    if lender is None:
+        return result
+    size = sum(lender.stored.values())
+    how = "read whenever they were used"
+    how = "read one model at a time, and dropped when the next one ran" if low_memory else how
+    note = f"weights of {size / 1e9:.2g} GB stayed on disk, and were {how}"
+    note = note if size else "nothing stayed on disk: no safetensors file has a weight of 1 MiB"
+    return result.model_copy(update={"notes": (*result.notes, note)})
 
 
 def _check_case(
@@ -238,20 +255,8 @@ def _check_case(
     reference: Recording | str | Path,
     options: dict[str, Any],
     stages: dict[str, Any],
-    *,
-    from_disk: bool,
 ) -> Comparison:
     """Check a case, whose model is loaded here; `stages` are options of truestep's runtime."""
-    if from_disk:
-        with _apart(from_disk) as lender:
-            assert lender is not None
-            result = _check_case(case, reference, options, stages, from_disk=False)
-        size = sum(lender.stored.values())
-        note = (
-            f"weights of {size / 1e9:.2g} GB stayed on disk, and were read whenever they were used"
-        )
-        note = note if size else "nothing stayed on disk: no safetensors file has a weight of 1 MiB"
-        return result.model_copy(update={"notes": (*result.notes, note)})
     if isinstance(case, CallCase):
         from truestep.engines import diffusers
 
@@ -261,17 +266,20 @@ def _check_case(
     return check(case, reference, **stages, **options)
 
 
-def _refuse_of_cases(settings: Mapping[str, Any] | None, from_disk: bool, verb: str) -> None:
+def _refuse_of_cases(
+    settings: Mapping[str, Any] | None, verb: str, *, from_disk: bool, low_memory: bool
+) -> None:
     """Refuse what needs a model that is loaded here."""
     if settings:
         raise UsageError(
             "settings are of a case, and a pipeline object has none",
             hint="give what it is called with: check(pipeline, reference, call={...})",
         )
-    if from_disk:
+    if from_disk or low_memory:
+        option = "from_disk" if from_disk else "low_memory"
         raise UsageError(
             "a pipeline object is in memory already, and cannot be read from disk",
-            hint=f"give the case: {verb}(case, ..., from_disk=True)",
+            hint=f"give the case: {verb}(case, ..., {option}=True)",
         )
 
 
@@ -340,15 +348,6 @@ def _refuse_trusted(trusted: Any) -> None:
             "trusted is of a pipeline object at depth 'modules', or with meant: a case loads its "
             "own",
             hint="leave trusted out",
-        )
-
-
-def _refuse_keep(keep: Keep) -> None:
-    if keep not in ((), "all"):
-        raise UsageError(
-            "a case of truestep's own stages keeps every step as it is",
-            likely="steps are left out of recordings of plain pipelines",
-            hint="leave --keep out",
         )
 
 

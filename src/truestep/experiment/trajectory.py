@@ -14,13 +14,8 @@ from truestep.case import Case
 from truestep.joint import Value, each, gather, tensors_of
 from truestep.keys import step_name
 from truestep.replay.record import record_pipeline
-from truestep.replay.stages import (
-    floor_steps,
-    given,
-    recorded_schedule,
-    recorded_step,
-    recorded_texts,
-)
+from truestep.replay.stages import recorded_step, recorded_texts
+from truestep.replay.steps import floor_steps, given, recorded_schedule
 from truestep.runtime.applying import Apply, apply_change
 from truestep.runtime.guidance import Adaptive
 from truestep.runtime.loading import load

@@ -25,6 +25,9 @@ CALLS = 3
 LEFT_OUT = "left_out"
 """Setting of a thinned recording: names of the tensors that were recorded, and left out of it."""
 
+Keep = tuple[int, ...] | Literal["all"]
+"""What a recording keeps: everything, or what checks read at default steps and at these."""
+
 KEY_FRAMES = "key_frames"
 """Setting of a bundle that holds pictures of what was made: see `recording.keyframes`."""
 

@@ -71,7 +71,8 @@ def run_stages(
     progress: Progress | None,
 ) -> Answers:
     """Replay every stage; follow a model that keeps state through all steps, in order."""
-    from truestep.replay.stages import chosen_steps, predict_steps, replay
+    from truestep.replay.stages import predict_steps, replay
+    from truestep.replay.steps import chosen_steps, keeps_step
 
     chosen = chosen_steps(recording, steps)
     told = progress and partial(progress, "check")
@@ -83,13 +84,15 @@ def run_stages(
     if any(is_prediction(name) for name in changed):
         predicted = predict_steps(pipe, chosen, in_order=True)
         told = progress and partial(progress, "replay")
-        followed = replay(pipe, recording, steps=predicted, only=_UP_TO_PREDICTION, progress=told)
+        followed = replay(
+            pipe, recording, steps=chosen, only=_UP_TO_PREDICTION, in_order=True, progress=told
+        )
         second = _fresh(replayed, changed)
         replayed = _in_order(replayed, followed)
-        notes = (_STATEFUL.format(last=max(chosen)),)
-    replayed, unseen = _with_raised(
-        pipe, recording, replayed, predicted, in_order=predicted != chosen
-    )
+        notes = (_stateful(recording, max(chosen)),)
+    in_order = predicted != chosen
+    predicted = tuple(step for step in predicted if keeps_step(recording, step))
+    replayed, unseen = _with_raised(pipe, recording, replayed, predicted, in_order=in_order)
     wanted = answered_names(recording, predicted)
     if not any(key_of(name).precision for name in replayed.outputs):
         wanted = tuple(name for name in wanted if not key_of(name).precision)
@@ -100,11 +103,19 @@ def run_stages(
 
 
 _UP_TO_PREDICTION = ("text", "connector", "schedule", "latent", "prediction")
-_STATEFUL = (
-    "the model keeps state from step to step, for "
-    + UNSTEADY
-    + ": it was run, and is judged, at every step from 0 to {last}"
-)
+
+
+def _stateful(recording: Recording, last: int) -> str:
+    """What is said of a model that had to be followed."""
+    from truestep.replay.steps import kept_steps
+
+    kept, run = kept_steps(recording), f"at every step from 0 to {last}"
+    judged = f"it was run, and is judged, {run}"
+    if kept is not None and not kept.issuperset(range(last + 1)):
+        steps = ", ".join(str(step) for step in sorted(kept) if step <= last)
+        judged = f"it was run {run}, and is judged at steps {steps}: the recording keeps no others "
+        judged += "(--keep all)"
+    return f"the model keeps state from step to step, for {UNSTEADY}: {judged}"
 
 
 def _fresh(replayed: Replay, changed: Collection[str]) -> dict[str, torch.Tensor]:
@@ -187,7 +198,9 @@ def _with_raised(
     raised_at = {step for name in recorded if (step := address(name).step) is not None}
     at = tuple(chosen) if in_order else tuple(s for s in chosen if s in raised_at) or chosen
     try:
-        more = raised_replay(pipe, recording, steps=at, precision=precision)
+        more = raised_replay(
+            pipe, recording, steps=at, precision=precision, in_order=in_order or None
+        )
     except (TypeError, RuntimeError) as error:
         return replayed, f"{precision} replay ({str(error).splitlines()[0]})"
     answered = [name for name in more.outputs if name in recording]
@@ -217,12 +230,15 @@ def answered_names(
 ) -> tuple[str, ...]:
     """Names of the recorded tensors that a replay at these steps answers to, in order."""
     from truestep.keys import address
+    from truestep.replay.steps import keeps_step
 
     names = []
     for name in recording:
         place = address(name)
         if place.stage == "prediction" and place.step not in chosen:
             continue
+        if place.step is not None and not keeps_step(recording, place.step):
+            continue  # only what the next steps need was kept of it
         if name.endswith("step/0000/latent"):  # the initial latent once more
             continue
         names.append(name)

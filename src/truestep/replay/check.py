@@ -446,7 +446,7 @@ def _refuse(case: Case, recording: Recording, accept: Collection[str]) -> Compar
             reference=side,
             hint=f"--accept {quoted(strange[0])}  # compares with it all the same",
         )
-    from truestep.replay.stages import require_run
+    from truestep.replay.steps import require_run
 
     require_run(recording, where=where)
     return None

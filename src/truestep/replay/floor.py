@@ -293,7 +293,9 @@ def _raised(
             repeats = one.kind == "repeat"
 
             def make(note: Note, one: Variation = one, taped: bool = repeats) -> list[NoiseRun]:
-                return [noise_run(one, outputs_of(one, taped=taped), recording)]
+                outputs = outputs_of(one, taped=taped)
+                recorded = {name: outputs[name] for name in outputs if name in recording}
+                return [noise_run(one, recorded, recording)]
 
             name = _name(one)
             if repeats and how.kept.has(name) and not how.kept.has(there.name):

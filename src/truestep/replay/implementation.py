@@ -104,9 +104,9 @@ def rounded_to(weight: torch.Tensor, narrow: torch.dtype) -> bool:
         weight: Any floating-point shape; 4,096 elements, evenly spaced, are looked at.
         narrow: An 8-bit floating-point dtype.
     """
-    flat = weight.flatten()
-    step = max(flat.numel() // SAMPLE, 1)
-    some = flat[::step][:SAMPLE]
+    step = max(weight.numel() // SAMPLE, 1)
+    places = torch.arange(0, weight.numel(), step, device=weight.device)[:SAMPLE]
+    some = weight.take(places)  # no view of it: a weight in a file would stay in memory
     few = some[:: max(some.numel() // FEW, 1)].cpu().double()
     top, slack = torch.finfo(narrow).max, torch.finfo(weight.dtype).eps
 
@@ -117,7 +117,7 @@ def rounded_to(weight: torch.Tensor, narrow: torch.dtype) -> bool:
 
     if not bool(few.isfinite().all()):
         return False
-    largest = max(-float(flat.min()), float(flat.max()))  # without a copy of the weight
+    largest = max(-float(weight.min()), float(weight.max()))  # without a copy of the weight
     scales = [scale for scale in (1.0, largest / top) if scale and fits(few, scale)]
     if not scales:
         return False

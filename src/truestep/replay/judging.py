@@ -64,7 +64,7 @@ def coverage(recording: Recording, run: Answers) -> tuple[tuple[str, ...], tuple
             ),
         )
     from truestep.keys import STAGES, address
-    from truestep.replay.stages import steps_recorded
+    from truestep.replay.steps import steps_recorded
 
     total = steps_recorded(recording)
     places = [address(name) for name in run.wanted]

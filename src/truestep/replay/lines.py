@@ -48,7 +48,7 @@ _MOVING = ("accelerate/utils/", "hooks/layerwise_casting.py", "hooks/group_offlo
 _HOOKS = ("/accelerate/hooks.py", "/diffusers/hooks/hooks.py")
 """Files whose code calls a module's forward for it."""
 
-_LENDING = tuple(f"runtime/{name}.py" for name in ("buffers", "lent", "reached"))
+_LENDING = tuple(f"runtime/{name}.py" for name in ("buffers", "lent", "reached", "weight"))
 _ROOMS = ("calls", "replay", "engines/watch", *_LENDING)
 _OWN = tuple(str(Path(__file__).parent.parent / room) for room in _ROOMS)
 _UNSEEN = {

@@ -22,14 +22,8 @@ from truestep.replay.drill import Drilled, Subject, drill
 from truestep.replay.isolation import Forward
 from truestep.replay.levels import Known
 from truestep.replay.raised import raised, raised_stages
-from truestep.replay.stages import (
-    default_steps,
-    given,
-    recorded_schedule,
-    recorded_step,
-    recorded_texts,
-    replay,
-)
+from truestep.replay.stages import recorded_step, recorded_texts, replay
+from truestep.replay.steps import default_steps, given, recorded_schedule
 from truestep.runtime.pipeline import Branch, Observer, Pipeline, connect, text_branch
 from truestep.runtime.precision import raised_precision
 from truestep.verdict import Comparison, Row

@@ -17,7 +17,8 @@ from truestep.joint import Value, each, floating
 from truestep.keys import address
 from truestep.pairing.naming import runs_compiled
 from truestep.replay.kept import Replay
-from truestep.replay.stages import chosen_steps, replay
+from truestep.replay.stages import replay
+from truestep.replay.steps import chosen_steps
 from truestep.runtime.pipeline import MODELS, Pipeline, Step
 from truestep.runtime.precision import converted
 
@@ -60,7 +61,12 @@ def raised(pipe: Pipeline, precision: str) -> Iterator[Pipeline]:
 
 
 def raised_replay(
-    pipe: Pipeline, recording: Mapping[str, torch.Tensor], *, steps: Iterable[int], precision: str
+    pipe: Pipeline,
+    recording: Mapping[str, torch.Tensor],
+    *,
+    steps: Iterable[int],
+    precision: str,
+    in_order: bool | None = None,
 ) -> Replay:
     """Replay the stages that round, raised; outputs are named `float32/<name>`.
 
@@ -77,7 +83,9 @@ def raised_replay(
             raise TypeError(f"{name} is compiled")
     narrow = _narrow_stages(pipe, precision)
     with raised(pipe, precision) as lifted:
-        return raised_stages(lifted, recording, steps=steps, precision=precision, only=narrow)
+        return raised_stages(
+            lifted, recording, steps=steps, precision=precision, only=narrow, in_order=in_order
+        )
 
 
 def raised_stages(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from truestep.floors import NoiseFloor
     from truestep.progress import Progress
     from truestep.recording.format import Recording
-    from truestep.recording.manifest import Implementation, Level, Manifest
+    from truestep.recording.manifest import Implementation, Keep, Level, Manifest
     from truestep.recording.partial import Partial
     from truestep.replay.floor import Measuring
     from truestep.runtime.applying import Apply
@@ -37,6 +37,7 @@ def record(
     path: str | Path | None = None,
     level: Level = "full",
     floor: FloorChoice = "steps",
+    keep: Keep = "all",
     apply: Apply | None = None,
     progress: Progress | None = None,
     kept: Partial | None = None,
@@ -50,6 +51,7 @@ def record(
             distances are estimated within 5 %; `stats` the moments only.
         floor: `steps` measures the noise floor of every stage in isolation (about two generations);
             `final` also that of the final latent of a free run (about nine more); `none` neither.
+        keep: Steps that are kept beside those that checks read by default, or `all`.
         apply: A change to the pipeline before it runs.
         progress: Told (what, done, total).
         kept: What is finished, of a record that is stopped.
@@ -72,7 +74,7 @@ def record(
     pipe = apply_change(pipe, apply)
     refuse_compiled(vars(pipe).values())
     recording = record_pipeline(
-        pipe, case=case, level=level, floor=floor, progress=progress, kept=kept
+        pipe, case=case, level=level, floor=floor, keep=keep, progress=progress, kept=kept
     )
     if path is None:
         return recording
@@ -88,6 +90,7 @@ def record_pipeline(
     case: Case,
     level: Level = "full",
     floor: FloorChoice = "steps",
+    keep: Keep = "all",
     progress: Progress | None = None,
     kept: Partial | None = None,
 ) -> Recording:
@@ -110,7 +113,7 @@ def record_pipeline(
         return _trusted_run(pipe, case, implementation, progress)
 
     if floor == "none":
-        return first(lambda text: None).at_level(level)
+        return _at_level(pipe, first(lambda text: None), level, keep)
     notes: list[str] = []
     run = kept.recording(RUN, first, notes.append)
     if kept.has(RUN):
@@ -124,7 +127,15 @@ def record_pipeline(
         "noise_floor": measured,
         "notes": (*run.manifest.notes, *notes),
     }
-    return Recording.in_memory(tensors, run.manifest.model_copy(update=update)).at_level(level)
+    whole = Recording.in_memory(tensors, run.manifest.model_copy(update=update))
+    return _at_level(pipe, whole, level, keep)
+
+
+def _at_level(pipe: Pipeline, whole: Recording, level: Level, keep: Keep) -> Recording:
+    """What is kept of a recording; moments and sketches are small, and of every step."""
+    from truestep.replay.thinning import thinned
+
+    return thinned(pipe, whole, keep) if level == "full" else whole.at_level(level)
 
 
 def _trusted_run(
@@ -188,7 +199,7 @@ def _noise_floor(
     from truestep.recording.table import tensor_table
     from truestep.replay.floor import measure
     from truestep.replay.raised import raised_replay
-    from truestep.replay.stages import floor_steps
+    from truestep.replay.steps import floor_steps
     from truestep.runtime.precision import raised_precision
 
     precision = raised_precision(pipe.settings.dtype)

@@ -38,8 +38,8 @@ def moved_by(
 ) -> tuple[Comparison, Shift] | None:
     """What moved the ends of a free run, if anything did, and what its stages show.
 
-    Every stage is replayed at every step, and one more generation has another seed: where the end
-    agrees, neither is run.
+    Every stage is replayed at every step that the reference keeps, and one more generation has
+    another seed: where the end agrees, neither is run.
 
     Args:
         rows: The ends, judged.
@@ -48,13 +48,16 @@ def moved_by(
         limits: What the ends were judged by.
         stages: Checks the candidate's stages at some steps.
     """
-    from truestep.replay.stages import steps_recorded
+    from truestep.replay.steps import kept_steps, steps_recorded
 
     if not is_moved(rows):
         return None
-    found = stages(steps=tuple(range(steps_recorded(recording))))
+    total, kept = steps_recorded(recording), kept_steps(recording)
+    found = stages(steps=tuple(range(total)) if kept is None else tuple(sorted(kept)))
+    left = 0 if kept is None else total - len(kept)
+    unseen = f"the recording keeps no models at {left} steps (record it with --keep all)"
     ends = Ends(rows, limits.floor, other_seed(pipe, recording), limits.pair or "")
-    return found, explained(ends, found)
+    return found, explained(ends, found, unseen=unseen if left else "")
 
 
 def other_seed(pipe: Pipeline, recording: Recording) -> dict[str, float]:

@@ -10,14 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 import torch
 
-from truestep.errors import FileFormatError, UsageError
-from truestep.joint import AUDIO, Value, each, gather
+from truestep.errors import FileFormatError
+from truestep.joint import AUDIO, Value, each
 from truestep.keys import STAGES, step_name
 from truestep.replay.kept import Kept, Replay, unchanged_by
+from truestep.replay.steps import (
+    chosen_steps,
+    given,
+    keeps_step,
+    kept_steps,
+    left_out,
+    recorded_schedule,
+)
 from truestep.runtime.guidance import Adaptive
 from truestep.runtime.pipeline import (
     Branch,
@@ -35,123 +42,6 @@ from truestep.runtime.pipeline import (
     text_branch,
     text_branches,
 )
-
-_SCHEDULE = ("schedule/sigmas", "schedule/timesteps", "schedule/experts")
-
-
-def steps_recorded(recording: Mapping[str, torch.Tensor]) -> int:
-    """Number of denoise steps in a recording."""
-    return sum(1 for name in recording if name.startswith("step/") and name.endswith("/latent"))
-
-
-def given(
-    pipe: Pipeline,
-    recording: Mapping[str, torch.Tensor],
-    name: str,
-    *,
-    like: Value | None = None,
-) -> Value:
-    """A recorded value as a stage's input: a copy on the pipeline's device.
-
-    Args:
-        like: A value of the same shape whose order in memory the copy is given: tokens that are a
-            view of frames may take another kernel than the same tokens in a row.
-    """
-    value = each(lambda tensor: tensor.to(pipe.device, copy=True), gather(recording, name))
-    return value if like is None else _in_order_of(value, like)
-
-
-def _in_order_of(value: Value, like: Value) -> Value:
-    if isinstance(value, tuple) is not isinstance(like, tuple):
-        return value
-
-    def ordered(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        if tensor.shape != own.shape:
-            return tensor
-        return torch.empty_like(own, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-    return each(ordered, value, like)
-
-
-def recorded_schedule(recording: Mapping[str, torch.Tensor]) -> Schedule:
-    """The schedule that a recording holds."""
-    return Schedule(*(recording[name] for name in _SCHEDULE))
-
-
-def require_run(recording: Mapping[str, torch.Tensor], *, where: str) -> None:
-    """Refuse a recording that lacks what every run has, before anything is loaded or run.
-
-    Raises:
-        FileFormatError: The schedule, a latent, what a scheduler was given or the end is missing,
-            or the schedule's parts are of other lengths than the steps that are there.
-    """
-    total = steps_recorded(recording)
-    names = ["text/cond", "latent/initial", "latent/final", *_SCHEDULE]
-    names += [step_name(step, what) for step in range(total) for what in ("latent", "guided")]
-    lacks = [name for name in names if name not in recording]
-    hint = "truestep record CASE --update  # records it again"
-    if lacks or not total:
-        more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
-        raise FileFormatError(
-            "the reference is not a whole run: it cannot be replayed",
-            where=where,
-            measured=f"it lacks {', '.join(lacks[:3])}{more}" if lacks else "it has no steps",
-            hint=hint,
-        )
-    shapes = {name: tuple(recording[name].shape) for name in _SCHEDULE}
-    fits = all(len(shape) == 1 and shape[0] >= total for shape in shapes.values())
-    if not fits or len(recording[_SCHEDULE[1]]) != total:
-        raise FileFormatError(
-            "the reference's schedule is not that of its steps",
-            where=where,
-            measured=f"{total} steps; " + ", ".join(f"{n} {list(s)}" for n, s in shapes.items()),
-            hint=hint,
-        )
-
-
-def floor_steps(recording: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    """First, middle and last step: where benign runs predict."""
-    total = steps_recorded(recording)
-    return tuple(sorted({0, total // 2, total - 1}))
-
-
-def default_steps(recording: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    """First and last step of every expert, and three in a row: halfway, or beside a switch.
-
-    What a model keeps from one step to the next acts only where a step follows its neighbour; of
-    three in a row a cache that answers every other step answers one, whichever it begins with.
-    """
-    experts = recording["schedule/experts"].tolist()[: steps_recorded(recording)]
-    switches = [step for step in range(1, len(experts)) if experts[step] != experts[step - 1]]
-    ends = [0, *switches, len(experts)]
-    chosen: set[int] = set()
-    for begin, end in pairwise(ends):
-        beside = begin if begin else end - 3
-        row = (begin + end) // 2 - 1 if len(ends) == 2 else beside
-        inside = (step for step in range(row, row + 3) if begin <= step < end)
-        chosen |= {begin, end - 1, *inside}
-    return tuple(sorted(chosen))
-
-
-def chosen_steps(
-    recording: Mapping[str, torch.Tensor], steps: Iterable[int] | None
-) -> tuple[int, ...]:
-    """Steps to predict at: the given ones, or `default_steps`.
-
-    Raises:
-        UsageError: A step is out of range.
-    """
-    if steps is None:
-        return default_steps(recording)
-    total = steps_recorded(recording)
-    chosen = tuple(sorted(set(steps)))
-    bad = [step for step in chosen if not 0 <= step < total]
-    if bad or not chosen:
-        raise UsageError(
-            f"no step {bad[0]} in the reference" if bad else "no steps were chosen",
-            measured=f"its steps are 0 to {total - 1}",
-        )
-    return chosen
 
 
 def replay(
@@ -185,7 +75,7 @@ def replay(
     _check_parts(pipe, recording)
     result, wanted = Replay(), set(only)
     chosen = chosen_steps(recording, steps)
-    kept = set(chosen) if thinned else None
+    kept = set(chosen) if thinned else kept_steps(recording)
     recorded = recorded_schedule(recording)
     with torch.no_grad():
         pipe.prepare(pipe)
@@ -324,7 +214,7 @@ def _predictions(
 
     `first_pass` leaves the other passes out, where each is a forward of its own.
     """
-    recording, like = source.recording, source.like
+    recording = source.recording
     stage = "text" if pipe.connect is None else "connector"
     runnable = [
         branch for branch in pipe.passes(pipe) if f"{stage}/{text_branch(branch)}" in recording
@@ -332,15 +222,18 @@ def _predictions(
     if first_pass and not _together(pipe):
         runnable = runnable[:1]
 
+    latents = _Latents(pipe, source, Adaptive(pipe.settings, len(source.schedule.timesteps)))
+    latents.begin(steps)
+
     def together(step: Step, held: dict[str, Value]) -> None:
-        latent = given(pipe, recording, step_name(step.index, "latent"), like=like)
+        latent = latents.at(step.index)
         texts = recorded_texts(pipe, recording, stage)
         with unchanged_by(latent, *texts.values()):
             made = pipe.predict_passes(pipe, latent, step, texts, runnable)
         held.update({step_name(step.index, branch): value for branch, value in made.items()})
 
     def alone(step: Step, branch: Branch, held: dict[str, Value]) -> None:
-        latent = given(pipe, recording, step_name(step.index, "latent"), like=like)
+        latent = latents.at(step.index)
         text = given(pipe, recording, f"{stage}/{text_branch(branch)}")
         with unchanged_by(latent, text):
             held[step_name(step.index, branch)] = pipe.predict(pipe, latent, step, text, branch)
@@ -355,10 +248,58 @@ def _predictions(
         else:
             for branch in runnable:
                 result.attempt(step_name(index, branch), partial(alone, step, branch, held))
-        for name, made in held.items():  # after all passes: one may write over another's answer
-            result.attempt(name, partial(show, Kept(outputs), name, made))
+        for name, value in held.items():  # after all passes: one may write over another's answer
+            result.attempt(name, partial(show, Kept(outputs), name, value))
+        made = {
+            branch: held[name] for branch in runnable if (name := step_name(index, branch)) in held
+        }
+        result.attempt(step_name(index, "guided"), partial(latents.go_on, step, made))
         if progress:
             progress(done + 1, len(steps))
+
+
+@dataclass
+class _Latents:
+    """Latents that predictions are made from: the recorded ones. Between the steps that a thinned
+    recording keeps, for a model that must see them all, what a free run makes of the last of them.
+
+    Attributes:
+        free: Whether there are such steps.
+        guided, latent: The last guided prediction, and the latent after it.
+    """
+
+    pipe: Pipeline
+    source: _Inputs
+    adaptive: Adaptive
+    free: bool = False
+    guided: Value = None
+    latent: Value = None
+
+    def begin(self, steps: Iterable[int]) -> None:
+        """Before some steps are predicted, in order."""
+        names = (step_name(step, "latent") for step in steps)
+        self.free = any(name not in self.source.recording for name in names)
+        if self.free:
+            _reset(self.pipe, self.source.schedule)
+
+    def at(self, index: int) -> Value:
+        """What a step is given: a copy."""
+        name = step_name(index, "latent")
+        if name in self.source.recording:
+            return given(self.pipe, self.source.recording, name, like=self.source.like)
+        return each(torch.clone, self.latent)
+
+    def go_on(self, step: Step, made: Mapping[Branch, Value]) -> None:
+        """After the predictions of a step."""
+        recording, name = self.source.recording, step_name(step.index, "guided")
+        if not self.free:
+            return
+        if name in recording:
+            self.guided = given(self.pipe, recording, name, like=self.source.like)
+        elif "cond" in made:
+            skipped = self.adaptive.skips(step.index, step.expert)
+            self.guided = guide(self.pipe, step, made, self.adaptive, skipped=skipped)
+        self.latent = self.pipe.update(self.pipe, step, self.guided, self.at(step.index))
 
 
 def _together(pipe: Pipeline) -> bool:
@@ -406,7 +347,11 @@ def _guidance(
             step: Step = step, wanted: Sequence[Branch] = wanted, skipped: bool = skipped
         ) -> Value:
             if step.index and pipe.skips(pipe, step.index):
-                return given(pipe, recording, step_name(step.index - 1, "guided"), like=like)
+                before = step_name(step.index - 1, "guided")
+                if before not in recording:
+                    what = f"what step {step.index} skips was left out of this recording"
+                    left_out(what, recording, keep=step.index - 1)
+                return given(pipe, recording, before, like=like)
             made = {
                 branch: given(pipe, recording, step_name(step.index, branch), like=like)
                 for branch in wanted
@@ -414,34 +359,43 @@ def _guidance(
             }
             return guide(pipe, step, made, adaptive, skipped=skipped)
 
-        if kept is None or index in kept or adaptive.on:
+        if kept is None or index in kept or (adaptive.on and keeps_step(recording, index)):
             result.keep(step_name(index, "guided"), combined, kept=kept is None or index in kept)
 
 
 def _updates(pipe: Pipeline, source: _Inputs, result: Replay, kept: Collection[int] | None) -> None:
-    """Drive a freshly reset scheduler through all steps on recorded latents and predictions."""
+    """Drive a freshly reset scheduler through all steps on recorded latents and predictions.
+
+    Of a thinned recording, through the steps that it keeps; those before one of them are there as
+    far back as its scheduler needs them.
+    """
     recording, recorded, like = source.recording, source.schedule, source.like
     total = len(recorded.timesteps)
 
-    def reset() -> None:
-        own_steps, pipe.settings.steps = pipe.settings.steps, total
-        try:
-            pipe.make_schedule(pipe)
-        finally:
-            pipe.settings.steps = own_steps
-        for name, value in (("sigmas", recorded.sigmas), ("timesteps", recorded.timesteps)):
-            own = getattr(pipe.scheduler, name, None)
-            if isinstance(own, torch.Tensor):
-                setattr(pipe.scheduler, name, value.to(own.device, copy=True))
-
-    result.attempt("schedule/sigmas", reset)
+    result.attempt("schedule/sigmas", lambda: _reset(pipe, recorded))
     for index in range(total):
         step = recorded_step(pipe, recorded, index, recorded.experts)
         name = step_name(index + 1, "latent") if index + 1 < total else "latent/final"
-        guided = given(pipe, recording, step_name(index, "guided"), like=like)
-        latent = given(pipe, recording, step_name(index, "latent"), like=like)
+        if (
+            step_name(index, "guided") in recording
+        ):  # else a scheduler that counts is given the last
+            guided = given(pipe, recording, step_name(index, "guided"), like=like)
+            latent = given(pipe, recording, step_name(index, "latent"), like=like)
         result.keep(
             name,
             lambda s=step, g=guided, z=latent: pipe.update(pipe, s, g, z),  # type: ignore[misc]
             kept=kept is None or index in kept,
         )
+
+
+def _reset(pipe: Pipeline, recorded: Schedule) -> None:
+    """Begin a scheduler's run on the recorded schedule."""
+    own_steps, pipe.settings.steps = pipe.settings.steps, len(recorded.timesteps)
+    try:
+        pipe.make_schedule(pipe)
+    finally:
+        pipe.settings.steps = own_steps
+    for name, value in (("sigmas", recorded.sigmas), ("timesteps", recorded.timesteps)):
+        own = getattr(pipe.scheduler, name, None)
+        if isinstance(own, torch.Tensor):
+            setattr(pipe.scheduler, name, value.to(own.device, copy=True))

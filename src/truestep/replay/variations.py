@@ -17,7 +17,8 @@ from truestep.joint import Encoded, Value, each, floating
 from truestep.judge.floor import pair_of
 from truestep.keys import STAGES, address
 from truestep.replay.raised import raised
-from truestep.replay.stages import floor_steps, replay, steps_recorded
+from truestep.replay.stages import replay
+from truestep.replay.steps import floor_steps, steps_recorded
 from truestep.runtime.changes import OtherFunctions, math_kernel, one_rounding, thread_count
 from truestep.runtime.pipeline import Branch, Pipeline, Step, Texts, text_branch
 from truestep.runtime.precision import HIGHER

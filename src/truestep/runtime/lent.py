@@ -10,7 +10,7 @@ weights in memory.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from truestep.measure.distance import same_bits
 from truestep.runtime.buffers import (
-    PIECE,
     Buffers,
     address,
     holders_of,
@@ -30,97 +29,10 @@ from truestep.runtime.buffers import (
     place_of,
 )
 from truestep.runtime.reached import reached
+from truestep.runtime.weight import Lent, Resident, cast
 
 LEAST = 1 << 20
 """Bytes of a weight from which on it is lent: smaller ones are beside nothing."""
-
-
-@dataclass
-class Lent:
-    """A weight that is made when it is used.
-
-    Attributes:
-        like: What it seems to be: shape, strides and dtype, without memory (on `meta`).
-        device: Where it seems to be.
-        write: Writes its elements from one to before another, in the order of memory, into a flat
-            tensor of so many.
-        source: What it is a cast of, where that is in memory.
-        content: What says which weight it is without making it; None if nothing does.
-        beside: Bytes from a multiple of 64 at which it lies, as in a mapped file: which kernel runs
-            depends on it.
-        kept: The weight itself, once something wrote into it or kept a view of it.
-    """
-
-    like: torch.Tensor
-    device: torch.device
-    write: Callable[[torch.Tensor, int, int], None]
-    source: torch.Tensor | None = None
-    content: object = None
-    beside: int = 0
-    kept: torch.Tensor | None = None
-
-    def tensor(self, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """The weight in memory: in a buffer or, without one, in memory of its own."""
-        if self.kept is not None:
-            return self.kept
-        with torch.inference_mode(False), torch.enable_grad():  # others may write into its views
-            if buffer is None and self.source is not None:
-                return self.source.to(self.like.dtype)
-            if buffer is None:
-                buffer = torch.empty(self.room, dtype=torch.uint8, device=self.device)
-            flat = buffer[self.beside : self.room].view(self.like.dtype)
-            with torch.no_grad():
-                self.write(flat, 0, self.like.numel())
-            return flat.as_strided(self.like.shape, self.like.stride(), flat.storage_offset())
-
-    @property
-    def size(self) -> int:
-        """Bytes of the weight."""
-        return self.like.numel() * self.like.itemsize
-
-    @property
-    def room(self) -> int:
-        """Bytes of memory that it is made in."""
-        return self.beside + self.size
-
-
-def cast(
-    weight: Lent | torch.Tensor, dtype: torch.dtype, device: torch.device, buffers: Buffers
-) -> Lent:
-    """A weight, lent or in memory, in another dtype or on another device.
-
-    Args:
-        buffers: What pieces of a lent one are cast in.
-    """
-    if isinstance(weight, torch.Tensor):
-        data = weight
-        like = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device="meta")
-        flat = data.as_strided((data.numel(),), (1,), data.storage_offset())
-
-        def copy(into: torch.Tensor, start: int, stop: int) -> None:
-            into.copy_(flat[start:stop])
-
-        return Lent(like.to(dtype), device, copy, source=data)
-    inner = weight
-
-    def write(into: torch.Tensor, start: int, stop: int) -> None:
-        if inner.kept is not None:
-            kept = inner.kept
-            into.copy_(kept.as_strided((kept.numel(),), (1,), kept.storage_offset())[start:stop])
-        elif into.dtype == inner.like.dtype and into.device == inner.device:
-            inner.write(into, start, stop)
-        else:
-            count = PIECE // inner.like.itemsize
-            buffer = buffers.take(PIECE)
-            piece = buffer[:PIECE].view(inner.like.dtype)
-            for at in range(start, stop, count):
-                end = min(at + count, stop)
-                inner.write(piece[: end - at], at, end)
-                into[at - start : end - start].copy_(piece[: end - at])
-            buffers.give_back(buffer)
-
-    content = None if inner.content is None else (inner.content, dtype)
-    return Lent(inner.like.to(dtype), device, write, content=content)
 
 
 _T = torch.Tensor
@@ -179,6 +91,8 @@ class Lender(TorchFunctionMode):
 
     Attributes:
         stored: Weights that stayed in files, by where they are, and their bytes.
+        resident: What lets the model that runs stay in memory, if anything does.
+        loaded: How often something was loaded: what is loaded twice is two models.
         buffers: Memory that weights are made in.
     """
 
@@ -188,6 +102,8 @@ class Lender(TorchFunctionMode):
         self._loading = False
         self._reach = ExitStack()
         self.stored: dict[object, int] = {}
+        self.resident: Resident | None = None
+        self.loaded = 0
         self.buffers = Buffers()
 
     @classmethod
@@ -313,6 +229,7 @@ class Lender(TorchFunctionMode):
         if func is not _T.clone and (device, dtype) == (weight.device, weight.like.dtype):
             return True, args[0]
         copied = cast(weight, dtype, device, self.buffers)
+        copied.model, copied.stays, weight.stays = weight.model, weight.stays, None
         return True, self.lend(copied)
 
 
@@ -381,6 +298,8 @@ class _Loan(NamedTuple):
                 self.weight.kept = tensor.detach().as_strided(
                     like.shape, like.stride(), tensor.storage_offset()
                 )
+            elif place_of(tensor) == place_of(self.weight.resident):
+                self.weight.kept = self.weight.resident
             self.stand_in.data = tensor
         return True
 
@@ -419,7 +338,7 @@ class _Borrowed:
                 tensor, buffer = weight.tensor(), None
             else:
                 buffer = None
-                if weight.kept is None and weight.device.type == "cpu":
+                if weight.come() is None and weight.device.type == "cpu":
                     buffer = buffers.take(weight.room)
                 with _disable_current_modes():
                     tensor = weight.tensor(buffer)
@@ -481,7 +400,7 @@ def content_of(tensor: torch.Tensor) -> object:
     if weight is None or weight.content is None:
         return None
     if weight.kept is not None:
-        original = replace(weight, kept=None).tensor()
+        original = replace(weight, kept=None, resident=None).tensor()
         return weight.content if same_bits(weight.kept, original) else None
     return weight.content
 

@@ -10,7 +10,8 @@ import torch
 
 from truestep.floors import EPSILON
 from truestep.measure.plain import is_wrapped
-from truestep.runtime.lent import Lender, Lent, cast, lendable, lending
+from truestep.runtime.lent import Lender, lendable, lending
+from truestep.runtime.weight import Lent, cast
 
 HIGHER = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
 """Next higher precision to measure a working dtype's own rounding against."""

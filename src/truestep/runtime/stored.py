@@ -23,7 +23,8 @@ import torch
 from truestep.errors import FileFormatError, UsageError
 from truestep.pairing.naming import runs_compiled
 from truestep.recording.header import TORCH_NAMES, Header, Slot, read_header
-from truestep.runtime.lent import LEAST, Lender, Lent, active, lending
+from truestep.runtime.lent import LEAST, Lender, active, lending
+from truestep.runtime.weight import Lent, Resident
 
 PIECE = 1 << 26
 """Bytes that are read at once."""
@@ -56,6 +57,37 @@ def large_apart() -> Iterator[None]:
 
 
 @contextmanager
+def apart(*, from_disk: bool, low_memory: bool) -> Iterator[Lender | None]:
+    """While weights stay in their files, if that was asked for.
+
+    Args:
+        from_disk: Each is read whenever it is used.
+        low_memory: Those of the model that runs stay in memory until another one does.
+
+    Raises:
+        UsageError: Both were asked for.
+    """
+    if from_disk and low_memory:
+        raise UsageError(
+            "weights cannot both stay in memory while their model runs and be read at each use",
+            measured="--low-memory and --from-disk",
+            hint="leave --low-memory out",
+        )
+    if not (from_disk or low_memory):
+        yield None
+        return
+    with large_apart(), lending() as lender:
+        if not low_memory:
+            yield lender
+            return
+        lender.resident = Resident()
+        try:
+            yield lender
+        finally:
+            lender.resident.leave()
+
+
+@contextmanager
 def in_files() -> Iterator[None]:
     """Let models that are loaded in it leave their large weights in their files.
 
@@ -72,6 +104,7 @@ def in_files() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_one_at_a_time)
         stack.enter_context(lender.loading())
+        lender.loaded += 1
         opened = partial(_opened, lender, modeling_utils.safe_open)
         loaded = partial(_loaded, lender, safetensors.torch.load_file)
         stack.enter_context(patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
@@ -96,11 +129,12 @@ def refuse_compiled(models: Iterable[object]) -> None:
     Raises:
         UsageError: Their code would read what stands in for a weight.
     """
-    if active() is not None and any(map(runs_compiled, models)):
+    lender = active()
+    if lender is not None and any(map(runs_compiled, models)):
         raise UsageError(
             "compiled models cannot be run from disk",
             likely="compiled code reads the memory of its weights, and they are not in memory",
-            hint="leave --from-disk out",
+            hint="leave --low-memory out" if lender.resident else "leave --from-disk out",
         )
 
 
@@ -178,6 +212,8 @@ class _File:
         content = (str(self._header.path), name, dtype)
         read = partial(_read, self._header, self._state, name)
         weight = Lent(like, torch.device("cpu"), read, content=content, beside=beside)
+        weight.model = (self._lender.loaded, self._header.path.parent)
+        weight.stays = self._lender.resident
         self._lender.stored[content] = weight.size
         return self._lender.lend(weight).to(self._device)
 

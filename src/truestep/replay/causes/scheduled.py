@@ -276,7 +276,7 @@ def update(scene: Scene) -> Iterator[Guess]:
 
 def _latent_before(scene: Scene, name: str) -> torch.Tensor | None:
     """The latent that a step was given, by the name of what it gave."""
-    from truestep.replay.stages import steps_recorded
+    from truestep.replay.steps import steps_recorded
 
     step = address(name).step
     if step is None:  # the end
