@@ -252,7 +252,8 @@ class _Reader:
     def _arguments(self, call: CallEntry) -> dict[str, Any]:
         """Arguments of a call; what is in a table as `argument/key`."""
         found: dict[str, Any] = {}
-        for name, tree in call.arguments.items():
+        for given, tree in call.arguments.items():
+            name = self._adapter.others.get(given, given)
             if isinstance(tree, dict) and next(iter(tree)) == "dict":
                 found |= {f"{name}/{key}": self.value(part) for key, part in parts(tree)}
             else:
