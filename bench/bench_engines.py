@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import truestep
-from bench.engines import tiny_hunyuan
+from bench.engines import tiny_cosmos_predict2, tiny_hunyuan
 from bench.engines.tiny_wan import SCALE, STEPS, make, make_two
 from truestep.calls.recording import read
 from truestep.engines.named import run_of
@@ -36,6 +36,7 @@ ENGINES = {
     "wan": "TRUESTEP_WAN",
     "wan22": "TRUESTEP_WAN22",
     "hunyuan": "TRUESTEP_HUNYUAN",
+    "cosmos_predict2": "TRUESTEP_COSMOS_PREDICT2",
 }
 """Name to the variable that says where it is; empty: a wheel in the environment."""
 
@@ -62,7 +63,10 @@ OF_TWO_EXPERTS: dict[str, tuple[str, ...]] = {
 }
 """Likewise of Wan 2.2; the last two are in a module each."""
 
-FAMILIES: dict[str, Any] = {"hunyuan": tiny_hunyuan}
+FAMILIES: dict[str, Any] = {
+    "hunyuan": tiny_hunyuan,
+    "cosmos_predict2": tiny_cosmos_predict2,
+}
 """Engines of other models than Wan: each module makes the weights and the trusted recording."""
 
 IN_A_MODULE = "eps"

@@ -16,8 +16,10 @@ from truestep.engines.watch.request import VARIABLE, Request, parse
 
 PLACES = {
     "comfyui": "TRUESTEP_COMFYUI",
+    "cosmos_predict2": "TRUESTEP_COSMOS_PREDICT2",
     "diffsynth": "TRUESTEP_DIFFSYNTH",
     "fastvideo": "TRUESTEP_FASTVIDEO",
+    "hunyuan": "TRUESTEP_HUNYUAN",
     "sglang": "TRUESTEP_SGLANG",
     "vllm_omni": "TRUESTEP_VLLM_OMNI",
     "wan": "TRUESTEP_WAN",

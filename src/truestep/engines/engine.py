@@ -32,7 +32,16 @@ TEXTS = (
 )
 """Usual names of a denoiser's arguments, where an adapter does not say them."""
 
-ADAPTERS = ("comfyui", "diffsynth", "fastvideo", "hunyuan", "sglang", "vllm_omni", "wan")
+ADAPTERS = (
+    "comfyui",
+    "cosmos_predict2",
+    "diffsynth",
+    "fastvideo",
+    "hunyuan",
+    "sglang",
+    "vllm_omni",
+    "wan",
+)
 
 
 @dataclass(frozen=True)
