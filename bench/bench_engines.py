@@ -25,7 +25,7 @@ from bench.engines import tiny_cosmos_predict2, tiny_hunyuan
 from bench.engines.tiny_wan import SCALE, STEPS, make, make_two
 from truestep.calls.recording import read
 from truestep.engines.named import run_of
-from truestep.engines.ordered import check_run
+from truestep.engines.ranks.checking import check_paths
 from truestep.engines.running import run_engine
 from truestep.engines.watch.request import Looked
 
@@ -37,6 +37,7 @@ ENGINES = {
     "wan22": "TRUESTEP_WAN22",
     "hunyuan": "TRUESTEP_HUNYUAN",
     "cosmos_predict2": "TRUESTEP_COSMOS_PREDICT2",
+    "xdit": "TRUESTEP_XDIT",
 }
 """Name to the variable that says where it is; empty: a wheel in the environment."""
 
@@ -69,8 +70,14 @@ FAMILIES: dict[str, Any] = {
 }
 """Engines of other models than Wan: each module makes the weights and the trusted recording."""
 
-IN_A_MODULE = "eps"
-"""A fault inside of a layer: runs with it are opened."""
+RANKS = {"xdit": ("-m", "torch.distributed.run", "--nproc-per-node", "2")}
+"""How an engine of several ranks is started."""
+
+OF_RANKS: dict[str, tuple[str, ...]] = {"exchange": ("prediction",)}
+"""What is wrong between ranks: the order of heads after they are exchanged."""
+
+OPENED = ("eps", "exchange")
+"""Faults inside of a prediction: runs with them are opened."""
 
 TRUSTED = {"wan": "trusted-unipc", "wan22": "trusted-two"}
 """Folder by engine; of all others `trusted`."""
@@ -107,6 +114,8 @@ def faults(engine: str) -> dict[str, tuple[str, ...]]:
     """Faults that are planted in an engine, and the stages in which they may be named."""
     if engine in FAMILIES:
         return FAULTS | FAMILIES[engine].FAULTS
+    if engine in RANKS:
+        return FAULTS | OF_RANKS
     return OF_TWO_EXPERTS if engine == "wan22" else FAULTS
 
 
@@ -168,11 +177,11 @@ def judged(
 ) -> dict[str, Any]:
     """Run an engine with a fault, and say whether it is named where it is."""
     folder, trusted, reference_of = prepared(engine, place, references)
-    program = [python, str(HERE / f"run_{engine}.py"), str(folder), fault]
+    program = [python, *RANKS.get(engine, ()), str(HERE / f"run_{engine}.py"), str(folder), fault]
     output = place / f"{engine}-{fault}.safetensors"
     # The official `unipc` has sigmas of its own: it is given the trusted ones.
     given = read(reference_of) if engine in TRUSTED and fault != "shift" else None
-    inside = Looked() if engine == "wan22" or fault == IN_A_MODULE else None
+    inside = Looked() if engine == "wan22" or fault in OPENED else None
     ran = run_engine([*program, str(place / "watched")], output, inject=given, inside=inside)
     row: dict[str, Any] = {"engine": engine, "fault": fault, "exit": ran.code}
     if not ran.recordings:
@@ -180,8 +189,9 @@ def judged(
     if given is None:
         subprocess.run([*program, str(place / "alone")], check=False, capture_output=True)
         row["bit_equal"] = (place / "alone").read_bytes() == (place / "watched").read_bytes()
-    run, known = run_of(ran.recordings[0][0]), run_of(reference_of)
-    result = check_run(run, trusted, reference=known, depth="modules" if inside else "steps")
+    known = run_of(reference_of)
+    depth: Any = "modules" if inside else "steps"
+    result = check_paths([ran.recordings[0][0]], trusted, reference=known, depth=depth)
     first = result.first_divergence
     stage = first.stage if first else ""
     wanted = faults(engine)[fault]

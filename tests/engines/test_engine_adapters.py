@@ -23,6 +23,7 @@ PLACES = {
     "sglang": "TRUESTEP_SGLANG",
     "vllm_omni": "TRUESTEP_VLLM_OMNI",
     "wan": "TRUESTEP_WAN",
+    "xdit": "TRUESTEP_XDIT",
 }
 """Variables that name a folder with the engine's source."""
 

@@ -96,7 +96,7 @@ def _formed(run: Run, index: int, form: Form) -> Step:
     where nothing is stepped by."""
     step, sigma = run.steps[index], run.sigma(index)
     parts = {
-        str(number): form.part(one.output, step.latent, sigma)
+        str(number): form.part(one.output, one.role("latent"), sigma)
         for number, one in enumerate(step.passes)
     }
     guided = step.guided

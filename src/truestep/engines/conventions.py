@@ -82,7 +82,7 @@ class Form:
 
     Attributes:
         name: In results.
-        part: Of a prediction, what is combined.
+        part: Of a prediction, and the latent that its model was given, what is combined.
         stepped: Of the combination, what the trusted scheduler is given; None: itself.
     """
 
@@ -91,14 +91,14 @@ class Form:
     stepped: Change | None = None
 
 
-def _clean(value: torch.Tensor, latent: torch.Tensor | None, sigma: float | None) -> torch.Tensor:
-    wide = value.double()
-    return (_beside(wide, latent, sigma) - (sigma or 0.0) * wide) / (1.0 + (sigma or 0.0))
+def _clean(value: torch.Tensor, given: torch.Tensor | None, sigma: float | None) -> torch.Tensor:
+    wide, sigma = value.double(), sigma or 0.0
+    return _beside(wide, given, sigma) - wide * (sigma / (1.0 + sigma))
 
 
-def _noise(value: torch.Tensor, latent: torch.Tensor | None, sigma: float | None) -> torch.Tensor:
-    wide = value.double()
-    return (_beside(wide, latent, sigma) + wide) / (1.0 + (sigma or 0.0))
+def _noise(value: torch.Tensor, given: torch.Tensor | None, sigma: float | None) -> torch.Tensor:
+    wide, sigma = value.double(), sigma or 0.0
+    return _beside(wide, given, sigma) + wide / (1.0 + sigma)
 
 
 def _noise_of(

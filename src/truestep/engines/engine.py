@@ -41,6 +41,7 @@ ADAPTERS = (
     "sglang",
     "vllm_omni",
     "wan",
+    "xdit",
 )
 
 
