@@ -83,7 +83,7 @@ if fault == "tail":
 if fault == "swapped":
     given["cond"], given["uncond"] = given["uncond"], given["cond"]
 if fault == "sign":
-    WanPipeline.guidance_scale = property(lambda self: -self._guidance_scale)
+    WanPipeline.do_classifier_free_guidance = property(lambda self: True)
 if fault == "time":
     call = type(transformer).__call__
     type(transformer).__call__ = lambda self, *, timestep, **k: call(
@@ -101,11 +101,10 @@ if fault == "order":
 if fault == "exchange":
     exchanged = usp._ft_c_output_all_to_all
     usp._ft_c_output_all_to_all = lambda x: exchanged(x.flip(1))
-if fault == "eps":
-    transformer.blocks[1].attn1.norm_q.eps = 1e-1
 made = pipe(
     prompt_embeds=given["cond"], negative_prompt_embeds=given["uncond"], latents=given["noise"],
-    num_inference_steps=4, guidance_scale=5.0, height=64, width=64, num_frames=9,
+    num_inference_steps=4, guidance_scale=-5.0 if fault == "sign" else 5.0,
+    height=64, width=64, num_frames=9,
     output_type="latent",
 ).frames  # fmt: skip
 if os.environ["RANK"] == "0":
