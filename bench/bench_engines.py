@@ -76,7 +76,7 @@ RANKS = {"xdit": ("-m", "torch.distributed.run", "--nproc-per-node", "2")}
 OF_RANKS: dict[str, tuple[str, ...]] = {"exchange": ("prediction",)}
 """What is wrong between ranks: the order of heads after they are exchanged."""
 
-OPENED = ("eps", "exchange")
+OPENED = ("norm", "exchange")
 """Faults inside of a prediction: runs with them are opened."""
 
 TRUSTED = {"wan": "trusted-unipc", "wan22": "trusted-two"}

@@ -157,6 +157,8 @@ if fault != "eps":  # the official norms of queries and keys have 1e-6, diffuser
     for module in pipe.dit.modules():
         if hasattr(module, "q_norm"):
             module.q_norm.eps = module.k_norm.eps = 1e-5
+if fault == "norm":
+    pipe.dit.blocks[1].self_attn.q_norm.eps = 1e-1
 if fault == "time":
     call = MiniTrainDIT.__call__
     MiniTrainDIT.__call__ = lambda self, **k: call(

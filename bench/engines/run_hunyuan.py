@@ -123,7 +123,7 @@ if fault == "order":
         return step(self, velocity, time, latents[max(len(latents) - 2, 0)], **options)
 
     FlowMatchDiscreteScheduler.step = late
-if fault == "eps":
+if fault == "norm":
     model.double_blocks[1].img_attn_q_norm.eps = 1e-1
 if fault == "pooled":
     given["cond_pooled"] = given["uncond_pooled"]

@@ -20,9 +20,13 @@ import torch
 PREDICTIONS, SCALE, LENGTH = 5, 3.0, 24
 LATENT = (1, 16, 1, 8, 8)
 HEADS, WIDTH, TEXT = 2, 24, 32
-FAULTS: dict[str, tuple[str, ...]] = {"solver": ("update",), "eps": ("prediction",)}
-"""Beside those of all engines what the official code has otherwise than diffusers: its solver, of
-the second order, and `eps` of the norms of queries and keys."""
+FAULTS: dict[str, tuple[str, ...]] = {
+    "solver": ("update",),
+    "eps": ("prediction",),
+    "norm": ("prediction", "module"),
+}
+"""Beside those of all engines what the official code has otherwise than diffusers (its solver, of
+the second order, and `eps` of the norms of queries and keys), and another `eps` in one norm."""
 
 NAMES = (
     ("transformer_blocks.", "blocks."),

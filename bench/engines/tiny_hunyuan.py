@@ -20,7 +20,7 @@ SHIFT, STEPS, SCALE, EMBEDDED, LENGTH = 7.0, 4, 5.0, 6.0, 24
 LATENT = (1, 4, 3, 8, 8)
 HIDDEN, HEADS, TEXT, POOLED = 64, 2, 48, 32
 
-FAULTS: dict[str, tuple[str, ...]] = {"pooled": ("text",), "eps": ("prediction",)}
+FAULTS: dict[str, tuple[str, ...]] = {"pooled": ("text",), "norm": ("prediction", "module")}
 """Beside those of all engines: the other branch's pooled text, and another `eps` in one norm."""
 
 NAMES = (

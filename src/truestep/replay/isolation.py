@@ -31,6 +31,7 @@ from truestep.measure.plain import plain
 from truestep.nests import argument_leaves, leaves
 from truestep.pairing.naming import ROOT, named_modules
 from truestep.pairing.partners import Names, Part, namesake
+from truestep.replay.forms import in_another_form
 from truestep.runtime.changes import OtherFunctions, math_kernel, one_rounding
 from truestep.runtime.precision import HIGHER, converted
 
@@ -247,7 +248,8 @@ def matched_slots(
 ) -> list[str | None]:
     """The reference's slot of every tensor of a call; None of what has none.
 
-    One in the same place with the same sizes, else the next in order with the same sizes.
+    One in the same place with the same sizes, else the next in order with the same sizes: not
+    angles where the other has their cosines.
     """
     slots: list[str | None] = [
         slot if slot in theirs and alike(tensor, theirs[slot]) else None for slot, tensor in tensors
@@ -255,7 +257,9 @@ def matched_slots(
     for index, (_, tensor) in enumerate(tensors):
         free = (slot for slot in theirs if slot not in slots)
         if slots[index] is None:
-            slots[index] = next((slot for slot in free if alike(tensor, theirs[slot])), None)
+            fitting = (slot for slot in free if alike(tensor, theirs[slot]))
+            others = (slot for slot in fitting if not in_another_form(tensor, theirs[slot]))
+            slots[index] = next(others, None)
     return slots
 
 
