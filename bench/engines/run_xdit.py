@@ -100,7 +100,7 @@ if fault == "order":
     type(pipe.scheduler).step = late
 if fault == "exchange":
     exchanged = usp._ft_c_output_all_to_all
-    usp._ft_c_output_all_to_all = lambda x: exchanged(x.flip(1))
+    usp._ft_c_output_all_to_all = lambda x: exchanged(x).flip(1)
 made = pipe(
     prompt_embeds=given["cond"], negative_prompt_embeds=given["uncond"], latents=given["noise"],
     num_inference_steps=4, guidance_scale=-5.0 if fault == "sign" else 5.0,

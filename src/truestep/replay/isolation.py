@@ -266,7 +266,7 @@ def matched_slots(
 def alike(tensor: Tensor, reference: Tensor) -> bool:
     """Whether two tensors hold the same sizes in one order, or the same tokens.
 
-    Dimensions of size 1 do not count; `b c f h w` and `b (f h w) c` hold the same tokens.
+    Dimensions of size 1 do not count; `b c f h w`, `b f h w c` and `b (f h w) c` hold the same.
     """
     return laid_out(tensor, reference) is not None
 
@@ -281,6 +281,12 @@ def laid_out(tensor: Tensor, reference: Tensor) -> Tensor | None:
         return tensor.transpose(1, 2).reshape(reference.shape)
     if tensor.ndim >= 4 and reference.ndim == 3 and _sizes(_tokens(tensor)) == _sizes(reference):
         return _tokens(tensor)
+    if tensor.ndim >= 4 and reference.ndim == 3:
+        flat = tensor.flatten(1, -2)
+        return flat if _sizes(flat) == _sizes(reference) else None
+    if reference.ndim >= 4 and tensor.ndim == 3:
+        fits = _sizes(reference.flatten(1, -2)) == _sizes(tensor)
+        return tensor.reshape(reference.shape) if fits else None
     return None
 
 
