@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import truestep
 from truestep.calls.recording import read
+from truestep.engines.assembling import _closed
 from truestep.engines.conventions import AS_IT_IS
 from truestep.engines.expected import Predicted
 from truestep.engines.masked import unread
@@ -20,6 +22,7 @@ from truestep.engines.named import run_of
 from truestep.engines.ordered import check_run
 from truestep.engines.run import Pass
 from truestep.engines.running import run_engine
+from truestep.engines.seams import _counts
 from truestep.engines.trusted import Denoiser
 from truestep.replay.isolation import Flow
 from truestep.replay.recorded import Recorded
@@ -147,6 +150,27 @@ def test_a_flow_as_edm_writes_it_is_judged_to_its_last_prediction(
     # cond + 3 (cond - uncond) is a scale of 4, and of -3 in its place one of -2
     text = "the run combines by other weights: uncond - 2 (cond - uncond)"
     assert text in found["sign"].notes
+
+
+def test_only_as_many_predictions_as_a_step_has_are_a_step_without_an_update() -> None:
+    def placed(late: int) -> list[Any]:
+        called = [("model", "model"), ("model", "model"), ("scheduler", "step")]
+        calls: Any = [
+            SimpleNamespace(component=c, method=m, kind="scheduler" if m == "step" else "model")
+            for c, m in [*called, *called[:1] * late, ("vae", "decode")]
+        ]
+        before = [("prediction", 0)] * 2 + [("update", 0)]
+        return _closed(calls, [*before, *[("decoding", None)] * (late + 1)])[3:]
+
+    assert placed(2) == [("prediction", 1), ("prediction", 1), ("decoding", None)]
+    assert placed(1) == [("decoding", None)] * 2  # what it is for is not known
+    assert placed(0) == [("decoding", None)]
+
+
+def test_numbers_of_steps_are_no_times() -> None:
+    assert _counts(torch.arange(4))
+    assert not _counts(torch.tensor([3, 2, 1, 0]))
+    assert not _counts(torch.arange(4.0))
 
 
 def test_a_runner_of_a_pipeline_of_diffusers_is_one_generation(
