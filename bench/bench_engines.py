@@ -2,7 +2,7 @@
 
     python -m bench.bench_engines [--engine NAME] [FAULT ...]
 
-TRUESTEP_COMFYUI, TRUESTEP_WAN and TRUESTEP_WAN22 name the folders of these repositories.
+TRUESTEP_COMFYUI, TRUESTEP_WAN, ... name the folders of these repositories (`ENGINES`).
 `make engines` makes the environment that they run in (`.engines`; TRUESTEP_ENGINES names another
 Python). An engine that is not there is left out, and said to be. One JSON line a run.
 """
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 import truestep
+from bench.engines import tiny_cosmos_predict2, tiny_hunyuan
 from bench.engines.tiny_wan import SCALE, STEPS, make, make_two
 from truestep.calls.recording import read
 from truestep.engines.named import run_of
-from truestep.engines.ordered import check_run
+from truestep.engines.ranks.checking import check_paths
 from truestep.engines.running import run_engine
 from truestep.engines.watch.request import Looked
 
@@ -34,6 +35,9 @@ ENGINES = {
     "comfyui": "TRUESTEP_COMFYUI",
     "wan": "TRUESTEP_WAN",
     "wan22": "TRUESTEP_WAN22",
+    "hunyuan": "TRUESTEP_HUNYUAN",
+    "cosmos_predict2": "TRUESTEP_COSMOS_PREDICT2",
+    "xdit": "TRUESTEP_XDIT",
 }
 """Name to the variable that says where it is; empty: a wheel in the environment."""
 
@@ -60,6 +64,21 @@ OF_TWO_EXPERTS: dict[str, tuple[str, ...]] = {
 }
 """Likewise of Wan 2.2; the last two are in a module each."""
 
+FAMILIES: dict[str, Any] = {
+    "hunyuan": tiny_hunyuan,
+    "cosmos_predict2": tiny_cosmos_predict2,
+}
+"""Engines of other models than Wan: each module makes the weights and the trusted recording."""
+
+RANKS = {"xdit": ("-m", "torch.distributed.run", "--nproc-per-node", "2")}
+"""How an engine of several ranks is started."""
+
+OF_RANKS: dict[str, tuple[str, ...]] = {"exchange": ("prediction",)}
+"""What is wrong between ranks: the order of heads after they are exchanged."""
+
+OPENED = ("norm", "exchange")
+"""Faults inside of a prediction: runs with them are opened."""
+
 TRUSTED = {"wan": "trusted-unipc", "wan22": "trusted-two"}
 """Folder by engine; of all others `trusted`."""
 
@@ -79,7 +98,7 @@ def main() -> None:
             if why:
                 print(json.dumps({"engine": engine, "not executed": why}), flush=True)
                 continue
-            for fault in options.fault or (OF_TWO_EXPERTS if engine == "wan22" else FAULTS):
+            for fault in options.fault or faults(engine):
                 row = judged(engine, fault, python, place, references)
                 print(json.dumps(row), flush=True)
 
@@ -89,6 +108,27 @@ def _options() -> Any:
     parser.add_argument("--engine", action="append", choices=list(ENGINES))
     parser.add_argument("fault", nargs="*")
     return parser.parse_args()
+
+
+def faults(engine: str) -> dict[str, tuple[str, ...]]:
+    """Faults that are planted in an engine, and the stages in which they may be named."""
+    if engine in FAMILIES:
+        return FAULTS | FAMILIES[engine].FAULTS
+    if engine in RANKS:
+        return FAULTS | OF_RANKS
+    return OF_TWO_EXPERTS if engine == "wan22" else FAULTS
+
+
+def prepared(engine: str, place: Path, references: dict[str, Path]) -> tuple[Path, Path, Path]:
+    """Folder of weights and inputs, trusted model and trusted recording of an engine."""
+    if engine not in FAMILIES:
+        trusted = TRUSTED.get(engine, "trusted")
+        return place / "wan", place / "wan" / trusted, references[trusted]
+    folder, recording = place / engine, place / f"{engine}-reference.safetensors"
+    if not recording.exists():
+        FAMILIES[engine].make(folder)
+        FAMILIES[engine].reference(folder, recording)
+    return folder, folder / "trusted", recording
 
 
 def absent(engine: str, python: str) -> str:
@@ -136,12 +176,12 @@ def judged(
     engine: str, fault: str, python: str, place: Path, references: dict[str, Path]
 ) -> dict[str, Any]:
     """Run an engine with a fault, and say whether it is named where it is."""
-    trusted = TRUSTED.get(engine, "trusted")
-    program = [python, str(HERE / f"run_{engine}.py"), str(place / "wan"), fault]
+    folder, trusted, reference_of = prepared(engine, place, references)
+    program = [python, *RANKS.get(engine, ()), str(HERE / f"run_{engine}.py"), str(folder), fault]
     output = place / f"{engine}-{fault}.safetensors"
     # The official `unipc` has sigmas of its own: it is given the trusted ones.
-    given = read(references[trusted]) if engine in TRUSTED and fault != "shift" else None
-    inside = Looked() if engine == "wan22" else None
+    given = read(reference_of) if engine in TRUSTED and fault != "shift" else None
+    inside = Looked() if engine == "wan22" or fault in OPENED else None
     ran = run_engine([*program, str(place / "watched")], output, inject=given, inside=inside)
     row: dict[str, Any] = {"engine": engine, "fault": fault, "exit": ran.code}
     if not ran.recordings:
@@ -149,12 +189,12 @@ def judged(
     if given is None:
         subprocess.run([*program, str(place / "alone")], check=False, capture_output=True)
         row["bit_equal"] = (place / "alone").read_bytes() == (place / "watched").read_bytes()
-    run, known = run_of(ran.recordings[0][0]), run_of(references[trusted])
-    folder = place / "wan" / trusted
-    result = check_run(run, folder, reference=known, depth="modules" if inside else "steps")
+    known = run_of(reference_of)
+    depth: Any = "modules" if inside else "steps"
+    result = check_paths([ran.recordings[0][0]], trusted, reference=known, depth=depth)
     first = result.first_divergence
     stage = first.stage if first else ""
-    wanted = (OF_TWO_EXPERTS if engine == "wan22" else FAULTS)[fault]
+    wanted = faults(engine)[fault]
     right = stage in wanted if wanted else result.verdict.passed
     sizes = [r.metrics.rel_l2 for r in result.rows if r.stage == "prediction" and r.metrics]
     return {

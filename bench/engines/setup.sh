@@ -17,6 +17,9 @@ $pip --no-deps diffsynth==2.1.12 torchvision==0.28.0
 # ComfyUI, where TRUESTEP_COMFYUI names it
 $pip --no-deps torchsde trampoline comfy-kitchen kornia kornia_rs spandrel
 $pip aiohttp yarl alembic SQLAlchemy psutil pydantic-settings av pillow scipy pyyaml
+# HunyuanVideo needs none of these; Cosmos-Predict2 and xDiT, where variables name them, do
+$pip --no-deps omegaconf antlr4-python3-runtime==4.9.3 iopath portalocker fvcore yacs tabulate
+$pip --no-deps termcolor hydra-core nvidia-ml-py dill distvae yunchang beautifulsoup4 soupsieve
 site=$("$folder/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 : > "$site/torchvision/_meta_registrations.py"
 mkdir -p "$site/torchaudio"

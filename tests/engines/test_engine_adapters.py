@@ -16,11 +16,14 @@ from truestep.engines.watch.request import VARIABLE, Request, parse
 
 PLACES = {
     "comfyui": "TRUESTEP_COMFYUI",
+    "cosmos_predict2": "TRUESTEP_COSMOS_PREDICT2",
     "diffsynth": "TRUESTEP_DIFFSYNTH",
     "fastvideo": "TRUESTEP_FASTVIDEO",
+    "hunyuan": "TRUESTEP_HUNYUAN",
     "sglang": "TRUESTEP_SGLANG",
     "vllm_omni": "TRUESTEP_VLLM_OMNI",
     "wan": "TRUESTEP_WAN",
+    "xdit": "TRUESTEP_XDIT",
 }
 """Variables that name a folder with the engine's source."""
 

@@ -63,12 +63,18 @@ def test_arguments_are_matched_by_place_then_by_size() -> None:
     # Of two of the same sizes, each stays in its own place.
     pair = {"in.0": X, "in.1": X + 1}
     assert matched_slots([("in.0", X + 1), ("in.1", X)], pair) == ["in.0", "in.1"]
+    # Angles are no cosines, though they have their sizes; a table that is only wrong is matched.
+    angles = torch.linspace(0.1, 3.0, 20).reshape(5, 4)
+    assert matched_slots([("in.1", angles.cos())], {"in.0": angles}) == [None]
+    assert matched_slots([("in.1", angles + 1)], {"in.0": angles}) == ["in.0"]
 
 
 def test_layouts_that_hold_the_same() -> None:
     video = torch.randn(1, 6, 2, 3, 4)
     tokens = video.flatten(2).transpose(1, 2)
-    for tensor, reference in ((tokens, video), (video, tokens), (X[:, None], X)):
+    last = video.permute(0, 2, 3, 4, 1)  # `b f h w c`
+    pairs = [(tokens, video), (video, tokens), (X[:, None], X), (last, tokens), (tokens, last)]
+    for tensor, reference in pairs:
         seen = laid_out(tensor, reference)
         assert seen is not None
         assert torch.equal(seen, reference)

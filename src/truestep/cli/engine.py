@@ -370,11 +370,12 @@ def names() -> None:
     from truestep.engines.engine import engines
 
     known = engines()
+    wide = max(len(one.name) for one in known)
     lines = []
     for one in known:
         lines.append(
-            f"  {one.name:<10} {len(one.boundaries)} functions, its modules and schedulers"
+            f"  {one.name:<{wide}}  {len(one.boundaries)} functions, its modules and schedulers"
         )
-        lines += [f"             {note}" for note in one.notes if verbose()]
-    lines.append("  generic    modules and schedulers of any program")
+        lines += [f"  {'':<{wide}}  {note}" for note in one.notes if verbose()]
+    lines.append(f"  {'generic':<{wide}}  modules and schedulers of any program")
     print_screen(f"{len(known)} engines, and any other program", rows(lines, "engines"))

@@ -261,7 +261,7 @@ def _placed(
     inner = [entry for entry in entries if entry.kind not in passed]
     if any(entry.method == STEP and entry.kind == Kind.SCHEDULER for entry in inner):
         happened = [Happened(e.component, e.method, Kind(e.kind)) for e in inner]
-        places = [(role.stage, role.step) for role in roles(happened)]
+        places = _closed(inner, [(role.stage, role.step) for role in roles(happened)])
     else:
         places = _by_timestep(inner, told, contents)
     known = iter(places)
@@ -279,6 +279,26 @@ def _placed(
         found.append(replace(entry, stage=stage, step=step, call=numbers[place]))
         numbers[place] += 1
     return sorted(found, key=lambda entry: entry.kind == Kind.RUN)  # what spans a run ends last
+
+
+def _closed(
+    entries: Sequence[CallEntry], places: list[tuple[str, int | None]]
+) -> list[tuple[str, int | None]]:
+    """Predictions after the last update, as many as a step has, are a step without one."""
+    last = max((step for _, step in places if step is not None), default=None)
+    if last is None:
+        return places
+    named = [(e.component, e.method) for e in entries]
+    within = [i for i, place in enumerate(places) if place == ("prediction", last)]
+    usual = Counter(named[i] for i in within if entries[i].kind == Kind.MODEL)
+    late = [
+        i
+        for i, (_, step) in enumerate(places)
+        if step is None and within and i > within[-1] and named[i] in usual
+    ]
+    if Counter(named[i] for i in late) != usual:
+        return places
+    return [("prediction", last + 1) if i in late else place for i, place in enumerate(places)]
 
 
 def _steps_inside(

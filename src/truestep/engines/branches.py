@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from truestep.engines.conventions import AS_IT_IS, Conversion, text_as
+from truestep.engines.conventions import AS_IT_IS, FORMS, Conversion, Form, text_as
 from truestep.engines.run import COND, UNCOND, Pass, Run, Step
 from truestep.measure.distance import same_bits
 
@@ -18,13 +18,17 @@ AFFINE = 1e-4
 
 
 def latents_between(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """Latents of runs without a scheduler: what the first prediction of a step is given."""
-    known = [
-        step
-        if step.latent is not None or not step.passes
-        else replace(step, latent=step.passes[0].role("latent"))
-        for step in steps
-    ]
+    """Latents of runs without a scheduler: what the first prediction of a step is given.
+
+    A last step without an update begins with what the one before it gave.
+    """
+    known: list[Step] = []
+    for step in steps:
+        if step.latent is None and step.passes:
+            before = known[-1].after if known else None
+            given = step.passes[0].role("latent")
+            step = replace(step, latent=given if before is None else before)
+        known.append(step)
     return tuple(
         replace(step, after=known[index + 1].latent)
         if step.after is None and index + 1 < len(known)
@@ -49,21 +53,59 @@ def with_branches(run: Run) -> Run:
     several: dict[str, list[float]] = {}
     if weights is None and (several := _by_model(run, most)):
         weights, residual = next(iter(several.values())), 0.0
+    formed = weights is None and (made := _in_a_form(run, most)) is not None
+    if formed and made is not None:
+        run, weights, residual = made
     labels = [str(index) for index in range(most)] if weights is None else _labels(weights)
     steps = []
     for step in run.steps:
         passes = []
         for index, one in enumerate(step.passes):
-            named = weights is None or bool(step.parts)
+            named = weights is None or (bool(step.parts) and not formed)
             told = one.said if one.said in (COND, UNCOND) and named else ""
             passes.append(replace(one, branch=told or labels[index]))
-        steps.append(step.but(passes=tuple(passes)))
-    if weights is not None and run.steps and run.steps[0].parts:
+        parts = {labels[int(i)]: p for i, p in step.parts.items()} if formed else step.parts
+        steps.append(step.but(passes=tuple(passes), parts=parts))
+    if weights is not None and run.steps and run.steps[0].parts and not formed:
         labels = list(run.steps[0].parts)
     named_weights = {} if weights is None else dict(zip(labels, weights, strict=True))
     scales = {model: dict(zip(labels, own, strict=True)) for model, own in several.items()}
-    made = replace(run, steps=tuple(steps), weights=named_weights, affine=residual)
-    return made.but(scales=scales)
+    named_run = replace(run, steps=tuple(steps), weights=named_weights, affine=residual)
+    return named_run.but(scales=scales)
+
+
+def _in_a_form(run: Run, most: int) -> tuple[Run, list[float], float] | None:
+    """A run whose steps combine predictions in a form in which they add up to what is stepped by.
+
+    Guidance is affine: its weights add up to 1. None where no form makes it so.
+    """
+    for form in FORMS:
+        try:
+            steps = tuple(_formed(run, index, form) for index in range(len(run.steps)))
+        except ValueError:
+            continue
+        made = run.but(steps=steps, notes=(*run.notes, f"converted: guidance {form.name}"))
+        weights, residual = _weights(made, most)
+        if weights is not None and _is_affine({str(i): w for i, w in enumerate(weights)}):
+            return made, weights, residual
+    return None
+
+
+def _formed(run: Run, index: int, form: Form) -> Step:
+    """A step with its predictions in a form, by their numbers; what ends it is its denoised sample
+    where nothing is stepped by."""
+    step, sigma = run.steps[index], run.sigma(index)
+    parts = {
+        str(number): form.part(one.output, one.role("latent"), sigma)
+        for number, one in enumerate(step.passes)
+    }
+    guided = step.guided
+    if form.stepped is None or not parts:
+        return step.but(parts=parts)
+    if guided is None and index == len(run.steps) - 1:
+        guided = step.after
+    stepped = None if guided is None else form.stepped(guided, step.latent, sigma)
+    return step.but(parts=parts, guided=guided, stepped=stepped)
 
 
 def _by_model(run: Run, most: int) -> dict[str, list[float]]:

@@ -75,6 +75,51 @@ TURNED = Conversion("predictions of the other sign", _negated, _negated)
 PREDICTIONS = (AS_IT_IS, DENOISED, TURNED)
 """Of what a denoiser returns."""
 
+
+@dataclass(frozen=True)
+class Form:
+    """What guidance combines, and a step is given, where a model's prediction is neither.
+
+    Attributes:
+        name: In results.
+        part: Of a prediction, and the latent that its model was given, what is combined.
+        stepped: Of the combination, what the trusted scheduler is given; None: itself.
+    """
+
+    name: str
+    part: Change
+    stepped: Change | None = None
+
+
+def _clean(value: torch.Tensor, given: torch.Tensor | None, sigma: float | None) -> torch.Tensor:
+    wide, sigma = value.double(), sigma or 0.0
+    return _beside(wide, given, sigma) - wide * (sigma / (1.0 + sigma))
+
+
+def _noise(value: torch.Tensor, given: torch.Tensor | None, sigma: float | None) -> torch.Tensor:
+    wide, sigma = value.double(), sigma or 0.0
+    return _beside(wide, given, sigma) + wide / (1.0 + sigma)
+
+
+def _noise_of(
+    value: torch.Tensor, latent: torch.Tensor | None, sigma: float | None
+) -> torch.Tensor:
+    return _velocity(value.double(), latent, sigma).to(value.dtype)
+
+
+FORMS = (
+    Form("of a flow as EDM writes it, stepped by its noise: (x + v) / (1 + sigma)", _noise),
+    Form(
+        "of a flow as EDM writes it, stepped by denoised samples: (x - sigma v) / (1 + sigma)",
+        _clean,
+        _noise_of,
+    ),
+)
+"""EDM's latent is x = x0 + sigma n: a flow's of time sigma / (1 + sigma), times 1 + sigma.
+
+Source: EDM (2206.00364, eq. 7) with c_skip = c_in = 1 / (1 + sigma), c_out = -sigma / (1 + sigma).
+"""
+
 TIME_SCALES: Mapping[float, str] = {
     1.0: "",
     1000.0: "timesteps of 0 to 1, x 1000",

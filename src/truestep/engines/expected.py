@@ -171,6 +171,9 @@ def _put_given(found: Seams, run: Run, known: Run | None) -> None:
     if not pairs:
         found.unjudged["time"] = "nothing says what time the model is given"
         return
+    if known is not None and _is_of_edm(known):
+        found.convert("times of a flow as EDM writes it, sigma / (1 + sigma)")
+        pairs = _of_edm(run)
     turned = _is_turned(pairs)
     if turned and known is None:
         found.unjudged["time"] = "the model is given 1 - t, and no reference was given"
@@ -181,6 +184,22 @@ def _put_given(found: Seams, run: Run, known: Run | None) -> None:
     scale = time_scale(pairs[0][0], pairs[0][1])
     ours = (torch.tensor([a for a, _ in pairs], dtype=torch.float64) * scale).float()
     found.put(GIVEN, ours, torch.tensor([b for _, b in pairs], dtype=torch.float32))
+
+
+def _of_edm(run: Run) -> list[tuple[float, float]]:
+    """By prediction the time that its model is given, and sigma / (1 + sigma)."""
+    sigmas = [(step, run.sigma(index)) for index, step in enumerate(run.steps)]
+    return [
+        (one.timestep, sigma / (1.0 + sigma))
+        for step, sigma in sigmas
+        for one in step.passes
+        if sigma is not None and one.timestep is not None
+    ]
+
+
+def _is_of_edm(known: Run) -> bool:
+    pairs = _of_edm(known)
+    return bool(pairs) and all(abs(given - time) <= AGREES for given, time in pairs)
 
 
 def _is_turned(pairs: Sequence[tuple[float, float]]) -> bool:
@@ -280,14 +299,15 @@ def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
     named = known if whose.startswith("the reference") and known is not None else run
     aligned = len(named.steps) == len(run.steps)
     every = [
-        _rounded(named.weights_at(index) if aligned else weights) for index in range(len(run.steps))
+        _rounded(named.weights_at(index) if aligned else weights, named.affine)
+        for index in range(len(run.steps))
     ]
     for rounded in {repr(each): each for each in every}.values():
         found.notes.append(f"guidance, by {whose} weights: {_formula(rounded)}")
     apart = [
         (own, rounded)
         for index, rounded in enumerate(every)
-        if (own := _rounded(run.weights_at(index))) and not _near(own, rounded)
+        if (own := _rounded(run.weights_at(index), run.affine)) and not _near(own, rounded)
     ]
     if apart:
         own, rounded = apart[0]
@@ -311,14 +331,15 @@ def put_guidance(found: Seams, run: Run, known: Run | None) -> None:
         )
 
 
-def _rounded(weights: Mapping[str, float]) -> dict[str, float]:
-    return {branch: _round(weight) for branch, weight in weights.items()}
+def _rounded(weights: Mapping[str, float], residual: float) -> dict[str, float]:
+    """The numbers that were meant: a fit says them but for its rounding, which its residual is."""
+    slack = residual if FITTED < residual <= AGREES else FITTED
+    return {branch: _round(weight, slack) for branch, weight in weights.items()}
 
 
-def _round(weight: float) -> float:
-    """The number that was meant: a fit says it but for its rounding."""
+def _round(weight: float, slack: float) -> float:
     meant = round(weight, 4)
-    return meant if abs(meant - weight) <= FITTED * max(1.0, abs(weight)) else weight
+    return meant if abs(meant - weight) <= slack * max(1.0, abs(weight)) else weight
 
 
 def _near(own: Mapping[str, float], other: Mapping[str, float]) -> bool:

@@ -16,6 +16,7 @@ import torch
 from truestep.engines.conventions import as_shape
 from truestep.engines.expected import Predicted
 from truestep.engines.inside import Inside
+from truestep.engines.masked import unread
 from truestep.engines.run import Pass, Run
 from truestep.engines.watch.request import FIRST_CALLS
 from truestep.keys import module_name
@@ -103,6 +104,7 @@ def _inside(run: Run, predicted: Predicted) -> Inside | None:
 def _opened(comparison: Comparison, row: Row, predicted: Predicted, inside: Inside) -> Comparison:
     engine = skeleton(inside)
     place = (row.step or 0, row.branch or "main")
+    idle = unread(predicted, place)
     into = Into(
         model=f"trusted {type(predicted.model).__name__}",
         around="the engine's code around its model",
@@ -117,6 +119,7 @@ def _opened(comparison: Comparison, row: Row, predicted: Predicted, inside: Insi
             engine,
             _written(inside),
             lambda name: _operators(inside, predicted.one, name),
+            idle,
         )
         trusted = Subject(predicted.model, predicted.forward)
         return drill(candidate, trusted, place=place, partners=partners)

@@ -25,7 +25,7 @@ from truestep.engines.run import Pass, Place, Run, Step, number_of, one_tensor
 from truestep.recording.manifest import CallEntry
 
 SAMPLES = ("sample", "latents", "latent")
-STEPPED = ("model_output", "noise_pred")
+STEPPED = ("model_output", "noise_pred", "x0_pred")
 """Usual names of what a scheduler steps from, and by."""
 
 MOST_TIMES = 16
@@ -62,7 +62,13 @@ def seams(recording: CallRecording, *, label: str) -> Run:
         )
     decoded = reader.decoding()
     run = replace(run, decoded_from=decoded[0], decoded=decoded[1])
+    if run.final is None and steps and steps[-1].passes and _fits(decoded[0], steps[-1].latent):
+        run = replace(run, steps=(*run.steps[:-1], run.steps[-1].but(after=decoded[0])))
     return with_branches(run)
+
+
+def _fits(end: torch.Tensor | None, latent: torch.Tensor | None) -> bool:
+    return end is not None and latent is not None and end.shape == latent.shape
 
 
 def _command(recording: CallRecording) -> tuple[str, ...]:
@@ -177,7 +183,7 @@ class _Reader:
                 for tree in trees:
                     tensor = self.first(tree)
                     first = call.method == SET_TIMESTEPS or name not in found
-                    if first and tensor is not None and tensor.numel() > 1:
+                    if first and tensor is not None and tensor.numel() > 1 and not _counts(tensor):
                         found[name] = tensor
         times = [step.time for step in steps]
         if "timesteps" not in found and times and None not in times:
@@ -252,7 +258,8 @@ class _Reader:
     def _arguments(self, call: CallEntry) -> dict[str, Any]:
         """Arguments of a call; what is in a table as `argument/key`."""
         found: dict[str, Any] = {}
-        for name, tree in call.arguments.items():
+        for given, tree in call.arguments.items():
+            name = self._adapter.others.get(given, given)
             if isinstance(tree, dict) and next(iter(tree)) == "dict":
                 found |= {f"{name}/{key}": self.value(part) for key, part in parts(tree)}
             else:
@@ -279,6 +286,11 @@ class _Reader:
                 if tensor is not None and tensor.numel() == output.numel():
                     found.setdefault("latent", name)
         return found
+
+
+def _counts(times: torch.Tensor) -> bool:
+    """Whether what is called times are the numbers of steps."""
+    return not times.is_floating_point() and times.tolist() == [*range(times.numel())]
 
 
 def _made(

@@ -27,6 +27,14 @@ def holds_the_same(tensor: Tensor, references: Iterable[Tensor]) -> bool:
     )
 
 
+def in_another_form(tensor: Tensor, other: Tensor) -> bool:
+    """Whether one of two tensors is a form of the other that is not the other itself."""
+    one, two = _value(tensor), _value(other)
+    if _close(one, two):
+        return False
+    return holds_the_same(tensor, [other]) or holds_the_same(other, [tensor])
+
+
 def _forms(tensor: Tensor) -> Iterator[Tensor]:
     if tensor.is_complex():
         yield from (part.double() for part in (tensor.real, tensor.imag, tensor.angle()))

@@ -31,6 +31,7 @@ from truestep.measure.plain import plain
 from truestep.nests import argument_leaves, leaves
 from truestep.pairing.naming import ROOT, named_modules
 from truestep.pairing.partners import Names, Part, namesake
+from truestep.replay.forms import in_another_form
 from truestep.runtime.changes import OtherFunctions, math_kernel, one_rounding
 from truestep.runtime.precision import HIGHER, converted
 
@@ -247,7 +248,8 @@ def matched_slots(
 ) -> list[str | None]:
     """The reference's slot of every tensor of a call; None of what has none.
 
-    One in the same place with the same sizes, else the next in order with the same sizes.
+    One in the same place with the same sizes, else the next in order with the same sizes: not
+    angles where the other has their cosines.
     """
     slots: list[str | None] = [
         slot if slot in theirs and alike(tensor, theirs[slot]) else None for slot, tensor in tensors
@@ -255,14 +257,16 @@ def matched_slots(
     for index, (_, tensor) in enumerate(tensors):
         free = (slot for slot in theirs if slot not in slots)
         if slots[index] is None:
-            slots[index] = next((slot for slot in free if alike(tensor, theirs[slot])), None)
+            fitting = (slot for slot in free if alike(tensor, theirs[slot]))
+            others = (slot for slot in fitting if not in_another_form(tensor, theirs[slot]))
+            slots[index] = next(others, None)
     return slots
 
 
 def alike(tensor: Tensor, reference: Tensor) -> bool:
     """Whether two tensors hold the same sizes in one order, or the same tokens.
 
-    Dimensions of size 1 do not count; `b c f h w` and `b (f h w) c` hold the same tokens.
+    Dimensions of size 1 do not count; `b c f h w`, `b f h w c` and `b (f h w) c` hold the same.
     """
     return laid_out(tensor, reference) is not None
 
@@ -277,6 +281,12 @@ def laid_out(tensor: Tensor, reference: Tensor) -> Tensor | None:
         return tensor.transpose(1, 2).reshape(reference.shape)
     if tensor.ndim >= 4 and reference.ndim == 3 and _sizes(_tokens(tensor)) == _sizes(reference):
         return _tokens(tensor)
+    if tensor.ndim >= 4 and reference.ndim == 3:
+        flat = tensor.flatten(1, -2)
+        return flat if _sizes(flat) == _sizes(reference) else None
+    if reference.ndim >= 4 and tensor.ndim == 3:
+        fits = _sizes(reference.flatten(1, -2)) == _sizes(tensor)
+        return tensor.reshape(reference.shape) if fits else None
     return None
 
 

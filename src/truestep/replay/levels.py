@@ -201,6 +201,8 @@ def level_of(
     working = working_precision(trusted.model)
     theirs = {n: tensor for n, tensor in reference.tensors.items() if n not in left_out}
     both = {n: set_against(n, t, theirs[n]) for n, t in actual.tensors.items() if n in theirs}
+    if isinstance(candidate, Recorded):
+        both = {name: candidate.read(name, *sides) for name, sides in both.items()}
     rows = compare_tensors(
         {**actual.tensors, **{name: sides[0] for name, sides in both.items()}},
         {**theirs, **{name: sides[1] for name, sides in both.items()}},

@@ -30,12 +30,14 @@ class Recorded:
         weights: A module tree with its names and, as far as they were kept, its weights.
         written: Of its modules' names, where their code is written: `port.Layer at model.py:156`.
         operators: By its own names; see `statements.operators`. Empty where none were recorded.
+        unread: By name, elements on which the trusted model's result does not depend.
     """
 
     flow: Flow
     weights: torch.nn.Module
     written: Mapping[str, str] = field(default_factory=dict)
     operators: Callable[[str], list[Operator]] = lambda name: []
+    unread: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def own(self, fqn: str, partners: Partners | None) -> str | None:
         """The candidate's module that answers to a trusted one, where it is a whole one."""
@@ -56,6 +58,16 @@ class Recorded:
         }
         calls = [c for c in self.flow.calls if c.partition("#")[0] in select or c == ROOT]
         return replace(self.flow, tensors=kept, calls=calls)
+
+    def read(
+        self, name: str, actual: torch.Tensor, expected: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two tensors of a name, equal where nothing reads them."""
+        idle = self.unread.get(name)
+        if idle is None or idle.numel() != expected.numel() or actual.numel() != expected.numel():
+            return actual, expected
+        alike = expected.reshape(actual.shape).to(actual.dtype)
+        return torch.where(idle.reshape(actual.shape), alike, actual), expected
 
     def unseen(self, reference: Flow) -> list[str]:
         """Tensors of the trusted side that were not recorded of the candidate."""
