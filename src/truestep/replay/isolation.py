@@ -247,15 +247,22 @@ def matched_slots(
 ) -> list[str | None]:
     """The reference's slot of every tensor of a call; None of what has none.
 
-    One in the same place with the same sizes, else the next in order with the same sizes.
+    One in the same place with the same sizes, else the next in order with the same sizes. Of
+    results, only where both sides have as many of these: else order does not tell which is which,
+    as of six parts of a modulation of which another module hands on four.
     """
     slots: list[str | None] = [
         slot if slot in theirs and alike(tensor, theirs[slot]) else None for slot, tensor in tensors
     ]
-    for index, (_, tensor) in enumerate(tensors):
-        free = (slot for slot in theirs if slot not in slots)
-        if slots[index] is None:
-            slots[index] = next((slot for slot in free if alike(tensor, theirs[slot])), None)
+    unmet = [slot for slot in theirs if slot not in slots]
+    rest = [tensor for (_, tensor), slot in zip(tensors, slots, strict=True) if slot is None]
+    for index, (own, tensor) in enumerate(tensors):
+        if slots[index] is not None:
+            continue
+        like = [slot for slot in unmet if alike(tensor, theirs[slot])]
+        many = sum(alike(other, tensor) for other in rest)
+        if own.partition(".")[0] != "out" or len(like) == many:
+            slots[index] = next((slot for slot in like if slot not in slots), None)
     return slots
 
 
