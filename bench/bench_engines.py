@@ -1,8 +1,9 @@
-"""Real engines with the same tiny Wan weights: right ones, and six faults planted in each.
+"""Real engines with the same tiny weights: right ones, and six faults and more planted in each.
 
     python -m bench.bench_engines [--engine NAME] [FAULT ...]
 
-TRUESTEP_COMFYUI, TRUESTEP_WAN and TRUESTEP_WAN22 name the folders of these repositories.
+TRUESTEP_COMFYUI, TRUESTEP_WAN, TRUESTEP_WAN22 and TRUESTEP_FLUX name the folders of these
+repositories.
 `make engines` makes the environment that they run in (`.engines`; TRUESTEP_ENGINES names another
 Python). An engine that is not there is left out, and said to be. One JSON line a run.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 import truestep
+from bench.engines import tiny_flux
 from bench.engines.tiny_wan import SCALE, STEPS, make, make_two
 from truestep.calls.recording import read
 from truestep.engines.named import run_of
@@ -34,6 +36,7 @@ ENGINES = {
     "comfyui": "TRUESTEP_COMFYUI",
     "wan": "TRUESTEP_WAN",
     "wan22": "TRUESTEP_WAN22",
+    "flux": "TRUESTEP_FLUX",
 }
 """Name to the variable that says where it is; empty: a wheel in the environment."""
 
@@ -60,8 +63,38 @@ OF_TWO_EXPERTS: dict[str, tuple[str, ...]] = {
 }
 """Likewise of Wan 2.2; the last two are in a module each."""
 
-TRUSTED = {"wan": "trusted-unipc", "wan22": "trusted-two"}
-"""Folder by engine; of all others `trusted`."""
+OF_FLUX: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "shift": ("schedule",),
+    "sign": ("guidance",),
+    "scale": ("guidance",),
+    "time": ("schedule",),
+    "tail": ("text",),
+    "permuted": ("text",),
+    "pooled": ("text",),
+    "order": ("latent", "update"),
+    "latent": ("decoding",),
+    "scaled": ("decoding",),
+    "eps": ("prediction",),
+    "bias": ("prediction",),
+}
+"""Likewise of flux, which has one branch and is given the scale of its guidance."""
+
+PLANTED = {"wan22": OF_TWO_EXPERTS, "flux": OF_FLUX}
+"""Faults by engine; of all others `FAULTS`."""
+
+MODULES = {
+    ("wan22", "eps"): "blocks.1.attn1.norm_q",
+    ("flux", "eps"): "single_transformer_blocks.1.norm",
+    ("flux", "bias"): "transformer_blocks.1.attn.to_add_out",
+}
+"""The module in which a fault is, where one is named."""
+
+TRUSTED = {"wan": "trusted-unipc", "wan22": "trusted-two", "flux": "flux"}
+"""Recording of the trusted pipeline by engine; of all others `trusted`."""
+
+INJECTED = ("wan", "wan22")
+"""Engines with sigmas of their own, which are given the trusted ones."""
 
 
 def main() -> None:
@@ -72,6 +105,7 @@ def main() -> None:
         place = Path(folder)
         make(place / "wan")
         make_two(place / "wan")
+        tiny_flux.make(place / "flux")
         names = dict.fromkeys(("trusted", *TRUSTED.values()))
         references = {name: reference(place, name) for name in names}
         for engine in options.engine or ENGINES:
@@ -79,7 +113,7 @@ def main() -> None:
             if why:
                 print(json.dumps({"engine": engine, "not executed": why}), flush=True)
                 continue
-            for fault in options.fault or (OF_TWO_EXPERTS if engine == "wan22" else FAULTS):
+            for fault in options.fault or PLANTED.get(engine, FAULTS):
                 row = judged(engine, fault, python, place, references)
                 print(json.dumps(row), flush=True)
 
@@ -103,11 +137,24 @@ def absent(engine: str, python: str) -> str:
     return "" if Path(os.environ[variable]).is_dir() else f"{variable} names no folder"
 
 
+def weights(place: Path, engine: str) -> tuple[Path, Path]:
+    """The folder that an engine's program is given, and the trusted model's."""
+    if engine == "flux":
+        return place / "flux", place / "flux" / "trusted"
+    return place / "wan", place / "wan" / TRUSTED.get(engine, "trusted")
+
+
 def reference(place: Path, name: str) -> Path:
     """The trusted pipeline's recording; Euler's with the sigmas that engines give it."""
-    from diffusers import WanPipeline
+    from diffusers import FluxPipeline, WanPipeline
     from safetensors.torch import load_file
 
+    path = place / f"{name}.safetensors"
+    if name == "flux":
+        pipe = FluxPipeline.from_pretrained(str(place / "flux" / "trusted"))
+        call = tiny_flux.call(place / "flux")
+        truestep.record(pipe, call=call, floor="none", keep="all", path=path)
+        return path
     pipe = WanPipeline.from_pretrained(str(place / "wan" / name))
     own = pipe.scheduler.set_timesteps
     if name == "trusted":
@@ -127,7 +174,6 @@ def reference(place: Path, name: str) -> Path:
     }
     if name == "trusted-two":
         call |= {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
-    path = place / f"{name}.safetensors"
     truestep.record(pipe, call=call, floor="none", keep="all", path=path)
     return path
 
@@ -136,12 +182,12 @@ def judged(
     engine: str, fault: str, python: str, place: Path, references: dict[str, Path]
 ) -> dict[str, Any]:
     """Run an engine with a fault, and say whether it is named where it is."""
-    trusted = TRUSTED.get(engine, "trusted")
-    program = [python, str(HERE / f"run_{engine}.py"), str(place / "wan"), fault]
+    trusted, wanted = TRUSTED.get(engine, "trusted"), PLANTED.get(engine, FAULTS)[fault]
+    given_folder, folder = weights(place, engine)
+    program = [python, str(HERE / f"run_{engine}.py"), str(given_folder), fault]
     output = place / f"{engine}-{fault}.safetensors"
-    # The official `unipc` has sigmas of its own: it is given the trusted ones.
-    given = read(references[trusted]) if engine in TRUSTED and fault != "shift" else None
-    inside = Looked() if engine == "wan22" else None
+    given = read(references[trusted]) if engine in INJECTED and fault != "shift" else None
+    inside = Looked() if wanted == ("prediction",) else None
     ran = run_engine([*program, str(place / "watched")], output, inject=given, inside=inside)
     row: dict[str, Any] = {"engine": engine, "fault": fault, "exit": ran.code}
     if not ran.recordings:
@@ -150,12 +196,12 @@ def judged(
         subprocess.run([*program, str(place / "alone")], check=False, capture_output=True)
         row["bit_equal"] = (place / "alone").read_bytes() == (place / "watched").read_bytes()
     run, known = run_of(ran.recordings[0][0]), run_of(references[trusted])
-    folder = place / "wan" / trusted
     result = check_run(run, folder, reference=known, depth="modules" if inside else "steps")
     first = result.first_divergence
     stage = first.stage if first else ""
-    wanted = (OF_TWO_EXPERTS if engine == "wan22" else FAULTS)[fault]
     right = stage in wanted if wanted else result.verdict.passed
+    module = MODULES.get((engine, fault))
+    right &= module is None or (first is not None and first.fqn == module)
     sizes = [r.metrics.rel_l2 for r in result.rows if r.stage == "prediction" and r.metrics]
     return {
         **row,

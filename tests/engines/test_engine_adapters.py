@@ -18,11 +18,15 @@ PLACES = {
     "comfyui": "TRUESTEP_COMFYUI",
     "diffsynth": "TRUESTEP_DIFFSYNTH",
     "fastvideo": "TRUESTEP_FASTVIDEO",
+    "flux": "TRUESTEP_FLUX",
     "sglang": "TRUESTEP_SGLANG",
     "vllm_omni": "TRUESTEP_VLLM_OMNI",
     "wan": "TRUESTEP_WAN",
 }
 """Variables that name a folder with the engine's source."""
+
+SOURCES = {"flux": "src"}
+"""Folder of the source in a repository, where it is not its root."""
 
 OTHER_VERSIONS = {"wan.modules.vae2_1", "wan.modules.vae2_2", "wan.textimage2video"}
 """Of Wan 2.2, where 2.1 is looked at."""
@@ -46,9 +50,11 @@ def test_what_an_adapter_names_is_in_the_engine(name: str) -> None:
     if not place:
         pytest.skip(f"{PLACES[name]} is not set")
     for boundary in engine(name).boundaries:
-        file = Path(place) / f"{boundary.module.replace('.', '/')}.py"
+        file = Path(place) / SOURCES.get(name, "") / f"{boundary.module.replace('.', '/')}.py"
         if boundary.module not in OTHER_VERSIONS or file.exists():
-            assert ".".join(boundary.path) in defined(file), boundary
+            path = ".".join(boundary.path)
+            inherited = path.removesuffix("__call__") + "forward"  # a torch module's call
+            assert {path, inherited} & defined(file), boundary
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

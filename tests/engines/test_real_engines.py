@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.bench_engines import ENGINES, FAULTS, absent, judged, reference
-from bench.engines.tiny_wan import make
+from bench.bench_engines import ENGINES, FAULTS, PLANTED, TRUSTED, absent, judged, reference
+from bench.engines import tiny_flux
+from bench.engines.tiny_wan import make, make_two
 
 PYTHON = os.environ.get("TRUESTEP_ENGINES", str(Path(".engines/bin/python").absolute()))
 
@@ -18,6 +19,8 @@ PYTHON = os.environ.get("TRUESTEP_ENGINES", str(Path(".engines/bin/python").abso
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     make(folder / "wan")
+    make_two(folder / "wan")
+    tiny_flux.make(folder / "flux")
     return folder
 
 
@@ -27,11 +30,12 @@ def test_a_right_engine_is_equivalent_and_each_fault_is_named(engine: str, place
     why = absent(engine, PYTHON)
     if why:
         pytest.skip(why)
-    references = {name: reference(place, name) for name in ("trusted", "trusted-unipc")}
-    for fault in FAULTS:
+    name = TRUSTED.get(engine, "trusted")
+    references = {name: reference(place, name)}
+    for fault in PLANTED.get(engine, FAULTS):
         row = judged(engine, fault, PYTHON, place, references)
         assert row.get("right"), row
-        assert row["predictions"] == 8
+        assert row["predictions"] == (4 if engine == "flux" else 8)
         assert row.get("bit_equal", True), row
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 
 from truestep.engines.conventions import as_shape
-from truestep.engines.expected import AGREES, Seams, fitted
+from truestep.engines.engine import SCALES
+from truestep.engines.expected import AGREES, SCALE, Seams, fitted
 from truestep.engines.run import Pass, Run, Step
 from truestep.keys import step_name
 from truestep.measure.distance import distance, same_bits
@@ -103,8 +104,9 @@ def _put_conditions(found: Seams, number: int, one: Pass, other: Pass) -> None:
         theirs = other.arguments.get(name)
         tensors = isinstance(value, torch.Tensor) and isinstance(theirs, torch.Tensor)
         if name not in roles and tensors:
+            head = SCALE if name in SCALES else "text"
             label = name.replace("/", ".")
-            _put(found, f"text/{label}/{one.branch}", number, value, theirs)
+            _put(found, f"{head}/{label}/{one.branch}", number, value, theirs)
 
 
 def _put(
@@ -120,8 +122,8 @@ def _put(
         return
     same = _same(fitted(name, value, other), found.actual[name])
     if not same or not _same(other, found.expected[name]):
-        _, *part, branch = name.split("/")
-        found.put(f"text/{'.'.join([f'{number:04d}', *part])}/{branch}", value, other)
+        head, *part, branch = name.split("/")
+        found.put(f"{head}/{'.'.join([f'{number:04d}', *part])}/{branch}", value, other)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

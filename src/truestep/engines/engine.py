@@ -6,8 +6,8 @@ Adding an engine is one file in `engines/adapters` that holds an `ENGINE`, and i
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Literal
@@ -32,7 +32,10 @@ TEXTS = (
 )
 """Usual names of a denoiser's arguments, where an adapter does not say them."""
 
-ADAPTERS = ("comfyui", "diffsynth", "fastvideo", "sglang", "vllm_omni", "wan")
+SCALES = ("guidance",)
+"""Usual names of a scale of guidance that a model is given, and has learned to follow."""
+
+ADAPTERS = ("comfyui", "diffsynth", "fastvideo", "flux", "sglang", "vllm_omni", "wan")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Engine:
             and `set_timesteps`) need none.
         latent, timestep, text: Names of a prediction's arguments, first match counts; empty: told
             from the data.
+        called: Other arguments of a prediction by the engine's name, and the trusted model's.
         ends_in_vae: Whether the latent that a `run` returns is in the space of the VAE.
         notes: What one has to know of its runs.
     """
@@ -86,6 +90,7 @@ class Engine:
     latent: tuple[str, ...] = ()
     timestep: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
+    called: Mapping[str, str] = field(default_factory=dict)
     ends_in_vae: bool = False
     notes: tuple[str, ...] = ()
 

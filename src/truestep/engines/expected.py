@@ -35,6 +35,9 @@ ENTERING = "entering"
 RANKS = "ranks"
 """Begin of the name of what a rank should repeat of the first: `ranks/1/step/0000/guided`."""
 
+SCALE = "guidance"
+"""Begin of the name of a scale of guidance that a model is given: `guidance/guidance/cond`."""
+
 DECODED = "entering/decoder"
 """The latent that a decoder is given."""
 
@@ -243,6 +246,8 @@ def place_of(name: str) -> Address:
     head, _, rest = name.partition("/")
     if name == DECODED:
         return Address(stage="decoding")
+    if head == SCALE:
+        return Address(stage="guidance", branch=rest.rpartition("/")[2])
     if head == RANKS:  # what a rank repeats of another
         return place_of(rest.partition("/")[2])
     if head == ENTERING:

@@ -28,6 +28,8 @@ SAMPLES = ("sample", "latents", "latent")
 STEPPED = ("model_output", "noise_pred")
 """Usual names of what a scheduler steps from, and by."""
 
+CALLED_TIMESTEPS = "timesteps of 1 to 0, with the closing zero: sigmas"
+
 MOST_TIMES = 16
 """Elements up to which a tensor may be a time, and no latent."""
 
@@ -43,7 +45,7 @@ def seams(recording: CallRecording, *, label: str) -> Run:
     reader = _Reader(recording, adapter)
     numbers = sorted({c.step for c in recording.calls if c.step is not None})
     steps = tuple(reader.step(number) for number in numbers)
-    sigmas, timesteps = reader.schedule(steps)
+    sigmas, timesteps, renamed = reader.schedule(steps)
     steps = latents_between(steps)
     run = Run(
         label=label,
@@ -55,6 +57,7 @@ def seams(recording: CallRecording, *, label: str) -> Run:
         environment=recording.recording.manifest.environment,
         insides=insides(recording),
         command=_command(recording),
+        notes=(f"converted: {CALLED_TIMESTEPS}",) if renamed else (),
     )
     if steps and steps[-1].after is None and (end := reader.end()) is not None:
         run = replace(
@@ -166,23 +169,39 @@ class _Reader:
                 return tensor, others[0] if len(others) == 1 else None
         return latent, guided
 
-    def schedule(self, steps: Sequence[Step]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def schedule(
+        self, steps: Sequence[Step]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
         """Sigmas and timesteps: as the scheduler holds them, or as a function is given them; else
-        the timesteps that it was given in the steps."""
+        the timesteps that it was given in the steps.
+
+        Returns:
+            Both, and whether the engine calls its sigmas timesteps.
+        """
         found: dict[str, torch.Tensor] = {}
         for call in self._recording.calls:
             for name in ("sigmas", "timesteps"):
                 trees = [call.state.get(name)] if call.kind == Kind.SCHEDULER else []
                 trees += [call.arguments.get(name)] if call.kind == Kind.RUN else []
                 for tree in trees:
-                    tensor = self.first(tree)
+                    tensor = self._series(tree)
                     first = call.method == SET_TIMESTEPS or name not in found
                     if first and tensor is not None and tensor.numel() > 1:
                         found[name] = tensor
         times = [step.time for step in steps]
         if "timesteps" not in found and times and None not in times:
             found["timesteps"] = torch.tensor(times, dtype=torch.float64)
-        return found.get("sigmas"), found.get("timesteps")
+        renamed = "sigmas" not in found and _are_sigmas(found.get("timesteps"), len(steps))
+        if renamed:
+            found["sigmas"] = found.pop("timesteps")
+        return found.get("sigmas"), found.get("timesteps"), renamed
+
+    def _series(self, tree: Tree) -> torch.Tensor | None:
+        """A tensor, or the numbers of a list as one."""
+        value = self.value(tree)
+        if isinstance(value, list) and all(isinstance(n, int | float) for n in value):
+            return torch.tensor(value, dtype=torch.float64)
+        return self.first(tree)
 
     def end(self) -> torch.Tensor | None:
         """What the function returns that spans the steps, of the size of a latent."""
@@ -256,7 +275,7 @@ class _Reader:
             if isinstance(tree, dict) and next(iter(tree)) == "dict":
                 found |= {f"{name}/{key}": self.value(part) for key, part in parts(tree)}
             else:
-                found[name] = self.value(tree)
+                found[self._adapter.called.get(name, name)] = self.value(tree)
         return found
 
     def names(
@@ -279,6 +298,13 @@ class _Reader:
                 if tensor is not None and tensor.numel() == output.numel():
                     found.setdefault("latent", name)
         return found
+
+
+def _are_sigmas(times: torch.Tensor | None, steps: int) -> bool:
+    """Whether times are what flow matching calls sigmas: one more than there are steps, to 0."""
+    if times is None or times.numel() != steps + 1:
+        return False
+    return float(times[-1]) == 0.0 and 0.0 < float(times.max()) <= 1.0
 
 
 def _made(

@@ -251,7 +251,9 @@ def arguments(
         if _of(name) not in parameters or name in taken:
             continue
         if isinstance(value, torch.Tensor):
-            tensors[name] = value
+            like = tensors.get(name)
+            tensors[name], how = (value, "") if like is None else _in_rank(value, like)
+            done += [how] if how else []
         elif name not in plain and _is_plain(value):
             plain[name] = value
     more = [n for n in tensors if n not in one.arguments and n not in usual_names]

@@ -278,8 +278,8 @@ class Watcher:
     def _function(
         self, boundary: Boundary, function: Any, signature: Any, args: Any, kwargs: Any
     ) -> Any:
-        whole = boundary.role in ("generation", "run")
-        if whole and self._stepped and not self._thread.open:
+        first = boundary.role in ("generation", "run", "noise")  # of what a generation begins with
+        if first and self._stepped and not self._thread.open:
             self._end_generation()
         of_models = ("prediction", "passes", "guided", "text", "decode")
         *owner, method = boundary.path
@@ -305,6 +305,7 @@ class Watcher:
         try:
             return self._observe(fields, named, call, opened=boundary.open, within=within)
         finally:
+            self._stepped += boundary.role == "run"
             if boundary.role == "generation" and not self._thread.open:
                 self._end_generation()
 
