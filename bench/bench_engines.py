@@ -2,8 +2,8 @@
 
     python -m bench.bench_engines [--engine NAME] [FAULT ...]
 
-TRUESTEP_COMFYUI, TRUESTEP_WAN, TRUESTEP_WAN22 and TRUESTEP_FLUX name the folders of these
-repositories.
+TRUESTEP_COMFYUI, TRUESTEP_WAN, TRUESTEP_WAN22, TRUESTEP_FLUX and TRUESTEP_LTX2 name the folders of
+these repositories.
 `make engines` makes the environment that they run in (`.engines`; TRUESTEP_ENGINES names another
 Python). An engine that is not there is left out, and said to be. One JSON line a run.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import truestep
-from bench.engines import tiny_flux
+from bench.engines import tiny_flux, tiny_ltx2
 from bench.engines.tiny_wan import SCALE, STEPS, make, make_two
 from truestep.calls.recording import read
 from truestep.engines.named import run_of
@@ -37,6 +37,7 @@ ENGINES = {
     "wan": "TRUESTEP_WAN",
     "wan22": "TRUESTEP_WAN22",
     "flux": "TRUESTEP_FLUX",
+    "ltx2": "TRUESTEP_LTX2",
 }
 """Name to the variable that says where it is; empty: a wheel in the environment."""
 
@@ -80,18 +81,30 @@ OF_FLUX: dict[str, tuple[str, ...]] = {
 }
 """Likewise of flux, which has one branch and is given the scale of its guidance."""
 
-PLANTED = {"wan22": OF_TWO_EXPERTS, "flux": OF_FLUX}
+OF_LTX2: dict[str, tuple[str, ...]] = {
+    **FAULTS,
+    "tokens": ("schedule",),
+    "sound": ("latent",),
+    "bias": ("prediction",),
+}
+"""Likewise of LTX-2; `tokens` is how most of its pipelines call its scheduler."""
+
+PLANTED = {"wan22": OF_TWO_EXPERTS, "flux": OF_FLUX, "ltx2": OF_LTX2}
 """Faults by engine; of all others `FAULTS`."""
 
 MODULES = {
     ("wan22", "eps"): "blocks.1.attn1.norm_q",
-    ("flux", "eps"): "single_transformer_blocks.1.norm",
+    ("flux", "eps"): "transformer_blocks.1.attn.norm_q",
     ("flux", "bias"): "transformer_blocks.1.attn.to_add_out",
+    ("ltx2", "bias"): "transformer_blocks.1.attn2.to_out.0",
 }
 """The module in which a fault is, where one is named."""
 
-TRUSTED = {"wan": "trusted-unipc", "wan22": "trusted-two", "flux": "flux"}
+TRUSTED = {"wan": "trusted-unipc", "wan22": "trusted-two", "flux": "flux", "ltx2": "ltx2"}
 """Recording of the trusted pipeline by engine; of all others `trusted`."""
+
+OF_OTHERS = {"flux": tiny_flux, "ltx2": tiny_ltx2}
+"""Weights of engines that run no Wan, and what the trusted pipeline is called with."""
 
 INJECTED = ("wan", "wan22")
 """Engines with sigmas of their own, which are given the trusted ones."""
@@ -105,7 +118,8 @@ def main() -> None:
         place = Path(folder)
         make(place / "wan")
         make_two(place / "wan")
-        tiny_flux.make(place / "flux")
+        for name, own in OF_OTHERS.items():
+            own.make(place / name)
         names = dict.fromkeys(("trusted", *TRUSTED.values()))
         references = {name: reference(place, name) for name in names}
         for engine in options.engine or ENGINES:
@@ -139,20 +153,20 @@ def absent(engine: str, python: str) -> str:
 
 def weights(place: Path, engine: str) -> tuple[Path, Path]:
     """The folder that an engine's program is given, and the trusted model's."""
-    if engine == "flux":
-        return place / "flux", place / "flux" / "trusted"
+    if engine in OF_OTHERS:
+        return place / engine, place / engine / "trusted"
     return place / "wan", place / "wan" / TRUSTED.get(engine, "trusted")
 
 
 def reference(place: Path, name: str) -> Path:
     """The trusted pipeline's recording; Euler's with the sigmas that engines give it."""
-    from diffusers import FluxPipeline, WanPipeline
+    from diffusers import DiffusionPipeline, WanPipeline
     from safetensors.torch import load_file
 
     path = place / f"{name}.safetensors"
-    if name == "flux":
-        pipe = FluxPipeline.from_pretrained(str(place / "flux" / "trusted"))
-        call = tiny_flux.call(place / "flux")
+    if name in OF_OTHERS:
+        pipe = DiffusionPipeline.from_pretrained(str(place / name / "trusted"))
+        call = OF_OTHERS[name].call(place / name)
         truestep.record(pipe, call=call, floor="none", keep="all", path=path)
         return path
     pipe = WanPipeline.from_pretrained(str(place / "wan" / name))

@@ -61,7 +61,8 @@ def planted() -> None:
         call = Flux.__call__
         Flux.__call__ = lambda self, *, timesteps, **k: call(self, timesteps=timesteps * 0.999, **k)
     if fault == "eps":
-        model.single_blocks[1].pre_norm.eps = 1e-2
+        norm = model.double_blocks[1].img_attn.norm.query_norm  # its eps is written in its code
+        norm.forward = lambda x: torch.rms_norm(x, x.shape[-1:], norm.scale, eps=1e-2)
     if fault == "bias":
         model.double_blocks[1].txt_attn.proj.bias.zero_()
     if fault == "order":  # from the latent of the step before

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from bench.bench_engines import ENGINES, FAULTS, PLANTED, TRUSTED, absent, judged, reference
-from bench.engines import tiny_flux
+from bench.bench_engines import (
+    ENGINES,
+    FAULTS,
+    OF_OTHERS,
+    PLANTED,
+    TRUSTED,
+    absent,
+    judged,
+    reference,
+)
 from bench.engines.tiny_wan import make, make_two
 
 PYTHON = os.environ.get("TRUESTEP_ENGINES", str(Path(".engines/bin/python").absolute()))
@@ -20,7 +28,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     make(folder / "wan")
     make_two(folder / "wan")
-    tiny_flux.make(folder / "flux")
+    for name, own in OF_OTHERS.items():
+        own.make(folder / name)
     return folder
 
 

@@ -14,10 +14,12 @@ from typing import Literal
 
 from truestep.errors import UsageError
 
-Role = Literal["generation", "run", "guided", "passes", "prediction", "noise", "text", "decode"]
+Role = Literal[
+    "generation", "run", "guided", "passes", "prediction", "update", "noise", "text", "decode"
+]
 """What a boundary is. A `generation` has everything from text to pictures, a `run` the steps;
 `guided` gives what is stepped by, `passes` several predictions at once. What is inside these is
-watched too; all others hide what they call."""
+watched too; all others hide what they call. An `update` is called as a scheduler's `step` is."""
 
 LATENTS = ("hidden_states", "sample", "latents", "latent_model_input", "x", "x_in", "img")
 TIMES = ("timestep", "timesteps", "t", "sigma", "sigmas")
@@ -32,10 +34,13 @@ TEXTS = (
 )
 """Usual names of a denoiser's arguments, where an adapter does not say them."""
 
+SOUND = "audio_"
+"""Begin of the names of what a model that makes video and sound together is given for sound."""
+
 SCALES = ("guidance",)
 """Usual names of a scale of guidance that a model is given, and has learned to follow."""
 
-ADAPTERS = ("comfyui", "diffsynth", "fastvideo", "flux", "sglang", "vllm_omni", "wan")
+ADAPTERS = ("comfyui", "diffsynth", "fastvideo", "flux", "ltx2", "sglang", "vllm_omni", "wan")
 
 
 @dataclass(frozen=True)

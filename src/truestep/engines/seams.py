@@ -8,7 +8,7 @@ guidance branches and of which weight, which rows of one call are several of the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from truestep.engines.run import Pass, Place, Run, Step, number_of, one_tensor
 from truestep.recording.manifest import CallEntry
 
 SAMPLES = ("sample", "latents", "latent")
-STEPPED = ("model_output", "noise_pred")
+STEPPED = ("model_output", "noise_pred", "denoised_sample")
 """Usual names of what a scheduler steps from, and by."""
 
 CALLED_TIMESTEPS = "timesteps of 1 to 0, with the closing zero: sigmas"
@@ -114,15 +114,30 @@ class _Reader:
         updates = [c for c in calls if c.method == STEP and c.kind == Kind.SCHEDULER]
         latent = guided = after = None
         time = None
-        if updates:
-            given = {name: self.value(tree) for name, tree in updates[-1].arguments.items()}
+        update = self._of_predictions(updates, predictions)
+        if update is not None:
+            given = {name: self.value(tree) for name, tree in update.arguments.items()}
             latent, guided = self._stepped(given, predictions)
-            after = self.first(updates[-1].output)
-            time = number_of(next((given[name] for name in TIMES if name in given), None))
+            after = self.first(update.output)
+            time = next((_time(given[name]) for name in TIMES if name in given), None)
         passes = [one for call in predictions for one in self.passes(call, latent)]
         if latent is not None:  # models that make conditions are no denoisers
             passes = [one for one in passes if one.output.numel() == latent.numel()]
         return Step(number, latent, time, tuple(passes), guided, after)
+
+    def _of_predictions(
+        self, updates: Sequence[CallEntry], predictions: Sequence[CallEntry]
+    ) -> CallEntry | None:
+        """The last update of what models predict first: after video, sound may be stepped, too."""
+        outputs = [self.first(call.output) for call in predictions]
+        sizes = [output.numel() for output in outputs if output is not None]
+        made = [(call, self.first(call.output)) for call in updates]
+        fit = [
+            call
+            for call, after in made
+            if after is not None and after.numel() and any(n % after.numel() == 0 for n in sizes)
+        ]
+        return next(reversed(_of_largest(fit, self.first) or updates), None)
 
     def _role(self, call: CallEntry) -> str:
         return self._roles.get(f"{call.component}.{call.method}", "")
@@ -269,11 +284,13 @@ class _Reader:
             yield Pass(own, names, outputs[row], call.component, said=said, place=place)
 
     def _arguments(self, call: CallEntry) -> dict[str, Any]:
-        """Arguments of a call; what is in a table as `argument/key`."""
+        """Arguments of a call as the trusted model calls them; what is in a table or a dataclass
+        as `argument/key`."""
         found: dict[str, Any] = {}
         for name, tree in call.arguments.items():
-            if isinstance(tree, dict) and next(iter(tree)) == "dict":
-                found |= {f"{name}/{key}": self.value(part) for key, part in parts(tree)}
+            if isinstance(tree, dict) and (tree.get("kind") == "dataclass" or "dict" in tree):
+                inner = {f"{name}/{key}": self.value(part) for key, part in parts(tree)}
+                found |= {self._adapter.called.get(key, key): each for key, each in inner.items()}
             else:
                 found[self._adapter.called.get(name, name)] = self.value(tree)
         return found
@@ -298,6 +315,22 @@ class _Reader:
                 if tensor is not None and tensor.numel() == output.numel():
                     found.setdefault("latent", name)
         return found
+
+
+def _of_largest(
+    updates: Sequence[CallEntry], first: Callable[[Tree], torch.Tensor | None]
+) -> list[CallEntry]:
+    """Of updates those of the largest latent."""
+    sizes = [0 if (after := first(call.output)) is None else after.numel() for call in updates]
+    return [call for call, size in zip(updates, sizes, strict=True) if size == max(sizes)]
+
+
+def _time(value: Any) -> float | None:
+    """The time that a scheduler is given; None where it is given its whole schedule."""
+    tensor = one_tensor(value)
+    if tensor is not None and tensor.numel() and bool((tensor != tensor.reshape(-1)[0]).any()):
+        return None
+    return number_of(value)
 
 
 def _are_sigmas(times: torch.Tensor | None, steps: int) -> bool:
