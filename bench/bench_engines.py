@@ -94,7 +94,7 @@ PLANTED = {"wan22": OF_TWO_EXPERTS, "flux": OF_FLUX, "ltx2": OF_LTX2}
 
 MODULES = {
     ("wan22", "eps"): "blocks.1.attn1.norm_q",
-    ("flux", "eps"): "transformer_blocks.1.attn.norm_q",
+    ("flux", "eps"): "transformer_blocks.1.attn",
     ("flux", "bias"): "transformer_blocks.1.attn.to_add_out",
     ("ltx2", "bias"): "transformer_blocks.1.attn2.to_out.0",
 }

@@ -87,12 +87,12 @@ def _inputs(trusted: Path) -> dict[str, Any]:
     texts = {}
     for name in ("cond", "uncond"):
         texts[f"prompt-{name}"] = torch.randn(1, LENGTH, 96, generator=dice)
-    given: dict[str, Any] = {}
+    calls: list[dict[str, Any]] = []
     pipe.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: given.update({k: v for k, v in kwargs.items() if v is not None}),
-        with_kwargs=True,
+        lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True
     )
-    pipe(**_call(texts), generator=dice, num_inference_steps=1, output_type="latent")
+    pipe(**_call(texts), generator=dice, num_inference_steps=STEPS, output_type="latent")
+    given = calls[0]
     tokens = given["hidden_states"][:1].reshape(1, *LATENT[2:], LATENT[1])
     sound = given["audio_hidden_states"][:1]
     found = {"noise": tokens.permute(0, 4, 1, 2, 3), "audio-noise": sound, **texts}
