@@ -213,6 +213,7 @@ def judged(
     result = check_run(run, folder, reference=known, depth="modules" if inside else "steps")
     first = result.first_divergence
     stage = first.stage if first else ""
+    stage = "prediction" if stage == "module" else stage  # what is opened is a prediction
     right = stage in wanted if wanted else result.verdict.passed
     module = MODULES.get((engine, fault))
     right &= module is None or (first is not None and first.fqn == module)
