@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -100,23 +102,26 @@ def _ran(place: Path, output: Path, *faults: str) -> Ran:
 
 
 @pytest.fixture(scope="module")
-def results(place: Path) -> dict[str, Comparison]:
+def judged(place: Path) -> Callable[[str], Comparison]:
     """One process generates once a fault: each has to be a recording of its own."""
     ran = _ran(place, place / "run.safetensors", *FAULTS)
     assert ran.code == 0
     assert len(ran.recordings) == len(FAULTS)
+    paths = dict(zip(FAULTS, (path for path, _ in ran.recordings), strict=True))
     known = run_of(place / "reference.safetensors")
-    return {
-        fault: check_run(run_of(path), place / "flux" / "trusted", reference=known)
-        for fault, (path, _) in zip(FAULTS, ran.recordings, strict=True)
-    }
+
+    @cache
+    def result(fault: str) -> Comparison:
+        return check_run(run_of(paths[fault]), place / "flux" / "trusted", reference=known)
+
+    return result
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_named_and_the_right_one_passes(
-    fault: str, results: dict[str, Comparison]
+    fault: str, judged: Callable[[str], Comparison]
 ) -> None:
-    result = results[fault]
+    result = judged(fault)
     first = result.first_divergence
     assert (first.name if first else "") == FAULTS[fault], result.sentence
     if not FAULTS[fault]:
@@ -130,27 +135,27 @@ def test_each_fault_is_named_and_the_right_one_passes(
         assert all(row.verdict.passed for row in predictions)
 
 
-def test_what_is_called_otherwise_is_said(results: dict[str, Comparison]) -> None:
-    notes = results["none"].notes
+def test_what_is_called_otherwise_is_said(judged: Callable[[str], Comparison]) -> None:
+    notes = judged("none").notes
     assert "converted: timesteps of 1 to 0, with the closing zero: sigmas" in notes
     way = "over its scale, plus its shift"
     inside = f"converted: latent for the VAE, by the engine's decoder: {way}"
     assert inside in notes
     assert not any("not judged" in note for note in notes)
-    assert inside not in results["scale"].notes  # a wrong decoder says nothing of its space
+    assert inside not in judged("scale").notes  # a wrong decoder says nothing of its space
 
 
-def test_a_decoder_that_is_wrong_accuses_no_latent(results: dict[str, Comparison]) -> None:
-    failed = [row.name for row in results["scale"].rows if not row.verdict.passed]
+def test_a_decoder_that_is_wrong_accuses_no_latent(judged: Callable[[str], Comparison]) -> None:
+    failed = [row.name for row in judged("scale").rows if not row.verdict.passed]
     assert failed == ["video/frames"]
-    assert results["scale"].first_divergence is not None
-    assert results["scale"].first_divergence.stage == "decoding"
+    assert judged("scale").first_divergence is not None
+    assert judged("scale").first_divergence.stage == "decoding"
 
 
-def test_a_scale_that_a_model_is_given_is_guidance(results: dict[str, Comparison]) -> None:
-    assert results["sign"].first_divergence is not None
-    assert results["sign"].first_divergence.stage == "guidance"
-    assert [r.name for r in results["sign"].rows if not r.verdict.passed] == [FAULTS["sign"]]
+def test_a_scale_that_a_model_is_given_is_guidance(judged: Callable[[str], Comparison]) -> None:
+    assert judged("sign").first_divergence is not None
+    assert judged("sign").first_divergence.stage == "guidance"
+    assert [r.name for r in judged("sign").rows if not r.verdict.passed] == [FAULTS["sign"]]
 
 
 def test_a_killed_process_leaves_the_steps_that_ended(place: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -82,8 +84,7 @@ for fault in faults:
 
     stepper = EulerDiffusionStep()
     if fault == "step":
-        own = EulerDiffusionStep.step
-        stepper.step = lambda x, x0, s, i: own(stepper, x, x + (x0 - x) * 1.02, s, i)
+        stepper.factor = 1.02
     with torch.no_grad():
         euler_denoising_loop(sigmas, noise, sound, stepper, X0Model(inner), denoise)
 """
@@ -108,7 +109,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(place: Path) -> dict[str, Comparison]:
+def judged(place: Path) -> Callable[[str], Comparison]:
     """One process generates once a fault: each has to be a recording of its own."""
     stand_ins = str(Path(__file__).parent / "stand_ins")
     with pytest.MonkeyPatch.context() as patch:
@@ -117,16 +118,21 @@ def results(place: Path) -> dict[str, Comparison]:
         ran = run_engine(program, place / "run.safetensors")
     assert ran.code == 0
     assert len(ran.recordings) == len(FAULTS)
+    paths = dict(zip(FAULTS, (path for path, _ in ran.recordings), strict=True))
     known = run_of(place / "reference.safetensors")
-    return {
-        fault: check_run(run_of(path), place / "ltx2" / "trusted", reference=known)
-        for fault, (path, _) in zip(FAULTS, ran.recordings, strict=True)
-    }
+
+    @cache
+    def result(fault: str) -> Comparison:
+        return check_run(run_of(paths[fault]), place / "ltx2" / "trusted", reference=known)
+
+    return result
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_of_two_branches_is_named(fault: str, results: dict[str, Comparison]) -> None:
-    result = results[fault]
+def test_each_fault_of_two_branches_is_named(
+    fault: str, judged: Callable[[str], Comparison]
+) -> None:
+    result = judged(fault)
     first = result.first_divergence
     assert (first.name if first else "") == FAULTS[fault], result.sentence
     predictions = [row for row in result.rows if row.stage == "prediction"]
@@ -139,12 +145,12 @@ def test_each_fault_of_two_branches_is_named(fault: str, results: dict[str, Comp
 
 
 def test_what_a_joint_model_is_called_with_is_read_from_its_dataclasses(
-    results: dict[str, Comparison],
+    judged: Callable[[str], Comparison],
 ) -> None:
-    notes = results["none"].notes
+    notes = judged("none").notes
     assert "converted: timesteps of 0 to 1, x 1000" in notes
     assert "converted: denoised samples to velocities: (x - x0) / sigma" in notes
-    names = {row.name for row in results["none"].rows}
+    names = {row.name for row in judged("none").rows}
     assert {"audio/latent/initial", "text/audio_encoder_hidden_states/cond"} <= names
 
 

@@ -6,7 +6,9 @@ import torch
 
 
 class EulerDiffusionStep:
-    """Euler's."""
+    """Euler's; a factor other than 1 is a fault."""
+
+    factor = 1.0
 
     def step(
         self,
@@ -16,4 +18,4 @@ class EulerDiffusionStep:
         step_index: int,
     ) -> torch.Tensor:
         velocity = (sample - denoised_sample) / sigmas[step_index]
-        return sample + velocity * (sigmas[step_index + 1] - sigmas[step_index])
+        return sample + velocity * (sigmas[step_index + 1] - sigmas[step_index]) * self.factor
