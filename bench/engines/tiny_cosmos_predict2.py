@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,22 +99,23 @@ def make(folder: Path) -> None:
     save_file(given, folder / "inputs.safetensors")
 
 
-def reference(folder: Path, path: Path) -> None:
-    """Record the trusted pipeline."""
+def pipeline(folder: Path) -> Any:
+    """The trusted pipeline, with a checker that needs no other package."""
     from diffusers import CosmosTransformer3DModel
-    from safetensors.torch import load_file
 
-    import truestep
     from truestep.testing import tiny
 
-    pipe = tiny.pipeline("Cosmos2TextToImagePipeline")  # with a checker that needs no other package
+    pipe = tiny.pipeline("Cosmos2TextToImagePipeline")
     model = CosmosTransformer3DModel.from_pretrained(str(folder / "trusted" / "transformer"))
     pipe.register_modules(transformer=model.eval())
-    call = _call(load_file(folder / "inputs.safetensors"))
-    truestep.record(pipe, call=call, floor="none", keep="all", path=path)
+    return pipe
 
 
-def _call(given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def call(folder: Path) -> dict[str, Any]:
+    """The same generation as a call of it."""
+    from safetensors.torch import load_file
+
+    given = load_file(folder / "inputs.safetensors")
     return {
         "prompt_embeds": given["cond"],
         "negative_prompt_embeds": given["uncond"],

@@ -171,20 +171,18 @@ def make(folder: Path) -> None:
     save_file(given, folder / "inputs.safetensors")
 
 
-def reference(folder: Path, path: Path) -> None:
-    """Record the trusted pipeline."""
-    from diffusers import HunyuanVideoPipeline
+def pipeline(folder: Path) -> Any:
+    """The trusted pipeline."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(str(folder / "trusted"))
+
+
+def call(folder: Path) -> dict[str, Any]:
+    """The same generation as a call of diffusers' pipeline."""
     from safetensors.torch import load_file
 
-    import truestep
-
-    pipe = HunyuanVideoPipeline.from_pretrained(str(folder / "trusted"))
-    call = _call(load_file(folder / "inputs.safetensors"))
-    truestep.record(pipe, call=call, floor="none", keep="all", path=path)
-
-
-def _call(given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The same generation as a call of diffusers' pipeline."""
+    given = load_file(folder / "inputs.safetensors")
     return {
         "prompt_embeds": given["cond"],
         "prompt_attention_mask": given["cond_mask"],

@@ -19,13 +19,21 @@ PLACES = {
     "cosmos_predict2": "TRUESTEP_COSMOS_PREDICT2",
     "diffsynth": "TRUESTEP_DIFFSYNTH",
     "fastvideo": "TRUESTEP_FASTVIDEO",
+    "flux": "TRUESTEP_FLUX",
     "hunyuan": "TRUESTEP_HUNYUAN",
+    "ltx2": "TRUESTEP_LTX2",
     "sglang": "TRUESTEP_SGLANG",
     "vllm_omni": "TRUESTEP_VLLM_OMNI",
     "wan": "TRUESTEP_WAN",
     "xdit": "TRUESTEP_XDIT",
 }
 """Variables that name a folder with the engine's source."""
+
+SOURCES = {
+    "flux": ("src",),
+    "ltx2": ("packages/ltx-core/src", "packages/ltx-pipelines/src"),
+}
+"""Folders of the source in a repository, where it is not its root."""
 
 OTHER_VERSIONS = {"wan.modules.vae2_1", "wan.modules.vae2_2", "wan.textimage2video"}
 """Of Wan 2.2, where 2.1 is looked at."""
@@ -49,9 +57,13 @@ def test_what_an_adapter_names_is_in_the_engine(name: str) -> None:
     if not place:
         pytest.skip(f"{PLACES[name]} is not set")
     for boundary in engine(name).boundaries:
-        file = Path(place) / f"{boundary.module.replace('.', '/')}.py"
+        path = f"{boundary.module.replace('.', '/')}.py"
+        files = [Path(place) / source / path for source in SOURCES.get(name, ("",))]
+        file = next((each for each in files if each.exists()), files[0])
         if boundary.module not in OTHER_VERSIONS or file.exists():
-            assert ".".join(boundary.path) in defined(file), boundary
+            own = ".".join(boundary.path)
+            inherited = own.removesuffix("__call__") + "forward"  # a torch module's call
+            assert {own, inherited} & defined(file), boundary
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

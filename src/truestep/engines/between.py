@@ -7,15 +7,18 @@ any of this, each seam by itself may still be right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
 from truestep.engines.conventions import as_shape
-from truestep.engines.expected import AGREES, Seams, fitted
+from truestep.engines.engine import LATENTS, SCALES, SOUND, TIMES
+from truestep.engines.expected import AGREES, SCALE, Seams, fitted
 from truestep.engines.run import Pass, Run, Step
 from truestep.keys import step_name
 from truestep.measure.distance import distance, same_bits
+
+SOUND_NOISE = "audio/latent/initial"
 
 INPUT = "input"
 """Name of what a step's model is given as its latent."""
@@ -26,7 +29,7 @@ def put_between(found: Seams, run: Run, known: Run | None) -> None:
     _put_inputs(found, run, known)
     if known is not None:
         for number, one, other in _pairs(run, known):
-            _put_conditions(found, number, one, other)
+            _put_conditions(found, number, one, other, {*run.adapter.called.values()})
 
 
 def _put_inputs(found: Seams, run: Run, known: Run | None) -> None:
@@ -93,8 +96,14 @@ def _pairs(run: Run, known: Run) -> Iterator[tuple[int, Pass, Pass]]:
                 yield ours.number, one, others[one.branch]
 
 
-def _put_conditions(found: Seams, number: int, one: Pass, other: Pass) -> None:
-    """Text of a step, and tensors that both sides call the same; of a later one, what changes."""
+def _put_conditions(
+    found: Seams, number: int, one: Pass, other: Pass, called: Collection[str]
+) -> None:
+    """Text of a step, and tensors that both sides call the same; of a later one, what changes.
+
+    The latent of a sound that is made together with the video is no condition: its noise is judged.
+    Times are judged by the schedule where an adapter says that they are such (`called`).
+    """
     text = f"text/{one.branch}"
     if number:
         _put(found, text, number, one.role("text"), other.role("text"))
@@ -102,9 +111,17 @@ def _put_conditions(found: Seams, number: int, one: Pass, other: Pass) -> None:
     for name, value in one.arguments.items():
         theirs = other.arguments.get(name)
         tensors = isinstance(value, torch.Tensor) and isinstance(theirs, torch.Tensor)
+        bare = name.removeprefix(SOUND)
+        if name in called and bare in TIMES:
+            continue
+        if name != bare and bare in LATENTS:
+            if tensors and not number:
+                found.put(SOUND_NOISE, value, theirs)
+            continue
         if name not in roles and tensors:
+            head = SCALE if name in SCALES else "text"
             label = name.replace("/", ".")
-            _put(found, f"text/{label}/{one.branch}", number, value, theirs)
+            _put(found, f"{head}/{label}/{one.branch}", number, value, theirs)
 
 
 def _put(
@@ -120,8 +137,8 @@ def _put(
         return
     same = _same(fitted(name, value, other), found.actual[name])
     if not same or not _same(other, found.expected[name]):
-        _, *part, branch = name.split("/")
-        found.put(f"text/{'.'.join([f'{number:04d}', *part])}/{branch}", value, other)
+        head, *part, branch = name.split("/")
+        found.put(f"{head}/{'.'.join([f'{number:04d}', *part])}/{branch}", value, other)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -14,10 +14,12 @@ from typing import Literal
 
 from truestep.errors import UsageError
 
-Role = Literal["generation", "run", "guided", "passes", "prediction", "noise", "text", "decode"]
+Role = Literal[
+    "generation", "run", "guided", "passes", "prediction", "update", "noise", "text", "decode"
+]
 """What a boundary is. A `generation` has everything from text to pictures, a `run` the steps;
 `guided` gives what is stepped by, `passes` several predictions at once. What is inside these is
-watched too; all others hide what they call."""
+watched too; all others hide what they call. An `update` is called as a scheduler's `step` is."""
 
 LATENTS = ("hidden_states", "sample", "latents", "latent_model_input", "x", "x_in", "img")
 TIMES = ("timestep", "timesteps", "t", "sigma", "sigmas")
@@ -32,12 +34,20 @@ TEXTS = (
 )
 """Usual names of a denoiser's arguments, where an adapter does not say them."""
 
+SOUND = "audio_"
+"""Begin of the names of what a model that makes video and sound together is given for sound."""
+
+SCALES = ("guidance",)
+"""Usual names of a scale of guidance that a model is given, and has learned to follow."""
+
 ADAPTERS = (
     "comfyui",
     "cosmos_predict2",
     "diffsynth",
     "fastvideo",
+    "flux",
     "hunyuan",
+    "ltx2",
     "sglang",
     "vllm_omni",
     "wan",
@@ -86,7 +96,7 @@ class Engine:
             and `set_timesteps`) need none.
         latent, timestep, text: Names of a prediction's arguments, first match counts; empty: told
             from the data.
-        others: What else conditions a prediction, by name: what the trusted model calls it.
+        called: Other arguments of a prediction by the engine's name, and the trusted model's.
         ends_in_vae: Whether the latent that a `run` returns is in the space of the VAE.
         notes: What one has to know of its runs.
     """
@@ -97,7 +107,7 @@ class Engine:
     latent: tuple[str, ...] = ()
     timestep: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
-    others: Mapping[str, str] = field(default_factory=dict)
+    called: Mapping[str, str] = field(default_factory=dict)
     ends_in_vae: bool = False
     notes: tuple[str, ...] = ()
 

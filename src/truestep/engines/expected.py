@@ -21,7 +21,8 @@ from truestep.engines.conventions import (
     text_as,
     with_closing_zero,
 )
-from truestep.engines.run import COND, UNCOND, Pass, Run, Step
+from truestep.engines.engine import SOUND, TIMES, Engine
+from truestep.engines.run import COND, UNCOND, Pass, Run, Step, number_of, one_tensor
 from truestep.engines.trusted import Denoiser, Trusted, schedule_of, solvers, stepped
 from truestep.errors import FOREIGN, one_line
 from truestep.floors import NoiseRun
@@ -34,6 +35,9 @@ ENTERING = "entering"
 
 RANKS = "ranks"
 """Begin of the name of what a rank should repeat of the first: `ranks/1/step/0000/guided`."""
+
+SCALE = "guidance"
+"""Begin of the name of a scale of guidance that a model is given: `guidance/guidance/cond`."""
 
 DECODED = "entering/decoder"
 """The latent that a decoder is given."""
@@ -227,8 +231,15 @@ def _given_times(run: Run, known: Run | None = None) -> list[tuple[float, float]
         if time is None and own is not None:
             time = float(own[index])
         if time is not None:
-            pairs += [(one.timestep, time) for one in step.passes if one.timestep is not None]
+            pairs += [(given, time) for one in step.passes for given in _times(one, run.adapter)]
     return pairs
+
+
+def _times(one: Pass, adapter: Engine) -> list[float]:
+    """All that a model is given as time: its timestep, and what an adapter says are others."""
+    names = [name for name in adapter.called.values() if name.removeprefix(SOUND) in TIMES]
+    values = (number_of(one_tensor(one.arguments.get(name))) for name in names)
+    return [time for time in (one.timestep, *values) if time is not None]
 
 
 def time_scale(engine: float, trusted: float) -> float:
@@ -262,6 +273,8 @@ def place_of(name: str) -> Address:
     head, _, rest = name.partition("/")
     if name == DECODED:
         return Address(stage="decoding")
+    if head == SCALE:
+        return Address(stage="guidance", branch=rest.rpartition("/")[2])
     if head == RANKS:  # what a rank repeats of another
         return place_of(rest.partition("/")[2])
     if head == ENTERING:

@@ -17,7 +17,7 @@ from truestep.engines.conventions import (
     as_shape,
     into_vae,
 )
-from truestep.engines.expected import DECODED, FRAMES, Predicted, Seams, time_scale
+from truestep.engines.expected import AGREES, DECODED, FRAMES, Predicted, Seams, time_scale
 from truestep.engines.run import COND, Pass, Run, Step
 from truestep.engines.trusted import LATENT, SIGMA, Denoiser, Trusted, arguments
 from truestep.errors import FOREIGN, UsageError, one_line
@@ -276,35 +276,88 @@ def put_decoding(
     if vae is None:
         found.unjudged["decoding"] = "the trusted folder has no vae"
         return
-    _put_decoded_from(found, run, known, trusted)
-    decoder, latent = _Decoder(vae), run.decoded_from.to(trusted.dtype)
+    decoder = _Decoder(vae)
     try:
-        expected = decoder(latent)
+        one = _decoded(decoder, run, trusted)
     except FOREIGN as error:
         found.unjudged["decoding"] = f"the trusted vae does not take it: {one_line(error)}"
         return
-    fitted, _ = as_shape(run.decoded, expected)
-    if fitted.shape != expected.shape:
-        sizes = f"{tuple(run.decoded.shape)}, the trusted vae gives {tuple(expected.shape)}"
+    _put_decoded_from(found, run, known, trusted, one)
+    fitted, _ = as_shape(run.decoded, one.expected)
+    if fitted.shape != one.expected.shape:
+        sizes = f"{tuple(run.decoded.shape)}, the trusted vae gives {tuple(one.expected.shape)}"
         found.unjudged["decoding"] = f"sizes {sizes}"
         return
-    found.put(FRAMES, run.decoded, expected)
-    found.floor += _floor(decoder, [(FRAMES, {"latent": latent})], progress)
+    found.put(FRAMES, run.decoded, one.expected)
+    found.floor += _floor(decoder, [(FRAMES, {"latent": one.latent})], progress)
 
 
-def _put_decoded_from(found: Seams, run: Run, known: Run | None, trusted: Trusted) -> None:
+@dataclass(frozen=True)
+class _Decoded:
+    """How the trusted decoder is given what the engine's was.
+
+    Attributes:
+        latent: What it is given.
+        expected: What it gives.
+        inside: How an engine's decoder brings its latent into the space of the VAE; empty where
+            it does not.
+        told: Whether what it gives says so: a decoder that is wrong does not.
+    """
+
+    latent: torch.Tensor
+    expected: torch.Tensor
+    inside: str
+    told: bool
+
+
+def _decoded(decoder: _Decoder, run: Run, trusted: Trusted) -> _Decoded:
+    """The trusted decoder's of what the engine's was given, in the space that this one takes.
+
+    What the engine's decoder gives tells that space: as for predictions, nothing else than the
+    latent as it is is taken unless it is far nearer.
+    """
+    assert run.decoded_from is not None
+    assert run.decoded is not None
+    ways = into_vae(run.decoded_from.to(trusted.dtype), trusted.config("vae"))
+    made: dict[str, torch.Tensor] = {}
+    sizes: dict[str, float] = {}
+    for how, latent in ways.items():
+        made[how] = decoder(latent)
+        fitted, _ = as_shape(run.decoded, made[how])
+        if fitted.shape == made[how].shape:
+            sizes[how] = distance(fitted, made[how]).rel_l2
+        if sizes.get(how, 0.0) <= AGREES:
+            break
+    nearest = min(sizes, key=lambda how: sizes[how], default="")
+    least = sizes.get(nearest, 0.0)
+    told = least <= AGREES or all(
+        least < NEARER * size for how, size in sizes.items() if how != nearest
+    )
+    chosen = nearest if told else ""
+    return _Decoded(ways[chosen], made[chosen], chosen, told)
+
+
+def _put_decoded_from(
+    found: Seams, run: Run, known: Run | None, trusted: Trusted, one: _Decoded
+) -> None:
     """What the decoder is given, against the end of the run.
 
-    That is brought into the space of the VAE as the reference's is, else in the nearest way.
+    That is brought into the space of the VAE as the reference's is, else in the nearest way; or
+    not, where the decoder does so itself.
     """
     config = trusted.config("vae")
     ways = _into_vae(run, config)
     if run.decoded_from is None or not ways:
         found.unjudged["decoder's latent"] = "it has another size than the end of the run"
         return
+    if one.inside:
+        found.convert(f"latent for the VAE, by the engine's decoder: {one.inside}")
+        found.put(DECODED, run.decoded_from, ways[""])
+        return
     given, ends = run.decoded_from, ways
-    if known is not None and known.decoded_from is not None and _into_vae(known, config):
-        given, ends = known.decoded_from, _into_vae(known, config)
+    theirs = _into_vae(known, config) if known is not None and one.told else {}
+    if known is not None and known.decoded_from is not None and theirs:
+        given, ends = known.decoded_from, theirs
     sizes = {how: distance(given, end).rel_l2 for how, end in ends.items()}
     how = min(sizes, key=lambda name: sizes[name])
     found.convert(f"latent for the VAE: {how}" if how else "")

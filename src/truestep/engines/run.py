@@ -124,7 +124,7 @@ class Run:
         command: The program, as it was started.
         repeated: Of a run on several ranks what one of them should repeat of the first, and does
             not: its own and the first's, by the seam's name.
-        notes: What was done to make one run of several ranks.
+        notes: What was done to read it: conversions, and how one run was made of several ranks.
     """
 
     label: str

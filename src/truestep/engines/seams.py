@@ -8,7 +8,7 @@ guidance branches and of which weight, which rows of one call are several of the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +25,10 @@ from truestep.engines.run import Pass, Place, Run, Step, number_of, one_tensor
 from truestep.recording.manifest import CallEntry
 
 SAMPLES = ("sample", "latents", "latent")
-STEPPED = ("model_output", "noise_pred", "x0_pred")
+STEPPED = ("model_output", "noise_pred", "x0_pred", "denoised_sample")
 """Usual names of what a scheduler steps from, and by."""
+
+CALLED_TIMESTEPS = "timesteps of 1 to 0, with the closing zero: sigmas"
 
 MOST_TIMES = 16
 """Elements up to which a tensor may be a time, and no latent."""
@@ -43,7 +45,7 @@ def seams(recording: CallRecording, *, label: str) -> Run:
     reader = _Reader(recording, adapter)
     numbers = sorted({c.step for c in recording.calls if c.step is not None})
     steps = tuple(reader.step(number) for number in numbers)
-    sigmas, timesteps = reader.schedule(steps)
+    sigmas, timesteps, renamed = reader.schedule(steps)
     steps = latents_between(steps)
     run = Run(
         label=label,
@@ -55,6 +57,7 @@ def seams(recording: CallRecording, *, label: str) -> Run:
         environment=recording.recording.manifest.environment,
         insides=insides(recording),
         command=_command(recording),
+        notes=(f"converted: {CALLED_TIMESTEPS}",) if renamed else (),
     )
     if steps and steps[-1].after is None and (end := reader.end()) is not None:
         run = replace(
@@ -117,15 +120,30 @@ class _Reader:
         updates = [c for c in calls if c.method == STEP and c.kind == Kind.SCHEDULER]
         latent = guided = after = None
         time = None
-        if updates:
-            given = {name: self.value(tree) for name, tree in updates[-1].arguments.items()}
+        update = self._of_predictions(updates, predictions)
+        if update is not None:
+            given = {name: self.value(tree) for name, tree in update.arguments.items()}
             latent, guided = self._stepped(given, predictions)
-            after = self.first(updates[-1].output)
-            time = number_of(next((given[name] for name in TIMES if name in given), None))
+            after = self.first(update.output)
+            time = next((_time(given[name]) for name in TIMES if name in given), None)
         passes = [one for call in predictions for one in self.passes(call, latent)]
         if latent is not None:  # models that make conditions are no denoisers
             passes = [one for one in passes if one.output.numel() == latent.numel()]
         return Step(number, latent, time, tuple(passes), guided, after)
+
+    def _of_predictions(
+        self, updates: Sequence[CallEntry], predictions: Sequence[CallEntry]
+    ) -> CallEntry | None:
+        """The last update of what models predict first: after video, sound may be stepped, too."""
+        outputs = [self.first(call.output) for call in predictions]
+        sizes = [output.numel() for output in outputs if output is not None]
+        made = [(call, self.first(call.output)) for call in updates]
+        fit = [
+            call
+            for call, after in made
+            if after is not None and after.numel() and any(n % after.numel() == 0 for n in sizes)
+        ]
+        return next(reversed(_of_largest(fit, self.first) or updates), None)
 
     def _role(self, call: CallEntry) -> str:
         return self._roles.get(f"{call.component}.{call.method}", "")
@@ -172,23 +190,39 @@ class _Reader:
                 return tensor, others[0] if len(others) == 1 else None
         return latent, guided
 
-    def schedule(self, steps: Sequence[Step]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def schedule(
+        self, steps: Sequence[Step]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
         """Sigmas and timesteps: as the scheduler holds them, or as a function is given them; else
-        the timesteps that it was given in the steps."""
+        the timesteps that it was given in the steps.
+
+        Returns:
+            Both, and whether the engine calls its sigmas timesteps.
+        """
         found: dict[str, torch.Tensor] = {}
         for call in self._recording.calls:
             for name in ("sigmas", "timesteps"):
                 trees = [call.state.get(name)] if call.kind == Kind.SCHEDULER else []
                 trees += [call.arguments.get(name)] if call.kind == Kind.RUN else []
                 for tree in trees:
-                    tensor = self.first(tree)
+                    tensor = self._series(tree)
                     first = call.method == SET_TIMESTEPS or name not in found
                     if first and tensor is not None and tensor.numel() > 1 and not _counts(tensor):
                         found[name] = tensor
         times = [step.time for step in steps]
         if "timesteps" not in found and times and None not in times:
             found["timesteps"] = torch.tensor(times, dtype=torch.float64)
-        return found.get("sigmas"), found.get("timesteps")
+        renamed = "sigmas" not in found and _are_sigmas(found.get("timesteps"), len(steps))
+        if renamed:
+            found["sigmas"] = found.pop("timesteps")
+        return found.get("sigmas"), found.get("timesteps"), renamed
+
+    def _series(self, tree: Tree) -> torch.Tensor | None:
+        """A tensor, or the numbers of a list as one."""
+        value = self.value(tree)
+        if isinstance(value, list) and all(isinstance(n, int | float) for n in value):
+            return torch.tensor(value, dtype=torch.float64)
+        return self.first(tree)
 
     def end(self) -> torch.Tensor | None:
         """What the function returns that spans the steps, of the size of a latent."""
@@ -256,14 +290,15 @@ class _Reader:
             yield Pass(own, names, outputs[row], call.component, said=said, place=place)
 
     def _arguments(self, call: CallEntry) -> dict[str, Any]:
-        """Arguments of a call; what is in a table as `argument/key`."""
+        """Arguments of a call as the trusted model calls them; what is in a table or a dataclass
+        as `argument/key`."""
         found: dict[str, Any] = {}
-        for given, tree in call.arguments.items():
-            name = self._adapter.others.get(given, given)
-            if isinstance(tree, dict) and next(iter(tree)) == "dict":
-                found |= {f"{name}/{key}": self.value(part) for key, part in parts(tree)}
+        for name, tree in call.arguments.items():
+            if isinstance(tree, dict) and (tree.get("kind") == "dataclass" or "dict" in tree):
+                inner = {f"{name}/{key}": self.value(part) for key, part in parts(tree)}
+                found |= {self._adapter.called.get(key, key): each for key, each in inner.items()}
             else:
-                found[name] = self.value(tree)
+                found[self._adapter.called.get(name, name)] = self.value(tree)
         return found
 
     def names(
@@ -291,6 +326,29 @@ class _Reader:
 def _counts(times: torch.Tensor) -> bool:
     """Whether what is called times are the numbers of steps."""
     return not times.is_floating_point() and times.tolist() == [*range(times.numel())]
+
+
+def _of_largest(
+    updates: Sequence[CallEntry], first: Callable[[Tree], torch.Tensor | None]
+) -> list[CallEntry]:
+    """Of updates those of the largest latent."""
+    sizes = [0 if (after := first(call.output)) is None else after.numel() for call in updates]
+    return [call for call, size in zip(updates, sizes, strict=True) if size == max(sizes)]
+
+
+def _time(value: Any) -> float | None:
+    """The time that a scheduler is given; None where it is given its whole schedule."""
+    tensor = one_tensor(value)
+    if tensor is not None and tensor.numel() and bool((tensor != tensor.reshape(-1)[0]).any()):
+        return None
+    return number_of(value)
+
+
+def _are_sigmas(times: torch.Tensor | None, steps: int) -> bool:
+    """Whether times are what flow matching calls sigmas: one more than there are steps, to 0."""
+    if times is None or times.numel() != steps + 1:
+        return False
+    return float(times[-1]) == 0.0 and 0.0 < float(times.max()) <= 1.0
 
 
 def _made(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from truestep.engines.conventions import Conversion, as_rank, text_as
-from truestep.engines.engine import LATENTS, TEXTS, TIMES
+from truestep.engines.engine import LATENTS, SOUND, TEXTS, TIMES
 from truestep.engines.folders import refuse_code, still
 from truestep.engines.run import Pass, Run
 from truestep.errors import FOREIGN, ModelLoadError, UsageError, one_line
@@ -251,7 +251,11 @@ def arguments(
         if _of(name) not in parameters or name in taken:
             continue
         if isinstance(value, torch.Tensor):
-            tensors[name] = value
+            like = tensors.get(name)
+            if scale != 1.0 and name.removeprefix(SOUND) in TIMES:
+                value = (value.double() * scale).float()
+            tensors[name], how = (value, "") if like is None else _in_rank(value, like)
+            done += [how] if how else []
         elif name not in plain and _is_plain(value):
             plain[name] = value
     more = [n for n in tensors if n not in one.arguments and n not in usual_names]

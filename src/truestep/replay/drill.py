@@ -97,6 +97,10 @@ def drill(
         kept = {} if known is None or given is not None else known
         expected = expected_of(trusted, select, tree, place, kept, given)
         level = level_of(here, candidate, trusted, expected, select, tree, place)
+        hidden = _hidden(level, tree)
+        if hidden:
+            tree = tree.without(hidden)
+            continue
         levels.append(level)
         if level.divergence is None:
             break
@@ -126,6 +130,19 @@ def drill(
     ]
     left_out = dict.fromkeys(name for level in levels for name in level.left_out)
     return Drilled(found, tuple(with_origins(rows, found)), tuple(path), tuple(left_out), tried)
+
+
+def _hidden(level: Level, tree: Tree) -> set[str]:
+    """Modules in which what goes wrong between the parts of another may be.
+
+    That is so where nothing that they give could be compared, as of a block that is given text and
+    picture in one tensor for two: what is in them may be, and is looked at in their place.
+    """
+    if level.divergence is None or (level.divergence.fqn or ROOT) != level.here:
+        return set()
+    seen = {row.fqn for row in level.rows if "/out." in row.name and row.reference is not None}
+    called = {label.partition("#")[0] for label in level.called} - {level.here, ROOT}
+    return {name for name in called - seen if tree.parts(name)}
 
 
 def _with_operator(

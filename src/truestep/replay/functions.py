@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from truestep.calls.batching import is_measured
 from truestep.calls.instructions import Elsewhere, other_sets, prepare
 from truestep.calls.values import in_real_numbers
 from truestep.environment import Environment, library_version
@@ -363,7 +364,7 @@ def _in_batch(row: int) -> Change:
         def both(value: torch.Tensor) -> torch.Tensor:
             if not value.ndim or value.shape[0] != 1:
                 raise ValueError("an input without a batch axis of 1")
-            neighbour = value.roll(1, dims=-1)
+            neighbour = value.roll(1, dims=-1) if is_measured(value) else value
             return torch.cat([value, neighbour] if row == 0 else [neighbour, value])
 
         def call(sample: Tensors) -> dict[str, torch.Tensor]:

@@ -249,17 +249,23 @@ def matched_slots(
     """The reference's slot of every tensor of a call; None of what has none.
 
     One in the same place with the same sizes, else the next in order with the same sizes: not
-    angles where the other has their cosines.
+    angles where the other has their cosines. Of results, only where both sides have as many of
+    these: else order does not tell which is which, as of six parts of a modulation of which another
+    module hands on four.
     """
     slots: list[str | None] = [
         slot if slot in theirs and alike(tensor, theirs[slot]) else None for slot, tensor in tensors
     ]
-    for index, (_, tensor) in enumerate(tensors):
-        free = (slot for slot in theirs if slot not in slots)
-        if slots[index] is None:
-            fitting = (slot for slot in free if alike(tensor, theirs[slot]))
-            others = (slot for slot in fitting if not in_another_form(tensor, theirs[slot]))
-            slots[index] = next(others, None)
+    unmet = [slot for slot in theirs if slot not in slots]
+    rest = [tensor for (_, tensor), slot in zip(tensors, slots, strict=True) if slot is None]
+    for index, (own, tensor) in enumerate(tensors):
+        if slots[index] is not None:
+            continue
+        like = [slot for slot in unmet if alike(tensor, theirs[slot])]
+        many = sum(alike(other, tensor) for other in rest)
+        if own.partition(".")[0] != "out" or len(like) == many:
+            fitting = (s for s in like if not in_another_form(tensor, theirs[s]))
+            slots[index] = next((slot for slot in fitting if slot not in slots), None)
     return slots
 
 

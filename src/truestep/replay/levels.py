@@ -8,8 +8,8 @@ replaced by what is in it, and what it computes itself is judged with the module
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -102,6 +102,10 @@ class Tree:
         while found != ROOT and found not in self.names:
             found = parent(found)
         return found
+
+    def without(self, names: Collection[str]) -> Tree:
+        """The same, where some modules are not looked at as a whole."""
+        return replace(self, names=self.names - {*names})
 
     @property
     def alone(self) -> frozenset[str]:

@@ -21,5 +21,5 @@ ENGINE = Engine(
     latent=("x",),
     timestep=("t",),
     text=("text_states",),
-    others={"text_mask": "encoder_attention_mask", "text_states_2": "pooled_projections"},
+    called={"text_mask": "encoder_attention_mask", "text_states_2": "pooled_projections"},
 )

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
@@ -45,6 +45,11 @@ from truestep.replay.site.waiting import when_loaded
 STEP, SET_TIMESTEPS = "step", "set_timesteps"
 _HELD = ("sigmas", "timesteps")
 _WATCHED = "_truestep_watched"
+_KINDS = {
+    **dict.fromkeys(("prediction", "passes", "guided", "text", "decode"), "model"),
+    "update": "scheduler",
+}
+"""By role of a boundary; all others are functions."""
 
 
 class _Thread(threading.local):
@@ -76,6 +81,7 @@ class Watcher:
         self._classes: Counter[str] = Counter()
         self._loops: set[CodeType] = set()
         self._shown: set[int] = set()
+        self._sizes: dict[str, list[tuple[int, ...]]] = {}
         self._unpatch: list[Callable[[], None]] = []
         self._injection = Injection(Path(request.inject)) if request.inject else None
         self._inside = Inside(request.inside, self._lock, self._fail) if request.inside else None
@@ -278,15 +284,17 @@ class Watcher:
     def _function(
         self, boundary: Boundary, function: Any, signature: Any, args: Any, kwargs: Any
     ) -> Any:
-        whole = boundary.role in ("generation", "run")
-        if whole and self._stepped and not self._thread.open:
+        first = boundary.role in ("generation", "run", "noise")  # of what a generation begins with
+        if first and self._stepped and not self._thread.open:
             self._end_generation()
-        of_models = ("prediction", "passes", "guided", "text", "decode")
         *owner, method = boundary.path
+        component = ".".join(owner) or boundary.module.rpartition(".")[2]
+        if boundary.role == "update":
+            component, method = self._of_size(component, (*args, *kwargs.values())), STEP
         fields = {
-            "component": ".".join(owner) or boundary.module.rpartition(".")[2],
+            "component": component,
             "method": method,
-            "kind": "model" if boundary.role in of_models else "function",
+            "kind": _KINDS.get(boundary.role, "function"),
             "owner": boundary.module,
             "dtype": "",
             "context": None,
@@ -305,8 +313,19 @@ class Watcher:
         try:
             return self._observe(fields, named, call, opened=boundary.open, within=within)
         finally:
+            self._stepped += boundary.role in ("run", "update")
             if boundary.role == "generation" and not self._thread.open:
                 self._end_generation()
+
+    def _of_size(self, component: str, values: Iterable[Any]) -> str:
+        """Name of what steps a latent of one size: one stepper may step video and sound."""
+        sizes = (tuple(value.shape) for value in values if torch.is_tensor(value))
+        known = self._sizes.setdefault(component, [])
+        size = next(sizes, ())
+        if size not in known:
+            known.append(size)
+        number = known.index(size)
+        return f"{component}~{number}" if number else component
 
     def _observe(
         self,
@@ -359,7 +378,8 @@ class Watcher:
         """Look into a denoiser, which is given a time; of several ranks all is kept already."""
         if self._inside is None or ranks() > 1:
             return
-        times = {*TIMES, *(name for one in self._engines for name in one.timestep)}
+        own = (name.partition("/")[0] for one in self._engines for name in one.timestep)
+        times = {*TIMES, *own}
         with self._lock:
             if self._spool is None or not times & named.keys():
                 return
