@@ -246,6 +246,7 @@ ADVICE = {
     "give --meant auto: it finds out which quantiser explains the weights",
     "give --input {}=PATH or --set {}=VALUE, or it in the case",
     "leave generator out of the case",
+    "set it as an attribute of the pipeline",
     "give what it is called with: check(pipeline, reference, call={...})",
     "check(pipeline, reference, {}, trusted=another_pipeline)",
     "leave trusted out",

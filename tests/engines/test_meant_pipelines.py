@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,60 @@ def test_text_encoders_are_judged_as_well() -> None:
     assert [fault.module for fault in meant.faults] == [TEXT]
 
 
+def rolled(layers: Iterable[torch.nn.Linear]) -> None:
+    for layer in layers:
+        layer.weight.data = layer.weight.data.roll(1, 0)
+
+
+@pytest.mark.parametrize("name", ["int8", "auto", "gguf:Q4_0"])
+@pytest.mark.parametrize("many", [3, 8, 14])
+def test_damage_of_many_layers_is_no_spread(name: str, many: int) -> None:
+    kind = "int8" if name == "auto" else name
+
+    def broken(pipe: Any) -> None:
+        layers = [*linears(pipe.transformer).values()]
+        for layer in layers:
+            found = QUANTISERS[kind](layer.weight.data)
+            layer.weight.data = layer.weight.data if found is None else found.values
+        rolled(layers[::2][:many])
+
+    result, meant = judged(broken, name)
+    assert result.exit_code in (1, 4)
+    assert meant.outcome != "explained"
+    if many == 3:  # of more, another change is as likely
+        assert meant.outcome == "fault"
+        assert len(meant.faults) == many
+
+
+def test_siblings_of_which_many_are_damaged_say_nothing() -> None:
+    def broken(pipe: Any) -> None:
+        int8(pipe)
+        rolled([*linears(pipe.transformer).values()][::2][:4])
+
+    result, meant = judged(broken, "siblings")
+    assert meant.outcome == "undecided"
+    assert "differ too much among themselves" in result.sentence
+    assert result.exit_code == 4
+
+
+def test_a_lora_that_is_left_in_is_no_quantisation() -> None:
+    def adapted(pipe: Any) -> None:
+        dice = torch.Generator().manual_seed(0)
+        int8(pipe)
+        for name, layer in linears(pipe.transformer).items():
+            if name.endswith(("to_q", "to_k")):
+                down, up = (
+                    torch.randn(size, generator=dice)
+                    for size in ((4, layer.in_features), (layer.out_features, 4))
+                )
+                layer.weight.data += 0.1 * layer.weight.data.std() * up @ down
+
+    result, meant = judged(adapted, "int8")
+    assert meant.outcome == "fault"
+    assert {fault.module.rpartition(".")[2] for fault in meant.faults} == {"to_q", "to_k"}
+    assert result.exit_code == 1
+
+
 class Quantised(torch.nn.Module):
     """A layer that keeps codes and scales."""
 
@@ -147,6 +201,51 @@ def test_layers_of_another_class_are_judged_by_what_they_do() -> None:
 
     _, meant = judged(broken, "auto")
     assert [fault.module for fault in meant.faults] == [LAYER]
+
+
+def test_a_large_bias_hides_no_weight_of_a_layer_of_another_class() -> None:
+    def loud(pipe: Any) -> Any:
+        norm = pipe.transformer.transformer_blocks[0].norm1.linear
+        norm.bias.data += 10
+        return pipe.to(torch.bfloat16)
+
+    call = {k: v for k, v in tiny.example_call("FluxPipeline").items() if k != "generator"}
+    pipe, candidate = loud(built()), loud(built())
+    reference = truestep.record(pipe, call=call, floor="steps")
+    wrapped(candidate)
+    kept = {name: b.clone() for name, b in candidate.transformer.named_parameters()}
+    result = truestep.check(candidate, reference, meant="auto", trusted=pipe, steps=(0,))
+    assert result.meant is not None
+    assert (result.meant.outcome, result.meant.faults) == ("explained", ())
+    assert all(torch.equal(b, kept[name]) for name, b in candidate.transformer.named_parameters())
+
+
+def test_compiled_components_are_looked_into() -> None:
+    def compiled(pipe: Any) -> None:
+        int8(pipe)
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+
+    def broken(pipe: Any) -> None:
+        int8(pipe)
+        exchanged(pipe)
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+
+    _, meant = judged(compiled, "int8")
+    assert meant.outcome == "explained"
+    _, meant = judged(broken, "int8")
+    assert [fault.module for fault in meant.faults] == [LAYER]
+
+
+def test_what_is_no_pipeline_is_refused() -> None:
+    pipe, reference = trusted()
+    with pytest.raises(UsageError, match="returned FluxTransformer2DModel, not a pipeline"):
+        truestep.check(
+            built(), reference, apply=lambda p: p.transformer, meant="int8", trusted=pipe
+        )
+    other = built()
+    other.register_modules(more=torch.nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="the components of FluxPipeline cannot be told"):
+        truestep.check(other, reference)
 
 
 def test_the_candidate_is_afterwards_what_it_was() -> None:

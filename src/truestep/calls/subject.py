@@ -71,7 +71,7 @@ def subject_of(
             measured="needed: a pipeline, a module or a function",
         )
     named = dict(components or {})
-    held = getattr(thing, "components", None)
+    held = _held(thing)
     if isinstance(held, Mapping):
         named = {**{str(k): v for k, v in held.items() if watchable(v)}, **named}
         if "generator" not in inputs and _takes(thing, "generator"):
@@ -90,6 +90,23 @@ def subject_of(
 
     label = type(thing).__name__
     return Subject(run, named, dict(functions or {}), label=label, blocks=root_of(thing))
+
+
+def _held(thing: Any) -> Any:
+    """The components of a pipeline, if it is one.
+
+    Raises:
+        UsageError: Its class does not know one that was given to it.
+    """
+    try:
+        return getattr(thing, "components", None)
+    except ValueError as error:  # as diffusers does where one is registered under another name
+        raise UsageError(
+            f"the components of {type(thing).__name__} cannot be told",
+            measured=str(error).rstrip().splitlines()[-1][:200],
+            likely="one was registered that its class does not have",
+            hint="set it as an attribute of the pipeline",
+        ) from None
 
 
 class Called:

@@ -35,6 +35,7 @@ from truestep.calls.values import encode, qualified
 from truestep.environment import Environment
 from truestep.errors import FileFormatError, UsageError, surviving
 from truestep.floors import NoiseRun
+from truestep.pairing.naming import unwrapped
 from truestep.pairing.partners import check_rename
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
@@ -288,8 +289,8 @@ def _models(subject: Subject) -> dict[str, torch.nn.Module]:
     """The components that are models, each once."""
     models: dict[str, torch.nn.Module] = {}
     for name, part in subject.components.items():
-        if isinstance(part, torch.nn.Module) and part not in models.values():
-            models[name] = part
+        if isinstance(part, torch.nn.Module) and unwrapped(part) not in models.values():
+            models[name] = unwrapped(part)
     return models
 
 
@@ -385,7 +386,9 @@ def changed(pipe: Any, change: Change | None, *, what: str = "the change") -> An
         return pipe
     likely = f"it is called with a {type(pipe).__name__}: {', '.join(_parts(pipe))}"
     result = call_change(pipe, change, likely=likely, what=what)
-    if result is not None and not callable(result):
+    held = getattr(pipe, "components", None)
+    part = isinstance(held, Mapping) and any(result is each for each in held.values())
+    if result is not None and (part or not callable(result)):
         raise not_a_pipeline(change, result, what=what)
     return pipe if result is None else result
 

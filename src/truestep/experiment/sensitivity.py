@@ -457,7 +457,8 @@ def _sentence(count: int, nothing: MeasuredError, bought: MeasuredError) -> str:
             f"off, {nothing.final:.2g} without"
         )
     times = nothing.final / bought.final if bought.final else math.inf
+    frames = "" if bought.frames < nothing.frames else "; what is decoded is no nearer"
     return (
         f"keeping {count} layers makes the final latent {times:.2g} x nearer: {bought.final:.2g} "
-        f"off, not {nothing.final:.2g}"
+        f"off, not {nothing.final:.2g}{frames}"
     )

@@ -50,6 +50,9 @@ class Fit:
         size: Root mean square of the reaches, relative to that of the weight.
         inside: Share of its numbers within their reach.
         shifted: Of its rows the middle one: how far all of it is shifted one way, over its reach.
+        far: Share of its numbers that are off by more than one who makes it otherwise is.
+        outward: Of these the share, of all, that no clipping made: larger than the trusted, or of
+            the other sign.
     """
 
     peak: float
@@ -57,6 +60,8 @@ class Fit:
     size: float
     inside: float
     shifted: float = 0.0
+    far: float = 0.0
+    outward: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,17 @@ class Limits:
 
     Attributes:
         spread: The peak by the spread of all layers alone.
+        far, outward: Shares above which a layer is broken, whatever others are.
+        unlike: Whether layers differ so much among themselves that they say nothing of one.
     """
 
     peak: float
     over: float
     outside: float = 1.0
     spread: float = math.inf
+    far: float = 1.0
+    outward: float = 1.0
+    unlike: bool = False
 
 
 def reach_of(trusted: Tensor, candidate: Tensor, quantised: Quantised | None, eps: float) -> Tensor:
@@ -97,7 +107,7 @@ def fit(trusted: Tensor, candidate: Tensor, quantiser: Quantiser | None, *, eps:
     trusted, candidate = trusted.detach().float(), candidate.detach().float()
     quantised = quantiser(trusted) if quantiser is not None else None
     if not bool(candidate.isfinite().all()):
-        return Fit(math.inf, math.inf, math.nan, 0.0)
+        return Fit(math.inf, math.inf, math.nan, 0.0, far=1.0, outward=1.0)
     reach = reach_of(trusted, candidate, quantised, eps)
     off = (candidate - trusted).abs()
     if not off.numel():
@@ -108,7 +118,17 @@ def fit(trusted: Tensor, candidate: Tensor, quantiser: Quantiser | None, *, eps:
     rows = [side.reshape(side.shape[0] if side.ndim > 1 else 1, -1) for side in (trusted, reach)]
     moved = candidate.reshape(rows[0].shape) - rows[0]
     shifted = float((moved.mean(1).abs() / rows[1].mean(1)).median())
-    return Fit(peak, over, rms(reach) / (rms(trusted) or 1.0), inside, shifted)
+    away = shares > _MADE_OTHERWISE
+    clipped = (candidate.abs() < trusted.abs()) & (candidate * trusted >= 0)
+    return Fit(
+        peak,
+        over,
+        rms(reach) / (rms(trusted) or 1.0),
+        inside,
+        shifted,
+        float(away.double().mean()),
+        float((away & ~clipped).double().mean()),
+    )
 
 
 def unit_ratios(off: Tensor, reach: Tensor) -> dict[str, Tensor]:
@@ -142,13 +162,20 @@ def limits(fits: Iterable[Fit], *, known: bool) -> Limits | None:
     """
     every = list(fits)
     if len(every) < LEAST:
-        return Limits(WHOLE_STEP, WHOLE_STEPS) if known else None
+        fixed = Limits(WHOLE_STEP, WHOLE_STEPS, far=_FAR, outward=_OUTWARD)
+        return fixed if known else None
     spread = _limit([each.peak for each in every])
+    if not known:
+        middle = _middle(each.peak for each in every)
+        over = _limit([each.over for each in every])
+        return Limits(spread, over, spread=spread, unlike=spread > _UNLIKE * middle)
     return Limits(
-        max(spread, WHOLE_STEP if known else 0.0),
-        max(_limit([each.over for each in every]), WHOLE_STEPS if known else 0.0),
-        max(_limit([max(1 - each.inside, _CLIPPED) for each in every]), _OUTSIDE) if known else 1.0,
+        max(spread, WHOLE_STEP),
+        max(_limit([each.over for each in every]), WHOLE_STEPS),
+        max(_limit([max(1 - each.inside, _CLIPPED) for each in every]), _OUTSIDE),
         spread,
+        _FAR,
+        _OUTWARD,
     )
 
 
@@ -203,6 +230,13 @@ _CLIPPED = 1e-3
 
 _OUTSIDE = 0.05
 """Least share outside of their reach by which a layer is told from the others."""
+
+_FAR, _OUTWARD = 0.1, 0.02
+"""Shares of numbers far off that no maker of a format leaves: of 22 makers the most are 0.012 and
+0.008; rows exchanged, zeros and a LoRA left in have 0.03 and more of the latter, or 0.6 of both."""
+
+_UNLIKE = 30.0
+"""So many times the middle layer's peak another's may not be, where nothing but others tell."""
 
 
 def on_grids(pairs: Iterable[Pair]) -> bool:
@@ -259,7 +293,8 @@ def of_another_kind(fits: Iterable[Fit]) -> float | None:
 def broken(found: Fit, limit: Limits) -> float | None:
     """How many times as far off as is explained a layer is; None of one that is not broken."""
     outside = 1 - found.inside > limit.outside and found.peak > WHOLE_STEP
-    if found.peak <= limit.peak and found.over <= limit.over and not outside:
+    away = found.far > limit.far or found.outward > limit.outward
+    if found.peak <= limit.peak and found.over <= limit.over and not outside and not away:
         return None
     return max(found.peak, found.over)
 

@@ -376,6 +376,7 @@ def _outcome(judged: Judged, found: Weights, rest: Comparison) -> str:
     if (
         not judged.fits
         or judged.limit is None
+        or judged.limit.unlike
         or judged.other is not None
         or judged.free
         or found.unjudged
@@ -414,6 +415,9 @@ def _text(meant: Meant, rest: Comparison, judged: Judged) -> str:
         return f"`{first.module}` is {far}{more}"
     if meant.outcome == "fault":
         return f"with the trusted weights put back it still differs: {rest.sentence}"
+    if meant.unjudged:
+        names = ", ".join(meant.unjudged[:2])
+        return f"{len(meant.unjudged)} weights cannot be read, such as {names}"
     if not meant.layers:
         return "no weight differs from the trusted one: there is nothing that a change explains"
     if judged.free:
@@ -426,11 +430,13 @@ def _text(meant: Meant, rest: Comparison, judged: Judged) -> str:
             f"most of {meant.layers} changed weights are {judged.other:.3g} x as far off as {own}: "
             "it is another change (--meant auto), or all of them are broken"
         )
-    if meant.unjudged:
-        names = ", ".join(meant.unjudged[:2])
-        return f"{len(meant.unjudged)} weights cannot be read, such as {names}"
     if meant.limit is None:
         return f"{meant.layers} layers are too few to be set against one another"
+    if judged.limit is not None and judged.limit.unlike:
+        return (
+            f"{meant.layers} layers differ too much among themselves to be set against one another "
+            "(--meant auto)"
+        )
     if meant.outcome == "undecided":
         return f"with the trusted weights put back it is {rest.sentence}"
     each = f"each of {meant.layers} changed weights is as far off as {own}"
