@@ -28,7 +28,10 @@ def holds_the_same(tensor: Tensor, references: Iterable[Tensor]) -> bool:
 
 
 def in_another_form(tensor: Tensor, other: Tensor) -> bool:
-    """Whether one of two tensors is a form of the other that is not the other itself."""
+    """Whether one of two tensors is a form of the other that is not the other itself; not of those
+    of which sizes alone are known."""
+    if tensor.is_meta or other.is_meta:
+        return False
     one, two = _value(tensor), _value(other)
     if _close(one, two):
         return False
