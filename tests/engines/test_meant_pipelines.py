@@ -288,3 +288,13 @@ def test_what_cannot_be_judged_is_refused() -> None:
         truestep.check(built(), reference, meant="int9", trusted=pipe)
     with pytest.raises(UsageError, match="not at depth 'final'"):
         truestep.check(built(), reference, meant="int8", trusted=pipe, depth="final")
+
+
+def test_a_change_that_registers_what_no_class_knows_is_refused() -> None:
+    _, reference = trusted()
+
+    def more(pipe: Any) -> None:
+        pipe.register_modules(more=torch.nn.Linear(2, 2))
+
+    with pytest.raises(UsageError, match="the components of FluxPipeline cannot be told"):
+        truestep.check(built(), reference, apply=more)

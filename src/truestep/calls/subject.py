@@ -71,8 +71,8 @@ def subject_of(
             measured="needed: a pipeline, a module or a function",
         )
     named = dict(components or {})
-    held = _held(thing)
-    if isinstance(held, Mapping):
+    held = components_of(thing)
+    if held is not None:
         named = {**{str(k): v for k, v in held.items() if watchable(v)}, **named}
         if "generator" not in inputs and _takes(thing, "generator"):
             inputs["generator"] = torch.Generator("cpu").manual_seed(seed)
@@ -92,14 +92,14 @@ def subject_of(
     return Subject(run, named, dict(functions or {}), label=label, blocks=root_of(thing))
 
 
-def _held(thing: Any) -> Any:
-    """The components of a pipeline, if it is one.
+def components_of(thing: Any) -> Mapping[str, Any] | None:
+    """The components of a pipeline; None of what has none.
 
     Raises:
         UsageError: Its class does not know one that was given to it.
     """
     try:
-        return getattr(thing, "components", None)
+        held = getattr(thing, "components", None)
     except ValueError as error:  # as diffusers does where one is registered under another name
         raise UsageError(
             f"the components of {type(thing).__name__} cannot be told",
@@ -107,6 +107,7 @@ def _held(thing: Any) -> Any:
             likely="one was registered that its class does not have",
             hint="set it as an attribute of the pipeline",
         ) from None
+    return held if isinstance(held, Mapping) else None
 
 
 class Called:

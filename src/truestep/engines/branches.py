@@ -53,20 +53,20 @@ def with_branches(run: Run) -> Run:
     several: dict[str, list[float]] = {}
     if weights is None and (several := _by_model(run, most)):
         weights, residual = next(iter(several.values())), 0.0
-    formed = weights is None and (made := _in_a_form(run, most)) is not None
-    if formed and made is not None:
-        run, weights, residual = made
+    formed = _in_a_form(run, most) if weights is None else None
+    if formed is not None:
+        run, weights, residual = formed
     labels = [str(index) for index in range(most)] if weights is None else _labels(weights)
     steps = []
     for step in run.steps:
         passes = []
         for index, one in enumerate(step.passes):
-            named = weights is None or (bool(step.parts) and not formed)
+            named = weights is None or (bool(step.parts) and formed is None)
             told = one.said if one.said in (COND, UNCOND) and named else ""
             passes.append(replace(one, branch=told or labels[index]))
         parts = {labels[int(i)]: p for i, p in step.parts.items()} if formed else step.parts
         steps.append(step.but(passes=tuple(passes), parts=parts))
-    if weights is not None and run.steps and run.steps[0].parts and not formed:
+    if weights is not None and run.steps and run.steps[0].parts and formed is None:
         labels = list(run.steps[0].parts)
     named_weights = {} if weights is None else dict(zip(labels, weights, strict=True))
     scales = {model: dict(zip(labels, own, strict=True)) for model, own in several.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from truestep.call_case import CallCase
+from truestep.calls.subject import components_of
 from truestep.engines.arguments import (
     named_missing,
     other_defaults,
@@ -96,7 +97,7 @@ def record(
         pipe = _loaded(case, model)
     parts = parts_of(pipe)
     pipe = changed(prepared(pipe, case), apply)
-    refuse_compiled(getattr(pipe, "components", {}).values())
+    refuse_compiled((components_of(pipe) or {}).values())
     idle = idle_loras(case)
     settings = {
         "label": "reference",
@@ -192,7 +193,7 @@ def check(  # 11 parameters: those of `truestep.check` that a case of calls has
             here = _facts(pipe, model, call, judging.environment)
             before = snapshot_of(pipe) if apply else {}
             pipe = changed(pipe, apply)
-            refuse_compiled(getattr(pipe, "components", {}).values())
+            refuse_compiled((components_of(pipe) or {}).values())
             idle = bool(settings or apply) and settings_idle(
                 case, candidate, _recorded_facts(manifest), here
             )

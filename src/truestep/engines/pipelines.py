@@ -28,7 +28,7 @@ from truestep.calls.recording import (
 )
 from truestep.calls.scouting import found_layouts
 from truestep.calls.seen import Plan
-from truestep.calls.subject import Subject, subject_of
+from truestep.calls.subject import Subject, components_of, subject_of
 from truestep.calls.trees import check_tree
 from truestep.calls.values import Path as Place
 from truestep.calls.values import encode, qualified
@@ -384,15 +384,10 @@ def changed(pipe: Any, change: Change | None, *, what: str = "the change") -> An
     """
     if change is None:
         return pipe
-    likely = f"it is called with a {type(pipe).__name__}: {', '.join(_parts(pipe))}"
+    names = ", ".join(map(str, components_of(pipe) or ()))
+    likely = f"it is called with a {type(pipe).__name__}: {names}"
     result = call_change(pipe, change, likely=likely, what=what)
-    held = getattr(pipe, "components", None)
-    part = isinstance(held, Mapping) and any(result is each for each in held.values())
-    if result is not None and (part or not callable(result)):
+    parts = (components_of(pipe) or {}).values()
+    if result is not None and (not callable(result) or any(result is each for each in parts)):
         raise not_a_pipeline(change, result, what=what)
     return pipe if result is None else result
-
-
-def _parts(pipe: Any) -> list[str]:
-    held = getattr(pipe, "components", None)
-    return [str(name) for name in held] if isinstance(held, Mapping) else []

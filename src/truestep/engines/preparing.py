@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from truestep.call_case import CallCase
+from truestep.calls.subject import components_of
 from truestep.engines.folders import still
 from truestep.engines.pipelines import Change, changed
 from truestep.errors import (
@@ -109,12 +110,8 @@ def _all_zero(path: Path) -> bool:
 
 def parts_of(pipe: Any) -> frozenset[str]:
     """Names of the components that a pipeline has."""
-    held = getattr(pipe, "components", None)
-    return frozenset(
-        str(name)
-        for name, part in (held.items() if isinstance(held, Mapping) else ())
-        if part is not None
-    )
+    held = components_of(pipe) or {}
+    return frozenset(str(name) for name, part in held.items() if part is not None)
 
 
 @contextmanager

@@ -28,9 +28,10 @@ from truestep.calls.values import Path, encode, tensors
 from truestep.engines.diffusers import unread
 from truestep.engines.pipelines import changed, record_pipeline
 from truestep.errors import UsageError
-from truestep.experiment.trajectory import During, Models
+from truestep.experiment.trajectory import During
 from truestep.joint import Value
 from truestep.recording.manifest import CallEntry
+from truestep.replay.meant_weights import Models
 from truestep.runtime.applying import Apply
 
 Tensor = torch.Tensor

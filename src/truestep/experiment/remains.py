@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from truestep.errors import UsageError
-from truestep.experiment.trajectory import Generation, Models, apart
+from truestep.experiment.trajectory import Generation, apart
 from truestep.judge.floor import pair_of, repeat_limit
+from truestep.replay.meant_weights import Models
 from truestep.runtime.precision import working_dtype
 
 Tensor = torch.Tensor

@@ -13,6 +13,7 @@ import torch
 from truestep.case import Case
 from truestep.joint import Value, each, gather, tensors_of
 from truestep.keys import step_name
+from truestep.replay.meant_weights import Models
 from truestep.replay.record import record_pipeline
 from truestep.replay.stages import recorded_step, recorded_texts
 from truestep.replay.steps import floor_steps, given, recorded_schedule
@@ -23,7 +24,6 @@ from truestep.runtime.pipeline import Pipeline, Step, Texts, forget, generate, g
 from truestep.runtime.quantising import denoisers_of
 
 Tensor = torch.Tensor
-Models = Mapping[str, torch.nn.Module]
 During = Callable[[], AbstractContextManager[None]]
 """Makes the block in which models are changed."""
 

@@ -22,7 +22,7 @@ import torch
 
 from truestep.reading import parse_json
 from truestep.recording.manifest import Implementation
-from truestep.runtime.pipeline import MODELS, Pipeline, Stages
+from truestep.runtime.pipeline import Pipeline, Stages, models_of
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights that are not quantised."""
@@ -74,7 +74,7 @@ def commits() -> dict[str, str]:
 
 def quantised(pipe: Pipeline) -> Iterator[str]:
     """Models whose weights are stored, or were once rounded, in fewer bits than they seem."""
-    for name, model in _models(pipe):
+    for name, model in models_of(pipe).items():
         config = getattr(model, "config", None)
         if getattr(config, "quantization_config", None):
             yield f"{name}: quantised by its configuration"
@@ -137,7 +137,7 @@ def patched(pipe: Pipeline) -> Iterator[str]:
         if stage is not None and not _ours(stage):
             yield f"stage {field.name}: {_title(stage)}"
     seen: set[type] = set()
-    for name, model in _models(pipe):
+    for name, model in models_of(pipe).items():
         for fqn, module in model.named_modules():
             own = vars(module).get("forward")
             if own is not None and not hasattr(module, "_hf_hook") and not _ours(own):
@@ -151,13 +151,6 @@ def patched(pipe: Pipeline) -> Iterator[str]:
     for key, value in vars(functional).items():
         if isinstance(value, FunctionType) and not _of(value, (_root(torch), *_standard())):
             yield f"torch.nn.functional.{key}: {_title(value)}"
-
-
-def _models(pipe: Pipeline) -> Iterator[tuple[str, torch.nn.Module]]:
-    for name in MODELS:
-        model = getattr(pipe, name)
-        if isinstance(model, torch.nn.Module):
-            yield name, model
 
 
 def _ours(function: Any) -> bool:

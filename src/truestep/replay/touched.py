@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from truestep.calls.subject import components_of
 from truestep.recording.format import bytes_of
 from truestep.recording.header import digest
 from truestep.replay.implementation import patched
@@ -108,8 +109,7 @@ _CODE = (FunctionType, classmethod, staticmethod, property, type)
 
 
 def _held(pipe: Any) -> Iterator[tuple[str, object]]:
-    components = getattr(pipe, "components", None)
-    parts = dict(components) if isinstance(components, Mapping) else {}
+    parts = dict(components_of(pipe) or {})
     classes: set[type] = {type(pipe)}
     yield "pipeline.class", type(pipe)
     for name, part in parts.items():

@@ -30,7 +30,7 @@ from truestep.calls.judging import comparison_of, rows_of
 from truestep.calls.precision import recorded_precision
 from truestep.calls.rebuilding import CannotBuildError
 from truestep.calls.recording import CallRecording
-from truestep.calls.subject import Subject
+from truestep.calls.subject import Subject, components_of
 from truestep.engines.pipelines import opened
 from truestep.errors import FOREIGN, UsageError, one_line
 from truestep.judge.floor import Limits
@@ -410,8 +410,8 @@ def watch(
 
 
 def _components_of(pipe: Any) -> Mapping[str, Any]:
-    held = getattr(pipe, "components", None)
-    if not isinstance(held, Mapping) or not callable(pipe):
+    held = components_of(pipe)
+    if held is None or not callable(pipe):
         raise UsageError(
             f"{type(pipe).__name__} cannot be watched",
             measured="needed: a pipeline, which has components and can be called",
