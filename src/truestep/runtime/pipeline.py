@@ -145,9 +145,11 @@ MODELS = (
 
 
 def models_of(pipe: Pipeline) -> dict[str, torch.nn.Module]:
-    """The models that a pipeline has, by attribute."""
+    """The models that a pipeline has, by attribute, without a port's that are no modules."""
+    import torch
+
     held = {name: getattr(pipe, name) for name in MODELS}
-    return {name: model for name, model in held.items() if model is not None}
+    return {name: model for name, model in held.items() if isinstance(model, torch.nn.Module)}
 
 
 def _one(step: Step) -> float:
