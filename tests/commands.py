@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,13 @@ Run = Callable[..., tuple[int, str, str]]
 """Arguments to exit code, stdout and stderr."""
 
 Captured = pytest.CaptureFixture[str]
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    words = [sys.executable, "-m", "truestep", *arguments]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+
 
 CASE = """
 [case.{name}]

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 from hypothesis import settings
 
-from tests.warm import Command, warm
+from tests.warm import warm
 
 settings.register_profile("any machine", deadline=None)  # no test fails by a clock
 settings.load_profile("any machine")
@@ -121,8 +121,8 @@ def ltx2_case() -> dict[str, object]:
     }
 
 
-@pytest.fixture(scope="session")
-def command() -> Iterator[Command]:
-    """Run the command line in a process of its own, without its imports; see `tests.warm`."""
-    with warm() as run:
-        yield run
+@pytest.fixture(scope="session", autouse=True)
+def _warm() -> Iterator[None]:
+    """Processes of this interpreter begin with their imports made; see `tests.warm`."""
+    with warm():
+        yield

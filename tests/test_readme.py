@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import documents
-from tests.warm import Command
+from tests.commands import command
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -35,7 +35,7 @@ def comparable(text: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", documents.pages(), ids=lambda page: page.stem)
 def test_a_page_prints_what_it_says(
-    page: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in documents.HELD:
         monkeypatch.delenv(name, raising=False)

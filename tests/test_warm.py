@@ -1,53 +1,224 @@
-"""A command in a warm process is the command in a process of its own."""
+"""A warm process is the process that it stands for."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.warm import Command
+from tests.commands import command
+from tests.warm import COLD, ROOT
 
-
-@pytest.mark.parametrize(
-    "arguments", [("--version",), ("check", "nothing"), ("chek",), ("doctor", "--recipe")]
+linux = pytest.mark.skipif(
+    sys.platform != "linux" or COLD in os.environ, reason="processes are warm on Linux alone"
 )
-def test_it_ends_and_prints_as_the_other_does(
-    arguments: tuple[str, ...], command: Command, tmp_path: Path
-) -> None:
-    plain = subprocess.run(
-        [sys.executable, "-m", "truestep", *arguments],
-        cwd=tmp_path, capture_output=True, text=True,
+Done = subprocess.CompletedProcess[str]
+
+PROGRAM = """
+import os, sys
+sys.path_importer_cache.clear()
+print(sys.argv, os.getcwd(), __name__, __file__, os.path.basename(sys.executable))
+print(os.environ.get("MARK"), sys.path[0], sys.stdin.read(), sys.stdout.isatty(), sys.orig_argv)
+print("to stderr", file=sys.stderr)
+"""
+
+ENDS = {
+    "falls through": "",
+    "a number": "sys.exit(7)",
+    "a number that is too large": "sys.exit(263)",
+    "a text": "sys.exit('no such file')",
+    "nothing": "sys.exit()",
+    "without a word": "os._exit(3)",
+    "an error": "def f():\n    raise ValueError('no')\nf()",
+    "a hook for errors": "sys.excepthook = lambda *_: print('told')\n1 / 0",
+    "a stop": "raise KeyboardInterrupt",
+    "a signal": "os.kill(os.getpid(), 15)",
+    "at the end": "import atexit\natexit.register(print, 'ended')",
+    "threads": "import threading\n"
+    "threading.Timer(0.2, print, ('late',)).start()\nprint('first', flush=True)",
+    "a closed stream": "sys.stdout.close()",
+    "what is in it": "class A: pass\nimport pickle\n"
+    "print(pickle.loads(pickle.dumps(A())).__class__, sys.modules['__main__'].A is A)",
+    "processes of it": "import multiprocessing as m\n"
+    "p = m.get_context('spawn').Process(target=print, args=('far',))\n"
+    "if __name__ == '__main__':\n    p.start(); p.join(); print(p.exitcode)",
+}
+
+
+def both(*words: str, cwd: Path, given: str = "", **env: str) -> tuple[Done, Done]:
+    """How a process ends as it ever did, and warm."""
+    one, other = (
+        subprocess.run(
+            [sys.executable, *words], cwd=cwd, input=given, capture_output=True, text=True,
+            env={**os.environ, **env, **cold},
+        )
+        for cold in ({COLD: "1"}, {})
     )  # fmt: skip
-    done = command(*arguments, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (
-        plain.returncode, plain.stdout, plain.stderr,
+    return one, other
+
+
+@linux
+@pytest.mark.parametrize("name", ENDS)
+def test_a_program_runs_and_ends_as_ever(name: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM + ENDS[name] + "\n")
+    cold, warm = both("program.py", "a", "-b", cwd=tmp_path, given="typed", MARK="one")
+    assert warm.stdout == cold.stdout
+    assert warm.stderr == cold.stderr
+    assert warm.returncode == cold.returncode
+
+
+@linux
+@pytest.mark.parametrize(
+    "words", [("--version",), ("check", "nothing"), ("chek",), ("doctor", "--recipe")]
+)
+def test_a_module_runs_as_ever(words: tuple[str, ...], tmp_path: Path) -> None:
+    cold, warm = both("-m", "truestep", *words, cwd=tmp_path)
+    assert (warm.returncode, warm.stdout, warm.stderr) == (
+        cold.returncode, cold.stdout, cold.stderr,
     )  # fmt: skip
-    assert done.stdout + done.stderr
+    assert warm.stdout + warm.stderr
+
+
+IMPORTED = "import sys\nprint('torch' in sys.modules)\n"
+
+
+def is_warm(folder: Path, *words: str, **env: str) -> bool:
+    """Whether a program had its imports before it began."""
+    (folder / "program.py").write_text(IMPORTED)
+    done = subprocess.run(
+        [sys.executable, *(words or ("program.py",))], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, **env}, check=True,
+    )  # fmt: skip
+    return done.stdout.strip() == "True"
+
+
+@linux
+def test_what_is_imported_otherwise_is_cold(tmp_path: Path) -> None:
+    assert is_warm(tmp_path)
+    assert is_warm(tmp_path, MARK="1")
+    assert not is_warm(tmp_path, OMP_NUM_THREADS="3")
+    assert not is_warm(tmp_path, TORCH_LOGS="")
+    assert not is_warm(tmp_path, **{COLD: "1"})
+    assert not is_warm(tmp_path, "-c", IMPORTED)
+    assert not is_warm(tmp_path, "-I", "program.py")
+    other = tmp_path / "other"
+    (other / "diffusers").mkdir(parents=True)
+    assert not is_warm(tmp_path, PYTHONPATH=str(other))
+    (tmp_path / "safetensors.py").write_text("")
+    assert not is_warm(tmp_path)
+
+
+@linux
+def test_start_up_files_run(tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import os\nos.environ['MARK'] = 'site'\n")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    cold, warm = both("program.py", cwd=tmp_path, PYTHONPATH=path)
+    assert (warm.stdout, warm.stderr) == (cold.stdout, cold.stderr)
+    assert "site" in warm.stdout.splitlines()[1].split()[0]
+
+
+NESTED = """
+import os, subprocess, sys
+words = [sys.executable, "inner.py", str(os.getpid())]
+if sys.argv[1] == "forked":
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        os._exit(os.waitstatus_to_exitcode(status))
+    words[2] = str(os.getpid())
+os._exit(subprocess.run(words).returncode)
+"""
+
+INNER = """
+import os, sys
+assert os.getppid() == int(sys.argv[1]), "another parent"
+assert "torch" in sys.modules
+sys.exit(5)
+"""
+
+
+@linux
+@pytest.mark.parametrize("how", ["started", "forked"])
+def test_what_it_starts_is_its_own_child_and_warm(how: str, tmp_path: Path) -> None:
+    (tmp_path / "outer.py").write_text(NESTED)
+    (tmp_path / "inner.py").write_text(INNER)
+    done = subprocess.run(
+        [sys.executable, "outer.py", how], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (5, "")
+
+
+@linux
+def test_it_is_a_child_that_can_be_told_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
+    for stop, session in ((signal.SIGINT, True), (signal.SIGKILL, False), (signal.SIGTERM, False)):
+        process = subprocess.Popen(
+            [sys.executable, "program.py"], cwd=tmp_path, text=True, start_new_session=session,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        assert os.getsid(process.pid) == (process.pid if session else os.getsid(0))
+        process.send_signal(stop)
+        _, said = process.communicate()
+        assert process.returncode == -stop
+        assert ("KeyboardInterrupt" in said) is (stop is signal.SIGINT)
+        assert "warm.py" not in said
+
+
+@linux
+def test_files_are_passed_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import os, sys\nos.write(int(sys.argv[1]), b'here')\n"
+        "print(sorted(int(n) for n in os.listdir('/proc/self/fd'))[:5])\n"
+    )
+    read, write = os.pipe()
+    os.set_inheritable(read, True)
+    for env in ({COLD: "1"}, {}):
+        done = subprocess.run(
+            [sys.executable, "program.py", str(write)], cwd=tmp_path, pass_fds=[write],
+            stdout=subprocess.PIPE, text=True, env={**os.environ, **env},
+        )  # fmt: skip
+        assert os.read(read, 10) == b"here"
+        assert str(read) not in done.stdout.strip("[]\n").split(", ")[3:]
+    os.close(read)
+    os.close(write)
+
+
+@linux
+def test_streams_end_when_it_ends(tmp_path: Path) -> None:
+    """No process that was forked beside it holds them."""
+    (tmp_path / "program.py").write_text(
+        "import os\nprint('x', flush=True)\nos.kill(os.getpid(), 9)\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert (done.stdout, done.returncode) == ("x\n", -9)
+    assert time.monotonic() - start < 600
 
 
 CASE = ("record", "builtin:digits", "--prompt", "a", "--apply", "change.py:f")
-
-
-def test_it_has_the_environment_of_now(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "change.py").write_text("import os\nprint(os.environ['MARK'], os.getcwd())\n")
-    for mark in ("one", "two"):
-        monkeypatch.setenv("MARK", mark)
-        done = command(*CASE, cwd=tmp_path)
-        assert f"{mark} {tmp_path}" in done.stdout
-        assert done.returncode == 2
 
 
 @pytest.mark.parametrize(
     ("end", "said"),
     [("kill(os.getpid(), 9)", "SIGKILL ended the process"), ("_exit(0)", "exit status 0")],
 )
-def test_its_guard_is_there(end: str, said: str, command: Command, tmp_path: Path) -> None:
+def test_the_guard_is_there(end: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "change.py").write_text(f"import os\nos.{end}\n")
     done = command(*CASE, cwd=tmp_path)
     assert done.returncode == 1
     assert said in done.stderr
+
+
+def test_it_needs_no_more_than_is_here() -> None:
+    assert (ROOT / "src" / "truestep").is_dir()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Run, runner, write_cases
-from tests.warm import Command
+from tests.commands import command
 from truestep import check, cli, guard, record
 from truestep.case import load_cases
 from truestep.errors import ProcessEndedError
@@ -228,9 +228,7 @@ VERBS = {
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_no_verb_is_ended_with_0_by_the_file_of_a_change(
-    folder: Path, verb: str, command: Command
-) -> None:
+def test_no_verb_is_ended_with_0_by_the_file_of_a_change(folder: Path, verb: str) -> None:
     for name, cause in (("script", "SystemExit: 0"), ("gone", "exit status 0")):
         done = command(*VERBS[verb], "--apply", f"{name}.py:f", cwd=folder)
         assert done.returncode == 1
@@ -241,7 +239,7 @@ def test_no_verb_is_ended_with_0_by_the_file_of_a_change(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_no_verb_is_ended_with_0_by_a_stage(folder: Path, verb: str, command: Command) -> None:
+def test_no_verb_is_ended_with_0_by_a_stage(folder: Path, verb: str) -> None:
     change = "ends" if verb in ("doctor", "trace batch") else "kills"
     done = command(*VERBS[verb], "--apply", f"change.py:{change}", cwd=folder)
     assert done.returncode == 1, done.stdout

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.warm import Command
+from tests.commands import command
 from truestep.recording.format import Recording
 from truestep.recording.partial import beside
 from truestep.testing import tiny
@@ -52,7 +52,6 @@ class Recorder:
     """`truestep record` of one case in a folder of its own, which may be killed."""
 
     folder: Path
-    command: Command
     patch: pytest.MonkeyPatch
     words: tuple[str, ...] = FLUX
     options: tuple[str, ...] = ("--output", "r.safetensors", "--apply", "change.py:counted")
@@ -64,7 +63,7 @@ class Recorder:
         self.patch.setenv("DIES_AT", str(dies_at))
         self.patch.setenv("XDG_CACHE_HOME", str(self.folder / cache))
         words = (*self.words, *self.options, *options)
-        done = self.command("record", *words, cwd=self.folder)
+        done = command("record", *words, cwd=self.folder)
         return Told(done.returncode, done.stdout, done.stderr, count.stat().st_size)
 
     @property
@@ -80,12 +79,10 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def recorder(
-    tmp_path: Path, flux: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> Recorder:
+def recorder(tmp_path: Path, flux: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     shutil.copytree(flux, tmp_path / "flux")
     (tmp_path / "change.py").write_text(CHANGE)
-    return Recorder(tmp_path, command, monkeypatch)
+    return Recorder(tmp_path, monkeypatch)
 
 
 def differing(actual: Path, reference: Path) -> list[str]:
