@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Run, runner, write_cases
-from tests.commands import command
+from tests.commands import Run, command, runner, write_cases
 from truestep import check, cli, guard, record
 from truestep.case import load_cases
 from truestep.errors import ProcessEndedError
