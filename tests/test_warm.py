@@ -84,7 +84,21 @@ def test_a_module_runs_as_ever(words: tuple[str, ...], tmp_path: Path) -> None:
     assert warm.stdout + warm.stderr
 
 
+@linux
+@pytest.mark.parametrize("end", ["sys.exit(3)", "def f():\n    raise ValueError('no')\nf()"])
+def test_code_of_a_word_runs_as_ever(end: str, tmp_path: Path) -> None:
+    code = "import sys, torch\nprint(sys.argv, sys.path[0], __name__, globals().get('__file__'))\n"
+    cold, warm = both("-c", code + end, "a", "-c", cwd=tmp_path)
+    assert (warm.returncode, warm.stdout, warm.stderr) == (
+        cold.returncode, cold.stdout, cold.stderr,
+    )  # fmt: skip
+
+
 IMPORTED = "import sys\nprint('torch' in sys.modules)\n"
+
+
+SEEN = "print(type(vars(s)['modules'].get('scipy')).__name__ != 'NoneType')"
+"""Whether more is imported than torch, in other words than those that make a program cold."""
 
 
 def is_warm(folder: Path, *words: str, **env: str) -> bool:
@@ -105,6 +119,7 @@ def test_what_is_imported_otherwise_is_cold(tmp_path: Path) -> None:
     assert not is_warm(tmp_path, TORCH_LOGS="")
     assert not is_warm(tmp_path, **{COLD: "1"})
     assert not is_warm(tmp_path, "-c", IMPORTED)
+    assert is_warm(tmp_path, "-c", "import torch; s = __import__('sys'); " + SEEN)
     assert not is_warm(tmp_path, "-I", "program.py")
     other = tmp_path / "other"
     (other / "diffusers").mkdir(parents=True)

@@ -6,10 +6,11 @@ with a script or `-m` is a fork of one process that has imported the libraries a
 is a process like any other: a child of who started it, with its own number, streams, environment,
 folder, search path, signals and end. It runs `sitecustomize` again; what it starts is warm, too.
 
-Cold as ever: other interpreters, `-c` and options of the interpreter, `preexec_fn`, an environment
-that libraries read when they are imported (`_READ_AT_IMPORT`), a search path that holds another
-copy of a library, `TRUESTEP_TEST_COLD=1`, and everything where this is not Linux. What measures
-memory, or what is imported at start-up, belongs there. tests/test_warm holds the two to each other.
+Cold as ever: other interpreters and options of the interpreter, `-c` without a word of torch,
+`preexec_fn`, an environment that libraries read when they are imported (`_READ_AT_IMPORT`), a
+search path that holds another copy of a library, `TRUESTEP_TEST_COLD=1`, and everything where this
+is not Linux. What measures memory, or what is imported at start-up, belongs there. tests/test_warm
+holds the two to each other.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ _READ_AT_IMPORT = (
 _READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "TORCHELASTIC")
 _FAR = 200
 """Numbers of files from here on are in no one's way."""
+
+_MEASURED = ("sys.modules", "setrlimit", "getrusage", "Vm")
+"""In a program of `-c`: it looks at what is imported, or at memory."""
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 
@@ -227,6 +231,9 @@ def _is_program(words: Sequence[str], cwd: Any) -> bool:
     words = words[1:] if words[:1] == ["-u"] else words
     if not words or (cwd is not None and not os.path.isdir(cwd)):
         return False
+    if words[0] == "-c":
+        code = words[1] if len(words) > 1 else ""
+        return "torch" in code and not any(word in code for word in _MEASURED)
     if words[0].startswith("-m"):
         name = words[0].removeprefix("-m") or (words[1] if len(words) > 1 else "")
         return name.split(".")[0] in ("truestep", "pytest", "tests") or name == RUN
@@ -248,7 +255,7 @@ def _first(words: Sequence[str], cwd: Any, env: dict[str, str]) -> list[str]:
     """Folders that are searched before the interpreter's own."""
     here = os.path.abspath(os.fsdecode(cwd or "."))
     script = next(word for word in words[1:] if word != "-u")
-    own = here if script.startswith("-m") else os.path.dirname(os.path.join(here, script))
+    own = here if script.startswith("-") else os.path.dirname(os.path.join(here, script))
     path = env.get("PYTHONPATH")
     return [own, *(os.path.join(here, place) for place in (path.split(os.pathsep) if path else []))]
 
@@ -475,7 +482,7 @@ def _search(told: dict[str, Any]) -> None:
         del sys.modules[name]
     with suppress(ImportError):
         importlib.import_module("sitecustomize")
-    sys.path.insert(0, own)
+    sys.path.insert(0, "" if "-c" in told["words"][1:3] else own)
 
 
 def _run(words: list[str]) -> NoReturn:
@@ -488,6 +495,11 @@ def _run(words: list[str]) -> NoReturn:
         name, *rest = words[2:] if words[1] == "-m" else [words[1][2:], *words[2:]]
         sys.argv[:] = ["-m", *rest]
         run = lambda: runpy._run_module_as_main(name)  # type: ignore[attr-defined]  # noqa: E731
+    elif words[1] == "-c":
+        sys.argv[:] = ["-c", *words[3:]]
+        program = compile(words[2], "<string>", "exec")
+        main.__dict__.update(__builtins__=__builtins__)
+        run = lambda: exec(program, main.__dict__)  # noqa: E731
     else:
         sys.argv[:] = words[1:]
         place = os.path.abspath(words[1])
