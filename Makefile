@@ -77,7 +77,7 @@ docs-outputs: $(STAMP)
 	$(BIN)/python -m tests.documents
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=40
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
