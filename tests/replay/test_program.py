@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm import COLD
 from truestep.errors import UsageError
 from truestep.recording.format import Recording
 from truestep.replay.program import SITE, VARIABLE, Request, output_path, parse
@@ -41,9 +42,13 @@ def script(tmp_path: Path) -> Path:
 
 
 def run(
-    *command: str | Path, folder: Path, trace: str | None = None, path: str = ""
+    *command: str | Path, folder: Path, trace: str | None = None, path: str = "", **env: str
 ) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(SITE), path)))}
+    environment = {
+        **os.environ,
+        **env,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(SITE), path))),
+    }
     environment.pop(VARIABLE, None)
     if trace is not None:
         environment[VARIABLE] = trace
@@ -57,11 +62,12 @@ def fqns(path: Path) -> list[str]:
     return sorted({str(entry.fqn) for entry in Recording.open(path).manifest.tensors})
 
 
-def test_the_first_model_of_a_class(script: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("env", [{COLD: "1"}, {}], ids=["torch is imported later", "at once"])
+def test_the_first_model_of_a_class(env: dict[str, str], script: Path, tmp_path: Path) -> None:
     plain = run(sys.executable, script, "a", folder=tmp_path)
     traced = run(
         sys.executable, script, "a", folder=tmp_path,
-        trace="blocks.?,(root);class=Mod*;level=full;inputs=1;steps=0,1",
+        trace="blocks.?,(root);class=Mod*;level=full;inputs=1;steps=0,1", **env,
     )  # fmt: skip
     assert (traced.stdout, traced.returncode) == (plain.stdout, 0)
     assert "tracing Model: 3 of 9 modules" in traced.stderr
