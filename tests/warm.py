@@ -68,7 +68,13 @@ _READ_AT_IMPORT = (
     *("LD_", "MKL", "NUMPY", "OMP_", "OPENBLAS", "PYTHON", "PYTORCH", "TORCH", "TRANSFORMERS"),
     *("TRITON", "USE_", "XDG_"),
 )
-_READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "TORCHELASTIC")
+_READ_LATER = (
+    "PYTHONPATH",
+    "PYTHONUNBUFFERED",
+    "PYTHONDONTWRITEBYTECODE",
+    "TORCHELASTIC",
+    "TORCH_NCCL",
+)
 _FAR = 200
 """Numbers of files from here on are in no one's way."""
 
@@ -233,7 +239,8 @@ def _is_program(words: Sequence[str], cwd: Any) -> bool:
         return False
     if words[0] == "-c":
         code = words[1] if len(words) > 1 else ""
-        return "torch" in code and not any(word in code for word in _MEASURED)
+        measured = any(word in code for word in _MEASURED)
+        return ("torch" in code and not measured) or "runpy.run_module" in code
     if words[0].startswith("-m"):
         name = words[0].removeprefix("-m") or (words[1] if len(words) > 1 else "")
         return name.split(".")[0] in ("truestep", "pytest", "tests") or name == RUN
