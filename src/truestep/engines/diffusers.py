@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from truestep.engines.pipelines import (
     Judging,
     Told,
     changed,
+    changed_alone,
     check_pipeline,
     opened,
     record_pipeline,
@@ -61,7 +63,6 @@ from truestep.replay.check import (
     said_idle,
 )
 from truestep.replay.record import FloorChoice
-from truestep.replay.touched import snapshot_of, touched
 from truestep.runtime.compiling import compile_pipeline
 from truestep.runtime.loading import failures, fingerprint, folder_of, index_of, model_index, quiet
 from truestep.runtime.stored import in_files, refuse_compiled
@@ -191,14 +192,13 @@ def check(  # 11 parameters: those of `truestep.check` that a case of calls has
         with surviving("the model's code"):
             pipe = _in_files(candidate, model)
             here = _facts(pipe, model, call, judging.environment)
-            before = snapshot_of(pipe) if apply else {}
-            pipe = changed(pipe, apply)
+            pipe, shared, touches = changed_alone(pipe, apply)
             refuse_compiled((components_of(pipe) or {}).values())
             idle = bool(settings or apply) and settings_idle(
                 case, candidate, _recorded_facts(manifest), here
             )
-            idle = idle and not touched(before, snapshot_of(pipe) if apply else {})
-            result = check_pipeline(pipe, recording, call, judging)
+            idle = idle and not touches
+            result = check_pipeline(pipe, recording, call, replace(judging, shared=shared))
     except ProcessEndedError as error:
         side = Side(label="reference", path=where)
         return ended(case, f"{error.what}, {error.where}", label=label, reference=side)

@@ -6,7 +6,7 @@ The arguments are kept in the recording, decoded: a check needs neither them nor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ from truestep.replay.locating import noted
 from truestep.replay.meant import with_meant
 from truestep.replay.opening import open_call
 from truestep.replay.record import FloorChoice
+from truestep.replay.shared_code import Shared, taken_back
+from truestep.replay.touched import snapshot_of, touched
 from truestep.runtime.applying import call_change, not_a_pipeline
 from truestep.runtime.identity import content_of, device_of, weights_of
 from truestep.runtime.stored import beside
@@ -210,6 +212,7 @@ class Judging:
             declared change judged.
         meant: What the change is declared to be.
         progress: Told (what, done, total) while it runs.
+        shared: What the change replaced for the whole process: it is on for the candidate alone.
     """
 
     steps: tuple[int, ...] | None = None
@@ -222,6 +225,7 @@ class Judging:
     trusted: Callable[[], Any] | None = None
     meant: str | None = None
     progress: Progress | None = None
+    shared: Shared = field(default_factory=Shared)
 
 
 def check_pipeline(
@@ -229,7 +233,7 @@ def check_pipeline(
 ) -> Comparison:
     """Check a pipeline against a recording, called with arguments."""
     manifest = reference.recording.manifest
-    subject = _subject(pipe, reference, call)
+    subject = replace(_subject(pipe, reference, call), code=judging.shared.on)
     trusted = _trusted(subject, reference, judging)
     named = replace(subject, label=judging.label)
     result = _judged(named, reference, judging)
@@ -253,16 +257,17 @@ def check_pipeline(
 
 def _judged(candidate: Subject, reference: CallRecording, judging: Judging) -> Comparison:
     """The check itself."""
-    if judging.depth == "final":
-        return check_end(candidate, reference, tolerance=judging.tolerance, pair=judging.pair)
-    return check(
-        candidate,
-        reference,
-        steps=judging.steps,
-        tolerance=judging.tolerance,
-        pair=judging.pair,
-        progress=judging.progress,
-    )
+    with candidate.code():  # the environment that it reports is that of its change, too
+        if judging.depth == "final":
+            return check_end(candidate, reference, tolerance=judging.tolerance, pair=judging.pair)
+        return check(
+            candidate,
+            reference,
+            steps=judging.steps,
+            tolerance=judging.tolerance,
+            pair=judging.pair,
+            progress=judging.progress,
+        )
 
 
 def _as_meant(
@@ -280,6 +285,7 @@ def _as_meant(
             _models(candidate),
             _models(other),
             judging.meant or "",
+            code=candidate.code,
             check=lambda: _judged(candidate, reference, judging),
             locate=lambda rest: _opened(candidate, lambda: other, reference, rest, judging),
         )
@@ -368,6 +374,22 @@ def _subject(pipe: Any, reference: CallRecording, call: Mapping[str, Any]) -> Su
     """A pipeline, called as the recorded one was but for its arguments."""
     seed = reference.recording.manifest.settings.get("seed", 0)
     return subject_of(pipe, seed=seed if isinstance(seed, int) else 0, **call)
+
+
+def changed_alone(pipe: Any, change: Change | None) -> tuple[Any, Shared, bool]:
+    """A pipeline as a change makes it, and nothing else of the process.
+
+    Returns:
+        It, what the change replaced for the whole process, and whether it touched anything.
+
+    Raises:
+        UsageError, ProcessEndedError: As `changed` does.
+    """
+    before = snapshot_of(pipe) if change else {}
+    with taken_back(pipe) as shared:
+        pipe = changed(pipe, change)
+        after = snapshot_of(pipe) if change else {}
+    return pipe, shared, bool(touched(before, after))
 
 
 def changed(pipe: Any, change: Change | None, *, what: str = "the change") -> Any:

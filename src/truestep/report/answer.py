@@ -69,6 +69,7 @@ def headline(comparison: Comparison) -> str:
     word, sentence = _word(comparison), comparison.sentence
     if word in _WORDS.values():
         sentence = sentence.removeprefix(f"{comparison.verdict.value}: ")
+        sentence = sentence.removeprefix("undecided ")
     seen = comparison.detectable if word == "PASSED" else None
     if seen is not None and seen >= _WEAK:
         blind = f"only a relative change of {seen:.1e} would have been seen"
@@ -80,7 +81,8 @@ def headline(comparison: Comparison) -> str:
 def _word(comparison: Comparison) -> str:
     if comparison.known is not None and comparison.known.accepted:
         return "KNOWN"
-    return word_of(comparison.verdict.value, passed=comparison.exit_code == 0)
+    outcome = "inconclusive" if comparison.exit_code == 4 else comparison.verdict.value
+    return word_of(outcome, passed=comparison.exit_code == 0)
 
 
 def case_of(comparison: Comparison) -> str:
