@@ -147,12 +147,17 @@ def counted(verdicts: Iterable[str]) -> str:
     return f"{counts.total()} cases: {told}"
 
 
-def next_line(comparison: Comparison) -> str:
-    """What to do next, labelled: a command, or advice; empty where there is none."""
+def following(comparison: Comparison) -> tuple[str, str]:
+    """What to do next, after its label: a command, or advice; empty where there is none."""
     if comparison.exit_code and comparison.hint:  # with what is said beside a command
-        return f"{'next' if command_in(comparison.hint) else 'hint'}: {comparison.hint}"
-    command = next_command(comparison)
-    return f"next: {command}" if command else ""
+        return "next" if command_in(comparison.hint) else "hint", comparison.hint
+    return "next", next_command(comparison)
+
+
+def next_line(comparison: Comparison) -> str:
+    """What to do next, labelled; empty where there is nothing."""
+    label, told = following(comparison)
+    return f"{label}: {told}" if told else ""
 
 
 def _labelled(label: str, value: str | None) -> str | None:
