@@ -162,6 +162,13 @@ def test_a_change_that_wraps_a_class_is_applied_once_to_each_of_two_checks(flux:
     assert first.sentence == second.sentence
 
 
+def test_a_record_leaves_nothing_replaced(wan: Sides, flux: Sides) -> None:
+    kept = FUNCTIONAL.gelu
+    for case, _ in (wan, flux):
+        truestep.record(case, apply=louder(FUNCTIONAL, "gelu"), floor="none")
+        assert FUNCTIONAL.gelu is kept
+
+
 def test_a_harmless_patch_passes_and_is_no_idle_change(wan: Sides, flux: Sides) -> None:
     for sides, owner in (
         (wan, transformer_wan.WanAttnProcessor),

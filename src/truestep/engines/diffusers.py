@@ -63,6 +63,7 @@ from truestep.replay.check import (
     said_idle,
 )
 from truestep.replay.record import FloorChoice
+from truestep.replay.shared_code import taken_back
 from truestep.runtime.compiling import compile_pipeline
 from truestep.runtime.loading import failures, fingerprint, folder_of, index_of, model_index, quiet
 from truestep.runtime.stored import in_files, refuse_compiled
@@ -96,32 +97,33 @@ def record(
     call = {**model.signature.always, **case.call, **files}
     with in_files():
         pipe = _loaded(case, model)
-    parts = parts_of(pipe)
-    pipe = changed(prepared(pipe, case), apply)
-    refuse_compiled((components_of(pipe) or {}).values())
-    idle = idle_loras(case)
-    settings = {
-        "label": "reference",
-        "pipeline": model.name,
-        "call": said(model.signature, call),
-        "components": _components(pipe),
-        "scheduler_config": _configuration(getattr(pipe, "scheduler", None)),
-        **({"prepared": case.prepared} if case.prepared else {}),
-        **({"idle": idle} if idle else {}),
-    }
-    told = Told(settings, _environment(case, model), case.id, case.canonical())
-    without = removed_named(parts, pipe, case=case, change=apply)
-    with named_missing(model.signature), without:
-        return record_pipeline(
-            pipe,
-            call,
-            floor=floor,
-            keep=keep,
-            seed=case.seed,
-            told=told,
-            progress=progress,
-            kept=kept,
-        ).recording
+    with taken_back(pipe):  # of several cases, none has another's change
+        parts = parts_of(pipe)
+        pipe = changed(prepared(pipe, case), apply)
+        refuse_compiled((components_of(pipe) or {}).values())
+        idle = idle_loras(case)
+        settings = {
+            "label": "reference",
+            "pipeline": model.name,
+            "call": said(model.signature, call),
+            "components": _components(pipe),
+            "scheduler_config": _configuration(getattr(pipe, "scheduler", None)),
+            **({"prepared": case.prepared} if case.prepared else {}),
+            **({"idle": idle} if idle else {}),
+        }
+        told = Told(settings, _environment(case, model), case.id, case.canonical())
+        without = removed_named(parts, pipe, case=case, change=apply)
+        with named_missing(model.signature), without:
+            return record_pipeline(
+                pipe,
+                call,
+                floor=floor,
+                keep=keep,
+                seed=case.seed,
+                told=told,
+                progress=progress,
+                kept=kept,
+            ).recording
 
 
 @taking_turns()
