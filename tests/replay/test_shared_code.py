@@ -88,6 +88,15 @@ def place(result: Comparison) -> str | None:
 
 MODULES, CAUSE, MEANT = {"depth": "modules"}, {"depth": "cause"}, {"meant": "auto"}
 ATTENTION, BLOCK = transformer_flux.FluxAttnProcessor, transformer_flux.FluxTransformerBlock
+PREPARE = """
+from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+
+def louder(pipe):
+    was = FluxTransformerBlock.forward
+    FluxTransformerBlock.forward = lambda *args, **kwargs: tuple(
+        1.1 * each for each in was(*args, **kwargs)
+    )
+"""
 GELU = FUNCTIONAL, "gelu"
 
 
@@ -160,6 +169,20 @@ def test_a_change_that_wraps_a_class_is_applied_once_to_each_of_two_checks(flux:
     change = louder(transformer_flux.FluxTransformerBlock, "forward")
     first, second = (checked(flux, change) for _ in range(2))
     assert first.sentence == second.sentence
+
+
+def test_a_preparation_that_patches_a_class_prepares_each_side_once(
+    flux: Sides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prepare.py").write_text(PREPARE)
+    kept = BLOCK.forward
+    case = flux[0].replace(prepare="prepare.py:louder")
+    sides = case, truestep.record(case)
+    assert checked(sides, lambda pipe: None).verdict is Verdict.IDENTICAL
+    louder_output = louder_instance("proj_out")
+    assert place(checked(sides, louder_output, depth="modules")) == "transformer.proj_out"
+    assert BLOCK.forward is kept
 
 
 def test_a_record_leaves_nothing_replaced(wan: Sides, flux: Sides) -> None:

@@ -66,6 +66,7 @@ from truestep.replay.record import FloorChoice
 from truestep.replay.shared_code import taken_back
 from truestep.runtime.compiling import compile_pipeline
 from truestep.runtime.loading import failures, fingerprint, folder_of, index_of, model_index, quiet
+from truestep.runtime.pipeline import Code
 from truestep.runtime.stored import in_files, refuse_compiled
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Difference, Side
@@ -188,19 +189,19 @@ def check(  # 11 parameters: those of `truestep.check` that a case of calls has
         rename=rename,
         progress=progress,
         meant=meant,
-        trusted=(lambda: _in_files(case, _looked_at(case))) if depth in OPENS or meant else None,
+        trusted=(lambda: _alone(case, _looked_at(case))) if depth in OPENS or meant else None,
     )
     try:
         with surviving("the model's code"):
-            pipe = _in_files(candidate, model)
+            pipe, code = _alone(candidate, model)
             here = _facts(pipe, model, call, judging.environment)
-            pipe, shared, touches = changed_alone(pipe, apply)
+            pipe, code, touches = changed_alone(pipe, apply, code)
             refuse_compiled((components_of(pipe) or {}).values())
             idle = bool(settings or apply) and settings_idle(
                 case, candidate, _recorded_facts(manifest), here
             )
             idle = idle and not touches
-            result = check_pipeline(pipe, recording, call, replace(judging, shared=shared))
+            result = check_pipeline(pipe, recording, call, replace(judging, code=code))
     except ProcessEndedError as error:
         side = Side(label="reference", path=where)
         return ended(case, f"{error.what}, {error.where}", label=label, reference=side)
@@ -384,6 +385,16 @@ def _in_files(case: CallCase, model: Model) -> Any:
     with in_files():
         pipe = _loaded(case, model)
     return compile_pipeline(prepared(pipe, case), case.compile)
+
+
+def _alone(case: CallCase, model: Model) -> tuple[Any, Code]:
+    """The same, and what is entered while it runs: what preparing it replaced for the whole process
+    is not there for another one, which is prepared by itself."""
+    with in_files():
+        pipe = _loaded(case, model)
+    with taken_back(pipe) as shared:
+        pipe = prepared(pipe, case)
+    return compile_pipeline(pipe, case.compile), shared.on
 
 
 def _loaded(case: CallCase, model: Model) -> Any:

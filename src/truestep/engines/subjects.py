@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,7 +223,7 @@ def check(  # 17 parameters: the public check, whose options are keywords
         tolerance=tolerance,
         depth=depth,
         rename=rename,
-        trusted=(lambda: trusted) if depth in OPENS or meant else None,
+        trusted=(lambda: (trusted, nullcontext)) if depth in OPENS or meant else None,
         meant=meant,
         progress=progress,
     )
@@ -298,9 +299,9 @@ def _check_object(
     from truestep.replay.check import said_idle
 
     given = recorded_arguments(recording) if call is None else call
-    pipe, shared, touches = changed_alone(subject, apply)
+    pipe, code, touches = changed_alone(subject, apply)
     idle = apply is not None and not touches
-    result = check_pipeline(pipe, recording, given, replace(judging, shared=shared))
+    result = check_pipeline(pipe, recording, given, replace(judging, code=code))
     return said_idle(result) if idle else result
 
 
