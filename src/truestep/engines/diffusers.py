@@ -232,12 +232,13 @@ def more_runs(
     model = _looked_at(case)
     call = _called(case, case, recorded_arguments(recording))
     with surviving("the model's code"):
-        pipe = _in_files(case, model)
-        judging = Judging(label="unchanged", environment=_environment(case, model))
-        same = check_pipeline(pipe, recording, call, judging)
-        if not same.verdict.passed:
-            return same, []
-        return same, pipeline_runs(pipe, recording, call, runs=runs, progress=progress)
+        pipe, code = _alone(case, model)
+        with code():
+            judging = Judging(label="unchanged", environment=_environment(case, model))
+            same = check_pipeline(pipe, recording, call, judging)
+            if not same.verdict.passed:
+                return same, []
+            return same, pipeline_runs(pipe, recording, call, runs=runs, progress=progress)
 
 
 def _differences(
