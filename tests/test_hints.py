@@ -394,6 +394,10 @@ def unsure(pipe):
     own = pipe.transformer.proj_out.forward
     pipe.transformer.proj_out.forward = lambda x: own(x) * (1 + 7.6e-6)
 
+def four_bits(pipe):
+    from truestep.runtime.quantising import quantise
+    quantise(pipe, "gguf:Q4_0")
+
 def raises(pipe):
     def update(*given, **named):
         raise ValueError("no")
@@ -776,6 +780,10 @@ SCENARIOS: dict[str, Scenario] = {
         lambda folder: ("check", *as_changed(folder)[1:]), (0,)),
     "truestep record CASE --runs 30": (given("check", "a", "--apply", "change.py:unsure"), (0,)),
     "truestep check CASE": (another_model, (1,)),
+    "truestep check CASE --depth modules": (
+        given("check", "a", "--apply", "change.py:same", "--meant", "int8"), (0,)),
+    "truestep check CASE --meant auto": (
+        given("check", "a", "--apply", "change.py:four_bits", "--meant", "int8"), (0,)),
     "truestep compare --activations {}": (activations, (0,)),
     "truestep weights {}": (renamed_parameters, (0,)),
     "truestep perf record  # makes one": (given("perf", "show"), (0, 1, 4)),

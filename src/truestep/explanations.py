@@ -15,7 +15,7 @@ class Cause(Record):
     Attributes:
         kind: Of what sort, in few words: `epsilon`.
         text: What is wrong with the candidate, with its values.
-        patch: What mends it, where that is one line.
+        patch: What mends it, in words, where that is one line.
         line: Of the trusted code, `file:line`, where the cause is about one.
         error_before, error_after: Relative distance of the candidate's outputs from those of the
             trusted module, as it is and so changed; the second is at the noise floor.

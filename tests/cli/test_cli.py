@@ -262,6 +262,15 @@ def test_doctor(run: Run, tiny_wan: dict[str, Path], tmp_path: Path) -> None:
     data: dict[str, Any] = json.loads(run("doctor", "--json")[1])
     assert data["library.torch"].startswith("2.")
     assert run("doctor", "--model", str(tiny_wan["wan22"]))[0] == 0
+    index = json.loads((tiny_wan["wan21"] / "model_index.json").read_text())
+    for name, code, told in (  # of a class that is run as it is, of one that there is not
+        ("WanVideoToVideoPipeline", 0, "nothing is missing"),
+        ("WanPipelin", 2, "has no class WanPipelin: pip install -U diffusers"),
+    ):
+        copy = shutil.copytree(tiny_wan["wan21"], tmp_path / name)
+        (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
+        found = run("doctor", str(copy))
+        assert (found[0], told in " ".join(found[1].split())) == (code, True)
     code, out, _ = run("doctor", "--model", str(tmp_path))
     assert code == 2
     assert "PROBLEM the model folder is not a diffusers model" in out

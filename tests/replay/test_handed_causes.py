@@ -290,6 +290,20 @@ def test_one_change_of_a_tensor_is_named(
     assert words in guess.text
 
 
+def test_channels_that_are_scaled_are_listed_and_no_others() -> None:
+    x = noise(1, 12, 8, 8).double()
+    factors = torch.ones(1, 12, 1, 1, dtype=torch.float64)
+    factors[:, [5, 9]] = 0.9
+    guess = found(scene(factors * x, x, "vae.encode.x"))
+    assert guess is not None
+    assert guess.kind == "scaled by channel"
+    assert guess.text.endswith("in 2 of 12 channels (5: 0.9 and 0, 9: 0.9 and 0)")
+    factors[:, :6] = 0.9
+    guess = found(scene(factors * x, x, "vae.encode.x"))
+    assert guess is not None
+    assert guess.text.endswith("3: 0.9 and 0, and 3 more)")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

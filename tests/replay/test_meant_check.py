@@ -18,6 +18,7 @@ from truestep.measure.quantisers import QUANTISERS
 from truestep.recording.format import Recording
 from truestep.replay.check import check
 from truestep.replay.record import record_pipeline
+from truestep.report.answer import headline
 from truestep.runtime.loading import load
 from truestep.runtime.quantising import layers_of, quantise
 from truestep.verdict import Comparison, Verdict
@@ -129,12 +130,22 @@ def test_another_quantiser_than_the_declared_one_is_undecided(
     assert (meant.outcome, meant.faults) == ("undecided", ())
     assert "another change" in meant.text
     assert result.exit_code == 4
+    assert headline(result).startswith(
+        "UNDECIDED whether as meant: drifted, and a fault in any of "
+        f"{meant.layers} changed weights would not have been seen: most of "
+    )
+    assert result.hint == "truestep check CASE --meant auto"
 
 
 def test_a_change_that_changed_no_weight_is_undecided(case: Case, recording: Recording) -> None:
     result, meant = judged(case, recording, lambda pipe: None, "int8")
     assert (meant.outcome, meant.layers) == ("undecided", 0)
     assert result.exit_code == 4
+    assert headline(result) == (
+        "UNDECIDED whether as meant: identical, no weight differs from the trusted one: there is "
+        "nothing that a change explains"
+    )
+    assert result.hint == "truestep check CASE --depth modules"
 
 
 class Quantised(torch.nn.Module):
@@ -342,6 +353,7 @@ def test_what_is_on_no_grid_is_no_quantisation(
     assert (meant.outcome, meant.faults) == ("undecided", ())
     assert "lie on no grid" in meant.text
     assert result.exit_code == 4
+    assert result.hint == "truestep check CASE --depth modules"  # no other name explains them
 
 
 def test_a_zero_point_that_is_off_in_all_layers_is_not_explained(

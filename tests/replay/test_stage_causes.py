@@ -46,7 +46,7 @@ def test_another_guidance_scale_is_said_with_both_values(reference: Recording) -
     assert explained(reference, guidance_scale=3.1) == (
         "guidance scale",
         f"the guidance scale is 3.1, the reference's {CASE.guidance_scale:g}",
-        f"guidance_scale = {CASE.guidance_scale:g}",
+        f"set `guidance_scale` to {CASE.guidance_scale:g}",
     )
 
 

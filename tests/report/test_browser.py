@@ -127,3 +127,34 @@ def test_the_rest_of_the_failing_rows_opens(
     rows = browser.find_elements(By.CSS_SELECTOR, ".all tbody tr")
     assert len(rows) == len(failing)
     assert rows[0].is_displayed()
+
+
+def test_words_of_a_note_are_not_broken_beside_long_names(
+    browser: webdriver.Chrome, drifted: Comparison, tmp_path: Path
+) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 800, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    rows = tuple(
+        row.model_copy(
+            update={
+                "name": f"module/single_blocks.{at}.norm.norm.{'long' * 12}/0/cond/out.0",
+                "origin": "introduced",
+                "note": "",
+            }
+        )
+        for at, row in enumerate(drifted.rows)
+    )
+    open_report(browser, tmp_path / "r.html", drifted.model_copy(update={"rows": rows}))
+    lines = browser.execute_script(
+        "return [...document.querySelectorAll('.rows td:last-child')]"
+        ".filter(cell => cell.textContent === 'introduced').map(cell => {"
+        "const range = document.createRange(); range.selectNodeContents(cell);"
+        "return range.getClientRects().length})"
+    )
+    assert set(lines) == {1}  # boxes of text: one a line
+    overflow = browser.execute_script(
+        "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    )
+    assert overflow <= 0

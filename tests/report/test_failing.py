@@ -97,3 +97,14 @@ def test_values_that_are_not_finite_are_not_drawn_as_if_they_were(value: float) 
     assert drawn.bars[-1].x <= drawn.right
     profile = Profile(axis="row", statistic="row_energy", values=(value, 1.0), places=2)
     assert along(profile, told) is None
+
+
+def test_the_longest_number_of_an_axis_has_room_on_a_phone() -> None:
+    drawn = along(
+        Profile(axis="channel", statistic="channel_mean", values=(-3.8e-06, 1e-6), places=2),
+        row(0, 0.5),
+    )
+    assert drawn is not None
+    longest = max(len(text) for _, text in drawn.ticks)
+    letter = 11  # units of a letter at the 20 of narrow screens
+    assert longest * letter <= drawn.left - 8

@@ -289,3 +289,22 @@ def test_what_decides_and_was_changed_is_on_the_page(drifted: Comparison) -> Non
     assert "Changed since ffffffffffff, and decides here" in page
     assert "<td>case: case.a</td><td>1</td><td>20</td><td>&lt;b&gt;.toml</td>" in page
     assert "and decides here" not in render([drifted])
+
+
+def test_the_verdict_is_said_once_and_the_next_command_stands_below_it(
+    drifted: Comparison, equivalent: Comparison
+) -> None:
+    repeat = "truestep check cat --apply change.py:f"
+    first = drifted.first_divergence
+    assert first is not None
+    inner = first.model_copy(update={"stage": "module", "fqn": "blocks.0", "cause": None})
+    deeper = {"repeat": f"{repeat} --depth modules", "first_divergence": inner, "hint": ""}
+    text = render([drifted.model_copy(update=deeper)])
+    assert f"next: <code>{repeat} --depth cause</code>" in text
+    told = drifted.sentence.removeprefix("drifted: ")
+    assert told != drifted.sentence
+    assert f"drifted</span> {told[:20]}" in text
+    assert "drifted</span> drifted" not in text
+    advised = drifted.model_copy(update={"hint": "look again"})
+    assert "hint: <code>look again</code>" in render([advised])
+    assert "next: <code>" not in render([equivalent.model_copy(update={"repeat": repeat})])

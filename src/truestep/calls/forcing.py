@@ -63,7 +63,7 @@ class Forcing:
         parts = [*subject.components.values(), *(owner for owner, _ in subject.functions.values())]
         self._packages = packages_of(parts)
         try:
-            with watching(subject, self, self.reference.methods):
+            with subject.code(), watching(subject, self, self.reference.methods):
                 output = subject.run()
         except TruestepError:
             raise

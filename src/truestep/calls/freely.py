@@ -40,7 +40,7 @@ def run_watched(subject: Subject, reference: CallRecording, ends: Ends) -> Force
     """Run a subject freely, its calls told to an observer that keeps what it ends with."""
     result = Forced()
     try:
-        with watching(subject, ends, reference.methods):
+        with subject.code(), watching(subject, ends, reference.methods):
             output = subject.run()
     except TruestepError:
         raise

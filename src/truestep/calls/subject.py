@@ -7,6 +7,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from truestep.calls.blocks import root_of
 from truestep.errors import UsageError
+from truestep.runtime.pipeline import Code
 
 SEED = 0
 """Of random numbers that nobody gave a generator for."""
@@ -30,6 +32,8 @@ class Subject:
             `schedule` and `guidance` are taken as what they say.
         label: What it is called in results.
         blocks: The blocks that its code is made of, if it is; see `truestep.calls.blocks`.
+        code: Entered while it runs, where a change replaced code that the process shares; see
+            `truestep.replay.shared_code`.
     """
 
     run: Callable[[], Any]
@@ -37,6 +41,7 @@ class Subject:
     functions: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     label: str = "candidate"
     blocks: Any = None
+    code: Code = nullcontext
 
 
 def subject_of(

@@ -34,6 +34,7 @@ from truestep.cli.common import (
     set_option,
     subject_options,
 )
+from truestep.cli.grouped import Grouped
 from truestep.cli.rules import Rules
 from truestep.cli.words import spell_out, spelled
 from truestep.text import quoted, say, visible
@@ -46,7 +47,36 @@ if TYPE_CHECKING:
     from truestep.verdict import Comparison, Verdict
 
 
-@click.command("check")
+GROUPS = {
+    "The change under test": ("change", "changes", "model", "expect", "meant"),
+    "How deep it looks": ("depth", "steps", "rename"),
+    "What is printed": ("verbose", "report", "json_path", "brief"),
+    "Which case": (
+        "case_file",
+        "tier",
+        "prompt",
+        "subject",
+        "pipeline",
+        "inputs",
+        "loras",
+        "prepare",
+    ),
+    "What it is judged by": (
+        "references",
+        "reference",
+        "accept",
+        "tolerance",
+        "known",
+        "locked",
+        "thresholds",
+        "platform",
+    ),
+    "Where it runs": ("dry_run", "low_memory", "from_disk", "ray", "accelerator"),
+}
+"""The options in the order in which one needs them."""
+
+
+@click.command("check", cls=Grouped, groups=GROUPS)
 @case_options
 @subject_options
 @set_option
@@ -59,8 +89,8 @@ if TYPE_CHECKING:
     type=click.Choice(["steps", "modules", "cause", "final"]),
     default="steps",
     show_default=True,
-    help="Replay each stage on recorded inputs; also name the module that departs; also try what "
-    "could be its cause; or generate freely and compare latents.",
+    help="steps: replay each stage on recorded inputs; modules: also name the module that departs; "
+    "cause: also try what could be its cause; final: generate freely and compare latents.",
 )
 @click.option(
     "--steps", metavar="I,J,...", help="Where to predict; default first, three in a row, last."
@@ -268,8 +298,8 @@ def _refuse(
     from truestep.errors import UsageError
     from truestep.replay.meant import refuse_meant
 
-    refuse_meant(meant, depth)
     if not isinstance(case, CallCase):
+        refuse_meant(meant, depth)
         return
     from truestep.engines.diffusers import refuse
     from truestep.engines.subjects import refuse_checking

@@ -93,16 +93,16 @@ def _model_problems(model: str) -> list[str]:
     """What is absent from a model folder, by its own model_index.json."""
     from truestep.case import Case
     from truestep.errors import ModelLoadError
-    from truestep.runtime.loading import NOTES, model_index, resolve
+    from truestep.runtime.loading import NOTES, folder_of, model_index
 
     try:
-        folder = resolve(Case(model=model, prompt="doctor"))
+        folder = folder_of(Case(model=model, prompt="doctor"))
         index = model_index(folder)
     except ModelLoadError as error:
         return [f"{error.what} ({error.where}): {error.hint}"]
     if index.get("_class_name") in NOTES:
         say(f"NOTE {NOTES[index['_class_name']]}", err=True)
-    problems = []
+    problems = _class_problems(str(index.get("_class_name")))
     for part, kind in index.items():
         if part.startswith("_") or part == "safety_checker":
             continue  # none is run: see NOTES
@@ -111,6 +111,17 @@ def _model_problems(model: str) -> list[str]:
         problems += _import_problems(part, kind)
         problems += _component_problems(folder / part)
     return problems
+
+
+def _class_problems(name: str) -> list[str]:
+    """Why no pipeline of a class can be had here."""
+    try:
+        import diffusers
+    except ImportError:
+        return []  # told as a package that is missing
+    if hasattr(diffusers, name):
+        return []
+    return [f"diffusers {diffusers.__version__} has no class {name}: pip install -U diffusers"]
 
 
 def _import_problems(part: str, kind: list[str]) -> list[str]:

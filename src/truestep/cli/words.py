@@ -110,10 +110,10 @@ def case_words(name: str, *, verb: str, with_changes: bool = False) -> str:
         needed = key != "case_file" or not (said or prompt is not None)
         if needed and option is not None and value is not None and value != option.default:
             words += [option.opts[0], str(value)]
-    carried: tuple[str, ...] = ("changes", "change") if verb == own else ()
+    carried: tuple[str, ...] = ("changes", "change", "model") if verb == own else ()
     if with_changes and said and not carried:
         carried = ("changes",)
-    for key in carried:
+    for key in (key for key in carried if key in options):
         value = parameters.get(key) or ()
         for text in (value,) if isinstance(value, str) else value:
             words += [options[key].opts[0], text]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from truestep.engines.pipelines import (
     Judging,
     Told,
     changed,
+    changed_alone,
     check_pipeline,
     opened,
     record_pipeline,
@@ -61,9 +63,10 @@ from truestep.replay.check import (
     said_idle,
 )
 from truestep.replay.record import FloorChoice
-from truestep.replay.touched import snapshot_of, touched
+from truestep.replay.shared_code import taken_back
 from truestep.runtime.compiling import compile_pipeline
 from truestep.runtime.loading import failures, fingerprint, folder_of, index_of, model_index, quiet
+from truestep.runtime.pipeline import Code
 from truestep.runtime.stored import in_files, refuse_compiled
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Difference, Side
@@ -95,32 +98,33 @@ def record(
     call = {**model.signature.always, **case.call, **files}
     with in_files():
         pipe = _loaded(case, model)
-    parts = parts_of(pipe)
-    pipe = changed(prepared(pipe, case), apply)
-    refuse_compiled((components_of(pipe) or {}).values())
-    idle = idle_loras(case)
-    settings = {
-        "label": "reference",
-        "pipeline": model.name,
-        "call": said(model.signature, call),
-        "components": _components(pipe),
-        "scheduler_config": _configuration(getattr(pipe, "scheduler", None)),
-        **({"prepared": case.prepared} if case.prepared else {}),
-        **({"idle": idle} if idle else {}),
-    }
-    told = Told(settings, _environment(case, model), case.id, case.canonical())
-    without = removed_named(parts, pipe, case=case, change=apply)
-    with named_missing(model.signature), without:
-        return record_pipeline(
-            pipe,
-            call,
-            floor=floor,
-            keep=keep,
-            seed=case.seed,
-            told=told,
-            progress=progress,
-            kept=kept,
-        ).recording
+    with taken_back(pipe):  # of several cases, none has another's change
+        parts = parts_of(pipe)
+        pipe = changed(prepared(pipe, case), apply)
+        refuse_compiled((components_of(pipe) or {}).values())
+        idle = idle_loras(case)
+        settings = {
+            "label": "reference",
+            "pipeline": model.name,
+            "call": said(model.signature, call),
+            "components": _components(pipe),
+            "scheduler_config": _configuration(getattr(pipe, "scheduler", None)),
+            **({"prepared": case.prepared} if case.prepared else {}),
+            **({"idle": idle} if idle else {}),
+        }
+        told = Told(settings, _environment(case, model), case.id, case.canonical())
+        without = removed_named(parts, pipe, case=case, change=apply)
+        with named_missing(model.signature), without:
+            return record_pipeline(
+                pipe,
+                call,
+                floor=floor,
+                keep=keep,
+                seed=case.seed,
+                told=told,
+                progress=progress,
+                kept=kept,
+            ).recording
 
 
 @taking_turns()
@@ -185,20 +189,19 @@ def check(  # 11 parameters: those of `truestep.check` that a case of calls has
         rename=rename,
         progress=progress,
         meant=meant,
-        trusted=(lambda: _in_files(case, _looked_at(case))) if depth in OPENS or meant else None,
+        trusted=(lambda: _alone(case, _looked_at(case))) if depth in OPENS or meant else None,
     )
     try:
         with surviving("the model's code"):
-            pipe = _in_files(candidate, model)
+            pipe, code = _alone(candidate, model)
             here = _facts(pipe, model, call, judging.environment)
-            before = snapshot_of(pipe) if apply else {}
-            pipe = changed(pipe, apply)
+            pipe, code, touches = changed_alone(pipe, apply, code)
             refuse_compiled((components_of(pipe) or {}).values())
             idle = bool(settings or apply) and settings_idle(
                 case, candidate, _recorded_facts(manifest), here
             )
-            idle = idle and not touched(before, snapshot_of(pipe) if apply else {})
-            result = check_pipeline(pipe, recording, call, judging)
+            idle = idle and not touches
+            result = check_pipeline(pipe, recording, call, replace(judging, code=code))
     except ProcessEndedError as error:
         side = Side(label="reference", path=where)
         return ended(case, f"{error.what}, {error.where}", label=label, reference=side)
@@ -229,12 +232,13 @@ def more_runs(
     model = _looked_at(case)
     call = _called(case, case, recorded_arguments(recording))
     with surviving("the model's code"):
-        pipe = _in_files(case, model)
-        judging = Judging(label="unchanged", environment=_environment(case, model))
-        same = check_pipeline(pipe, recording, call, judging)
-        if not same.verdict.passed:
-            return same, []
-        return same, pipeline_runs(pipe, recording, call, runs=runs, progress=progress)
+        pipe, code = _alone(case, model)
+        with code():
+            judging = Judging(label="unchanged", environment=_environment(case, model))
+            same = check_pipeline(pipe, recording, call, judging)
+            if not same.verdict.passed:
+                return same, []
+            return same, pipeline_runs(pipe, recording, call, runs=runs, progress=progress)
 
 
 def _differences(
@@ -382,6 +386,16 @@ def _in_files(case: CallCase, model: Model) -> Any:
     with in_files():
         pipe = _loaded(case, model)
     return compile_pipeline(prepared(pipe, case), case.compile)
+
+
+def _alone(case: CallCase, model: Model) -> tuple[Any, Code]:
+    """The same, and what is entered while it runs: what preparing it replaced for the whole process
+    is not there for another one, which is prepared by itself."""
+    with in_files():
+        pipe = _loaded(case, model)
+    with taken_back(pipe) as shared:
+        pipe = prepared(pipe, case)
+    return compile_pipeline(pipe, case.compile), shared.on
 
 
 def _loaded(case: CallCase, model: Model) -> Any:

@@ -5,7 +5,8 @@ The arguments are kept in the recording, decoded: a check needs neither them nor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,11 @@ from truestep.replay.locating import noted
 from truestep.replay.meant import with_meant
 from truestep.replay.opening import open_call
 from truestep.replay.record import FloorChoice
+from truestep.replay.shared_code import taken_back
+from truestep.replay.touched import snapshot_of, touched
 from truestep.runtime.applying import call_change, not_a_pipeline
 from truestep.runtime.identity import content_of, device_of, weights_of
+from truestep.runtime.pipeline import Code
 from truestep.runtime.stored import beside
 from truestep.verdict import Comparison
 
@@ -207,9 +211,10 @@ class Judging:
 
     Attributes:
         trusted: Makes the trusted pipeline, where the component that fails is to be opened, or a
-            declared change judged.
+            declared change judged; and what is entered while it runs.
         meant: What the change is declared to be.
         progress: Told (what, done, total) while it runs.
+        code: Entered while the candidate runs; see `Subject.code`.
     """
 
     steps: tuple[int, ...] | None = None
@@ -219,9 +224,10 @@ class Judging:
     environment: Mapping[str, str] | None = None
     depth: Depth = "steps"
     rename: Mapping[str, str] | None = None
-    trusted: Callable[[], Any] | None = None
+    trusted: Callable[[], tuple[Any, Code]] | None = None
     meant: str | None = None
     progress: Progress | None = None
+    code: Code = nullcontext
 
 
 def check_pipeline(
@@ -229,7 +235,7 @@ def check_pipeline(
 ) -> Comparison:
     """Check a pipeline against a recording, called with arguments."""
     manifest = reference.recording.manifest
-    subject = _subject(pipe, reference, call)
+    subject = replace(_subject(pipe, reference, call), code=judging.code)
     trusted = _trusted(subject, reference, judging)
     named = replace(subject, label=judging.label)
     result = _judged(named, reference, judging)
@@ -253,16 +259,17 @@ def check_pipeline(
 
 def _judged(candidate: Subject, reference: CallRecording, judging: Judging) -> Comparison:
     """The check itself."""
-    if judging.depth == "final":
-        return check_end(candidate, reference, tolerance=judging.tolerance, pair=judging.pair)
-    return check(
-        candidate,
-        reference,
-        steps=judging.steps,
-        tolerance=judging.tolerance,
-        pair=judging.pair,
-        progress=judging.progress,
-    )
+    with candidate.code():  # the environment that it reports is that of its change, too
+        if judging.depth == "final":
+            return check_end(candidate, reference, tolerance=judging.tolerance, pair=judging.pair)
+        return check(
+            candidate,
+            reference,
+            steps=judging.steps,
+            tolerance=judging.tolerance,
+            pair=judging.pair,
+            progress=judging.progress,
+        )
 
 
 def _as_meant(
@@ -280,6 +287,7 @@ def _as_meant(
             _models(candidate),
             _models(other),
             judging.meant or "",
+            code=candidate.code,
             check=lambda: _judged(candidate, reference, judging),
             locate=lambda rest: _opened(candidate, lambda: other, reference, rest, judging),
         )
@@ -355,7 +363,8 @@ def _trusted(
         return None
 
     def trusted() -> Subject:
-        return _subject(make(), reference, recorded_arguments(reference))
+        pipe, code = make()
+        return replace(_subject(pipe, reference, recorded_arguments(reference)), code=code)
 
     if judging.rename:
         with beside(candidate.components.values()):
@@ -368,6 +377,36 @@ def _subject(pipe: Any, reference: CallRecording, call: Mapping[str, Any]) -> Su
     """A pipeline, called as the recorded one was but for its arguments."""
     seed = reference.recording.manifest.settings.get("seed", 0)
     return subject_of(pipe, seed=seed if isinstance(seed, int) else 0, **call)
+
+
+def changed_alone(
+    pipe: Any, change: Change | None, code: Code = nullcontext
+) -> tuple[Any, Code, bool]:
+    """A pipeline as a change makes it, and nothing else of the process.
+
+    Args:
+        pipe: What it is given.
+        change: The user's function.
+        code: Entered while the pipeline runs, as it is so far.
+
+    Returns:
+        It, what is entered while it runs, and whether the change touched anything.
+
+    Raises:
+        UsageError, ProcessEndedError: As `changed` does.
+    """
+    with code():
+        before = snapshot_of(pipe) if change else {}
+        with taken_back(pipe) as shared:
+            pipe = changed(pipe, change)
+            after = snapshot_of(pipe) if change else {}
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        with code(), shared.on():
+            yield
+
+    return pipe, both, bool(touched(before, after))
 
 
 def changed(pipe: Any, change: Change | None, *, what: str = "the change") -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +155,9 @@ def check(  # 17 parameters: the public check, whose options are keywords
             inputs and judges its output (a few forwards). `modules` also opens the model of the
             first stage or call that fails, beside the trusted one, and names the module. `final`
             generates freely and compares the latents.
-        apply: The change under test: receives the pipeline and changes it or returns another.
+        apply: The change under test: receives the pipeline and changes it or returns another. What
+            it replaces for the whole process (a method of a class, a function of a library) is put
+            back before the trusted side runs, and when the check ends.
         settings: Values that differ from the case (`guidance_scale`, `model`, `dtype`, ...).
         steps: At `steps`: where predictions are made; default the first and last step of every
             expert and three in a row. A model that keeps state from step to step is
@@ -219,7 +223,7 @@ def check(  # 17 parameters: the public check, whose options are keywords
         tolerance=tolerance,
         depth=depth,
         rename=rename,
-        trusted=(lambda: trusted) if depth in OPENS or meant else None,
+        trusted=(lambda: (trusted, nullcontext)) if depth in OPENS or meant else None,
         meant=meant,
         progress=progress,
     )
@@ -291,15 +295,13 @@ def _check_object(
     judging: Judging,
 ) -> Comparison:
     """Check a pipeline object, as it is changed, called with arguments or as it was recorded."""
-    from truestep.engines.pipelines import changed, check_pipeline, recorded_arguments
+    from truestep.engines.pipelines import changed_alone, check_pipeline, recorded_arguments
     from truestep.replay.check import said_idle
-    from truestep.replay.touched import snapshot_of, touched
 
     given = recorded_arguments(recording) if call is None else call
-    before = snapshot_of(subject) if apply else {}
-    pipe = changed(subject, apply)
-    idle = apply is not None and not touched(before, snapshot_of(pipe))
-    result = check_pipeline(pipe, recording, given, judging)
+    pipe, code, touches = changed_alone(subject, apply)
+    idle = apply is not None and not touches
+    result = check_pipeline(pipe, recording, given, replace(judging, code=code))
     return said_idle(result) if idle else result
 
 

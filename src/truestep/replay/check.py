@@ -25,6 +25,7 @@ from truestep.judge.repeats import said_unsteady
 from truestep.judge.seen import with_seen
 from truestep.randomness import own_randomness
 from truestep.replay.judging import coverage, media_of, rows_of
+from truestep.runtime.pipeline import by_its_code
 from truestep.text import quoted
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Cost, Difference, Row, Rule, Side, Verdict
@@ -93,8 +94,8 @@ def check(  # 12 parameters: those of `truestep.check`, without what is of pipel
     """
     from truestep.recording.format import Recording
     from truestep.replay.meant import as_meant
+    from truestep.replay.shared_code import changed_alone
     from truestep.replay.touched import snapshot
-    from truestep.runtime.applying import apply_change
     from truestep.runtime.loading import load
     from truestep.runtime.stored import beside, in_files, refuse_compiled
 
@@ -110,7 +111,7 @@ def check(  # 12 parameters: those of `truestep.check`, without what is of pipel
             with in_files():
                 pipe = load(candidate)
             before = snapshot(pipe) if apply is not None else {}
-            pipe = apply_change(pipe, apply)
+            pipe = changed_alone(pipe, apply)
         refuse_compiled(vars(pipe).values())
     except ProcessEndedError as error:
         return _invalid(case, recording, label, f"{error.what}, {error.where}")
@@ -138,6 +139,7 @@ def check(  # 12 parameters: those of `truestep.check`, without what is of pipel
         return _opened(pipe, case, recording, result, rename, explain=depth == "cause")
 
 
+@by_its_code
 def _idle(
     pipe: Pipeline,
     case: Case,
@@ -251,6 +253,7 @@ def _opened(
 
 
 @taking_turns()
+@by_its_code
 def check_pipeline(  # 9 parameters: those of `check` that are left when the pipeline is loaded
     pipe: Pipeline,
     recording: Recording,

@@ -110,11 +110,12 @@ def _explained(
 ) -> Comparison:
     """The comparison with why a stage without a model is wrong, or a note that nothing explains
     it."""
-    outputs = replay(pipe, recording, only=(stage,)).outputs
+    with pipe.code():
+        outputs = replay(pipe, recording, only=(stage,)).outputs
     precision = raised_precision_of(stage, comparison.rows)
     if precision:
         steps = {row.step for row in comparison.rows if key_of(row.name).precision == precision}
-        with raised(pipe, precision) as lifted:
+        with pipe.code(), raised(pipe, precision) as lifted:
             outputs |= raised_stages(
                 lifted,
                 recording,
@@ -185,6 +186,7 @@ def _around(
                 _model(side, place, recording),
                 method,
                 [_forward(side, each, recording) for each in places],
+                side.code,
             )
             for side in sides
         )
@@ -397,7 +399,18 @@ def _model(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]) 
 
 
 def _forward(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]) -> Forward:
-    """One call of the stage on what the recording holds."""
+    """One call of the stage on what the recording holds, by the side's own code."""
+    with pipe.code():
+        call = _stage_call(pipe, place, recording)
+
+    def forward() -> Any:
+        with pipe.code():
+            return call()
+
+    return forward
+
+
+def _stage_call(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor]) -> Forward:
     settings = pipe.settings
     if pipe.audio_video:
         pipe.prepare(pipe)  # its controls say which passes there are
@@ -430,7 +443,7 @@ def _before(pipe: Pipeline, place: Place, recording: Mapping[str, torch.Tensor])
         last = Place(place.stage, earlier[-1], ran[-1] if ran else "cond")
 
     def run() -> None:
-        with torch.no_grad():
+        with pipe.code(), torch.no_grad():
             pipe.prepare(pipe)
             pipe.make_schedule(pipe)
             if last is not None:

@@ -37,7 +37,7 @@ from truestep.recording.format import Recording
 from truestep.replay.locating import locate_module
 from truestep.replay.meant_weights import Acted, Changed, Models, Weights, compared, put_back
 from truestep.runtime.loading import load
-from truestep.runtime.pipeline import Pipeline, models_of
+from truestep.runtime.pipeline import Code, Pipeline, models_of
 from truestep.runtime.stored import in_files
 from truestep.text import nearest
 from truestep.verdict import Comparison, Divergence, Verdict
@@ -311,6 +311,7 @@ def as_meant(
         models_of(pipe),
         models_of(trusted),
         name,
+        code=pipe.code,
         check=lambda: check(pipe, recording, case=case),
         locate=lambda rest: locate_module(pipe, trusted, recording, rest),
     )
@@ -322,6 +323,7 @@ def with_meant(
     trusted: Models,
     name: str,
     *,
+    code: Code,
     check: Callable[[], Comparison],
     locate: Callable[[Comparison], Comparison],
 ) -> Comparison:
@@ -331,10 +333,12 @@ def with_meant(
         result: Of the candidate, at depth `steps`.
         models, trusted: The candidate's, and those of the reference, loaded here.
         name: One of `NAMES`.
+        code: Entered while layers of the candidate run.
         check: Checks the candidate, as its models then are, against the reference.
         locate: Opens the models where a check failed.
     """
-    found = compared(models, trusted)
+    with code():  # layers of another class are read by what they make of unit vectors
+        found = compared(models, trusted)
     judged = judge_weights(found, name)
     with put_back(models, trusted, found) as acted:
         rest = check()
@@ -364,9 +368,33 @@ def with_meant(
         rest=rest.sentence,
         unjudged=tuple(found.unjudged),
     )
-    text = _text(meant, rest, judged)
-    meant = meant.model_copy(update={"text": text})
-    return _told(result, meant, rest)
+    meant = meant.model_copy(update={"text": _text(meant, rest, judged)})
+    told = _told(result, meant, rest)
+    if meant.outcome != "undecided":
+        return told
+    sentence = f"undecided whether as meant: {result.verdict.value}, {_seen(meant, judged)}"
+    update = {"sentence": f"{sentence}{meant.text}", "hint": _hint(meant, judged, rest)}
+    return told.model_copy(update=update)
+
+
+def _seen(meant: Meant, judged: Judged) -> str:
+    """What is decided of the weights although not all is, and what would not have been seen."""
+    if not meant.layers:
+        return ""
+    known = judged.limit is not None and not judged.limit.unlike
+    if not known or judged.free or judged.other is not None:
+        return f"and a fault in any of {meant.layers} changed weights would not have been seen: "
+    blind = f" (from {meant.limit:.2g} x its reach on one would have been seen)"
+    return f"no fault in {meant.layers} changed weights{blind}, but "
+
+
+def _hint(meant: Meant, judged: Judged, rest: Comparison) -> str:
+    """The command that says more than that it is undecided."""
+    if rest.verdict is Verdict.INCONCLUSIVE and not meant.unjudged:
+        return "truestep record CASE --runs 30"
+    if meant.layers and meant.declared != AUTO and not (judged.free or meant.unjudged):
+        return "truestep check CASE --meant auto"
+    return "truestep check CASE --depth modules"
 
 
 def _outcome(judged: Judged, found: Weights, rest: Comparison) -> str:
@@ -428,14 +456,13 @@ def _text(meant: Meant, rest: Comparison, judged: Judged) -> str:
     if judged.other is not None:
         return (
             f"most of {meant.layers} changed weights are {judged.other:.3g} x as far off as {own}: "
-            "it is another change (--meant auto), or all of them are broken"
+            "it is another change, or all of them are broken"
         )
     if meant.limit is None:
         return f"{meant.layers} layers are too few to be set against one another"
     if judged.limit is not None and judged.limit.unlike:
         return (
-            f"{meant.layers} layers differ too much among themselves to be set against one another "
-            "(--meant auto)"
+            f"{meant.layers} layers differ too much among themselves to be set against one another"
         )
     if meant.outcome == "undecided":
         return f"with the trusted weights put back it is {rest.sentence}"
@@ -455,10 +482,8 @@ def _told(result: Comparison, meant: Meant, rest: Comparison) -> Comparison:
     verdict = result.verdict.value
     if meant.outcome == "explained":
         sentence = f"{verdict}, as meant: {meant.text}"
-    elif meant.outcome == "fault":
-        sentence = f"{verdict}, and not as meant: {meant.text}"
     else:
-        sentence = f"{verdict}, undecided whether as meant: {meant.text}"
+        sentence = f"{verdict}, and not as meant: {meant.text}"
     first = result.first_divergence
     if meant.faults:
         fault = meant.faults[0]

@@ -65,17 +65,19 @@ def record(
         ProcessEndedError: The model or the change called sys.exit.
         WriteError: It cannot be written; an existing file is left untouched.
     """
+    from truestep.replay.shared_code import taken_back
     from truestep.runtime.applying import apply_change
     from truestep.runtime.loading import load
     from truestep.runtime.stored import in_files, refuse_compiled
 
     with in_files():
         pipe = load(case)
-    pipe = apply_change(pipe, apply)
-    refuse_compiled(vars(pipe).values())
-    recording = record_pipeline(
-        pipe, case=case, level=level, floor=floor, keep=keep, progress=progress, kept=kept
-    )
+    with taken_back(pipe):
+        pipe = apply_change(pipe, apply)
+        refuse_compiled(vars(pipe).values())
+        recording = record_pipeline(
+            pipe, case=case, level=level, floor=floor, keep=keep, progress=progress, kept=kept
+        )
     if path is None:
         return recording
     recording.save(path)

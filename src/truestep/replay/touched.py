@@ -19,6 +19,7 @@ from truestep.calls.subject import components_of
 from truestep.recording.format import bytes_of
 from truestep.recording.header import digest
 from truestep.replay.implementation import patched
+from truestep.replay.shared_code import SETTINGS
 from truestep.runtime.lent import content_of
 from truestep.runtime.pipeline import MODELS, Pipeline
 
@@ -28,7 +29,7 @@ NOTHING = "touched nothing: no weight, buffer, class, hook, configuration or set
 Snapshot = Mapping[str, object]
 """Place to what is there. Objects are kept, so that another one cannot be taken for them."""
 
-_COUNTERS = ("forwards", "branches", "text_plans", "refused", "controls")
+_COUNTERS = ("forwards", "branches", "text_plans", "refused", "controls", "code")
 """Fields of a pipeline that a run sets itself."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
@@ -92,13 +93,8 @@ def _seen(pipe: Pipeline) -> Iterator[tuple[str, object]]:
 
 
 def _process() -> Iterator[tuple[str, object]]:
-    yield "process.threads", torch.get_num_threads()
-    yield "process.matmul", torch.get_float32_matmul_precision()
-    yield "process.deterministic", torch.are_deterministic_algorithms_enabled()
-    yield "process.dtype", torch.get_default_dtype()
-    backends = torch.backends.cuda
-    for kernel in ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp"):
-        yield f"process.{kernel}", getattr(backends, f"{kernel}_enabled")()
+    for name, (read, _) in SETTINGS.items():
+        yield f"process.{name}", read()
 
 
 _UNSEEN = ("_progress_bar_config",)

@@ -69,6 +69,7 @@ def headline(comparison: Comparison) -> str:
     word, sentence = _word(comparison), comparison.sentence
     if word in _WORDS.values():
         sentence = sentence.removeprefix(f"{comparison.verdict.value}: ")
+        sentence = sentence.removeprefix("undecided ")
     seen = comparison.detectable if word == "PASSED" else None
     if seen is not None and seen >= _WEAK:
         blind = f"only a relative change of {seen:.1e} would have been seen"
@@ -80,7 +81,8 @@ def headline(comparison: Comparison) -> str:
 def _word(comparison: Comparison) -> str:
     if comparison.known is not None and comparison.known.accepted:
         return "KNOWN"
-    return word_of(comparison.verdict.value, passed=comparison.exit_code == 0)
+    outcome = "inconclusive" if comparison.exit_code == 4 else comparison.verdict.value
+    return word_of(outcome, passed=comparison.exit_code == 0)
 
 
 def case_of(comparison: Comparison) -> str:
@@ -145,12 +147,17 @@ def counted(verdicts: Iterable[str]) -> str:
     return f"{counts.total()} cases: {told}"
 
 
-def next_line(comparison: Comparison) -> str:
-    """What to do next, labelled: a command, or advice; empty where there is none."""
+def following(comparison: Comparison) -> tuple[str, str]:
+    """What to do next, after its label: a command, or advice; empty where there is none."""
     if comparison.exit_code and comparison.hint:  # with what is said beside a command
-        return f"{'next' if command_in(comparison.hint) else 'hint'}: {comparison.hint}"
-    command = next_command(comparison)
-    return f"next: {command}" if command else ""
+        return "next" if command_in(comparison.hint) else "hint", comparison.hint
+    return "next", next_command(comparison)
+
+
+def next_line(comparison: Comparison) -> str:
+    """What to do next, labelled; empty where there is nothing."""
+    label, told = following(comparison)
+    return f"{label}: {told}" if told else ""
 
 
 def _labelled(label: str, value: str | None) -> str | None:

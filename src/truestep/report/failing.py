@@ -79,7 +79,7 @@ class Along:
     band: tuple[float, float] | None
     width: int = 720
     height: int = 220
-    left: int = 66
+    left: int = 100
     right: int = 706
     top: int = 14
     bottom: int = 178

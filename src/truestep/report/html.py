@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from truestep.files import write_text
+from truestep.report.answer import following
 from truestep.report.curves import curve, number, scored
 from truestep.report.failing import failing
 from truestep.report.sounds import PLAYED, outlines
@@ -93,6 +94,7 @@ def render(comparisons: Sequence[Comparison]) -> str:
         said=said,
         also=also_lines,
         recheck=recheck_line,
+        following=following,
         scored=scored,
         broken=failing,
         outlines=outlines,

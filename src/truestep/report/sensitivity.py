@@ -30,7 +30,7 @@ def print_sensitivity(
         screen(
             f"{'RANKED' if result.exit_code == 0 else 'UNDECIDED'} {result.change}: "
             f"{result.sentence}",
-            facts(_facts(result)),
+            facts(_facts(result), most=None if verbose else 2),
             rows(_table(result), "layers"),
             ending=(f"list: {output}" if output else again,),
             verbose=verbose,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from truestep.case import RunSettings
 from truestep.joint import Value, parts
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 Branch = Literal["cond", "uncond", "perturbed", "modality", "batched"]
 """A guidance pass; `batched` is several in one forward, on the batch axis: `[uncond, cond]`, or all
 passes of an audio-video model."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Code = Callable[[], AbstractContextManager[None]]
+"""Entered while a side runs: its own code and settings are then those of the process."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,8 @@ class Pipeline(Stages):
         branches: How both guidance passes of a step are run; `follow_plan` sets it.
         text_plans: What is installed on the transformers for their text; likewise.
         output_scale: Factor of the network's output in a step's prediction; 1 where it is that.
+        code: Entered while it runs, where its change replaced code that the process shares; see
+            `truestep.replay.shared_code`.
         refused: What the settings ask for and no forward of this run can do, in words; likewise.
     """
 
@@ -195,6 +205,7 @@ class Pipeline(Stages):
     text_plans: list[TextAttention] = field(default_factory=list)
     refused: tuple[str, ...] = ()
     output_scale: Callable[[Step], float] = _one
+    code: Code = nullcontext
 
     def expert(self, number: int) -> Any:
         """The transformer of expert 1 (high noise) or 2 (low noise)."""
@@ -216,6 +227,19 @@ class Pipeline(Stages):
         told = [f"guidance ran sequentially: {reason}" for reason in self.branches.reasons]
         told += [f"text was not collapsed: {r}" for plan in self.text_plans for r in plan.reasons]
         return tuple(dict.fromkeys((*told, *self.refused)))
+
+
+def by_its_code(
+    function: Callable[Concatenate[Pipeline, P], R],
+) -> Callable[Concatenate[Pipeline, P], R]:
+    """Have a function of a pipeline run by that pipeline's own code; see `Pipeline.code`."""
+
+    @wraps(function)
+    def run(pipe: Pipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with pipe.code():
+            return function(pipe, *args, **kwargs)
+
+    return run
 
 
 def follow_plan(pipe: Pipeline) -> None:

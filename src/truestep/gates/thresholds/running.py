@@ -13,7 +13,7 @@ from truestep.gates.thresholds.file import Limits, Thresholds, limits_of
 from truestep.gates.thresholds.rule import FRAMES, WAVEFORM, Measured, judge, measure
 from truestep.measure.plain import plain
 from truestep.measure.sound import sample_rate_of
-from truestep.runtime.applying import apply_change
+from truestep.replay.shared_code import changed_alone
 from truestep.runtime.pipeline import Observer, Pipeline, generate
 from truestep.verdict import Comparison, Verdict
 
@@ -86,9 +86,10 @@ def with_gate(
         nothing = dict.fromkeys(limits.values, comparison.verdict.value)
         return _added(comparison, limits, Measured({}, nothing), note)
     candidate = case.replace(**dict(settings or {}))
-    pipe = apply_change(load(candidate), apply)
+    pipe = changed_alone(load(candidate), apply)
     try:
-        actual = free_run(pipe)
+        with pipe.code():
+            actual = free_run(pipe)
     except TruestepError:
         raise
     except FOREIGN as error:  # whatever a candidate raises is its outcome

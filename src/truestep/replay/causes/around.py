@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from truestep.replay.causes.material import Handed, Piece, config_of
 from truestep.replay.causes.relations import casts, fits, orders
 from truestep.replay.causes.times import times
 from truestep.replay.causes.tokens import masks, tokens
+from truestep.runtime.pipeline import Code
 from truestep.verdict import Cause
 
 _GIVEN = (times, masks, tokens, statistics, orders, casts, fits)
@@ -42,11 +43,13 @@ class Around:
         model: It.
         method: Of it, that the stage calls.
         runs: Run the stage, in the order of the places that are looked at.
+        code: Entered while they run, and while the model's method is looked up.
     """
 
     model: Any
     method: str
     runs: Sequence[Callable[[], Any]]
+    code: Code = nullcontext
 
 
 @dataclass
@@ -169,7 +172,7 @@ def _same(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
 
 def _heard(side: Around, run: Callable[[], Any]) -> Heard:
     heard = Heard()
-    with _listening(side, heard), torch.no_grad():
+    with side.code(), _listening(side, heard), torch.no_grad():
         made = run()
     heard.made = _kept(made)
     return heard

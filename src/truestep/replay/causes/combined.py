@@ -153,7 +153,7 @@ def _of_two(steps: Sequence[Step]) -> Iterator[Guess]:
     theirs = [each.trusted[cond] for each in steps]
     made = [_sum(each.passes, (1 - w, w) if cond else (w, 1 - w)) for each, w in _each(steps, own)]
     pairs = list(zip(own, theirs, strict=True))
-    patch = "guided = uncond + scale * (cond - uncond)"
+    patch = "guide by `uncond + scale * (cond - uncond)`"
     scale = f"the reference's is {number(theirs[0])}"
     if all(abs(mine - 1) < 1e-4 for mine in own):
         listed = ", ".join(str(each.number) for each in steps[:5])
@@ -174,7 +174,7 @@ def _of_two(steps: Sequence[Step]) -> Iterator[Guess]:
     else:
         at = f" at step {steps[0].number}" if len({number(value) for value in own}) > 1 else ""
         text = f"the guidance scale is {number(own[0])}{at}, {scale}"
-        patch = f"guidance_scale = {number(theirs[0])}"
+        patch = f"set `guidance_scale` to {number(theirs[0])}"
         yield Guess("guidance scale", text, made, patch, numbers=len({*map(number, own)}))
 
 

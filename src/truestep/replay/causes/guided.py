@@ -81,17 +81,17 @@ def _by_scale(
     elif everywhere and all(abs(mine - theirs - 1) < 1e-4 for mine, theirs in pairs):
         text = "guidance starts from the conditional pass: cond + scale * (cond - uncond), or "
         text += f"the guidance scale is {number(own[0])}, the reference's {number(scales[0])}"
-        patch = "guided = uncond + scale * (cond - uncond)"
+        patch = "guide by `uncond + scale * (cond - uncond)`"
         yield Guess("guidance formula", text, made, patch)
     elif everywhere and all(abs(mine - 1 + theirs) < 1e-4 for mine, theirs in pairs):
         text = "the two passes are exchanged: cond + scale * (uncond - cond)"
-        patch = "guided = uncond + scale * (cond - uncond)"
+        patch = "guide by `uncond + scale * (cond - uncond)`"
         yield Guess("guidance formula", text, made, patch)
     else:
         mine, theirs = (number(value) for value in pairs[0])
         at = f" at step {passes[0].step}" if len({number(value) for value in own}) > 1 else ""
         text = f"the guidance scale is {mine}{at}, the reference's {theirs}"
-        yield Guess("guidance scale", text, made, f"guidance_scale = {theirs}")
+        yield Guess("guidance scale", text, made, f"set `guidance_scale` to {theirs}")
 
 
 def _by_channels(passes: Sequence[_Passes], scales: Sequence[float]) -> Iterator[Guess]:

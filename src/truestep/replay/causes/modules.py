@@ -42,7 +42,7 @@ def attributes(scene: Scene) -> Iterator[Hypothesis]:
                 kind=_kind_of(key),
                 text=f"`{where}.{key}` is {value!r}, the reference's {reference!r}",
                 change=_set(name, key, value),
-                patch=f"{where}.{key} = {reference!r}",
+                patch=f"set `{where}.{key}` to {reference!r}",
             )
 
 

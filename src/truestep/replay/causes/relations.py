@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from truestep.replay.causes.guesses import PRECISIONS, Guess, apart, least_squares, number
+from truestep.replay.causes.guesses import LEAST, PRECISIONS, Guess, apart, least_squares, number
 from truestep.replay.causes.material import Handed
 
 Tensor = torch.Tensor
@@ -263,12 +263,18 @@ def _by_channel(scene: Handed, axis: int) -> Iterator[Guess]:
         text = f"{scene.argument} is 0 in {listed} of axis {axis}"
         yield _fitted("zeroed", text, scene, lambda x: x * kept.view(shape), len(places))
     count = len(slopes)
-    shown = [", ".join(map(number, values[:4].tolist())) for values in (slopes, bases)]
-    more = ", ..." if count > 4 else ""
     along = "token" if one.reference.dim() == 3 and axis == 1 else "channel"
-    text = f"{scene.argument} is scaled by {along} ({shown[0]}{more}) and moved "
-    text += f"({shown[1]}{more}) from the reference's"
+    moves = torch.where(bases.abs() < LEAST * one.reference.std(), 0.0, bases)
+    others = (((slopes - 1).abs() >= LEAST) | (moves != 0)).nonzero().flatten().tolist()
+    told = [f"{at}: {number(float(slopes[at]))} and {number(float(moves[at]))}" for at in others]
+    more = f", and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
+    text = f"{scene.argument} is scaled and moved from the reference's in {len(told)} of {count} "
+    text += f"{along}s ({', '.join(told[:_SHOWN])}{more})"
     yield _fitted(f"scaled by {along}", text, scene, change, 2 * count)
+
+
+_SHOWN = 4
+"""Channels that are listed of many."""
 
 
 def _line(reference: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,9 @@ class Setting:
             f"{own}{name} {is_} {_short(value)}, the reference's {_short(trusted.get(name))}"
             for name, value in self.values.items()
         ]
-        mend = "; ".join(f"{own}{name} = {_short(trusted.get(name))}" for name in self.values)
+        where = "" if attribute else " in the configuration"
+        values = (f"`{name}` to {_short(trusted.get(name))}" for name in self.values)
+        mend = f"set {', '.join(values)}{where} of {self.component}"
         kind = next((_KINDS[name] for name in self.values if name in _KINDS), "schedule")
         return kind, as_if + "; ".join(parts), mend if self.read and len(self.values) == 1 else ""
 
