@@ -138,6 +138,8 @@ def changed_alone(pipe: Pipeline, change: Apply | None) -> Pipeline:
     Raises:
         UsageError, ProcessEndedError: As `apply_change` does.
     """
+    if change is None:
+        return pipe
     with taken_back(pipe) as shared:
         pipe = apply_change(pipe, change)
     pipe.code = shared.on
