@@ -140,7 +140,7 @@ def command(  # 23 parameters, long: the options of the verb
     cases, output = _chosen(words, changes, reference, output, update=update)
     weights = {"from_disk": from_disk, "low_memory": low_memory}
     options = _options(level=level, floor=floor, keep=keep, apply=change, **weights)
-    written = Written(output or root, every=keep == "all", tensors=level == "full")
+    written = Written(output or root, options["keep"], options["floor"], level == "full")
     if dry_run:
         end(tell(cases, "record", written, change=change, **weights))
     require_room(output or root / "reference", WHAT)  # before any compute is spent
