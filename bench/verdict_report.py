@@ -246,12 +246,12 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 
 # --- thinned recordings beside those that keep every step -----------------------------------------
 
-PASSED = ("identical", "equivalent")
+NOT_CAUGHT = ("identical", "equivalent", "inconclusive")
 PLACES = ("same", "later step", "other")
 
 
 def _caught(row: Row, by: str) -> bool:
-    return row[by]["verdict"] not in PASSED
+    return row[by]["verdict"] not in NOT_CAUGHT
 
 
 def place_of(row: Row) -> str:

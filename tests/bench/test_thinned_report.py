@@ -42,12 +42,13 @@ def test_what_is_missed_is_counted_by_whether_it_is_said() -> None:
         row(judged("update", 3), judged(unseen=SAID)),
         row(judged("update", 4), judged()),
         row(judged(), judged()),  # without an effect
+        row(judged("update", 18), {**judged("update", 18, SAID), "verdict": "inconclusive"}),
         row(judged(), judged("text"), family="benign"),
         {"subject": "digits", "not_applicable": True},
     ]
     lines = thinned_markdown(rows).splitlines()
     assert lines[4] == (
-        "| digits | float32 | 0, 9, 10, 11, 19 | 4 | 2/4 (50%) | 1 | 1 | 1 | 1 | 0 | 0/1 | 1/1 |"
+        "| digits | float32 | 0, 9, 10, 11, 19 | 5 | 2/5 (40%) | 2 | 1 | 1 | 1 | 0 | 0/1 | 1/1 |"
     )
-    assert "Otherwise than by a whole one: 4" in lines
+    assert "Otherwise than by a whole one: 5" in lines
     assert "- entry on digits, float32: drifted update, step 4; thinned identical" in lines
