@@ -4,6 +4,7 @@ a checkpoint that is larger than the memory it may have.
 python -m bench.bench_sizes              330 M parameters, two dtypes, both ways to run Wan
 python -m bench.bench_sizes --from-disk  a checkpoint of 6.7 GB in a process limited to 2.5 GB
 python -m bench.bench_sizes --low-memory a text encoder as large as the denoiser, 150 M each
+python -m bench.bench_sizes --recordings bytes of thinned recordings of 50 steps, by what is kept
 
 Every number is the peak of all resident memory of a process of its own, mapped pages of files
 included (VmHWM); `child_mb` is that of the largest process that it started, beside it.
@@ -240,16 +241,53 @@ def low_memory(folder: Path) -> None:
                 emit("sizes_low_memory", parameters=counts, plain_mb=plain["mb"], **told)
 
 
+def recordings() -> None:
+    """What recordings of truestep's own stages hold, as multiples of the final latent and texts."""
+    import truestep
+    from bench.faults.draws import DRAWS
+    from bench.faults.subjects import Wan, subjects
+
+    for subject in subjects():
+        for dtype in subject.dtypes if isinstance(subject, Wan) else ():
+            case = subject.case(DRAWS[0], dtype).replace(steps=50)
+            floor: Any = "none" if dtype == "float32" else "steps"  # raised tensors come with it
+            told = shares(truestep.record(case, floor=floor))
+            emit("sizes_recordings", subject=subject.name, dtype=dtype, **told)
+
+
+def shares(recording: Any) -> dict[str, Any]:
+    """Bytes of a recording's tensors by stage, raised ones apart, over those of its final latents
+    and texts."""
+    from truestep.keys import FINALS, key_of
+
+    sizes: dict[str, int] = {}
+    unit = 0
+    for name in recording:
+        key, size = key_of(name), recording[name].nbytes
+        kind = f"{key.precision} {key.stage}" if key.precision else key.stage
+        sizes[kind] = sizes.get(kind, 0) + size
+        unit += size * (kind == "text" or name in FINALS)
+    decoded = sum(size for kind, size in sizes.items() if "decoding" in kind)
+    total = sum(sizes.values())
+    told = {kind: round(size / unit, 2) for kind, size in sizes.items()}
+    without = round((total - decoded) / unit, 1)
+    return {"total": round(total / unit, 1), "without_media": without, "by_stage": told}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--from-disk", action="store_true")
     parser.add_argument("--low-memory", action="store_true")
+    parser.add_argument("--recordings", action="store_true")
     parser.add_argument("--folder", type=Path, help="Where models are written; default temporary.")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         folder, dtype, runtime, what, named = json.loads(options.run)
         run(Path(folder), dtype, runtime, what, **named)
+        return
+    if options.recordings:
+        recordings()
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         way = low_memory if options.low_memory else from_disk if options.from_disk else memory

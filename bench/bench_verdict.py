@@ -4,6 +4,11 @@
 
 Writes one JSON line a run to `verdict.jsonl` as it goes, and goes on where a killed run stopped;
 then `bench.verdict_report` writes the table and the plot.
+
+    python -m bench.bench_verdict --thinned [--steps 20]
+
+judges truestep's own stages twice instead, by a recording that keeps every step and by the thinned
+one that it makes of itself: `verdict-thinned.jsonl`, and its own table.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +30,12 @@ import torch
 from bench.common import RESULTS, read
 from bench.faults.draws import DRAWS, Draw
 from bench.faults.registry import BENIGN, FAULTS, Fault, NotApplicable
-from bench.faults.subjects import Outputs, Subject, effect, subjects
+from bench.faults.subjects import Outputs, Subject, Wan, effect, subjects
 from truestep.gates.kinds import Gate, parse_gate
 from truestep.measure.distance import same_bits
 from truestep.recording.format import Recording
+from truestep.replay.steps import kept_steps
+from truestep.replay.thinning import thinned
 from truestep.verdict import Comparison
 
 GATES = (
@@ -44,20 +52,30 @@ GATES = (
 def main() -> None:
     options = _options()
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "verdict.jsonl"
+    path = options.output / ("verdict-thinned.jsonl" if options.thinned else "verdict.jsonl")
     done = {_key(row) for row in read(path)}
     torch.set_num_threads(1)
     gates = [parse_gate(name) for name in GATES]
-    run = _draw_alone if options.alone else _draw
-    for subject in subjects(tuple(options.subject)):
+    run = _draw_thinned if options.thinned else _draw_alone if options.alone else _draw
+    for subject in _subjects(options):
         for dtype in subject.dtypes:
             if options.dtype in (None, dtype):
                 for draw in DRAWS[: options.draws]:
                     run(subject, dtype, draw, options.entry, gates, path, done)
     if not options.entry and options.report:
-        from bench.verdict_report import write
+        from bench.verdict_report import write, write_thinned
 
-        write(read(path), options.output)
+        (write_thinned if options.thinned else write)(read(path), options.output)
+
+
+def _subjects(options: Any) -> Iterator[Subject]:
+    """Those that are asked for; of thinned recordings those with stages, at so many steps."""
+    for subject in subjects(tuple(options.subject)):
+        if not options.thinned:
+            yield subject
+        elif isinstance(subject, Wan):
+            settings = {**subject.settings, "steps": options.steps}
+            yield replace(subject, settings=settings, depths=("steps",))
 
 
 def _options() -> Any:
@@ -69,6 +87,10 @@ def _options() -> Any:
     parser.add_argument(
         "--alone", action="store_true", help="truestep's gate only: no true sizes, no other gates"
     )
+    parser.add_argument(
+        "--thinned", action="store_true", help="judge by whole and by thinned recordings instead"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="of a case that is thinned")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--no-report", dest="report", action="store_false")
     return parser.parse_args()
@@ -157,6 +179,39 @@ def _draw_alone(
         _keep(row, start, path)
 
 
+def _draw_thinned(
+    subject: Subject,
+    dtype: str,
+    draw: Draw,
+    names: list[str],
+    gates: list[Gate],
+    path: Path,
+    done: set[tuple[str, ...]],
+) -> None:
+    """truestep's own verdicts by a whole recording, and by what is kept of it by default."""
+    todo = _todo(subject, dtype, draw, names, done)
+    if not todo:
+        return
+    trusted = subject.load(draw, dtype)
+    whole = subject.record(trusted, draw, dtype)
+    thin = thinned(trusted, whole)
+    kept = sorted(kept_steps(thin) or ())
+    for entry in todo:
+        start = time.perf_counter()
+
+        def changed(entry: Fault = entry) -> Any:
+            torch.manual_seed(0)
+            model = subject.load(draw, dtype)
+            return entry.apply(model) or model
+
+        row = {**_row(entry, subject, dtype, draw), "kept": kept}
+        with _globals_restored():
+            row.update(_verdicts(subject, dtype, draw, changed, whole))
+            if not row.get("not_applicable"):
+                row["thinned"] = _verdicts(subject, dtype, draw, changed, thin)["steps"]
+        _keep(row, start, path)
+
+
 def _run(
     entry: Fault,
     subject: Subject,
@@ -239,31 +294,35 @@ def _verdicts(
                 "metric": worst.ratio_metric if worst else None,
                 "tensor": worst.name if worst else None,
                 "forwards": result.cost.share if result.cost else None,
+                "unseen": _unseen(result),
             }
     except NotApplicable:
         row["not_applicable"] = True
     return row
 
 
+def _unseen(result: Comparison) -> list[str]:
+    """What a result says of steps that were not looked at."""
+    return [text for text in (*result.not_looked_at, *result.notes) if "step" in text]
+
+
 def _place(result: Comparison) -> dict[str, Any]:
     """Where a comparison first failed; of two modalities there, the one that is further off."""
     first = result.first_divergence
-    if first is None or all(row.modality is None for row in result.rows):
+    if first is None:
         return {}
-    place = (first.stage, first.step, first.branch)
+    place = {"stage": first.stage, "step": first.step, "branch": first.branch}
+    if all(row.modality is None for row in result.rows):
+        return place
     beside = [
         row
         for row in result.rows
-        if (row.stage, row.step, row.branch) == place and not row.verdict.passed
+        if all(getattr(row, key) == value for key, value in place.items())
+        and not row.verdict.passed
     ]
     there = max(beside, key=lambda row: row.ratio or 0.0)
-    return {
-        "stage": first.stage,
-        "step": first.step,
-        "branch": first.branch,
-        "modality": there.modality,
-        "ratio": _json(there.ratio) if there.ratio is not None else None,
-    }
+    ratio = _json(there.ratio) if there.ratio is not None else None
+    return {**place, "modality": there.modality, "ratio": ratio}
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Table and plot of `bench.bench_verdict`: caught, missed, false alarms and cost, gate by gate.
 
-python -m bench.verdict_report [FOLDER]
+python -m bench.verdict_report [--thinned] [FOLDER]
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NO_EFFECT", "Passed", "gates_of", "markdown", "plot", "write"]
+__all__ = [
+    "NO_EFFECT",
+    "Passed",
+    "gates_of",
+    "markdown",
+    "place_of",
+    "plot",
+    "thinned_markdown",
+    "write",
+    "write_thinned",
+]
 
 NO_EFFECT = 1e-6
 """A fault whose true size in float64 is below this is reported as having none, not as missed."""
@@ -234,11 +244,97 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     print(text)
 
 
+# --- thinned recordings beside those that keep every step -----------------------------------------
+
+NOT_CAUGHT = ("identical", "equivalent", "inconclusive")
+PLACES = ("same", "later step", "other")
+
+
+def _caught(row: Row, by: str) -> bool:
+    return row[by]["verdict"] not in NOT_CAUGHT
+
+
+def place_of(row: Row) -> str:
+    """How the place that a thinned recording names stands to that by a whole one.
+
+    `later step` is the same stage and pass at a kept step, where the first one is not kept and the
+    result says which steps it could not judge.
+    """
+    whole, thin = row["steps"], row["thinned"]
+    if whole["first"] == thin["first"]:
+        return "same"
+    alike = all(whole.get(key) == thin.get(key) for key in ("stage", "branch"))
+    steps = (whole.get("step"), thin.get("step"))
+    if not alike or None in steps or whole["step"] in row["kept"] or not thin["unseen"]:
+        return "other"
+    return "later step" if steps[0] < steps[1] else "other"
+
+
+def thinned_markdown(rows: Sequence[Row]) -> str:
+    """What thinned recordings judge otherwise than those that keep every step."""
+    rows = [row for row in rows if "thinned" in row]
+    lines = [
+        "Recordings of truestep's own stages as they are made by default, beside the same with "
+        f"`--keep all`: {len(rows):,} runs, no held-out draws. A fault counts where a whole "
+        "recording shows it.",
+        "",
+        "| subject | precision | steps kept | faults caught, whole | thinned | missed, and said "
+        "| missed silently | same place | later step, and said | other place "
+        "| twins flagged, whole | thinned |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["subject"], row["dtype"]), []).append(row)
+    lines += [_thinned_line(*key, group) for key, group in groups.items()]
+    told = [text for row in rows if (text := _otherwise(row))]
+    return "\n".join(
+        [*lines, "", f"Otherwise than by a whole one: {len(told) or 'none'}", *told, ""]
+    )
+
+
+def _thinned_line(subject: str, dtype: str, rows: Sequence[Row]) -> str:
+    seen = [r for r in rows if r["family"] != "benign" and _caught(r, "steps")]
+    both = [row for row in seen if _caught(row, "thinned")]
+    missed = [row for row in seen if not _caught(row, "thinned")]
+    said = sum(bool(row["thinned"]["unseen"]) for row in missed)
+    places = [place_of(row) for row in both]
+    twins = [row for row in rows if row["family"] == "benign"]
+    flagged = (f"{sum(_caught(r, by) for r in twins)}/{len(twins)}" for by in ("steps", "thinned"))
+    kept = ", ".join(map(str, rows[0]["kept"]))
+    cells = [subject, dtype, kept, len(seen), _share(len(both), len(seen)), said]
+    cells += [len(missed) - said, *(places.count(place) for place in PLACES), *flagged]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _otherwise(row: Row) -> str:
+    """A line on a run that a thinned recording judges otherwise, or names another place of."""
+    whole, thin = row["steps"], row["thinned"]
+    caught = [_caught(row, by) for by in ("steps", "thinned")]
+    if caught[0] == caught[1] and (not caught[0] or place_of(row) == "same"):
+        return ""
+    told = [f"{one['verdict']} {one['first']}".strip() for one in (whole, thin)]
+    return f"- {row['entry']} on {row['subject']}, {row['dtype']}: {told[0]}; thinned {told[1]}"
+
+
+def write_thinned(rows: Sequence[Row], folder: Path) -> None:
+    """Write `verdict-thinned.md` and the runs, and print the table."""
+    text = thinned_markdown(rows)
+    (folder / "verdict-thinned.md").write_text(text, "utf-8")
+    raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (folder / "verdict-thinned.jsonl.gz").write_bytes(gzip.compress(raw, mtime=0))
+    print(text)
+
+
 def main() -> None:
     from bench.common import RESULTS, read
 
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    write(read(folder / "verdict.jsonl"), folder)
+    words = [word for word in sys.argv[1:] if word != "--thinned"]
+    folder = Path(words[0]) if words else RESULTS
+    if len(words) < len(sys.argv) - 1:
+        write_thinned(read(folder / "verdict-thinned.jsonl"), folder)
+    else:
+        write(read(folder / "verdict.jsonl"), folder)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,31 @@ def test_what_is_written_is_what_was_asked_for(run: Run, monkeypatch: pytest.Mon
     assert run("record", *WORDS, "--dry-run", "--keep", "all", "--level", "stats")[0] == 0
 
 
+def test_a_free_run_to_be_judged_by_its_stages_keeps_every_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[tuple[int, int]] = []
+    estimate = needs.estimate
+
+    def told(*args: Any, **kwargs: Any) -> needs.Estimate:
+        found = estimate(*args, **kwargs)
+        sizes[:] = [(found.recording, found.whole)]
+        return found
+
+    monkeypatch.setattr(needs, "estimate", told)
+    monkeypatch.setattr(needs, "free_disk", lambda path: sizes[0][0])
+    digits = ("record", "--prompt", "a red three", "--set", "steps=20", "--dry-run")
+    assert run(*digits)[0] == 0
+    code, out, _ = run(*digits, "--floor", "final")
+    assert code == 2
+    takes = dry_run.amount(sizes[0][1])
+    assert f"PROBLEM   the recording is of {takes}" in out
+    assert f", {takes} on disk" in out.replace("\n  ", " ")
+    assert "--keep all" not in out
+    assert run(*digits, "--floor", "final", "--keep", "1")[0] == 0
+    assert run("record", *WORDS, "--dry-run", "--floor", "final")[0] == 0  # keeps no more
+
+
 def test_a_large_model_is_not_recorded_where_there_is_no_room(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

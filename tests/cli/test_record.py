@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Run, runner, write_cases
+from truestep.calls import instructions
+from truestep.runtime import lent, stored
 
 
 @pytest.fixture
@@ -54,6 +56,19 @@ def test_one_id_and_a_command_that_finds_what_was_recorded(
     (hint,) = re.findall(r"^next: truestep (.*)$", out, re.MULTILINE)
     assert run(*shlex.split(hint))[0] == 0
     assert run("record", printed, "--runs", "1")[0] == 0
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_a_floor_without_other_instructions_is_said(
+    run: Run, tiny_wan: dict[str, Path], monkeypatch: pytest.MonkeyPatch, low: bool
+) -> None:
+    monkeypatch.setattr(stored, "LEAST", 1 << 10)
+    monkeypatch.setattr(lent, "LEAST", 1 << 10)
+    monkeypatch.setattr(instructions, "other_sets", lambda: (("limited to the oldest", {}),))
+    words = [str(tiny_wan["wan21"]), "--prompt", "a cat", *SMALL]
+    _, out, _ = run("record", *words, *(["--low-memory"] if low else ["--floor", "none"]))
+    note = "note: noise floor without other instructions: weights stay in their files"
+    assert (note in " ".join(out.split())) is low
 
 
 def test_the_hint_of_a_missing_reference_has_tier_file_and_folder(run: Run, tmp_path: Path) -> None:

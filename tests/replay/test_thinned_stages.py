@@ -18,8 +18,9 @@ from truestep.judge.repeats import UNSTEADY
 from truestep.keys import key_of
 from truestep.replay.check import check, check_pipeline
 from truestep.replay.record import record_pipeline
-from truestep.replay.steps import KEPT_STEPS, default_steps, kept_steps, require_run
+from truestep.replay.steps import KEPT_STEPS, default_steps, kept_steps, named_steps, require_run
 from truestep.replay.thinning import thinned
+from truestep.report.answer import answer
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Branch, Pipeline, Step
 from truestep.verdict import Comparison, Verdict
@@ -242,6 +243,54 @@ def wrong_update(pipe: Pipeline) -> None:
     pipe.update = lambda inner, step, *parts: (
         original(inner, step, *parts) * (1.001 if step.index == 3 else 1)
     )
+
+
+def test_steps_that_could_not_be_judged_are_said(case: Case, thin: Recording) -> None:
+    """A fault of one step that is not kept is not seen: the answer says where it did not look."""
+    missed = check(case, thin, apply=wrong_update)
+    assert missed.verdict is Verdict.IDENTICAL
+    said = "guidance and update at steps 1 to 4, 8 to 10 (not in this recording: --keep all)"
+    assert said in missed.not_looked_at
+    assert said in " ".join(" ".join(answer(missed)).split())
+    assert not any("could not be judged" in note for note in missed.notes)
+
+
+def late_guidance(pipe: Pipeline) -> None:
+    """Guidance that is wrong from a step on that a thinned recording does not keep."""
+    original = pipe.combine
+    pipe.combine = lambda inner, step, *parts: (
+        original(inner, step, *parts) * (1.01 if step.index > 2 else 1)
+    )
+
+
+def test_a_place_that_may_lie_earlier_says_so(
+    case: Case, whole: Recording, thin: Recording
+) -> None:
+    results = [check(case, reference, apply=late_guidance) for reference in (whole, thin)]
+    places = [result.first_divergence for result in results]
+    assert [place and (place.stage, place.step) for place in places] == [
+        ("guidance", 3),
+        ("guidance", 5),
+    ]
+    note = "guidance may fail earlier: steps 1 to 4 could not be judged"
+    assert [any(note in text for text in result.notes) for result in results] == [False, True]
+    early = check(case, thin, apply=guidance)
+    assert early.first_divergence is not None
+    assert early.first_divergence.step == 0
+    assert not any("may fail earlier" in text for text in early.notes)
+
+
+def test_steps_in_words() -> None:
+    assert named_steps([3]) == "step 3"
+    assert named_steps([4, 2, 1, 8]) == "steps 1 to 2, 4, 8"
+
+
+def test_the_first_latent_is_kept_once(case: Case, whole: Recording, thin: Recording) -> None:
+    assert "step/0000/latent" not in thin
+    assert torch.equal(thin["latent/initial"], whole["step/0000/latent"])
+    other = {**whole, "step/0000/latent": whole["step/0000/latent"] * 2}
+    table = whole.manifest
+    assert "step/0000/latent" in thinned(load(case), Recording.in_memory(other, table))
 
 
 def test_the_end_of_a_free_run_is_judged_by_every_step(

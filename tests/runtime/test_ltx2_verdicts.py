@@ -15,14 +15,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench.bench_verdict import _place
 from bench.faults.registry import BENIGN, FAULTS, Fault
+from truestep.calls.instructions import Elsewhere
 from truestep.case import Case
 from truestep.joint import Joint
 from truestep.recording.format import Recording
+from truestep.replay import floor as replay_floor
 from truestep.replay.check import check_pipeline
 from truestep.replay.locating import locate_module
 from truestep.replay.raised import raised
 from truestep.replay.record import FloorChoice, record_pipeline
 from truestep.replay.stages import replay
+from truestep.replay.variations import variations
 from truestep.runtime.loading import load
 from truestep.runtime.pipeline import Pipeline
 from truestep.verdict import Comparison, Verdict
@@ -54,13 +57,18 @@ class Subject:
     """A tiny model, recorded once; candidates are copies of it."""
 
     def __init__(
-        self, folder: Path, dtype: str = "float32", floor: FloorChoice = "steps", **settings: Any
+        self,
+        folder: Path,
+        dtype: str = "float32",
+        floor: FloorChoice = "steps",
+        steps: int = 3,
+        **settings: Any,
     ) -> None:
         self.case = Case(
             model=str(folder),
             prompt="a red three moving left",
             negative_prompt="a blue one",
-            steps=3,
+            steps=steps,
             guidance_scale=3.0,
             height=64,
             width=64,
@@ -99,6 +107,22 @@ def narrow(tiny_ltx2: dict[str, Path]) -> Subject:
 @pytest.fixture(scope="module")
 def clips(tiny_ltx2: dict[str, Path]) -> Subject:
     return Subject(tiny_ltx2["2.3"], floor="none", videos_per_prompt=2)
+
+
+def test_a_floor_of_16_bits_is_of_what_is_recorded(
+    tiny_ltx2: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repeated run predicts at a neighbouring step too, of which nothing raised is recorded."""
+    monkeypatch.setattr(replay_floor, "variations", lambda pipe: variations(pipe)[:1])
+    monkeypatch.setattr(Elsewhere, "start", lambda self, again, recorded: again())
+    subject = Subject(tiny_ltx2["2.3"], dtype="bfloat16", steps=6)
+    floor = subject.recording.manifest.noise_floor
+    assert floor is not None
+    raised = [run for run in floor.runs if run.pair == "float32/float32"]
+    measured = {one.name for run in raised for one in run.tensors}
+    assert "float32/audio/step/0003/cond" in measured
+    assert measured <= set(subject.recording)
+    assert subject.check(None).verdict is Verdict.IDENTICAL
 
 
 def named(comparison: Comparison) -> tuple[Any, ...]:

@@ -14,6 +14,8 @@ from truestep.text import say, visible, wrapped
 if TYPE_CHECKING:
     from truestep.case import AnyCase
     from truestep.engines.needs import Estimate, Needs
+    from truestep.recording.manifest import Keep
+    from truestep.replay.record import FloorChoice
 
 Verb = Literal["record", "check"]
 
@@ -27,19 +29,27 @@ class Written:
 
     Attributes:
         target: Where.
-        every: Whether every step is kept.
-        tensors: Whether the tensors are, of which alone it is told how large they are.
+        keep: Which steps are kept.
+        floor: Which noise floor is measured.
+        tensors: Whether the tensors are kept, of which alone it is told how large they are.
     """
 
     target: Path
-    every: bool = False
+    keep: Keep = ()
+    floor: FloorChoice = "steps"
     tensors: bool = True
 
-    def lacking(self, told: Estimate) -> tuple[int, int] | None:
+    def every(self, case: AnyCase) -> bool:
+        """Whether every step of a case is kept."""
+        from truestep.engines.subjects import keeps_every_step
+
+        return keeps_every_step(case, self.floor, self.keep)
+
+    def lacking(self, told: Estimate, case: AnyCase) -> tuple[int, int] | None:
         """Bytes that it takes and that are free, where those are too few."""
         from truestep.engines.needs import free_disk
 
-        takes = told.whole if self.every else told.recording
+        takes = told.whole if self.every(case) else told.recording
         there = free_disk(self.target)
         return (takes, there) if self.tensors and takes > there else None
 
@@ -71,10 +81,11 @@ def dry_run(
     lacks = False
     for name, case in cases.items():
         told = estimate(case, from_disk=from_disk, low_memory=low_memory)
-        problems = [f"PROBLEM   {problem}" for problem in _problems(told, verb, written)]
+        problems = [f"PROBLEM   {problem}" for problem in _problems(told, verb, case, written)]
         lacks = lacks or bool(problems)
+        every = written is not None and written.every(case)
         if len(cases) == 1:
-            entries += [wrapped("", line) for line in (*problems, *_lines(told))]
+            entries += [wrapped("", line) for line in (*problems, *_lines(told, every))]
             continue
         needs = _needs(told.record if verb == "record" else told.check)
         entries.append(wrapped("", f"{name}: {verb} {'; '.join([needs, *problems])}", indent=2))
@@ -103,10 +114,11 @@ def foresee(
         told = estimate(case, from_disk=from_disk, low_memory=low_memory)
     except UsageError:  # it cannot be foretold; it may well be recorded
         return
-    say(f"{visible(name)}: {_needs(told.record)}{_written(told)}", err=True)
-    for problem in _problems(told, "record", None):
+    takes = f"{_needs(told.record)}{_written(told, written.every(case))}"
+    say(f"{visible(name)}: {takes}", err=True)
+    for problem in _problems(told, "record", case, None):
         say(f"PROBLEM   {problem}", err=True)
-    lacking = written.lacking(told)
+    lacking = written.lacking(told, case)
     if lacking:
         raise WriteError(
             "there is no room for the recording",
@@ -116,7 +128,7 @@ def foresee(
         )
 
 
-def _lines(told: Estimate) -> Iterator[str]:
+def _lines(told: Estimate, every: bool) -> Iterator[str]:
     parts = ", ".join(
         f"{part} {amount(size)}"
         for part, size in sorted(told.weights.items(), key=lambda item: -item[1])
@@ -133,7 +145,7 @@ def _lines(told: Estimate) -> Iterator[str]:
         ("record", told.record),
         ("check", told.check),
     ):
-        yield f"{label:<9} {_needs(needs)}{_written(told) if label == 'record' else ''}"
+        yield f"{label:<9} {_needs(needs)}{_written(told, every) if label == 'record' else ''}"
 
 
 def amount(size: float) -> str:
@@ -165,12 +177,14 @@ def _needs(needs: Needs) -> str:
     return f"at least {duration(needs.seconds)}, about {amount(needs.memory)} of memory{device}"
 
 
-def _written(told: Estimate) -> str:
+def _written(told: Estimate, every: bool) -> str:
+    if every:
+        return f", {amount(told.whole)} on disk"
     more = f", {amount(told.whole)} with --keep all" if told.whole > 1.1 * told.recording else ""
     return f", {amount(told.recording)} on disk{more}"
 
 
-def _problems(told: Estimate, verb: Verb, written: Written | None) -> list[str]:
+def _problems(told: Estimate, verb: Verb, case: AnyCase, written: Written | None) -> list[str]:
     """What is too little here."""
     from truestep.engines.needs import free_device_memory, free_memory
 
@@ -186,7 +200,7 @@ def _problems(told: Estimate, verb: Verb, written: Written | None) -> list[str]:
             f"{verb} takes {amount(needs.device)} of the accelerator's memory, "
             f"{amount(device)} are free"
         )
-    lacking = written.lacking(told) if written else None
+    lacking = written.lacking(told, case) if written else None
     if lacking:
         found.append(
             f"the recording is of {amount(lacking[0])}, {amount(lacking[1])} of disk are free"

@@ -140,7 +140,7 @@ def command(  # 23 parameters, long: the options of the verb
     cases, output = _chosen(words, changes, reference, output, update=update)
     weights = {"from_disk": from_disk, "low_memory": low_memory}
     options = _options(level=level, floor=floor, keep=keep, apply=change, **weights)
-    written = Written(output or root, every=keep == "all", tensors=level == "full")
+    written = Written(output or root, options["keep"], options["floor"], level == "full")
     if dry_run:
         end(tell(cases, "record", written, change=change, **weights))
     require_room(output or root / "reference", WHAT)  # before any compute is spent
@@ -160,7 +160,8 @@ def command(  # 23 parameters, long: the options of the verb
             continue
         known = not output and not is_draft(root, path)
         check = _check(words, name, case, path, changed=bool(changes), stored=known)
-        told.say(_told(name, recording), ending=_ending(path, check, level))
+        lines = _told(name, recording, apart=from_disk or low_memory)
+        told.say(lines, ending=_ending(path, check, level))
         saving.add(runs, name, case)
     told.end()
     end(2 if broken else 0)
@@ -314,8 +315,14 @@ class _Saving:
         return recording, path
 
 
-def _told(name: str, recording: Recording) -> Iterator[str]:
-    """What was recorded, in words."""
+def _told(name: str, recording: Recording, *, apart: bool) -> Iterator[str]:
+    """What was recorded, in words.
+
+    Args:
+        name: Of the case.
+        recording: Of it.
+        apart: Whether its weights were in their files, so that its floor lacks a benign run.
+    """
     from truestep.cli.contents import kept_text
 
     manifest = recording.manifest
@@ -329,7 +336,7 @@ def _told(name: str, recording: Recording) -> Iterator[str]:
         yield f"kept: {kept} (more: --keep all)"
     if "prepared" in manifest.settings:
         yield f"prepared: {manifest.settings['prepared']}"
-    notes = manifest.settings.get("idle", ())
+    notes = (*(manifest.notes if apart else ()), *manifest.settings.get("idle", ()))
     shown = notes if verbose() else notes[:_NOTES]
     yield from (f"note: {text}" for text in shown)
     if len(notes) > len(shown):

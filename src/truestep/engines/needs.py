@@ -34,7 +34,7 @@ from truestep.case import AnyCase, Case
 from truestep.environment import usable_device
 from truestep.files import nearest_folder
 from truestep.floors import EPSILON
-from truestep.keys import key_of
+from truestep.keys import key_of, step_name
 from truestep.progress import resident_peak, told_by_linux
 from truestep.recording.format import Recording
 from truestep.recording.manifest import CALLS, CallEntry, Manifest
@@ -249,7 +249,8 @@ class _Sum:
         if self.told.sizes is not None:
             sizes, total = self.told.sizes, self.run.steps
             chosen = default_steps(self._reference) | set(floor_steps(total))
-            return self._shown(kept_names(sizes, chosen)), self._shown(sizes)
+            once = (n for n in kept_names(sizes, chosen) if not n.endswith(step_name(0, "latent")))
+            return self._shown(once), self._shown(sizes)
         chosen = default_steps(self._reference)
         windows = chosen | {step - 1 for step in chosen}
         every = frozenset(range(self.run.steps))

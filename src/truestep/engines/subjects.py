@@ -93,6 +93,12 @@ def record(  # 11 parameters: the public record, whose options are keywords
     return recording
 
 
+def keeps_every_step(case: Case | CallCase, floor: FloorChoice, keep: Keep) -> bool:
+    """Whether a recording of a case keeps every step: where that is asked for, and where a free run
+    of truestep's runtime is to be judged, which is judged by its stages at every step."""
+    return keep == "all" or (not keep and floor == "final" and isinstance(case, Case))
+
+
 def _recorded(
     subject: Case | CallCase | Any,
     call: Mapping[str, Any] | None,
@@ -105,8 +111,8 @@ def _recorded(
         from truestep.replay import record as stages
 
         _refuse_call(call)
-        if not options["keep"] and options["floor"] == "final":
-            options["keep"] = "all"  # a free run is judged by its stages at every step
+        if keeps_every_step(subject, options["floor"], options["keep"]):
+            options["keep"] = "all"
         return stages.record(subject, path=path, level=level, **options)
     if isinstance(subject, CallCase):
         from truestep.engines import diffusers

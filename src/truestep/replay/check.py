@@ -24,7 +24,7 @@ from truestep.judge.floor import Limits, free_running, pair_of
 from truestep.judge.repeats import said_unsteady
 from truestep.judge.seen import with_seen
 from truestep.randomness import own_randomness
-from truestep.replay.judging import coverage, media_of, rows_of
+from truestep.replay.judging import begins_earlier, coverage, media_of, rows_of
 from truestep.runtime.pipeline import by_its_code
 from truestep.text import quoted
 from truestep.turns import taking_turns
@@ -307,6 +307,7 @@ def check_pipeline(  # 9 parameters: those of `check` that are left when the pip
         cost=_cost(manifest, forwards=pipe.forwards - before, seconds=seconds),
     )
     result = with_seen(said_unsteady(result), run.replayed.outputs, recording)
+    result = begins_earlier(result, recording)
     if depth != "final" or tolerance is not None:
         return result
     again = partial(check_pipeline, pipe, recording, case=case, candidate=candidate)

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from truestep.judge.floor import Limits, sample_sizes
 from truestep.judge.repeats import with_second_answers
 from truestep.keys import SAMPLES, is_prediction, key_of
-from truestep.verdict import Media, Row, Verdict
+from truestep.verdict import Comparison, Media, Row, Verdict
 
 if TYPE_CHECKING:
     from truestep.recording.format import Recording
     from truestep.replay.answers import Answers
     from truestep.replay.kept import Replay
+
+_NOT_KEPT = "not in this recording: --keep all"
 
 
 def rows_of(run: Answers, recording: Recording, limits: Limits) -> list[Row]:
@@ -64,7 +66,7 @@ def coverage(recording: Recording, run: Answers) -> tuple[tuple[str, ...], tuple
             ),
         )
     from truestep.keys import STAGES, address
-    from truestep.replay.steps import steps_recorded
+    from truestep.replay.steps import left_out_steps, named_steps, steps_recorded
 
     total = steps_recorded(recording)
     places = [address(name) for name in run.wanted]
@@ -79,14 +81,34 @@ def coverage(recording: Recording, run: Answers) -> tuple[tuple[str, ...], tuple
             detail = " at every step"
         looked.append(f"{stage}{detail}" + (f" ({', '.join(branches)})" if branches else ""))
     predicted = {p.step for p in places if p.stage == "prediction"}
-    others = total - len(predicted)
-    unseen = [f"prediction at the other {others} step{'s' * (others > 1)}"] if others else []
+    others, left = total - len(predicted), left_out_steps(recording)
+    unseen = [f"guidance and update at {named_steps(left)} ({_NOT_KEPT})"] if left else []
+    unseen += [f"prediction at the other {others} step{'s' * (others > 1)}"] if others else []
     if run.unseen:
         unseen.append(run.unseen)
     if "video/frames" not in recording:
         unseen.append("decoding (the reference holds no frames)")
     unseen += ["accumulation over a free run (--depth final)", *_one_size(recording)]
     return tuple(looked), tuple(unseen)
+
+
+def begins_earlier(comparison: Comparison, recording: Recording) -> Comparison:
+    """Say of a place at a step that those before it are not in the recording, where that is so.
+
+    Predictions are made at the same steps by a recording that keeps all of them.
+    """
+    from truestep.replay.steps import left_out_steps, named_steps
+
+    first = comparison.first_divergence
+    if first is None or first.step is None or first.stage == "prediction":
+        return comparison
+    before = {step for step in left_out_steps(recording) if step < first.step}
+    if not before:
+        return comparison
+    note = (
+        f"{first.stage} may fail earlier: {named_steps(before)} could not be judged ({_NOT_KEPT})"
+    )
+    return comparison.model_copy(update={"notes": (note, *comparison.notes)})
 
 
 def _one_size(recording: Recording) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from truestep.replay.steps import (
     kept_steps,
     left_out,
     recorded_schedule,
+    stored_name,
 )
 from truestep.runtime.guidance import Adaptive
 from truestep.runtime.pipeline import (
@@ -277,15 +278,16 @@ class _Latents:
 
     def begin(self, steps: Iterable[int]) -> None:
         """Before some steps are predicted, in order."""
-        names = (step_name(step, "latent") for step in steps)
-        self.free = any(name not in self.source.recording for name in names)
+        recording = self.source.recording
+        names = (stored_name(recording, step_name(step, "latent")) for step in steps)
+        self.free = any(name not in recording for name in names)
         if self.free:
             _reset(self.pipe, self.source.schedule)
 
     def at(self, index: int) -> Value:
         """What a step is given: a copy."""
         name = step_name(index, "latent")
-        if name in self.source.recording:
+        if stored_name(self.source.recording, name) in self.source.recording:
             return given(self.pipe, self.source.recording, name, like=self.source.like)
         return each(torch.clone, self.latent)
 
@@ -324,7 +326,7 @@ def _text_effects(pipe: Pipeline, source: _Inputs, index: int, result: Replay) -
             continue
 
         def predict(name: str = name, text: torch.Tensor = own, branch: Branch = branch) -> None:
-            latent = recording[step_name(step.index, "latent")].to(pipe.device, copy=True)
+            latent = given(pipe, recording, step_name(step.index, "latent"))
             made = pipe.predict(pipe, latent, step, text.to(pipe.device), branch)
             result.effects[name] = (step_name(step.index, branch), made.detach().to("cpu"))
 

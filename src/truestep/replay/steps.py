@@ -11,11 +11,14 @@ import torch
 from truestep.errors import FileFormatError, UsageError
 from truestep.joint import Value, each, gather
 from truestep.keys import step_name
+from truestep.measure.distance import same_bits
 from truestep.runtime.pipeline import Pipeline, Schedule
 
 _SCHEDULE = ("schedule/sigmas", "schedule/timesteps", "schedule/experts")
 
 _WHOLE = ("text/cond", "latent/initial", "latent/final", *_SCHEDULE)
+
+_FIRST_LATENT = step_name(0, "latent")
 
 KEPT_STEPS = "kept_steps"
 """Setting of a thinned recording: the steps of which it keeps everything."""
@@ -46,11 +49,46 @@ def keeps_step(recording: Mapping[str, torch.Tensor], step: int) -> bool:
     return kept is None or step in kept
 
 
+def left_out_steps(recording: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """Steps of which a thinned recording keeps at most what its scheduler needs."""
+    kept = kept_steps(recording)
+    if kept is None:
+        return ()
+    return tuple(step for step in range(steps_recorded(recording)) if step not in kept)
+
+
+def named_steps(steps: Iterable[int]) -> str:
+    """Steps in words, neighbours together: `steps 1 to 4, 8`."""
+    spans: list[list[int]] = []
+    for step in sorted(steps):
+        if spans and step == spans[-1][-1] + 1:
+            spans[-1].append(step)
+        else:
+            spans.append([step])
+    told = [f"{span[0]} to {span[-1]}" if span[1:] else f"{span[0]}" for span in spans]
+    return f"step{'s' * (len(spans) > 1 or len(spans[0]) > 1)} {', '.join(told)}"
+
+
 def steps_recorded(recording: Mapping[str, torch.Tensor]) -> int:
     """Number of denoise steps of the run that was recorded."""
     if kept_steps(recording) is not None:
         return len(recording["schedule/timesteps"])
     return sum(1 for name in recording if name.startswith("step/") and name.endswith("/latent"))
+
+
+def stored_name(recording: Mapping[str, torch.Tensor], name: str) -> str:
+    """What a recorded value is stored under: a thinned recording holds the latent of the first step
+    once, as the initial one."""
+    if name in recording or not name.endswith(_FIRST_LATENT):
+        return name
+    return name.removesuffix(_FIRST_LATENT) + "latent/initial"
+
+
+def stored_twice(whole: Mapping[str, torch.Tensor]) -> set[str]:
+    """The latent of the first step, where that is the initial one; see `stored_name`."""
+    twice = {name for name in whole if name.endswith(_FIRST_LATENT)}
+    initial = ((name, name.removesuffix(_FIRST_LATENT) + "latent/initial") for name in twice)
+    return twice if all(same_bits(whole[one], whole[other]) for one, other in initial) else set()
 
 
 def given(
@@ -66,7 +104,8 @@ def given(
         like: A value of the same shape whose order in memory the copy is given: tokens that are a
             view of frames may take another kernel than the same tokens in a row.
     """
-    value = each(lambda tensor: tensor.to(pipe.device, copy=True), gather(recording, name))
+    value = gather(recording, stored_name(recording, name))
+    value = each(lambda tensor: tensor.to(pipe.device, copy=True), value)
     return value if like is None else _in_order_of(value, like)
 
 
@@ -98,7 +137,7 @@ def require_run(recording: Mapping[str, torch.Tensor], *, where: str) -> None:
     total = 0 if kept is not None and lacks else steps_recorded(recording)
     steps = {*range(total)} if kept is None or not total else {*kept, *default_steps(recording)}
     names = [step_name(step, what) for step in sorted(steps) for what in ("latent", "guided")]
-    lacks += [name for name in names if name not in recording]
+    lacks += [name for name in names if stored_name(recording, name) not in recording]
     hint = "truestep record CASE --update  # records it again"
     if lacks or not total:
         more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""

@@ -14,7 +14,13 @@ from truestep.measure.distance import same_bits
 from truestep.recording.format import Recording
 from truestep.recording.manifest import LEFT_OUT, Keep
 from truestep.replay.stages import replay
-from truestep.replay.steps import KEPT_STEPS, chosen_steps, default_steps, floor_steps
+from truestep.replay.steps import (
+    KEPT_STEPS,
+    chosen_steps,
+    default_steps,
+    floor_steps,
+    stored_twice,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +89,7 @@ def _is_kept(key: Key, chosen: Collection[int], driven: Collection[int]) -> bool
 
 
 def _kept(whole: Recording, chosen: Collection[int], driven: Collection[int]) -> Recording:
-    names = set(kept_names(whole, chosen, driven))
+    names = set(kept_names(whole, chosen, driven)) - stored_twice(whole)
     manifest = whole.manifest
     settings = {
         **manifest.settings,

@@ -27,6 +27,9 @@ _ROWS = 3
 _COVERAGE = 7
 """Rank of what was looked at: rows of the table are worth more."""
 
+_UNSEEN = 2
+"""Rank of what a pass did not look at: more than what passed, which is the rest."""
+
 _WEAK = 0.1
 """A pass that would not have seen a change of a tenth says so first: dropped biases are smaller."""
 
@@ -287,7 +290,8 @@ def _rest(comparison: Comparison) -> Iterator[Block]:
     if comparison.looked_at:
         yield _block(_COVERAGE + 1, "looked at", ", ".join(comparison.looked_at), most=2)
     if comparison.not_looked_at:
-        yield _block(_COVERAGE, "not looked at", ", ".join(comparison.not_looked_at), most=2)
+        rank = _UNSEEN if comparison.verdict.passed else _COVERAGE
+        yield _block(rank, "not looked at", ", ".join(comparison.not_looked_at), most=2)
 
 
 def _stages(rows: Rows) -> str:

@@ -276,10 +276,11 @@ def update(scene: Scene) -> Iterator[Guess]:
 
 def _latent_before(scene: Scene, name: str) -> torch.Tensor | None:
     """The latent that a step was given, by the name of what it gave."""
-    from truestep.replay.steps import steps_recorded
+    from truestep.replay.steps import steps_recorded, stored_name
 
     step = address(name).step
     if step is None:  # the end
         step = steps_recorded(scene.recording) - 1
     plain = name.replace("latent/final", "step/0000/latent")
-    return scene.recorded(re.sub(r"step/\d{4}", f"step/{step:04d}", plain))
+    before = re.sub(r"step/\d{4}", f"step/{step:04d}", plain)
+    return scene.recorded(stored_name(scene.recording, before))
