@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from truestep.case import RunSettings
+from truestep.errors import CaseError
 from truestep.joint import Value, parts
 from truestep.runtime.guidance import Adaptive, Branches
 
@@ -255,6 +256,26 @@ def follow_plan(pipe: Pipeline) -> None:
         for model in models
         if any(wanted)
     ]
+
+
+def require_multiple(pipe: Pipeline, key: str, multiple: int) -> None:
+    """Refuse a height or width that diffusers would round silently."""
+    value = getattr(pipe.settings, key)
+    if value % multiple:
+        raise CaseError(
+            f"{key} {value} does not fit the model",
+            measured=f"it must be a multiple of {multiple}",
+            hint=f"--set {key}={max(round(value / multiple), 1) * multiple}",
+        )
+
+
+def wrong_frames(pipe: Pipeline, first: int, period: int, fitting: int) -> CaseError:
+    """The error of a number of frames that the model does not make."""
+    return CaseError(
+        f"num_frames {pipe.settings.num_frames} does not fit the model",
+        measured=f"it must be {first} more than a multiple of {period}",
+        hint=f"--set num_frames={fitting}",
+    )
 
 
 @dataclass
