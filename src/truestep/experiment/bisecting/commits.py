@@ -52,12 +52,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Line:
-    """Commits from the good end to the bad one, along first parents.
-
-    Attributes:
-        points: The good end, then every suspect.
-        notes: What is to be said of the line.
-    """
+    """Commits from the good end to the bad one, along first parents."""
 
     repository: Path
     points: tuple[Commit, ...]
