@@ -21,7 +21,7 @@ from typing import Any
 
 from truestep.errors import FileFormatError, ReferenceNotFoundError, TruestepError, UsageError
 from truestep.experiment.bisecting.commits import Commit, Line, git, settings
-from truestep.experiment.bisecting.isolation import Place, Ran, environment, run
+from truestep.experiment.bisecting.isolation import Place, Ran, environment, path_of, run
 from truestep.files import alive
 from truestep.reading import parse_json, parse_toml, read
 from truestep.text import listed, pasteable
@@ -213,9 +213,7 @@ def _place(baseline: Baseline, asked: Asked, scratch: Path) -> Iterator[tuple[Pl
 def _here(baseline: Baseline, folder: Path) -> Place:
     """The working tree itself, its packages first."""
     root = baseline.repository or folder
-    source = root / "src" if (root / "src").is_dir() else root
-    before = os.environ.get("PYTHONPATH")
-    return Place(folder, {"PYTHONPATH": f"{source}{os.pathsep}{before}" if before else str(source)})
+    return Place(folder, {"PYTHONPATH": path_of(root)})
 
 
 def _checked(baseline: Baseline, asked: Asked, scratch: Path) -> tuple[Comparison, ...]:
