@@ -373,7 +373,7 @@ def _median(run: Callable[[], object], device: str, rounds: int = 5) -> float:
 
 def free_memory() -> int | None:
     """Bytes that this process may still take: of the machine, its control group and its limits."""
-    found = [told_by_linux("/proc/meminfo", "MemAvailable"), _control_group(), *_limits()]
+    found = [_meminfo(), _control_group(), *_limits()]
     return min((size for size in found if size is not None), default=None)
 
 
@@ -385,6 +385,10 @@ def free_device_memory(device: str) -> int | None:
 def free_disk(path: Path) -> int:
     """Bytes that are free where a file would be written."""
     return shutil.disk_usage(nearest_folder(path.absolute())).free
+
+
+def _meminfo() -> int | None:
+    return told_by_linux("/proc/meminfo", "MemAvailable")
 
 
 def _control_group() -> int | None:
