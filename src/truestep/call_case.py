@@ -42,6 +42,7 @@ from pydantic import (
 
 from truestep.content import case_differences, invalid_case, readable_id
 from truestep.errors import CaseError
+from truestep.files import sha256_of
 from truestep.records import Shown, line_of
 from truestep.text import nearest
 from truestep.verdict import Difference
@@ -306,11 +307,7 @@ def _digest(paths: Sequence[Path]) -> str:
     """16 digits of a SHA-256 over what files hold, one after the other."""
     whole = hashlib.sha256()
     for path in paths:
-        single = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                single.update(block)
-        whole.update(single.digest())
+        whole.update(bytes.fromhex(sha256_of(path)))
     return whole.hexdigest()[:16]
 
 

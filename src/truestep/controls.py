@@ -264,3 +264,10 @@ def differences(first: str, second: str) -> dict[str, tuple[Cell, Cell]]:
     """
     a, b = find_profile(first).cells, find_profile(second).cells
     return {name: (a[name], b[name]) for name in NAMES if a[name].value != b[name].value}
+
+
+def value_text(value: object) -> str:
+    """A control's value as `--set` takes it."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -247,8 +247,3 @@ class EquivalenceError(TruestepError, AssertionError):
         what, where, measured, likely, hint = comparison.explain()
         super().__init__(what, where=where, measured=measured, likely=likely, hint=hint)
         self.comparison = comparison
-
-    @property
-    def verdict_exit_code(self) -> int:
-        """Exit code of the verdict that raised this error."""
-        return self.comparison.verdict.exit_code

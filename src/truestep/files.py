@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from truestep.errors import WriteError
 from truestep.text import quoted
 
+_BLOCK = 1 << 20
 STALE_S = 24 * 3600.0
 """After so long without a change a temporary file of another machine is taken for abandoned."""
 
@@ -133,10 +135,6 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     The lock is on the folder itself: it leaves no file, and the kernel frees it when its process
     dies.
 
-    Args:
-        folder: Made if need be.
-        what: What is written, for the error.
-
     Raises:
         WriteError: The folder cannot be made or opened.
     """
@@ -210,3 +208,12 @@ def _untouched_s(folder: Path) -> float:
         changed = max(place.stat().st_mtime for place in (folder, *folder.iterdir()))
         return time.time() - changed
     return 0.0
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    value = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value.update(block)
+    return value.hexdigest()

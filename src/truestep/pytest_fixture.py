@@ -101,9 +101,6 @@ class TruestepFixture:
             attention: Attention back-end that was really used.
             tier: Quality tier.
 
-        Returns:
-            The comparison, if it passed.
-
         Raises:
             EquivalenceError: It did not.
             ReferenceNotFoundError: There is none; the candidate is written beside its place.

@@ -52,22 +52,12 @@ class Made:
 
 
 def _recording(tensors: Mapping[str, Any], place: Place, settings: Mapping[str, Any]) -> Recording:
-    from datetime import datetime, timezone
-
-    from truestep.environment import Environment, library_version
+    from truestep.environment import Environment
     from truestep.recording.format import Recording
-    from truestep.recording.manifest import Manifest
-    from truestep.recording.table import tensor_table
+    from truestep.recording.table import manifest_of
 
-    manifest = Manifest(
-        tool_version=library_version("truestep") or "",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        level="full",
-        case_id=place.case_id,
-        settings=dict(settings),
-        environment=dict(Environment.current("cpu" if place.device_class == "cpu" else None)),
-        tensors=tensor_table(tensors),
-    )
+    environment = Environment.current("cpu" if place.device_class == "cpu" else None)
+    manifest = manifest_of(tensors, environment, case_id=place.case_id, settings=dict(settings))
     return Recording.in_memory(tensors, manifest)
 
 

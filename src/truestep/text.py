@@ -15,7 +15,7 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _ACTING = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
@@ -130,6 +130,12 @@ def nearest(key: str, names: Iterable[str]) -> str:
     part = [name for name in known if key.endswith(f"_{name}") or name.endswith(f"_{key}")]
     near = difflib.get_close_matches(key, known, n=1) or part
     return f"did you mean {near[0]!r}?" if near else ""
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def slug(text: str, limit: int) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import truestep
+from truestep.engines.named import run_of
+from truestep.engines.ordered import check_run
+from truestep.engines.running import Ran, run_engine
 from truestep.testing import tiny
 from truestep.testing.tiny.calls import picture
+from truestep.verdict import Comparison
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +70,36 @@ def reference(model: Path) -> Path:
     }
     truestep.record(pipe, call=call, floor="none", path=path)
     return path
+
+
+@pytest.fixture(scope="session")
+def ran_stand_in() -> Callable[..., Ran]:
+    """Runs a program that imports stand-ins: its text, a folder of weights and inputs, faults."""
+
+    def run(text: str, weights: Path, output: Path, *faults: str) -> Ran:
+        with pytest.MonkeyPatch.context() as patch:
+            stand_ins = str(Path(__file__).parent / "stand_ins")
+            patch.setenv("PYTHONPATH", stand_ins, prepend=os.pathsep)
+            return run_engine([sys.executable, "-c", text, str(weights), *faults], output)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def judged_faults(ran_stand_in: Callable[..., Ran]) -> Callable[..., Callable[[str], Comparison]]:
+    """Judges what a program makes, by fault, beside `reference.safetensors` in the folder above."""
+
+    def judged(text: str, weights: Path, faults: Iterable[str]) -> Callable[[str], Comparison]:
+        ran = ran_stand_in(text, weights, weights.parent / "run.safetensors", *faults)
+        assert ran.code == 0
+        # one process generates once a fault: each has to be a recording of its own
+        paths = dict(zip(faults, (path for path, _ in ran.recordings), strict=True))
+        known = run_of(weights.parent / "reference.safetensors")
+
+        @cache
+        def result(fault: str) -> Comparison:
+            return check_run(run_of(paths[fault]), weights / "trusted", reference=known)
+
+        return result
+
+    return judged

@@ -29,7 +29,7 @@ from truestep.replay.recorded import Recorded
 from truestep.testing import tiny
 from truestep.verdict import Comparison, Verdict
 
-PROGRAM = Path(__file__).parent.parent / "examples" / "stand_ins.py"
+PROGRAM = Path(__file__).parent / "stand_ins" / "generate.py"
 SIZE = {"height": 64, "width": 64}
 
 

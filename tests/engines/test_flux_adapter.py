@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from bench.engines.tiny_flux import call, make
 from truestep.engines.assembling import PARTIAL
 from truestep.engines.named import run_of
 from truestep.engines.ordered import check_run
-from truestep.engines.running import Ran, run_engine
+from truestep.engines.running import Ran
 from truestep.verdict import Comparison, Verdict
 
 FAULTS = {
@@ -93,28 +90,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _ran(place: Path, output: Path, *faults: str) -> Ran:
-    stand_ins = str(Path(__file__).parent / "stand_ins")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", stand_ins, prepend=os.pathsep)
-        program = [sys.executable, "-c", PROGRAM, str(place / "flux"), *faults]
-        return run_engine(program, output)
-
-
 @pytest.fixture(scope="module")
-def judged(place: Path) -> Callable[[str], Comparison]:
-    """One process generates once a fault: each has to be a recording of its own."""
-    ran = _ran(place, place / "run.safetensors", *FAULTS)
-    assert ran.code == 0
-    assert len(ran.recordings) == len(FAULTS)
-    paths = dict(zip(FAULTS, (path for path, _ in ran.recordings), strict=True))
-    known = run_of(place / "reference.safetensors")
-
-    @cache
-    def result(fault: str) -> Comparison:
-        return check_run(run_of(paths[fault]), place / "flux" / "trusted", reference=known)
-
-    return result
+def judged(
+    place: Path, judged_faults: Callable[..., Callable[[str], Comparison]]
+) -> Callable[[str], Comparison]:
+    return judged_faults(PROGRAM, place / "flux", FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -158,8 +138,10 @@ def test_a_scale_that_a_model_is_given_is_guidance(judged: Callable[[str], Compa
     assert [r.name for r in judged("sign").rows if not r.verdict.passed] == [FAULTS["sign"]]
 
 
-def test_a_killed_process_leaves_the_steps_that_ended(place: Path, tmp_path: Path) -> None:
-    ran = _ran(place, tmp_path / "run.safetensors", "killed")
+def test_a_killed_process_leaves_the_steps_that_ended(
+    place: Path, tmp_path: Path, ran_stand_in: Callable[..., Ran]
+) -> None:
+    ran = ran_stand_in(PROGRAM, place / "flux", tmp_path / "run.safetensors", "killed")
     assert ran.code == 137
     ((path, recording),) = ran.recordings
     assert PARTIAL in recording.recording.manifest.notes

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,6 @@ import pytest
 import truestep
 from bench.engines.tiny_ltx2 import call, make
 from truestep.engines.named import run_of
-from truestep.engines.ordered import check_run
-from truestep.engines.running import run_engine
 from truestep.verdict import Comparison, Verdict
 
 FAULTS = {
@@ -109,23 +104,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judged(place: Path) -> Callable[[str], Comparison]:
-    """One process generates once a fault: each has to be a recording of its own."""
-    stand_ins = str(Path(__file__).parent / "stand_ins")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", stand_ins, prepend=os.pathsep)
-        program = [sys.executable, "-c", PROGRAM, str(place / "ltx2"), *FAULTS]
-        ran = run_engine(program, place / "run.safetensors")
-    assert ran.code == 0
-    assert len(ran.recordings) == len(FAULTS)
-    paths = dict(zip(FAULTS, (path for path, _ in ran.recordings), strict=True))
-    known = run_of(place / "reference.safetensors")
-
-    @cache
-    def result(fault: str) -> Comparison:
-        return check_run(run_of(paths[fault]), place / "ltx2" / "trusted", reference=known)
-
-    return result
+def judged(
+    place: Path, judged_faults: Callable[..., Callable[[str], Comparison]]
+) -> Callable[[str], Comparison]:
+    return judged_faults(PROGRAM, place / "ltx2", FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -22,7 +22,8 @@ from tests.commands import Run, runner, write_cases
 from truestep.cli.common import load_change
 from truestep.errors import MissingExtraError, UsageError
 from truestep.experiment.cluster import Ended, Task, connected, run_tasks
-from truestep.experiment.records import ARMS, Experiment, Finding
+from truestep.experiment.records import ARMS, Experiment
+from truestep.verdict import Verdict
 
 CHANGES = """
 import os, signal, time
@@ -288,7 +289,7 @@ def test_cells_run_as_tasks_and_a_poisoned_one_is_its_own_failure(
     )
     assert code == 1
     poisoned, other = Experiment.model_validate_json(out).cells
-    assert poisoned.verdict is Finding.INVALID
+    assert poisoned.verdict is Verdict.INVALID
     assert poisoned.reasons == ("the candidate raised while loading: its worker was lost 3 times",)
     assert other.speed is not None
     assert (other.speed.rounds, other.missing, other.sameness is not None) == (1, (), True)

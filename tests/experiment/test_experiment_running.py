@@ -14,7 +14,7 @@ from truestep.case import Case
 from truestep.experiment import running
 from truestep.experiment.arms import Arm, Run, choose, load_arm, run
 from truestep.experiment.planning import parse_matrix, planned_cases
-from truestep.experiment.records import ARMS, Finding, Plan, Sample
+from truestep.experiment.records import ARMS, Plan, Sample
 from truestep.experiment.running import run_experiment
 from truestep.experiment.store import Store
 from truestep.experiment.table import summarise
@@ -80,7 +80,7 @@ def test_a_harmless_change_is_the_same_and_a_planted_bias_is_found(
     assert set(same.samples[0].stages_s) == {"text", "schedule", "latent", "step", "decode"}
 
     other = summarise(begun(tmp_path / "other", planned(case), biased, kept=kept)).cells[0]
-    assert other.verdict is Finding.DRIFTED
+    assert other.verdict is Verdict.DRIFTED
     assert other.first_divergence == "`step/0000/cond`, step 0, cond"
     assert other.control_ssim_worst == 1.0
 
@@ -116,7 +116,7 @@ def test_an_arm_that_raises_ends_its_cell_only(case: Case, tmp_path: Path, kept:
 
     plan = planned(case, matrix=("guidance_scale=4.0,3.0",))
     first, second = summarise(begun(tmp_path, plan, picky, kept=kept)).cells
-    assert first.verdict is Finding.INVALID
+    assert first.verdict is Verdict.INVALID
     assert first.reasons == (
         "the candidate raised while generating three: RuntimeError: no kernel for this scale",
     )
@@ -134,7 +134,7 @@ def test_arms_of_other_shapes_are_timed_and_incomparable(
 ) -> None:
     plan = planned(case, apply="", candidate={"num_frames": "9"})
     cell = summarise(begun(tmp_path, plan, kept=kept)).cells[0]
-    assert cell.verdict is Finding.INCOMPARABLE
+    assert cell.verdict is Verdict.INCOMPARABLE
     assert "the arms give other shapes: latents " in cell.sentence
     assert cell.speed is not None
 
@@ -148,7 +148,7 @@ def test_a_switch_that_reaches_all_arms_spoils_the_cell(
         torch.set_num_threads(now + 1)
 
     cell = summarise(begun(tmp_path, planned(case), everywhere, kept=kept)).cells[0]
-    assert cell.verdict is Finding.INCONCLUSIVE
+    assert cell.verdict is Verdict.INCONCLUSIVE
     assert cell.reasons[0] == (
         f"the switch reaches all arms: loading candidate changed torch.threads {now} -> {now + 1}"
     )
@@ -200,7 +200,7 @@ def test_a_change_of_shared_code_spoils_the_cell(
         monkeypatch.setattr(owner, "forward", lambda *a, **k: old(*a, **k) * 1.01)
 
     cell = summarise(begun(tmp_path, planned(case), everywhere)).cells[0]
-    assert cell.verdict is Finding.INCONCLUSIVE
+    assert cell.verdict is Verdict.INCONCLUSIVE
     assert cell.reasons[:2] == (
         "the switch reaches all arms: it replaced WanTransformerBlock.forward",
         "the switch reaches all arms: the baseline gives other latents once the candidate is "
@@ -247,7 +247,7 @@ def test_a_candidate_that_drifts_after_its_check_is_found(
     generations_changed(monkeypatch, "candidate", scaled("latent/final", 1.1, first=CHECKED + 2))
     found = summarise(begun(tmp_path, alike(case, warmup=warmup), kept=kept))
     cell = found.cells[0]
-    assert (found.verdict, found.exit_code) == (Finding.DRIFTED, 1)
+    assert (found.verdict, found.exit_code) == (Verdict.DRIFTED, 1)
     assert not cell.unchanged
     place = "warming up" if warmup else "round 0"
     assert cell.first_divergence == f"`latent/final`, {place}"
@@ -267,10 +267,10 @@ def test_a_drift_before_the_check_or_in_every_round_is_found(
 
     generations_changed(monkeypatch, "candidate", first)
     store = begun(tmp_path / "first", alike(case), kept=kept)
-    assert summarise(store).verdict is Finding.DRIFTED
+    assert summarise(store).verdict is Verdict.DRIFTED
     generations_changed(monkeypatch, "candidate", scaled("latent/final", 1.1, first=CHECKED + 1))
     found = summarise(begun(tmp_path / "all", alike(case, warmup=0), kept=kept))
-    assert found.verdict is Finding.DRIFTED
+    assert found.verdict is Verdict.DRIFTED
     assert found.cells[0].arms["candidate"].results == 1
     assert "candidate: repeats of one case gave 2 different latents; " in markdown(found)
 
@@ -280,7 +280,7 @@ def test_a_decoder_that_drifts_after_its_check_is_found(
 ) -> None:
     generations_changed(monkeypatch, "candidate", scaled("video/frames", 1.1, first=CHECKED + 1))
     found = summarise(begun(tmp_path, alike(case), kept=kept))
-    assert found.verdict is Finding.DRIFTED
+    assert found.verdict is Verdict.DRIFTED
     assert found.cells[0].worst_final == 0.0
     assert (
         "candidate: repeats of one case gave one latent decoded to other frames; the furthest "
@@ -318,7 +318,7 @@ def test_a_trusted_arm_that_does_not_stay_the_same_decides_nothing(
 ) -> None:
     generations_changed(monkeypatch, arm, scaled("latent/final", 1.1, first=6))
     found = summarise(begun(tmp_path, alike(case, rounds=3, most_rounds=3), kept=kept))
-    assert found.verdict is Finding.INCONCLUSIVE
+    assert found.verdict is Verdict.INCONCLUSIVE
     assert any(reason.startswith(said) for reason in found.cells[0].reasons)
 
 
@@ -330,5 +330,5 @@ def test_a_resumed_experiment_judges_what_its_new_rounds_give(
     generations_changed(monkeypatch, "candidate", scaled("latent/final", 1.1, first=1))
     more = plan.model_copy(update={"rounds": 2, "most_rounds": 2})
     found = summarise(begun(tmp_path, more, kept=kept)).cells[0]
-    assert found.verdict is Finding.DRIFTED
+    assert found.verdict is Verdict.DRIFTED
     assert len(found.repeats) == 1

@@ -19,7 +19,6 @@ from truestep.experiment.records import (
     ARMS,
     Experiment,
     Failure,
-    Finding,
     Plan,
     Remark,
     Repeat,
@@ -30,6 +29,7 @@ from truestep.experiment.statistics import Outcome, order_of
 from truestep.experiment.store import Store
 from truestep.experiment.table import complete_rounds, summarise
 from truestep.report.ab import cells_of, markdown, media_of, print_experiment, render
+from truestep.verdict import Verdict
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
 CELL = parse_matrix([])[0]
@@ -108,7 +108,7 @@ class Made:
 def test_the_same_and_as_fast(tmp_path: Path) -> None:
     found = Made(tmp_path).time(20).check().result()
     cell = found.cells[0]
-    assert (found.verdict, found.exit_code) == (Finding.IDENTICAL, 0)
+    assert (found.verdict, found.exit_code) == (Verdict.IDENTICAL, 0)
     assert cell.speed is not None
     assert cell.speed.outcome is Outcome.SAME
     assert cell.unchanged
@@ -127,24 +127,24 @@ def test_faster_as_expected(tmp_path: Path) -> None:
 
 def test_slower_where_faster_was_expected_is_exit_1(tmp_path: Path) -> None:
     found = Made(tmp_path, expect=("faster",)).time(20, candidate=1.1).check().result()
-    assert (found.verdict, found.exit_code) == (Finding.UNMET, 1)
+    assert (found.verdict, found.exit_code) == (Verdict.UNMET, 1)
     assert found.cells[0].reasons[0].startswith("expected faster, it is 1.10")
 
 
 def test_a_switch_without_effect_is_inconclusive_where_one_was_expected(tmp_path: Path) -> None:
     for expect in ("faster", "different"):
         found = Made(tmp_path / expect, expect=(expect,)).time(20).check().result()
-        assert (found.verdict, found.exit_code) == (Finding.INCONCLUSIVE, 4)
+        assert (found.verdict, found.exit_code) == (Verdict.INCONCLUSIVE, 4)
         assert found.cells[0].reasons == (
             "the switch changed nothing: same bits, forwards and speed",
         )
     more = Made(tmp_path / "forwards", expect=("faster",)).time(20, forwards=2).check().result()
-    assert (more.verdict, more.cells[0].unchanged) == (Finding.UNMET, False)
+    assert (more.verdict, more.cells[0].unchanged) == (Verdict.UNMET, False)
 
 
 def test_of_a_speed_that_is_not_decided_nobody_says_that_it_is_the_same(tmp_path: Path) -> None:
     found = Made(tmp_path, expect=("faster",)).time(20, noise=0.3).check().result()
-    assert (found.verdict, found.cells[0].unchanged) == (Finding.INCONCLUSIVE, True)
+    assert (found.verdict, found.cells[0].unchanged) == (Verdict.INCONCLUSIVE, True)
     assert found.cells[0].reasons == (
         "the switch changed nothing so far: same bits and forwards, and the speed is not decided",
     )
@@ -153,7 +153,7 @@ def test_of_a_speed_that_is_not_decided_nobody_says_that_it_is_the_same(tmp_path
 def test_results_that_nobody_judged_are_no_pass(tmp_path: Path) -> None:
     made = Made(tmp_path).time(20, latents=3).check()
     found = made.result()
-    assert (found.verdict, found.exit_code) == (Finding.INCONCLUSIVE, 4)
+    assert (found.verdict, found.exit_code) == (Verdict.INCONCLUSIVE, 4)
     assert not found.cells[0].unchanged
     assert found.cells[0].reasons == (
         f"{ID}: 2 more results of the candidate were not judged: give another --output to run it "
@@ -169,23 +169,23 @@ def test_results_that_nobody_judged_are_no_pass(tmp_path: Path) -> None:
             ),
         )
     judged = made.result()
-    assert (judged.verdict, judged.cells[0].unchanged) == (Finding.IDENTICAL, False)
+    assert (judged.verdict, judged.cells[0].unchanged) == (Verdict.IDENTICAL, False)
 
 
 def test_drift_fails_unless_it_was_expected(tmp_path: Path) -> None:
     found = Made(tmp_path / "a").time(20).check(off=0.1).result()
-    assert (found.verdict, found.exit_code) == (Finding.DRIFTED, 1)
+    assert (found.verdict, found.exit_code) == (Verdict.DRIFTED, 1)
     assert found.cells[0].worst_final == pytest.approx(0.1, rel=1e-3)
     expected = Made(tmp_path / "b", expect=("different",)).time(20).check(off=0.1).result()
     assert expected.exit_code == 0
     same = Made(tmp_path / "c", expect=("different",)).time(20, candidate=1.2).check().result()
-    assert same.verdict is Finding.UNMET
+    assert same.verdict is Verdict.UNMET
     assert same.cells[0].reasons == ("expected different, the latents are identical",)
 
 
 def test_too_much_noise_says_how_many_rounds_would_decide(tmp_path: Path) -> None:
     found = Made(tmp_path).time(20, noise=0.3).check().result()
-    assert (found.verdict, found.exit_code) == (Finding.INCONCLUSIVE, 4)
+    assert (found.verdict, found.exit_code) == (Verdict.INCONCLUSIVE, 4)
     speed = found.cells[0].speed
     assert speed is not None
     assert speed.rounds_needed is not None
@@ -201,7 +201,7 @@ def test_too_few_rounds_have_no_interval(tmp_path: Path) -> None:
 
 def test_a_control_that_differs_spoils_the_cell(tmp_path: Path) -> None:
     found = Made(tmp_path, expect=("faster",)).time(20, candidate=0.8, control=0.9).check().result()
-    assert (found.verdict, found.exit_code) == (Finding.INCONCLUSIVE, 4)
+    assert (found.verdict, found.exit_code) == (Verdict.INCONCLUSIVE, 4)
     assert (
         found.cells[0]
         .reasons[0]
@@ -228,7 +228,7 @@ def test_an_interval_that_is_wider_than_asked_for(tmp_path: Path) -> None:
 
 def test_other_shapes_are_incomparable(tmp_path: Path) -> None:
     found = Made(tmp_path).time(20).check(shape=2).result()
-    assert (found.verdict, found.exit_code) == (Finding.INCOMPARABLE, 3)
+    assert (found.verdict, found.exit_code) == (Verdict.INCOMPARABLE, 3)
     assert found.cells[0].reasons[0] == (
         "the arms give other shapes: latents [1, 4, 3, 4, 2] and [1, 4, 3, 4, 4] "
         "(candidate, baseline)"
@@ -240,12 +240,12 @@ def test_what_an_arm_raised_and_what_spoils_a_run(tmp_path: Path) -> None:
     made.store.append(CELL, Remark(text="the switch reaches all arms", spoils=True))
     found = made.result()
     assert (found.verdict, found.cells[0].reasons) == (
-        Finding.INCONCLUSIVE,
+        Verdict.INCONCLUSIVE,
         ("the switch reaches all arms",),
     )
     made.store.append(CELL, Failure(arm="candidate", doing="loading", text="ValueError: no"))
     found = made.result()
-    assert (found.verdict, found.exit_code) == (Finding.INVALID, 1)
+    assert (found.verdict, found.exit_code) == (Verdict.INVALID, 1)
     assert found.cells[0].reasons == ("the candidate raised while loading: ValueError: no",)
     assert found.cells[0].speed is not None
 
@@ -255,7 +255,7 @@ def test_a_machine_without_a_compiler_is_no_fault_of_the_arm(tmp_path: Path) -> 
     text = "InductorError: InvalidCxxCompiler: No working C++ compiler found\nmore"
     made.store.append(CELL, Failure(arm="candidate", doing="generating", text=text, machine=True))
     found = made.result()
-    assert (found.verdict, found.exit_code) == (Finding.MISSING, 3)
+    assert (found.verdict, found.exit_code) == (Verdict.MISSING, 3)
     assert found.cells[0].reasons == (
         "torch.compile does not work on this machine: InductorError: InvalidCxxCompiler: "
         "No working C++ compiler found",

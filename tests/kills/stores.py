@@ -17,12 +17,12 @@ import torch
 from tests.kills.harness import Writer
 from tests.recording.test_store import CASE, recording
 from truestep.errors import UsageError
-from truestep.files import replacing
+from truestep.files import replacing, sha256_of
 from truestep.recording.format import Recording
 from truestep.recording.lock import LOCK_FILE, read_lock
 from truestep.recording.placing import adopt, content_of, draft_path, entry_of
 from truestep.recording.remote.address import address
-from truestep.recording.remote.objects import Remote, name_of, put, sha256_at
+from truestep.recording.remote.objects import Remote, name_of, put
 from truestep.recording.remote.opening import open_store
 from truestep.recording.store import Store, place_of
 from truestep.recording.team import Note, promote, push, rollback
@@ -60,7 +60,7 @@ def _note(value: int) -> Note:
 def _object(folder: Path, sha256: str) -> Path:
     """A content of the store, whole."""
     path = folder / "store" / name_of(sha256)
-    if sha256_at(path) != sha256:
+    if sha256_of(path) != sha256:
         raise ValueError(f"the object {sha256[:12]} is not what it is called")
     return path
 
@@ -99,7 +99,7 @@ def _loose(folder: Path, value: int) -> tuple[str, Path]:
     path = folder / "loose" / f"{value}.safetensors"
     if not path.exists():
         recording(float(value)).save(path)
-    return sha256_at(path), path
+    return sha256_of(path), path
 
 
 def _read_history(folder: Path) -> set[int]:
@@ -148,8 +148,8 @@ def _write_pruned(folder: Path, value: int) -> None:
     _promoted(folder, value)
     nobody = folder / "loose" / f"{value}.nobody"
     nobody.write_text(str(value))
-    put(remote, nobody, sha256_at(nobody))
-    _old(folder, sha256_at(nobody))
+    put(remote, nobody, sha256_of(nobody))
+    _old(folder, sha256_of(nobody))
     prune(root, remote, older_s=HOUR_S, remove=True)
 
 
@@ -230,7 +230,7 @@ def _read_draft(folder: Path) -> set[int]:
     if draft is None:
         return {0}
     path = draft_path(root, draft)
-    if sha256_at(path) != draft:
+    if sha256_of(path) != draft:
         raise ValueError("the draft is not what it is called")
     return {_value(path)}
 

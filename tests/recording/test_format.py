@@ -16,9 +16,10 @@ from safetensors import safe_open
 
 from tests.counting import calls, calls_of
 from truestep.errors import FileFormatError, UsageError, WriteError
+from truestep.files import sha256_of
 from truestep.measure.moments import moments
 from truestep.measure.sketch import sketch
-from truestep.recording.format import Recording, bytes_of, sha256_of
+from truestep.recording.format import Recording, bytes_of
 from truestep.recording.header import read_header
 from truestep.recording.manifest import Level, Manifest
 from truestep.recording.table import tensor_table

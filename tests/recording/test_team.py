@@ -18,12 +18,13 @@ from truestep.errors import (
     TruestepError,
     UsageError,
 )
+from truestep.files import sha256_of
 from truestep.recording import versions
 from truestep.recording.format import Recording
 from truestep.recording.lock import LOCK_FILE, Entry, Event, put_entry, read_lock
 from truestep.recording.placing import adopt, draft_path, entry_of, judged_by
 from truestep.recording.remote.address import Address, address
-from truestep.recording.remote.objects import Remote, name_of, sha256_at
+from truestep.recording.remote.objects import Remote, name_of
 from truestep.recording.remote.opening import open_store
 from truestep.recording.store import Store, place_of
 from truestep.recording.team import Note, promote, pull, push, rollback
@@ -131,10 +132,10 @@ def test_a_draft_stands_beside_the_promoted_one(root: Path, remote: Remote) -> N
     assert path.parent.name == "drafts"
     assert value_of(root) == 1.0
     entry = entry_of(root, NAME)
-    assert (entry.promoted, entry.sha256, entry.draft) == (first, first, sha256_at(path))
+    assert (entry.promoted, entry.sha256, entry.draft) == (first, first, sha256_of(path))
     newer = save(Store(root), recording(3.0), update=True)
     assert not path.exists()
-    assert entry_of(root, NAME).draft == sha256_at(newer)
+    assert entry_of(root, NAME).draft == sha256_of(newer)
     with pytest.raises(UsageError, match="a reference of this case exists"):
         save(Store(root), recording(4.0))
 
@@ -165,7 +166,7 @@ def test_a_file_that_nobody_knows_is_refused_and_a_pull_keeps_it(
     promoted(root, remote, 1.0)
     other = recording(5.0)
     other.save(root / NAME)
-    unknown = sha256_at(root / NAME)
+    unknown = sha256_of(root / NAME)
     with pytest.raises(FileFormatError, match="does not match the lock file") as told:
         find(Store(root))
     assert "truestep references pull" in told.value.hint
@@ -361,7 +362,7 @@ def orphan(remote: Remote, tmp_path: Path) -> str:
     """An object that nothing names."""
     path = tmp_path / "orphan"
     path.write_bytes(b"nobody's")
-    sha256 = sha256_at(path)
+    sha256 = sha256_of(path)
     remote.send(path, name_of(sha256), lambda: None, lambda *told: None)
     return sha256
 
@@ -471,7 +472,7 @@ def test_a_recording_from_elsewhere_is_adopted_bit_for_bit(
     recording(7.0).save(tmp_path / "r.safetensors")
     sha256, path = adopt(root, NAME, tmp_path / "r.safetensors")
     assert path == root / NAME
-    assert sha256 == sha256_at(tmp_path / "r.safetensors") == judged_by(entry_of(root, NAME))
+    assert sha256 == sha256_of(tmp_path / "r.safetensors") == judged_by(entry_of(root, NAME))
     assert value_of(root) == 7.0
     promote(root, NAME, remote, judge=judge, note=Note("x", "Ada", None))
     recording(8.0).save(tmp_path / "r.safetensors")
@@ -482,7 +483,7 @@ def test_a_recording_from_elsewhere_is_adopted_bit_for_bit(
 
 def test_what_was_copied_into_the_folder_is_adopted_and_nothing_is_lost(root: Path) -> None:
     save(Store(root), recording(1.0))
-    before = sha256_at(root / NAME)
+    before = sha256_of(root / NAME)
     recording(2.0).save(root / NAME)
     with pytest.raises(FileFormatError, match="does not match the lock file"):
         find(Store(root))

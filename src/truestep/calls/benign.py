@@ -222,9 +222,6 @@ def _refuse_another(runs: list[NoiseRun]) -> None:
 
     Its weights and classes are the same, and its code may have been changed all the same: in the
     noise floor that change would be noise.
-
-    Args:
-        runs: The same run again, made now.
     """
     try:
         refuse_unsteady(runs)

@@ -242,9 +242,6 @@ def play(content: Mapping[str, Any], *, parts: int = 1) -> dict[str, torch.Tenso
         content: What `save` wrote.
         parts: Products of 32 and 64 bits are summed in so many partial sums; 1 leaves them as the
             processor has them.
-
-    Returns:
-        Its outputs by name.
     """
     values: dict[int, torch.Tensor] = dict(content["outside"])
     wanted = set(content["outputs"].values())

@@ -26,11 +26,7 @@ def _ended(ended: Ended) -> int:
 
 
 def run_here() -> int:
-    """Run the command line in this process; every error is five parts on stderr.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command line in this process; every error is five parts on stderr."""
     import click
 
     from truestep.cli.app import app

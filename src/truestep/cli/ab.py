@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.cli.ab_quality import quality
+from truestep.cli.ab_quality import number_of, quality
 from truestep.cli.ablate import ablate
 from truestep.cli.cases import choose_cases, parse_changes
 from truestep.cli.common import (
@@ -56,10 +56,7 @@ def _too_few(rounds: int, expect: tuple[Expectation, ...]) -> None:
 def _share(value: object) -> float:
     """`1%` or `0.01`, above 0 and below 1."""
     text = str(value).strip()
-    try:
-        number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        number = -1.0
+    number = number_of(text)
     if not 0 < number < 1:
         raise click.BadParameter(f"{text!r} is not a share like 1% or 0.01")
     return number

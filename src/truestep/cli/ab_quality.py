@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 
 def _share(_: click.Context, option: click.Parameter, value: str) -> float:
     """`10%` or `0.1`, above 0 and below 1."""
-    number = _number(value)
+    number = number_of(value)
     if not 0 < number < 1:
         raise click.BadParameter(f"{value!r} is not a share like 10% or 0.1", param=option)
     return number
 
 
-def _number(text: str) -> float:
+def number_of(text: str) -> float:
+    """A number, or a share in percent; -1 of what is neither."""
     text = text.strip()
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
@@ -53,7 +54,7 @@ def _margins(
     share, declared = None, {}
     for value in values:
         name, equals, text = value.rpartition("=")
-        number = _number(text)
+        number = number_of(text)
         if not 0 < number < float("inf") or (equals and text.strip().endswith("%")):
             raise click.BadParameter(
                 f"{value!r} is neither a share like 50% nor METRIC=VALUE above 0", param=option

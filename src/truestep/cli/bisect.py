@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truestep.cli.brief import brief_option, one_on_stdout
-from truestep.cli.common import end, give, progress_bar, verbose, verbose_option
+from truestep.cli.brief import brief_option
+from truestep.cli.common import end, give, json_option, progress_bar, verbose, verbose_option
 
 if TYPE_CHECKING:
     from truestep.experiment.bisecting.bisect import Options
@@ -63,15 +63,7 @@ _AXES = ("--good and --bad", "--packages", "--env", "--weights")
               help="Take no verdict that an earlier bisect has kept; install anew.")  # fmt: skip
 @verbose_option
 @brief_option
-@click.option(
-    "--json",
-    "json_path",
-    is_flag=False,
-    flag_value="-",
-    metavar="[PATH]",
-    callback=one_on_stdout,
-    help="Write the result as JSON; without a path, or with -, to stdout alone.",
-)
+@json_option
 @click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND")
 def command(**given: Any) -> None:
     """Find which commit, version, variable or weight turned a command from good to bad.

@@ -66,12 +66,6 @@ def in_brief(result: Record, json_path: str | None) -> bool:
     return bool(path == "-")
 
 
-def stdout_is_taken(json_path: str | None) -> bool:
-    """Whether stdout is for JSON, where nothing else belongs."""
-    context = click.get_current_context(silent=True)
-    return "-" in (json_path, context.meta.get(BRIEF) if context else None)
-
-
 def write_brief(result: Record, path: str, json_path: str | None) -> None:
     """Write a result in brief, `-` to stdout."""
     from truestep.experiment.bisecting.records import Bisection

@@ -196,6 +196,17 @@ def output_options(function: Command) -> Command:
     return function
 
 
+json_option = click.option(
+    "--json",
+    "json_path",
+    is_flag=False,
+    flag_value="-",
+    metavar="[PATH]",
+    callback=one_on_stdout,
+    help="Write the result as JSON; without a path, or with -, to stdout alone.",
+)
+
+
 set_option = click.option(
     "--set",
     "changes",

@@ -12,7 +12,7 @@ from truestep.cli.words import BRIEF, asked_for
 from truestep.environment import command_line
 from truestep.errors import ProcessEndedError
 from truestep.guard import Ended
-from truestep.text import quoted, say
+from truestep.text import listed, quoted, say
 
 _MOST_NAMES = 5
 
@@ -54,12 +54,7 @@ def interrupted(number: int, *, since: float) -> int:
 
 
 def what_is_left(parameters: dict[str, Any], since: float) -> tuple[str, str]:
-    """What was written since a time, in words, and the command that goes on.
-
-    Args:
-        parameters: The verb's arguments and options.
-        since: Seconds since the epoch.
-    """
+    """What was written since a time, in words, and the command that goes on."""
     from truestep.recording.store import DEFAULT_ROOT, PARTIAL
 
     texts = [value for key, value in parameters.items() if key == "json_path" and value]
@@ -68,8 +63,7 @@ def what_is_left(parameters: dict[str, Any], since: float) -> tuple[str, str]:
     partial = [output.with_name(output.name + PARTIAL)] if isinstance(output, Path) else []
     places = dict.fromkeys([*paths, *map(Path, texts), *partial, DEFAULT_ROOT])
     names = [name for place in places for name in _written(place, since)]
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    kept = f"kept: {', '.join(names[:_MOST_NAMES])}{more}" if names else "nothing was written"
+    kept = f"kept: {listed(names, _MOST_NAMES)}" if names else "nothing was written"
     again = command_line()
     if "resume" in parameters and not parameters["resume"] and names:
         again += " --resume"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from truestep.cli.common import (
+    Command,
     end,
     finish,
     output_options,
@@ -76,6 +77,16 @@ _MOST = click.option(
 )
 _PROGRAM = click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED)
 
+_RECORDING = (_PROGRAM, verbose_option, _MOST, _SELECT, _CALLS, _DEPTH, _LARGEST, _OUTPUT, _ENGINE)
+
+
+def _recording(function: Command) -> Command:
+    """The program, and options of what is recorded of it."""
+    function = click.pass_context(function)  # type: ignore[assignment]
+    for option in _RECORDING:
+        function = option(function)
+    return function
+
 
 @click.group("engine")
 def command() -> None:
@@ -87,16 +98,7 @@ def command() -> None:
 
 
 @command.command("run", context_settings={"ignore_unknown_options": True})
-@_ENGINE
-@_OUTPUT
-@_LARGEST
-@_DEPTH
-@_CALLS
-@_SELECT
-@_MOST
-@verbose_option
-@_PROGRAM
-@click.pass_context
+@_recording
 def run(
     context: click.Context,
     /,
@@ -115,16 +117,7 @@ def run(
 
 @command.command("inject", context_settings={"ignore_unknown_options": True})
 @click.argument("reference", type=click.Path(path_type=Path))
-@_ENGINE
-@_OUTPUT
-@_LARGEST
-@_DEPTH
-@_CALLS
-@_SELECT
-@_MOST
-@verbose_option
-@_PROGRAM
-@click.pass_context
+@_recording
 def inject(
     context: click.Context,
     /,

@@ -20,6 +20,7 @@ from truestep.cli.common import (
 )
 from truestep.cli.selftest import selftest
 from truestep.cli.thresholds import thresholds
+from truestep.cli.words import SAYING, option_words
 
 
 class _Gate(GroupWithDefault):
@@ -86,26 +87,10 @@ def against(
     end(finish(results, json_path=json_path, report=report))
 
 
-def _words(  # 9 parameters: options that say a case
-    names: tuple[str, ...],
-    case_file: Path,
-    prompt: str | None,
-    tier: str,
-    inputs: tuple[str, ...],
-    loras: tuple[str, ...],
-    prepare: str | None,
-    pipeline: str | None,
-    subject: str | None,
-) -> list[str]:
+def _words(**said: Any) -> list[str]:
     """The same cases in another verb."""
-    words = [*names, "--file", str(case_file), "--tier", tier]
-    single = {"--prompt": prompt, "--prepare": prepare, "--pipeline": pipeline}
-    for option, value in {**single, "--subject": subject}.items():
-        words += [option, value] if value is not None else []
-    for option, values in (("--input", inputs), ("--lora", loras)):
-        for value in values:
-            words += [option, value]
-    return words
+    words = [*said["names"], "--file", str(said["case_file"]), "--tier", said["tier"]]
+    return [*words, *option_words(said, SAYING, "record")]
 
 
 def _files(names: tuple[str, ...], case_file: Path) -> list[Path]:

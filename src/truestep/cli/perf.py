@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from truestep.cli.brief import brief_option, one_on_stdout
+from truestep.cli.brief import brief_option
 from truestep.cli.cases import choose_cases
 from truestep.cli.common import (
     case_options,
     end,
     file_option,
     give,
+    json_option,
     print_screen,
     progress_bar,
     verbose,
@@ -40,20 +41,11 @@ _history = click.option(
     show_default=True,
     help="SQLite file of all runs.",
 )
-_full = click.option(
-    "--json",
-    "json_path",
-    is_flag=False,
-    flag_value="-",
-    callback=one_on_stdout,
-    metavar="[PATH]",
-    help="Write the result as JSON; without a path, or with -, to stdout alone.",
-)
 
 
 def _json(function: Command) -> Command:
     """`-v`, `--json [PATH]` and `--brief [PATH]`."""
-    return verbose_option(brief_option(_full(function)))
+    return verbose_option(brief_option(json_option(function)))
 
 
 _runs = click.option(
@@ -140,7 +132,7 @@ def check(
 @_history
 @click.option("--report", type=click.Path(path_type=Path), help="Write the trend as HTML.")
 @verbose_option
-@_full
+@json_option
 def show(
     name: str | None,
     case_file: Path,
@@ -183,7 +175,7 @@ def show(
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @_history
 @verbose_option
-@_full
+@json_option
 def import_(files: tuple[Path, ...], history: Path, json_path: str | None) -> None:
     """Add other tools' numbers to the history, as cohorts of their own.
 

@@ -119,8 +119,9 @@ def listed(root: Path, name: str) -> Listed:
 
 def with_status(root: Path, name: str, remote: Remote | None) -> Listed:
     """A reference with what is here and in the store."""
+    from truestep.files import sha256_of
     from truestep.recording.placing import draft_path, entry_of, judged_by
-    from truestep.recording.remote.objects import name_of, pointed_at, sha256_at
+    from truestep.recording.remote.objects import name_of, pointed_at
 
     told, entry, path = listed(root, name), entry_of(root, name), root / name
     if not path.exists():
@@ -128,7 +129,7 @@ def with_status(root: Path, name: str, remote: Remote | None) -> Listed:
     elif pointed_at(path) is not None:
         here = "pointer"
     else:
-        content = sha256_at(path)
+        content = sha256_of(path)
         same = content == judged_by(entry) or content == entry.pending
         here = "yes" if same else "earlier" if content in entry.named else "changed"
     shas = [sha for sha in dict.fromkeys((told.promoted, told.draft)) if sha]

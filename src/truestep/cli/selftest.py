@@ -13,6 +13,7 @@ from truestep.cli.common import (
     case_options,
     end,
     give,
+    json_option,
     print_screen,
     progress_bar,
     verbose,
@@ -40,14 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option("--references", type=click.Path(path_type=Path), help="Reference folder.")
 @click.option("--reference", type=click.Path(path_type=Path), help="One recording file.")
-@click.option(
-    "--json",
-    "json_path",
-    is_flag=False,
-    flag_value="-",
-    metavar="[PATH]",
-    help="Write the result as JSON; without a path, or with -, to stdout alone.",
-)
+@json_option
 @verbose_option
 def selftest(
     names: tuple[str, ...],

@@ -214,12 +214,15 @@ def _list_profiles() -> None:
 
 
 def _print_profile(name: str) -> None:
-    from truestep.controls import find_profile
+    from truestep.controls import find_profile, value_text
 
     profile = find_profile(name)
     width = max(map(len, profile.cells))
     entries = [
-        [f"  {key:<{width}}  {_value(cell.value)}", *(_source(cell.source) if verbose() else ())]
+        [
+            f"  {key:<{width}}  {value_text(cell.value)}",
+            *(_source(cell.source) if verbose() else ()),
+        ]
         for key, cell in profile.cells.items()
     ]
     defaults = ", ".join(f"{key} {value}" for key, value in profile.defaults.items())
@@ -231,7 +234,7 @@ def _print_profile(name: str) -> None:
 
 
 def _print_differences(first: str, second: str) -> None:
-    from truestep.controls import NAMES, differences
+    from truestep.controls import NAMES, differences, value_text
 
     found = differences(first, second)
     if not found:
@@ -241,21 +244,14 @@ def _print_differences(first: str, second: str) -> None:
     for name, cells in found.items():
         lines = [f"  {name}"]
         for profile, cell in zip((first, second), cells, strict=True):
-            lines.append(f"    {profile}: {_value(cell.value)}")
+            lines.append(f"    {profile}: {value_text(cell.value)}")
             lines += _source(cell.source)
-        values = " | ".join(_value(cell.value) for cell in cells)
+        values = " | ".join(value_text(cell.value) for cell in cells)
         entries.append(lines if verbose() else [f"  {name}: {values}"])
     print_screen(
         f"{first} and {second} differ in {len(found)} of {len(NAMES)} controls",
         Entries(entries, "controls"),
     )
-
-
-def _value(value: object) -> str:
-    """A control's value as `--set` takes it."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _source(text: str) -> list[str]:

@@ -12,13 +12,14 @@ from truestep.cli.common import (
     end,
     file_option,
     give,
+    json_option,
     print_screen,
     progress_bar,
     verbose,
     verbose_option,
 )
 from truestep.screen import Entries, aligned, facts, rows
-from truestep.text import quoted
+from truestep.text import listed, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -53,14 +54,7 @@ def thresholds() -> None:
 @click.option("--references", type=click.Path(path_type=Path), help="Reference folder.")
 @click.option("--tier", default="default", show_default=True, help="Tier of the case.")
 @file_option
-@click.option(
-    "--json",
-    "json_path",
-    is_flag=False,
-    flag_value="-",
-    metavar="[PATH]",
-    help="Write the result as JSON; without a path, or with -, to stdout alone.",
-)
+@json_option
 @verbose_option
 def lint_command(  # 9 parameters: the options of the verb
     file: Path,
@@ -296,8 +290,7 @@ def _told(group: list[Finding]) -> str:
     first, rest = group[0], [finding.case for finding in group[1:]]
     if not rest:
         return f"{first.case}: {first.text}"
-    more = f" and {len(rest) - MAX_NAMES} more" if len(rest) > MAX_NAMES else ""
-    names = f"{', '.join(rest[:MAX_NAMES])}{more}"
+    names = listed(rest, MAX_NAMES)
     if first.damage:  # each by its own numbers
         return f"{len(group)} cases: {first.case}: {first.text}; likewise {names}"
     return f"{len(group)} cases: {first.text}: {first.case}, {names}"

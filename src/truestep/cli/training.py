@@ -11,6 +11,7 @@ from truestep.cli.common import (
     end,
     finish,
     give,
+    json_option,
     output_options,
     print_screen,
     progress_bar,
@@ -147,14 +148,7 @@ def _build(spec: str) -> Build:
     "--tolerance", type=click.FloatRange(min=0), help="Largest rms of a step's gap, in nats."
 )
 @verbose_option
-@click.option(
-    "--json",
-    "json_path",
-    is_flag=False,
-    flag_value="-",
-    metavar="[PATH]",
-    help="Write the result as JSON; without a path, or with -, to stdout alone.",
-)
+@json_option
 def gap(
     trainer: Path,
     engine: Path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ BRIEF = "brief_path"
 """Where a click context keeps what --brief is given: no verb has to pass it on."""
 
 _OF_A_CASE = re.compile(r"\btruestep ((?:(?:trace|perf) )?[a-z]+) CASE\b")
-_SAYING = ("prompt", "pipeline", "subject", "inputs", "loras", "prepare")
+SAYING = ("prompt", "pipeline", "subject", "inputs", "loras", "prepare")
 """Options that say a case on the command line."""
 
 _CARRIED = ("case_file", "tier", "references")
@@ -94,13 +95,9 @@ def case_words(name: str, *, verb: str, with_changes: bool = False) -> str:
     own, parameters = asked_for()
     options = _options(verb)
     prompt, names = parameters.get("prompt"), _names(parameters)
-    said = [key for key in _SAYING if parameters.get(key)]
+    said = [key for key in SAYING if parameters.get(key)]
     if said or prompt is not None:
-        words = list(names)
-        for key in said:
-            value = parameters[key]
-            for text in (value,) if isinstance(value, str) else value:
-                words += [options[key].opts[0], text]
+        words = [*names, *option_words(parameters, said, verb)]
     else:
         words = [*(n for n in names if n.endswith(".toml") and n != name), name]
     if _of_reference(parameters) and "reference" in options:
@@ -113,11 +110,17 @@ def case_words(name: str, *, verb: str, with_changes: bool = False) -> str:
     carried: tuple[str, ...] = ("changes", "change", "model") if verb == own else ()
     if with_changes and said and not carried:
         carried = ("changes",)
-    for key in (key for key in carried if key in options):
-        value = parameters.get(key) or ()
-        for text in (value,) if isinstance(value, str) else value:
+    return pasteable([*words, *option_words(parameters, carried, verb)])
+
+
+def option_words(parameters: dict[str, Any], keys: Iterable[str], verb: str) -> list[str]:
+    """Options of a command as another verb's, each as often as it was given."""
+    options, words = _options(verb), []
+    for key in (key for key in keys if key in options):
+        value = parameters.get(key)
+        for text in (value,) if isinstance(value, str) else value or ():
             words += [options[key].opts[0], text]
-    return pasteable(words)
+    return words
 
 
 def _options(verb: str) -> dict[str, click.Parameter]:
@@ -145,6 +148,6 @@ def _chosen(parameters: dict[str, Any]) -> str | None:
     names = [name for name in _names(parameters) if not name.endswith(".toml")]
     if _of_reference(parameters):
         return ""
-    if any(parameters.get(key) for key in _SAYING):
+    if any(parameters.get(key) for key in SAYING):
         return names[0] if names else ""
     return names[0] if len(names) == 1 and names[0] != "all" else None

@@ -54,9 +54,6 @@ def torch_all_close(a: Any, b: Any, *args: Any, **kwargs: Any) -> bool:
     Args:
         args, kwargs: Of `torch.allclose`: rtol, atol, equal_nan.
 
-    Returns:
-        True.
-
     Raises:
         AssertionError: They are not.
     """

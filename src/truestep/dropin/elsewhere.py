@@ -28,9 +28,6 @@ def handed_on(module: str, name: str) -> object:
 def tell(logger: Logger, comparison: Comparison, *, passed: bool) -> None:
     """Log our verdict beside the outcome of another check; a warning where that one let pass what
     ours does not.
-
-    Args:
-        passed: Whether the other check passes.
     """
     sentence = visible(comparison.sentence)
     floors = (row.floor for row in comparison.rows if row.ratio)

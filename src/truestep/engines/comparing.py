@@ -308,9 +308,6 @@ def _way(actual: Run, reference: Run) -> _Way:
 def odd_one_out(runs: Sequence[Run]) -> tuple[str, list[Comparison]]:
     """Of three or more runs, the one that differs from all others at the first seam that does.
 
-    Args:
-        runs: At least three.
-
     Returns:
         A sentence, and the comparisons that it is read from: every run with the first of those that
         agree (with the first run, where no two do).

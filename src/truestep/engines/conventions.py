@@ -202,12 +202,9 @@ def out_of_vae(latent: torch.Tensor, config: Mapping[str, Any]) -> tuple[torch.T
     Returns:
         The latent, and what was done; as it is where the configuration says nothing.
     """
-    shape = (1, -1, *[1] * (latent.ndim - 2))
-    if config.get("latents_mean") and config.get("latents_std"):
-        mean, std = (
-            torch.tensor(config[name], dtype=torch.float64).reshape(shape)
-            for name in ("latents_mean", "latents_std")
-        )
+    statistics = _statistics(config, latent.ndim)
+    if statistics is not None:
+        mean, std = statistics
         moved = (latent.double() - mean) / std
         return moved.to(latent.dtype), "latent of the VAE: minus its mean, over its deviation"
     scale = config.get("scaling_factor")
@@ -217,16 +214,22 @@ def out_of_vae(latent: torch.Tensor, config: Mapping[str, Any]) -> tuple[torch.T
     return latent, ""
 
 
+def _statistics(config: Mapping[str, Any], rank: int) -> list[torch.Tensor] | None:
+    """Mean and deviation of each channel, where a VAE's configuration has them."""
+    values = [config.get("latents_mean"), config.get("latents_std")]
+    if not all(values):
+        return None
+    shape = (1, -1, *[1] * (rank - 2))
+    return [torch.tensor(each, dtype=torch.float64).reshape(shape) for each in values]
+
+
 def into_vae(latent: torch.Tensor, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """What pipelines may give a decoder of a latent, by the name of the way: the other of
     `out_of_vae`. A pipeline may pass over a shift that the configuration has."""
     found = {"": latent}
-    shape = (1, -1, *[1] * (latent.ndim - 2))
-    if config.get("latents_mean") and config.get("latents_std"):
-        mean, std = (
-            torch.tensor(config[name], dtype=torch.float64).reshape(shape)
-            for name in ("latents_mean", "latents_std")
-        )
+    statistics = _statistics(config, latent.ndim)
+    if statistics is not None:
+        mean, std = statistics
         moved = latent.double() * std + mean
         found["times its deviation, plus its mean"] = moved.to(latent.dtype)
     scale, shift = config.get("scaling_factor"), config.get("shift_factor")

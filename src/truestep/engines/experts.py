@@ -21,12 +21,6 @@ def with_experts(
 ) -> tuple[Comparison, frozenset[str]]:
     """Say of red predictions that they are the other expert's, and where the engine switches.
 
-    Args:
-        comparison: Of the run's seams.
-        run: The engine's.
-        found: What was judged.
-        trusted: The trusted folder.
-
     Returns:
         The comparison, and the names of these predictions.
     """

@@ -22,9 +22,6 @@ from truestep.recording.table import table_entry
 INSIDE = "inside"
 """Setting of a recording: by model, its classes and weights, and modules of some of its calls."""
 
-KINDS = ("module", "weight")
-"""Kinds of the tensors that belong to it."""
-
 ROOT = "(root)"
 
 

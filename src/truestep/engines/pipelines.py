@@ -412,11 +412,6 @@ def changed_alone(
 def changed(pipe: Any, change: Change | None, *, what: str = "the change") -> Any:
     """What a change under test makes of a pipeline: it changes it in place, or returns another.
 
-    Args:
-        pipe: What it is given.
-        change: The user's function.
-        what: What errors call it.
-
     Raises:
         UsageError: The function raised.
         ProcessEndedError: It called sys.exit.

@@ -227,10 +227,6 @@ def recover(
     A generation in which no call had ended is passed over; one that cannot be read keeps its folder
     and does not keep the others.
 
-    Args:
-        output: The first recording.
-        told: Of each recording when it is made.
-
     Raises:
         UsageError: Nothing was left, or no call.
         FileFormatError: One cannot be read; all others are made.

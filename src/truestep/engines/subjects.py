@@ -125,10 +125,7 @@ def _recorded(
         pipe = changed(subject, options.pop("apply"))
         recording = record_pipeline(pipe, call or {}, **options).recording
     recording = recording.at_level(level)
-    if path is None:
-        return recording
-    recording.save(path)
-    return type(recording).open(path)
+    return recording.kept(path)
 
 
 def check(  # 17 parameters: the public check, whose options are keywords

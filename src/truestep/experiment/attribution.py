@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from truestep.controls import Cell
+from truestep.controls import Cell, value_text
 from truestep.experiment.ablation_records import (
     MODALITIES,
     Attribution,
@@ -60,13 +60,6 @@ NOT_ADDITIVE = (
     "effects are not additive: every step feeds the next, so distances of single switches overlap, "
     "cancel or amplify each other, and an increment depends on what was switched before it"
 )
-
-
-def value_text(value: object) -> str:
-    """A control's value as `--set` takes it."""
-    if isinstance(value, tuple | list):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def choices(

@@ -92,11 +92,7 @@ class History:
     def begin(
         self, cohort: Cohort, *, started: str, label: str = "", tool_version: str = ""
     ) -> int:
-        """Begin a batch that counts for nothing until it is finished.
-
-        Returns:
-            The batch's number.
-        """
+        """Begin a batch that counts for nothing until it is finished."""
         with self._writing() as db:
             _put_cohort(db, cohort)
             return _put_batch(
@@ -121,11 +117,7 @@ class History:
             )
 
     def import_all(self, items: list[Import]) -> int:
-        """Keep batches of another tool in one transaction; those already there are left out.
-
-        Returns:
-            How many were new.
-        """
+        """Keep batches of another tool in one transaction; those already there are left out."""
         new = 0
         with self._writing() as db:
             for item in items:

@@ -20,6 +20,7 @@ from truestep.errors import FileFormatError
 from truestep.experiment.baseline import every_step, impossible, unequal_sums
 from truestep.experiment.history import Import
 from truestep.experiment.perf_records import SCHEMA_VERSION, Cohort, PerfBatch, PerfRun
+from truestep.text import listed
 from truestep.verdict import Record, Verdict
 
 MOST_NAMED = 3
@@ -270,9 +271,8 @@ def _collect(
 
 def _note(kind: str, named: Sequence[str]) -> str:
     """A note of one kind on several cases."""
-    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
     count = f"{len(named)} cases: " if len(named) > 1 else ""
-    return f"{count}{kind}: {', '.join(named[:MOST_NAMED])}{more}"
+    return f"{count}{kind}: {listed(named, MOST_NAMED)}"
 
 
 def _times(path: Path, at: str, value: object, *, steps: bool = False) -> dict[str, float]:

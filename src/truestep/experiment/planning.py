@@ -95,10 +95,6 @@ def _plain(value: str) -> str | None:
 def planned_cases(cases: Mapping[str, Case], *, most: int | None = None) -> tuple[PlannedCase, ...]:
     """Cases of one model as an experiment keeps them.
 
-    Args:
-        cases: Name to case.
-        most: Only the first so many.
-
     Raises:
         UsageError: There is none, or they are of several models, precisions or settings.
     """

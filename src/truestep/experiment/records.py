@@ -6,7 +6,6 @@ Every record is JSON-able; numbers are in SI units unless their name says otherw
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from enum import Enum
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -21,55 +20,6 @@ ARMS: tuple[ArmName, ...] = ("baseline", "candidate", "control")
 """The control is the baseline once more: what it shows is noise."""
 
 Expectation = Literal["faster", "same", "different"]
-
-
-class Finding(str, Enum):
-    """Outcome of a cell: a verdict on sameness, or `unmet`: it did not do what was expected of it.
-
-    Like a verdict it has no truth value.
-    """
-
-    IDENTICAL = "identical"
-    EQUIVALENT = "equivalent"
-    DRIFTED = "drifted"
-    INVALID = "invalid"
-    UNMET = "unmet"
-    MISSING = "missing"
-    INCOMPARABLE = "incomparable"
-    INCONCLUSIVE = "inconclusive"
-
-    __str__ = str.__str__
-
-    def __bool__(self) -> bool:
-        raise TypeError("a Finding has no truth value: compare it, or read its exit_code")
-
-    @property
-    def exit_code(self) -> int:
-        """Process exit code, as of a verdict; 1 for `unmet`."""
-        return 1 if self is Finding.UNMET else Verdict(self.value).exit_code
-
-    @property
-    def passed(self) -> bool:
-        """True for `identical` and `equivalent`."""
-        return self.exit_code == 0
-
-    @classmethod
-    def worst(cls, findings: Iterable[Finding]) -> Finding:
-        """The one that stands for several: exit code 1, 3, 4, 0; none at all is `invalid`."""
-        found = set(findings)
-        return next((finding for finding in _SEVERITY if finding in found), cls.INVALID)
-
-
-_SEVERITY = (
-    Finding.INVALID,
-    Finding.DRIFTED,
-    Finding.UNMET,
-    Finding.INCOMPARABLE,
-    Finding.MISSING,
-    Finding.INCONCLUSIVE,
-    Finding.EQUIVALENT,
-    Finding.IDENTICAL,
-)
 
 
 class PlannedCase(Record):
@@ -282,7 +232,7 @@ class CellResult(Record):
     """
 
     cell: PlannedCell
-    verdict: Finding
+    verdict: Verdict
     sentence: str
     speed: Speed | None = None
     control: Speed | None = None
@@ -312,7 +262,7 @@ class Experiment(Record):
 
     schema_version: int = SCHEMA_VERSION
     tool_version: str = ""
-    verdict: Finding
+    verdict: Verdict
     exit_code: int
     sentence: str
     plan: Plan
@@ -336,7 +286,7 @@ class Experiment(Record):
     ) -> Experiment:
         """Bundle cells; the verdict is the worst of theirs."""
         found = tuple(cells)
-        verdict = Finding.worst(cell.verdict for cell in found)
+        verdict = Verdict.worst(cell.verdict for cell in found)
         if len(found) == 1:
             sentence = found[0].sentence
         else:

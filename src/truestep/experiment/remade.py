@@ -21,9 +21,10 @@ from typing import Any
 
 from truestep.errors import FileFormatError, ReferenceNotFoundError, TruestepError, UsageError
 from truestep.experiment.bisecting.commits import Commit, Line, git, settings
-from truestep.experiment.bisecting.isolation import Place, Ran, environment, run
+from truestep.experiment.bisecting.isolation import Place, Ran, environment, path_of, run
+from truestep.files import alive
 from truestep.reading import parse_json, parse_toml, read
-from truestep.text import pasteable
+from truestep.text import listed, pasteable
 from truestep.verdict import Comparison, Results
 
 NAMED = 5
@@ -139,23 +140,11 @@ def _sweep(baseline: Baseline) -> None:
     """Clear away what a gate left that was killed."""
     for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
         number = left.name.removeprefix(_SCRATCH).partition("-")[0]
-        if number.isdigit() and _ended(int(number)):
+        # elsewhere signal 0 is not a question
+        if number.isdigit() and os.name == "posix" and not alive(int(number)):
             shutil.rmtree(left, ignore_errors=True)
     if baseline.repository is not None:
         git(baseline.repository, "worktree", "prune")
-
-
-def _ended(number: int) -> bool:
-    """Whether there is no such process; unknown, so no, where signal 0 is not a question."""
-    if os.name != "posix":
-        return False
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
 
 
 def _say(asked: Asked, what: str, done: int) -> None:
@@ -224,9 +213,7 @@ def _place(baseline: Baseline, asked: Asked, scratch: Path) -> Iterator[tuple[Pl
 def _here(baseline: Baseline, folder: Path) -> Place:
     """The working tree itself, its packages first."""
     root = baseline.repository or folder
-    source = root / "src" if (root / "src").is_dir() else root
-    before = os.environ.get("PYTHONPATH")
-    return Place(folder, {"PYTHONPATH": f"{source}{os.pathsep}{before}" if before else str(source)})
+    return Place(folder, {"PYTHONPATH": path_of(root)})
 
 
 def _checked(baseline: Baseline, asked: Asked, scratch: Path) -> tuple[Comparison, ...]:
@@ -416,9 +403,7 @@ def _single(baseline: Baseline) -> list[str]:
     names = _changed(baseline.repository, baseline.commit.sha)
     if not names:
         return [f"nothing differs between {baseline.label} and the working tree"]
-    shown = ", ".join(names[:NAMED])
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return [f"changed since {baseline.label}: {shown}{more}"]
+    return [f"changed since {baseline.label}: {listed(names, NAMED)}"]
 
 
 def _changed(repository: Path, sha: str) -> list[str]:

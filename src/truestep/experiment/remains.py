@@ -12,6 +12,7 @@ from truestep.experiment.trajectory import Generation, apart
 from truestep.judge.floor import pair_of, repeat_limit
 from truestep.replay.meant_weights import Models
 from truestep.runtime.precision import working_dtype
+from truestep.text import listed
 
 Tensor = torch.Tensor
 _LISTED = 3
@@ -28,7 +29,7 @@ def refuse_not_finite(changed: Mapping[str, Tensor]) -> None:
     if named:
         raise UsageError(
             "the change makes layers hold values that are not finite",
-            where=_listed(named),
+            where=listed(named, _LISTED),
             measured=f"{bad[named[0]]} of {changed[named[0]].numel()} numbers of the first",
             likely="a scale of 0 or an overflow in the quantiser",
         )
@@ -49,7 +50,7 @@ def refuse_endless(ends: Mapping[str, Tensor], whole: Tensor, estimated: Iterabl
     if named or not bool(torch.isfinite(whole).all()):
         raise UsageError(
             "with the change a run ends in values that are not finite",
-            where=_listed(named) if named else "all layers together; none of them alone",
+            where=listed(named, _LISTED) if named else "all layers together; none of them alone",
             likely="what these layers make is more than the working precision holds",
         )
 
@@ -112,9 +113,3 @@ def _inside(model: torch.nn.Module, fqn: str) -> torch.nn.Module | None:
         return model.get_submodule(fqn)
     except AttributeError:
         return None
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (
-        f" and {len(names) - _LISTED} more" * (len(names) > _LISTED)
-    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -82,12 +82,12 @@ def sensitivity(
     layers = layers_in(run.denoisers)
     changed, left_out = _changed(layers, run, change)
     refuse_not_finite(changed)
-    nothing, gains = _nothing_kept(run, layers, changed, chosen, progress)
-    looked = _Looked(chosen, gains, 0 if exact else probes)
-    told, kept = _ranked(run, layers, changed, looked, budget, progress)
+    made = _Change(run, layers, changed, chosen, progress)
+    nothing, gains = _nothing_kept(made)
+    told, kept = _ranked(made, gains, 0 if exact else probes, budget)
     progress("what the list buys", 0, 1)
     rest = {name: tensor for name, tensor in changed.items() if name not in kept}
-    bought = _measured(run, layers, rest, chosen)
+    bought = _measured(replace(made, changed=rest))
     return Sensitivity(
         tool_version=library_version("truestep") or "",
         sentence=_sentence(len(kept), nothing, bought),
@@ -121,12 +121,14 @@ def _recorded(case: Case | CallCase) -> Generation:
 
 
 @dataclass(frozen=True)
-class _Looked:
-    """Where errors are looked at, what the run makes of them, by how many probes (0: exactly)."""
+class _Change:
+    """A change of layers: their numbers, the trusted run, the steps where errors are looked at."""
 
+    run: Generation
+    layers: Mapping[str, Layer]
+    changed: Mapping[str, Tensor]
     steps: tuple[int, ...]
-    gains: tuple[float, ...]
-    probes: int
+    progress: Progress
 
 
 def _chosen(run: Generation, steps: Sequence[int] | None) -> tuple[int, ...]:
@@ -146,23 +148,15 @@ def _chosen(run: Generation, steps: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _ranked(
-    run: Generation,
-    layers: Mapping[str, Layer],
-    changed: Mapping[str, Tensor],
-    looked: _Looked,
-    budget: float,
-    progress: Progress,
+    made: _Change, gains: Sequence[float], probes: int, budget: float
 ) -> tuple[list[LayerSensitivity], frozenset[str]]:
-    """The layers, the most sensitive first, and those to keep."""
-    sizes = {name: layers[name].bytes for name in changed}
-    if looked.probes:
-        errors = _estimated(run, layers, changed, looked.steps, looked.probes, progress)
-    else:
-        errors = _exact(run, layers, changed, looked.steps, progress)
-    scores = {name: score_of(own, looked.gains, run.total) for name, own in errors.items()}
+    """The layers, the most sensitive first, by so many probes (0: exactly), and those to keep."""
+    sizes = {name: made.layers[name].bytes for name in made.changed}
+    errors = _estimated(made, probes) if probes else _exact(made)
+    scores = {name: score_of(own, gains, made.run.total) for name, own in errors.items()}
     endless = [name for name, score in scores.items() if not math.isfinite(score)]
-    names = foremost(scores, sizes, REFINED) if looked.probes else [*changed]
-    ends, whole, length_of_end = _ends(run, layers, changed, names, progress)
+    names = foremost(scores, sizes, REFINED) if probes else [*made.changed]
+    ends, whole, length_of_end = _ends(made, names)
     refuse_endless(ends, whole, endless)
     scores |= {name: float(end.norm()) / length_of_end for name, end in ends.items()}
     kept = worth_keeping(whole, ends, sizes, budget * sum(sizes.values()))
@@ -180,32 +174,26 @@ def _ranked(
     return sorted(told, key=lambda layer: -layer.score), kept
 
 
-def _ends(
-    run: Generation,
-    layers: Mapping[str, Layer],
-    changed: Mapping[str, Tensor],
-    names: Sequence[str],
-    progress: Progress,
-) -> tuple[dict[str, Tensor], Tensor, float]:
+def _ends(made: _Change, names: Sequence[str]) -> tuple[dict[str, Tensor], Tensor, float]:
     """Where the end of a short run moves: with each of some layers changed, and with all of them.
 
     Returns:
         By layer, of all layers, and how long the trusted end is.
     """
-    short = run.shortened(SHORT)
+    short = made.run.shortened(SHORT)
 
     def end() -> Tensor:
         parts = [part.double().cpu().flatten() for part in tensors_of(short.latent())]
         return torch.cat(parts)
 
     trusted, moved = end(), dict[str, Tensor]()
-    with instead(layers, changed):
+    with instead(made.layers, made.changed):
         whole = end() - trusted
     for done, name in enumerate(names):
-        progress("layers", done, len(names))
-        with instead(layers, {name: changed[name]}):
+        made.progress("layers", done, len(names))
+        with instead(made.layers, {name: made.changed[name]}):
             moved[name] = end() - trusted
-    run.spent += short.spent
+    made.run.spent += short.spent
     return moved, whole, float(trusted.norm()) or 1.0
 
 
@@ -268,18 +256,12 @@ def _learning(layers: Mapping[str, Layer]) -> Iterator[None]:
             layer.weight.requires_grad_(before[name])
 
 
-def _estimated(
-    run: Generation,
-    layers: Mapping[str, Layer],
-    changed: Mapping[str, Tensor],
-    steps: Sequence[int],
-    probes: int,
-    progress: Progress,
-) -> dict[str, tuple[float, ...]]:
+def _estimated(change: _Change, probes: int) -> dict[str, tuple[float, ...]]:
     """Errors of the prediction by layer, a number a step, by random directions."""
+    run, changed, steps = change.run, change.changed, change.steps
     generator = torch.Generator("cpu").manual_seed(0)
     squares = {name: [0.0] * len(steps) for name in changed}
-    watched = {name: layers[name] for name in changed}
+    watched = {name: change.layers[name] for name in changed}
     for at, step in enumerate(steps):
         share: dict[str, float] = {}
         hooks = [_hook(name, layer, changed[name], share) for name, layer in watched.items()]
@@ -290,7 +272,7 @@ def _estimated(
                 made = run.guided(step)
                 each_pass = run.spent - before
                 for probe in range(probes):
-                    progress("probes", at * probes + probe, len(steps) * probes)
+                    change.progress("probes", at * probes + probe, len(steps) * probes)
                     share.clear()
                     along = each(lambda t: torch.randn(t.shape, generator=generator).to(t), made)
                     pairs = zip(tensors_of(made), tensors_of(along), strict=True)
@@ -328,19 +310,13 @@ def _hook(
     return handle
 
 
-def _exact(
-    run: Generation,
-    layers: Mapping[str, Layer],
-    changed: Mapping[str, Tensor],
-    steps: Sequence[int],
-    progress: Progress,
-) -> dict[str, tuple[float, ...]]:
+def _exact(made: _Change) -> dict[str, tuple[float, ...]]:
     """Errors of the prediction by layer, a number a step, with that layer changed."""
     found = {}
-    for done, (name, tensor) in enumerate(changed.items()):
-        progress("layers", done, len(changed))
-        with instead(layers, {name: tensor}):
-            found[name] = _errors(run, steps)
+    for done, (name, tensor) in enumerate(made.changed.items()):
+        made.progress("layers", done, len(made.changed))
+        with instead(made.layers, {name: tensor}):
+            found[name] = _errors(made.run, made.steps)
     return found
 
 
@@ -351,37 +327,27 @@ def _errors(run: Generation, steps: Sequence[int]) -> tuple[float, ...]:
         return tuple(apart(run.guided(step), run.trusted(step)) for step in steps)
 
 
-def _nothing_kept(
-    run: Generation,
-    layers: Mapping[str, Layer],
-    changed: Mapping[str, Tensor],
-    steps: Sequence[int],
-    progress: Progress,
-) -> tuple[MeasuredError, tuple[float, ...]]:
+def _nothing_kept(made: _Change) -> tuple[MeasuredError, tuple[float, ...]]:
     """What the whole change costs, and what the run makes of its error at each step.
 
     A gain is the relative distance of the ends over that of the predictions.
     """
-    gains = []
-    with instead(layers, changed):
-        errors = _errors(run, steps)
-    for done, (step, off) in enumerate(zip(steps, errors, strict=True)):
-        progress("gains", done, len(steps))
-        moved = apart(run.end(step, lambda: instead(layers, changed)), run.final())
+    run, gains = made.run, []
+    with instead(made.layers, made.changed):
+        errors = _errors(run, made.steps)
+    for done, (step, off) in enumerate(zip(made.steps, errors, strict=True)):
+        made.progress("gains", done, len(made.steps))
+        moved = apart(run.end(step, lambda: instead(made.layers, made.changed)), run.final())
         gains.append(moved / off if off else 0.0)
-    return _measured(run, layers, changed, steps), tuple(gains)
+    return _measured(made), tuple(gains)
 
 
-def _measured(
-    run: Generation,
-    layers: Mapping[str, Layer],
-    changed: Mapping[str, Tensor],
-    steps: Sequence[int],
-) -> MeasuredError:
+def _measured(made: _Change) -> MeasuredError:
     """What a change of some layers costs, by running it."""
+    run = made.run
     final, frames = run.final(), run.frames()
-    with instead(layers, changed):
-        predictions = _errors(run, steps)
+    with instead(made.layers, made.changed):
+        predictions = _errors(run, made.steps)
         latent, decoded = run.free()
     return MeasuredError(
         predictions=predictions, final=apart(latent, final), frames=apart(decoded, frames)

@@ -17,10 +17,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -39,10 +39,15 @@ from truestep.experiment.records import (
 from truestep.experiment.sources import Sources
 from truestep.files import replacing, write_text
 from truestep.reading import parse_json, read
+from truestep.records import Record
 from truestep.text import quoted
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+_FREE = ("rounds", "until", "most_rounds", "margin", "expect", "tool_version")
+"""What of a plan may be another when one goes on."""
 
 _LINE: TypeAdapter[Sample | Failure | Remark | Repeat] = TypeAdapter(Line)
 
@@ -98,41 +103,10 @@ class Store:
             UsageError: There is an experiment already and `resume` is off, there is none to
                 resume, or the plan there is another.
         """
-        path = self.folder / "plan.json"
-        if not path.exists():
-            if resume:
-                raise UsageError(
-                    "there is no experiment to resume",
-                    where=str(self.folder),
-                    hint="leave out --resume to begin one",
-                )
-            write_text(path, plan.model_dump_json(indent=1), "the plan")
-            self._keep_sources()
-            return
-        if not resume:
-            raise UsageError(
-                "there is an experiment in this folder already",
-                where=str(self.folder),
-                hint="--resume  # goes on with it; truestep ab recover shows it, another --output "
-                "keeps it",
-            )
-        ours, theirs = (p.model_dump(mode="json") for p in (plan, self.plan()))
-        free = {"rounds", "until", "most_rounds", "margin", "expect", "tool_version"}
-        changed = [key for key in ours if key not in free and ours[key] != theirs[key]]
-        if changed:
-            raise UsageError(
-                f"the experiment in this folder is another one: {', '.join(changed)} changed",
-                where=str(path),
-                hint="give another --output",
-            )
-        if self.sources is not None:
-            self.sources.check(self.folder)
-        write_text(path, plan.model_dump_json(indent=1), "the plan")
-        self._keep_sources()
-
-    def _keep_sources(self) -> None:
-        if self.sources is not None:
-            self.sources.keep(self.folder)
+        hint = (
+            "--resume  # goes on with it; truestep ab recover shows it, another --output keeps it"
+        )
+        begin(self.folder, plan, self.plan, self.sources, resume=resume, free=_FREE, hint=hint)
 
     def plan(self) -> Plan:
         """What was asked.
@@ -168,7 +142,7 @@ class Store:
         Raises:
             WriteError: It could not be written; the lines before it are untouched.
         """
-        self._keep_sources()
+        keep(self.sources, self.folder)
         append_line(self._samples(cell), line.model_dump_json(), "the samples")
 
     def lines(
@@ -176,17 +150,7 @@ class Store:
     ) -> tuple[list[Sample | Failure | Remark | Repeat], list[str]]:
         """Every line of a cell that can be read, and what is said of those that cannot."""
         path = self._samples(cell)
-        if not path.exists():
-            return [], []
-        raw = read(path, "the samples cannot be read", bytes).split(b"\n")
-        found, damaged = [], []
-        for number, text in enumerate(raw, start=1):
-            if not text.strip():
-                continue
-            try:
-                found.append(_LINE.validate_json(text))
-            except ValidationError:
-                damaged.append(number)
+        found, damaged = read_lines(path, "the samples", _LINE.validate_json)
         if not damaged:
             return found, []
         places = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
@@ -246,6 +210,66 @@ class Store:
 
     def _check(self, cell: PlannedCell, case: str) -> Path:
         return self._arm(cell, "candidate") / f"{case}.check.json"
+
+
+def begin(
+    folder: Path,
+    plan: Record,
+    known: Callable[[], Record],
+    sources: Sources | None,
+    *,
+    resume: bool,
+    free: Collection[str],
+    hint: str,
+) -> None:
+    """Write the plan of an experiment, or make sure that the one that is there is the same.
+
+    Args:
+        known: Reads the one that is there.
+        free: What of it may be another one.
+        hint: What to do where there is one and `resume` is off.
+    """
+    path = folder / "plan.json"
+    if path.exists() is not resume:
+        raise UsageError(
+            "there is an experiment in this folder already"
+            if path.exists()
+            else "there is no experiment to resume",
+            where=str(folder),
+            hint=hint if path.exists() else "leave out --resume to begin one",
+        )
+    if resume:
+        ours, theirs = (p.model_dump(mode="json") for p in (plan, known()))
+        changed = [key for key in ours if key not in free and ours[key] != theirs[key]]
+        if changed:
+            raise UsageError(
+                f"the experiment in this folder is another one: {', '.join(changed)} changed",
+                where=str(path),
+                hint="give another --output",
+            )
+        if sources is not None:
+            sources.check(folder)
+    write_text(path, plan.model_dump_json(indent=1), "the plan")
+    keep(sources, folder)
+
+
+def keep(sources: Sources | None, folder: Path) -> None:
+    """Keep digests of the user's files beside what they made."""
+    if sources is not None:
+        sources.keep(folder)
+
+
+def read_lines(path: Path, what: str, parse: Callable[[bytes], T]) -> tuple[list[T], list[int]]:
+    """Every line of a file that can be read, and the numbers of those that cannot."""
+    found: list[T] = []
+    damaged: list[int] = []
+    raw = read(path, f"{what} cannot be read", bytes) if path.exists() else b""
+    for number, text in enumerate(raw.split(b"\n"), start=1):
+        try:
+            found += [parse(text)] if text.strip() else []
+        except ValidationError:
+            damaged.append(number)
+    return found, damaged
 
 
 def append_line(path: Path, text: str, what: str) -> None:

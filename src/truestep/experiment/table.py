@@ -14,7 +14,6 @@ from truestep.experiment.records import (
     CellResult,
     Experiment,
     Failure,
-    Finding,
     Plan,
     PlannedCell,
     Remark,
@@ -115,7 +114,7 @@ def _cell(store: Store, plan: Plan, cell: PlannedCell) -> CellResult:
     found = others.verdict_with(_latents(checks), repeats)
     result = CellResult(
         cell=cell,
-        verdict=Finding.INCONCLUSIVE,
+        verdict=Verdict.INCONCLUSIVE,
         sentence="",
         speed=speed,
         control=control,
@@ -246,44 +245,45 @@ def nothing_text(result: CellResult) -> str:
 
 def _verdict(
     result: CellResult, plan: Plan, failures: Sequence[Failure], spoiled: Sequence[str]
-) -> tuple[Finding, list[str]]:
+) -> tuple[Verdict, list[str]]:
     """One verdict for speed, sameness, control and expectation, and the reasons for it.
 
     What failed counts before what differs, and that before what is not decided.
     """
     if failures:
         machine = all(failure.machine for failure in failures)
-        return (Finding.MISSING if machine else Finding.INVALID), [*map(_raised, failures)]
+        return (Verdict.MISSING if machine else Verdict.INVALID), [*map(_raised, failures)]
     wrong, reasons, unsure = _sameness(result, plan)
     unsure += [*spoiled, *_control(result)]
     if result.unchanged and {"faster", "different"} & set(plan.expect):
         unsure.append(nothing_text(result))
     else:
         unmet, undecided = _expected(result, plan)
-        wrong += [Finding.UNMET] * bool(unmet)
+        wrong += [Verdict.UNMET] * bool(unmet)
         reasons += unmet
         unsure += undecided
     if result.missing:
         unsure.append("it is not complete: " + "; ".join(result.missing))
     if wrong:
-        return Finding.worst(wrong), [*reasons, *unsure]
+        return Verdict.worst(wrong), [*reasons, *unsure]
     if unsure or result.sameness is None:
-        return Finding.INCONCLUSIVE, unsure
+        return Verdict.INCONCLUSIVE, unsure
     if "different" in plan.expect:  # as expected: the numbers are not in question
-        return Finding.EQUIVALENT, []
-    return Finding(result.sameness.value), []
+        return Verdict.EQUIVALENT, []
+    return result.sameness, []
 
 
-def _sameness(result: CellResult, plan: Plan) -> tuple[list[Finding], list[str], list[str]]:
+def _sameness(result: CellResult, plan: Plan) -> tuple[list[Verdict], list[str], list[str]]:
     """What is wrong with the latents, why, and what is not decided about them."""
     same = result.sameness
-    wrong, reasons, unsure = [], [], []
+    wrong: list[Verdict] = []
+    reasons, unsure = [], []
     if same is Verdict.INVALID or (same is Verdict.DRIFTED and "different" not in plan.expect):
-        wrong.append(Finding(same.value))
+        wrong.append(same)
         where = f" (first divergence: {result.first_divergence})" if result.first_divergence else ""
         reasons.append(f"the latents are {same.value}{where}")
     elif same in (Verdict.INCOMPARABLE, Verdict.MISSING):
-        wrong.append(Finding(same.value))
+        wrong.append(same)
         reasons.append(_shapes(result))
     elif same is None or (same is Verdict.INCONCLUSIVE and "different" not in plan.expect):
         unsure.append("whether the latents are the same is not decided")

@@ -107,9 +107,6 @@ class _Pair:
 def compare_adapters(actual: Tensors, reference: Tensors) -> tuple[list[Row], tuple[str, ...]]:
     """Judge every adapter of two files.
 
-    Args:
-        actual, reference: Name to tensor.
-
     Returns:
         Rows in the reference's order, and notes: where alpha was taken to be the rank.
     """

@@ -90,7 +90,7 @@ def compare(
         differences += _rate_differences(ours_manifest, theirs_manifest)
     limits = Limits(floor, pair, tolerance)
     levels = {manifest.level for manifest in (ours_manifest, theirs_manifest) if manifest}
-    rows = _by_level(levels, ours, theirs, limits)
+    rows = rows_by_level(levels, ours, theirs, limits)
     before = len(rows)
     rows = _kept_by_both(rows, ours_manifest, theirs_manifest)
     left_out = before - len(rows)
@@ -133,8 +133,8 @@ def _noted(result: Comparison, ours: Source, theirs: Source) -> Comparison:
     return result.model_copy(update={"notes": tuple(notes)}) if notes else result
 
 
-def _by_level(levels: Set[str], ours: Source, theirs: Source, limits: Limits) -> Sequence[Row]:
-    """Rows by what both recordings keep."""
+def rows_by_level(levels: Set[str], ours: Source, theirs: Source, limits: Limits) -> Sequence[Row]:
+    """Rows by what both recordings keep, of their levels."""
     if "stats" in levels:
         return moment_rows(ours, theirs, limits=limits)
     if "sketch" in levels:

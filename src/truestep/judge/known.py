@@ -122,9 +122,6 @@ def read_ledger(path: str | Path, *, cases: Iterable[str] | None = None) -> dict
         path: A TOML file with `[known.CASE]` tables and nothing else.
         cases: Names that entries may have; None where they are not known yet.
 
-    Returns:
-        Case name to entry.
-
     Raises:
         UsageError: It cannot be read, an entry is not valid, or one names no case.
     """

@@ -330,9 +330,6 @@ def infer(pairs: Mapping[str, Pair], *, eps: float) -> Quantiser | None:
     Args:
         pairs: Weights that differ.
         eps: See `reach_of`.
-
-    Returns:
-        None where there is none.
     """
     names = list(pairs)
     names = names[:: max(len(names) // _ENOUGH, 1)][: _ENOUGH + 1]

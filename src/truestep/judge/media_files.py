@@ -138,7 +138,7 @@ def judge_clips(a: Clip, r: Clip, *, options: MediaOptions = NONE) -> Comparison
     verdict = Verdict.IDENTICAL if same else Verdict.INCONCLUSIVE
     if not same:
         verdict = Verdict.worst(Verdict(f.effect) for f in findings) if findings else verdict
-        if (same_seed or other_seeds) and _placeable(verdict):
+        if (same_seed or other_seeds) and verdict in (Verdict.INCONCLUSIVE, Verdict.DRIFTED):
             told, alone = placed(a, r, same_seed, other_seeds, options.progress)
             evidence = evidence.model_copy(update={"ladder": told})
             verdict = Verdict.worst((verdict, alone))
@@ -151,10 +151,6 @@ def judge_clips(a: Clip, r: Clip, *, options: MediaOptions = NONE) -> Comparison
         unseen = "other runs, which change nothing here"
         return result.model_copy(update={"not_looked_at": (*result.not_looked_at, unseen)})
     return result
-
-
-def _placeable(verdict: Verdict) -> bool:
-    return verdict in (Verdict.INCONCLUSIVE, Verdict.DRIFTED)
 
 
 def _rows(a: Clip, r: Clip, frames: Frames, findings: Sequence[MediaFinding]) -> Rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from truestep.environment import library_version
 from truestep.errors import FileFormatError, UsageError
@@ -72,7 +73,7 @@ def matched(
     stems = [defaultdict[str, list[str]](list) for _ in range(2)]
     for table, side, facing in zip(stems, (actual, reference), (reference, actual), strict=True):
         for name in side.keys() - facing.keys():
-            table[_stem(name)].append(name)
+            table[str(PurePosixPath(name).with_suffix(""))].append(name)
     partner = {
         names[0]: stems[1][stem][0]
         for stem, names in stems[0].items()
@@ -85,10 +86,6 @@ def matched(
     for name, path in reference.items():
         if name not in actual and name not in taken:
             yield name, None, path
-
-
-def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
 
 
 def _present(options: MediaOptions, name: str, file: str) -> MediaOptions:
@@ -113,30 +110,26 @@ def _alone(
 ) -> Comparison:
     side, folder = ("actual", actual) if other is None else ("reference", reference)
     text = f"{name} is on the {side} side only ({folder})"
-    return Comparison(
-        tool_version=library_version("truestep") or "",
-        verdict=Verdict.MISSING,
-        sentence=f"missing: {text}",
-        notes=(text,),
-        rule=NOTHING,
-        case_id=name,
-        actual=_side(own or actual),
-        reference=_side(other or reference),
-        missing=(name,) if own is None else (),
-        unexpected=(name,) if other is None else (),
-    )
+    missing: dict[str, Any] = {"missing" if own is None else "unexpected": (name,)}
+    sides = own or actual, other or reference
+    return _unjudged(Verdict.MISSING, text, *sides, case_id=name, **missing)
 
 
 def _unread(name: str, own: Path, other: Path, error: FileFormatError) -> Comparison:
     text = f"{error.what}: {error.measured} ({error.where})"
+    return _unjudged(Verdict.INVALID, text, own, other)
+
+
+def _unjudged(verdict: Verdict, text: str, own: Path, other: Path, **more: Any) -> Comparison:
     return Comparison(
         tool_version=library_version("truestep") or "",
-        verdict=Verdict.INVALID,
-        sentence=f"invalid: {text}",
+        verdict=verdict,
+        sentence=f"{verdict.value}: {text}",
         notes=(text,),
         rule=NOTHING,
         actual=_side(own),
         reference=_side(other),
+        **more,
     )
 
 

@@ -162,22 +162,14 @@ def _by_suffix(port: State, official: State, paired: set[str], taken: set[str]) 
     for name, tensor in official.items():
         if name in paired or _is_counter(name):
             continue
+        free = [o for o in port if o not in taken and port[o].shape == tensor.shape]
         fits = [
             other
-            for other in port
-            if other not in taken
-            and port[other].shape == tensor.shape
-            and _tail(name, other) == min(name.count("."), other.count(".")) + 1 > 1
+            for other in free
+            if _tail(name, other) == min(name.count("."), other.count(".")) + 1 > 1
         ]
         if not fits and "." in name:
-            rest = name.partition(".")[2]
-            fits = [
-                other
-                for other in port
-                if other not in taken
-                and port[other].shape == tensor.shape
-                and other.partition(".")[2] == rest
-            ]
+            fits = [o for o in free if o.partition(".")[2] == name.partition(".")[2]]
         if len(fits) == 1:
             yield Pair((name,), (fits[0],), "same", "same name but for a prefix, same shape")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -147,9 +147,3 @@ def _closest(glob: str, names: list[str]) -> list[str]:
     holding = [name for name in names if bare and bare in name]
     near = difflib.get_close_matches(bare or glob, names, n=3, cutoff=0.0)
     return [*dict.fromkeys((*holding, *near))][:3]
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

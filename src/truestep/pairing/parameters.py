@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -96,14 +96,7 @@ def _by_rows(state: State) -> None:
             {name: others[name] for name in wholes if name in others},
         )
         found = found_parts(parts, wholes, places)
-        for part in found:
-            _take(state, part, whole_side)
-        for whole in dict.fromkeys(part.whole for part in found):
-            beside = [_sibling(state, part, whole_side) for part in found if part.whole == whole]
-            # Where one does not lie as its matrix does, each is sought by itself.
-            for vector in beside if None not in beside else ():
-                assert vector is not None
-                _take(state, vector, whole_side)
+        _take_all(state, found, whole_side)
     _permuted_vectors(state, dtype)
 
 
@@ -173,14 +166,7 @@ def _inside_larger(state: State) -> None:
     for whole_side, part_side in (("actual", "reference"), ("reference", "actual")):
         wholes, parts = (_open(state, side) for side in (whole_side, part_side))
         found = find_parts(parts, wholes)
-        for part in found:
-            _take(state, part, whole_side)
-        for whole in dict.fromkeys(part.whole for part in found):
-            beside = [_sibling(state, part, whole_side) for part in found if part.whole == whole]
-            # Where one does not lie as its matrix does, each is sought by itself.
-            for vector in beside if None not in beside else ():
-                assert vector is not None
-                _take(state, vector, whole_side)
+        _take_all(state, found, whole_side)
         wholes, parts = (_open(state, side) for side in (whole_side, part_side))
         for part in _runs(parts, wholes):
             _take(state, part, whole_side)
@@ -221,11 +207,16 @@ def _take(state: State, part: Part, whole_side: str) -> None:
         state.add(smaller, larger, replace(part.fit, scale=1 / part.fit.scale))
 
 
-def _siblings(state: State, part: Part, whole_side: str) -> None:
-    """Pair the vector beside a fused matrix, where it lies as the matrix' rows do."""
-    vector = _sibling(state, part, whole_side)
-    if vector is not None:
-        _take(state, vector, whole_side)
+def _take_all(state: State, parts: Sequence[Part], whole_side: str) -> None:
+    """Pair parts with their places, then the vectors beside them."""
+    for part in parts:
+        _take(state, part, whole_side)
+    for whole in dict.fromkeys(part.whole for part in parts):
+        beside = [_sibling(state, part, whole_side) for part in parts if part.whole == whole]
+        # Where one does not lie as its matrix does, each is sought by itself.
+        for vector in beside if None not in beside else ():
+            assert vector is not None
+            _take(state, vector, whole_side)
 
 
 def _sibling(state: State, part: Part, whole_side: str) -> Part | None:

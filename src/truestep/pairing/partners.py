@@ -17,6 +17,7 @@ from truestep.pairing.naming import ROOT, callable_module, named_modules, unwrap
 from truestep.pairing.records import Pairing
 from truestep.pairing.rename import closed, numbered, renamed
 from truestep.pairing.state import parent as holder
+from truestep.text import listed
 
 ROUNDED = 0.02
 """Weights that are closer than this are the same in two dtypes: bfloat16 is 1.7e-3 away."""
@@ -82,9 +83,8 @@ class Partners:
         text = f"paired {self.paired} of {total} modules of the trusted model"
         if not self.unmatched:
             return text
-        shown = ", ".join(self.unmatched[:4])
-        more = f" and {len(self.unmatched) - 4} more" if len(self.unmatched) > 4 else ""
-        return f"{text}; without a partner, judged with what is around them: {shown}{more}"
+        shown = listed(self.unmatched, 4)
+        return f"{text}; without a partner, judged with what is around them: {shown}"
 
 
 def partners_of(

@@ -66,8 +66,9 @@ def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Size:
 
 
 class Named(Mapping[str, torch.Tensor]):
-    """Tensors under the names in `_names`, whatever each of them is read from."""
+    """Tensors under the names in `_names`, each read from `tensors` when it is asked for."""
 
+    tensors: Mapping[str, torch.Tensor]
     _names: Mapping[str, object]
 
     def __contains__(self, name: object) -> bool:
@@ -78,6 +79,16 @@ class Named(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def packed(self, name: str) -> Packed | None:
+        """A tensor in blocks; None of any other."""
+        return packed_of(self.tensors, name) if name in self._names else None
+
+    def release(self, name: str) -> None:
+        """Give the pages of a tensor back, where it has any; whoever holds it reads them again."""
+        release = getattr(self.tensors, "release", None)
+        if release is not None:
+            release(name)
 
 
 class Numbers(Named):
@@ -132,15 +143,8 @@ class Numbers(Named):
         self._hold(name, tensor.numel() * tensor.itemsize)
         return tensor
 
-    def packed(self, name: str) -> Packed | None:
-        """A tensor in blocks; None of any other."""
-        return packed_of(self.tensors, name) if name in self._names else None
-
     def release(self, name: str) -> None:
-        """Give the pages of a tensor back; whoever holds it reads the file again."""
-        release = getattr(self.tensors, "release", None)
-        if release is not None:
-            release(name)
+        super().release(name)
         self._held.pop(name, None)
 
     def _hold(self, name: str, size: int) -> None:

@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from truestep.measure.blocks import Packed
 from truestep.pairing.content import Fit, fit_any, is_constant, measure
 from truestep.pairing.fused import Place
 from truestep.pairing.records import Evidence
-from truestep.pairing.scales import Named, Numbers, packed_of, shape_of
+from truestep.pairing.scales import Named, Numbers, shape_of
 
 Tensor = torch.Tensor
 
@@ -35,16 +34,6 @@ class Chosen(Named):
         if name not in self._names:
             raise KeyError(name)
         return self.tensors[name]
-
-    def packed(self, name: str) -> Packed | None:
-        """A tensor in blocks, where the side holds it so."""
-        return packed_of(self.tensors, name) if name in self._names else None
-
-    def release(self, name: str) -> None:
-        """Let the pages of a tensor go, where it has any."""
-        release = getattr(self.tensors, "release", None)
-        if release is not None:
-            release(name)
 
 
 def stored(tensors: Mapping[str, Tensor], name: str) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from truestep.errors import UsageError
-from truestep.keys import key_of
 from truestep.nests import take_apart
 from truestep.parity.component import Parity
 from truestep.parity.sides import Tensors, bits
 from truestep.recording.format import Recording
+from truestep.replay.functions import inputs_of
 
 Samples = list[dict[str, torch.Tensor]]
 Rebuild = Callable[[Tensors], dict[str, Any]]
@@ -48,12 +48,7 @@ def samples_of(parity: Parity) -> tuple[Samples, Rebuild]:
 
 def recorded_samples(recording: Recording, parity: Parity) -> tuple[Samples, Rebuild]:
     """The inputs that a recording of the official side holds; the nest is that of `inputs`."""
-    found: dict[int, dict[str, torch.Tensor]] = {}
-    for name in recording:
-        key = key_of(name)
-        if key.head == "sample" and key.part == "input":
-            found.setdefault(key.number or 0, {})[key.name] = recording[name]
     rebuild: Rebuild = dict
     if parity.inputs is not None:
         rebuild = take_apart(parity.inputs(torch.Generator("cpu").manual_seed(parity.seeds[0])))[1]
-    return [found[index] for index in sorted(found)], rebuild
+    return inputs_of(recording), rebuild

@@ -74,9 +74,6 @@ def write_bundle(recording: Recording, path: Path, *, frames: Frames | None = No
         path: Where it goes.
         frames: Of what it made.
 
-    Returns:
-        What is in it.
-
     Raises:
         UsageError: It does not fit.
         WriteError: It cannot be written.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import mmap
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 
 from truestep.errors import FileFormatError, UsageError, WriteError
-from truestep.files import beside, settle
-from truestep.measure.moments import _CHUNK, moments
+from truestep.files import beside, settle, sha256_of
+from truestep.measure.moments import moments
 from truestep.measure.plain import plain
 from truestep.measure.sketch import sketch
 from truestep.recording import header as headers
@@ -144,6 +143,13 @@ class Recording(Shown, Mapping[str, torch.Tensor]):
     def save(self, path: str | Path) -> str:
         """Write atomically; see `write`."""
         return write(path, self)
+
+    def kept(self, path: str | Path | None) -> Recording:
+        """The recording as it is in a file that it is written to; itself where none is named."""
+        if path is None:
+            return self
+        self.save(path)
+        return Recording.open(path)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._tensors.get(name)
@@ -403,12 +409,3 @@ def metadata_of(manifest: Manifest) -> dict[str, str]:
             exclude[name] = True
     text = manifest.model_dump_json(exclude=exclude)
     return {METADATA_KEY: text, DIGEST_KEY: manifest_digest(text)}
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    value = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            value.update(block)
-    return value.hexdigest()

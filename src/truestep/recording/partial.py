@@ -23,10 +23,10 @@ from pydantic import Field
 
 from truestep.content import mapping_differences
 from truestep.errors import FileFormatError, UsageError, WriteError
-from truestep.files import ROOM, replacing
+from truestep.files import ROOM, replacing, sha256_of
 from truestep.floors import NoiseRun
 from truestep.reading import parse_json
-from truestep.recording.format import Recording, sha256_of
+from truestep.recording.format import Recording
 from truestep.recording.store import PARTIAL
 from truestep.verdict import Record
 

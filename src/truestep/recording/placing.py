@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from truestep.errors import FileFormatError, UsageError
-from truestep.files import alone, beside, settle
+from truestep.files import alone, beside, settle, sha256_of
 from truestep.progress import Progress, silent
 from truestep.recording.lock import DEFAULT_ROOT, Entry, put_entry, read_lock
 from truestep.recording.remote.cache import cache_root, fetched, lay, link
-from truestep.recording.remote.objects import (
-    name_of,
-    pointed_at,
-    require_content,
-    sha256_at,
-)
+from truestep.recording.remote.objects import name_of, pointed_at, require_content
 from truestep.recording.remote.opening import open_store
 from truestep.text import quoted
 
@@ -114,7 +109,7 @@ def content_of(path: Path) -> str | None:
     if pointed_at(path) is not None:
         return None
     try:
-        return sha256_at(path)
+        return sha256_of(path)
     except FileNotFoundError:
         return None
 
@@ -221,7 +216,7 @@ def adopt(root: Path, name: str, path: Path) -> tuple[str, Path]:
     target = root / name
     with beside(target, WHAT) as temporary:
         shutil.copyfile(path, temporary)
-        sha256 = sha256_at(temporary)
+        sha256 = sha256_of(temporary)
         temporary.chmod(temporary.parent.stat().st_mode & 0o666)
         with alone(root, WHAT):
             entry = read_lock(root).references.get(name, Entry())

@@ -95,12 +95,7 @@ def place_named(name: str) -> Place | None:
 
 
 class Store:
-    """A folder of references with a lock file, and the team's store behind it, if there is one.
-
-    Args:
-        root: The folder.
-        progress: Told bytes of what is fetched.
-    """
+    """A folder of references with a lock file, and the team's store behind it, if there is one."""
 
     def __init__(self, root: Path = DEFAULT_ROOT, *, progress: Progress = silent) -> None:
         self.root = root
@@ -160,8 +155,8 @@ class Store:
             UsageError: A reference exists and `update` is false.
             WriteError: It could not be written; an existing reference is untouched.
         """
-        from truestep.files import alone, beside, settle
-        from truestep.recording.format import WHAT, sha256_of, stage
+        from truestep.files import alone, beside, settle, sha256_of
+        from truestep.recording.format import WHAT, stage
 
         path = self.root / place.name
         self.refuse_existing(place, update=update)
@@ -223,7 +218,7 @@ class Store:
             FileFormatError: It does not.
             EndpointError: The team's store does not answer.
         """
-        from truestep.recording.format import sha256_of
+        from truestep.files import sha256_of
 
         path = self.root / place.name
         entry = read_lock(self.root).references.get(place.name)

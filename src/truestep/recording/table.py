@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
 
 import torch
 
+from truestep.environment import library_version
 from truestep.keys import address
-from truestep.recording.manifest import TensorEntry
+from truestep.recording.manifest import Manifest, TensorEntry
 
 
 def table_entry(
@@ -33,6 +36,24 @@ def table_entry(
         branch=branch,
         fqn=fqn,
         call=call,
+    )
+
+
+def manifest_of(
+    tensors: Mapping[str, torch.Tensor], environment: Mapping[str, str], **more: Any
+) -> Manifest:
+    """The manifest of a recording that is made now, with its tensors in full.
+
+    Args:
+        more: Its other fields.
+    """
+    return Manifest(
+        tool_version=library_version("truestep") or "",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        level="full",
+        environment=dict(environment),
+        tensors=tensor_table(tensors),
+        **more,
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from truestep.errors import FileFormatError, UsageError
-from truestep.files import alone, beside
+from truestep.files import alone, beside, sha256_of
 from truestep.progress import Progress, silent
 from truestep.recording.lock import Entry, Event, put_entry
 from truestep.recording.placing import (
@@ -34,14 +34,7 @@ from truestep.recording.placing import (
     restored,
 )
 from truestep.recording.remote.cache import fetched, lay, link
-from truestep.recording.remote.objects import (
-    OtherContentError,
-    Remote,
-    name_of,
-    pointed_at,
-    put,
-    sha256_at,
-)
+from truestep.recording.remote.objects import OtherContentError, Remote, name_of, pointed_at, put
 from truestep.recording.remote.opening import open_store
 from truestep.recording.tending import is_whole
 
@@ -122,7 +115,7 @@ def _pushed(
         for source in may_hold(root, name, sha256):
             with suppress(FileNotFoundError, OtherContentError):
                 link(source, temporary)
-                if damaged and sha256_at(temporary) == sha256:
+                if damaged and sha256_of(temporary) == sha256:
                     remote.remove(name_of(sha256), 0)  # only where a good one is here
                     damaged = False
                 if not damaged and pointed_at(temporary) is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from truestep.calls.batching import is_measured
 from truestep.calls.instructions import Elsewhere, other_sets, prepare
 from truestep.calls.values import in_real_numbers
-from truestep.environment import Environment, library_version
+from truestep.environment import Environment
 from truestep.errors import FOREIGN, UsageError, one_line, surviving
 from truestep.floors import NoiseFloor, NoiseRun
 from truestep.judge.floor import Limits, pair_of
@@ -33,8 +32,7 @@ from truestep.measure.plain import plain
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.format import Recording
-from truestep.recording.manifest import Manifest
-from truestep.recording.table import tensor_table
+from truestep.recording.table import manifest_of
 from truestep.replay.check import build_side
 from truestep.runtime.changes import (
     JITTERS,
@@ -107,22 +105,14 @@ def record_function(
     made = {name: value for found in outputs for name, value in found.items()}
     refuse_empty_content(made, where="outputs of the function")
     measured = _measure(function, samples, tensors, progress) if floor else None
-    environment = Environment.current("cpu", attention=None)
-    manifest = Manifest(
-        tool_version=library_version("truestep") or "",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        level="full",
-        environment=dict(environment),
-        tensors=tensor_table(tensors),
+    manifest = manifest_of(
+        tensors,
+        Environment.current("cpu", attention=None),
         forwards=len(samples),
         noise_floor=measured[0] if measured else None,
         notes=measured[1] if measured else (),
     )
-    recording = Recording.in_memory(tensors, manifest)
-    if path is None:
-        return recording
-    recording.save(path)
-    return Recording.open(path)
+    return Recording.in_memory(tensors, manifest).kept(path)
 
 
 @taking_turns()
@@ -154,7 +144,7 @@ def check_function(
         UsageError: It is not a recording of a function.
     """
     recording = reference if isinstance(reference, Recording) else Recording.open(reference)
-    samples = _samples(recording)
+    samples = inputs_of(recording)
     if not samples:
         raise UsageError(
             "the reference is not a recording of a function",
@@ -206,7 +196,8 @@ def _sample(index: int) -> str:
     return f"sample/{index:04d}"
 
 
-def _samples(recording: Recording) -> list[dict[str, torch.Tensor]]:
+def inputs_of(recording: Recording) -> list[dict[str, torch.Tensor]]:
+    """The inputs of a function that a recording holds."""
     found: dict[int, dict[str, torch.Tensor]] = {}
     for name in recording:
         key = key_of(name)

@@ -63,11 +63,7 @@ _UNSEEN = {
 
 
 class Watch(TorchDispatchMode):
-    """Tells of every operator that gives something of its own.
-
-    Args:
-        told: What is told.
-    """
+    """Tells of every operator that gives something of its own."""
 
     def __init__(self, told: Told) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -115,11 +111,7 @@ def _calling() -> Line:
 
 
 def raising_line(frames: Sequence[FrameSummary]) -> Line | None:
-    """The line nearest to where an error was raised, outside torch and this module.
-
-    Args:
-        frames: Of the error, the innermost last.
-    """
+    """The line nearest to where an error was raised, outside torch and this module."""
     for frame in reversed(frames):
         if not _passed_by(frame.filename) and frame.lineno is not None:
             return _line(frame.filename, frame.lineno)

@@ -26,7 +26,8 @@ from truestep.replay.stages import recorded_step, recorded_texts, replay
 from truestep.replay.steps import default_steps, given, recorded_schedule
 from truestep.runtime.pipeline import Branch, Observer, Pipeline, connect, text_branch
 from truestep.runtime.precision import raised_precision
-from truestep.verdict import Comparison, Row
+from truestep.text import listed
+from truestep.verdict import Cause, Comparison, Row
 
 STAGES = ("text", "connector", "prediction", "decoding")
 """Stages with a model to open, in the order of a run."""
@@ -124,11 +125,7 @@ def _explained(
                 only=(stage,),
             ).outputs
     cause, tried = stage_cause(stage, comparison.rows, outputs, recording, trusted)
-    first = comparison.first_divergence
-    if cause is None or first is None:
-        return noted(comparison, unexplained(tried))
-    found = first.model_copy(update={"cause": cause})
-    return comparison.model_copy(update={"first_divergence": found})
+    return with_cause(comparison, cause, tried)
 
 
 def _located(
@@ -362,13 +359,21 @@ def failing_place(rows: Sequence[Row]) -> Place | None:
 
 def _left_out(names: Sequence[str]) -> str:
     """What other code has in a form that cannot be compared."""
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return f"left out, since the candidate has nothing of these sizes there: {shown}"
+    return f"left out, since the candidate has nothing of these sizes there: {listed(names, 4)}"
 
 
 def unexplained(tried: int) -> str:
     """Why no cause is named."""
     return f"{UNEXPLAINED} none of {tried} hypotheses gives what the candidate gave"
+
+
+def with_cause(comparison: Comparison, cause: Cause | None, tried: int) -> Comparison:
+    """The comparison with why its first place is wrong, or a note that nothing explains it."""
+    first = comparison.first_divergence
+    if cause is None or first is None:
+        return noted(comparison, unexplained(tried))
+    found = first.model_copy(update={"cause": cause})
+    return comparison.model_copy(update={"first_divergence": found})
 
 
 def noted(comparison: Comparison, note: str) -> Comparison:

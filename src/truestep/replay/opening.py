@@ -35,7 +35,7 @@ from truestep.replay.causes.handed import handed_cause
 from truestep.replay.drill import Drilled, Subject, drill
 from truestep.replay.isolation import Forward, hearing
 from truestep.replay.lines import raising_line
-from truestep.replay.locating import Into, noted, opened, unexplained
+from truestep.replay.locating import Into, noted, opened, with_cause
 from truestep.runtime.precision import working_dtype
 from truestep.verdict import Comparison, Divergence, Verdict
 
@@ -155,11 +155,7 @@ def _handed(
     """The comparison with why what is handed from call to call is wrong, or a note that nothing
     explains it."""
     cause, tried = handed_cause(*sides, reference, comparison, name=name, arguments=arguments)
-    first = comparison.first_divergence
-    if cause is None or first is None:
-        return noted(comparison, unexplained(tried))
-    found = first.model_copy(update={"cause": cause})
-    return comparison.model_copy(update={"first_divergence": found})
+    return with_cause(comparison, cause, tried)
 
 
 def _made_of(comparison: Comparison, first: Divergence) -> str:

@@ -20,12 +20,13 @@ from truestep.judge.floor import Limits, pair_of
 from truestep.judge.rows import build_comparison, compare_tensors
 from truestep.judge.sentence import with_divergence
 from truestep.keys import address, key_of
-from truestep.pairing.naming import listed, named_modules
+from truestep.pairing.naming import named_modules
 from truestep.pairing.partners import Names, Part, namesake
 from truestep.pairing.rename import renamed
 from truestep.recording.format import Recording
 from truestep.replay.isolation import Flow, Forward, benign_flows, flow
 from truestep.runtime.precision import working_dtype
+from truestep.text import listed
 from truestep.turns import taking_turns
 from truestep.verdict import Comparison, Divergence, Row, Side
 

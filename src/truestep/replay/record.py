@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from truestep.case import Case
-from truestep.environment import library_version
 from truestep.errors import surviving
 from truestep.randomness import own_randomness
 from truestep.turns import taking_turns
@@ -78,10 +76,7 @@ def record(
         recording = record_pipeline(
             pipe, case=case, level=level, floor=floor, keep=keep, progress=progress, kept=kept
         )
-    if path is None:
-        return recording
-    recording.save(path)
-    return type(recording).open(path)
+    return recording.kept(path)
 
 
 @taking_turns()
@@ -146,8 +141,7 @@ def _trusted_run(
     """Generate once and keep everything."""
     from truestep.judge.refusals import refuse_empty_run
     from truestep.recording.format import Recording
-    from truestep.recording.manifest import Manifest
-    from truestep.recording.table import tensor_table
+    from truestep.recording.table import manifest_of
     from truestep.replay.capture import (
         Capture,
         attention_observed,
@@ -161,15 +155,12 @@ def _trusted_run(
     with attention_observed(pipe) as kernels:
         generate(pipe, observer=capture, output="frames")
     refuse_empty_run(capture.tensors, where=case.id)
-    manifest = Manifest(
-        tool_version=library_version("truestep") or "",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        level="full",
+    manifest = manifest_of(
+        capture.tensors,
+        run_environment(pipe, attention=kernels()),
         case_id=case.id,
         case=case.canonical(),
         settings=recorded_settings(pipe),
-        environment=dict(run_environment(pipe, attention=kernels())),
-        tensors=tensor_table(capture.tensors),
         timings_s={stage: tuple(times) for stage, times in capture.seconds.items()},
         forwards=pipe.forwards - before,
         notes=tuple(pipe.fallbacks),

@@ -54,7 +54,7 @@ class Recorded:
         kept = {
             name: tensor
             for name, tensor in self.flow.tensors.items()
-            if name in reference.tensors and _of(name) in (*select, ROOT)
+            if name in reference.tensors and (key_of(name).fqn or ROOT) in (*select, ROOT)
         }
         calls = [c for c in self.flow.calls if c.partition("#")[0] in select or c == ROOT]
         return replace(self.flow, tensors=kept, calls=calls)
@@ -89,10 +89,6 @@ class Recorded:
         apart = _apart(modules[answering[0][0]], trusted, answering[0][1]) if trusted else []
         where = [self.written[name] for name, _ in answering if name in self.written]
         return "; ".join([", ".join(apart)] * bool(apart) + where[:1]) or None
-
-
-def _of(name: str) -> str:
-    return key_of(name).fqn or ROOT
 
 
 def _answers(name: str, partners: Partners | None) -> tuple[Part, ...]:

@@ -22,12 +22,12 @@ from truestep.keys import Key, address, key_of
 from truestep.many import Texts
 from truestep.pairing import Pairing, pair_activations
 from truestep.pairing.content import fit, fit_any, is_constant
-from truestep.pairing.naming import listed
 from truestep.pairing.rename import closed, numbered, renamed
 from truestep.recording.columns import Table
 from truestep.recording.readers import Source
 from truestep.records import STATS
 from truestep.replay.isolation import alike, matched_slots
+from truestep.text import listed
 from truestep.verdict import Rows
 
 MOMENTS = 1e-3
@@ -91,7 +91,7 @@ def name_modules(
     if not all(open_):
         return Named(partners)
     sides = [
-        {name: side.tensors[name] for name in side.tensors if _module_of(name) in set(free)}
+        {name: side.tensors[name] for name in side.tensors if address(name).fqn in set(free)}
         for side, free in zip((ours, theirs), open_, strict=True)
     ]
     pairing = pair_activations(Pairing(), *sides)
@@ -128,10 +128,6 @@ def _told(
     if lost:
         notes += (f"without a partner in the actual trace: {listed(lost)}",)
     return Named(partners, notes, others=True)
-
-
-def _module_of(name: str) -> str | None:
-    return address(name).fqn
 
 
 def _by_layers(

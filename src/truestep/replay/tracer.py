@@ -24,6 +24,7 @@ from truestep.recording.header import bad_name
 from truestep.recording.manifest import Level
 from truestep.recording.spool import Blob, Memory, Spool, storable
 from truestep.records import STATS
+from truestep.text import listed
 
 Leaves = Iterable[tuple[str, torch.Tensor]]
 
@@ -393,8 +394,7 @@ class Tracer:
         silent = [f for f, cell in zip(self._fqns, self._fired, strict=True) if not cell[0]]
         told = [f"{self.fired} of {self.hooks} hooks fired"]
         if silent:
-            more = f" and {len(silent) - 10} more" if len(silent) > 10 else ""
-            told.append(f"never called: {', '.join(silent[:10])}{more}")
+            told.append(f"never called: {listed(silent, 10)}")
         if self.steps is not None:
             missed = sorted(self.steps - self.seen_steps)
             if missed:

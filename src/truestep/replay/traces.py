@@ -12,16 +12,15 @@ import torch
 from truestep.environment import Environment
 from truestep.errors import UsageError
 from truestep.floors import NoiseFloor, NoiseRun, RunMetrics
+from truestep.judge.compare import rows_by_level
 from truestep.judge.divergence import ROOT, with_kind
-from truestep.judge.estimates import moment_rows, sketch_rows
 from truestep.judge.floor import Limits, pair_of
 from truestep.judge.growth import Inside, inside, introduced, origins
-from truestep.judge.rows import build_comparison, compare_tensors, one_value
+from truestep.judge.rows import build_comparison, one_value
 from truestep.judge.sentence import with_divergence
 from truestep.keys import address, key_of
 from truestep.many import Texts
 from truestep.measure.distance import distance
-from truestep.pairing.naming import listed
 from truestep.recording import readers as sources
 from truestep.recording.columns import Table
 from truestep.recording.format import Recording
@@ -38,6 +37,7 @@ from truestep.replay.trace_names import (
     name_modules,
     table_of,
 )
+from truestep.text import listed
 from truestep.verdict import GIVEN, Comparison, Difference, Divergence, Row, Rows, Verdict
 
 FEW = 16
@@ -363,12 +363,7 @@ def _with_shape(row: Row, own: tuple[int, ...] | None) -> Row:
 
 
 def _rows(ours: Source, theirs: Source, limits: Limits) -> Sequence[Row]:
-    levels = {_manifest(side).level for side in (ours, theirs)}
-    if "stats" in levels:
-        return moment_rows(ours, theirs, limits=limits)
-    if "sketch" in levels:
-        return sketch_rows(ours, theirs, limits=limits)
-    return compare_tensors(ours.tensors, theirs.tensors, limits=limits)
+    return rows_by_level({_manifest(s).level for s in (ours, theirs)}, ours, theirs, limits)
 
 
 def _noise_run(what: str | Path | Recording, reference: Source) -> NoiseRun:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from truestep.experiment import repeats
-from truestep.experiment.records import CellResult, Experiment, Finding
+from truestep.experiment.records import CellResult, Experiment
 from truestep.experiment.table import nothing_text, ratio_text
 from truestep.files import write_text
 from truestep.report.answer import word_of
@@ -15,7 +15,7 @@ from truestep.report.curves import number
 from truestep.report.html import LABELS, embedded_json, page
 from truestep.screen import print_lines
 from truestep.text import columns, wrapped
-from truestep.verdict import Media
+from truestep.verdict import Media, Verdict
 
 if TYPE_CHECKING:
     from truestep.experiment.store import Store
@@ -149,7 +149,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip()
 
 
-def _label(finding: Finding) -> str:
+def _label(finding: Verdict) -> str:
     """Style class of a finding: pass, fail, blocked or unsure."""
     return LABELS[finding.exit_code]
 
@@ -268,11 +268,6 @@ def render(experiment: Experiment, media: Mapping[str, Sequence[Media]]) -> str:
 
 def write_tables(store: Store, experiment: Experiment, *, report: Path | None) -> None:
     """Write `result.json`, `table.md` and the report, each atomically.
-
-    Args:
-        store: Where the first two go.
-        experiment: What they hold.
-        report: The HTML file; None writes none.
 
     Raises:
         WriteError: One could not be written.

@@ -35,7 +35,7 @@ _WIDTH = 160
 
 def switch_table(ablation: Ablation) -> Table:
     """One row a control, in the order of the largest end distance; then all together."""
-    measured = _measured(ablation)
+    measured = tuple(m for m in MODALITIES if ablation.whole.end(m))
     heads = (
         "control",
         "from -> to",
@@ -158,10 +158,6 @@ def _note(switch: Switch) -> str:
     if switch.hidden:
         return "it drifts in its stage; the floor of a free run hides it"
     return "; ".join(dict.fromkeys(end.note for end in switch.alone.ends if end.note))
-
-
-def _measured(ablation: Ablation) -> tuple[str, ...]:
-    return tuple(m for m in MODALITIES if ablation.whole.end(m))
 
 
 def _percent(share: float | None) -> str:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from truestep.records import MediaEvidence
 from truestep.report.words import (
-    also_lines,
     change_text,
     command_in,
     next_command,
-    recheck_line,
+    reasons,
     said,
     stage_label,
 )
@@ -211,17 +210,13 @@ def _cause(comparison: Comparison, causes: Rows) -> Iterator[Block]:
     """What explains it, and the line of code where the two sides part; else what is said of the
     first row that fails."""
     first = comparison.first_divergence
-    if first is not None and first.cause is not None:
-        yield _block(1, "cause", first.cause.text, most=3)
-        if first.cause.patch:
-            yield _block(2, "mend", first.cause.patch, most=2)
-    if first is not None:
-        for line in also_lines(first)[:_ALSO]:
-            yield _block(2, "also", line, most=2)
-        if first.recheck is not None:
-            yield _block(2, "recheck", recheck_line(first.recheck), most=2)
-    if first is not None and first.operator:
-        yield _block(1, "at", first.operator, most=3)
+    told = Counter[str]()
+    for label, text in reasons(first) if first is not None else ():
+        told[label] += 1
+        if label and told[label] <= _ALSO:
+            first_of_all = label in ("cause", "at")
+            yield _block(1 if first_of_all else 2, label, text, most=3 if first_of_all else 2)
+    if told["at"]:
         return
     if comparison.exit_code == 0 or comparison.evidence is not None:
         return

@@ -13,7 +13,7 @@ from truestep.experiment.records import CellResult, Experiment, Sameness
 from truestep.records import Record
 from truestep.report.items import items_of
 from truestep.report.results_file import AnyResult
-from truestep.text import nearest
+from truestep.text import listed, nearest
 from truestep.verdict import Comparison, Results
 
 PARTS: dict[type[Record], dict[str, str]] = {
@@ -100,10 +100,11 @@ def _none(name: str, result: AnyResult, why: str) -> UsageError:
     ids = [proof.id for item in items_of(result) for proof in item.evidence]
     ids = [*(item.id for item in items_of(result)), *ids]
     near = nearest(name, ids)
-    few = ", ".join(ids[:12]) + (f" and {len(ids) - 12} more" if len(ids) > 12 else "")
     measured = f"{why}; {near}" if near else why
     return UsageError(
-        f"no part of the result is called {name!r}", measured=measured, likely=f"ids: {few}"
+        f"no part of the result is called {name!r}",
+        measured=measured,
+        likely=f"ids: {listed(ids, 12)}",
     )
 
 

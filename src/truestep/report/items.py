@@ -5,7 +5,8 @@ Ids are positions in the JSON: `c0.r12` is row 12 of comparison 0. `ids` reads t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import PurePosixPath
 
 from truestep.experiment.ablation_records import Ablation, Switch
@@ -14,7 +15,7 @@ from truestep.experiment.quality.records import Quality, QualityCell
 from truestep.experiment.records import CellResult, Experiment
 from truestep.report.results_file import AnyResult
 from truestep.report.words import also_lines, command_in, next_command, recheck_line
-from truestep.verdict import Comparison, Divergence, Record, Results, Row, Rows, Verdict
+from truestep.verdict import Comparison, Difference, Divergence, Record, Results, Row, Rows, Verdict
 
 _MOST_ROWS = 8
 
@@ -120,9 +121,7 @@ def _of_candidate(cell: QualityCell, own: str, following: str) -> Item:
         exit_code=cell.standing.exit_code,
         sentence=cell.sentence,
         cause="" if passed or not cell.reasons else cell.reasons[0],
-        evidence=tuple(
-            Evidence(id=f"{own}.q{at}", text=text) for at, text in enumerate(cell.reasons)
-        ),
+        evidence=tuple(_numbered(own, "q", cell.reasons)),
         next="" if passed else following,
         decide="" if passed else DECISIONS.get(cell.standing.value, ""),
     )
@@ -140,7 +139,7 @@ def _of_comparison(comparison: Comparison, own: str) -> Item:
         place=_place(comparison.first_divergence),
         evidence=() if passed else tuple(_evidence(comparison, own)),
         cost=_cost(comparison),
-        next="" if passed else _next(comparison),
+        next="" if passed else (next_command(comparison) or comparison.repeat),
         decide="" if passed else DECISIONS.get(comparison.verdict.value, ""),
     )
 
@@ -190,20 +189,23 @@ def _evidence(comparison: Comparison, own: str) -> Iterator[Evidence]:
     for row in causes:
         if row.name in places:
             yield Evidence(id=f"{own}.r{places[row.name]}", text=row_text(row))
-    for at, d in enumerate(comparison.case_differences):
-        text = f"case {d.key}: {d.actual} (was {d.reference})"
-        yield Evidence(id=f"{own}.d{at}", text=text)
+    yield from _numbered(own, "d", (f"case {_was(d)}" for d in comparison.case_differences))
     if comparison.evidence is not None:
-        for at, finding in enumerate(comparison.evidence.findings):
-            yield Evidence(id=f"{own}.f{at}", text=finding.text)
+        yield from _numbered(own, "f", (each.text for each in comparison.evidence.findings))
     for at, gate in enumerate(comparison.gates):
         if gate.passed is not True:
             yield Evidence(id=f"{own}.g{at}", text=f"gate {gate.name}: {gate.outcome}")
-    for at, d in enumerate(comparison.environment_differences):
-        text = f"environment {d.key}: {d.actual} (was {d.reference})"
-        yield Evidence(id=f"{own}.e{at}", text=text)
-    for at, note in enumerate(comparison.notes):
-        yield Evidence(id=f"{own}.n{at}", text=note)
+    differing = comparison.environment_differences
+    yield from _numbered(own, "e", (f"environment {_was(d)}" for d in differing))
+    yield from _numbered(own, "n", comparison.notes)
+
+
+def _was(each: Difference) -> str:
+    return f"{each.key}: {each.actual} (was {each.reference})"
+
+
+def _numbered(own: str, letter: str, texts: Iterable[str]) -> list[Evidence]:
+    return [Evidence(id=f"{own}.{letter}{at}", text=text) for at, text in enumerate(texts)]
 
 
 def _places(rows: Rows, names: Sequence[str]) -> dict[str, int]:
@@ -231,11 +233,6 @@ def _cost(comparison: Comparison) -> str:
     return f"{text} ({cost.share:.0%} of a generation)" if cost.forwards_generation else text
 
 
-def _next(comparison: Comparison) -> str:
-    """The command that comes next, or the same once more."""
-    return next_command(comparison) or comparison.repeat
-
-
 def _of_cell(cell: CellResult, own: str, repeat: str) -> Item:
     passed = cell.verdict.passed
     needed = cell.speed.rounds_needed if cell.speed else None
@@ -254,13 +251,7 @@ def _of_cell(cell: CellResult, own: str, repeat: str) -> Item:
         sentence=cell.sentence,
         cause="" if passed or not notes else notes[0],
         place=Place(text=cell.first_divergence) if cell.first_divergence else None,
-        evidence=()
-        if passed
-        else tuple(
-            Evidence(id=f"{own}.{letter}{at}", text=text)
-            for letter, texts in groups
-            for at, text in enumerate(texts)
-        ),
+        evidence=() if passed else tuple(chain(*(_numbered(own, *group) for group in groups))),
         cost=cost,
         next="" if passed else again,
         decide="" if passed else DECISIONS.get(cell.verdict.value, ""),
@@ -295,8 +286,7 @@ def _of_perf(found: PerfResult, own: str, bundle: PerfResults) -> Item:
         for at, row in rows
         if row.verdict is not None and not row.verdict.passed
     ]
-    told += [Evidence(id=f"{own}.p{at}", text=text) for at, text in enumerate(found.problems)]
-    told += [Evidence(id=f"{own}.n{at}", text=text) for at, text in enumerate(found.notes)]
+    told += [*_numbered(own, "p", found.problems), *_numbered(own, "n", found.notes)]
     return Item(
         id=own,
         name=found.case_name or found.case_id,

@@ -49,11 +49,6 @@ def read_result(path: str | Path) -> AnyResult:
     return result
 
 
-def is_result(data: Any) -> bool:
-    """Whether plain JSON looks like a result; it may still be none."""
-    return _kind(data) is not None
-
-
 def _kind(data: Any) -> type[AnyResult] | None:
     if not isinstance(data, dict) or "schema_version" not in data:
         return None

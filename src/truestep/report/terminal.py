@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from truestep.keys import key_of
 from truestep.records import MediaEvidence
 from truestep.report.answer import answer, answers, case_of, headline, next_line, summary
-from truestep.report.words import also_lines, change_text, recheck_line, said, stage_label
+from truestep.report.words import change_text, reasons, said, stage_label
 from truestep.screen import print_lines
 from truestep.text import wrapped
 from truestep.verdict import GIVEN, Comparison, GateResult, Results, Row, Rows, Shift, Verdict
@@ -71,20 +71,9 @@ def lines(comparison: Comparison) -> Iterable[str]:
     yield from _modalities(comparison)
     if comparison.evidence is None:
         yield from _sounds(comparison)
-    if comparison.first_divergence and comparison.first_divergence.cause:
-        cause = comparison.first_divergence.cause
-        yield from wrapped("cause", cause.text)
-        apart = f"{cause.error_before:.1e} without it, {cause.error_after:.1e} with it"
-        yield from wrapped("", f"the trusted module so changed gives the same: {apart}")
-        if cause.patch:
-            yield from wrapped("mend", cause.patch)
-    if comparison.first_divergence:
-        for line in also_lines(comparison.first_divergence):
-            yield from wrapped("also", line)
-        if comparison.first_divergence.recheck:
-            yield from wrapped("recheck", recheck_line(comparison.first_divergence.recheck))
-    if comparison.first_divergence and comparison.first_divergence.operator:
-        yield from wrapped("at", comparison.first_divergence.operator)
+    if comparison.first_divergence is not None:
+        for label, text in reasons(comparison.first_divergence):
+            yield from wrapped(label, text)
     yield from _growth(comparison)
     if comparison.shift is not None:
         yield from _shift(comparison.shift)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from truestep.records import MediaFacts, RuleChange
+from truestep.text import listed
 from truestep.verdict import Cause, Comparison, Divergence, Elsewhere, Recheck, Verdict
 
 _COMMAND = re.compile(r"(truestep|pip|grep|ls|df|git) ")
@@ -105,22 +106,34 @@ def also_lines(first: Divergence) -> list[str]:
         names = [f"`{each.fqn}`" for each in modules]
         cause = modules[0].cause
         if what is None or cause is None:
-            lines.append(f"wrong by {_selves(names)}, too: {_some(names)}")
+            lines.append(f"wrong by {_selves(names)}, too: {listed(names, _NAMED)}")
         elif what == own:
-            lines.append(f"the same in {_some(names)}")
+            lines.append(f"the same in {listed(names, _NAMED)}")
         else:
-            more = f"; the same in {_some(names[1:])}" if names[1:] else ""
+            more = f"; the same in {listed(names[1:], _NAMED)}" if names[1:] else ""
             lines.append(f"{cause.text}{more}")
     return sorted(lines, key=lambda line: not line.startswith("the same in"))
 
 
+def reasons(first: Divergence) -> Iterator[tuple[str, str]]:
+    """What explains a divergence, labelled; what stands behind a cause has no label."""
+    cause = first.cause
+    if cause is not None:
+        yield "cause", cause.text
+        apart = f"{cause.error_before:.1e} without it, {cause.error_after:.1e} with it"
+        yield "", f"the trusted module so changed gives the same: {apart}"
+        if cause.patch:
+            yield "mend", cause.patch
+    for line in also_lines(first):
+        yield "also", line
+    if first.recheck is not None:
+        yield "recheck", recheck_line(first.recheck)
+    if first.operator:
+        yield "at", first.operator
+
+
 def _selves(names: Sequence[str]) -> str:
     return "itself" if len(names) == 1 else "themselves"
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMED])
-    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
 
 
 def _without_name(cause: Cause | None, fqn: str | None) -> tuple[str, str] | None:
@@ -143,7 +156,7 @@ def recheck_line(recheck: Recheck) -> str:
     these = "this module" if count == 1 else f"these {count} modules"
     start = f"with {these} as the reference has {'it' if count == 1 else 'them'},"
     left = f"{recheck.error_after:.1e} of {recheck.error_before:.1e}"
-    with_all = f"; with all inside {_some([f'`{name}`' for name in recheck.whole])}"
+    with_all = f"; with all inside {listed([f'`{name}`' for name in recheck.whole], _NAMED)}"
     with_all = with_all if recheck.whole else ""
     if recheck.passed and not recheck.error_after:
         return f"{start} the model agrees bit for bit{with_all}"

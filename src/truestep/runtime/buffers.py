@@ -58,7 +58,7 @@ def address(tensor: Any) -> int:
     try:
         start: int = tensor.data_ptr()
     except (RuntimeError, NotImplementedError):
-        return address(_unwrapped(tensor)) if is_transformed(tensor) else 0
+        return address(torch._C._functorch.get_unwrapped(tensor)) if is_transformed(tensor) else 0
     return start
 
 
@@ -78,10 +78,6 @@ def is_transformed(tensor: Any) -> bool:
         return False
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return wrapped
-
-
-def _unwrapped(tensor: Any) -> Any:
-    return torch._C._functorch.get_unwrapped(tensor)
 
 
 def out_of_transforms() -> AbstractContextManager[Any]:

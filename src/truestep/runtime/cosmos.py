@@ -23,7 +23,15 @@ import torch
 from truestep.errors import CaseError, UsageError
 from truestep.runtime.attention import set_backend
 from truestep.runtime.guidance import combination_dtype, rescaled
-from truestep.runtime.pipeline import Branch, Pipeline, Schedule, Stages, Step, follow_plan
+from truestep.runtime.pipeline import (
+    Branch,
+    Pipeline,
+    Schedule,
+    Stages,
+    Step,
+    follow_plan,
+)
+from truestep.runtime.sizes import require_multiple, wrong_frames
 from truestep.runtime.text import RECIPES
 
 FPS = 30
@@ -94,22 +102,12 @@ def _check_size(pipe: Pipeline) -> None:
     settings, config, vae = pipe.settings, pipe.transformer.config, pipe.vae.config
     patch, spatial = config.patch_size, vae.spatial_compression_ratio
     for key, patch_size in (("height", patch[1]), ("width", patch[2])):
-        value, multiple = getattr(settings, key), math.lcm(16, spatial * patch_size)
-        if value % multiple:
-            raise CaseError(
-                f"{key} {value} does not fit the model",
-                measured=f"it must be a multiple of {multiple}",
-                hint=f"--set {key}={max(round(value / multiple), 1) * multiple}",
-            )
+        require_multiple(pipe, key, math.lcm(16, spatial * patch_size))
     period = vae.temporal_compression_ratio * patch[0]
     first = vae.temporal_compression_ratio * (patch[0] - 1) + 1
     if (settings.num_frames - first) % period or settings.num_frames < first:
         fitting = max(settings.num_frames - first, 0) // period * period + first
-        raise CaseError(
-            f"num_frames {settings.num_frames} does not fit the model",
-            measured=f"it must be {first} more than a multiple of {period}",
-            hint=f"--set num_frames={fitting}",
-        )
+        raise wrong_frames(pipe, first, period, fitting)
     latent, limits = _latent_shape(pipe)[2:], _limits(pipe)
     largest = {
         "num_frames": (limits[0] - 1) * vae.temporal_compression_ratio + 1,

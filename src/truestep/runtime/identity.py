@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import xxhash
 
+from truestep.files import sha256_of
 from truestep.measure.plain import inside, is_wrapped
-from truestep.recording.format import bytes_of, sha256_of
+from truestep.recording.format import bytes_of
 from truestep.runtime import lent
 from truestep.runtime.loading import fingerprint
 

@@ -12,7 +12,15 @@ from truestep.case import RunSettings
 from truestep.errors import CaseError
 from truestep.runtime.attention import set_backend
 from truestep.runtime.guidance import classifier_free, combination_dtype
-from truestep.runtime.pipeline import Branch, Pipeline, Schedule, Stages, Step, follow_plan
+from truestep.runtime.pipeline import (
+    Branch,
+    Pipeline,
+    Schedule,
+    Stages,
+    Step,
+    follow_plan,
+)
+from truestep.runtime.sizes import require_multiple, wrong_frames
 from truestep.runtime.text import RECIPES
 
 
@@ -27,20 +35,10 @@ def prepare(pipe: Pipeline) -> None:
     patch = transformer.config.patch_size
     spatial, temporal = vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
     for key, patch_size in (("height", patch[1]), ("width", patch[2])):
-        value, multiple = getattr(settings, key), math.lcm(16, spatial * patch_size)
-        if value % multiple:
-            raise CaseError(
-                f"{key} {value} does not fit the model",
-                measured=f"it must be a multiple of {multiple}",
-                hint=f"--set {key}={max(round(value / multiple), 1) * multiple}",
-            )
+        require_multiple(pipe, key, math.lcm(16, spatial * patch_size))
     if (settings.num_frames - 1) % temporal:
         fitting = (settings.num_frames - 1) // temporal * temporal + 1
-        raise CaseError(
-            f"num_frames {settings.num_frames} does not fit the model",
-            measured=f"it must be 1 more than a multiple of {temporal}",
-            hint=f"--set num_frames={fitting}",
-        )
+        raise wrong_frames(pipe, 1, temporal, fitting)
     _check_positions(pipe)
     if settings.guidance_scale_2 is not None and pipe.boundary_ratio is None:
         raise CaseError(

@@ -90,13 +90,7 @@ from {source} import {function}  # noqa: E402
 
 @dataclass(frozen=True)
 class NewTest:
-    """A test file before it is written.
-
-    Attributes:
-        path: Where it goes.
-        what: What it tests.
-        text: What it holds.
-    """
+    """A test file before it is written."""
 
     path: Path
     what: str

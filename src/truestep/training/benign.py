@@ -54,11 +54,7 @@ AS_IT_IS = Change("repeat", "the same step again")
 
 
 def changes(dtype: str) -> list[Change]:
-    """Every change that this machine can make; those that tell how large rounding is come first.
-
-    Args:
-        dtype: Working precision of the step.
-    """
+    """Every change that this machine can make; those that tell how large rounding is come first."""
     listed = []
     higher = HIGHER.get(dtype)
     if higher:

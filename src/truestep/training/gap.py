@@ -153,7 +153,7 @@ def log_probability_gap(
             width.
     """
     _refuse(trainer, engine, benign, timesteps, clip)
-    names = [_name(step) for step in range(len(engine))]
+    names = [f"step/{step:04d}/log_probability" for step in range(len(engine))]
     rows = _judged(trainer, engine, benign, names, tolerance)
     steps = tuple(
         _step(step, row, trainer, engine, benign, timesteps, clip) for step, row in enumerate(rows)
@@ -210,10 +210,6 @@ def _refuse(
         )
     if not 0 < clip < 1:
         raise UsageError(f"clip = {clip!r} is no half-width of a range around 1")
-
-
-def _name(step: int) -> str:
-    return f"step/{step:04d}/log_probability"
 
 
 def _judged(

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from truestep.environment import Environment, library_version
+from truestep.environment import Environment
 from truestep.errors import FOREIGN, TruestepError, UsageError, one_line, surviving
 from truestep.floors import NoiseFloor, NoiseRun
 from truestep.judge.floor import pair_of
@@ -21,8 +20,7 @@ from truestep.measure.plain import plain
 from truestep.progress import Progress
 from truestep.randomness import own_randomness
 from truestep.recording.format import Recording
-from truestep.recording.manifest import Manifest
-from truestep.recording.table import tensor_table
+from truestep.recording.table import manifest_of
 from truestep.runtime.precision import working_dtype
 from truestep.training.anchors import anchored, anchors_of
 from truestep.training.benign import AS_IT_IS, Change, changes
@@ -270,19 +268,12 @@ def _written(
     forwards: int,
 ) -> Recording:
     kept = {name: plain(t).to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    manifest = Manifest(
-        tool_version=library_version("truestep") or "",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        level="full",
-        environment=dict(Environment.current("cpu", attention=None)),
+    manifest = manifest_of(
+        kept,
+        Environment.current("cpu", attention=None),
         settings={KIND: settings},
-        tensors=tensor_table(kept),
         forwards=forwards,
         noise_floor=floor,
         notes=tuple(notes),
     )
-    recording = Recording.in_memory(kept, manifest)
-    if path is None:
-        return recording
-    recording.save(path)
-    return Recording.open(path)
+    return Recording.in_memory(kept, manifest).kept(path)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -52,10 +52,7 @@ def run_whole(
         copies: Whether what modules are given and return is kept as it is now.
     """
     step = built(build)
-    with ExitStack() as stack:
-        stack.enter_context(change.around())
-        if change.dtype is not None:
-            _convert(stack, step, change.dtype)
+    with _changed(change, step.model, step.ema):
         named = list(parameters(step.model))
         weights = {name: p.detach().clone() for name, p in named} if copies else {}
         restore = snapshot(step.model)
@@ -74,11 +71,15 @@ def run_whole(
     return Whole(step, modules, calls, found, weights)
 
 
-def _convert(stack: ExitStack, step: TrainingStep, dtype: torch.dtype) -> None:
-    """Have a step's models in another dtype, the averaged one with the trained one."""
-    stack.enter_context(converted(step.model, dtype))
-    if step.ema is not None:
-        stack.enter_context(converted(step.ema, dtype))
+@contextmanager
+def _changed(change: Change, *models: torch.nn.Module | None) -> Iterator[None]:
+    """A harmless change, with models in its dtype: the averaged one with the trained one."""
+    with ExitStack() as stack:
+        stack.enter_context(change.around())
+        for model in models:
+            if model is not None and change.dtype is not None:
+                stack.enter_context(converted(model, change.dtype))
+        yield
 
 
 def run_modules(
@@ -96,10 +97,7 @@ def run_modules(
     """
     found: dict[tuple[str, int], Pulled] = {}
     rounded = change.rounding()
-    with ExitStack() as stack:
-        stack.enter_context(change.around())
-        if change.dtype is not None:
-            stack.enter_context(converted(whole.step.model, change.dtype))
+    with _changed(change, whole.step.model):
         for key, own in recorded.items():
             call = whole.calls.get(key)
             if call is None:
@@ -123,10 +121,7 @@ def run_forced(
         done: What it makes is put there as it comes: where the step raises, that is left.
     """
     step = built(build)
-    with ExitStack() as stack:
-        stack.enter_context(change.around())
-        if change.dtype is not None:
-            _convert(stack, step, change.dtype)
+    with _changed(change, step.model, step.ema):
         names = {fqn for fqn, _ in script.calls}
         modules = {fqn: m for fqn, m in modules_of(step.model).items() if fqn in names}
         forcing = Forcing(step, script, rounded=change.rounding(), dtype=change.dtype)

@@ -78,11 +78,6 @@ def happened(
     """Modules and collectives inside of one prediction, in the order in which they ended.
 
     Also by rank which of how many branches the prediction is in its call.
-
-    Args:
-        gathered: The run.
-        step: Number of the step.
-        place: Of the pass in it.
     """
     events: dict[tuple[str, str, str, int], Event] = {}
     rows: dict[int, tuple[int, int]] = {}

@@ -17,7 +17,7 @@ from truestep.engines.branches import with_branches
 from truestep.engines.conventions import as_shape
 from truestep.engines.expected import ENTERING, NOISE, RANKS
 from truestep.engines.ranks.files import RankFile
-from truestep.engines.ranks.shares import Split, apart, same, split_of, splits, unique
+from truestep.engines.ranks.shares import Split, apart, ranks_said, same, split_of, splits, unique
 from truestep.engines.run import Pass, Run, Step
 from truestep.engines.seams import seams
 from truestep.errors import UsageError
@@ -81,7 +81,7 @@ def gather(files: Sequence[RankFile], *, known: Run | None, score: Score) -> Gat
     run, sources = gatherer.run(split)
     idle = sorted({*runs} - {*stepping})
     if idle:
-        run = run.but(notes=(*run.notes, f"ranks: {_ranks(idle)} took no step"))
+        run = run.but(notes=(*run.notes, f"ranks: {ranks_said(idle)} took no step"))
     return Gathered(run, {one.rank: one for one in files}, runs, sources)
 
 
@@ -177,7 +177,7 @@ class _Gatherer:
         for index, one in enumerate(first.steps):
             steps.append(self._step(index, one, split, sources))
         if split is None and len(unique(self.latents(0))) == 1:
-            self.notes[f"latent: repeated on {_ranks(sorted(self.runs))}"] = None
+            self.notes[f"latent: repeated on {ranks_said(sorted(self.runs))}"] = None
         elif split is not None:
             self.notes[split.said("latent", _axis(steps[0].latent, split.axis))] = None
         branched = with_branches(first.but(label=self.label, steps=tuple(steps)))
@@ -311,7 +311,7 @@ class _Gatherer:
                 for place, one in enumerate(step.passes)
             }
             if len({tuple(ranks) for ranks in where.values()}) > 1:
-                parts = [f"{branch} on {_ranks(ranks)}" for branch, ranks in where.items()]
+                parts = [f"{branch} on {ranks_said(ranks)}" for branch, ranks in where.items()]
                 self.notes[", ".join(parts)] = None
 
 
@@ -344,12 +344,3 @@ def _same_text(text: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 def _axis(like: torch.Tensor | None, axis: int) -> str:
     names = AXES.get(like.ndim if like is not None else 0, ())
     return names[axis] if axis < len(names) else ""
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """`rank 0`, `ranks 0-3`, `ranks 0, 2`."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    if list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
-        return f"ranks {ranks[0]}-{ranks[-1]}"
-    return f"ranks {', '.join(map(str, ranks))}"

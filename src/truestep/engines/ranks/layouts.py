@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from truestep.engines.ranks.shares import apart, splits
+from truestep.engines.conventions import as_rank
+from truestep.engines.ranks.shares import apart, ranks_said, splits
 from truestep.engines.ranks.tracing import Part
 
 Shares = Mapping[int, torch.Tensor]
@@ -58,10 +59,10 @@ class Layouts:
     def held(self, part: Part, shares: Shares) -> Held:
         """What ranks hold of an output of the trusted model."""
         whole = part.value
-        shares = {rank: _in_rank(value, whole.ndim) for rank, value in shares.items()}
+        shares = {rank: as_rank(value, whole.ndim)[0] for rank, value in shares.items()}
         if any(value.ndim != whole.ndim for value in shares.values()):
             return UNKNOWN
-        ranks = _said(sorted(shares))
+        ranks = ranks_said(sorted(shares))
         if all(_near(value, whole, part.tolerance) for value in shares.values()):
             return Held(True, f"repeated on {ranks}")
         found = self._by_tokens(part, shares) or self._by_axis(part, shares)
@@ -87,7 +88,7 @@ class Layouts:
             ):
                 continue
             if all(_holds(whole, shares[r], axis, known[r], part.tolerance) for r in shares):
-                return Held(True, f"tokens split over {_said(sorted(shares))}")
+                return Held(True, f"tokens split over {ranks_said(sorted(shares))}")
         return None
 
     def _by_axis(self, part: Part, shares: Shares) -> Held | None:
@@ -121,7 +122,7 @@ class Layouts:
         if self.columns and any(self.columns.get(rank, at) != at for rank, at in places.items()):
             return Held(False, "columns in another order than before")
         self.columns.update(places)
-        return Held(True, f"columns split over {_said(sorted(shares))}")
+        return Held(True, f"columns split over {ranks_said(sorted(shares))}")
 
     def _by_sum(self, part: Part, shares: Shares) -> Held | None:
         shapes = {value.shape for value in shares.values()}
@@ -131,7 +132,7 @@ class Layouts:
         for group in dict.fromkeys(groups):
             inside = [rank for rank in group if rank in shares]
             if len(inside) > 1 and _near(_sum(shares, inside), part.value, part.tolerance):
-                return Held(True, f"partial sums of {_said(inside)}")
+                return Held(True, f"partial sums of {ranks_said(inside)}")
         return None
 
     def _new_tokens(self, part: Part, shares: Shares) -> Held | None:
@@ -154,7 +155,7 @@ class Layouts:
         if wrong:
             return Held(False, wrong)
         self.tokens[length] = found
-        return Held(True, f"tokens split over {_said(sorted(shares))}{_order(found)}")
+        return Held(True, f"tokens split over {ranks_said(sorted(shares))}{_order(found)}")
 
 
 def _coverage(found: Mapping[int, torch.Tensor], length: int) -> str:
@@ -273,20 +274,4 @@ def _difference(part: Part, shares: Shares) -> str:
     wrong = [
         rank for rank, value in sorted(shares.items()) if apart(value, part.value) > part.tolerance
     ]
-    return f"not the trusted model's on {_said(wrong)}"
-
-
-def _in_rank(value: torch.Tensor, rank: int) -> torch.Tensor:
-    while value.ndim < rank:
-        value = value[None]
-    while value.ndim > rank and value.shape[0] == 1:
-        value = value[0]
-    return value
-
-
-def _said(ranks: Sequence[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    if list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
-        return f"ranks {ranks[0]}-{ranks[-1]}"
-    return f"ranks {', '.join(map(str, ranks))}"
+    return f"not the trusted model's on {ranks_said(wrong)}"

@@ -148,3 +148,12 @@ def split_of(shares: Mapping[int, torch.Tensor], whole: torch.Tensor) -> Split |
             best = (size, split)
     dtype = next(iter(shares.values())).dtype
     return best[1] if best is not None and best[0] <= tolerance(dtype) else None
+
+
+def ranks_said(ranks: Sequence[int]) -> str:
+    """`rank 0`, `ranks 0-3`, `ranks 0, 2`."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]}-{ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks))}"

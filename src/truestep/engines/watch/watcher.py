@@ -61,11 +61,7 @@ class _Thread(threading.local):
 
 
 class Watcher:
-    """Watches this process until it ends.
-
-    Args:
-        request: What to watch, and where it goes.
-    """
+    """Watches this process until it ends."""
 
     def __init__(self, request: Request) -> None:
         self._request = request

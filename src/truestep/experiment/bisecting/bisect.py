@@ -15,7 +15,7 @@ from truestep.experiment.bisecting.running import Asked, Prober, Told
 from truestep.experiment.bisecting.search import Conclusion, budget, search
 from truestep.experiment.bisecting.store import Store, key_of
 from truestep.experiment.bisecting.telling import NOUNS, Answered, Ends, told, why_open
-from truestep.text import pasteable, quoted
+from truestep.text import listed, pasteable, quoted
 
 _MOST_FILES = 20
 
@@ -75,13 +75,7 @@ def probed(
     limit: int,
     answer: Callable[[Prober], Bisection],
 ) -> Bisection:
-    """Answer with a prober, whose log goes when there is an answer.
-
-    Args:
-        root: Folder of the project.
-        base: What every verdict depends on.
-        points: That name this bisect.
-    """
+    """Answer with a prober, whose log goes when there is an answer."""
     store = Store(root)
     store.prepare()
     version, imports = library_version("truestep") or "", ",".join(sorted(options.imports))
@@ -192,7 +186,4 @@ def _culprit(repository: Path, before: commits.Commit, commit: commits.Commit) -
 
 def _files(files: Sequence[str]) -> str:
     """What a commit changed, in brackets."""
-    if not files:
-        return ""
-    more = f" and {len(files) - 2} more" if len(files) > 2 else ""
-    return f" ({', '.join(files[:2])}{more})"
+    return f" ({listed(files, 2)})" if files else ""

@@ -5,7 +5,6 @@ Files are read by their headers and copied by their bytes: no tensor is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from truestep.errors import UsageError
 from truestep.experiment.bisecting.isolation import Place, Setting
 from truestep.experiment.bisecting.store import key_of
-from truestep.files import unwritten
+from truestep.files import sha256_of, unwritten
 from truestep.recording.header import Header, Slot, read_header
 
 VARIABLE = "TRUESTEP_WEIGHTS"
@@ -175,15 +174,7 @@ def _blocks(tensor: _Tensor) -> Iterator[bytes]:
 def _same_file(one: Path | None, other: Path | None) -> bool:
     if one is None or other is None or one.stat().st_size != other.stat().st_size:
         return False
-    return _digest(one) == _digest(other)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_BLOCK):
-            digest.update(data)
-    return digest.hexdigest()
+    return sha256_of(one) == sha256_of(other)
 
 
 def groups(items: Sequence[Item]) -> list[tuple[str, list[Item]]]:

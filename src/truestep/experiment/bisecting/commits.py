@@ -15,7 +15,7 @@ from pathlib import Path
 
 from truestep.errors import FileFormatError, UsageError
 from truestep.experiment.bisecting.identity import imported_from
-from truestep.experiment.bisecting.isolation import Place, Setting, environment, kill_of
+from truestep.experiment.bisecting.isolation import Place, Setting, environment, kill_of, path_of
 from truestep.reading import parse_toml, read
 from truestep.text import pasteable, quoted
 
@@ -52,12 +52,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Line:
-    """Commits from the good end to the bad one, along first parents.
-
-    Attributes:
-        points: The good end, then every suspect.
-        notes: What is to be said of the line.
-    """
+    """Commits from the good end to the bad one, along first parents."""
 
     repository: Path
     points: tuple[Commit, ...]
@@ -218,13 +213,11 @@ def settings(
 
 
 def _place(tree: Path, inside: Path, repository: Path) -> Place:
-    source = tree / "src" if (tree / "src").is_dir() else tree
-    before = os.environ.get("PYTHONPATH")
     folder = tree / inside
     return Place(
         folder if folder.is_dir() else tree,
         {
-            "PYTHONPATH": f"{source}{os.pathsep}{before}" if before else str(source),
+            "PYTHONPATH": path_of(tree),
             "TRUESTEP_BISECT_ROOT": str(repository),
         },
         {"repo": str(repository), "tree": str(tree)},

@@ -242,3 +242,10 @@ def _tail(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - MOST_KEPT, 0))
         return file.read().decode("utf-8", "replace")
+
+
+def path_of(root: Path) -> str:
+    """PYTHONPATH with a project's own packages first."""
+    source = root / "src" if (root / "src").is_dir() else root
+    before = os.environ.get("PYTHONPATH")
+    return f"{source}{os.pathsep}{before}" if before else str(source)

@@ -82,10 +82,6 @@ def acted_in(clips: Sequence[Clip]) -> Acted:
     )
 
 
-def _all(rows: Rows) -> list[Clip]:
-    return [clip for row in rows for clip in row]
-
-
 def _least(counts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(min(column) for column in zip(*counts, strict=True))
 

@@ -249,7 +249,3 @@ def read_all(
 ) -> dict[str, tuple[float, ...]]:
     """Numbers of every metric, by name."""
     return {metric.name: metric.read(frames, prompt) for metric in metrics}
-
-
-Readings = Mapping[str, tuple[float, ...]]
-"""Numbers of every metric of one clip."""

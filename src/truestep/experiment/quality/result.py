@@ -31,14 +31,7 @@ def summarise(
     environment: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> Quality:
-    """Judge every candidate by whatever there is of it.
-
-    Args:
-        plan: What was asked.
-        clips: Of all arms.
-        metrics: Those of the plan.
-        notes: What is to be told beside.
-    """
+    """Judge every candidate by whatever there is of it."""
     of = {name: [c for c in clips if c.cell == name] for name in {c.cell for c in clips}}
     base = complete(of.get(BASELINE, []), plan.seeds)
     trusted = [base[case] for case in sorted(base)]

@@ -15,13 +15,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
-from truestep.errors import FileFormatError, UsageError
+from truestep.errors import FileFormatError
 from truestep.experiment.quality.records import Clip, QualityPlan
 from truestep.experiment.sources import Sources
-from truestep.experiment.store import append_line
-from truestep.files import replacing, write_text
+from truestep.experiment.store import append_line, begin, keep, read_lines
+from truestep.files import replacing
 from truestep.reading import parse_json, read
 
 if TYPE_CHECKING:
@@ -48,34 +46,8 @@ class QualityStore:
             UsageError: There is an experiment already and `resume` is off, there is none to
                 resume, or the one there is another.
         """
-        path = self.folder / "plan.json"
-        if path.exists() is not resume:
-            raise UsageError(
-                "there is an experiment in this folder already"
-                if path.exists()
-                else "there is no experiment to resume",
-                where=str(self.folder),
-                hint="--resume  # goes on with it; another --output keeps it"
-                if path.exists()
-                else "leave out --resume to begin one",
-            )
-        if resume:
-            ours, theirs = (p.model_dump(mode="json") for p in (plan, self.plan()))
-            changed = [key for key in ours if key not in _FREE and ours[key] != theirs[key]]
-            if changed:
-                raise UsageError(
-                    f"the experiment in this folder is another one: {', '.join(changed)} changed",
-                    where=str(path),
-                    hint="give another --output",
-                )
-            if self.sources is not None:
-                self.sources.check(self.folder)
-        write_text(path, plan.model_dump_json(indent=1), "the plan")
-        self._keep_sources()
-
-    def _keep_sources(self) -> None:
-        if self.sources is not None:
-            self.sources.keep(self.folder)
+        hint = "--resume  # goes on with it; another --output keeps it"
+        begin(self.folder, plan, self.plan, self.sources, resume=resume, free=_FREE, hint=hint)
 
     def plan(self) -> QualityPlan:
         """What was asked.
@@ -95,27 +67,14 @@ class QualityStore:
         Raises:
             WriteError: It could not be written; those before it are untouched.
         """
-        self._keep_sources()
+        keep(self.sources, self.folder)
         append_line(self.folder / "clips.jsonl", clip.model_dump_json(), "the clips")
 
     def clips(self) -> tuple[list[Clip], list[str]]:
         """Every generation that can be read, the last of each place; and what is said of others."""
         path = self.folder / "clips.jsonl"
-        if not path.exists():
-            return [], []
-        found: dict[tuple[str, int, int], Clip] = {}
-        damaged = []
-        for number, text in enumerate(
-            read(path, "the clips cannot be read", bytes).split(b"\n"), 1
-        ):
-            if not text.strip():
-                continue
-            try:
-                clip = Clip.model_validate_json(text)
-            except ValidationError:
-                damaged.append(number)
-            else:
-                found[clip.cell, clip.case, clip.seed] = clip
+        clips, damaged = read_lines(path, "the clips", Clip.model_validate_json)
+        found = {(clip.cell, clip.case, clip.seed): clip for clip in clips}
         places = ", ".join(map(str, damaged[:5]))
         said = [f"{len(damaged)} damaged lines left out: clips.jsonl, line {places}"]
         return list(found.values()), said if damaged else []

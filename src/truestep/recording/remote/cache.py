@@ -12,9 +12,9 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from truestep.files import beside, sweep
+from truestep.files import beside, sha256_of, sweep
 from truestep.progress import Progress, silent
-from truestep.recording.remote.objects import Remote, get, name_of, sha256_at
+from truestep.recording.remote.objects import Remote, get, name_of
 
 VARIABLE = "TRUESTEP_CACHE"
 WHAT = "the cached object"
@@ -35,7 +35,7 @@ def cached(sha256: str) -> Path | None:
     """An object of the cache, read through; one that is damaged is removed."""
     path = cache_root() / name_of(sha256)
     try:
-        if sha256_at(path) == sha256:
+        if sha256_of(path) == sha256:
             return path
     except FileNotFoundError:
         return None

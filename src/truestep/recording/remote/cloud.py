@@ -14,10 +14,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from truestep.errors import MissingExtraError, TruestepError, UsageError
-from truestep.files import unwritten
+from truestep.files import sha256_of
 from truestep.progress import Progress
 from truestep.recording.remote.address import PACKAGES, Address, failed
-from truestep.recording.remote.objects import WHAT, Remote, Stored, of_disk, sha256_at, sha256_in
+from truestep.recording.remote.objects import Remote, Stored, sha256_in, telling
 
 CONNECT_S, READ_S, ATTEMPTS = 10, 60, 3
 """Of a bucket of S3: how long it is waited for, and how often it is asked."""
@@ -108,7 +108,7 @@ class _Bucket:
         with self._telling(name, path):
             callback = _callback("received", progress)
             self._files.get_file(self._path(name), str(path), callback=callback)
-            return sha256_at(path)
+            return sha256_of(path)
 
     def listed(self) -> Iterator[Stored]:
         """All objects."""
@@ -160,14 +160,8 @@ class _Bucket:
     @contextmanager
     def _telling(self, name: str, path: Path | None = None) -> Iterator[None]:
         """Make what a library raises an error of ours."""
-        try:
+        with telling(self.place, name, path, passed=(TruestepError, FileNotFoundError)):
             yield
-        except (TruestepError, FileNotFoundError):
-            raise
-        except Exception as error:  # whatever a library of theirs raises
-            if path is not None and of_disk(error):
-                raise unwritten(path, WHAT, error) from error
-            raise failed(self.place, name, error) from None
 
 
 RENEWED_S = 24 * 3600.0

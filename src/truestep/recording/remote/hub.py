@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from truestep.errors import MissingExtraError, TruestepError, UsageError
-from truestep.files import unwritten
+from truestep.errors import MissingExtraError, UsageError
+from truestep.files import sha256_of
 from truestep.progress import Progress
-from truestep.recording.remote.address import Address, failed
-from truestep.recording.remote.objects import WHAT, Remote, Stored, of_disk, sha256_at, sha256_in
+from truestep.recording.remote.address import Address
+from truestep.recording.remote.objects import Remote, Stored, sha256_in, telling
 
 KINDS = {"datasets": "dataset", "models": "model", "spaces": "space"}
 
@@ -98,7 +98,7 @@ class _Repo:
             os.replace(came, path)
         size = path.stat().st_size
         progress("received", size, size)
-        return sha256_at(path)
+        return sha256_of(path)
 
     def listed(self) -> Iterator[Stored]:
         """All objects, each with the date of its last commit."""
@@ -136,14 +136,8 @@ class _Repo:
     @contextmanager
     def _telling(self, name: str, path: Path | None = None) -> Iterator[None]:
         """Make what the Hub's client raises an error of ours."""
-        try:
+        with telling(self.place, name, path):
             yield
-        except TruestepError:
-            raise
-        except Exception as error:  # whatever a library of theirs raises
-            if path is not None and of_disk(error):
-                raise unwritten(path, WHAT, error) from error
-            raise failed(self.place, name, error) from None
 
 
 def _committed(each: Any) -> float | None:

@@ -15,15 +15,15 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from truestep.errors import EndpointError, FileFormatError
-from truestep.files import require_room, unwritten
+from truestep.errors import EndpointError, FileFormatError, TruestepError
+from truestep.files import require_room, sha256_of, unwritten
 from truestep.progress import Progress, silent
-from truestep.recording.remote.address import Address
+from truestep.recording.remote.address import Address, failed
 
 WHAT = "the object"
 BLOCK = 4 << 20
@@ -108,7 +108,7 @@ def put(remote: Remote, path: Path, sha256: str, progress: Progress = silent) ->
         if remote.size(name) == size:  # nobody has taken it away in between
             return False
     with ThreadPoolExecutor(1) as pool:
-        known = pool.submit(sha256_at, path)
+        known = pool.submit(sha256_of, path)
         remote.send(path, name, lambda: _require(known, path, sha256), progress)
         _require(known, path, sha256)
     after = remote.size(name)
@@ -164,15 +164,6 @@ def get(remote: Remote, sha256: str, temporary: Path, progress: Progress = silen
             likely="it was tampered with, or damaged on its way",
             hint="truestep references verify  # reads all of them",
         )
-
-
-def sha256_at(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    value = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            value.update(block)
-    return value.hexdigest()
 
 
 class Hashing:
@@ -275,6 +266,30 @@ def require_content(path: Path) -> None:
         likely="the repository was cloned without Git LFS, or with GIT_LFS_SKIP_SMUDGE",
         hint=f"git -C {folder} lfs pull --include {name}",
     )
+
+
+@contextmanager
+def telling(
+    place: Address,
+    name: str,
+    path: Path | None,
+    *,
+    passed: tuple[type[Exception], ...] = (TruestepError,),
+) -> Iterator[None]:
+    """Make what a library of theirs raises an error of ours.
+
+    Args:
+        path: What is written to.
+        passed: What is raised as it is.
+    """
+    try:
+        yield
+    except passed:
+        raise
+    except Exception as error:  # whatever a library of theirs raises
+        if path is not None and of_disk(error):
+            raise unwritten(path, WHAT, error) from error
+        raise failed(place, name, error) from None
 
 
 def of_disk(error: Exception) -> bool:

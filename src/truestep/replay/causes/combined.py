@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from truestep.replay.causes.guesses import LEAST, VALUES, Failing, Guess, apart, number
+from truestep.replay.causes.guided import unguided
 from truestep.replay.causes.material import Handed
 
 PASSES = 4
@@ -240,23 +241,15 @@ def _channels(steps: Sequence[Step]) -> Iterator[Guess]:
     if first.one.reference.dim() < 3:
         return
     cond = max(range(len(first.passes)), key=lambda at: first.trusted[at])
-    count = first.one.reference.shape[1]
-    actual, reference, alone = first.one.actual, first.one.reference, first.passes[cond]
-    plain = [
-        channel
-        for channel in range(count)
-        if apart(alone[:, channel], actual[:, channel])
-        < apart(reference[:, channel], actual[:, channel])
-    ]
-    if not 0 < len(plain) < count:
+    plain, text = unguided(first.passes[cond], first.one.reference, first.one.actual)
+    if not plain:
         return
     made = []
     for each in steps:
         guided = each.one.reference.clone()
         guided[:, plain] = each.passes[cond][:, plain]
         made.append(guided)
-    listed = f"{plain[0]} to {plain[-1]}" if len(plain) > 2 else ", ".join(map(str, plain))
-    yield Guess("guidance channels", f"channels {listed} of {count} are not guided", made)
+    yield Guess("guidance channels", text, made)
 
 
 def _weighed(steps: Sequence[Step]) -> Guess:

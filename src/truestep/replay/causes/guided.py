@@ -9,6 +9,7 @@ import torch
 
 from truestep.keys import address, key_of
 from truestep.replay.causes.guesses import LEAST, Guess, Scene, apart, number, rounded_to, scaled
+from truestep.text import listed
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,11 @@ def _by_scale(
     made = [each.guided(scale) for each, scale in zip(passes, own, strict=True)]
     pairs = list(zip(own, scales, strict=True))
     if all(abs(mine - 1) < 1e-4 for mine in own):
-        steps = ", ".join(str(each.step) for each in passes[:5])
-        more = f" and {len(passes) - 5} more" if len(passes) > 5 else ""
+        steps = listed([str(each.step) for each in passes])
         if len(passes) == 1:
             text = f"step {steps} is not guided: the conditional pass alone"
         else:
-            text = f"the conditional pass alone, without guidance, at steps {steps}{more}"
+            text = f"the conditional pass alone, without guidance, at steps {steps}"
         yield Guess("guidance missing", text, made)
     elif everywhere and all(abs(mine - theirs - 1) < 1e-4 for mine, theirs in pairs):
         text = "guidance starts from the conditional pass: cond + scale * (cond - uncond), or "
@@ -99,22 +99,32 @@ def _by_channels(passes: Sequence[_Passes], scales: Sequence[float]) -> Iterator
     first, scale = passes[0], scales[0]
     if first.cond.dim() < 2:
         return
-    count = first.cond.shape[1]
-    plain = [
-        channel
-        for channel in range(count)
-        if apart(first.cond[:, channel], first.actual[:, channel])
-        < apart(first.guided(scale)[:, channel], first.actual[:, channel])
-    ]
-    if not 0 < len(plain) < count:
+    plain, text = unguided(first.cond, first.guided(scale), first.actual)
+    if not plain:
         return
     made = []
     for each, own in zip(passes, scales, strict=True):
         guided = each.guided(own)
         guided[:, plain] = each.cond[:, plain]
         made.append(guided)
-    listed = f"{plain[0]} to {plain[-1]}" if len(plain) > 2 else ", ".join(map(str, plain))
-    yield Guess("guidance channels", f"channels {listed} of {count} are not guided", made)
+    yield Guess("guidance channels", text, made)
+
+
+def unguided(
+    alone: torch.Tensor, guided: torch.Tensor, actual: torch.Tensor
+) -> tuple[list[int], str]:
+    """Channels that are nearer to one pass alone; none where all or none are. And that in words."""
+    count = actual.shape[1]
+    plain = [
+        channel
+        for channel in range(count)
+        if apart(alone[:, channel], actual[:, channel])
+        < apart(guided[:, channel], actual[:, channel])
+    ]
+    if not 0 < len(plain) < count:
+        return [], ""
+    shown = f"{plain[0]} to {plain[-1]}" if len(plain) > 2 else ", ".join(map(str, plain))
+    return plain, f"channels {shown} of {count} are not guided"
 
 
 def _rescaled(passes: Sequence[_Passes]) -> Iterator[Guess]:

@@ -19,6 +19,7 @@ from truestep.runtime.ltx2.plan import (
 )
 from truestep.runtime.ltx2.two_stage import check_initial
 from truestep.runtime.pipeline import Branch, Pipeline
+from truestep.runtime.sizes import require_multiple, wrong_frames
 
 FPS = 24.0
 """Frames a second that diffusers' pipeline tells the model by default."""
@@ -117,20 +118,10 @@ def _check_size(pipe: Pipeline) -> None:
     settings = pipe.settings
     spatial, temporal = ratios(pipe)
     for key in ("height", "width"):
-        value = getattr(settings, key)
-        if value % spatial:
-            raise CaseError(
-                f"{key} {value} does not fit the model",
-                measured=f"it must be a multiple of {spatial}",
-                hint=f"--set {key}={max(round(value / spatial), 1) * spatial}",
-            )
+        require_multiple(pipe, key, spatial)
     if (settings.num_frames - 1) % temporal:
         fitting = max(round((settings.num_frames - 1) / temporal), 0) * temporal + 1
-        raise CaseError(
-            f"num_frames {settings.num_frames} does not fit the model",
-            measured=f"it must be 1 more than a multiple of {temporal}",
-            hint=f"--set num_frames={fitting}",
-        )
+        raise wrong_frames(pipe, 1, temporal, fitting)
     if audio_length(pipe) < 1:
         raise CaseError(
             "the clip is too short for any sound",

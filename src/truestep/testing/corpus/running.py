@@ -225,10 +225,6 @@ def place_of(result: Comparison) -> str:
 
 
 def is_named(entry: Entry, place: str, model: str) -> bool:
-    """Whether a place is one of those that are right for a fault.
-
-    Args:
-        model: Name of the pipeline's denoiser.
-    """
+    """Whether a place is one of those that are right for a fault."""
     patterns = (pattern.replace("denoiser", model) for pattern in entry.at)
     return any(fnmatchcase(place, pattern) for pattern in patterns)

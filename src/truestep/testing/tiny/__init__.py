@@ -35,9 +35,6 @@ def pipeline(name: str, *, seed: int = 0, dtype: str = "float32") -> Any:
         seed: Seed of the weights; the same seed gives the same bits.
         dtype: Type of the weights, as `float32` or `bfloat16`.
 
-    Returns:
-        The pipeline, in evaluation mode.
-
     Raises:
         UsageError: No such class or type, or a component that has no tiny configuration.
     """

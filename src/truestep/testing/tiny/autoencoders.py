@@ -26,18 +26,18 @@ _STATISTICS = {
     "latents_std": [1.0 + 0.1 * (i % 4) for i in range(VIDEO_LATENT)],
 }
 
+_KL = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "latent_channels": LATENT,
+    "norm_num_groups": 4,
+    "sample_size": 32,
+}
+
 AUTOENCODERS: dict[str, dict[str, Any]] = {
-    "AutoencoderKL": {
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "layers_per_block": 1,
-        "latent_channels": LATENT,
-        "norm_num_groups": 4,
-        "sample_size": 32,
-        "scaling_factor": 0.5,
-        "shift_factor": 0.06,
-    },
+    "AutoencoderKL": {**_KL, "scaling_factor": 0.5, "shift_factor": 0.06},
     "AsymmetricAutoencoderKL": {
         "down_block_out_channels": (8, 16),
         "up_block_out_channels": (8, 16),
@@ -75,15 +75,7 @@ AUTOENCODERS: dict[str, dict[str, Any]] = {
         "decoder_act_fns": "silu",
         "scaling_factor": 0.41,
     },
-    "AutoencoderKLFlux2": {
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "layers_per_block": 1,
-        "latent_channels": LATENT,
-        "norm_num_groups": 4,
-        "sample_size": 32,
-    },
+    "AutoencoderKLFlux2": _KL,
     "AutoencoderKLQwenImage": {
         "base_dim": 12,
         "z_dim": LATENT,

@@ -131,9 +131,6 @@ def configuration(
         config_class: The configuration's class.
         tokenizer: The tokenizer whose ids it will be given, which sets the vocabulary.
         changes: Arguments to set beside what the tables say.
-
-    Returns:
-        The configuration.
     """
     names: set[str] = set()
     for base in config_class.__mro__:

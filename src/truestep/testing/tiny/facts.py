@@ -66,6 +66,16 @@ class Facts:
         return slot in self.slots
 
 
+def channels(f: Facts) -> dict[str, Any]:
+    """Of a model that takes a latent and gives one."""
+    return {"in_channels": f.latent, "out_channels": f.latent}
+
+
+def heads(count: int, size: int) -> dict[str, Any]:
+    """Of attention."""
+    return {"num_attention_heads": count, "attention_head_dim": size}
+
+
 def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
     """Arguments less those that a class does not take."""
     return {name: value for name, value in values.items() if name not in names}

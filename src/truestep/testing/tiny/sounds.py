@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from truestep.testing.tiny.facts import Table
+from truestep.testing.tiny.facts import Table, channels, heads
 
 _CROSS = ("DownBlock2D", "CrossAttnDownBlock2D")
 
@@ -15,8 +15,7 @@ SOUNDS: Table = {
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "sample_size": 32,
-        "in_channels": f.latent,
-        "out_channels": f.latent,
+        **channels(f),
         "down_block_types": _CROSS,
         "up_block_types": _CROSS_UP,
         "cross_attention_dim": (f.text, f.text),
@@ -30,8 +29,7 @@ SOUNDS: Table = {
         "sample_size": 8,
         "in_channels": f.latent,
         "num_layers": 2,
-        "attention_head_dim": 8,
-        "num_attention_heads": 4,
+        **heads(4, 8),
         "num_key_value_attention_heads": 2,
         "out_channels": f.latent,
         "cross_attention_dim": 16,

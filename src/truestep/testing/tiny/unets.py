@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from truestep.testing.tiny.encoders import TEXT
-from truestep.testing.tiny.facts import Facts, Table
+from truestep.testing.tiny.facts import Facts, Table, channels, heads
 
 _CROSS = ("DownBlock2D", "CrossAttnDownBlock2D")
 
@@ -33,13 +33,25 @@ def _time_ids(f: Facts) -> dict[str, Any]:
     }
 
 
+def _unet_3d(f: Facts) -> dict[str, Any]:
+    return {
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "sample_size": 16,
+        **channels(f),
+        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+        "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+        "cross_attention_dim": f.text,
+        "norm_num_groups": 4,
+    }
+
+
 def _unet(f: Facts) -> dict[str, Any]:
     return {
         "block_out_channels": (8, 16),
         "layers_per_block": 1,
         "sample_size": 16,
-        "in_channels": f.latent,
-        "out_channels": f.latent,
+        **channels(f),
         "down_block_types": _CROSS,
         "up_block_types": _CROSS_UP,
         "norm_num_groups": 4,
@@ -73,8 +85,7 @@ def _motion(f: Facts) -> dict[str, Any]:
 
 def _prior(f: Facts) -> dict[str, Any]:
     return {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
+        **heads(2, 12),
         "embedding_dim": f.text,
         "num_layers": 1,
     }
@@ -191,8 +202,7 @@ UNETS: Table = {
     },
     "DreamLiteUNetModel": lambda f: {
         "sample_size": 8,
-        "in_channels": f.latent,
-        "out_channels": f.latent,
+        **channels(f),
         "down_block_types": (
             "DreamLiteCrossAttnNoSelfAttnDownBlock2D",
             "DreamLiteCrossAttnDownBlock2D",
@@ -218,29 +228,11 @@ UNETS: Table = {
         "projection_class_embeddings_input_dim": 24,
         "addition_time_embed_dim": 8,
     },
-    "UNet3DConditionModel": lambda f: {
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "sample_size": 16,
-        "in_channels": f.latent,
-        "out_channels": f.latent,
-        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-        "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-        "cross_attention_dim": f.text,
-        "attention_head_dim": 4,
-        "norm_num_groups": 4,
-    },
+    "UNet3DConditionModel": lambda f: {**_unet_3d(f), "attention_head_dim": 4},
     "I2VGenXLUNet": lambda f: {
+        **_unet_3d(f),
         "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "sample_size": 16,
-        "in_channels": f.latent,
-        "out_channels": f.latent,
-        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-        "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-        "cross_attention_dim": f.text,
         "num_attention_heads": 4,
-        "norm_num_groups": 4,
     },
     "SparseControlNetModel": lambda f: {
         "block_out_channels": (8, 16),

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from truestep.testing.tiny.facts import Facts, Table, without
+from truestep.testing.tiny.facts import Facts, Table, channels, heads, without
 
 
 def _wan(f: Facts) -> dict[str, Any]:
     return {
         "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": f.latent,
-        "out_channels": f.latent,
+        **heads(2, 12),
+        **channels(f),
         "text_dim": f.text,
         "freq_dim": 32,
         "ffn_dim": 32,
@@ -26,10 +24,8 @@ def _wan(f: Facts) -> dict[str, Any]:
 
 def _hunyuan(f: Facts) -> dict[str, Any]:
     return {
-        "in_channels": f.latent,
-        "out_channels": f.latent,
-        "num_attention_heads": 2,
-        "attention_head_dim": 10,
+        **channels(f),
+        **heads(2, 10),
         "num_layers": 1,
         "num_single_layers": 1,
         "num_refiner_layers": 1,
@@ -44,10 +40,8 @@ def _hunyuan(f: Facts) -> dict[str, Any]:
 
 def _cosmos(f: Facts) -> dict[str, Any]:
     return {
-        "in_channels": f.latent,
-        "out_channels": f.latent,
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
+        **channels(f),
+        **heads(2, 16),
         "num_layers": 2,
         "mlp_ratio": 2,
         "text_embed_dim": f.text,
@@ -62,10 +56,8 @@ def _cosmos(f: Facts) -> dict[str, Any]:
 
 def _cogvideo(f: Facts) -> dict[str, Any]:
     return {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": f.latent,
-        "out_channels": f.latent,
+        **heads(2, 16),
+        **channels(f),
         "time_embed_dim": 8,
         "text_embed_dim": f.text,
         "num_layers": 2,
@@ -98,10 +90,8 @@ def _kandinsky5(f: Facts) -> dict[str, Any]:
 
 def _easyanimate(f: Facts) -> dict[str, Any]:
     return {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": f.latent,
-        "out_channels": f.latent,
+        **heads(2, 16),
+        **channels(f),
         "time_embed_dim": 8,
         "text_embed_dim": f.text,
         "num_layers": 1,
@@ -172,8 +162,7 @@ VIDEOS: Table = {
     "HunyuanVideo15Transformer3DModel": lambda f: {
         "in_channels": 2 * f.latent + 1,
         "out_channels": f.latent,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
+        **heads(2, 8),
         "num_layers": 2,
         "num_refiner_layers": 1,
         "mlp_ratio": 2.0,
@@ -187,23 +176,19 @@ VIDEOS: Table = {
         "task_type": "i2v" if "ImageToVideo" in f.pipeline else "t2v",
     },
     "LTXVideoTransformer3DModel": lambda f: {
-        "in_channels": f.latent,
-        "out_channels": f.latent,
+        **channels(f),
         "patch_size": 1,
         "patch_size_t": 1,
-        "num_attention_heads": 4,
-        "attention_head_dim": 8,
+        **heads(4, 8),
         "cross_attention_dim": 32,
         "num_layers": 2,
         "caption_channels": f.text,
     },
     "LTX2VideoTransformer3DModel": lambda f: {
-        "in_channels": f.latent,
-        "out_channels": f.latent,
+        **channels(f),
         "patch_size": 1,
         "patch_size_t": 1,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
+        **heads(2, 8),
         "cross_attention_dim": 16,
         "audio_in_channels": 4,
         "audio_out_channels": 4,
@@ -248,8 +233,7 @@ VIDEOS: Table = {
     "CogVideoXTransformer3DModel": _cogvideo,
     "MochiTransformer3DModel": lambda f: {
         "patch_size": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
+        **heads(2, 8),
         "num_layers": 2,
         "pooled_projection_dim": 16,
         "in_channels": f.latent,
@@ -258,10 +242,8 @@ VIDEOS: Table = {
         "max_sequence_length": 16,
     },
     "SanaVideoTransformer3DModel": lambda f: {
-        "in_channels": f.latent,
-        "out_channels": f.latent,
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
+        **channels(f),
+        **heads(2, 12),
         "num_layers": 2,
         "num_cross_attention_heads": 2,
         "cross_attention_head_dim": 12,
@@ -274,10 +256,8 @@ VIDEOS: Table = {
     },
     "CosmosTransformer3DModel": _cosmos,
     "AllegroTransformer3DModel": lambda f: {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": f.latent,
-        "out_channels": f.latent,
+        **heads(2, 12),
+        **channels(f),
         "num_layers": 2,
         "cross_attention_dim": 24,
         "sample_width": 8,
@@ -289,8 +269,7 @@ VIDEOS: Table = {
     "MotifVideoTransformer3DModel": lambda f: {
         "in_channels": 2 * f.latent + 1,
         "out_channels": f.latent,
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
+        **heads(2, 12),
         "num_layers": 1,
         "num_single_layers": 1,
         "patch_size": 1,

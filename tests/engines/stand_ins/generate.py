@@ -1,15 +1,13 @@
-"""Run a stand-in of an engine: stand_ins.py ENGINE MODEL INPUTS FAULT ..., a generation a fault."""
+"""Run a stand-in of an engine: generate.py ENGINE MODEL INPUTS FAULT ..., a generation a fault."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent / "engines"))
 torch.set_num_threads(1)
 engine, model, inputs, *faults = sys.argv[1:]
 
