@@ -119,7 +119,7 @@ def _class_problems(name: str) -> list[str]:
         import diffusers
     except ImportError:
         return []  # told as a package that is missing
-    if hasattr(diffusers, name):
+    if name in dir(diffusers):  # named without its imports: what fails there is its part's
         return []
     return [f"diffusers {diffusers.__version__} has no class {name}: pip install -U diffusers"]
 
