@@ -85,6 +85,20 @@ def test_a_module_runs_as_ever(words: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @linux
+def test_a_script_installed_beside_the_interpreter_runs_as_ever(tmp_path: Path) -> None:
+    script = Path(sys.executable).parent / "torchrun"
+    told = [
+        subprocess.run(
+            [script, "no.py"], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, **cold},
+        )
+        for cold in ({COLD: "1"}, {})
+    ]  # fmt: skip
+    assert told[0].returncode == told[1].returncode != 0
+    assert "no.py" in told[1].stderr
+
+
+@linux
 @pytest.mark.parametrize("end", ["sys.exit(3)", "def f():\n    raise ValueError('no')\nf()"])
 def test_code_of_a_word_runs_as_ever(end: str, tmp_path: Path) -> None:
     code = "import sys, torch\nprint(sys.argv, sys.path[0], __name__, globals().get('__file__'))\n"
@@ -186,6 +200,19 @@ def test_it_is_a_child_that_can_be_told_to_stop(tmp_path: Path) -> None:
         assert process.returncode == -stop
         assert ("KeyboardInterrupt" in said) is (stop is signal.SIGINT)
         assert "warm.py" not in said
+
+
+@linux
+def test_it_can_be_stopped_from_its_first_moment(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import time\ntime.sleep(60)\n")
+    for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        for _ in range(5):
+            process = subprocess.Popen(
+                [sys.executable, "program.py"], cwd=tmp_path, start_new_session=True,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            os.killpg(process.pid, stop)
+            assert process.wait() == -stop
 
 
 @linux

@@ -148,7 +148,7 @@ class Nest:
         """Whether a process may be warm; see the module."""
         if COLD in env or asked["shell"] or asked["preexec_fn"] or not asked["close_fds"]:
             return False
-        if asked["executable"] not in (None, words[0]) or not _is_ours(words[0], env):
+        if asked["executable"] is not None or not _is_ours(words[0], env):
             return False
         given = ("gid", "gids", "uid", "process_group")
         if any(asked.get(name) not in (None, -1) for name in given):
@@ -204,7 +204,7 @@ def _execute(self: Any, *given: Any, **named: Any) -> None:
     asked = _words.bind(self, *given, **named).arguments
     words = asked["args"]
     words = [words] if isinstance(words, str | bytes | os.PathLike) else list(words)
-    words = [os.fsdecode(word) for word in words]
+    words = _as_python([os.fsdecode(word) for word in words])
     env = os.environ if asked["env"] is None else asked["env"]
     env = {os.fsdecode(key): os.fsdecode(value) for key, value in env.items()}
     if not words or not _nest.can(asked, words, env):
@@ -226,6 +226,16 @@ def _execute(self: Any, *given: Any, **named: Any) -> None:
     self._close_pipe_fds(*(asked[name] for name in ends))
 
 
+def _as_python(words: list[str]) -> list[str]:
+    """A script that was installed beside this interpreter as the interpreter's own argument."""
+    script = shutil.which(words[0]) if words else None
+    if script and os.path.dirname(script) == os.path.dirname(sys.executable):
+        with open(script, "rb") as file:
+            if file.readline().strip() == b"#!" + os.fsencode(sys.executable):
+                return [sys.executable, script, *words[1:]]
+    return words
+
+
 def _is_ours(word: str, env: dict[str, str]) -> bool:
     """Whether a word starts this interpreter."""
     where = shutil.which(word, path=env.get("PATH")) or word
@@ -244,7 +254,9 @@ def _is_program(words: Sequence[str], cwd: Any) -> bool:
     if words[0].startswith("-m"):
         name = words[0].removeprefix("-m") or (words[1] if len(words) > 1 else "")
         return name.split(".")[0] in ("truestep", "pytest", "tests") or name == RUN
-    return words[0].endswith(".py") and os.path.isfile(os.path.join(cwd or ".", words[0]))
+    installed = os.path.dirname(words[0]) == os.path.dirname(sys.executable)
+    program = words[0].endswith(".py") or installed
+    return program and os.path.isfile(os.path.join(cwd or ".", words[0]))
 
 
 RUN = "torch.distributed.run"
@@ -320,9 +332,9 @@ def _fork_for(server: socket.socket) -> NoReturn:
     """Answer one process's messages; each fork becomes its program, and ends as that does."""
     global _forks
     _forks = True
-    for stop in _STOPS:
-        signal.signal(stop, signal.SIG_IGN)
     while True:
+        for stop in _STOPS:
+            signal.signal(stop, signal.SIG_IGN)
         told, files = _next(server)
         ours, theirs = socket.socketpair()
         server.close()
@@ -397,18 +409,24 @@ def _next(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
         text, files = _received(server)
         if not text:
             os._exit(0)
+        told = json.loads(text)
         born, birth = os.pipe()
         begun, begin = os.pipe()
         middle = os.fork()
         if middle == 0:
             child = os.fork()
             if child == 0:
+                if told["session"]:
+                    os.setsid()
+                for stop, handler in _before.items():  # it may be stopped as soon as it is known
+                    ignored = handler is signal.SIG_IGN
+                    signal.signal(stop, signal.SIG_IGN if ignored else signal.SIG_DFL)
+                os.write(birth, str(os.getpid()).encode())
                 for file in (born, birth, begin):
                     os.close(file)
                 os.read(begun, 1)  # ends when the process in the middle has: then it is adopted
                 os.close(begun)
-                return json.loads(text), files
-            os.write(birth, str(child).encode())
+                return told, files
             os._exit(0)
         for file in (birth, begun, *files):
             os.close(file)
@@ -448,8 +466,6 @@ def _become(told: dict[str, Any], files: list[int], ours: socket.socket) -> NoRe
     first = not _nest.packages
     _nest.holds(ours, _nest.packages or _packages())
     assert _nest.socket is not None
-    if told["session"]:
-        os.setsid()
     far = [fcntl.fcntl(file, fcntl.F_DUPFD, _FAR) for file in files]
     _close_all((*far, _nest.socket.fileno()))
     for file, number in zip(far, told["files"], strict=True):
