@@ -143,6 +143,13 @@ def test_what_is_imported_otherwise_is_cold(tmp_path: Path) -> None:
 
 
 @linux
+def test_what_is_installed_is_found_whatever_is_on_the_path(tmp_path: Path) -> None:
+    cold, warm = both("-m", "truestep", "--version", cwd=tmp_path, PYTHONPATH="")
+    assert (warm.returncode, warm.stdout) == (cold.returncode, cold.stdout)
+    assert warm.returncode == 0
+
+
+@linux
 def test_start_up_files_run(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import os\nos.environ['MARK'] = 'site'\n")

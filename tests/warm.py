@@ -103,7 +103,7 @@ class Nest:
         self.begun = subprocess.Popen(
             [sys.executable, "-c", f"from tests.warm import serve; serve({theirs.fileno()})"],
             cwd=ROOT,
-            env={**os.environ, COLD: "1"},
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {COLD: "1"},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -437,10 +437,8 @@ def _next(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def _interpreter_s(path: list[str]) -> list[str]:
-    """The search path without what the environment and the program put there."""
-    given = os.environ.get("PYTHONPATH", "")
-    places = {os.path.abspath(place) for place in given.split(os.pathsep)} if given else set()
-    return [place for place in path if place and os.path.abspath(place) not in {*places, str(ROOT)}]
+    """The search path without what the program put there; of the environment there is nothing."""
+    return [place for place in path if place and os.path.abspath(place) != str(ROOT)]
 
 
 def _packages() -> dict[str, str]:
