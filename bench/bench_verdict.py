@@ -167,12 +167,7 @@ def _draw_alone(
     recording = subject.record(subject.load(draw, dtype), draw, dtype)
     for entry in todo:
         start = time.perf_counter()
-
-        def changed(entry: Fault = entry) -> Any:
-            torch.manual_seed(0)
-            model = subject.load(draw, dtype)
-            return entry.apply(model) or model
-
+        changed = _changed(entry, subject, draw, dtype)
         row = _row(entry, subject, dtype, draw)
         with _globals_restored():
             row.update(_verdicts(subject, dtype, draw, changed, recording))
@@ -198,18 +193,24 @@ def _draw_thinned(
     kept = sorted(kept_steps(thin) or ())
     for entry in todo:
         start = time.perf_counter()
-
-        def changed(entry: Fault = entry) -> Any:
-            torch.manual_seed(0)
-            model = subject.load(draw, dtype)
-            return entry.apply(model) or model
-
+        changed = _changed(entry, subject, draw, dtype)
         row = {**_row(entry, subject, dtype, draw), "kept": kept}
         with _globals_restored():
             row.update(_verdicts(subject, dtype, draw, changed, whole))
             if not row.get("not_applicable"):
                 row["thinned"] = _verdicts(subject, dtype, draw, changed, thin)["steps"]
         _keep(row, start, path)
+
+
+def _changed(entry: Fault, subject: Subject, draw: Draw, dtype: str) -> Callable[[], Any]:
+    """Makes the subject anew with an entry of the corpus in it."""
+
+    def changed() -> Any:
+        torch.manual_seed(0)
+        model = subject.load(draw, dtype)
+        return entry.apply(model) or model
+
+    return changed
 
 
 def _run(
@@ -223,12 +224,7 @@ def _run(
     gates: list[Gate],
 ) -> dict[str, Any]:
     row = _row(entry, subject, dtype, draw)
-
-    def changed() -> Any:
-        torch.manual_seed(0)
-        model = subject.load(draw, dtype)
-        return entry.apply(model) or model
-
+    changed = _changed(entry, subject, draw, dtype)
     with _globals_restored():
         row.update(_judged(entry, subject, dtype, draw, changed, recording, plain))
         if not row.get("not_applicable"):

@@ -138,6 +138,18 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def spans(numbers: Iterable[int], to: str = " to ", most: int | None = None) -> str:
+    """`3, 7 to 9`: neighbours together, in the order in which they stand; at most so many."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    texts = [str(first) if first == last else f"{first}{to}{last}" for first, last in found]
+    return ", ".join(texts[:most]) + (", ..." if len(texts) > len(texts[:most]) else "")
+
+
 def slug(text: str, limit: int) -> str:
     """Lower-case letters and digits of any script, joined by dashes, cut at `limit` characters."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text[: 8 * limit]).casefold())

@@ -96,8 +96,7 @@ def record(
     case = case.with_hashes()
     files = {name: read_input(case.files(name)) for name in case.input}
     call = {**model.signature.always, **case.call, **files}
-    with in_files():
-        pipe = _loaded(case, model)
+    pipe = _in_files(case, model)
     with taken_back(pipe):  # of several cases, none has another's change
         parts = parts_of(pipe)
         pipe = changed(prepared(pipe, case), apply)
@@ -378,21 +377,20 @@ def unread(case: CallCase) -> tuple[Any, dict[str, Any]]:
     """
     model = _looked_at(case)
     files = {name: read_input(case.files(name)) for name in case.input}
-    return _in_files(case, model), {**model.signature.always, **case.call, **files}
+    pipe = compile_pipeline(prepared(_in_files(case, model), case), case.compile)
+    return pipe, {**model.signature.always, **case.call, **files}
 
 
 def _in_files(case: CallCase, model: Model) -> Any:
-    """The prepared pipeline, with its weights in their files where a lender is on."""
+    """The pipeline, with its weights in their files where a lender is on."""
     with in_files():
-        pipe = _loaded(case, model)
-    return compile_pipeline(prepared(pipe, case), case.compile)
+        return _loaded(case, model)
 
 
 def _alone(case: CallCase, model: Model) -> tuple[Any, Code]:
-    """The same, and what is entered while it runs: what preparing it replaced for the whole process
-    is not there for another one, which is prepared by itself."""
-    with in_files():
-        pipe = _loaded(case, model)
+    """The prepared pipeline, and what is entered while it runs: what preparing it replaced for the
+    whole process is not there for another one, which is prepared by itself."""
+    pipe = _in_files(case, model)
     with taken_back(pipe) as shared:
         pipe = prepared(pipe, case)
     return compile_pipeline(pipe, case.compile), shared.on

@@ -34,11 +34,11 @@ from truestep.case import AnyCase, Case
 from truestep.environment import usable_device
 from truestep.files import nearest_folder
 from truestep.floors import EPSILON
-from truestep.keys import key_of, step_name
+from truestep.keys import key_of
 from truestep.progress import resident_peak, told_by_linux
 from truestep.recording.format import Recording
 from truestep.recording.manifest import CALLS, CallEntry, Manifest
-from truestep.replay.steps import floor_steps
+from truestep.replay.steps import FIRST_LATENT, floor_steps
 from truestep.replay.thinning import kept_names
 from truestep.replay.variations import Variation, variations
 from truestep.runtime.lent import lending
@@ -249,7 +249,7 @@ class _Sum:
         if self.told.sizes is not None:
             sizes, total = self.told.sizes, self.run.steps
             chosen = default_steps(self._reference) | set(floor_steps(total))
-            once = (n for n in kept_names(sizes, chosen) if not n.endswith(step_name(0, "latent")))
+            once = (n for n in kept_names(sizes, chosen) if not n.endswith(FIRST_LATENT))
             return self._shown(once), self._shown(sizes)
         chosen = default_steps(self._reference)
         windows = chosen | {step - 1 for step in chosen}

@@ -395,11 +395,13 @@ def changed_alone(
     Raises:
         UsageError, ProcessEndedError: As `changed` does.
     """
+    if change is None:
+        return pipe, code, False
     with code():
-        before = snapshot_of(pipe) if change else {}
+        before = snapshot_of(pipe)
         with taken_back(pipe) as shared:
             pipe = changed(pipe, change)
-            after = snapshot_of(pipe) if change else {}
+            after = snapshot_of(pipe)
 
     @contextmanager
     def both() -> Iterator[None]:

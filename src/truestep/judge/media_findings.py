@@ -31,6 +31,7 @@ from truestep.measure.recolouring import Recolouring, recolouring
 from truestep.progress import Progress, silent
 from truestep.recording.clips import Clip
 from truestep.records import FrameScore, MediaFinding
+from truestep.text import spans
 
 _SAMPLED = 8
 """Pairs of frames, evenly spaced, that a recolouring is looked for in, and then proven on all."""
@@ -252,14 +253,7 @@ def _empty(frames: torch.Tensor, empty: Sequence[int], side: str) -> MediaFindin
 
 def numbers(frames: Sequence[int]) -> str:
     """`3, 7 to 9`, at most six of them."""
-    parts: list[list[int]] = []
-    for at in sorted(frames):
-        if parts and at == parts[-1][-1] + 1:
-            parts[-1].append(at)
-        else:
-            parts.append([at])
-    shown = [f"{p[0]} to {p[-1]}" if len(p) > 1 else str(p[0]) for p in parts]
-    return ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else "")
+    return spans(sorted(frames), most=6)
 
 
 def _explained(

@@ -13,12 +13,14 @@ from truestep.joint import Value, each, gather
 from truestep.keys import step_name
 from truestep.measure.distance import same_bits
 from truestep.runtime.pipeline import Pipeline, Schedule
+from truestep.text import spans
 
 _SCHEDULE = ("schedule/sigmas", "schedule/timesteps", "schedule/experts")
 
 _WHOLE = ("text/cond", "latent/initial", "latent/final", *_SCHEDULE)
 
-_FIRST_LATENT = step_name(0, "latent")
+FIRST_LATENT = step_name(0, "latent")
+"""End of a name under which a thinned recording holds nothing: it is the initial latent."""
 
 KEPT_STEPS = "kept_steps"
 """Setting of a thinned recording: the steps of which it keeps everything."""
@@ -59,14 +61,8 @@ def left_out_steps(recording: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
 
 def named_steps(steps: Iterable[int]) -> str:
     """Steps in words, neighbours together: `steps 1 to 4, 8`."""
-    spans: list[list[int]] = []
-    for step in sorted(steps):
-        if spans and step == spans[-1][-1] + 1:
-            spans[-1].append(step)
-        else:
-            spans.append([step])
-    told = [f"{span[0]} to {span[-1]}" if span[1:] else f"{span[0]}" for span in spans]
-    return f"step{'s' * (len(spans) > 1 or len(spans[0]) > 1)} {', '.join(told)}"
+    told = sorted(steps)
+    return f"step{'s' * (len(told) > 1)} {spans(told)}"
 
 
 def steps_recorded(recording: Mapping[str, torch.Tensor]) -> int:
@@ -79,16 +75,18 @@ def steps_recorded(recording: Mapping[str, torch.Tensor]) -> int:
 def stored_name(recording: Mapping[str, torch.Tensor], name: str) -> str:
     """What a recorded value is stored under: a thinned recording holds the latent of the first step
     once, as the initial one."""
-    if name in recording or not name.endswith(_FIRST_LATENT):
-        return name
-    return name.removesuffix(_FIRST_LATENT) + "latent/initial"
+    return _initial(name) if name.endswith(FIRST_LATENT) and name not in recording else name
 
 
 def stored_twice(whole: Mapping[str, torch.Tensor]) -> set[str]:
     """The latent of the first step, where that is the initial one; see `stored_name`."""
-    twice = {name for name in whole if name.endswith(_FIRST_LATENT)}
-    initial = ((name, name.removesuffix(_FIRST_LATENT) + "latent/initial") for name in twice)
-    return twice if all(same_bits(whole[one], whole[other]) for one, other in initial) else set()
+    twice = {name for name in whole if name.endswith(FIRST_LATENT)}
+    return twice if all(same_bits(whole[name], whole[_initial(name)]) for name in twice) else set()
+
+
+def _initial(name: str) -> str:
+    """The initial latent of the same modality as a first one."""
+    return name.removesuffix(FIRST_LATENT) + "latent/initial"
 
 
 def given(

@@ -15,6 +15,7 @@ import torch
 from truestep.engines.conventions import as_rank
 from truestep.engines.ranks.shares import apart, ranks_said, splits
 from truestep.engines.ranks.tracing import Part
+from truestep.text import spans
 
 Shares = Mapping[int, torch.Tensor]
 
@@ -188,14 +189,7 @@ def _order(found: Mapping[int, torch.Tensor]) -> str:
 
 def _spans(numbers: Sequence[int]) -> str:
     """`0-5, 12-17`, in the order in which they stand."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    texts = [str(a) if a == b else f"{a}-{b}" for a, b in found]
-    return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")
+    return spans(numbers, "-", most=4)
 
 
 def matched(rows: torch.Tensor, known: torch.Tensor, tolerance: float) -> torch.Tensor:
