@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.commands import command
-from tests.warm import COLD, ROOT
+from tests.warm import COLD
 
 linux = pytest.mark.skipif(
     sys.platform != "linux" or COLD in os.environ, reason="processes are warm on Linux alone"
@@ -247,12 +246,10 @@ def test_streams_end_when_it_ends(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(
         "import os\nprint('x', flush=True)\nos.kill(os.getpid(), 9)\n"
     )
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert (done.stdout, done.returncode) == ("x\n", -9)
-    assert time.monotonic() - start < 600
 
 
 CASE = ("record", "builtin:digits", "--prompt", "a", "--apply", "change.py:f")
@@ -267,7 +264,3 @@ def test_the_guard_is_there(end: str, said: str, tmp_path: Path) -> None:
     done = command(*CASE, cwd=tmp_path)
     assert done.returncode == 1
     assert said in done.stderr
-
-
-def test_it_needs_no_more_than_is_here() -> None:
-    assert (ROOT / "src" / "truestep").is_dir()

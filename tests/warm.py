@@ -96,6 +96,10 @@ class Nest:
     packages: dict[str, str] = field(default_factory=dict)
     """What was imported, and the folder that it came from."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    forks: bool = False
+    """Whether this process forks for another, and is no program."""
+    alone: bool = False
+    """Whether the program had one thread when it forked last."""
 
     def begin(self) -> None:
         """Start it, and wait until it has imported."""
@@ -134,9 +138,7 @@ class Nest:
     def child(self, told: dict[str, Any], files: Sequence[int]) -> int:
         """The number of a process that is a child of this one."""
         with self.lock:
-            if self.socket is None:
-                self.begin()
-            assert self.socket is not None
+            assert self.socket is not None, "whoever asks whether it can has begun it"
             _adopt(True)
             try:
                 _send(self.socket, json.dumps(told).encode(), files)
@@ -253,13 +255,12 @@ def _is_program(words: Sequence[str], cwd: Any) -> bool:
         return ("torch" in code and not measured) or "runpy.run_module" in code
     if words[0].startswith("-m"):
         name = words[0].removeprefix("-m") or (words[1] if len(words) > 1 else "")
-        return name.split(".")[0] in ("truestep", "pytest", "tests") or name == RUN
+        return (
+            name.split(".")[0] in ("truestep", "pytest", "tests") or name == "torch.distributed.run"
+        )
     installed = os.path.dirname(words[0]) == os.path.dirname(sys.executable)
     program = words[0].endswith(".py") or installed
     return program and os.path.isfile(os.path.join(cwd or ".", words[0]))
-
-
-RUN = "torch.distributed.run"
 
 
 def _at_import(env: dict[str, str]) -> dict[str, str]:
@@ -330,8 +331,7 @@ def serve(number: int) -> NoReturn:
 
 def _fork_for(server: socket.socket) -> NoReturn:
     """Answer one process's messages; each fork becomes its program, and ends as that does."""
-    global _forks
-    _forks = True
+    _nest.forks = True
     while True:
         for stop in _STOPS:
             signal.signal(stop, signal.SIG_IGN)
@@ -341,9 +341,7 @@ def _fork_for(server: socket.socket) -> NoReturn:
         if os.fork():
             break
         ours.close()  # who forks for the program is there before the program begins
-        for file in files:
-            os.close(file)
-        _hear_nothing()
+        _hear_nothing(theirs)
         server = theirs
     theirs.close()
     _become(told, files, ours)
@@ -351,49 +349,40 @@ def _fork_for(server: socket.socket) -> NoReturn:
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _before: dict[int, Any] = {}
-_forks = False
-"""Whether this process forks for another, and is no program."""
+"""What each did where the libraries were imported."""
 
-_alone = False
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def _before_fork() -> None:
-    global _alone
-    _alone = not _forks and len(os.listdir("/proc/self/task")) == 1
+    _nest.alone = not _nest.forks and _threads() == 1
 
 
 def _after_fork() -> None:
     """A program has forked, as truestep's guard does: what the fork starts are its own children."""
-    if _nest.socket is None or not _alone or _forks:
+    if _nest.socket is None or not _nest.alone or _nest.forks:
         return
     ours, theirs = socket.socketpair()
-    packages = _nest.packages
     _nest.socket.close()
-    _set_forks(True)
+    _nest.forks = True
     if os.fork() == 0:
         ours.close()
-        for name in ("_registry",):
-            getattr(weakref.finalize, name).clear()  # what the program is to tidy is not ours
-        _hear_nothing(beyond=theirs.fileno())
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # the program's to tidy
+        _hear_nothing(theirs)
         _fork_for(theirs)
-    _set_forks(False)
+    _nest.forks = False
     theirs.close()
-    _nest.holds(ours, packages)
+    _nest.holds(ours, _nest.packages)
 
 
-def _set_forks(whether: bool) -> None:
-    global _forks
-    _forks = whether
-
-
-def _hear_nothing(beyond: int | None = None) -> None:
+def _hear_nothing(but: socket.socket) -> None:
     """Hold no stream of another process, nor any file but one."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for file in range(3):
         os.dup2(nothing, file)
-    os.close(nothing)
-    if beyond is not None:
-        _close_all((beyond,))
+    _close_all((but.fileno(),))
 
 
 def _close_all(but: Sequence[int]) -> None:
@@ -460,7 +449,7 @@ def _packages() -> dict[str, str]:
 
 def _become(told: dict[str, Any], files: list[int], ours: socket.socket) -> NoReturn:
     """Be the process that was asked for, in all that a program may look at; run it."""
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork has the thread alone that forked"
+    assert _threads() == 1, "a fork has the thread alone that forked"
     first = not _nest.packages
     _nest.holds(ours, _nest.packages or _packages())
     assert _nest.socket is not None
@@ -477,7 +466,7 @@ def _become(told: dict[str, Any], files: list[int], ours: socket.socket) -> NoRe
         sys.modules["numpy"].random.seed()
     for stop, handler in _before.items():
         signal.signal(stop, handler)
-    _set_forks(False)
+    _nest.forks = False
     if first:
         patch()
         os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
