@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.counting import calls_of
 from truestep.errors import UsageError
 from truestep.experiment.quality.records import QualityPlan
 from truestep.experiment.quality.store import QualityStore
@@ -120,3 +121,10 @@ def test_a_resumed_command_refuses_a_changed_import(project: Path) -> None:
     other = subprocess.run([*words, "--resume"], capture_output=True, text=True, check=False)
     assert other.returncode == 2
     assert "helper_of_change.py changed since" in other.stderr
+
+
+def test_what_is_no_users_file_is_looked_up_once(project: Path) -> None:
+    """Thousands of modules are there after every run of an experiment."""
+    ours = sources()
+    ours.keep(project)
+    assert calls_of(lambda: ours.keep(project), "realpath") < len(sys.modules) / 10

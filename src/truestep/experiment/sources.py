@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ NAME = "sources.json"
 """File of the experiment's folder: path, from one of the folders, to a digest."""
 
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
+_LIBRARIES = tuple(
+    Path(place).resolve() for place in (Path(truestep.__file__).parent, sys.prefix, sys.base_prefix)
+)
 
 
 class Sources:
@@ -38,6 +42,7 @@ class Sources:
         self._folders = tuple(dict.fromkeys(folders))
         self._digests: dict[str, str] = {}
         self._seen: set[Path] = set()
+        self._libraries: set[str] = set()
         self._named_by: dict[str, Path] = {}
 
     def keep(self, folder: Path) -> None:
@@ -82,17 +87,19 @@ class Sources:
             file = getattr(module, "__file__", None)
             if not isinstance(file, str) or not file.endswith(".py"):
                 continue
-            path = Path(file)
-            if path not in self._seen and self._is_users(path.resolve()):
-                yield path.resolve()
+            if file in self._libraries:  # thousands: looked up once, not after each run
+                continue
+            path = os.path.realpath(file)
+            if self._is_users(path):
+                yield Path(path)
+            elif os.path.isfile(path):
+                self._libraries.add(file)
 
-    def _is_users(self, path: Path) -> bool:
+    def _is_users(self, path: str) -> bool:
         """Whether a file is the user's: below a folder, and no library's."""
-        ours = Path(truestep.__file__).resolve().parent
-        libraries = (ours, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve())
-        if _INSTALLED & {*path.parts} or any(path.is_relative_to(place) for place in libraries):
+        if _INSTALLED & {*path.split(os.sep)} or _below(path, _LIBRARIES):
             return False
-        return path.is_file() and any(path.is_relative_to(place) for place in self._folders)
+        return _below(path, self._folders) and os.path.isfile(path)
 
     def _key(self, path: Path) -> str:
         """Its name from the innermost folder: an experiment may be moved with its files."""
@@ -107,6 +114,11 @@ class Sources:
         digests = [_digest(path) for path in there]
         kept = self._digests[key]
         return kept if kept in digests else ""
+
+
+def _below(path: str, folders: Iterable[Path]) -> bool:
+    """Whether a path is in one of the folders, however deep; by its text, of thousands."""
+    return any(path.startswith(os.path.join(folder, "")) for folder in folders)
 
 
 def _digest(path: Path) -> str:
