@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help engines bench-engines bench-ports bench-sharding demo package docs docs-outputs test test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-causes bench-next bench-families bench-accelerator bench-bisect bench-meant bench-quality bench-training bench-shift coverage schema kills clean
+.PHONY: help engines bench-engines bench-ports bench-sharding demo package docs docs-outputs test bars test-fast test-machines lint format fuzz bench bench-verdict bench-exact bench-location bench-causes bench-next bench-families bench-accelerator bench-bisect bench-meant bench-quality bench-training bench-shift coverage schema kills clean
 
 help:
 	@echo "make demo   run the main job on the builtin model, in a light environment (a minute)"
 	@echo "make package  wheel and sdist, built and tried in an empty environment"
 	@echo "make docs   the documentation as a site: build/site    make docs-outputs  what its commands print, written anew"
-	@echo "make test   all tests    make test-fast   without the slow ones"
+	@echo "make test   all tests, a share of every bar    make test-fast   without the slow ones"
+	@echo "make bars   all tests, with every bar in full (an hour)"
 	@echo "make test-machines  the tests under other instruction sets and thread counts, and references across (hours)"
 	@echo "make lint   ruff and mypy    make format   fix what ruff can"
 	@echo "make kills  1,000 kills and 100 races of every writer: nothing lost, nothing unreadable (half an hour)"
@@ -78,6 +79,9 @@ docs-outputs: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=40
+
+bars: $(STAMP)
+	TRUESTEP_BARS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=40
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 from hypothesis import settings
 
+from tests.bars import WHOLE
 from tests.warm import warm
 
 settings.register_profile("any machine", deadline=None)  # no test fails by a clock
@@ -23,6 +24,12 @@ settings.load_profile("any machine")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not WHOLE and item.get_closest_marker("bar"):
+            item.add_marker(pytest.mark.skip(reason="a bar in full: make bars"))
 
 
 @pytest.fixture(autouse=True)

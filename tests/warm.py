@@ -74,6 +74,7 @@ _READ_LATER = (
     "PYTHONDONTWRITEBYTECODE",
     "TORCHELASTIC",
     "TORCH_NCCL",
+    "XDG_CACHE_HOME",  # by truestep; of libraries by those that fetch, and none does
 )
 _FAR = 200
 """Numbers of files from here on are in no one's way."""

@@ -428,7 +428,7 @@ def test_overhead_is_a_ratio_to_a_plain_generation() -> None:
     assert part.cuts[1:] == ["timing a noise floor of wan"]
 
 
-@pytest.mark.slow
+@pytest.mark.bar
 def test_overhead_of_every_family_holds_a_noise_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overhead, "FLOOR_ROUNDS", 1)
     monkeypatch.setattr(overhead, "ROUNDS", 1)
@@ -474,7 +474,7 @@ def test_peaks_of_a_device_are_of_each_kind_of_work(
     assert found["modules"]["at"].endswith("attn1.to_q")
 
 
-@pytest.mark.slow
+@pytest.mark.bar
 def test_memory_of_processes_is_measured() -> None:
     rows = {row["work"]: row for row in memory.rows(HERE, Budget(300.0))}
     assert set(rows) == {"plain", *BARS}

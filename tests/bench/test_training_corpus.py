@@ -20,9 +20,9 @@ def reference(subject: str) -> Recording:
 
 
 def params(entries: tuple[Planted, ...], quick: tuple[str, ...]) -> list[object]:
-    """All entries by name; what is not quick is marked slow."""
+    """All entries by name; the others are a bar."""
     return [
-        pytest.param(e, id=e.name, marks=[] if e.name in quick else [pytest.mark.slow])
+        pytest.param(e, id=e.name, marks=[] if e.name in quick else [pytest.mark.bar])
         for e in entries
     ]
 

@@ -360,7 +360,7 @@ def test_more_calls_are_assembled_than_files_may_be_open(tmp_path: Path) -> None
 # the corpus
 
 
-@pytest.mark.slow
+@pytest.mark.bar
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_right_splits_pass_and_all_faults_are_found(tmp_path: Path, world: int) -> None:
     make(tmp_path)

@@ -62,7 +62,7 @@ def state(evidence: Evidence) -> State:
     return state_of(evidence, date(2026, 12, 1))[0]
 
 
-@pytest.mark.slow
+@pytest.mark.bar
 def test_terrain_onnx_against_diffusers() -> None:
     for name in ("diffusers", "onnx", "onnxruntime"):
         pytest.importorskip(name)

@@ -325,7 +325,7 @@ print(int(peak.split()[1]) * 1024)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.bar
 def test_a_million_rows_take_less_than_a_gigabyte_and_a_half(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     for verb in ("write", "open"):

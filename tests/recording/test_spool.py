@@ -395,7 +395,7 @@ def test_a_forked_child_leaves_the_trace_to_its_parent(tmp_path: Path) -> None:
     assert {entry.step for entry in Recording.open(path).manifest.tensors} == {0, 1}
 
 
-@pytest.mark.slow
+@pytest.mark.bar
 def test_a_trace_larger_than_memory_may_grow(tmp_path: Path) -> None:
     """1.5 GB of activations in a process that may not hold 1 GB, torch included."""
     code = f"""

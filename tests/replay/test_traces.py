@@ -372,7 +372,7 @@ def test_a_row_takes_a_bounded_number_of_bytes(level: Level, tmp_path: Path) -> 
     [
         ((1_000, 3_000), 1.0),
         ((1_000, 3_000), 1.05),
-        pytest.param((6_000, 10_000), 1.05, marks=pytest.mark.slow),
+        pytest.param((6_000, 10_000), 1.05, marks=pytest.mark.bar),
     ],
 )
 def test_a_row_of_moments_takes_less_than_a_kilobyte(

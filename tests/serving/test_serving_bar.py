@@ -1,4 +1,5 @@
-"""Faults that are found and healthy servers that are not accused, over ten trusted models."""
+"""Faults that are found and healthy servers that are not accused, over ten trusted models, or two
+of them."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.bars import share
 from tests.serving.conftest import Address
 from truestep.serving.answers import gather
 from truestep.serving.client import Endpoint, connected
@@ -55,11 +57,11 @@ def asked(url: str, plan: Plan) -> Answers:
 
 
 @pytest.mark.slow
-def test_ten_of_ten_faults_are_found_and_none_of_forty_healthy_accused(server: Address) -> None:
+def test_every_fault_is_found_and_nothing_healthy_is_accused(server: Address) -> None:
     found: Counter[str] = Counter()
     healthy: Counter[str] = Counter()
-    told = []
-    for kind, model, ask in TRUSTED:
+    told, trusted = [], share(TRUSTED, 2)
+    for kind, model, ask in trusted:
         plan = Plan("image", ask)
         own = {"class": kind, "model": str(model)}
         reference = asked(server(**own), plan)
@@ -73,9 +75,9 @@ def test_ten_of_ten_faults_are_found_and_none_of_forty_healthy_accused(server: A
             told.append(f"{kind} {model} healthy {fault}: {result.sentence}")
     print("\n".join(told))
     print(dict(found), dict(healthy))
-    assert found == dict.fromkeys(FAULTS, len(TRUSTED)), told
+    assert found == dict.fromkeys(FAULTS, len(trusted)), told
     assert healthy[Verdict.DRIFTED.value] == 0, told
-    assert healthy[Verdict.EQUIVALENT.value] >= len(TRUSTED) * 3, told
+    assert healthy[Verdict.EQUIVALENT.value] >= len(trusted) * 3, told
 
 
 def named(fault: str, sentence: str) -> bool:
