@@ -18,9 +18,7 @@ pytestmark = pytest.mark.skipif(not other_sets(), reason="this processor has one
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "subject", [pytest.param("tiny-wan2.1", marks=pytest.mark.bar), "silero"]
-)
+@pytest.mark.parametrize("subject", [pytest.param("tiny-wan2.1", marks=pytest.mark.bar), "silero"])
 def test_references_travel(subject: str, tmp_path: Path) -> None:
     if subject == "silero":
         for package in ("av", "onnxruntime", "silero_vad"):

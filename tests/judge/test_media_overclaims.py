@@ -216,7 +216,7 @@ SOUNDS: dict[str, tuple[tuple[str, ...], Callable[[Array], Array]]] = {
 
 @pytest.mark.slow
 def test_no_pair_of_sounds_is_claimed_to_show_more_than_it_does(tmp_path: Path) -> None:
-    """30 harmless pairs and other seeds, 30 with a planted change; of one of five sounds, or all."""
+    """30 harmless pairs and other seeds, 30 with a planted change; or a fifth of them."""
     pairs: list[tuple[str, Array, Array, tuple[str, ...]]] = []
     for seed in share(range(5), 1):
         sound = media.tones(seed)
