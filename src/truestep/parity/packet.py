@@ -172,15 +172,29 @@ def _definition(node: ast.ClassDef, path: str, symbol: str, found: Findings) -> 
 
 
 def _call(node: ast.Call, path: str, symbol: str, found: Findings) -> None:
+    """What a call builds or loads; of a repository's thousands, few are put into words."""
+    names = _identifiers(node.func)
+    builds = bool(symbol) and symbol in names
+    loads = not _LOADERS.isdisjoint((".".join(names), *names[-1:]))
+    if not builds and not loads:
+        return
     name = ast.unparse(node.func)
-    last = name.rpartition(".")[2]
     arguments = tuple(_argument(item) for item in (*node.args, *node.keywords))
-    if symbol and (last == symbol or f"{symbol}." in f"{name}."):
+    if builds:
         found.instantiations.append(
             Instantiation(path=path, symbols=(name,), args=arguments, line=node.lineno)
         )
-    if name in _LOADERS or last in _LOADERS:
+    if loads:
         found.sources.append(f"{name}({', '.join(arguments)[:120]}) ({path}:{node.lineno})")
+
+
+def _identifiers(node: ast.AST) -> list[str]:
+    """`a.b.c` as its parts; of what is no name, the parts that follow it."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return [*([node.id] if isinstance(node, ast.Name) else []), *reversed(parts)]
 
 
 def _argument(node: ast.AST) -> str:
