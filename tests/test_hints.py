@@ -178,6 +178,7 @@ ADVICE = {
     "measure again, and agree on a new Loosened(..., expires=...)",
     "measure again; a clock, a stage or the history is wrong",
     "measure the floor: --noise TRACE of the trusted model, run with other threads or again",
+    "record both traces with --level sketch: of moments alone, sameness does not follow",
     "name one of them",
     "name the components that run: subject_of(function, components={...})",
     "give real numbers, and let the function make view_as_complex of them",

@@ -77,6 +77,16 @@ def test_help_lists_every_verb(run: Run) -> None:
     assert "Exit codes" in out
 
 
+@pytest.mark.parametrize("verb", [(), ("gate",), ("parity",), ("perf",), ("trace",)], ids=" ".join)
+def test_a_verb_alone_shows_what_it_takes(verb: tuple[str, ...], run: Run) -> None:
+    code, out, err = run(*verb)
+    told = (out + err).splitlines()
+    assert code in (0, 2)
+    assert told[0].startswith(" ".join(("Usage: truestep", *verb)))
+    assert any(line.strip() in ("Commands:", "Verbs:") for line in told), told
+    assert "\\n" not in out + err
+
+
 def test_check_passes_and_begins_with_the_sentence(project: Run) -> None:
     code, out, _ = project("check", "three")
     assert code == 0

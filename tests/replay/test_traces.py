@@ -111,6 +111,9 @@ def test_moments_alone_never_pass() -> None:
     result = compare_traces(traced(net(), level="stats"), traced(net(), level="stats"))
     assert result.verdict is Verdict.INCONCLUSIVE
     assert "permutation" in result.rows[0].note
+    assert "--level sketch" in result.hint
+    whole = compare_traces(traced(broken()), traced(net()))
+    assert "--noise TRACE" in whole.hint
 
 
 def test_other_names_pair_by_what_modules_return_and_say_so() -> None:

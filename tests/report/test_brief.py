@@ -68,6 +68,15 @@ def test_a_failure_has_its_cause_place_evidence_cost_and_what_is_next(drifted: C
     assert data["seconds"] == 0.1
 
 
+def test_a_note_is_no_cause_of_what_differs_and_is_of_what_raised() -> None:
+    notes = ("its 3 repeats are the same bit for bit",)
+    (item,) = checked(Results.of([plain(notes=notes)]))["items"]
+    assert not item.get("cause")
+    raised = plain(notes=("raised ValueError: no",), verdict=Verdict.INVALID)
+    (item,) = checked(Results.of([raised]))["items"]
+    assert item["cause"] == "raised ValueError: no"
+
+
 def test_a_pass_asks_for_nothing(equivalent: Comparison) -> None:
     data = checked(Results.of([equivalent]))
     assert (data["verdict"], data["exit_code"]) == ("equivalent", 0)

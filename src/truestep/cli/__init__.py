@@ -42,6 +42,9 @@ def run_here() -> int:
             return code if isinstance(code, int) else 0
         except click.Abort as error:  # how click passes an interrupt on
             raise error.__cause__ or KeyboardInterrupt from None
+    except click.exceptions.NoArgsIsHelpError as error:
+        say(error.format_message(), err=True, lines=True)
+        return error.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         if context is not None:

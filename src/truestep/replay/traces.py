@@ -158,7 +158,7 @@ def compare_traces(
         looked_at=(f"{len({*rows.each('fqn')})} modules", f"{len(rows)} tensors"),
         not_looked_at=(*left_out, *_unseen(seen), *unrecorded(ours, theirs)),
         notes=(*named.notes, *_undone(seen), *cut(ours, "actual"), *cut(theirs, "reference")),
-        hint=_hint(rows, floor is not None, tolerance),
+        hint=_hint(rows, sides, measured=floor is not None or tolerance is not None),
     )
     return _located(result, sides, named)
 
@@ -459,9 +459,13 @@ def _schedule(rows: Rows, first: Divergence, sides: tuple[Source, Source]) -> Di
     return None
 
 
-def _hint(rows: Rows, measured: bool, tolerance: float | None) -> str:
-    if all(verdict.passed for verdict in rows.each("verdict")) or measured or tolerance is not None:
+def _hint(rows: Rows, sides: tuple[Source, Source], *, measured: bool) -> str:
+    verdicts = set(rows.each("verdict"))
+    if measured or all(verdict.passed for verdict in verdicts):
         return ""
+    stats = any(_manifest(side).level == "stats" for side in sides)
+    if stats and Verdict.DRIFTED not in verdicts:
+        return "record both traces with --level sketch: of moments alone, sameness does not follow"
     return "measure the floor: --noise TRACE of the trusted model, run with other threads or again"
 
 

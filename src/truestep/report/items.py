@@ -177,8 +177,8 @@ def _cause(comparison: Comparison) -> str:
         parts = [finding.text for finding in comparison.evidence.findings[:2]]
     if not parts and comparison.known is not None:
         parts = [comparison.known.text]
-    if not parts and comparison.notes:
-        parts = [comparison.notes[0]]
+    if not parts and comparison.verdict is not Verdict.DRIFTED:  # its rows say what differs
+        parts = [*comparison.notes[:1]]
     return "; ".join(parts)
 
 
