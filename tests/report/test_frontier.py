@@ -6,7 +6,7 @@ import re
 from itertools import combinations
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from truestep.experiment.quality.records import Point, Quality, Standing
@@ -36,7 +36,15 @@ def point(name: str, speed: float, drift: float, quality: float) -> Point:
 PLACES = st.tuples(st.floats(0.5, 9.0), st.floats(1e-5, 3.0), st.floats(-9.0, 3.0))
 
 
+CROWDED = [
+    *((speed, drift, 0.0) for speed, drift in ((3, 1), (6, 1), (6, 0.3125), (6, 0.078125))),
+    *((speed, drift, 0.0) for speed, drift in ((7, 2), (7, 1.75), (8, 2), (8, 2))),
+]
+"""Eight of one quality, fast: there is no room for all names beside their marks."""
+
+
 @given(st.lists(PLACES, min_size=1, max_size=10))
+@example(CROWDED)
 def test_no_name_lies_on_another(places: list[tuple[float, float, float]]) -> None:
     points = [point(f"setting {at}", *place) for at, place in enumerate(places)]
     texts = [(float(x), float(y), text) for x, y, text in TEXT.findall(svg(points))]

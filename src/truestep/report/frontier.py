@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from itertools import product
 
 from truestep.experiment.quality.records import Point, Quality
 
@@ -178,17 +179,27 @@ def _placed(
     all."""
     wide = _LETTER * len(name)
     first: tuple[float, Box] | None = None
+    for start, at in _lines(x, y, wide, sides):
+        box = (start, at - _LINE + 2, start + wide, at + 2)
+        first = first or (at, box)
+        inside = sides[0] <= box[0] and box[2] <= sides[1] and box[1] >= _TOP - 14
+        if inside and box[3] <= _BOTTOM and not any(_meet(box, other) for other in taken):
+            return at, box
+    assert first is not None
+    return first
+
+
+def _lines(
+    x: float, y: float, wide: float, sides: tuple[float, float]
+) -> Iterator[tuple[float, float]]:
+    """Where a name may begin, and its line: beside its mark, then anywhere, the nearest first."""
     for step in range(24):
         away = _LINE * ((step + 1) // 2) * (-1 if step % 2 else 1)
         for start in (x + 9, x - 9 - wide):
-            at = y - 3 + away
-            box = (start, at - _LINE + 2, start + wide, at + 2)
-            first = first or (at, box)
-            inside = sides[0] <= box[0] and box[2] <= sides[1] and box[1] >= _TOP - 14
-            if inside and box[3] <= _BOTTOM and not any(_meet(box, other) for other in taken):
-                return at, box
-    assert first is not None
-    return first
+            yield start, y - 3 + away
+    columns = range(math.ceil(sides[0]), math.floor(sides[1] - wide) + 1, math.ceil(_LETTER))
+    lines = range(math.ceil(_TOP), math.floor(_BOTTOM), _LINE // 2)
+    yield from sorted(product(columns, lines), key=lambda place: math.dist(place, (x, y)))
 
 
 def _meet(one: Box, other: Box) -> bool:
