@@ -198,7 +198,7 @@ def _lines(
         for start in (x + 9, x - 9 - wide):
             yield start, y - 3 + away
     columns = range(math.ceil(sides[0]), math.floor(sides[1] - wide) + 1, math.ceil(_LETTER))
-    lines = range(math.ceil(_TOP), math.floor(_BOTTOM), _LINE // 2)
+    lines = range(_TOP, _BOTTOM, _LINE // 2)
     yield from sorted(product(columns, lines), key=lambda place: math.dist(place, (x, y)))
 
 
