@@ -85,6 +85,25 @@ def test_any_reader_of_safetensors_reads_the_columns(
     assert torch.equal(moments[3], recording[f"stats/{rows[3].name}"])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_moments_are_read_as_numbers_and_a_flipped_bit_is_seen_in_them(
+    tmp_path: Path, packed: bool, packing: Callable[[bool], None]
+) -> None:
+    packing(packed)
+    path = tmp_path / "t.safetensors"
+    recording = traced(path, "stats", model())
+    name = next(iter(recording)).removeprefix("stats/")
+    assert recording.moments(name) == tuple(recording[f"stats/{name}"].tolist())
+    with pytest.raises(KeyError, match="no tensor 'stats/nothing'"):
+        recording.moments("nothing")
+    header = read_header(path)
+    data = bytearray(path.read_bytes())
+    data[header.data_start + recording._source.header.tensors[f"stats/{name}"].begin] ^= 1  # type: ignore[union-attr]
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError, match="is damaged"):
+        Recording.open(path).moments(name)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_flipped_bit_is_seen(
     tmp_path: Path, level: Level, packing: Callable[[bool], None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import mmap
+import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,21 @@ class Recording(Shown, Mapping[str, torch.Tensor]):
             )
         return tensor
 
+    def moments(self, name: str) -> tuple[float, ...]:
+        """Moments that were kept of a tensor, read as numbers; see `records.STATS`.
+
+        Raises:
+            KeyError: None were kept of it.
+            FileFormatError: They are damaged.
+        """
+        kept = f"stats/{name}"
+        if self._source is None or kept in self._tensors:
+            return tuple(self[kept].tolist())
+        if kept not in self._source.header.tensors:
+            raise _NoTensorError(kept, self._names)
+        known = self._source.header.tensors[kept].digest or self._digests[kept]
+        return self._source.doubles(kept, known)
+
     def _digest(self, name: str, tensor: torch.Tensor) -> str:
         """Digest of the bytes that a tensor has now; where they lie is found once."""
         if not tensor.is_contiguous() or tensor.numel() < 2:  # bytes of one may be a copy
@@ -214,18 +230,34 @@ class _File:
 
     def read(self, name: str, expected: str | None) -> torch.Tensor:
         """Map one tensor, checking its digest if one is known."""
+        slot = self._slot(name)
+        tensor = _mapped(self._map, self.header.data_start, slot)
+        if expected is not None:
+            self._verify(name, bytes_of(tensor), expected)
+        return tensor
+
+    def doubles(self, name: str, expected: str) -> tuple[float, ...]:
+        """Read one small float64 tensor as numbers, without a tensor: there may be a million."""
+        slot, start = self._slot(name), self.header.data_start
+        data = self._map[start + slot.begin : start + slot.end] if self._map is not None else b""
+        self._verify(name, data, expected)
+        return struct.unpack(f"<{len(data) // 8}d", data)
+
+    def _slot(self, name: str) -> Slot:
+        """Where one tensor is in the file, which is mapped now if it holds anything."""
         slot = self.header.tensors[name]
         if self._map is None and slot.end > slot.begin:
             self._map = self._open()
-        tensor = _mapped(self._map, self.header.data_start, slot)
-        if expected is not None and not headers.has_digest(bytes_of(tensor), expected):
+        return slot
+
+    def _verify(self, name: str, data: bytes | memoryview, expected: str) -> None:
+        if not headers.has_digest(data, expected):
             headers.refuse(
                 self.header.path,
                 f"tensor {name!r} is damaged",
                 measured="its digest does not match",
                 likely="a flipped bit or an edited file",
             )
-        return tensor
 
     def release(self, name: str) -> None:
         """Give the pages of one tensor back to the system, where it has a way to."""

@@ -159,10 +159,10 @@ class Packed(Mapping[str, Slot]):
         if place is None:
             raise KeyError(name)
         number, part = place
-        row = self._rows[number]
-        dtype, shape = self._kind(row.dtype, row.shape, part)
+        columns = self._rows.columns
+        dtype, shape = self._kind(columns["dtype"][number], columns["shape"][number], part)
         begin = self._begins[part][number]
-        known = row.sketch_digest if part else row.digest
+        known = columns["sketch_digest" if part else "digest"][number]
         return Slot(dtype, shape, begin, begin + length_of(dtype, shape), known)
 
     def __contains__(self, name: object) -> bool:

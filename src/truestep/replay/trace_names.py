@@ -61,7 +61,7 @@ class Named:
 
 def fqns(names: Iterable[str]) -> list[str]:
     """Modules of tensor names, in order, each once."""
-    return list(dict.fromkeys(address(name).fqn or "" for name in names))
+    return list(dict.fromkeys(key_of(name).fqn or "" for name in names))
 
 
 def name_modules(
@@ -380,7 +380,7 @@ def _elements(side: Source) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, shape in table_of(side).each("name", "shape"):
         if "/out." in name:
-            found.setdefault(address(name).fqn or ROOT, math.prod(shape))
+            found.setdefault(key_of(name).fqn or ROOT, math.prod(shape))
     return found
 
 

@@ -83,6 +83,12 @@ class Streamed(Mapping[str, torch.Tensor]):
         view = laid_out(tensor, torch.empty(self._shapes[name], device="meta"))
         return tensor if view is None else view
 
+    def moments(self, name: str) -> tuple[float, ...]:
+        """Moments that were kept of a tensor; see `Recording.moments`."""
+        if isinstance(self._tensors, Recording):
+            return self._tensors.moments(self._names[name])
+        return tuple(self[f"stats/{name}"].tolist())
+
     def _stored(self, name: str) -> str | None:
         for prefix in self._prefixes:
             if name.startswith(prefix) and (inner := name[len(prefix) :]) in self._names:

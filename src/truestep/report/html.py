@@ -8,7 +8,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from truestep.files import write_text
 from truestep.report.answer import following
@@ -17,6 +19,11 @@ from truestep.report.failing import failing
 from truestep.report.sounds import PLAYED, outlines
 from truestep.report.words import also_lines, recheck_line, said
 from truestep.verdict import Comparison, Media, Results, Verdict
+
+if TYPE_CHECKING:
+    import jinja2
+
+_TEMPLATES = Path(__file__).parent / "templates"
 
 LABELS = {0: "pass", 1: "fail", 3: "blocked", 4: "unsure"}
 SIGNS = {"pass": "✓", "fail": "✕", "blocked": "⊘", "unsure": "?"}
@@ -48,8 +55,9 @@ def sides(comparison: Comparison) -> list[tuple[str, str, str]]:
     return [(key, own.get(key, "-"), theirs.get(key, "-")) for key in sorted({*own, *theirs})]
 
 
-def page(template: str, **fields: object) -> str:
-    """Render a template with the filters, the script and the policy that all pages share."""
+@cache
+def _templates() -> jinja2.Environment:
+    """The templates, each compiled once a process."""
     import jinja2
     from markupsafe import Markup, escape
 
@@ -57,20 +65,28 @@ def page(template: str, **fields: object) -> str:
         """Escape a text and set what it has between backticks as code."""
         return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(text))))
 
-    folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, code=code, sign=SIGNS.__getitem__)
-    script = (folder / "report.js").read_text("utf-8")
-    return environment.get_template(template).render(
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        **fields,
+    return environment
+
+
+def page(template: str, **fields: object) -> str:
+    """Render a template with the filters, the script and the policy that all pages share."""
+    script = (_TEMPLATES / "report.js").read_text("utf-8")
+    return (
+        _templates()
+        .get_template(template)
+        .render(
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            **fields,
+        )
     )
 
 
