@@ -83,7 +83,9 @@ def kind_of(call: dict[str, Any], output: list[Any], pipe: Any) -> str:
         return f"{source} to video and audio"
     shapes = [leaf.ndim for leaf in output if leaf.ndim]
     rank = shapes[0] if shapes else 0
-    sound = (rank in (1, 2, 3) and not slots & {"image_encoder", "unet"}) or "vocoder" in slots
+    pixels = any(leaf.ndim == 3 and leaf.shape[-1] in (3, 4) for leaf in output)
+    quiet = pixels or slots & {"image_encoder", "unet"}
+    sound = (rank in (1, 2, 3) and not quiet) or "vocoder" in slots
     target = "video" if rank == 5 else "audio" if sound else "image" if rank >= 3 else "embedding"
     return f"{source} to {target}"
 

@@ -64,9 +64,12 @@ class Model(nn.Module):
 
     def __init__(self, size: int = 32, heads: int = 4) -> None:
         super().__init__()
+        self.gains = (1.0, 2.0)
+        self.offset = nn.Parameter(torch.linspace(0.5, 1.5, size))
         self.blocks = nn.ModuleList(Block(size, heads) for _ in range(2))
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        x = x * self.gains[0] + self.offset * self.gains[1]
         for block in self.blocks:
             x = block(x, temb)
         return x
@@ -167,6 +170,12 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], str, str, str]] = {
     "another activation": (
         lambda m: setattr(block(m), "act", nn.SiLU()), "blocks.1.act", "activation",
         "`blocks.1.act` is SiLU, the reference's GELU"),
+    "a tuple": (
+        lambda m: setattr(m, "gains", (1.0, 1.9)), "(root)", "attribute",
+        "`gains` is (1.0, 1.9), the reference's (1.0, 2.0)"),
+    "of the whole": (
+        lambda m: m.offset.mul_(0.97), "(root)", "scaled",
+        "`offset` is 0.97 times the reference's"),
     "bias": (
         lambda m: block(m).narrow.bias.zero_(), "blocks.1.narrow", "bias missing",
         "`blocks.1.narrow.bias` is 0 everywhere"),

@@ -236,8 +236,6 @@ def _sides(subject: Subject, recording: CallRecording, how: How, said: Sequence[
         "not_looked_at": (
             *([f"models at {skipped} other steps"] if skipped else []),
             *([f"values of {', '.join(opaque_parts[:5])}"] if opaque_parts else []),
-            *(["accumulation over a free run (--depth final)"] if recording.steps else []),
-            "other inputs than those recorded",
         ),
         "notes": (*sorted(notes), *said),
     }

@@ -22,6 +22,9 @@ from truestep.replay.causes.weights import CASTS, NARROWER
 Tensor = torch.Tensor
 
 _SIMPLE = (bool, int, float, str, torch.dtype, type(None))
+MOST_PARTS = 16
+"""A longer tuple or list is data, and no setting."""
+
 _SILENT = ("training", "_is_full_backward_hook", "call_super_init")
 
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 0.0)
@@ -36,13 +39,13 @@ def attributes(scene: Scene) -> Iterator[Hypothesis]:
         own = ours.get(name)
         if own is None:
             continue
-        where = ".".join(part for part in (scene.fqn, name) if part)
         for key, (value, reference) in _differing(own, theirs).items():
+            where = scene.within(f"{name}.{key}" if name else key)
             yield Hypothesis(
                 kind=_kind_of(key),
-                text=f"`{where}.{key}` is {value!r}, the reference's {reference!r}",
+                text=f"`{where}` is {value!r}, the reference's {reference!r}",
                 change=_set(name, key, value),
-                patch=f"set `{where}.{key}` to {reference!r}",
+                patch=f"set `{where}` to {reference!r}",
             )
 
 
@@ -59,10 +62,17 @@ def _differing(own: torch.nn.Module, theirs: torch.nn.Module) -> dict[str, tuple
         for key, value in reference.items()
         if key in mine
         and key not in _SILENT
-        and isinstance(value, _SIMPLE)
-        and isinstance(mine[key], _SIMPLE)
+        and _is_simple(value)
+        and _is_simple(mine[key])
         and repr(mine[key]) != repr(value)
     }
+
+
+def _is_simple(value: object) -> bool:
+    """Whether it is a plain value, or a few of them in a row: sizes of the axes of a rotation."""
+    if isinstance(value, tuple | list):
+        return len(value) <= MOST_PARTS and all(isinstance(part, _SIMPLE) for part in value)
+    return isinstance(value, _SIMPLE)
 
 
 def _set(name: str, key: str, value: Any) -> Callable[[torch.nn.Module], Any]:
@@ -72,7 +82,7 @@ def _set(name: str, key: str, value: Any) -> Callable[[torch.nn.Module], Any]:
 def usual(scene: Scene) -> Iterator[Hypothesis]:
     """What ports of such modules have otherwise: epsilons, activations, norms without weights."""
     for name, module in scene.theirs.named_modules():
-        where = ".".join(part for part in (scene.fqn, name) if part)
+        where = scene.within(name) or scene.fqn
         now = vars(module).get("eps", vars(module).get("variance_epsilon"))
         key = "eps" if "eps" in vars(module) else "variance_epsilon"
         for value in EPSILONS if isinstance(now, float) else ():

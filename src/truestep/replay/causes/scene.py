@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from truestep.floors import NoiseFloor
+from truestep.judge.divergence import ROOT
 from truestep.judge.floor import Limits, pair_of
 from truestep.judge.rows import compare_tensors
 from truestep.keys import key_of
@@ -82,6 +83,10 @@ class Scene:
     limits: Limits
     state: Mapping[str, Tensor]
     tried: int = field(default=0)
+
+    def within(self, name: str) -> str:
+        """What something in the module is called in the whole model, as torch names it."""
+        return ".".join(part for part in (self.fqn, name) if part not in ("", ROOT))
 
     def run(self, *, again: bool = False) -> Outputs:
         """What the trusted module gives now, host copies; it is afterwards what it was.

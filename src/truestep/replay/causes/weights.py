@@ -47,7 +47,7 @@ def hypotheses(scene: Scene) -> Iterator[Hypothesis]:
 
 
 def _loaded(scene: Scene, values: Mapping[str, Tensor]) -> Hypothesis:
-    names = [f"{scene.fqn}.{name}" for name in values]
+    names = [scene.within(name) for name in values]
     shown = ", ".join(f"`{name}`" for name in names[:3])
 
     def said() -> tuple[str, str]:

@@ -130,8 +130,9 @@ def configuration(
     Args:
         config_class: The configuration's class.
         tokenizer: The tokenizer whose ids it will be given, which sets the vocabulary.
-        changes: Arguments to set beside what the tables say.
+        changes: Arguments to set beside what the tables say; of a part, those of the part.
     """
+    changes = dict(changes or {})
     names: set[str] = set()
     for base in config_class.__mro__:
         names |= set(inspect.signature(base.__init__).parameters)
@@ -150,10 +151,10 @@ def configuration(
             part_class = CONFIG_MAPPING[parts[part]]
         elif part_class.__name__ == "AutoConfig":
             continue
-        values[part] = configuration(part_class, tokenizer)
+        values[part] = configuration(part_class, tokenizer, changes.pop(part, None))
     for base in reversed(config_class.__mro__):
         values |= CHANGES.get(base.__name__, {})
-    return config_class(**(values | (changes or {})))
+    return config_class(**(values | changes))
 
 
 def _of_tokenizer(names: set[str], tokenizer: Any) -> dict[str, Any]:

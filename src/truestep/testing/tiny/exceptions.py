@@ -51,6 +51,13 @@ def _first_frame(f: Facts) -> Settings:
 _DEEP_VAE = {"dim_mult": [1] * 6, "temperal_downsample": [False] * 5, "base_dim": 4}
 """Edits are computed at a fixed area of a megapixel: an autoencoder that reduces 32-fold."""
 
+_SIXTEENFOLD = {
+    "dim_mult": [1] * 5,
+    "temperal_downsample": [False, False, False, True],
+    "scale_factor_spatial": 16,
+}
+"""A picture's slot among the tokens of a text stands for two by two of its latents: 32 pixels."""
+
 _EIGHTFOLD = {
     "block_out_channels": (8,) * 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -91,6 +98,21 @@ _DEEP_WAN = {
     "temperal_downsample": [False, False, False, True, True],
     "scale_factor_spatial": 32,
 }
+_COSMOS3: dict[str, Change] = {"text_tokenizer": Use("Qwen2Tokenizer")}
+_LAYERS_36 = {"text_config": {"num_hidden_layers": 36}}
+"""Layers of a language model that a pipeline names by number."""
+
+_KREA2: dict[str, Change] = {
+    "text_encoder": _LAYERS_36,
+    "transformer": {"num_text_layers": 12},
+}
+_FILLED: dict[str, Change] = {
+    "transformer": lambda f: {
+        "in_channels": 4 * (2 * f.latent + 4),
+        "out_channels": 4 * f.latent,
+    }
+}
+"""Flux beside a masked picture: its latent, and a mask of 8 by 8 pixels for each latent pixel."""
 _AMUSED: dict[str, Change] = {
     "scheduler": {"mask_token_id": 31},
     "vqvae": {"lookup_from_codebook": True},
@@ -105,6 +127,7 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
     "AudioLDMPipeline": {"vae": _MONO, "unet": _SOUND_UNET},
     "AudioLDM2Pipeline": {"vae": _MONO},
     "MusicLDMPipeline": {"text_encoder": Use("ClapModel"), "vae": _MONO, "unet": _SOUND_UNET},
+    "BriaFibo2Pipeline": {"text_encoder": _LAYERS_36},
     "CogVideoXFunControlPipeline": {"transformer": _beside},
     "CogVideoXImageToVideoPipeline": {
         "transformer": lambda f: {
@@ -120,17 +143,17 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
         "transformer": lambda f: {"in_channels": f.latent + 1},
     },
     "Cosmos2_5_PredictBasePipeline": {"transformer": lambda f: {"in_channels": f.latent + 1}},
+    "Cosmos3OmniPipeline": {
+        **_COSMOS3,
+        "sound_tokenizer": {},
+        "enable_safety_checker": False,
+    },
     "CosmosVideoToWorldPipeline": {"transformer": lambda f: {"in_channels": f.latent + 1}},
     "DanceDiffusionPipeline": {"scheduler": Use("IPNDMScheduler")},
     "FluxControlPipeline": {"transformer": _packed_beside},
     "FluxControlImg2ImgPipeline": {"transformer": _packed_beside},
     "FluxControlInpaintPipeline": {"transformer": _packed_beside},
-    "FluxFillPipeline": {
-        "transformer": lambda f: {
-            "in_channels": 4 * (2 * f.latent + 4),
-            "out_channels": 4 * f.latent,
-        }
-    },
+    "FluxFillPipeline": _FILLED,
     "HunyuanDiTPipeline": _T5_BESIDE,
     "HunyuanDiTPAGPipeline": _T5_BESIDE,
     "HunyuanDiTControlNetPipeline": _T5_BESIDE,
@@ -142,7 +165,9 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
         "text_encoder": {"pad_token_id": 3},
         "transformer": lambda f: {**_masked(f), "image_condition_type": "latent_concat"},
     },
-    "Ideogram4Pipeline": {"text_encoder": Use("Qwen3VLModel")},
+    "Ideogram4Pipeline": {"text_encoder": Use("Qwen3VLModel", _LAYERS_36)},
+    "Kandinsky5I2IPipeline": {"vae": _EIGHTFOLD},
+    "Kandinsky6TI2VAPipeline": {"audio_vae": {}, "vocoder": {}},
     "IFPipeline": {"unet": IF_UNET},
     "IFImg2ImgPipeline": {"unet": IF_UNET},
     "IFInpaintingPipeline": {"unet": IF_UNET},
@@ -175,6 +200,7 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
         "motion_adapter": Use("MotionAdapter", {"conv_in_channels": 9}),
     },
     "PaintByExamplePipeline": {"unet": _masked},
+    "QwenImage21Pipeline": {"vae": _SIXTEENFOLD},
     "QwenImageEditPipeline": {"vae": _DEEP_VAE},
     "QwenImageEditInpaintPipeline": {"vae": _DEEP_VAE},
     "QwenImageEditPlusPipeline": {"vae": _DEEP_VAE},
@@ -208,8 +234,15 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
     "ZImageControlNetInpaintPipeline": {
         "controlnet": lambda f: {"control_in_dim": 2 * f.latent + 1}
     },
-    "Ideogram4AutoBlocks": {"prompt_enhancer_head": None},
+    "Ideogram4AutoBlocks": {"prompt_enhancer_head": None, "text_encoder": _LAYERS_36},
+    "Krea2AutoBlocks": _KREA2,
+    "Krea2TurboAutoBlocks": _KREA2,
+    "HeliosPyramidDistilledAutoBlocks": {"scheduler": Use("HeliosDMDScheduler")},
     "HeliosAutoBlocks": {"scheduler": {"stage_range": [0, 1], "stages": 1}},
+    "Cosmos3OmniBlocks": _COSMOS3,
+    "Cosmos3DistilledBlocks": _COSMOS3,
+    "QwenImage21AutoBlocks": {"vae": _SIXTEENFOLD},
+    "QwenImage21TurboAutoBlocks": {"vae": _SIXTEENFOLD},
     "QwenImageEditAutoBlocks": {"vae": _DEEP_VAE},
     "QwenImageEditPlusAutoBlocks": {"vae": _DEEP_VAE},
     "QwenImageLayeredAutoBlocks": {"vae": _DEEP_VAE},
@@ -223,8 +256,8 @@ EXCEPTIONS: dict[str, dict[str, Change]] = {
         "transformer": lambda f: {**_first_frame(f), "pos_embed_seq_len": 34}
     },
     "flux/FluxKontextAutoBlocks/image_conditioned": {"vae": _DEEP_KL},
-    "VisualClozeGenerationPipeline": {"resolution": 32},
-    "VisualClozePipeline": {"resolution": 32},
+    "VisualClozeGenerationPipeline": {"resolution": 32, **_FILLED},
+    "VisualClozePipeline": {"resolution": 32, **_FILLED},
     "WanImageToVideoPipeline": {"transformer": _first_frame, **_CLIP_IMAGE},
 }
 """Changes of components, by the pipeline's class and the component's name."""
@@ -241,14 +274,20 @@ for _name in ("Kandinsky", "KandinskyV22"):
 
 _GRAPHS = "it runs exported ONNX graphs, not models of torch"
 _WORDS = "it makes text, not pictures or sound"
+_WRITES = "its prompt upsampler must write JSON, which random weights do not"
 _INVERT = "its call needs a picture that its `invert` was given before"
 _BEFORE = "its call needs what another pipeline gave before"
 
 OBSTACLES: dict[str, str] = {
     "ChromaInpaintPipeline": "diffusers 0.42.1 asks Chroma's transformer for guidance_embeds",
+    "Cosmos2_5_TransferPipeline": "its control net needs torchvision",
     "DiffusionGemmaPipeline": _WORDS,
+    "EasyAnimateInpaintPipeline": "diffusers 0.42.1 gives torch.tensor two arguments",
     "EasyAnimateControlPipeline": "diffusers 0.42.1 gives encode_prompt an argument it lacks",
     "Flux2Pipeline": "its PixtralProcessor needs torchvision",
+    "Flux2AutoBlocks": "its PixtralProcessor needs torchvision",
+    "Flux3AutoBlocks": _WRITES,
+    "Flux3DistilledAutoBlocks": _WRITES,
     "I2VGenXLPipeline": "diffusers 0.42.1 asks CLIP for text_model, which transformers 5 lacks",
     "LEditsPPPipelineStableDiffusion": _INVERT,
     "LEditsPPPipelineStableDiffusionXL": _INVERT,
@@ -264,4 +303,4 @@ OBSTACLES: dict[str, str] = {
     "StableDiffusionOnnxPipeline": _GRAPHS,
     "VersatileDiffusionPipeline": "it has no call of its own",
 }
-"""Why a pipeline is not built."""
+"""Why a pipeline, or blocks of one, are not built."""

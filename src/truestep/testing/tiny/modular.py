@@ -20,7 +20,7 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from truestep.errors import UsageError, one_line
 from truestep.testing.tiny.building import Draw, build_components, chosen
 from truestep.testing.tiny.calls import ARGUMENTS, REQUIRED, changed
-from truestep.testing.tiny.exceptions import EXCEPTIONS
+from truestep.testing.tiny.exceptions import EXCEPTIONS, OBSTACLES
 from truestep.testing.tiny.facts import Facts
 from truestep.testing.tiny.words import texts
 
@@ -84,6 +84,8 @@ def build(name: str, *, seed: int, dtype: torch.dtype) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         family, blocks_name, workflow, blocks = _of(name)
+        if blocks_name in OBSTACLES:
+            raise UsageError(f"no tiny {blocks_name}: {OBSTACLES[blocks_name]}")
         pipe = blocks.init_pipeline()
         changes = EXCEPTIONS.get(name, EXCEPTIONS.get(blocks_name, {}))
         specs = {c.name: c for c in blocks.expected_components}
@@ -102,8 +104,17 @@ def build(name: str, *, seed: int, dtype: torch.dtype) -> Any:
         sentences = texts(f"{families.__name__}.{family}.encoders")
         components = build_components(slots, changes, facts, sentences, Draw(seed, dtype))
         pipe.update_components(**components)
+        _configure(pipe)
         _rescale(pipe, specs)
     return pipe
+
+
+def _configure(pipe: Any) -> None:
+    """Settings that a checkpoint would bring: random pictures need no checker."""
+    if "enable_safety_checker" in pipe.config:
+        pipe.update_components(enable_safety_checker=False)
+    if "distilled_sigmas" in pipe.config:
+        pipe.update_components(distilled_sigmas=[1.0, 0.7, 0.4])
 
 
 def save(pipe: Any, name: str, folder: Path) -> None:

@@ -181,7 +181,7 @@ PICTURES: Table = {
         **heads(2, 16),
         "intermediate_size": 48,
         "adaln_dim": 16,
-        "llm_features_dim": f.text,
+        "llm_features_dim": 13 * f.text,
         "mrope_section": (4, 2, 2),
     },
     "QwenImage21Transformer2DModel": lambda f: {
@@ -301,6 +301,15 @@ PICTURES: Table = {
         "axes_dims_rope": (4, 2, 2),
         "max_resolution": (32, 32),
         "llama_layers": (0, 1),
+    },
+    "AnimaTextConditioner": lambda f: {
+        "source_dim": f.text,
+        "target_dim": f.text,
+        "model_dim": f.text,
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "target_vocab_size": len(f.built["t5_tokenizer"]),
+        "min_sequence_length": 16,
     },
     "Krea2Transformer2DModel": lambda f: {
         "in_channels": 4 * f.latent,

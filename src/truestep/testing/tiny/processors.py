@@ -44,10 +44,9 @@ def lacks_video(processor: Any) -> bool:
 
 
 def _qwen_vl(cls: Any, tokenizer: Any) -> Any:
+    patch = 16 if "Qwen3" in cls.__name__ else 14
     pictures = transformers.Qwen2VLImageProcessorPil(
-        min_pixels=28 * 28,
-        max_pixels=56 * 56,
-        patch_size=16 if "Qwen3" in cls.__name__ else 14,
+        min_pixels=(2 * patch) ** 2, max_pixels=(4 * patch) ** 2, patch_size=patch
     )
     return without_video(cls)(pictures, tokenizer, chat_template=tokenizer.chat_template)
 

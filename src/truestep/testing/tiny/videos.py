@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from truestep.testing.tiny.autoencoders import LATENT
 from truestep.testing.tiny.facts import Facts, Table, channels, heads, without
 
 
@@ -85,6 +86,20 @@ def _kandinsky5(f: Facts) -> dict[str, Any]:
         "axes_dims": (1, 1, 2),
         "visual_cond": "5I2" in f.pipeline,
         "attention_type": "regular",
+    }
+
+
+def _kandinsky6(f: Facts) -> dict[str, Any]:
+    return {
+        **without(_kandinsky5(f), "attention_type"),
+        "visual_cond": True,
+        "in_audio_dim": LATENT,
+        "out_audio_dim": LATENT,
+        "model_dim_a": 8,
+        "time_dim_a": 16,
+        "ff_dim_a": 16,
+        "axes_dims_a": (1, 1, 2),
+        "visual_token_type_num_embeddings": 2,
     }
 
 
@@ -217,6 +232,13 @@ VIDEOS: Table = {
         "causal_temporal_positioning": False,
         "rope_type": "split",
     },
+    "LTX2DurationHead": lambda _: {
+        "video_cross_attention_dim": 32,
+        "audio_cross_attention_dim": 32,
+        "pooler_hidden_dim": 8,
+        "num_pooler_heads": 2,
+        "mlp_hidden_dim": 8,
+    },
     "LTXLatentUpsamplerModel": lambda f: {
         "in_channels": f.latent,
         "mid_channels": 32,
@@ -255,6 +277,20 @@ VIDEOS: Table = {
         "rope_max_seq_len": 32,
     },
     "CosmosTransformer3DModel": _cosmos,
+    "Cosmos3OmniTransformer": lambda f: {
+        "hidden_size": 32,
+        "head_dim": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+        "latent_channel": f.latent,
+        "patch_latent_dim": 4 * f.latent,
+        "rope_axes_dim": (4, 2, 2),
+        "vocab_size": len(f.built["text_tokenizer"]),
+        "sound_gen": f.has("sound_tokenizer"),
+        "sound_dim": LATENT,
+    },
     "AllegroTransformer3DModel": lambda f: {
         **heads(2, 12),
         **channels(f),
@@ -266,6 +302,7 @@ VIDEOS: Table = {
         "caption_channels": f.text,
     },
     "Kandinsky5Transformer3DModel": _kandinsky5,
+    "Kandinsky6Transformer3DModel": _kandinsky6,
     "MotifVideoTransformer3DModel": lambda f: {
         "in_channels": 2 * f.latent + 1,
         "out_channels": f.latent,
