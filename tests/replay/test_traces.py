@@ -241,9 +241,10 @@ def test_a_partial_trace_says_so(tmp_path: Path) -> None:
 def test_a_candidate_that_broke_off_does_not_pass(tmp_path: Path) -> None:
     """The reference goes on; one that was cut at the same place, or has fewer steps, is judged."""
 
-    def run(steps: int, fail_at: int | None, file: str) -> Path:
+    def run(steps: int, fail_at: int | None, file: str, *, inputs: bool = False) -> Path:
         path, model = tmp_path / file, net()
-        with suppress(RuntimeError), torch.no_grad(), capture(model, level="full", path=path):
+        tracing = capture(model, level="full", path=path, inputs=inputs)
+        with suppress(RuntimeError), torch.no_grad(), tracing:
             for step in range(steps):
                 if step == fail_at:
                     raise RuntimeError("out of memory")
@@ -258,6 +259,10 @@ def test_a_candidate_that_broke_off_does_not_pass(tmp_path: Path) -> None:
         "with"
     )
     assert compare_traces(cut, run(3, 1, "also.safetensors")).verdict is Verdict.IDENTICAL
+    short = run(1, None, "short.safetensors", inputs=True)
+    assert compare_traces(cut, short).verdict is Verdict.IDENTICAL  # its inputs are no further step
+    longer = compare_traces(cut, run(3, None, "inputs.safetensors", inputs=True))
+    assert longer.verdict is Verdict.INVALID
     fewer = compare_traces(run(1, None, "fewer.safetensors"), whole)
     assert fewer.verdict is Verdict.IDENTICAL
     assert fewer.not_looked_at == ("steps 1 main, 2 main (only the reference trace has them)",)

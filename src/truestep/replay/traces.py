@@ -27,7 +27,15 @@ from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.readers import Source, side_of
 from truestep.replay.isolation import alike, laid_out
-from truestep.replay.trace_ends import cut, gone, is_partial, only_of_the, unrecorded, with_ends
+from truestep.replay.trace_ends import (
+    INPUTS,
+    cut,
+    gone,
+    is_partial,
+    only_of_the,
+    unrecorded,
+    with_ends,
+)
 from truestep.replay.trace_names import (
     Named,
     Names,
@@ -283,9 +291,7 @@ def _scope(
         if only - common
     ]
     if inputs[0] != inputs[1]:
-        words.append(
-            f"inputs of modules (only the {'actual' if inputs[0] else 'reference'} trace has them)"
-        )
+        words.append(f"{INPUTS} {only_of_the('actual' if inputs[0] else 'reference')}")
 
     def inside(name: str) -> bool:
         return _place(name) in common and (all(inputs) or not _is_input(name))
