@@ -132,6 +132,25 @@ def test_a_rename_map_names_the_module_and_what_has_no_partner() -> None:
     assert "without a partner in the actual trace: head" in result.notes
 
 
+def test_what_has_no_partner_may_be_at_fault_before_the_first_that_differs() -> None:
+    """Without inputs: a module that was given what another one made is not accused alone."""
+    rename = {"layers.*.down": "blocks.*.down"}
+    result = compare_traces(
+        traced(Renamed(broken()), inputs=False), traced(net(), inputs=False), rename=rename
+    )
+    assert result.first_divergence is not None
+    assert result.first_divergence.fqn == "blocks.2.down"
+    kind = "or in blocks.2.act before it, which has no partner"
+    assert (result.first_divergence.kind or "").startswith(kind)
+    rename = {"layers.*": "blocks.*"}
+    whole = compare_traces(
+        traced(Renamed(broken()), inputs=False), traced(net(), inputs=False), rename=rename
+    )
+    assert whole.first_divergence is not None
+    assert whole.first_divergence.fqn == "blocks.2.up"
+    assert "no partner" not in (whole.first_divergence.kind or "")
+
+
 def test_a_trace_of_another_model_is_refused_with_both_sides_names() -> None:
     other = nn.Sequential(nn.Linear(16, 3), nn.Tanh())
     torch.manual_seed(5)
