@@ -198,7 +198,9 @@ ADVICE = {
     "record the pipeline that serves, without a cache",
     "record the reference again with this slice, or give its own slice_spec=",
     "rename or delete the entry",
-    "rename={'layers.*': 'blocks.*'} says which belong together",
+    "give --rename MAP.toml (in Python rename={'layers.*': 'blocks.*'}): the port's names, "
+    "then the trace's",
+    "write [rename], then 'layers.*' = 'blocks.*': the actual side's names first",
     "reset it inside what is recorded",
     "return Loaded(model.eval(), ...)",
     "return a module, a function, Loaded(...), or a truestep recording",

@@ -84,6 +84,8 @@ def test_the_tools_are_few_and_described() -> None:
             tools = (await client.list_tools()).tools
             assert [tool.name for tool in tools] == ["check", "compare", "record", "show", "run"]
             assert all(tool.description for tool in tools)
+            depths = tools[0].input_schema["properties"]["depth"]["enum"]
+            assert depths == ["steps", "modules", "cause"]
 
     anyio.run(main)
 

@@ -322,6 +322,39 @@ def test_content_at_another_place_is_no_conversion(kind: str, dtype: torch.dtype
     assert any(words in row.note for row in found.failing)
 
 
+def listed(state: State) -> State:
+    """The port with its norms of queries and keys in lists, beside a second attention's."""
+    lists = {".attn1.norm_q.weight": ".attn.1.scale.0", ".attn1.norm_k.weight": ".attn.1.scale.1"}
+    second = {old.replace("attn1", "attn2"): new.replace("1", "0", 1) for old, new in lists.items()}
+    made = {}
+    for name, tensor in state.items():
+        for old, new in (lists | second).items():
+            name = name.replace(old, new)
+        made[name] = tensor
+    return made
+
+
+def test_two_lists_of_parameters_in_a_layer_are_no_fault() -> None:
+    """What a name means is told by two numbers together: which attention, queries or keys."""
+    generator = torch.Generator().manual_seed(1)
+    more = {
+        f"blocks.{layer}.attn2.norm_{kind}.weight": 1 + torch.randn(WIDTH, generator=generator)
+        for layer in range(LAYERS)
+        for kind in "qk"
+    }
+    port = listed(PORT | more)
+    reference = REFERENCE | {n.replace("attn2", "cross_attn"): t for n, t in more.items()}
+    assert compare_weights(port, reference).verdict is Verdict.IDENTICAL
+    for names in (
+        ("blocks.1.attn.1.scale.0", "blocks.1.attn.1.scale.1"),
+        ("blocks.1.attn.1.scale.0", "blocks.1.attn.0.scale.0"),
+    ):
+        swapped = port | {names[0]: port[names[1]], names[1]: port[names[0]]}
+        found = compare_weights(swapped, reference)
+        assert found.verdict is Verdict.DRIFTED, found.sentence
+        assert {row.note.partition("in actual: ")[2] for row in found.failing} >= set(names)
+
+
 def test_everything_in_another_place_is_no_conversion() -> None:
     """Every tensor where another of its shape was, in the whole model."""
     dice = random.Random(0)

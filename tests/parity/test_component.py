@@ -141,6 +141,8 @@ def test_imports_skip_only_for_what_is_not_there(packages: Path) -> None:
             load("zz_broken:Model")
         with pytest.raises(UsageError, match="names no class"):
             load("zz_has")
+    with pytest.raises(ComponentMissingError, match=r"hint: set it: export \w+_OFFICIAL_REF_DIR="):
+        family.official_class("zz_nothing.model:Model")
     with pytest.raises(ComponentMissingError, match="zz_private_kernels, which zz_needs imports"):
         family.official_class("zz_needs:Model")
     with pytest.raises(ModuleNotFoundError, match="zz_private_kernels"):

@@ -121,9 +121,19 @@ def test_the_wrong_module_is_named(
     assert run.comparison is not None
     assert f"(first divergence: `{module}`" in run.comparison.sentence
     assert f"in the port: {partner}" in run.comparison.hint
+    assert "\n" not in run.comparison.hint  # it is printed on one line
     state, reason = state_of(run.evidence(), run_date())
     assert state is State.DEBUG_RED
     assert f"`{partner}` in the port" in reason
+
+
+def test_a_parameter_that_the_port_lacks_is_named() -> None:
+    def without(port: Port) -> None:
+        port.second.bias = None
+
+    fault = executed(lambda: ported(without)).fault
+    assert fault is not None
+    assert fault.weights == "down.bias: without a partner in the port"
 
 
 def test_a_right_port_has_no_fault() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +142,37 @@ def test_a_trace_without_the_root_and_a_port_that_raises(parts: dict[str, Any]) 
         replay_trace(parts["right"](), traced(parts["right"]()), call=call)
     with pytest.raises(UsageError, match="no step 9 in the trace"):
         replay_trace(parts["right"](), traced(parts["right"]()), steps=[9])
+
+
+def test_a_program_s_trace_is_replayed_by_the_port_s_own_names(
+    parts: dict[str, Any], port: Path, tmp_path: Path
+) -> None:
+    """A program may have several models: each name in its trace begins with the class."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch, port\n"
+        "class Text(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x + 1\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "x, scale = Text()(torch.randn(2, 16, generator=g)), torch.rand(1, generator=g)\n"
+        "port.right()(x, scale=scale)\n",
+        "utf-8",
+    )
+    path = tmp_path / "program.safetensors"
+    options = ["--level", "full", "--inputs", "--output", str(path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "truestep", "trace", "run", *options, "--", sys.executable, program],
+        env={**os.environ, "PYTHONPATH": f"{port.parent}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert replay_trace(parts["right"](), path).verdict is Verdict.IDENTICAL
+    assert replay_trace(parts["right"](), path, rename={"head": "Net.head"}).verdict.passed
+    found = replay_trace(parts["wrong"](), path)
+    assert found.first_divergence is not None
+    assert found.first_divergence.fqn == "blocks.1.down"
 
 
 def test_the_command(parts: dict[str, Any], port: Path, tmp_path: Path) -> None:

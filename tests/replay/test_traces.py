@@ -132,6 +132,25 @@ def test_a_rename_map_names_the_module_and_what_has_no_partner() -> None:
     assert "without a partner in the actual trace: head" in result.notes
 
 
+def test_what_has_no_partner_may_be_at_fault_before_the_first_that_differs() -> None:
+    """Without inputs: a module that was given what another one made is not accused alone."""
+    rename = {"layers.*.down": "blocks.*.down"}
+    result = compare_traces(
+        traced(Renamed(broken()), inputs=False), traced(net(), inputs=False), rename=rename
+    )
+    assert result.first_divergence is not None
+    assert result.first_divergence.fqn == "blocks.2.down"
+    kind = "or in blocks.2.act before it, which has no partner"
+    assert (result.first_divergence.kind or "").startswith(kind)
+    rename = {"layers.*": "blocks.*"}
+    whole = compare_traces(
+        traced(Renamed(broken()), inputs=False), traced(net(), inputs=False), rename=rename
+    )
+    assert whole.first_divergence is not None
+    assert whole.first_divergence.fqn == "blocks.2.up"
+    assert "no partner" not in (whole.first_divergence.kind or "")
+
+
 def test_a_trace_of_another_model_is_refused_with_both_sides_names() -> None:
     other = nn.Sequential(nn.Linear(16, 3), nn.Tanh())
     torch.manual_seed(5)
@@ -241,9 +260,10 @@ def test_a_partial_trace_says_so(tmp_path: Path) -> None:
 def test_a_candidate_that_broke_off_does_not_pass(tmp_path: Path) -> None:
     """The reference goes on; one that was cut at the same place, or has fewer steps, is judged."""
 
-    def run(steps: int, fail_at: int | None, file: str) -> Path:
+    def run(steps: int, fail_at: int | None, file: str, *, inputs: bool = False) -> Path:
         path, model = tmp_path / file, net()
-        with suppress(RuntimeError), torch.no_grad(), capture(model, level="full", path=path):
+        tracing = capture(model, level="full", path=path, inputs=inputs)
+        with suppress(RuntimeError), torch.no_grad(), tracing:
             for step in range(steps):
                 if step == fail_at:
                     raise RuntimeError("out of memory")
@@ -258,6 +278,10 @@ def test_a_candidate_that_broke_off_does_not_pass(tmp_path: Path) -> None:
         "with"
     )
     assert compare_traces(cut, run(3, 1, "also.safetensors")).verdict is Verdict.IDENTICAL
+    short = run(1, None, "short.safetensors", inputs=True)
+    assert compare_traces(cut, short).verdict is Verdict.IDENTICAL  # its inputs are no further step
+    longer = compare_traces(cut, run(3, None, "inputs.safetensors", inputs=True))
+    assert longer.verdict is Verdict.INVALID
     fewer = compare_traces(run(1, None, "fewer.safetensors"), whole)
     assert fewer.verdict is Verdict.IDENTICAL
     assert fewer.not_looked_at == ("steps 1 main, 2 main (only the reference trace has them)",)

@@ -171,6 +171,9 @@ def test_an_error_has_it_too() -> None:
     assert data["notes"] == [{"id": "n0", "text": "refs/a"}]
     advice = error_brief("no", notes=(), exit_code=2, hint="give another --output")
     assert (advice.next, advice.decide) == ("", "give another --output")
+    hint = "truestep record a --update  # replaces it"
+    replacing = error_brief("a reference of this case exists", notes=(), exit_code=2, hint=hint)
+    assert (replacing.next, replacing.decide) == ("", hint)  # what runs `next` replaces nothing
 
 
 TEXT = st.text(max_size=3000) | st.sampled_from(

@@ -16,7 +16,7 @@ def test_a_fault_is_at_its_line_and_what_names_none_at_the_case_file() -> None:
     first, second, third = ci.workflow_commands(results.everything(), "models/").splitlines()
     assert first.startswith("::error file=models/src/change.py,line=6,title=truestep%3A drifted")
     assert second.startswith("::warning file=models/truestep.toml,line=1,")
-    assert second.endswith("no line of code is named")
+    assert second.endswith("no line of this repository is named")
     assert third.startswith("::notice file=models/src/change.py,line=6,")
 
 

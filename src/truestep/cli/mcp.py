@@ -71,13 +71,13 @@ def server_of(results: Path) -> MCPServer[Any]:
         case: str = "",
         change: str = "",
         settings: list[str] | None = None,
-        depth: Literal["steps", "modules"] = "steps",
+        depth: Literal["steps", "modules", "cause"] = "steps",
     ) -> str:
         """Judge a change against the recorded reference of a case.
 
         case: name in truestep.toml; empty for all. change: FILE.py:FUNCTION that changes the
         pipeline in place; empty for the code as it is. settings: KEY=VALUE to change. depth:
-        modules names the module and the line, and takes longer.
+        modules names the module and the line, cause also what made it; each takes longer.
         """
         words = ["check", "--depth", depth]
         words += ["--apply", change] if change else []

@@ -47,5 +47,6 @@ def read(path: str | Path) -> dict[str, str]:
             "the file holds no rename map",
             where=str(path),
             measured="a table [rename] of names in quotes is needed",
+            hint="write [rename], then 'layers.*' = 'blocks.*': the actual side's names first",
         )
     return dict(found)

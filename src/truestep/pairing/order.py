@@ -138,12 +138,17 @@ def _kinds(state: State) -> None:
 
 
 def _by_number(members: Sequence[Match], side: str, told: Sequence[str]) -> bool:
-    """Whether one number of the names decides what they mean, as an index of a role does."""
+    """Whether numbers of the names decide what they mean, as an index of a role does.
+
+    That is one of them, or all but the first: a list of attentions, with scales of queries and of
+    keys, in each layer. The layer is never part of several: of one layer alone it is a fault.
+    """
     numbers = [_NUMBER.findall(getattr(match, side).name) for match in members]
-    for place in range(len(numbers[0])):
-        meant: dict[str, set[str]] = {}
+    count = len(numbers[0])
+    for places in [*((place,) for place in range(count)), tuple(range(1, count))]:
+        meant: dict[tuple[str, ...], set[str]] = {}
         for found, meaning in zip(numbers, told, strict=True):
-            meant.setdefault(found[place], set()).add(meaning)
+            meant.setdefault(tuple(found[place] for place in places), set()).add(meaning)
         if len(meant) < len(members) and all(len(each) == 1 for each in meant.values()):
             return True
     return False
@@ -169,8 +174,10 @@ def _modules(state: State) -> None:
         for module, members in held.items():
             for first, second in combinations(members[:8] if module else [], 2):
                 one, two = (getattr(match, other).name for match in (first, second))
+                if parent(one) == parent(two) or _leaf(one) == _leaf(two):
+                    continue  # two weights: a list of parameters, of two modules by right
                 both = (f"{parent(one)}.{_leaf(two)}", f"{parent(two)}.{_leaf(one)}")
-                if parent(one) != parent(two) and any(name in names for name in both):
+                if any(name in names for name in both):
                     note = f"{module} would be of two modules: {one} and {two}"
                     _mark(first, note)
                     _mark(second, note)

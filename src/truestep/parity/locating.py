@@ -103,7 +103,7 @@ def _with(comparison: Comparison, fault: Fault, found: Divergence | None, test: 
     notes += [f"in the port: {fault.port_module}"] if fault.port_module else []
     notes += [f"weights: {fault.weights}"] if fault.weights else []
     hint = f"`truestep parity keys {test}` lists the weights of both sides, paired"
-    hint = "\n      ".join([hint, *notes])
+    hint = "; ".join([hint, *notes])
     return made.model_copy(update={"notes": (*comparison.notes, *notes), "hint": hint})
 
 
@@ -141,12 +141,20 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _odd(port: torch.nn.Module, official: torch.nn.Module) -> Iterator[str]:
-    """Parameters of the port that do not fit their partners."""
-    odd = pair_modules(port, official).odd
-    for pair in odd[:_MOST_NAMED]:
-        yield f"{', '.join(pair.actual)} ({', '.join(pair.reference)}): {pair.text()}"
-    if len(odd) > _MOST_NAMED:
-        yield f"{len(odd) - _MOST_NAMED} more are odd"
+    """Parameters that do not fit their partners, or that the other side lacks."""
+    pairing = pair_modules(port, official)
+    told = [
+        f"{', '.join(pair.actual)} ({', '.join(pair.reference)}): {pair.text()}"
+        for pair in pairing.odd
+    ]
+    sides = ((official, pairing.unmatched_reference, "port"), (port, pairing.unmatched_actual, ""))
+    for model, unmatched, other in sides:
+        names = {name for name, _ in model.named_parameters()}
+        lacking = f"without a partner in the {other or 'official model'}"
+        told += [f"{name}: {lacking}" for name in unmatched if name in names]
+    yield from told[:_MOST_NAMED]
+    if len(told) > _MOST_NAMED:
+        yield f"{len(told) - _MOST_NAMED} more are odd"
 
 
 def _weights(official: Loaded, port: Loaded) -> str:

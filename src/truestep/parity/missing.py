@@ -132,7 +132,8 @@ class Family:
             searched = (str(folder), "installed packages")
             if str(folder) not in sys.path:
                 sys.path.insert(0, str(folder))
-        module = _import(spec, kind, searched)
+        hint = "" if folder else f"set it: export {self.variable('OFFICIAL_REF')}=DIR"
+        module = _import(spec, kind, searched, hint=hint)
         home = Path(module.__file__ or "").resolve()
         if folder is not None and folder.resolve() not in home.parents:
             raise UsageError(
@@ -203,7 +204,7 @@ class Family:
         return found
 
 
-def _import(spec: str, kind: MissingKind, searched: Sequence[str]) -> ModuleType:
+def _import(spec: str, kind: MissingKind, searched: Sequence[str], *, hint: str = "") -> ModuleType:
     name, colon, attribute = spec.partition(":")
     if not (name and colon and attribute):
         raise UsageError(f"{spec!r} names no class", hint="write it as package.module:Class")
@@ -212,7 +213,8 @@ def _import(spec: str, kind: MissingKind, searched: Sequence[str]) -> ModuleType
     except ModuleNotFoundError as error:
         lacking = error.name or ""
         if name == lacking or name.startswith(f"{lacking}."):
-            raise missing(kind, f"module {name} ({attribute})", searched=searched) from error
+            what = f"module {name} ({attribute})"
+            raise missing(kind, what, searched=searched, hint=hint) from error
         foreign = lacking.split(".")[0] != name.split(".")[0]
         if kind is MissingKind.OFFICIAL_IMPORT and lacking and foreign:
             raise missing(

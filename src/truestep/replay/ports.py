@@ -67,11 +67,12 @@ def replay_trace(
     """
     recording = trace if isinstance(trace, Recording) else Recording.open(trace)
     places = _places(recording, steps)
-    names, left_out = _names(model, recording, rename)
+    outer = _outer(recording, model)
+    names, left_out = _names(model, recording, rename, outer)
     rows: list[Row] = []
     first: Divergence | None = None
     for place in places:
-        expected = _expected(recording, model, place, same_names=not rename)
+        expected = _expected(recording, model, place, outer=outer, same_names=not rename)
         forward = _forward(model, expected, call, place)
         try:
             actual = flow(model, forward, given=expected, place=place, parts=names)
@@ -144,15 +145,36 @@ def _places(recording: Recording, steps: Collection[int] | None) -> list[tuple[i
     return [place for place in found if place[0] in chosen]
 
 
+def _outer(recording: Recording, model: torch.nn.Module) -> str:
+    """The class that begins the names of this model in a program's trace; empty without one.
+
+    Of several models of the program, that of the port's class.
+    """
+    names = {entry.fqn for entry in recording.manifest.tensors if entry.fqn}
+    classes = {name.partition(".")[0] for name in names}
+    if ROOT in names or not classes <= names or classes & {*named_modules(model).modules}:
+        return ""
+    own = type(model).__name__
+    return own if own in classes else classes.pop() if len(classes) == 1 else ""
+
+
+def _inner(fqn: str, outer: str) -> str | None:
+    """A name of a trace as the model has it; None where it is of another model."""
+    if not outer:
+        return fqn
+    if fqn == outer:
+        return ROOT
+    return fqn.removeprefix(f"{outer}.") if fqn.startswith(f"{outer}.") else None
+
+
 def _names(
-    model: torch.nn.Module, recording: Recording, rename: Mapping[str, str] | None
+    model: torch.nn.Module, recording: Recording, rename: Mapping[str, str] | None, outer: str
 ) -> tuple[Names, tuple[str, ...]]:
     """Which official module each of the port's answers to, and what has no partner, in words."""
-    theirs = dict.fromkeys(
-        entry.fqn for entry in recording.manifest.tensors if entry.fqn and entry.fqn != ROOT
-    )
+    every = (_inner(entry.fqn or ROOT, outer) for entry in recording.manifest.tensors)
+    theirs = dict.fromkeys(name for name in every if name is not None and name != ROOT)
     mapped = {
-        own: renamed(own, rename or {}) or own
+        own: _inner(target, outer) or target if (target := renamed(own, rename or {})) else own
         for own in named_modules(model).modules
         if own != ROOT
     }
@@ -161,7 +183,8 @@ def _names(
         raise UsageError(
             "no module of the port has the name of one in the trace",
             measured=f"port: {listed([*mapped])}; trace: {listed([*theirs])}",
-            hint="rename={'layers.*': 'blocks.*'} says which belong together",
+            hint="give --rename MAP.toml (in Python rename={'layers.*': 'blocks.*'}): the port's "
+            "names, then the trace's",
         )
     alone = [name for name in theirs if name not in met]
     words = (f"without a partner in the port: {listed(alone)}",) if alone else ()
@@ -171,7 +194,12 @@ def _names(
 
 
 def _expected(
-    recording: Recording, model: torch.nn.Module, place: tuple[int, str], *, same_names: bool
+    recording: Recording,
+    model: torch.nn.Module,
+    place: tuple[int, str],
+    *,
+    outer: str,
+    same_names: bool,
 ) -> Flow:
     """One recorded forward. Modules of one name count as one class: their calls must match."""
     found = Flow()
@@ -179,12 +207,15 @@ def _expected(
     for entry in recording.manifest.tensors:
         if (entry.step, entry.branch) != place or not entry.name.startswith("module/"):
             continue
-        label = key_of(entry.name).label
-        found.tensors[entry.name] = recording[entry.name]
-        if label not in found.calls:
-            found.calls.append(label)
-        if same_names and entry.fqn in classes:
-            found.classes[label] = classes[entry.fqn]
+        fqn = _inner(entry.fqn or ROOT, outer)
+        if fqn is None:
+            continue
+        key = key_of(entry.name).but(fqn=fqn)
+        found.tensors[str(key)] = recording[entry.name]
+        if key.label not in found.calls:
+            found.calls.append(key.label)
+        if same_names and fqn in classes:
+            found.classes[key.label] = classes[fqn]
     return found
 
 

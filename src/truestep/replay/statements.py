@@ -3,7 +3,9 @@
 The level below modules. Both sides run the module on the reference's inputs while every ATen
 operator is kept with its output, its arguments that are no tensors, and the line of Python nearest
 to it outside torch. The two lists are aligned by operator and shape; the first place where they
-part, in another call, another argument or another result, is where the error is made.
+part, in another call, another argument or another result, is where the error is made. Code of
+another class may do the same in another form: there, operators whose numbers the reference has,
+fused, split or laid out anew, are passed by.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from truestep.measure.distance import distance, same_bits
 from truestep.measure.plain import inside, is_wrapped
 from truestep.pairing.naming import named_modules
 from truestep.pairing.partners import Names, namesake
+from truestep.replay.accounted import accounted
 from truestep.replay.isolation import Flow, Forward, flow, heard
 from truestep.replay.lines import Line, Place, Watch
 from truestep.runtime.lent import active
@@ -166,14 +169,20 @@ def first_operator(
     matcher = SequenceMatcher(
         None, [op.key for op in actual], [op.key for op in reference], autojunk=False
     )
-    if not same_class and matcher.ratio() < ALIKE:
-        return None
+    if not same_class and matcher.ratio() < 1.0:
+        sides = [[(op.name, _result(op)) for op in side] for side in (actual, reference)]
+        ours = accounted(*sides)
+        if any(ours):
+            theirs = accounted(*reversed(sides))
+            return _unaccounted(actual, reference, benign, matcher, (ours, theirs))
+        if matcher.ratio() < ALIKE:
+            return None
     for tag, a0, a1, r0, _ in matcher.get_opcodes():
         if tag == "equal":
             for at in range(a1 - a0):
-                found = _differs(actual[a0 + at], reference[r0 + at], benign, r0 + at)
-                if found:
-                    return Parting(found, actual[a0 + at].place)
+                told = _differs(actual[a0 + at], reference[r0 + at], benign, r0 + at)
+                if told:
+                    return Parting(told, actual[a0 + at].place)
         elif tag == "insert":  # only the reference has it
             return Parting(f"lacks {reference[r0]}")
         elif tag == "delete":
@@ -181,6 +190,49 @@ def first_operator(
         else:
             return Parting(f"{actual[a0]} (for {_short(reference[r0])})", actual[a0].place)
     return Parting("all its operators agree: a hook, or code around them, returns another tensor")
+
+
+def _unaccounted(
+    actual: Sequence[Operator],
+    reference: Sequence[Operator],
+    benign: Sequence[Operator],
+    matcher: SequenceMatcher[tuple[object, ...]],
+    known: tuple[list[bool], list[bool]],
+) -> Parting | None:
+    """The first operator of other code whose result the reference has in no form.
+
+    Other code may add, lack and exchange operators without harm, as long as its numbers are there.
+
+    Args:
+        matcher: Of both lists by operator and shape.
+        known: Of each side's operators, whether the other one has its result in any form.
+    """
+    ours, theirs = known
+    lacking: Operator | None = None
+    for tag, a0, a1, r0, r1 in matcher.get_opcodes():
+        if tag == "insert" and not all(theirs[r0:r1]):
+            lacking = reference[r0 + theirs[r0:r1].index(False)]
+        for at in range(a0, a1):
+            op, other = actual[at], reference[min(r0 + at - a0, len(reference) - 1)]
+            if ours[at]:
+                lacking = None
+            elif lacking is not None:
+                return Parting(f"lacks {lacking}")
+            elif tag == "equal":
+                told = _differs(op, other, benign, r0 + at - a0)
+                if told:
+                    return Parting(told, op.place)
+            else:
+                same = tag == "replace" and r0 + at - a0 < r1 and op.name != other.name
+                return Parting(f"{op} (for {_short(other)})" if same else str(op), op.place)
+    return None
+
+
+def _result(op: Operator) -> Tensor | None:
+    """What an operator gives, where it is in real numbers."""
+    first = next(iter(op.outputs), None)
+    real = first is not None and first.is_floating_point() and first.numel() > 1
+    return first if real else None
 
 
 def differing_in_step(

@@ -58,6 +58,23 @@ class Named:
             return str(key.but(fqn=self.partners[fqn]))
         return None if self.others or fqn in self.partners.values() else tensor
 
+    def alone_before(self, fqn: str, order: Sequence[str]) -> str:
+        """What ran last before one of the reference's modules, and has no partner; else empty.
+
+        Where nobody recorded inputs, nothing tells which of the two is wrong.
+
+        Args:
+            order: The reference's modules as they ran.
+        """
+        if not self.others or fqn not in order:
+            return ""
+        before = [
+            other
+            for other in order[: order.index(fqn)]
+            if other != ROOT and not other.startswith(f"{fqn}.") and not fqn.startswith(f"{other}.")
+        ]
+        return before[-1] if before and before[-1] not in {*self.partners.values()} else ""
+
 
 def fqns(names: Iterable[str]) -> list[str]:
     """Modules of tensor names, in order, each once."""

@@ -27,7 +27,15 @@ from truestep.recording.format import Recording
 from truestep.recording.manifest import Manifest
 from truestep.recording.readers import Source, side_of
 from truestep.replay.isolation import alike, laid_out
-from truestep.replay.trace_ends import cut, gone, is_partial, only_of_the, unrecorded, with_ends
+from truestep.replay.trace_ends import (
+    INPUTS,
+    cut,
+    gone,
+    is_partial,
+    only_of_the,
+    unrecorded,
+    with_ends,
+)
 from truestep.replay.trace_names import (
     Named,
     Names,
@@ -152,6 +160,7 @@ def compare_traces(
         named = exchanged
         sides, left_out = _paired(ours, theirs, names, named)
         rows = _judged(*sides, Limits(floor, tolerance=tolerance))
+    order = fqns(names[1])
     del names
     seen = inside(rows)
     rows = gone(_settled(origins(seen.rows)), partial=is_partial(ours) or is_partial(theirs))
@@ -166,7 +175,7 @@ def compare_traces(
         notes=(*named.notes, *_undone(seen), *cut(ours, "actual"), *cut(theirs, "reference")),
         hint=_hint(rows, sides, measured=floor is not None or tolerance is not None),
     )
-    return _located(result, sides, named)
+    return _located(result, sides, named, order)
 
 
 def _loaded(what: str | Path | Recording, label: str) -> Source:
@@ -289,9 +298,7 @@ def _scope(
         if only - common
     ]
     if inputs[0] != inputs[1]:
-        words.append(
-            f"inputs of modules (only the {'actual' if inputs[0] else 'reference'} trace has them)"
-        )
+        words.append(f"{INPUTS} {only_of_the('actual' if inputs[0] else 'reference')}")
 
     def inside(name: str) -> bool:
         return _place(name) in common and (all(inputs) or not _is_input(name))
@@ -418,7 +425,9 @@ def _settled(rows: Rows) -> Rows:
     )
 
 
-def _located(result: Comparison, sides: tuple[Source, Source], named: Named) -> Comparison:
+def _located(
+    result: Comparison, sides: tuple[Source, Source], named: Named, order: Sequence[str]
+) -> Comparison:
     places = introduced(result.rows)
     if not places:
         if result.first_divergence is None:
@@ -429,6 +438,11 @@ def _located(result: Comparison, sides: tuple[Source, Source], named: Named) -> 
     name = places[0].name
     first = with_kind(places[0], *(side.tensors.get(name) for side in sides))
     first = _schedule(result.rows, first, sides) or first
+    given = any(_is_input(of) for of, fqn in result.rows.each("name", "fqn") if fqn == first.fqn)
+    alone = "" if given else named.alone_before(first.fqn or "", order)
+    if alone:
+        kind = f"or in {alone} before it, which has no partner"
+        first = first.model_copy(update={"kind": f"{kind}; {first.kind}" if first.kind else kind})
     notes = []
     own = next((a for a, r in named.partners.items() if r == first.fqn), first.fqn)
     if own != first.fqn:

@@ -104,15 +104,22 @@ def brief_of(result: AnyResult, *, path: str = "") -> Brief:
     return fitted(whole, path)
 
 
+_REPLACING = frozenset({"--update", "--force"})
+"""Options of commands that no program should run because they are what comes next."""
+
+
 def error_brief(error: str, *, notes: Sequence[str], exit_code: int, hint: str) -> Brief:
     """The envelope of a command that judged nothing.
 
     Args:
         notes: Where, what was measured, what is likely.
-        hint: What comes next, if it is a command; else what a person has to do.
+        hint: What comes next, if it is a command; else what a person has to do. What replaces a
+            file that is there is a person's to decide.
     """
     told = [Evidence(id=f"n{at}", text=text) for at, text in enumerate(filter(None, notes))]
     command = command_in(hint)
+    if not _REPLACING.isdisjoint(command.split()):
+        command = ""
     whole = Brief(
         verdict="error",
         exit_code=exit_code,

@@ -178,7 +178,7 @@ def _text(item: Item) -> str:
     """A finding in one line: what, why, the command that comes next."""
     line = item.place is not None and item.place.file is not None
     parts = [item.sentence, item.cause, f"next: {item.next}" if item.next else ""]
-    parts += [] if line else ["no line of code is named"]
+    parts += [] if line else ["no line of this repository is named"]
     return visible("; ".join(shortened(part, _LETTERS) for part in parts if part))
 
 
