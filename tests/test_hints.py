@@ -240,7 +240,7 @@ ADVICE = {
     "write it as namespace::operator(Tensor q) -> Tensor",
     "write it as package.module:Class",
     "write one with a table [case.NAME] that has model and prompt",
-    "{} --prompt 'a red three moving left'  # a case without a file",
+    "{} --prompt '{}'  # a case without a file",
     "{} --truestep-update",
     "leave --thresholds out",
     "leave --depth out",
@@ -315,7 +315,11 @@ ELSEWHERE = {
     "df -h {}  # what is measured is kept: --resume goes on": "as any df",
     "df -h {}; ls -ld {}  # the runs before it are kept": "as any df",
     "ls -ld {}": "as any ls",
-    "truestep perf record": "as the one that makes a history",
+    "truestep perf record --prompt 'a cat'  # makes one": "of the library alone",
+    "truestep perf record --prompt '{}'{}  # a case without a file": "tests/cli/test_perf",
+    "truestep perf record CASE --runs {}  # more processes, or a quieter machine": "as the next",
+    "truestep perf record CASE --runs {}  # {}": "tests/cli/test_perf",
+    "truestep record {} && {}": "tests/cli/test_any_pipeline",
     "--set scheduler=FlowMatchEulerDiscreteScheduler": "of a model with a third scheduler",
     "truestep run CASE  # repeats it; runs measured before it are kept": "of a case that raises",
     "ls -d {}/*.calls": "fails where there is none, which is what it tells",
@@ -633,8 +637,8 @@ def of_a_function(folder: Path) -> tuple[str, ...]:
 
 def measured(folder: Path) -> tuple[str, ...]:
     """A history of another case; what the measured numbers say is another matter."""
-    twice("perf", "record", "a", "--runs", "1")(folder)
-    return ("perf", "show", "b")
+    twice("perf", "record", "a", "--runs", "1", "--history", "my runs")(folder)
+    return ("perf", "show", "c", "--history", "my runs")
 
 
 def array(folder: Path) -> tuple[str, ...]:
@@ -787,7 +791,8 @@ SCENARIOS: dict[str, Scenario] = {
         given("check", "a", "--apply", "change.py:four_bits", "--meant", "int8"), (0,)),
     "truestep compare --activations {}": (activations, (0,)),
     "truestep weights {}": (renamed_parameters, (0,)),
-    "truestep perf record  # makes one": (given("perf", "show"), (0, 1, 4)),
+    "truestep perf record{}  # makes one": (
+        given("perf", "show", "--history", "my runs"), (0, 1, 4)),
     "truestep record CASE  # seeds a reference of this case; check --set KEY=VALUE tests a change "
     "of it": (other_reference, (0, 2)),
     "truestep record CASE --level full --update": (of_sketch("check", "a"), (0,)),
@@ -805,7 +810,7 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep doctor {}": (damaged_model, (2,)),
     "truestep new test {} --output {}": (written_already, (0,)),
     "truestep perf record CASE": (given("perf", "check", "a", "--runs", "1"), (0, 1, 4)),
-    "truestep perf record {}": (measured, (0, 1, 4)),
+    "truestep perf show{}  # shows all that there are": (measured, (0,)),
     "truestep record CASE --update  # with decoded frames": (no_frames, (0,)),
     "truestep engine node --write {} --force": (
         twice("engine", "node", "--write", "my node.py"), (0,)),

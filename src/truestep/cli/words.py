@@ -15,11 +15,11 @@ from truestep.text import pasteable
 BRIEF = "brief_path"
 """Where a click context keeps what --brief is given: no verb has to pass it on."""
 
-_OF_A_CASE = re.compile(r"\btruestep ((?:(?:trace|perf) )?[a-z]+) CASE\b")
+_OF_A_CASE = re.compile(r"\btruestep ((?:(?:trace|perf) )?[a-z]+) CASE(?![\w-])")
 SAYING = ("prompt", "pipeline", "subject", "inputs", "loras", "prepare")
 """Options that say a case on the command line."""
 
-_CARRIED = ("case_file", "tier", "references")
+_CARRIED = ("case_file", "tier", "references", "history")
 """Options that say which case, and which reference of it: a hint needs them as this command did."""
 
 
