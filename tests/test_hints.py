@@ -274,6 +274,10 @@ ADVICE = {
     "such as http://127.0.0.1:30000",
     "give --reference too",
     "say it by the option of its name",
+    "give --reference the answers or the address of a server that you trust",
+    "{} --dry-run  # what is asked; {}",
+    "{} --report serve-check.html  # shows the pictures of both",
+    "what is inside of the model is judged by truestep check",
     "write its answers with --reference beside --output",
 }
 """What no command can do for the reader."""
