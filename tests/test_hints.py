@@ -215,7 +215,7 @@ ADVICE = {
     "seed or reset it inside what is recorded",
     "set fps and videos_per_prompt as the first stage has them",
     "set it: export {}=DIR",
-    "the settings are: {}",
+    "judge it by the trusted model: {}",
     "thread.join() at the end of the test",
     "truestep.check_latent(latents['video'], name='video'), and so for each; "
     "truestep.check(latents) judges all in one",
@@ -324,6 +324,7 @@ ELSEWHERE = {
     "truestep perf record CASE --runs {}  # more processes, or a quieter machine": "as the next",
     "truestep perf record CASE --runs {}  # {}": "tests/cli/test_perf",
     "truestep record {} && {}": "tests/cli/test_any_pipeline",
+    "truestep parity show {}{}": "tests/parity/test_workflow",
     "--set scheduler=FlowMatchEulerDiscreteScheduler": "of a model with a third scheduler",
     "truestep run CASE  # repeats it; runs measured before it are kept": "of a case that raises",
     "ls -d {}/*.calls": "fails where there is none, which is what it tells",
@@ -827,7 +828,9 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep show profile": (given("show", "profile", "x"), (0,)),
     "truestep show {}  # says what it is": (
         given("check", "--reference", "plain.safetensors"), (0,)),
-    "truestep tiny {} tiny": (given("tiny", "StableDifusionPipeline", "my model"), (0,)),
+    "truestep show settings  # lists all of them": (
+        given("run", "a", "--set", "guidance=3"), (0,)),
+    "truestep check {}--apply {}": (given("gate", "a", "--apply", "change.py:same"), (0,)),
     "truestep tiny {} {}": (
         twice("tiny", "StableDiffusionPipeline", "my model"), (0,)),
     "--calls 0,6": (
@@ -862,6 +865,15 @@ def test_a_hint_works_as_printed(hint: str, run: Run, tmp_path: Path) -> None:
     assert re.search(pattern.replace("CASE", ".+"), shown), shown
     code, out, err = paste(run, shown)
     assert code in codes, (shown, out, err)
+
+
+def test_the_hint_of_a_wrong_class_has_the_folder_that_was_given(run: Run) -> None:
+    code, out, err = run("tiny", "StableDifusionPipeline", "my model")
+    assert code == 2
+    hint = printed(out, err)
+    assert hint == "truestep tiny StableDiffusionPipeline 'my model'"
+    assert paste(run, hint)[0] == 0
+    assert Path("my model").is_dir()
 
 
 @pytest.mark.parametrize("way", ["file", "id"])

@@ -42,7 +42,9 @@ def test_a_healthy_server_is_equivalent(server: Address, reference: Path, check:
     assert code == 0
     assert "equivalent: 8 pictures are the reference's bit for bit" in out
     assert "not looked at everything before the pictures" in out
-    assert f"10 requests to {server()}/v1/images/generations, each at most 600 s" in " ".join(err.split())
+    assert f"10 requests to {server()}/v1/images/generations, each at most 600 s" in " ".join(
+        err.split()
+    )
 
 
 FAULTS: dict[str, tuple[dict[str, str], str]] = {
