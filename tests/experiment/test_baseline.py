@@ -169,12 +169,11 @@ def test_small_stages_are_left_to_the_percent_rule() -> None:
     result = check(late, make_batches(8, 20))
     assert result.verdict is Verdict.EQUIVALENT
     rows = {row.name: row for row in result.rows}
-    assert rows["latent"].note == "slower in every run, <0.1% of the run"
+    assert rows["latent"].note == "slower in every run; <0.1% of run"
     assert result.sentence.endswith(
-        "; but latent is +350%, slower in every run, <0.1% of the run: the percent rule alone "
-        "judges it"
+        "; but latent is +350%, slower in every run; <0.1% of run: the percent rule alone judges it"
     )
-    assert rows["schedule"].note == "percent rule alone: <0.1% of the run"  # its twin
+    assert rows["schedule"].note == "percent rule alone: <0.1% of run"  # its twin
 
 
 def with_text(runs: list[PerfRun], factor: float) -> list[PerfRun]:

@@ -171,8 +171,8 @@ def _row(
     else:
         verdict, note = _by_percent(found, value, over=over)
         if share is not None and not over:
-            why = "slower in every run," if _apart(values, recorded) else "percent rule alone:"
-            note = f"{why} {_percent(share)} of the run"
+            why = "slower in every run;" if _apart(values, recorded) else "percent rule alone:"
+            note = f"{why} {_percent(share)} of run"
     if limit is None:
         verdict = None
         note = "not judged: the disk's cache decides it"
