@@ -217,7 +217,7 @@ ADVICE = {
     "seed or reset it inside what is recorded",
     "set fps and videos_per_prompt as the first stage has them",
     "set it: export {}=DIR",
-    "the settings are: {}",
+    "judge it by the trusted model: {}",
     "thread.join() at the end of the test",
     "truestep.check_latent(latents['video'], name='video'), and so for each; "
     "truestep.check(latents) judges all in one",
@@ -242,7 +242,7 @@ ADVICE = {
     "write it as namespace::operator(Tensor q) -> Tensor",
     "write it as package.module:Class",
     "write one with a table [case.NAME] that has model and prompt",
-    "{} --prompt 'a red three moving left'  # a case without a file",
+    "{} --prompt '{}'  # a case without a file",
     "{} --truestep-update",
     "leave --thresholds out",
     "leave --depth out",
@@ -276,6 +276,10 @@ ADVICE = {
     "such as http://127.0.0.1:30000",
     "give --reference too",
     "say it by the option of its name",
+    "give --reference the answers or the address of a server that you trust",
+    "{} --dry-run  # what is asked; {}",
+    "{} --report serve-check.html  # shows the pictures of both",
+    "what is inside of the model is judged by truestep check",
     "write its answers with --reference beside --output",
 }
 """What no command can do for the reader."""
@@ -317,7 +321,12 @@ ELSEWHERE = {
     "df -h {}  # what is measured is kept: --resume goes on": "as any df",
     "df -h {}; ls -ld {}  # the runs before it are kept": "as any df",
     "ls -ld {}": "as any ls",
-    "truestep perf record": "as the one that makes a history",
+    "truestep perf record --prompt 'a cat'  # makes one": "of the library alone",
+    "truestep perf record --prompt '{}'{}  # a case without a file": "tests/cli/test_perf",
+    "truestep perf record CASE --runs {}  # more processes, or a quieter machine": "as the next",
+    "truestep perf record CASE --runs {}  # {}": "tests/cli/test_perf",
+    "truestep record {} && {}": "tests/cli/test_any_pipeline",
+    "truestep parity show {}{}": "tests/parity/test_workflow",
     "--set scheduler=FlowMatchEulerDiscreteScheduler": "of a model with a third scheduler",
     "truestep run CASE  # repeats it; runs measured before it are kept": "of a case that raises",
     "ls -d {}/*.calls": "fails where there is none, which is what it tells",
@@ -635,8 +644,8 @@ def of_a_function(folder: Path) -> tuple[str, ...]:
 
 def measured(folder: Path) -> tuple[str, ...]:
     """A history of another case; what the measured numbers say is another matter."""
-    twice("perf", "record", "a", "--runs", "1")(folder)
-    return ("perf", "show", "b")
+    twice("perf", "record", "a", "--runs", "1", "--history", "my runs")(folder)
+    return ("perf", "show", "c", "--history", "my runs")
 
 
 def array(folder: Path) -> tuple[str, ...]:
@@ -789,7 +798,8 @@ SCENARIOS: dict[str, Scenario] = {
         given("check", "a", "--apply", "change.py:four_bits", "--meant", "int8"), (0,)),
     "truestep compare --activations {}": (activations, (0,)),
     "truestep weights {}": (renamed_parameters, (0,)),
-    "truestep perf record  # makes one": (given("perf", "show"), (0, 1, 4)),
+    "truestep perf record{}  # makes one": (
+        given("perf", "show", "--history", "my runs"), (0, 1, 4)),
     "truestep record CASE  # seeds a reference of this case; check --set KEY=VALUE tests a change "
     "of it": (other_reference, (0, 2)),
     "truestep record CASE --level full --update": (of_sketch("check", "a"), (0,)),
@@ -807,7 +817,7 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep doctor {}": (damaged_model, (2,)),
     "truestep new test {} --output {}": (written_already, (0,)),
     "truestep perf record CASE": (given("perf", "check", "a", "--runs", "1"), (0, 1, 4)),
-    "truestep perf record {}": (measured, (0, 1, 4)),
+    "truestep perf show{}  # shows all that there are": (measured, (0,)),
     "truestep record CASE --update  # with decoded frames": (no_frames, (0,)),
     "truestep engine node --write {} --force": (
         twice("engine", "node", "--write", "my node.py"), (0,)),
@@ -820,7 +830,9 @@ SCENARIOS: dict[str, Scenario] = {
     "truestep show profile": (given("show", "profile", "x"), (0,)),
     "truestep show {}  # says what it is": (
         given("check", "--reference", "plain.safetensors"), (0,)),
-    "truestep tiny {} tiny": (given("tiny", "StableDifusionPipeline", "my model"), (0,)),
+    "truestep show settings  # lists all of them": (
+        given("run", "a", "--set", "guidance=3"), (0,)),
+    "truestep check {}--apply {}": (given("gate", "a", "--apply", "change.py:same"), (0,)),
     "truestep tiny {} {}": (
         twice("tiny", "StableDiffusionPipeline", "my model"), (0,)),
     "--calls 0,6": (
@@ -855,6 +867,15 @@ def test_a_hint_works_as_printed(hint: str, run: Run, tmp_path: Path) -> None:
     assert re.search(pattern.replace("CASE", ".+"), shown), shown
     code, out, err = paste(run, shown)
     assert code in codes, (shown, out, err)
+
+
+def test_the_hint_of_a_wrong_class_has_the_folder_that_was_given(run: Run) -> None:
+    code, out, err = run("tiny", "StableDifusionPipeline", "my model")
+    assert code == 2
+    hint = printed(out, err)
+    assert hint == "truestep tiny StableDiffusionPipeline 'my model'"
+    assert paste(run, hint)[0] == 0
+    assert Path("my model").is_dir()
 
 
 @pytest.mark.parametrize("way", ["file", "id"])

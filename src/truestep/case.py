@@ -14,6 +14,7 @@ same case with other parameters::
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -254,12 +255,13 @@ class Case(Generation):
                     hint="--subject diffusers",
                 )
             if key not in own and key not in inner:
+                near = difflib.get_close_matches(key, setting_names(), n=4, cutoff=0.5)
                 raise CaseError(
                     f"unknown setting {key!r}",
                     where="--set" if key else "",
-                    likely=nearest(key, [*type(self).model_fields, *Settings.model_fields]),
-                    hint="the settings are: "
-                    + ", ".join(sorted({*type(self).model_fields, *Settings.model_fields})),
+                    measured=f"the nearest are {', '.join(near)}" if near[1:] else "",
+                    likely=nearest(key, setting_names()),
+                    hint="truestep show settings  # lists all of them",
                 )
         # what nobody set is a profile's to say; another model's own defaults are not asked for
         data = self.model_dump() if "model" in own else self._as_given()
@@ -283,6 +285,11 @@ class Case(Generation):
     def differences(self, reference: Mapping[str, Any]) -> tuple[Difference, ...]:
         """Keys whose canonical value differs from a recorded case's."""
         return case_differences(self.canonical(), reference)
+
+
+def setting_names() -> list[str]:
+    """What --set changes of a case of truestep's own runtime."""
+    return sorted({*Case.model_fields, *Settings.model_fields} - {"settings"})
 
 
 AnyCase = Case | CallCase

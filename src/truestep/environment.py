@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -232,9 +232,10 @@ def attention_kernel(device: str | None = None, dtype: str = "float32") -> str |
     return seen()
 
 
-def command_line() -> str:
-    """This process's command as a user would type it."""
+def command_line(words: Sequence[str] | None = None) -> str:
+    """This process's command as a user would type it, with these words where they are given."""
     from pathlib import Path
 
     name = Path(sys.argv[0]).name
-    return pasteable(["truestep" if name == "__main__.py" else name, *sys.argv[1:]])
+    given = sys.argv[1:] if words is None else words
+    return pasteable(["truestep" if name == "__main__.py" else name, *given])

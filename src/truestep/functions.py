@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from truestep.errors import ProcessEndedError, UsageError, last_frame
-from truestep.text import nearest
+from truestep.text import listed, nearest
 
 
 def parts_of(spec: str, option: str) -> tuple[str, str]:
@@ -21,8 +22,21 @@ def parts_of(spec: str, option: str) -> tuple[str, str]:
     """
     file, colon, name = spec.rpartition(":")
     if not colon or not name or not file:
-        raise UsageError(f"{option} needs FILE.py:FUNCTION, got {spec!r}")
+        raise UsageError(
+            f"{option} needs FILE.py:FUNCTION, got {spec!r}", measured=_held(Path(file or spec))
+        )
     return file, name
+
+
+def _held(path: Path) -> str:
+    """The functions and classes of a Python file, which is not run; empty where it has none."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, ValueError, SyntaxError):  # what is wrong with it is told where it is run
+        return ""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = [each.name for each in body if isinstance(each, kinds)]
+    return f"{path} has {listed(names)}" if names else ""
 
 
 def function_of(path: Path, name: str, option: str) -> Callable[[Any], Any]:
@@ -42,7 +56,12 @@ def function_of(path: Path, name: str, option: str) -> Callable[[Any], Any]:
     if callable(function):
         return function  # type: ignore[no-any-return]
     public = [key for key, value in vars(module).items() if callable(value)]
-    raise UsageError(f"no function {name!r}", where=str(path), likely=nearest(name, public))
+    raise UsageError(
+        f"no function {name!r}",
+        where=str(path),
+        measured=_held(path),
+        likely=nearest(name, public),
+    )
 
 
 def _module(path: Path, option: str) -> ModuleType:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,10 @@ def bias(pipe):
 
 def nothing(pipe):
     pass
+
+def decoded(pipe):
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.add_(0.1)
 
 def block(pipe):
     pipe.transformer.transformer_blocks[0].attn.to_q.bias = None
@@ -174,6 +180,33 @@ def test_a_case_file_holds_cases_of_both_kinds(run: Run, folder: Path) -> None:
     assert code == 2
     assert "'cat' is a case of a plain pipeline, and this verb runs truestep's own stages" in err
     (folder / "truestep.toml").unlink()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("ab", "./flux", "--prompt", "a cat", "--apply", "change.py:decoded"),
+        ("ab", "--quality", "./flux", "--apply", "change.py:decoded"),
+        ("gate", "selftest", "./flux", "--prompt", "a cat"),
+    ],
+)
+def test_a_verb_of_stages_says_what_judges_a_plain_pipeline(
+    run: Run, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the change that was typed: it finds the fault, and without it there is none."""
+    shutil.copytree("flux", tmp_path / "flux")
+    monkeypatch.chdir(tmp_path)
+    Path("change.py").write_text(CHANGE)
+    code, _, err = run(*words)
+    assert code == 2
+    assert "plain pipeline, and this verb runs truestep's own stages" in err
+    assert "stages can be timed and switched one by one" in err
+    record, _, check = err.splitlines()[-1].removeprefix("hint: ").partition(" && ")
+    assert run(*shlex.split(record)[1:], "--floor", "none")[0] == 0
+    changed = "--apply" in words
+    assert run(*shlex.split(check)[1:])[0] == int(changed)
+    code, _, err = run(*words)
+    assert err.splitlines()[-1] == f"hint: {check}"  # it is not recorded again
 
 
 def test_a_reference_alone_is_enough_and_shows_its_calls(run: Run) -> None:

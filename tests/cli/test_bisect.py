@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 from tests.commands import Captured, Run, flat, runner
 from tests.experiment.test_bisect_commits import git, repository
 from truestep.experiment.bisecting.packages import local_files
-from truestep.report.bisect import _telling
+from truestep.experiment.bisecting.records import Bisection
+from truestep.report.bisect import _allowed, _telling
 
 PYTHON = sys.executable
 
@@ -122,9 +123,16 @@ def test_ends_that_are_exchanged_are_told_with_the_command(
     code, _, err = run("--good", "HEAD", "--bad", "HEAD~1", "--", PYTHON, "check.py")
     assert code == 2
     words = shlex.split(err.rpartition("hint: truestep bisect ")[2])
+    assert words == ["--good", "HEAD~1", "--bad", "HEAD", "--", PYTHON, "check.py"]
     code, out, _ = run(*words)
     assert code == 0
     assert out.startswith("FOUND commit ")
+
+
+def test_one_run_is_one_run() -> None:
+    result = Bisection.model_construct(probes=1, limit=6)
+    assert _allowed(result) == "1 run of the command, 6 allowed"
+    assert _allowed(result.model_copy(update={"probes": 2})).startswith("2 runs of the command")
 
 
 BUSY = """

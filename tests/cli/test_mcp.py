@@ -101,7 +101,8 @@ def test_a_result_in_brief_its_details_and_the_next_command(folder: Path) -> Non
         assert name.startswith("results/compare-")
         (proof,) = brief["items"][0]["evidence"]
         assert "verdict            drifted" in await ask("show", result=name, id=proof["id"])
-        again = json.loads(await ask("run", command=brief["next"]))
+        assert "next" not in brief
+        again = json.loads(await ask("run", command=brief["repeat"]))
         assert again["verdict"] == "drifted"
         assert len(list((folder / "results").iterdir())) == 2
         same = json.loads(await ask("compare", actual="x.safetensors", reference="x.safetensors"))

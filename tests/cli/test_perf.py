@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +19,11 @@ import pytest
 from tests.commands import Run, flat, runner
 from tests.experiment.test_baseline import COHORT, SCHEMAS, make_run
 from truestep.cli import perf
-from truestep.experiment.baseline import STAGES
+from truestep.experiment.baseline import STAGES, check_result
 from truestep.experiment.history import open_history
 from truestep.experiment.perf_importing import PerfImport
-from truestep.experiment.perf_records import Cohort, PerfResults, PerfRun
+from truestep.experiment.perf_records import Cohort, PerfBatch, PerfResults, PerfRun
+from truestep.report.perf import print_results
 from truestep.report.trend import Trend
 from truestep.verdict import Verdict
 
@@ -132,7 +134,7 @@ def test_an_improvement_becomes_the_baseline_by_recording_it(run: Run, planted: 
     planted.speed = 0.9
     code, out, _ = run("check", "three", "--runs", "20")
     assert code == 0
-    assert "faster: truestep perf record three makes it the new baseline" in flat(out)
+    assert "next: truestep perf record three  # faster: makes it the new baseline\n" in out
     code, out, _ = run("record", "three", "--runs", "20")
     assert code == 0
     assert "the new baseline: faster (-" in flat(out)
@@ -157,7 +159,39 @@ def test_too_few_runs_are_inconclusive(run: Run, planted: Planted) -> None:
     baseline(run, batches=1, runs=3)
     code, out, _ = run("check", "three", "--runs", "3")
     assert code == 4
-    assert re.search(r"hint +\d+ more recorded runs would decide, in \d+ processes: ", out)
+    hint = re.search(r"next: truestep perf (record three --runs \d+)  # \d+ more recorded", out)
+    assert hint, out
+    assert run(*hint[1].split())[0] == 0
+
+
+def test_a_case_said_on_the_command_line_is_named_as_it_was(run: Run, planted: Planted) -> None:
+    said = ("--prompt", "a red one", "--runs", "3")
+    steps = {str(at): 4 * 179 / 25 for at in range(25)}
+    planted.change = lambda run: run.model_copy(update={"denoise_step_ms": steps})
+    code, out, err = run("record", *said)
+    assert code == 0, (out, err)
+    code, out, _ = run("check", *said)
+    assert code == 4
+    hint = re.search(r"next: truestep perf (record --prompt 'a red one' --runs \d+)  # ", out)
+    assert hint, out
+    assert run(*shlex.split(hint[1]))[0] == 0
+
+
+def test_a_wide_interval_stands_beside_a_large_change(capsys: pytest.CaptureFixture[str]) -> None:
+    """What passes although it is much slower says why on the default screen."""
+    speeds = (0.7, 0.9, 1.0, 1.1, 1.3)
+    wild = [
+        PerfBatch(id=at, baseline=1, runs=(make_run(speed),) * 10)
+        for at, speed in enumerate(speeds)
+    ]
+    for speed, told in ((1.2, r"as expected: [\d.,]+ to [\d.,]+"), (1.0, "equivalent")):
+        result = check_result(
+            [make_run(speed)] * 10, wild, cohort=COHORT, case_name="three", steps=4
+        )
+        assert result.verdict is Verdict.EQUIVALENT
+        print_results(PerfResults.of([result], repeat="truestep perf check three"))
+        out = capsys.readouterr().out
+        assert re.search(rf"^  decode ms .*%  {told}$", out, re.MULTILINE), out
 
 
 def test_another_cohort_is_missing(run: Run, planted: Planted) -> None:
@@ -172,7 +206,7 @@ def test_another_cohort_is_missing(run: Run, planted: Planted) -> None:
     assert code == 3
     assert f"truestep {COHORT.id}, 20 runs: library.torch 3 (there (absent)), " in flat(out)
     assert "torch.threads 8 (there 1)" in flat(out)
-    assert "hint         truestep perf record three" in out
+    assert "next: truestep perf record three" in out
 
 
 def test_impossible_runs_are_invalid_and_not_kept(run: Run, planted: Planted) -> None:
@@ -260,6 +294,43 @@ def test_a_history_that_is_something_else_is_told_before_a_model_is_loaded(
         code, _, err = run(*arguments, "--history", "other.sqlite")
         assert code == 2
         assert "this is not a history: it is not a SQLite file" in err
+
+
+def test_where_there_is_nothing_to_show_the_hint_works_as_typed(
+    run: Run, planted: Planted, tmp_path: Path
+) -> None:
+    steps = {str(at): 4 * 179 / 25 for at in range(25)}
+    prompt = "--prompt 'a red three moving left'"
+    shown = {
+        ("show", "nine"): f"truestep perf record {prompt}  # a case without a file",
+        ("show", "--history", "my runs"): "truestep perf record --history 'my runs'  # makes one",
+        ("show", "three"): "truestep perf record three  # makes one",
+        ("show",): "truestep perf record  # makes one",
+    }
+    for words, told in shown.items():
+        code, _, err = run(*words)
+        assert (code, err.splitlines()[-1]) == (2, f"hint: {told}")
+        of_digits = "--prompt" in told
+        planted.change = lambda run: (
+            run.model_copy(update={"denoise_step_ms": steps}) if of_digits else run  # noqa: B023
+        )
+        typed = shlex.split(told.removeprefix("truestep perf "), comments=True)
+        assert run(*typed, "--runs", "1")[0] == 0
+        if "my runs" not in told:
+            (tmp_path / "truestep-references" / "perf.sqlite").unlink()
+    baseline(run, batches=1)
+    code, _, err = run("show", "nine")
+    assert (code, err.splitlines()[-1]) == (
+        3,
+        "hint: truestep perf show  # shows all that there are",
+    )
+    assert run("show")[0] == 0
+    (tmp_path / "truestep.toml").unlink()
+    code, _, err = run("record", "nine", "--runs", "1")
+    hint = f"truestep perf record --runs 1 {prompt}  # a case without a file"
+    assert (code, err.splitlines()[-1]) == (2, f"hint: {hint}")
+    planted.change = lambda run: run.model_copy(update={"denoise_step_ms": steps})
+    assert run(*shlex.split(hint.removeprefix("truestep perf "), comments=True))[0] == 0
 
 
 def test_nothing_to_show(run: Run, planted: Planted) -> None:

@@ -100,7 +100,7 @@ def test_an_improvement_is_equivalent_with_an_offer() -> None:
     result = check(new_runs(0.9), make_batches(8, 20))
     assert result.verdict is Verdict.EQUIVALENT
     assert result.faster
-    assert result.offer == "faster: truestep perf record three makes it the new baseline"
+    assert result.offer == "truestep perf record CASE  # faster: makes it the new baseline"
     assert "faster: e2e" in result.sentence
 
 
@@ -115,8 +115,8 @@ def test_too_few_runs_are_inconclusive_and_say_how_many_would_decide() -> None:
     assert result.verdict is Verdict.INCONCLUSIVE
     assert "too few runs for an interval" in result.sentence
     assert result.needed_runs
-    assert result.hint.startswith(f"{result.needed_runs} more recorded runs would decide")
-    assert "truestep perf record three --runs" in result.hint
+    assert f"  # {result.needed_runs} more recorded runs would decide" in result.hint
+    assert result.hint.startswith("truestep perf record CASE --runs ")
 
 
 def test_a_slow_down_beyond_one_process_is_inconclusive_until_there_are_three() -> None:
@@ -139,7 +139,9 @@ def test_above_the_percent_rule_within_a_wild_baseline_is_inconclusive() -> None
     result = check([make_run(1.35 * base / 1000)] * 10, wild)
     assert result.verdict is Verdict.INCONCLUSIVE
     assert "the baseline itself varies" in result.sentence
-    assert result.hint.startswith("a quieter machine")
+    assert result.hint == (
+        "truestep perf record CASE --runs 10  # more processes, or a quieter machine"
+    )
 
 
 def test_one_slow_step_is_named() -> None:
@@ -166,6 +168,38 @@ def test_small_stages_are_left_to_the_percent_rule() -> None:
     ]
     result = check(late, make_batches(8, 20))
     assert result.verdict is Verdict.EQUIVALENT
+    rows = {row.name: row for row in result.rows}
+    assert rows["latent"].note == "slower in every run; <0.1% of run"
+    assert result.sentence.endswith(
+        "; but latent is +350%, slower in every run; <0.1% of run: the percent rule alone judges it"
+    )
+    assert rows["schedule"].note == "percent rule alone: <0.1% of run"  # its twin
+
+
+def with_text(runs: list[PerfRun], factor: float) -> list[PerfRun]:
+    """Runs whose text stage alone takes longer, so many times."""
+    return [
+        run.model_copy(
+            update={"stages_ms": {**run.stages_ms, "text": run.stages_ms["text"] * factor}}
+        )
+        for run in runs
+    ]
+
+
+def test_a_stage_that_is_slower_in_every_run_is_not_equivalent_for_want_of_runs() -> None:
+    """At 50 recorded runs, 3 new ones have an interval of the whole run, and none of a stage."""
+    recorded = make_batches(2, 25)
+    result = check(with_text(new_runs(1.0, 3), 1.4), recorded)
+    text = next(row for row in result.rows if row.name == "text")
+    assert text.scope == "none"
+    assert text.verdict is Verdict.INCONCLUSIVE
+    assert text.note == "slower in every run; too few runs"
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert "text 8" in result.sentence
+    assert "(+4" in result.sentence
+    healthy = check(new_runs(1.0, 3), recorded)
+    assert healthy.verdict is Verdict.EQUIVALENT
+    assert "but" not in healthy.sentence
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from truestep.cli.parity import command
-from truestep.errors import FileFormatError
+from truestep.errors import FileFormatError, UsageError
 from truestep.parity.component import Kind
 from truestep.parity.evidence import Evidence, State, relevant
 from truestep.parity.ledger import (
@@ -143,6 +143,7 @@ def test_from_scaffold_skip_to_pass_and_expiry(
     run(project).assert_outcomes(failed=1)
     (item,) = block(project).components
     assert item.state == "debug_red"
+    shown_as_it_is_typed(project, monkeypatch)
     assert "scaled by 1.001" in item.reason or "x the noise floor" in item.reason
 
     port(project, "1.0")
@@ -169,6 +170,23 @@ def test_from_scaffold_skip_to_pass_and_expiry(
     (item,) = block(project).components
     assert item.status == "expired: code changed: port: acme_port.py"
     assert not block(project).handed_over
+
+
+def shown_as_it_is_typed(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is red says what shows it, and a name that is typed otherwise what it is."""
+    monkeypatch.chdir(project.path)
+    status = CliRunner().invoke(command, ["status", "."])
+    assert status.exit_code == 1
+    assert status.output.splitlines()[-1] == "next: truestep parity show acme/mixer -v"
+    for words in (["acme", "mixer"], ["mixer"], ["acme"]):
+        asked = CliRunner().invoke(command, ["show", *words])
+        assert isinstance(asked.exception, UsageError)
+        assert asked.exception.hint == "truestep parity show acme/mixer"
+    assert "FAMILY/COMPONENT, got 'acme' and 'nixer'" in str(
+        CliRunner().invoke(command, ["show", "acme", "nixer"]).exception
+    )
+    for words in (["acme/mixer"], ["acme/mixer", "-v"]):
+        assert CliRunner().invoke(command, ["show", *words]).exit_code == 0
 
 
 def test_weights_and_environment_expire_a_pass(

@@ -106,6 +106,15 @@ def test_an_undecided_result_has_not_failed() -> None:
     assert answer(full(["a"], Verdict.IDENTICAL))[0].startswith("PASSED identical")
 
 
+def test_a_place_that_is_missing_can_be_copied() -> None:
+    """A path longer than the line is not broken; text is."""
+    path = "references/" + "of-a-team/" * 12 + "a.safetensors"
+    told = full(["a"], Verdict.MISSING).model_copy(update={"notes": (path, "a b " * 30)})
+    lines = answer(told)
+    assert f"  note         {path}" in lines
+    assert all(len(line) <= 80 for line in lines if path not in line)
+
+
 def test_a_pass_that_could_not_see_much_says_so_first() -> None:
     seeing = compared(Verdict.EQUIVALENT, (row("a", Verdict.EQUIVALENT, bound=3.0),))
     assert headline(seeing) == "PASSED equivalent: 1 tensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def test_a_healthy_server_is_equivalent(server: Address, reference: Path, check:
     assert code == 0
     assert "equivalent: 8 pictures are the reference's bit for bit" in out
     assert "not looked at everything before the pictures" in out
-    assert f"10 requests to {server()}/v1/images/generations, each at most 600 s" in err
+    assert f"10 requests to {server()}/v1/images/generations, each at most 600 s" in " ".join(
+        err.split()
+    )
 
 
 FAULTS: dict[str, tuple[dict[str, str], str]] = {
@@ -154,6 +157,52 @@ def test_a_dry_run_lists_every_request_and_asks_nothing(check: Run) -> None:
     assert lines[0].startswith("10 requests to http://127.0.0.1:9/v1/images/generations")
     assert len(lines) == 11
     assert lines[1].split()[:3] == ["base/0", "seed", "0,"]
+
+
+def test_a_plan_is_as_wide_as_a_terminal_and_says_what_changes(check: Run) -> None:
+    prompt = "a red fox that trots through fresh snow beside a river in the evening light"
+    code, out, _ = check("http://127.0.0.1:9", "--kind", "video", "--prompt", prompt, "--dry-run")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert prompt in " ".join(out.split())
+    assert out.count("17 frames") == 1
+    assert "\n  steps        10 steps\n" in out
+    assert "\n  base/1       the same again\n" in out
+
+
+def test_what_failed_says_why_what_was_written_and_what_comes_next(
+    server: Address, reference: Path, tmp_path: Path, check: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    two = server(ignore="seed+guidance")
+    code, out, err = check(two, *SMALL, "--output", "a.safetensors")
+    assert code == 1
+    assert err.splitlines()[-1] == "answers: a.safetensors"
+    assert Path("a.safetensors").is_file()
+    said = " ".join(out.split())
+    assert "drifted: seed: ignored" in said
+    assert "note guidance: no effect: another one gives the same picture bit for bit" in said
+    hint = out.splitlines()[-1].removeprefix("next: truestep serve-check ")
+    assert "--field seed=... if the server calls it otherwise" in hint
+    code, out, _ = check(*shlex.split(hint, comments=True))
+    assert (code, "base/0  " in out) == (0, True)
+
+    code, out, _ = check(server(ignore="guidance"), *SMALL)
+    assert code == 4
+    assert out.splitlines()[-1].startswith("hint: give --reference ")
+
+    code, out, _ = check(server(model=1), "--reference", str(reference))
+    assert code == 1
+    hint = out.splitlines()[-1].removeprefix("next: truestep serve-check ")
+    code, out, _ = check(*shlex.split(hint, comments=True))
+    assert code == 1
+    assert out.splitlines()[-2:] == [
+        "hint: what is inside of the model is judged by truestep check",
+        "report: serve-check.html",
+    ]
+
+    code, out, err = check(server(), "--reference", str(reference))
+    assert (code, "next: " in out, "answers: " in err) == (0, False, False)
 
 
 def test_more_requests_than_allowed_are_refused_before_the_first(check: Run) -> None:

@@ -13,7 +13,7 @@ import click
 
 from truestep.cli.ab_quality import number_of, quality
 from truestep.cli.ablate import ablate
-from truestep.cli.cases import choose_cases, parse_changes
+from truestep.cli.cases import choose_cases, parse_changes, refuse_plain
 from truestep.cli.common import (
     GroupWithDefault,
     case_options,
@@ -310,6 +310,7 @@ def _cases(
         model = names[0]
         known = case_file.exists() and model in load_cases(case_file, tier=tier)
         if not known and (":" in model or "/" in model or Path(model).is_dir()):
+            refuse_plain(model)
             return pinned_cases(model)
     return choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
 

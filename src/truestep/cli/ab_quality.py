@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from truestep.cli.cases import choose_cases, parse_changes
+from truestep.cli.cases import choose_cases, parse_changes, refuse_plain
 from truestep.cli.common import (
     case_options,
     change_digest,
@@ -268,8 +268,10 @@ def _cases(
                 "--prompts needs one model",
                 hint="name the model, without a case file: builtin:digits or a folder",
             )
+        refuse_plain(names[0])
         return prompt_cases(names[0], prompts_in(prompt_file))
     if prompt is None and bare and (":" in names[0] or "/" in names[0] or Path(names[0]).is_dir()):
+        refuse_plain(names[0])
         return prompt_cases(names[0], prompts_for(names[0]))
     return choose_cases(names, case_file=case_file, prompt=prompt, tier=tier)
 

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from truestep.cli.moving import byte_bar
-from truestep.cli.words import case_words
-from truestep.text import quoted
+from truestep.cli.words import SAYING, asked_for, case_words, option_words
+from truestep.text import pasteable, quoted
 
 if TYPE_CHECKING:
     from truestep.case import AnyCase, Case
+    from truestep.errors import CaseError
 
 DEFAULT_MODEL = "builtin:digits"
 """Of a case that is said without one."""
+
+PROMPT = "a red three moving left"
+"""Of a case that a hint says."""
 
 CasesT = TypeVar("CasesT", bound="AnyCase")
 
@@ -51,6 +55,7 @@ class Words:
         prompt, pipeline, subject, inputs, loras, prepare: Of a case that is said on the command
             line.
         references: A folder of references, whose case ids are names, too.
+        staged: The verb runs truestep's own stages alone.
     """
 
     names: Sequence[str]
@@ -63,6 +68,7 @@ class Words:
     references: Path | None = None
     loras: Sequence[str] = ()
     prepare: str | None = None
+    staged: bool = False
 
     @property
     def says_case(self) -> bool:
@@ -83,23 +89,69 @@ def choose_cases(
     Raises:
         CaseError: A name is of no case, a case is not valid, or is one of any pipeline.
     """
-    return of_the_runtime(choose_any(Words(names, case_file, tier, prompt=prompt)))
+    words = Words(names, case_file, tier, prompt=prompt, staged=True)
+    return of_the_runtime(choose_any(words))
 
 
 def of_the_runtime(cases: Mapping[str, AnyCase]) -> dict[str, Case]:
     """The cases, if this verb can run them all."""
     from truestep.case import Case
-    from truestep.errors import CaseError
 
     own = {name: case for name, case in cases.items() if isinstance(case, Case)}
-    other = next((name for name in cases if name not in own), None)
-    if other is not None:
-        raise CaseError(
-            f"{other!r} is a case of a plain pipeline, and this verb runs truestep's own stages",
-            likely="plain pipelines are recorded and checked",
-            hint="truestep check CASE",
-        )
+    for name, case in cases.items():
+        if name not in own:
+            words = case_words(name, verb="record", with_changes=True)
+            what = f"{name!r} is a case of a plain pipeline"
+            raise _not_staged(what, case, record=words, names=_said_names(name))
     return own
+
+
+def refuse_plain(model: str) -> None:
+    """Refuse a bare model that truestep has no stages of.
+
+    Raises:
+        CaseError: It is a plain pipeline; the hint judges it as one.
+    """
+    from truestep.call_case import CallCase
+
+    case = CallCase(model=model, call={"prompt": PROMPT})
+    if not _in_stages(case):
+        words = pasteable([model, "--prompt", PROMPT])
+        raise _not_staged(f"{model!r} is a plain pipeline", case, record=words, names=case.id)
+
+
+def _said_names(name: str) -> str:
+    """How check names a case once it is recorded: what the command line says goes by its id."""
+    _, parameters = asked_for()
+    said = any(parameters.get(key) for key in SAYING)
+    return quoted(name) if said else case_words(name, verb="check")
+
+
+def _not_staged(what: str, case: AnyCase, *, record: str, names: str) -> CaseError:
+    """Why a verb of truestep's own stages does not run a plain pipeline, and what judges it.
+
+    Args:
+        what: What it is.
+        case: Its case; what is recorded is not recorded again.
+        record: What names the case in `truestep record`.
+        names: What names it in `truestep check`.
+    """
+    from truestep.errors import CaseError
+    from truestep.recording.store import DEFAULT_ROOT, Store
+    from truestep.runtime.loading import SUPPORTED
+
+    _, parameters = asked_for()
+    root = parameters.get("references") or DEFAULT_ROOT
+    known = any(place.case_id == case.id for place in Store(root).known())
+    tested = pasteable(option_words(parameters, ("changes", "change"), "check"))
+    check = f"truestep check {names} {tested}".rstrip()
+    return CaseError(
+        f"{what}, and this verb runs truestep's own stages",
+        measured=f"stages there are of {', '.join(SUPPORTED)}",
+        likely="stages can be timed and switched one by one; a plain pipeline is recorded and "
+        "checked call by call",
+        hint=check if known else f"truestep record {record} && {check}",
+    )
 
 
 def choose_any(words: Words) -> dict[str, AnyCase]:
@@ -126,7 +178,7 @@ def choose_any(words: Words) -> dict[str, AnyCase]:
     if not picked:
         return chosen
     return {
-        name: _recorded(name, chosen, words.references) or _picked(name, chosen, case_file)
+        name: _recorded(name, chosen, words.references) or _picked(name, chosen, words)
         for name in picked
     }
 
@@ -197,7 +249,7 @@ def chosen_or_recorded(
     tier: str,
 ) -> dict[str, Case]:
     """Cases of the runtime of a verb that has references; see `any_or_recorded`."""
-    words = Words(names, case_file, tier, prompt=prompt, references=references)
+    words = Words(names, case_file, tier, prompt=prompt, references=references, staged=True)
     return of_the_runtime(any_or_recorded(words, reference))
 
 
@@ -347,7 +399,7 @@ def find_reference(name: str, case: AnyCase, *, references: Path | None, tier: s
         )
 
 
-def _picked(name: str, cases: dict[str, AnyCase], case_file: Path) -> AnyCase:
+def _picked(name: str, cases: dict[str, AnyCase], words: Words) -> AnyCase:
     import difflib
 
     from truestep.errors import CaseError
@@ -357,7 +409,9 @@ def _picked(name: str, cases: dict[str, AnyCase], case_file: Path) -> AnyCase:
     by_id = {case.id: case for case in cases.values()}
     if name in by_id:
         return by_id[name]
-    near = difflib.get_close_matches(name, cases, n=1)
+    if words.staged and Path(name).is_dir():
+        refuse_plain(name)
+    near, case_file = difflib.get_close_matches(name, cases, n=1), words.case_file
     raise CaseError(
         f"no case named {name!r}",
         where=str(case_file),
@@ -373,4 +427,10 @@ def _instead(name: str, cases: dict[str, AnyCase], case_file: Path) -> str:
 
     if cases:
         return f"grep '^.case' {quoted(str(case_file))}  # lists them"
-    return f"{command_line()} --prompt 'a red three moving left'  # a case without a file"
+    _, parameters = asked_for()
+    if "prompt" not in parameters:
+        return "write one with a table [case.NAME] that has model and prompt"
+    command = command_line()
+    if not (Path(name).is_dir() or ":" in name or "/" in name):  # it is no model, either
+        command = command.replace(f" {quoted(name)}", "", 1)
+    return f"{command} --prompt '{PROMPT}'  # a case without a file"

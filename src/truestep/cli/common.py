@@ -239,8 +239,8 @@ low_memory_option = click.option(
 )
 
 
-def load_change(spec: str | None) -> Callable[[Any], Any] | None:
-    """The function that `--apply file.py:function` names.
+def load_change(spec: str | None, option: str = "--apply") -> Callable[[Any], Any] | None:
+    """The function that `--apply file.py:function` names, or what else an error is to call it.
 
     Raises:
         UsageError: The file cannot be imported or has no such function.
@@ -250,8 +250,8 @@ def load_change(spec: str | None) -> Callable[[Any], Any] | None:
 
     if spec is None:
         return None
-    file, name = parts_of(spec, "--apply")
-    return function_of(Path(file), name, "--apply")
+    file, name = parts_of(spec, option)
+    return function_of(Path(file), name, option)
 
 
 def change_digest(spec: str | None) -> str:

@@ -42,11 +42,11 @@ def _chosen(context: click.Context) -> Sequence[str]:
 
 def _keys(names: Sequence[str]) -> list[str]:
     from truestep.call_case import CallCase
-    from truestep.case import Case, Settings
+    from truestep.case import setting_names
 
     model = next((Path(name) for name in names if Path(name).is_dir()), None)
     if model is None:
-        return sorted({*Case.model_fields, *Settings.model_fields} - {"settings"})
+        return setting_names()
     own = [key for key in CallCase.model_fields if key not in ("call", "input", "sha256")]
     return sorted({*own, *_arguments(_class_of(model))})
 

@@ -298,7 +298,12 @@ def compare(runs: tuple[Path, ...], json_path: str | None, report: Path | None) 
         raise UsageError("two runs at least are compared", measured=f"given: {len(runs)}")
     read = [run_of(path) for path in runs]
     if len(read) == 2:
-        end(finish([compare_runs(*read)], json_path=json_path, report=report))
+        result = compare_runs(*read)
+        if result.exit_code and not result.hint:
+            command = f"truestep engine check {_shown(runs[0])} --model FOLDER"
+            hint = f"judge it by the trusted model: {command}"
+            result = result.model_copy(update={"hint": hint})
+        end(finish([result], json_path=json_path, report=report))
     text, results = odd_one_out(read)
     verdict = Verdict.worst(result.verdict for result in results)
     told = f"{word_of(verdict.value, passed=verdict.passed)} {text}"

@@ -20,7 +20,8 @@ from truestep.cli.common import (
 )
 from truestep.cli.selftest import selftest
 from truestep.cli.thresholds import thresholds
-from truestep.cli.words import SAYING, option_words
+from truestep.cli.words import SAYING, option_words, sole_case
+from truestep.text import quoted
 
 
 class _Gate(GroupWithDefault):
@@ -38,7 +39,25 @@ def command() -> None:
     """
 
 
+def _no_change(_: click.Context, __: click.Parameter, value: str | None) -> None:
+    """Say which verb judges a function that changes the pipeline.
+
+    Raises:
+        UsageError: There is one.
+    """
+    from truestep.errors import UsageError
+
+    if value is not None:
+        name = "CASE " if sole_case() is not None else ""
+        raise UsageError(
+            "gate judges the working tree against --baseline, and takes no --apply",
+            likely="a function that changes the pipeline is judged by check",
+            hint=f"truestep check {name}--apply {quoted(value)}",
+        )
+
+
 @command.command("against")
+@click.option("--apply", callback=_no_change, expose_value=False, hidden=True)
 @case_options
 @subject_options
 @click.option(

@@ -13,7 +13,7 @@ import click
 
 from truestep.cli.common import end, print_screen, verbose, verbose_option
 from truestep.screen import Entries, aligned, facts, rows
-from truestep.text import say, say_json, wrapped
+from truestep.text import nearest, quoted, say, say_json, wrapped
 
 if TYPE_CHECKING:
     from truestep.pairing.conversion import State
@@ -141,11 +141,23 @@ def show(name: str, folder: Path) -> None:
     from truestep.parity.packet import packet_path, read_packet
     from truestep.parity.showing import details
 
-    found = [(block, item) for block in _blocks([folder]) for item in block.everything]
-    chosen = [pair for pair in found if name == f"{pair[1].family}/{pair[1].component}"]
+    apart = "/" not in name and not folder.exists()  # FAMILY COMPONENT, as parity new takes them
+    asked = f"{name}/{folder}" if apart else name
+    blocks = _blocks([Path() if apart else folder])
+    found = [(block, item) for block in blocks for item in block.everything]
+    chosen = [] if apart else [p for p in found if name == f"{p[1].family}/{p[1].component}"]
     if not chosen:
-        known = ", ".join(f"{item.family}/{item.component}" for _, item in found)
-        raise UsageError(f"no component {name!r}", measured=f"there are: {known or 'none'}")
+        known = [f"{item.family}/{item.component}" for _, item in found]
+        part = [one for one in known if one == asked or name in one.split("/")]
+        place = "" if apart or folder == Path() else f" {quoted(str(folder))}"
+        raise UsageError(
+            f"a component is FAMILY/COMPONENT, got {name!r} and {str(folder)!r}"
+            if apart
+            else f"no component {name!r}",
+            measured=f"there are: {', '.join(known) or 'none'}",
+            likely=nearest(asked, known) if not part else "",
+            hint=f"truestep parity show {quoted(part[0])}{place}" if part else "",
+        )
     for block, item in chosen:
         head, *lines = details(item).splitlines()
         kept = []
@@ -267,6 +279,7 @@ def _write(blocks: list[Block], *, json_path: str | None, markdown: bool) -> Non
         return
     every = [item for block in blocks for item in block.everything]
     proven = sum(item.proven for item in every)
+    left = [f"next: {_next(b, i)}" for b in blocks for i in b.everything if not i.proven]
     noun = "component" if len(every) == 1 else "components and pipelines"
     entries = []
     for block in blocks:
@@ -276,9 +289,21 @@ def _write(blocks: list[Block], *, json_path: str | None, markdown: bool) -> Non
     print_screen(
         f"{proven} of {len(every)} {noun} proven",
         Entries(entries),
-        ending=[] if verbose() or blocks[1:] else [f"ledger: {block.path}" for block in blocks],
+        ending=[
+            *([] if verbose() or blocks[1:] else [f"ledger: {block.path}" for block in blocks]),
+            *left[:1],
+        ],
         exit_code=_exit_code(blocks),
     )
+
+
+def _next(block: Block, item: Status) -> str:
+    """What comes next of a component that is not proven."""
+    folder = Path(block.path).parent
+    if item.expired:
+        return f"truestep parity run {quoted(str(folder / item.test.partition('::')[0]))}"
+    place = "" if folder == Path() else f" {quoted(str(folder))}"
+    return f"truestep parity show {quoted(f'{item.family}/{item.component}')}{place} -v"
 
 
 def _lines(item: Status) -> list[str]:

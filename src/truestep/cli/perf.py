@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from truestep.cli.brief import brief_option
-from truestep.cli.cases import choose_cases
+from truestep.cli.cases import PROMPT, choose_cases
 from truestep.cli.common import (
     case_options,
     end,
@@ -34,10 +34,12 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+DEFAULT_HISTORY = Path("truestep-references") / "perf.sqlite"
+
 _history = click.option(
     "--history",
     type=click.Path(path_type=Path),
-    default=Path("truestep-references") / "perf.sqlite",
+    default=DEFAULT_HISTORY,
     show_default=True,
     help="SQLite file of all runs.",
 )
@@ -151,6 +153,8 @@ def show(
     from truestep.report import trend
 
     wanted = _case_ids(name, case_file, tier)
+    if not history.is_file():
+        _nothing_to_show(name, history, [], case_file)
     with open_history(history, create=False) as found:
         every = [(cohort, found.batches(cohort)) for cohort, _ in found.cohorts()]
     chosen = [
@@ -159,7 +163,7 @@ def show(
         if batches and (wanted is None or any(c.case_id.startswith(w) for w in wanted))
     ]
     if not chosen:
-        _nothing_to_show(name, history, [c for c, _ in every])
+        _nothing_to_show(name, history, [c for c, _ in every], case_file)
     made = trend.build(chosen, history=str(history), tool_version=library_version("truestep") or "")
     if report is not None:
         trend.write(report, made)
@@ -219,8 +223,8 @@ def _run_each(
     for name, case in cases.items():
         try:
             result = each(name, case)
-            hint = spell_out(result.hint, name)
-            results.append(result.model_copy(update={"hint": hint}))
+            told = {key: spell_out(getattr(result, key), name) for key in ("hint", "offer")}
+            results.append(result.model_copy(update=told))
         except TruestepError as error:
             spelled(error, name)
             if len(cases) == 1:
@@ -409,17 +413,40 @@ def _case_ids(name: str | None, case_file: Path, tier: str) -> list[str] | None:
     return [name]
 
 
-def _nothing_to_show(name: str | None, history: Path, cohorts: list[Cohort]) -> None:
-    from truestep.errors import ReferenceNotFoundError
+def _nothing_to_show(
+    name: str | None, history: Path, cohorts: list[Cohort], case_file: Path
+) -> None:
+    """Raise what says that there are no runs to show."""
+    from truestep.errors import FileFormatError, ReferenceNotFoundError
 
+    if not history.is_file():
+        raise FileFormatError(
+            "there is no history",
+            where=str(history),
+            hint=_instead(name, history, case_file, others=False),
+        )
     ids = list(dict.fromkeys(cohort.case_id for cohort in cohorts))
     more = f", and {len(ids) - 6} more" if len(ids) > 6 else ""
     raise ReferenceNotFoundError(
         f"the history holds no runs of {name!r}" if name else "the history holds no runs",
         where=str(history),
         measured=f"it holds: {', '.join(ids[:6])}{more}" if ids else "",
-        hint=f"truestep perf record {quoted(name)}" if name else "truestep perf record",
+        hint=_instead(name, history, case_file, others=bool(ids)),
     )
+
+
+def _instead(name: str | None, history: Path, case_file: Path, *, others: bool) -> str:
+    """What to type where the history has no runs of what is asked for."""
+    from truestep.case import CASE_FILE, load_cases
+
+    there = "" if history == DEFAULT_HISTORY else f" --history {quoted(str(history))}"
+    if case_file.is_file() and (name is None or name in load_cases(case_file)):
+        said = f" {quoted(name)}" if name else ""
+        said += "" if case_file == Path(CASE_FILE) else f" --file {quoted(str(case_file))}"
+        return f"truestep perf record{said + there}  # makes one"
+    if others:
+        return f"truestep perf show{there}  # shows all that there are"
+    return f"truestep perf record --prompt '{PROMPT}'{there}  # a case without a file"
 
 
 def _finish(results: list[PerfResult], json_path: str | None) -> int:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from truestep.cli.common import Command, end, finish, output_options, print_screen, progress_bar
-from truestep.screen import rows
+from truestep.screen import Entries
 from truestep.serving.plan import KINDS, PARAMETERS
-from truestep.text import say
+from truestep.text import say, wrapped
+from truestep.verdict import Verdict
 
 if TYPE_CHECKING:
     from truestep.serving.client import Endpoint
     from truestep.serving.judging import Answers
-    from truestep.serving.plan import Plan
+    from truestep.serving.plan import Ask, Plan
+    from truestep.verdict import Comparison
 
 _PROMPT = "a red fox in the snow"
 
@@ -133,8 +135,29 @@ def command(  # 15 parameters: the options of the verb
         from truestep.serving.answers import write
 
         write(output, plan, ours)
+        say(f"answers: {output}", err=True)
     result = judge(plan, ours, theirs, benign=healthy)
+    hint = _hint(result, shown=report is not None)
+    result = result.model_copy(update={"hint": hint})
     end(finish([result], json_path=json_path, report=report))
+
+
+def _hint(result: Comparison, *, shown: bool) -> str:
+    """What comes next where the answers did not pass."""
+    from truestep.environment import command_line
+
+    if result.exit_code == 0:
+        return ""
+    ignored = [row.name for row in result.rows if row.verdict is result.verdict and not row.metrics]
+    if result.verdict is Verdict.INCONCLUSIVE and not result.media:
+        return "give --reference the answers or the address of a server that you trust"
+    if ignored and result.exit_code == 1:
+        name = ignored[0].rpartition("/")[2]
+        said = f"--field {name}=... if the server calls it otherwise"
+        return f"{command_line()} --dry-run  # what is asked; {said}"
+    if shown or not result.media:
+        return "what is inside of the model is judged by truestep check"
+    return f"{command_line()} --report serve-check.html  # shows the pictures of both"
 
 
 def _plan(reference: str | None, asked: dict[str, Any]) -> tuple[Plan, Answers | None]:
@@ -260,19 +283,35 @@ def _announce(
     for side in servers:
         if side.key and not side.private:
             say(f"the key is sent to {side.url} unencrypted: its address is no https", err=True)
-    head, lines = f"{total} requests to {places}, each at most {server.timeout_s:g} s", []
-    for name, ask in asks.items():
-        negative = f", negative {ask.negative!r}" if ask.negative else ""
-        frames = f", {ask.frames} frames" if plan.kind == "video" else ""
-        lines.append(
-            f"  {name:<10} seed {ask.seed}, {ask.steps} steps, guidance {ask.guidance:g}, "
-            f"{ask.width}x{ask.height}{frames}, {ask.prompt!r}{negative}"
-        )
+    head = f"{total} requests to {places}, each at most {server.timeout_s:g} s"
+    entries = [wrapped(name, _asked(plan, name, ask)) for name, ask in asks.items()]
     if not err:
-        print_screen(head, rows(lines, "requests"))
+        print_screen(head, Entries(entries, "requests"))
         return
-    for line in (head, *lines):
+    for line in (*wrapped("", head, split=False), *(row for entry in entries for row in entry)):
         say(line, err=True)
+
+
+def _asked(plan: Plan, name: str, ask: Ask) -> str:
+    """A request in words: the first whole, every other one by what differs from it."""
+    said, first = _words(plan, ask), _words(plan, plan.base)
+    if name == next(iter(plan.asks())):
+        return ", ".join(said.values())
+    return ", ".join(said[key] for key in said if said[key] != first.get(key)) or "the same again"
+
+
+def _words(plan: Plan, ask: Ask) -> dict[str, str]:
+    frames = {"frames": f"{ask.frames} frames"} if plan.kind == "video" else {}
+    negative = {"negative": f"negative {ask.negative!r}"} if ask.negative else {}
+    return {
+        "seed": f"seed {ask.seed}",
+        "steps": f"{ask.steps} steps",
+        "guidance": f"guidance {ask.guidance:g}",
+        "size": f"{ask.width}x{ask.height}",
+        **frames,
+        "prompt": repr(ask.prompt),
+        **negative,
+    }
 
 
 def _ask(endpoint: Endpoint, plan: Plan) -> Answers:

@@ -23,7 +23,10 @@ _ID = re.compile(r"[a-z]\d+(\.[a-z]\d+)*")
 
 @click.command("show")
 @click.argument(
-    "what", nargs=-1, required=True, metavar="FILE | FOLDER | RESULT ID | profile [A [B]]"
+    "what",
+    nargs=-1,
+    required=True,
+    metavar="FILE | FOLDER | RESULT ID | profile [A [B]] | settings",
 )
 @verbose_option
 @click.option(
@@ -61,13 +64,16 @@ def command(  # one parameter an option
     for: a case c0, a row c0.r12, a note c0.n3.
 
     `truestep show profile` lists the references that an LTX-2 run can follow; with a name, every
-    control of it with its source; with two, those in which they differ.
+    control of it with its source; with two, those in which they differ. `truestep show settings`
+    lists what --set changes of a model that truestep runs in stages.
     """
     from truestep.errors import UsageError
 
     first, *names = what
     if first == "profile":
         _show_profiles(names, as_json=as_json)
+    elif first == "settings" and not names and not Path(first).exists():
+        _show_settings(as_json=as_json)
     elif brief:
         _show_brief(first, names)
     elif model_explorer is not None:
@@ -80,6 +86,21 @@ def command(  # one parameter an option
         show_file(Path(first), as_json=as_json)
         if frames is not None:
             _write_frames(Path(first), frames)
+
+
+def _show_settings(*, as_json: bool) -> None:
+    """List what --set changes."""
+    import json
+
+    from truestep.case import setting_names
+
+    names = setting_names()
+    if as_json:
+        say_json(json.dumps({"settings": names}, indent=2))
+        return
+    say(f"{len(names)} settings of a case: --set KEY=VALUE changes one")
+    for line in wrapped("", ", ".join(names), indent=2):
+        say(line)
 
 
 def _write_frames(file: Path, folder: Path) -> None:

@@ -298,10 +298,19 @@ def batch(
 @command.command("replay")
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.argument("port", metavar="FILE.py:FUNCTION")
-@click.option("--rename", type=click.Path(path_type=Path), metavar="MAP.toml", help="Names.")
-@_STEPS
 @click.option(
-    "--tolerance", type=click.FloatRange(min=0), help="Judge rel_l2 by this, not by rounding."
+    "--rename",
+    type=click.Path(path_type=Path),
+    metavar="MAP.toml",
+    help="What modules of the port are called in the trace: docs/modules.md.",
+)
+@click.option(
+    "--steps", metavar="0,5,...", help="Steps of the trace to replay; all of them by default."
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    help="Largest rel_l2 of an output that passes, in place of the rounding of its dtype.",
 )
 @output_options
 def replay(
@@ -313,13 +322,15 @@ def replay(
     json_path: str | None,
     report: Path | None,
 ) -> None:
-    """Run every module of a port on the inputs that a trace holds, and judge each by itself.
+    """Run each module of a port alone, on the inputs that a trace of the trusted model recorded.
 
-    FUNCTION returns the port, or the port and a function that calls it with the recorded tensors.
+    TRACE is one of truestep trace record --inputs. FUNCTION takes no arguments and returns the
+    port, or the port and a function that calls it with the recorded tensors: for a port whose
+    arguments have other names. Each module is judged by its output, so none inherits a fault.
     """
     from truestep.errors import UsageError
 
-    function = load_change(port)
+    function = load_change(port, "the port")
     assert function is not None
     make: Any = function
     made = make()

@@ -123,8 +123,8 @@ def check(
 def _build(spec: str) -> Build:
     from truestep.functions import function_of, parts_of
 
-    file, name = parts_of(spec, "FILE.py:FUNCTION")
-    function: Any = function_of(Path(file), name, "FILE.py:FUNCTION")
+    file, name = parts_of(spec, "the training step")
+    function: Any = function_of(Path(file), name, "the training step")
     return function  # type: ignore[no-any-return]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -15,11 +16,11 @@ from truestep.text import pasteable
 BRIEF = "brief_path"
 """Where a click context keeps what --brief is given: no verb has to pass it on."""
 
-_OF_A_CASE = re.compile(r"\btruestep ((?:(?:trace|perf) )?[a-z]+) CASE\b")
+_OF_A_CASE = re.compile(r"\btruestep ((?:(?:trace|perf) )?[a-z]+) CASE(?![\w-])")
 SAYING = ("prompt", "pipeline", "subject", "inputs", "loras", "prepare")
 """Options that say a case on the command line."""
 
-_CARRIED = ("case_file", "tier", "references")
+_CARRIED = ("case_file", "tier", "references", "history")
 """Options that say which case, and which reference of it: a hint needs them as this command did."""
 
 
@@ -60,14 +61,16 @@ def spell_out(hint: str, name: str | None = None, *, with_changes: bool = False)
     """
     from truestep.environment import command_line
 
-    own, parameters = asked_for()
+    own, _ = asked_for()
     if not own:
         return hint
     if hint.startswith("--"):
-        command, dashes, program = command_line().partition(" -- ")
         option, mark, prose = hint.partition("  # ")
-        return f"{command} {option}{dashes}{program}{mark}{prose}"  # behind -- it is the program's
-    chosen = _chosen(parameters) if name is None else name
+        given = sys.argv[1:]
+        at = given.index("--") if "--" in given else len(given)  # behind it, it is the program's
+        program = f" {pasteable(given[at:])}" if given[at:] else ""
+        return f"{command_line(_without(given[:at], option, own))} {option}{program}{mark}{prose}"
+    chosen = sole_case() if name is None else name
     if chosen is None:
         return hint
 
@@ -76,6 +79,25 @@ def spell_out(hint: str, name: str | None = None, *, with_changes: bool = False)
         return f"truestep {verb} {case_words(chosen, verb=verb, with_changes=with_changes)}"
 
     return _OF_A_CASE.sub(spelled_out, hint)
+
+
+def _without(words: list[str], hint: str, verb: str) -> list[str]:
+    """Words of a command without the options that a hint gives another value."""
+    single = {
+        name
+        for option in _options(verb).values()
+        if isinstance(option, click.Option) and not option.multiple and not option.is_flag
+        for name in option.opts
+    }
+    changed = single & {word.partition("=")[0] for word in shlex.split(hint)}
+    kept: list[str] = []
+    value = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not value and name not in changed:
+            kept.append(word)
+        value = not value and name in changed and not equals
+    return kept
 
 
 def spelled(error: TruestepError, name: str | None = None) -> TruestepError:
@@ -143,8 +165,9 @@ def _of_reference(parameters: dict[str, Any]) -> bool:
     return bool(parameters.get("reference")) and not _names(parameters)
 
 
-def _chosen(parameters: dict[str, Any]) -> str | None:
+def sole_case() -> str | None:
     """The one case that this command names, as it names it."""
+    _, parameters = asked_for()
     names = [name for name in _names(parameters) if not name.endswith(".toml")]
     if _of_reference(parameters):
         return ""

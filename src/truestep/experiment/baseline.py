@@ -38,7 +38,7 @@ STEP_SUM_SLACK_MS = 20.0
 
 SHARE_JUDGED = 0.01
 """A stage below this share of the whole is judged by the percent rule alone: its interval would
-tell of a speed that no one can notice."""
+tell of a speed that no one can notice. Its row says so."""
 
 
 def impossible(run: PerfRun, *, stages: Sequence[str] = (), steps: int | None = None) -> list[str]:
@@ -132,7 +132,8 @@ def judge(new: Sequence[PerfRun], batches: Sequence[PerfBatch]) -> tuple[MetricR
         recorded = [[v[name] for v in batch] for batch in old]
         level = LEVEL if name == "e2e" else rest if name in tested else None
         kind = new[0].memory_kind if name == "memory" else None
-        rows.append(_row(name, values, recorded, level, _limit(name, denoise, kind)))
+        share = median(values) / e2e if name in new[0].stages_ms else None
+        rows.append(_row(name, values, recorded, level, _limit(name, denoise, kind), share))
     worst = _worst_step(new, batches)
     return (*rows, *([worst] if worst else []))
 
@@ -155,14 +156,23 @@ def _row(
     recorded: Sequence[Sequence[float]],
     level: float | None,
     limit: Limit | None,
+    share: float | None,
 ) -> MetricRow:
+    """One number beside its baseline; `share` is a stage's part of the whole run."""
     value = median(values)
     found = expect(recorded, new=len(values), level=level or LEVEL)
     bound = limit.bound(found.base) if limit else None
     outcome = found.outcome(value) if level is not None else Outcome.UNDECIDED
     over = bound is not None and value > bound
     verdict: Verdict | None
-    verdict, note = _decide(found, value, over=over, judged=level is not None, main=name == "e2e")
+    if level is not None:
+        apart = share is not None and _apart(values, recorded)
+        verdict, note = _decide(found, value, over=over, apart=apart, main=name == "e2e")
+    else:
+        verdict, note = _by_percent(found, value, over=over)
+        if share is not None and not over:
+            why = "slower in every run;" if _apart(values, recorded) else "percent rule alone:"
+            note = f"{why} {_percent(share)} of run"
     if limit is None:
         verdict = None
         note = "not judged: the disk's cache decides it"
@@ -182,16 +192,33 @@ def _row(
     )
 
 
-def _decide(
-    found: Expectation, value: float, *, over: bool, judged: bool, main: bool
-) -> tuple[Verdict, str]:
-    """Verdict of one number from its interval and its percent rule."""
+def _apart(values: Sequence[float], recorded: Sequence[Sequence[float]]) -> bool:
+    """Whether every new run is slower than every recorded one."""
+    return min(values) > max(value for batch in recorded for value in batch)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 else "<0.1%"
+
+
+def _by_percent(found: Expectation, value: float, *, over: bool) -> tuple[Verdict, str]:
+    """Verdict of one number from its percent rule alone."""
     if over and found.outcome(value) is Outcome.SAME:
         return Verdict.INCONCLUSIVE, "above the percent rule, but the baseline itself varies so"
+    return (Verdict.DRIFTED, "above the percent rule") if over else (Verdict.EQUIVALENT, "")
+
+
+def _decide(
+    found: Expectation, value: float, *, over: bool, apart: bool, main: bool
+) -> tuple[Verdict, str]:
+    """Verdict of one number from its interval and its percent rule.
+
+    Args:
+        apart: It is of a stage, and every new run is slower than every recorded one.
+        main: It is of the whole run.
+    """
     if over:
-        return Verdict.DRIFTED, "above the percent rule"
-    if not judged:
-        return Verdict.EQUIVALENT, ""
+        return _by_percent(found, value, over=over)
     outcome = found.outcome(value)
     if outcome is Outcome.SLOWER:
         if found.scope == "processes":
@@ -202,7 +229,9 @@ def _decide(
     if outcome is Outcome.UNDECIDED:
         if main:
             return Verdict.INCONCLUSIVE, "too few runs for an interval"
-        return Verdict.EQUIVALENT, "by the percent rule alone: too few runs for an interval"
+        if apart:
+            return Verdict.INCONCLUSIVE, "slower in every run; too few runs"
+        return Verdict.EQUIVALENT, "percent rule alone: too few runs"
     return Verdict.EQUIVALENT, ""
 
 
@@ -228,7 +257,7 @@ def _worst_step(new: Sequence[PerfRun], batches: Sequence[PerfBatch]) -> MetricR
     value = median([run.denoise_step_ms[worst] for run in new])
     found = expect(recorded(worst), new=len(new))
     over = share(worst) > 1
-    verdict, note = _decide(found, value, over=over, judged=False, main=False)
+    verdict, note = _by_percent(found, value, over=over)
     return MetricRow(
         name=f"step {worst}",
         value=value,
@@ -284,30 +313,47 @@ def _judged(
     unsure = verdict is Verdict.INCONCLUSIVE
     recorded = [[run.e2e_ms for run in batch.runs] for batch in batches]
     more = needed(recorded, new=count, value=e2e.value) if unsure else None
-    offer = f"faster: truestep perf record {name} makes it the new baseline"
+    passing = [f"; {_slower(row)}" for row in rows if _only_by_percent(row, result.runs, batches)]
     return result.model_copy(
         update={
             "verdict": verdict,
-            "sentence": _sentence(verdict, name, rows, faster=faster),
+            "sentence": _sentence(verdict, name, rows, faster=faster)
+            + "".join(passing[:1] if verdict is Verdict.EQUIVALENT else ()),
             "rows": rows,
             "detectable": min(e2e.limit or math.inf, e2e.high or math.inf) / e2e.base - 1,
             "needed_runs": more.runs if more else None,
             "needed_processes": more.processes if more else None,
             "faster": faster,
-            "offer": offer if faster else "",
-            "hint": _decider(more, name, runs=count) if unsure else "",
+            "offer": "truestep perf record CASE  # faster: makes it the new baseline"
+            if faster
+            else "",
+            "hint": _hint(more, runs=count) if unsure else "",
         }
     )
 
 
-def _decider(more: Needed | None, case_name: str, *, runs: int) -> str:
+def _only_by_percent(row: MetricRow, new: Sequence[PerfRun], batches: Sequence[PerfBatch]) -> bool:
+    """Whether a small stage passes by the percent rule although all its runs are slower."""
+    if row.verdict is not Verdict.EQUIVALENT or row.level is not None:
+        return False
+    if row.name not in new[0].stages_ms:
+        return False
+    recorded = [[run.stages_ms[row.name] for run in batch.runs] for batch in batches]
+    return _apart([run.stages_ms[row.name] for run in new], recorded)
+
+
+def _slower(row: MetricRow) -> str:
+    return f"but {row.name} is {row.change:+.0%}, {row.note}: the percent rule alone judges it"
+
+
+def _hint(more: Needed | None, *, runs: int) -> str:
     """What would decide an inconclusive check."""
-    again = f"truestep perf record {case_name} --runs"
     if more is None:
-        return f"a quieter machine, or more processes: {again} {runs}"
+        return f"truestep perf record CASE --runs {runs}  # more processes, or a quieter machine"
     times = f", in {more.processes} processes" if more.processes > 1 else ""
     each = max(1, math.ceil(more.runs / more.processes))
-    return f"{more.runs} more recorded runs would decide{times}: {again} {each}"
+    said = f"{more.runs} more recorded runs would decide{times}"
+    return f"truestep perf record CASE --runs {each}  # {said}"
 
 
 def found_impossible(

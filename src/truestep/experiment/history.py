@@ -224,7 +224,9 @@ def open_history(path: str | Path, *, create: bool = True) -> Iterator[History]:
     path = Path(path)
     if not create and not path.is_file():
         raise FileFormatError(
-            "there is no history", where=str(path), hint="truestep perf record  # makes one"
+            "there is no history",
+            where=str(path),
+            hint="truestep perf record --prompt 'a cat'  # makes one",
         )
     with ExitStack() as stack:
         with _errors(path):

@@ -278,8 +278,9 @@ def _rest(comparison: Comparison) -> Iterator[Block]:
         yield _block(5, "other gate", f"{gate.name}: {gate.outcome}")
     if comparison.evidence is None and comparison.rows:
         yield _block(5, "passed", _stages(Rows.of(comparison.rows)), most=3)
+    whole = comparison.verdict is Verdict.MISSING  # its notes are places: they can be copied
     for note in comparison.notes[:_NOTES]:
-        yield _block(3, "note", note, most=2)
+        yield Block(3, tuple(wrapped("note", note, most=2, split=not whole)))
     if len(comparison.notes) > _NOTES:
         yield Block(3, (f"  ... {len(comparison.notes) - _NOTES} more notes (-v)",))
     if comparison.looked_at:

@@ -43,7 +43,7 @@ def bisection_brief(result: Bisection) -> Brief:
     texts = [f"bad: {' '.join(result.bad_said)}"] if result.bad_said else []
     texts += [f"good: {result.good_said[0]}"] if result.good_said else []
     texts += [f"skipped: {each.point}: {each.reason}" for each in result.skipped]
-    texts += [f"{result.probes} runs of the command, {result.limit} allowed", *result.notes]
+    texts += [_allowed(result), *result.notes]
     whole = Brief(
         verdict=result.verdict,
         exit_code=result.exit_code,
@@ -57,6 +57,11 @@ def bisection_brief(result: Bisection) -> Brief:
     return fitted(whole, "")
 
 
+def _allowed(result: Bisection) -> str:
+    many = "s" if result.probes != 1 else ""
+    return f"{result.probes} run{many} of the command, {result.limit} allowed"
+
+
 def headline(result: Bisection) -> str:
     """The answer in a sentence, an outcome in capitals first."""
     return f"{'FOUND' if result.verdict == 'found' else 'UNDECIDED'} {result.sentence}"
@@ -66,9 +71,8 @@ def _facts(result: Bisection) -> Iterator[tuple[str, str]]:
     """What stands beside the answer, labelled."""
     yield "bad", " ".join(_telling(result.bad_said))
     yield "good", result.good_said[0].strip() if result.good_said else ""
-    allowed = f"{result.probes} runs of the command, {result.limit} allowed"
     count = f"{result.suspects} suspect{'s' if result.suspects != 1 else ''}"
-    yield "probes", f"{allowed}; {count} from {result.good} to {result.bad}"
+    yield "probes", f"{_allowed(result)}; {count} from {result.good} to {result.bad}"
     skipped = result.skipped
     if skipped:
         shown = "; ".join(f"{each.point}: {each.reason}" for each in skipped[:_NAMED])

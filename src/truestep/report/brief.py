@@ -54,7 +54,8 @@ class Brief(Record):
         left_out: Items that are not listed, for want of room.
         notes: What holds for the whole.
         seconds: That the work took, where it is known.
-        next: The command that comes next; as it stands, it can be run.
+        next: The command that comes next; as it stands, it can be run. Empty where nothing more
+            can be learned: then something is to be mended, and `repeat` runs the same again.
         decide: What no command can: what a person has to decide.
         details: The command that prints what an id stands for; ID is to be replaced.
         repeat: The command that gave this result.
@@ -85,9 +86,12 @@ def brief_of(result: AnyResult, *, path: str = "") -> Brief:
         result: What a verb gives as JSON.
         path: Where that JSON is; without it the details have to be made again.
     """
-    items = sorted(items_of(result), key=lambda item: item.exit_code == 0)
-    first = next((item for item in items if item.exit_code), None)
     repeat = _repeat(result)
+    items = [  # who follows `next` must come to an end: it is never the command that was just run
+        item.model_copy(update={"next": ""}) if item.next == repeat else item
+        for item in sorted(items_of(result), key=lambda item: item.exit_code == 0)
+    ]
+    first = next((item for item in items if item.exit_code), None)
     show = f"truestep show {quoted(path)} ID" if path else ""
     whole = Brief(
         verdict=_verdict(result),

@@ -70,7 +70,8 @@ class Item(Record):
     Attributes:
         cause: What is wrong, where that is known.
         cost: Of this one, in words.
-        next: The command that comes next; as it stands, it can be run.
+        next: The command that comes next; as it stands, it can be run. Where nothing more can be
+            learned it is the same again.
         decide: What a person has to decide.
     """
 
@@ -274,9 +275,6 @@ def _of_switch(switch: Switch, own: str) -> Item:
 def _of_perf(found: PerfResult, own: str, bundle: PerfResults) -> Item:
     passed = found.verdict.passed
     again = command_in(found.hint) or bundle.repeat
-    if found.verdict is Verdict.INCONCLUSIVE and found.needed_runs:
-        each = -(-found.needed_runs // max(found.needed_processes or 1, 1))
-        again = bundle.repeat.replace("perf check", "perf record", 1) + f" --runs {each}"
     rows = [(at, row) for at, row in enumerate(found.rows) if row.verdict is not None]
     told = [
         Evidence(

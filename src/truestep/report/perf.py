@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from truestep.report.answer import counted, word_of
+from truestep.report.words import command_in
 from truestep.screen import aligned, facts, print_lines, rows, screen
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _WEAK = 0.1
 
 def print_results(bundle: PerfResults, *, verbose: bool = False) -> None:
     """Print the answer; all that is known of every result where it is to be verbose."""
-    results = bundle.results
+    results, ending = bundle.results, []
     if verbose:
         listed = [rows([line for result in results for line in (headline(result), *_all(result))])]
         head = counted(r.verdict.value for r in results) if results[1:] else results[0].sentence
@@ -30,8 +31,11 @@ def print_results(bundle: PerfResults, *, verbose: bool = False) -> None:
         head = headline(results[0])
         result = results[0]
         listed = [facts(_advice(result), most=2), rows(_short(result), "numbers")]
+        following = result.hint or result.offer
+        ending = [f"next: {following}"] if command_in(following) else []
         listed.append(facts(_facts(result), most=2))
-    lines = screen(head, *listed, ending=[f"repeat: {bundle.repeat}"], verbose=verbose)
+    ending.append(f"repeat: {bundle.repeat}")
+    lines = screen(head, *listed, ending=ending, verbose=verbose)
     print_lines(lines, exit_code=bundle.exit_code)
 
 
@@ -59,14 +63,17 @@ def _short(result: PerfResult) -> list[str]:
     for row in ordered:
         said = row.verdict.value if row.verdict is not None else ""
         number = (amount(row.value), amount(row.base), f"{row.change:+.1%}")
+        low, high = row.low, row.high
+        if said == "equivalent" and abs(row.change) >= _WEAK and low is not None:
+            said = f"as expected: {amount(low)} to {amount(high or low)}"
         cells.append((f"{row.name} {row.unit}", *number, row.note or said))
     return aligned(cells, left=(0, 4)) if result.rows else []
 
 
 def _advice(result: PerfResult) -> list[tuple[str, str]]:
-    """What is wrong with the numbers, and what to do."""
+    """What is wrong with the numbers, and what no command can do."""
     said = [("impossible", problem) for problem in result.problems[:2]]
-    return [*said, ("hint", result.hint or result.offer)]
+    return [*said, ("hint", "" if command_in(result.hint) else result.hint)]
 
 
 def _facts(result: PerfResult) -> list[tuple[str, str]]:
@@ -133,7 +140,7 @@ def _all(result: PerfResult) -> Iterator[str]:
     if result.hint:
         yield f"  hint         {result.hint}"
     if result.offer:
-        yield f"  {result.offer}"
+        yield f"  hint         {result.offer}"
 
 
 def print_import(result: PerfImport, *, verbose: bool = False) -> None:

@@ -56,7 +56,7 @@ def next_command(comparison: Comparison) -> str:
         return ""
     command = command_in(comparison.hint)
     if command:
-        return command
+        return command if command != comparison.repeat else ""  # who follows it must come to an end
     first, repeat = comparison.first_divergence, comparison.repeat
     drifted = comparison.verdict in (Verdict.DRIFTED, Verdict.INVALID)
     if not drifted or not repeat.startswith("truestep check "):

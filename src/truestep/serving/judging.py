@@ -184,7 +184,7 @@ def judge(
         reference=Side(label=reference.label if reference else "its own repeats and seeds"),
         looked_at=(f"{len(ours.pictures)} answers of 8 bits",),
         not_looked_at=(UNSEEN, *(f"whether {name} is ignored" for name in plan.without)),
-        notes=tuple(_notes(sides)),
+        notes=(*_reasons(verdict, rows), *_notes(sides)),
         media=_shown(rows, sides),
     )
     sentence = _sentence(verdict, rows, sides)
@@ -302,6 +302,15 @@ def _picture(sides: _Sides, row: Row, off: float, *, sure: bool) -> Row:
     )
     more = {"floor": floor, "ratio": off / near, "ratio_metric": "levels", "statistics": ()}
     return row.model_copy(update={"verdict": verdict, "note": note, **more})
+
+
+def _reasons(verdict: Verdict, rows: Sequence[Row]) -> Iterator[str]:
+    """Why parameters did not pass, but for the first of the worst, of which the sentence tells."""
+    failing = [row for row in rows if row.metrics is None and not row.verdict.passed]
+    told = next((row for row in failing if row.verdict is verdict and row.note), None)
+    for row in failing:
+        if row is not told and row.note:
+            yield f"{row.name.removeprefix('parameter/')}: {row.note}"
 
 
 def _notes(sides: _Sides) -> Iterator[str]:

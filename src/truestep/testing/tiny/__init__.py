@@ -79,12 +79,15 @@ def save(name: str, folder: Path | str, *, seed: int = 0, dtype: str = "float32"
         UsageError: As `pipeline`; the folder exists; or what was written could not be loaded here.
     """
     from truestep.errors import UsageError
+    from truestep.testing.tiny.building import pipeline_class
     from truestep.testing.tiny.processors import lacks_video
 
     folder = Path(folder)
     if folder.exists():
         other = quoted(f"{folder}-2")
         raise UsageError(f"the folder {folder} exists", hint=f"truestep tiny {name} {other}")
+    if "/" not in name:
+        pipeline_class(name, folder=str(folder))
     built = pipeline(name, seed=seed, dtype=dtype)
     for part, value in built.components.items():
         if lacks_video(value):

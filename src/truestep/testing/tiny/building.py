@@ -28,6 +28,7 @@ from truestep.testing.tiny.processors import IMAGES, WITH_TOKENIZER
 from truestep.testing.tiny.schedulers import ANY, SCHEDULERS
 from truestep.testing.tiny.weights import randomise
 from truestep.testing.tiny.words import texts
+from truestep.text import quoted
 
 LEFT_OUT = ("SafetyChecker", "Watermarker")
 """Ends of the names of classes that judge or mark a picture: left out, as pipelines allow."""
@@ -74,8 +75,12 @@ def names() -> list[str]:
     )
 
 
-def pipeline_class(name: str) -> type[Any]:
+def pipeline_class(name: str, *, folder: str = "tiny") -> type[Any]:
     """Find a pipeline class.
+
+    Args:
+        name: What it is called.
+        folder: Where it is to be written, for the hint.
 
     Raises:
         UsageError: diffusers has no pipeline of this name, or cannot import it here.
@@ -85,7 +90,7 @@ def pipeline_class(name: str) -> type[Any]:
         raise UsageError(
             f"diffusers {diffusers.__version__} has no pipeline {name!r}",
             measured=f"nearest names: {', '.join(near)}" if near else "",
-            hint=f"truestep tiny {near[0] if near else 'FluxPipeline'} tiny",
+            hint=f"truestep tiny {near[0] if near else 'FluxPipeline'} {quoted(folder)}",
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
