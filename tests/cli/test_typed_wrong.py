@@ -39,6 +39,15 @@ def test_a_setting_is_answered_with_the_nearest_and_where_all_are(run: Run) -> N
     assert "settings of a case" not in run("show", "settings")[1]  # a folder of that name is shown
 
 
+def test_a_folder_that_is_not_there_is_said_before_its_settings(run: Run) -> None:
+    for model in ("fluxx", "./fluxx"):
+        words = ("record", model, "--prompt", "a cat", "--set", "num_inference_steps=3")
+        code, _, err = run(*words)
+        assert code == 2
+        assert "the model folder does not exist" in err
+        assert "num_inference_steps" not in err
+
+
 def test_a_file_without_a_function_is_answered_with_those_that_it_has(run: Run) -> None:
     code, _, err = run("training", "record", "steps.py")
     assert code == 2

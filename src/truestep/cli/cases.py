@@ -209,11 +209,19 @@ def _said(words: Words) -> AnyCase:
     )
     if words.subject == "diffusers" or own:
         return case
+    _refuse_no_folder(case)  # before its settings, which are not those of a plain pipeline
     if words.subject is None and not _in_stages(case):
         return case
     if words.prompt is None:
         raise click.UsageError("--subject runtime needs --prompt")
     return Case(model=model, prompt=words.prompt)
+
+
+def _refuse_no_folder(case: AnyCase) -> None:
+    if not case.model.startswith("builtin:"):
+        from truestep.runtime.loading import refuse_no_folder
+
+        refuse_no_folder(case)
 
 
 def _in_stages(case: AnyCase) -> bool:

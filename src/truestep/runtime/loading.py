@@ -291,6 +291,22 @@ def folder_of(case: AnyCase) -> Path:
         folder = case.model_path
         if not folder.exists() and _HUB_ID.fullmatch(case.model):
             folder = _from_hub(case.model, case.revision)
+    _require_index(folder)
+    return folder
+
+
+def refuse_no_folder(case: AnyCase) -> None:
+    """Refuse a model that is neither builtin, nor a hub id, nor a folder that holds a pipeline.
+
+    Raises:
+        ModelLoadError: See above.
+    """
+    if case.model.startswith("builtin:") or _HUB_ID.fullmatch(case.model):
+        return
+    _require_index(case.model_path)
+
+
+def _require_index(folder: Path) -> None:
     if not index_of(folder).is_file():
         what = "is not a diffusers model" if folder.exists() else "does not exist"
         raise ModelLoadError(
@@ -299,7 +315,6 @@ def folder_of(case: AnyCase) -> Path:
             measured="a diffusers model has a model_index.json",
             hint="give builtin:digits, a diffusers folder, or a hub id like Wan-AI/NAME",
         )
-    return folder
 
 
 def runs_in_stages(case: AnyCase) -> bool:
