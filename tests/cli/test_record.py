@@ -133,7 +133,7 @@ def test_rounds_that_cannot_decide_are_refused_before(run: Run) -> None:
     code, _, err = run(*words, "--expect", "faster")
     assert code == 2
     assert "--rounds 3 cannot decide the speed: 4 are the least" in err
-    assert "hint: truestep ab a --set cfg=batched --rounds 3 --expect faster --rounds 4" in err
+    assert "hint: truestep ab a --set cfg=batched --expect faster --rounds 4\n" in err
     code, _, err = run(*words, "--set", "height=20")
     assert err.startswith("note: --rounds 3 cannot decide the speed: 4 are the least; ")
 

@@ -117,3 +117,19 @@ def test_runs_of_engines_that_part_say_what_judges_them(run: Run) -> None:
     assert "judge it by the trusted model: truestep engine check x.safetensors --model" in out
     code, out, _ = run("engine", "compare", "x.safetensors", "x.safetensors")
     assert (code, "hint: " in out) == (0, False)
+
+
+def test_a_scaffold_says_how_its_test_finds_the_official_repository(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACME_OFFICIAL_REF_DIR", raising=False)
+    Path("official").mkdir()
+    words = ("--kind", "generic", "--official-dir", "official")
+    code, out, _ = run("parity", "new", "acme", "mixer", *words)
+    assert code == 0
+    assert out.splitlines()[-1] == (
+        "next: ACME_OFFICIAL_REF_DIR=official truestep parity run test_parity_acme_mixer.py"
+    )
+    monkeypatch.setenv("ACME_OFFICIAL_REF_DIR", "official")
+    out = run("parity", "new", "acme", "other", *words)[1]
+    assert out.splitlines()[-1] == "next: truestep parity run test_parity_acme_other.py"

@@ -165,7 +165,7 @@ def test_a_run_that_is_stopped_keeps_what_it_measured_and_leaves_no_process(
     (folder / "slow").touch()
     mark = uuid.uuid4().hex
     child = subprocess.Popen(
-        [sys.executable, "-m", "truestep", *arguments, "--ray", "local"],
+        [sys.executable, "-m", "truestep", *arguments, "--ray", "local", "-v"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import click
 
 from truestep.cli.common import end, print_screen, verbose, verbose_option
 from truestep.screen import Entries, aligned, facts, rows
-from truestep.text import nearest, quoted, say, say_json, wrapped
+from truestep.text import nearest, pasteable, quoted, say, say_json, wrapped
 
 if TYPE_CHECKING:
     from truestep.pairing.conversion import State
@@ -62,6 +63,7 @@ def new(  # 9 parameters: the options of the verb
     force: bool,
 ) -> None:
     """Write a parity test of FAMILY's COMPONENT, and its component packet."""
+    from truestep.parity.missing import Family
     from truestep.parity.scaffold import write_scaffold
 
     test, packet = write_scaffold(
@@ -75,9 +77,14 @@ def new(  # 9 parameters: the options of the verb
         official_dir=official_dir,
         force=force,
     )
+    run = pasteable(["truestep", "parity", "run", str(test)])
+    if official_dir is not None:
+        variable = Family(family).variable("OFFICIAL_REF")
+        if os.environ.get(variable) != str(official_dir):
+            run = f"{variable}={quoted(str(official_dir))} {run}"
     print_screen(
         f"WRITTEN {family}/{component}: a parity test and its packet",
-        ending=[f"test: {test}", f"packet: {packet}", f"next: truestep parity run {test}"],
+        ending=[f"test: {test}", f"packet: {packet}", f"next: {run}"],
     )
 
 

@@ -430,8 +430,8 @@ def _located(
 ) -> Comparison:
     places = introduced(result.rows)
     if not places:
-        if result.first_divergence is None:
-            return result
+        if result.first_divergence is None or result.first_divergence.stage == "run":
+            return result  # nothing, or an end that came early
         kind = "grown by and by: no module adds much more than it was given"
         first = result.first_divergence.model_copy(update={"kind": kind})
         return with_divergence(result, first, ())
