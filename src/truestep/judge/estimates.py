@@ -253,10 +253,8 @@ class _Kept:
 
 
 def _kept(source: Source, name: str, like: torch.Tensor) -> _Kept:
-    if _sketched(source):
-        stats = source.tensors[f"stats/{name}"]
-        return _Kept(like, _named(stats), source.tensors[f"sketch/{name}"])
-    return _Kept(like, _named(moments(like)), sketch(like))
+    projected = source.tensors[f"sketch/{name}"] if _sketched(source) else sketch(like)
+    return _Kept(like, _moments(source, name, like), projected)
 
 
 def _pair(a: _Kept, r: _Kept, floor: Floor, base: dict[str, Any]) -> dict[str, Any] | _Estimated:

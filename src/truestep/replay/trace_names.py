@@ -66,7 +66,7 @@ class Named:
         Args:
             order: The reference's modules as they ran.
         """
-        if not self.others or fqn not in order:
+        if fqn not in order:
             return ""
         before = [
             other

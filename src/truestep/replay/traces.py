@@ -160,7 +160,6 @@ def compare_traces(
         named = exchanged
         sides, left_out = _paired(ours, theirs, names, named)
         rows = _judged(*sides, Limits(floor, tolerance=tolerance))
-    order = fqns(names[1])
     del names
     seen = inside(rows)
     rows = gone(_settled(origins(seen.rows)), partial=is_partial(ours) or is_partial(theirs))
@@ -175,7 +174,7 @@ def compare_traces(
         notes=(*named.notes, *_undone(seen), *cut(ours, "actual"), *cut(theirs, "reference")),
         hint=_hint(rows, sides, measured=floor is not None or tolerance is not None),
     )
-    return _located(result, sides, named, order)
+    return _located(result, sides, named, theirs)
 
 
 def _loaded(what: str | Path | Recording, label: str) -> Source:
@@ -426,7 +425,7 @@ def _settled(rows: Rows) -> Rows:
 
 
 def _located(
-    result: Comparison, sides: tuple[Source, Source], named: Named, order: Sequence[str]
+    result: Comparison, sides: tuple[Source, Source], named: Named, theirs: Source
 ) -> Comparison:
     places = introduced(result.rows)
     if not places:
@@ -439,7 +438,9 @@ def _located(
     first = with_kind(places[0], *(side.tensors.get(name) for side in sides))
     first = _schedule(result.rows, first, sides) or first
     given = any(_is_input(of) for of, fqn in result.rows.each("name", "fqn") if fqn == first.fqn)
-    alone = "" if given else named.alone_before(first.fqn or "", order)
+    alone = ""
+    if named.others and not given:
+        alone = named.alone_before(first.fqn or "", fqns(_modules(theirs)))
     if alone:
         kind = f"or in {alone} before it, which has no partner"
         first = first.model_copy(update={"kind": f"{kind}; {first.kind}" if first.kind else kind})

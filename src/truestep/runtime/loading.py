@@ -296,14 +296,13 @@ def folder_of(case: AnyCase) -> Path:
 
 
 def refuse_no_folder(case: AnyCase) -> None:
-    """Refuse a model that is neither builtin, nor a hub id, nor a folder that holds a pipeline.
+    """Refuse a model, none of the builtin ones, that is no hub id and no folder with a pipeline.
 
     Raises:
         ModelLoadError: See above.
     """
-    if case.model.startswith("builtin:") or _HUB_ID.fullmatch(case.model):
-        return
-    _require_index(case.model_path)
+    if not _HUB_ID.fullmatch(case.model):
+        _require_index(case.model_path)
 
 
 def _require_index(folder: Path) -> None:

@@ -22,7 +22,7 @@ from truestep.testing.tiny import tokenizers
 from truestep.testing.tiny.autoencoders import AUTOENCODERS
 from truestep.testing.tiny.denoisers import DENOISERS
 from truestep.testing.tiny.encoders import configuration
-from truestep.testing.tiny.exceptions import EXCEPTIONS, OBSTACLES, Change, Use
+from truestep.testing.tiny.exceptions import EXCEPTIONS, Change, Use, refuse_obstacle
 from truestep.testing.tiny.facts import Facts
 from truestep.testing.tiny.processors import IMAGES, WITH_TOKENIZER
 from truestep.testing.tiny.schedulers import ANY, SCHEDULERS
@@ -107,8 +107,7 @@ def build(cls: type[Any], *, seed: int, dtype: torch.dtype) -> Any:
     Raises:
         UsageError: A component's class has no tiny configuration.
     """
-    if cls.__name__ in OBSTACLES:
-        raise UsageError(f"no tiny {cls.__name__}: {OBSTACLES[cls.__name__]}")
+    refuse_obstacle(cls.__name__)
     with warnings.catch_warnings():  # what libraries say of their own insides
         warnings.simplefilter("ignore")
         return _built(cls, seed=seed, dtype=dtype)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from truestep.errors import UsageError
 from truestep.testing.tiny.facts import Facts
 from truestep.testing.tiny.unets import CROSS_FIRST, IF_UNET, KANDINSKY2_UNET, KANDINSKY22_UNET
 
@@ -304,3 +305,13 @@ OBSTACLES: dict[str, str] = {
     "VersatileDiffusionPipeline": "it has no call of its own",
 }
 """Why a pipeline, or blocks of one, are not built."""
+
+
+def refuse_obstacle(name: str) -> None:
+    """Refuse a pipeline's class, or blocks, that are known not to be built.
+
+    Raises:
+        UsageError: With the reason.
+    """
+    if name in OBSTACLES:
+        raise UsageError(f"no tiny {name}: {OBSTACLES[name]}")

@@ -20,7 +20,7 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from truestep.errors import UsageError, one_line
 from truestep.testing.tiny.building import Draw, build_components, chosen
 from truestep.testing.tiny.calls import ARGUMENTS, REQUIRED, changed
-from truestep.testing.tiny.exceptions import EXCEPTIONS, OBSTACLES
+from truestep.testing.tiny.exceptions import EXCEPTIONS, refuse_obstacle
 from truestep.testing.tiny.facts import Facts
 from truestep.testing.tiny.words import texts
 
@@ -84,8 +84,7 @@ def build(name: str, *, seed: int, dtype: torch.dtype) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         family, blocks_name, workflow, blocks = _of(name)
-        if blocks_name in OBSTACLES:
-            raise UsageError(f"no tiny {blocks_name}: {OBSTACLES[blocks_name]}")
+        refuse_obstacle(blocks_name)
         pipe = blocks.init_pipeline()
         changes = EXCEPTIONS.get(name, EXCEPTIONS.get(blocks_name, {}))
         specs = {c.name: c for c in blocks.expected_components}
